@@ -1,0 +1,148 @@
+"""The `prefill-router` command. Every flag is a field of its command's config, which is where its help comes from.
+
+Exit status: 0; 1 with one line that says what to do; 2 for usage.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+from botocore.exceptions import BotoCoreError
+from pydantic.fields import FieldInfo
+
+from prefill_router.config import COMMANDS, StrictModel, load_command, validate
+from prefill_router.errors import UserError
+
+_CONFIG_HELP = "TOML file with a table for each command; flags win over it"
+
+
+def main() -> None:
+    """Runs the command line; a user's error is one line on stderr and status 1."""
+    try:
+        build_app()()
+    except (UserError, OSError, BotoCoreError) as error:
+        sys.stderr.write(f"prefill-router: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="prefill-router",
+        help="Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name in ("demo", "extract", "probe", "train", "evaluate", "label"):
+        _add(app, name, globals()[f"_{name}"])
+    for entry in entry_points(group="prefill_router.commands"):
+        _add(app, entry.name, lambda config, entry=entry: entry.load()(config))
+    return app
+
+
+def _add(app: typer.Typer, name: str, run: Callable[[Any], None]) -> None:
+    """Adds a command whose flags are the fields of its config model."""
+    model = COMMANDS[name]
+
+    def command(**flags: Any) -> None:
+        run(_merge(name, model, flags))
+
+    parameters = [_flag(field_name, field) for field_name, field in model.model_fields.items()]
+    parameters.append(_parameter("config", str, typer.Option("--config", help=_CONFIG_HELP, show_default=False)))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name, help=inspect.getdoc(model))(command)
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind = next(
+        (t for t in (bool, int, float) if t in (field.annotation, *getattr(field.annotation, "__args__", ()))), str
+    )
+    note = " [required]" if field.is_required() else ""
+    if field.default and not field.is_required():
+        note = f" [default: {field.default}]"
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=f"{field.description}{note}".replace("[", r"\["), show_default=False
+    )
+    return _parameter(name, kind, option)
+
+
+def _parameter(name: str, kind: type, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _merge(name: str, model: type[StrictModel], flags: dict[str, Any]) -> StrictModel:
+    given = {key: value for key, value in flags.items() if value is not None}
+    uri = given.pop("config", None)
+    values = {**(load_command(uri, name) if uri else {}), **given}
+    for key, field in model.model_fields.items():
+        if field.is_required() and key not in values:
+            raise typer.BadParameter(f"give it, or set {key} under [{name}] in --config", param_hint=f"--{key}")
+    return validate(model, values, name)
+
+
+# --- what each command prints ------------------------------------------------------------------------------------
+# The jobs are imported when they run, so that --help does not wait for Ray and torch.
+
+
+def _demo(config: Any) -> None:
+    from prefill_jobs.demo import demo
+
+    demo(config)
+
+
+def _extract(config: Any) -> None:
+    from prefill_jobs.extract import extract
+
+    manifest = extract(config)
+    tokens, cut = (sum(getattr(s, k) for s in manifest.shards) for k in ("num_tokens", "num_truncated"))
+    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {tokens:,} tokens, {len(manifest.columns)} columns")
+    if cut:
+        typer.echo(f"{cut:,} prompts were longer than {manifest.encoder.spec.max_tokens} tokens and lost their middle")
+
+
+def _probe(config: Any) -> None:
+    from prefill_jobs.probe import run_probe
+    from prefill_router.probe import choose_columns
+
+    probes = run_probe(config)
+    for target, column in choose_columns(probes).items():
+        best = next(p for p in probes if (p.target, p.column) == (target, column))
+        typer.echo(f"{target}: {column.name}, J = {best.fisher_j_corrected:.4f}, d_eff = {best.d_eff:.1f}")
+
+
+def _train(config: Any) -> None:
+    from prefill_jobs.train import train
+
+    router = train(config)
+    losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
+    typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+    typer.echo(f"validation losses of the kept trunks: {losses}")
+
+
+def _evaluate(config: Any) -> None:
+    import numpy as np
+
+    from prefill_jobs.evaluate import evaluate
+    from prefill_router.report import headline, metric_rows
+
+    evaluation = evaluate(config)
+    typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
+    typer.echo(f"mean AUC: {np.nanmean(evaluation.router.auc):.3f}, mean ECE: {np.nanmean(evaluation.router.ece):.3f}")
+    for name, text in metric_rows(evaluation.router):
+        typer.echo(f"{name}: {text}")
+    typer.echo(f"report: {config.out}/report.html")
+
+
+def _label(config: Any) -> None:
+    from prefill_jobs.label import label
+
+    manifest = label(config)
+    counts = ", ".join(f"{target} {count:,}" for target, count in manifest["decisions"].items())
+    typer.echo(f"{config.out}: {manifest['rows']:,} decisions: {counts}")

@@ -1,0 +1,97 @@
+"""How jobs meet Ray: joining or starting it, sizing encoder actors, and getting users' errors back out of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+
+from prefill_router.errors import UserError
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine; nothing where Ray already runs."""
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # On one machine nothing has to listen beyond loopback.
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=True,
+            **({} if address else {"_node_ip_address": "127.0.0.1"}),
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    """Maps items (flat dicts) on Ray Data, a task each, and yields the rows that come back, as they finish.
+
+    `function` takes and returns a dict, or is a class of actors that do; `options` are those of `Dataset.map`.
+    A UserError inside it is raised here.
+    """
+    dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+    with user_errors():
+        yield from dataset.map(function, **options).iter_rows()
+
+
+def cpus_per_worker(workers: int) -> float:
+    """The CPUs that one of `workers` equal actors asks of Ray.
+
+    Some CPU always stays free: a pool of actors that takes every one starves the tasks that should feed it.
+    """
+    share = float(ray.cluster_resources().get("CPU", 1.0)) / workers
+    return int(share - 1) if share >= 2 else share / 2
+
+
+def threads_per_worker(workers: int) -> int:
+    """Torch threads of one of `workers` equal actors, so that together they fill the cores and no more."""
+    total = ray.cluster_resources().get("CPU", 1.0)
+    return max(1, min(os.cpu_count() or 1, int(total // workers)))
+
+
+def encoder_resources(workers: int) -> dict[str, Any]:
+    """Options of `Dataset.map` for `workers` encoder actors: a GPU each where there are any, otherwise their CPUs."""
+    pool = {"compute": ray.data.ActorPoolStrategy(size=workers)}
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return {**pool, "num_gpus": 1}
+    return {**pool, "num_cpus": cpus_per_worker(workers)}
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raises the UserError that lies below Ray's own errors, where there is one."""
+    try:
+        yield
+    except Exception as error:
+        found = _find_user_error(error)
+        if found is None:
+            raise
+        raise UserError(str(found)) from None
+
+
+def _find_user_error(error: BaseException | None) -> UserError | None:
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if type(current) is UserError:
+            return current
+        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        pending += list(getattr(current, "worker_failures", {}).values())
+    return None

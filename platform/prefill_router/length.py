@@ -1,0 +1,67 @@
+"""How long a target's answer to a prompt will be: what the price of output tokens is multiplied by.
+
+A net like the trunk predicts log(1 + output tokens), standardised by target; a factor by target turns the exponential of
+that mean of logs, which is a median, into a mean (Duan's smearing, 1983).
+"""
+
+# N prompts, T targets
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefill_router.trunk import SharedTrunkNet
+
+Array = NDArray[np.float32]
+
+# Where no answer's length was ever recorded, every target is priced at this one.
+UNKNOWN_LENGTH_TOKENS = 256.0
+_MAX_LOG = 12.0  # 160,000 tokens: no prompt is priced at infinity
+_MIN_STD = 1e-6
+
+
+class LengthScale(NamedTuple):
+    """Mean and standard deviation (T,) of log(1 + output tokens)."""
+
+    mean: Array
+    std: Array
+
+    @classmethod
+    def of(cls, output_tokens: Array) -> LengthScale:
+        """From lengths (N, T), NaN where unknown. A target without any takes the scale of all."""
+        logs = np.log1p(output_tokens.astype(np.float64))
+        known = ~np.isnan(logs)
+        everyone = logs[known] if known.any() else np.log1p([UNKNOWN_LENGTH_TOKENS])
+        columns = [column[mask] if mask.any() else everyone for column, mask in zip(logs.T, known.T, strict=True)]
+        mean, std = [c.mean() for c in columns], [max(c.std(), _MIN_STD) for c in columns]
+        return cls(np.array(mean, np.float32), np.array(std, np.float32))
+
+    def standardised(self, output_tokens: Array) -> Array:
+        """Labels (N, T) for the net; NaN stays NaN."""
+        return (np.log1p(output_tokens) - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class LengthHead:
+    net: SharedTrunkNet
+    scale: LengthScale
+    factor: Array  # (T,)
+
+    @torch.inference_mode()
+    def __call__(self, features: Array) -> Array:
+        """Expected output tokens (N, T) of features (N, F), at least 1."""
+        logs = self.net(torch.from_numpy(features)).mean(0).numpy() * self.scale.std + self.scale.mean
+        return np.asarray(np.maximum(np.exp(np.minimum(logs, _MAX_LOG)) * self.factor - 1.0, 1.0), np.float32)
+
+
+def mean_factor(output_tokens: Array, medians: Array) -> Array:
+    """What predicted medians (N, T) are to be multiplied by (T,) to match the mean of the known lengths (N, T)."""
+    known = ~np.isnan(output_tokens)
+    observed = np.where(known, output_tokens + 1.0, 0.0).sum(0)
+    predicted = np.where(known, medians + 1.0, 0.0).sum(0)
+    return np.where(known.any(0), observed / np.maximum(predicted, 1.0), 1.0).astype(np.float32)

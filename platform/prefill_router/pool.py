@@ -1,0 +1,69 @@
+"""Targets and their prices: the set of models that a router chooses from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from prefill_router import config
+from prefill_router.errors import UserError
+
+
+class Target(config.StrictModel):
+    """A candidate model. Prices are USD per million tokens."""
+
+    name: str = Field(min_length=1)
+    input_price: float = Field(ge=0.0)
+    output_price: float = Field(ge=0.0)
+
+
+class Pool(config.StrictModel):
+    """Targets in the order of the file, which breaks ties."""
+
+    name: str
+    targets: tuple[Target, ...] = Field(min_length=1)
+
+    @property
+    def target_names(self) -> list[str]:
+        return [target.name for target in self.targets]
+
+    def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Expected cost (N, T) in USD of prompts with `input_tokens` (N,) and expected `output_tokens` (N, T).
+
+        Source: METHOD, "Choosing": input_tokens * input_price + E[output_tokens_t] * output_price.
+        """
+        input_price = np.array([t.input_price for t in self.targets]) / 1e6
+        output_price = np.array([t.output_price for t in self.targets]) / 1e6
+        return np.asarray(input_tokens, np.float64)[:, None] * input_price + output_tokens * output_price
+
+
+def load_pool(uri: str) -> Pool:
+    """The pool `pool.toml#name` of a file of `[[name]]` tables; `#name` may be left out where the file has one pool.
+
+    Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
+    """
+    path, _, name = uri.partition("#")
+    pools = config.load_toml(path)
+    if not name and len(pools) != 1:
+        raise UserError(f"{path}: holds {len(pools)} pools ({', '.join(pools)}): name one as {path}#NAME")
+    name = name or next(iter(pools))
+    if name not in pools:
+        raise UserError(f'{path}: no pool "{name}"; it holds {", ".join(pools)}')
+    if not isinstance(pools[name], list) or not pools[name]:
+        raise UserError(f"{path}: {name} must be a list of targets, each [[{name}]] with name and prices")
+    targets = tuple(_target(entry, path, name, i) for i, entry in enumerate(pools[name]))
+    names = [t.name for t in targets]
+    repeated = next((n for n in names if names.count(n) > 1), None)
+    if repeated is not None:
+        raise UserError(f'{path}: target "{repeated}" stands twice in pool "{name}"')
+    return Pool(name=name, targets=targets)
+
+
+def _target(entry: Any, path: str, pool: str, index: int) -> Target:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {pool}[{index}] = {entry!r}, must be a table with name, input_price and output_price")
+    label = f'target "{entry["name"]}"' if "name" in entry else f"{pool}[{index}]"
+    return config.validate(Target, entry, f"{path}: {label}")

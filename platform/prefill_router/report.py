@@ -1,0 +1,213 @@
+"""Plots and the HTML report: one self-contained page, its plots inline as SVG, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from math import isfinite
+
+import jinja2
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from prefill_router.evaluation import Evaluation
+from prefill_router.metrics import RoutingScores, pareto_frontier
+from prefill_router.probe import LayerProbe, choose_columns
+
+_COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
+_LINE = {"last": "-", "mean": "--"}
+
+
+def probe_figure(probes: Sequence[LayerProbe]) -> Figure:
+    """Fisher J (bias-corrected) and d_eff by layer: a line for each target and pooling, a dot at each chosen layer."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    fisher_axes, d_eff_axes = figure.subplots(1, 2)
+    targets = list(dict.fromkeys(p.target for p in probes))
+    poolings = list(dict.fromkeys(p.column.pooling for p in probes))
+    chosen = choose_columns(probes)
+    for i, target in enumerate(targets):
+        colour = _COLOURS[i % len(_COLOURS)]
+        for pooling in poolings:
+            rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
+            label = target if pooling == poolings[0] else None
+            values = [p.fisher_j_corrected for p in rows]
+            fisher_axes.plot(list(map(_layer, rows)), values, _LINE[pooling], color=colour, label=label, lw=1.4)
+            for p in rows:
+                if p.column == chosen[target]:
+                    fisher_axes.plot(p.column.layer, p.fisher_j_corrected, "o", color=colour, ms=6)
+    for pooling in poolings:
+        rows = sorted((p for p in probes if (p.target, p.column.pooling) == (targets[0], pooling)), key=_layer)
+        d_eff_axes.plot(
+            list(map(_layer, rows)), [p.d_eff for p in rows], _LINE[pooling], color="#374151", label=pooling
+        )
+    _label(fisher_axes, "Fisher separability", "layer", "J, bias-corrected")
+    _label(d_eff_axes, "Effective dimensionality", "layer", "d_eff")
+    d_eff_axes.set_yscale("log")
+    return figure
+
+
+def _layer(probe: LayerProbe) -> int:
+    return probe.column.layer
+
+
+def curve_figure(evaluation: Evaluation) -> Figure:
+    """Cost against accuracy: the routers' curves, every single target, their frontier, the oracle."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    singles = list(zip(evaluation.target_cost, evaluation.target_accuracy, strict=True))
+    axes.axhline(evaluation.router.oracle_accuracy, color="#9ca3af", ls=":", lw=1.2, label="oracle")
+    frontier = pareto_frontier(singles)
+    axes.plot(frontier[:, 0], frontier[:, 1], "--", color="#9ca3af", lw=1.2, label="single targets, frontier")
+    names = {"router": ("prefill router", _COLOURS[0], 2.2), "knn": ("k nearest neighbours", _COLOURS[1], 1.4)}
+    for key, points in evaluation.curves.items():
+        label, colour, width = names[key]
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, lw=width, label=label)
+    axes.plot(
+        evaluation.router.cost,
+        evaluation.router.accuracy,
+        "*",
+        color=_COLOURS[0],
+        ms=13,
+        label="router's own tolerance",
+    )
+    for target, (cost, accuracy) in zip(evaluation.targets, singles, strict=True):
+        axes.plot(cost, accuracy, "o", color="#374151", ms=5)
+        axes.annotate(target, (cost, accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.set_xscale("log")
+    _label(axes, "Cost and accuracy on held-out prompts", "mean cost, USD a prompt", "accuracy")
+    return figure
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an inline <svg> element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None) -> str:
+    """The report as one page; `notice` stands on top of it."""
+    scores = {"prefill router": evaluation.router}
+    if evaluation.knn is not None:
+        scores["k nearest neighbours"] = evaluation.knn
+    return _PAGE.render(
+        e=evaluation,
+        notice=notice,
+        rows={title: [_shown(getattr(s, name), style) for s in scores.values()] for title, name, style in _METRICS},
+        routers=list(scores),
+        curve=to_svg(curve_figure(evaluation)),
+        probe=to_svg(probe_figure(probes)) if probes else None,
+        targets=_target_rows(evaluation),
+        headline=headline(evaluation),
+    )
+
+
+def headline(evaluation: Evaluation) -> str:
+    """One sentence: what the router costs and answers, against the best single target."""
+    router = evaluation.router
+    best = evaluation.targets[evaluation.target_accuracy.index(max(evaluation.target_accuracy))]
+    change = 1.0 - router.cost / router.best_single_cost if router.best_single_cost else 0.0
+    return (
+        f"{_shown(router.accuracy, '%')} right at {_shown(router.cost, '$')} a prompt, against "
+        f"{_shown(router.best_single_accuracy, '%')} at {_shown(router.best_single_cost, '$')} "
+        f"for always {best}: {change:+.1%} saved."
+    )
+
+
+def _target_rows(evaluation: Evaluation) -> list[list[str]]:
+    scores = evaluation.router
+    columns = [
+        (evaluation.target_accuracy, "%"),
+        (evaluation.target_cost, "$"),
+        (scores.auc, ".3f"),
+        (scores.ece, ".3f"),
+        (scores.brier, ".3f"),
+    ]
+    return [
+        [target, *(_shown(values[i], style) for values, style in columns)]
+        for i, target in enumerate(evaluation.targets)
+    ]
+
+
+def _shown(value: float, style: str) -> str:
+    if not isfinite(value):
+        return "–"
+    return {"%": f"{value:.1%}", "$": f"${value:.3g}"}.get(style) or format(value, style)
+
+
+_METRICS: list[tuple[str, str, str]] = [
+    ("accuracy", "accuracy", "%"),
+    ("cost a prompt", "cost", "$"),
+    ("efficacy (gap closed)", "efficacy", "%"),
+    ("saving against the dearest target", "cost_saving", "%"),
+    ("saving at the best single target's accuracy", "saving_at_best_single", "%"),
+    ("efficacy at the most accurate tolerance", "best_efficacy", "%"),
+    ("P-AUCCC", "p_auccc", ".4f"),
+    ("MDP-AUCCC (what routing adds)", "mdp_auccc", ".4f"),
+    ("PDP-AUCCC (what it leaves)", "pdp_auccc", ".4f"),
+]
+
+
+def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:
+    """The routing metrics of one router, as (name, text)."""
+    return [(title, _shown(getattr(scores, name), style)) for title, name, style in _METRICS]
+
+
+_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Routing report: {{ e.pool }}</title>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 960px; margin: 2.5rem auto; padding: 0 1rem }
+  h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
+  .lead { font-size: 1.15rem } .notice { background: #fef3c7; border-left: 4px solid #d97706; padding: .6rem 1rem }
+  .meta, figcaption { color: #6b7280; font-size: .88rem }
+  table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid #e5e7eb }
+  th { text-align: left; font-weight: 600 } td { text-align: right; font-variant-numeric: tabular-nums }
+  figure { margin: 0 } svg { max-width: 100%; height: auto }
+</style>
+<h1>Routing report: {{ e.pool }}</h1>
+{% if notice %}<p class="notice">{{ notice }}</p>{% endif %}
+<p class="lead">{{ headline }}</p>
+<p class="meta">Router {{ e.router_version }}, tolerance {{ "%.3f"|format(e.tolerance) }}. {{ "{:,}".format(e.num_held_out) }}
+held-out prompts, {{ "{:,}".format(e.router.num_prompts) }} of them with an outcome of every target;
+{{ "{:,}".format(e.num_seen) }} prompts were left out because training saw them.</p>
+
+<h2>Cost and accuracy</h2>
+<figure>{{ curve|safe }}
+<figcaption>Targets are chosen by expected cost; costs are counted from the real lengths of the answers.</figcaption></figure>
+
+<h2>Routing</h2>
+<table><tr><th>metric</th>{% for r in routers %}<th style="text-align:right">{{ r }}</th>{% endfor %}</tr>
+{% for title, values in rows.items() %}
+<tr><th>{{ title }}</th>{% for v in values %}<td>{{ v }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p class="meta">Best single target {{ "%.1f"|format(100 * e.router.best_single_accuracy) }} %, oracle
+{{ "%.1f"|format(100 * e.router.oracle_accuracy) }} %. The router is scored at its own tolerance, the neighbours at 0; curves and
+their areas cover every tolerance. The mean error of the expected answer length is
+{{ "%.0f"|format(e.length_error_tokens) }} tokens, that of each target's median length
+{{ "%.0f"|format(e.length_error_median_rule_tokens) }}.</p>
+
+<h2>Targets</h2>
+<table><tr><th>target</th><th style="text-align:right">accuracy</th><th style="text-align:right">cost a prompt</th>
+<th style="text-align:right">AUC</th><th style="text-align:right">ECE</th><th style="text-align:right">Brier</th></tr>
+{% for row in targets %}
+<tr><th>{{ row[0] }}</th>{% for v in row[1:] %}<td>{{ v }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% if probe %}
+<h2>Layer probes</h2>
+<figure>{{ probe|safe }}
+<figcaption>Solid: last token; dashed: mean. Dots mark the layer with the highest separability for each target.</figcaption></figure>
+{% endif %}
+</html>
+""")

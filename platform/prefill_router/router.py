@@ -1,0 +1,273 @@
+"""The router artifact: encoder identity, projections, trunk, length head and pool, as JSON and safetensors.
+
+A directory with `router.json`, which names the weights by their hash and is written last. Its version is a hash of all
+its content. No pickle anywhere.
+"""
+
+# N prompts, T targets
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from prefill_router import config, storage
+from prefill_router.corpus import Prompt
+from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
+from prefill_router.errors import UserError
+from prefill_router.length import LengthHead, LengthScale
+from prefill_router.policy import NO_TARGET, choose
+from prefill_router.pool import Pool
+from prefill_router.projection import Projection
+from prefill_router.schema import ActivationColumn
+from prefill_router.trunk import SharedTrunkNet
+
+FORMAT = 1
+MANIFEST = "router.json"
+
+
+class Prediction(NamedTuple):
+    """P(correct) (N, T) and the expected length of each target's answer (N, T), in tokens."""
+
+    p_correct: NDArray[np.float32]
+    expected_output_tokens: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a caller wants of a decision, beside the cheapest target that is good enough."""
+
+    tolerance: float | None = None  # give up at most this much P(correct); None is the router's own
+    allowed: Sequence[str] | None = None  # names of targets; None is all
+    max_cost: float | None = None  # USD a prompt
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a prompt goes, and why. `target` is None where no target met the constraints."""
+
+    target: str | None
+    p_correct: dict[str, float]
+    expected_output_tokens: dict[str, float]
+    expected_cost_usd: dict[str, float]
+    input_tokens: int
+    router_version: str
+
+
+class RouterManifest(config.StrictModel):
+    """router.json."""
+
+    format: Literal[1]
+    version: str
+    encoder: EncoderIdentity
+    pool: Pool
+    columns: list[str]
+    default_tolerance: float
+    training: dict[str, Any]
+    weights: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Router:
+    """Routes prompts. Load one with `Router.load`; the encoder is loaded when the first prompt comes."""
+
+    encoder_identity: EncoderIdentity
+    pool: Pool
+    projections: list[Projection]
+    trunk: SharedTrunkNet
+    length: LengthHead
+    default_tolerance: float
+    training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
+    training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went
+
+    @property
+    def columns(self) -> list[ActivationColumn]:
+        """The activation columns that the router reads."""
+        return [projection.column for projection in self.projections]
+
+    @cached_property
+    def encoder(self) -> PrefillEncoder:
+        """Raises UserError where the encoder that can be loaded is not the one that the router was trained on."""
+        encoder = PrefillEncoder.load(self.encoder_identity.spec)
+        self.check_encoder(encoder.fingerprint, self.encoder_identity.spec.model)
+        return encoder
+
+    def check_encoder(self, fingerprint: str, source: str) -> None:
+        if fingerprint != self.encoder_identity.fingerprint:
+            raise UserError(
+                f"{source}: encoder fingerprint {fingerprint} is not {self.encoder_identity.fingerprint}, on which the "
+                "router was trained: use the same weights, tokenizer and settings, or train again"
+            )
+
+    # --- prediction ----------------------------------------------------------------------------------------------
+
+    def features(self, activations: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Features (N, F) of activations by column name."""
+        return np.concatenate([projection(activations[projection.column.name]) for projection in self.projections], 1)
+
+    @torch.inference_mode()
+    def predict_features(self, features: NDArray[np.float32]) -> Prediction:
+        """The prediction for features (N, F)."""
+        p_correct = torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
+        return Prediction(p_correct, self.length(features))
+
+    def predict_activations(self, activations: Mapping[str, NDArray[Any]]) -> Prediction:
+        """The prediction for prompts whose activations are at hand, by column name."""
+        return self.predict_features(self.features(activations))
+
+    def predict(self, prompts: Sequence[Prompt]) -> Prediction:
+        """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
+        return self.predict_activations(self.encoder.forward(self.encoder.tokenize(prompts), self.columns))
+
+    def route(self, prompt: Prompt, policy: Policy = Policy(), **options: Any) -> Decision:
+        """The decision for one prompt. Keywords are fields of `Policy`: `route(prompt, max_cost=0.001)`."""
+        return self.decide(self.encoder.tokenize([prompt]), [replace(policy, **options)])[0]
+
+    def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
+        """The decision for each tokenised prompt, under its own policy.
+
+        Costs count all tokens of a prompt, those too that the encoder cut. Raises UserError for a policy that
+        `check_policy` refuses.
+        """
+        prediction = self.predict_activations(self.encoder.forward(tokens, self.columns))
+        cost_usd = self.pool.expected_cost(tokens.full_lengths, prediction.expected_output_tokens)
+        estimates = zip(*prediction, cost_usd, tokens.full_lengths.tolist(), policies, strict=True)
+        return [self._decide(*estimate) for estimate in estimates]
+
+    def _decide(
+        self, p: NDArray[Any], output_tokens: NDArray[Any], cost_usd: NDArray[Any], input_tokens: int, policy: Policy
+    ) -> Decision:
+        names = self.pool.target_names
+        chosen = choose(
+            p[None],
+            cost_usd,
+            self.default_tolerance if policy.tolerance is None else policy.tolerance,
+            self.check_policy(policy),
+            policy.max_cost,
+            policy.min_p,
+        )[0]
+
+        def by_target(values: NDArray[Any]) -> dict[str, float]:
+            return dict(zip(names, values.tolist(), strict=True))
+
+        return Decision(
+            target=None if chosen == NO_TARGET else names[chosen],
+            p_correct=by_target(p),
+            expected_output_tokens=by_target(output_tokens),
+            expected_cost_usd=by_target(cost_usd),
+            input_tokens=input_tokens,
+            router_version=self.version,
+        )
+
+    def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
+        """The targets that a policy allows, as a mask (T,). Raises UserError for one that is not in the pool."""
+        names = self.pool.target_names
+        for name in policy.allowed or ():
+            if name not in names:
+                raise UserError(f'target "{name}" is not in the pool: {", ".join(names)}')
+        return np.array([policy.allowed is None or name in policy.allowed for name in names])
+
+    # --- the artifact --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of all that is in the artifact."""
+        return self._manifest_and_weights[0].version
+
+    @cached_property
+    def _manifest_and_weights(self) -> tuple[RouterManifest, bytes]:
+        weights = safetensors.numpy.save(self._tensors())
+        digest = hashlib.sha256(weights).hexdigest()
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "encoder": self.encoder_identity.model_dump(),
+            "pool": self.pool.model_dump(),
+            "columns": [column.name for column in self.columns],
+            "default_tolerance": self.default_tolerance,
+            "training": self.training,
+            "weights": f"weights-{digest[:16]}.safetensors",
+            "weights_sha256": digest,
+        }
+        version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return RouterManifest(version=version, **content), weights
+
+    def save(self, uri: str) -> None:
+        """Writes the artifact; a router that lay there stays whole until this one is."""
+        manifest, weights = self._manifest_and_weights
+        storage.write_bytes(storage.join(uri, manifest.weights), weights)
+        storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump())
+        for path in storage.list_files(uri, [".safetensors"]):
+            if storage.name(path) != manifest.weights:
+                storage.remove(path)
+
+    @classmethod
+    def load(cls, uri: str) -> Router:
+        """Raises UserError where there is no router, or it is damaged, or of a newer format."""
+        path = storage.join(uri, MANIFEST)
+        if not storage.exists(path):
+            raise UserError(f"{uri}: no router lies here ({MANIFEST} is missing): run train first")
+        data = storage.read_json(path)
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+            raise UserError(f"{path}: format {data['format']} is newer than this release reads ({FORMAT}): upgrade")
+        manifest = config.validate(RouterManifest, data, path)
+        weights_uri = storage.join(uri, manifest.weights)
+        storage.require(weights_uri, "weights file, though router.json names it")
+        weights = storage.read_bytes(weights_uri)
+        if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+            raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged")
+        try:
+            router = cls._from_tensors(manifest, safetensors.numpy.load(weights))
+        except (KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {error}") from None
+        if router.version != manifest.version:
+            raise UserError(f"{path}: version {manifest.version} does not match its content: the file was changed")
+        return router
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        tensors: dict[str, NDArray[Any]] = {"training_prompts": self.training_prompts}
+        for projection in self.projections:
+            for name in ("mean", "std", "components"):
+                tensors[f"projection.{projection.column.name}.{name}"] = getattr(projection, name)
+        for prefix, net in (("trunk", self.trunk), ("length", self.length.net)):
+            tensors |= {f"{prefix}.{name}": value.numpy() for name, value in net.state_dict().items()}
+        scale = {"mean": self.length.scale.mean, "std": self.length.scale.std, "factor": self.length.factor}
+        return tensors | {f"length_scale.{name}": value for name, value in scale.items()}
+
+    @classmethod
+    def _from_tensors(cls, manifest: RouterManifest, tensors: Mapping[str, NDArray[Any]]) -> Router:
+        projections = [
+            Projection(
+                ActivationColumn.parse(name),
+                *(tensors[f"projection.{name}.{part}"] for part in ("mean", "std", "components")),
+            )
+            for name in manifest.columns
+        ]
+        scale = LengthScale(tensors["length_scale.mean"], tensors["length_scale.std"])
+        return cls(
+            encoder_identity=manifest.encoder,
+            pool=manifest.pool,
+            projections=projections,
+            trunk=_net(tensors, "trunk"),
+            length=LengthHead(_net(tensors, "length"), scale, tensors["length_scale.factor"]),
+            default_tolerance=manifest.default_tolerance,
+            training_prompts=tensors["training_prompts"],
+            training=manifest.training,
+        )
+
+
+def _net(tensors: Mapping[str, NDArray[Any]], name: str) -> SharedTrunkNet:
+    prefix = f"{name}."
+    state = {n.removeprefix(prefix): torch.from_numpy(t) for n, t in tensors.items() if n.startswith(prefix)}
+    return SharedTrunkNet.from_state(state)

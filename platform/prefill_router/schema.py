@@ -1,0 +1,90 @@
+"""Column names and Arrow schemas of every table that crosses a boundary, in one place.
+
+All tables are Parquet with zstd and standard Arrow types, so DuckDB, Polars and pandas read them in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pyarrow as pa
+
+from prefill_router.errors import UserError
+
+PROMPT_ID = "prompt_id"
+PROMPT = "prompt"
+MESSAGES = "messages"
+TARGET = "target"
+CORRECT = "correct"
+OUTPUT_TOKENS = "output_tokens"
+NUM_TOKENS = "num_tokens"
+
+Pooling = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+OUTCOMES = pa.schema(
+    [
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field(TARGET, pa.string(), nullable=False),
+        pa.field(CORRECT, pa.float32()),
+        pa.field(OUTPUT_TOKENS, pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, order=True)
+class ActivationColumn:
+    """One pooled layer of the activation store, named like `last_012`.
+
+    `layer` is the index in transformers' `hidden_states`: 0 is the embedding, L the output of block L, and the deepest
+    index is taken after the final norm.
+    """
+
+    pooling: Pooling
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.pooling}_{self.layer:03d}"
+
+    @classmethod
+    def parse(cls, name: str) -> ActivationColumn:
+        match = re.fullmatch(r"(last|mean)_(\d{3,})", name)
+        if match is None:
+            raise UserError(f'"{name}" is no activation column: expected a pooling and a layer, like last_012')
+        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
+
+
+def activation_columns(layers: Iterable[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
+    """Every (pooling, layer) asked for, poolings first, as the store orders them."""
+    return [ActivationColumn(p, layer) for p in pooling for layer in sorted(set(layers))]
+
+
+def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Schema:
+    """`prompt_id`, `num_tokens`, then a float16 vector of width `hidden_size` for each column."""
+    vector = pa.list_(pa.field("element", pa.float16(), nullable=False), hidden_size)
+    return pa.schema(
+        [
+            pa.field(PROMPT_ID, pa.string(), nullable=False),
+            pa.field(NUM_TOKENS, pa.int32(), nullable=False),
+            *(pa.field(column.name, vector, nullable=False) for column in columns),
+        ]
+    )
+
+
+def decisions(targets: Sequence[str]) -> pa.Schema:
+    """One routed prompt a row; `target` is null where no target met the constraints."""
+    per_target = pa.struct([pa.field(t, pa.float32()) for t in targets])
+    return pa.schema(
+        [
+            pa.field(PROMPT_ID, pa.string(), nullable=False),
+            pa.field(TARGET, pa.string()),
+            pa.field("p_correct", per_target),
+            pa.field("expected_output_tokens", per_target),
+            pa.field("expected_cost_usd", per_target),
+            pa.field("router_version", pa.string(), nullable=False),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The routing endpoint: encoder and head in one Ray Serve replica."""
