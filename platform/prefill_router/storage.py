@@ -60,6 +60,11 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     raise UserError(f'{uri}: scheme "{scheme}" is not supported: use a local path, file:// or s3://')
 
 
+def absolute(uri: str) -> str:
+    """A local path as an absolute one, for a process in another folder; any other URI as it is."""
+    return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())
+
+
 def join(uri: str, *names: str) -> str:
     return "/".join([uri.rstrip("/") or "/", *names])
 
