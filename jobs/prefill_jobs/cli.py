@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +42,12 @@ def build_app() -> typer.Typer:
     for name in ("demo", "extract", "probe", "train", "evaluate", "label"):
         _add(app, name, globals()[f"_{name}"])
     for entry in entry_points(group="prefill_router.commands"):
-        _add(app, entry.name, lambda config, entry=entry: entry.load()(config))
+        _add(app, entry.name, partial(_run_entry, entry))
     return app
+
+
+def _run_entry(entry: EntryPoint, config: StrictModel) -> None:
+    entry.load()(config)
 
 
 def _add(app: typer.Typer, name: str, run: Callable[[Any], None]) -> None:

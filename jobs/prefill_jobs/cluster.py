@@ -55,25 +55,28 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
         yield from dataset.map(function, **options).iter_rows()
 
 
+def _total(resource: str) -> float:
+    return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
+
+
 def cpus_per_worker(workers: int) -> float:
     """The CPUs that one of `workers` equal actors asks of Ray.
 
     Some CPU always stays free: a pool of actors that takes every one starves the tasks that should feed it.
     """
-    share = float(ray.cluster_resources().get("CPU", 1.0)) / workers
+    share = max(1.0, _total("CPU")) / workers
     return int(share - 1) if share >= 2 else share / 2
 
 
 def threads_per_worker(workers: int) -> int:
     """Torch threads of one of `workers` equal actors, so that together they fill the cores and no more."""
-    total = ray.cluster_resources().get("CPU", 1.0)
-    return max(1, min(os.cpu_count() or 1, int(total // workers)))
+    return max(1, min(os.cpu_count() or 1, int(_total("CPU") // workers)))
 
 
 def encoder_resources(workers: int) -> dict[str, Any]:
     """Options of `Dataset.map` for `workers` encoder actors: a GPU each where there are any, otherwise their CPUs."""
     pool = {"compute": ray.data.ActorPoolStrategy(size=workers)}
-    if ray.cluster_resources().get("GPU", 0) >= 1:
+    if _total("GPU") >= 1:
         return {**pool, "num_gpus": 1}
     return {**pool, "num_cpus": cpus_per_worker(workers)}
 

@@ -91,11 +91,13 @@ def _inputs(config: DemoConfig) -> _Inputs:
     _step(f"Prompts: {config.prompts:,} from reasoning-gym; answers of five simulated targets")
     console.print(simulation.NOTICE)
     data = simulation.simulate(config.prompts, config.seed)
-    paths = [storage.join(config.out, name) for name in ("corpus.parquet", "outcomes.parquet", "pool.toml")]
-    contents = [storage.encode_parquet(data.corpus), storage.encode_parquet(data.outcomes), data.pool_toml.encode()]
-    for path, content in zip(paths, contents, strict=True):
-        storage.write_bytes(path, content)
-    return _Inputs(*paths, simulation.NOTICE)
+    corpus_uri, outcomes_uri, pool_uri = (
+        storage.join(config.out, name) for name in ("corpus.parquet", "outcomes.parquet", "pool.toml")
+    )
+    storage.write_bytes(corpus_uri, storage.encode_parquet(data.corpus))
+    storage.write_bytes(outcomes_uri, storage.encode_parquet(data.outcomes))
+    storage.write_bytes(pool_uri, data.pool_toml.encode())
+    return _Inputs(corpus_uri, outcomes_uri, pool_uri, simulation.NOTICE)
 
 
 def _sample(uri: str, limit: int | None) -> list[corpus.Prompt]:

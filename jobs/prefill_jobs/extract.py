@@ -15,22 +15,24 @@ from prefill_router.config import ExtractConfig
 from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationShard, Manifest, write_activations, write_manifest
-from prefill_router.schema import activation_columns
+from prefill_router.schema import POOLINGS, Pooling, activation_columns
 
 
 def extract(config: ExtractConfig) -> Manifest:
     """Writes the activations of a corpus to `config.out` and returns their manifest, which is written last."""
-    arguments = {
-        "encoder": EncoderSpec(model=config.encoder, max_tokens=config.max_tokens),
-        "layers": parse_layers(config.layers),
-        "pooling": [name.strip() for name in config.pooling.split(",")],
-        "out": config.out,
-    }
+    layers = parse_layers(config.layers)
+    pooling = parse_pooling(config.pooling)
     plan = corpus.plan(config.corpus, config.shard_rows, config.limit)
     shards.claim_output(config.out, overwrite=config.overwrite)
     cluster.connect()
     progress = Progress("extract", plan.num_rows)
-    arguments["threads"] = cluster.threads_per_worker(config.workers)
+    arguments = {
+        "encoder": EncoderSpec(model=config.encoder, max_tokens=config.max_tokens),
+        "layers": layers,
+        "pooling": pooling,
+        "out": config.out,
+        "threads": cluster.threads_per_worker(config.workers),
+    }
     resources = cluster.encoder_resources(config.workers)
     committed: list[ActivationShard] = []
     identities: set[str] = set()
@@ -44,7 +46,7 @@ def extract(config: ExtractConfig) -> Manifest:
     identity = EncoderIdentity.model_validate_json(identities.pop())
     manifest = Manifest(
         encoder=identity,
-        columns=[c.name for c in activation_columns(_indices(arguments["layers"], identity), arguments["pooling"])],
+        columns=[c.name for c in activation_columns(_indices(layers, identity), pooling)],
         corpus=config.corpus,
         is_sample=config.limit is not None,
         shards=sorted(committed, key=lambda shard: shard.file.name),
@@ -62,6 +64,15 @@ def parse_layers(text: str) -> Literal["all"] | list[int]:
         raise UserError(f'layers = "{text}", must be "all" or indices like 0,15,30') from None
 
 
+def parse_pooling(text: str) -> list[Pooling]:
+    names = [name.strip() for name in text.split(",")]
+    chosen = [pooling for pooling in POOLINGS if pooling in names]
+    for name in names:
+        if name not in chosen:
+            raise UserError(f'pooling = "{name}", must be last, mean or both, as last,mean')
+    return chosen
+
+
 def _indices(layers: Literal["all"] | list[int], identity: EncoderIdentity) -> list[int]:
     return list(range(identity.num_layers + 1)) if layers == "all" else layers
 
@@ -70,7 +81,7 @@ class ExtractShard:
     """Encodes one shard of a corpus and writes it. The encoder is loaded at the first shard and kept."""
 
     def __init__(
-        self, encoder: EncoderSpec, layers: Literal["all"] | list[int], pooling: list[Any], out: str, threads: int
+        self, encoder: EncoderSpec, layers: Literal["all"] | list[int], pooling: list[Pooling], out: str, threads: int
     ) -> None:
         self.spec, self.layers, self.pooling, self.out = encoder, layers, pooling, out
         torch.set_num_threads(threads)

@@ -65,6 +65,8 @@ def fit_on_ray(task: FitTask, workers: int, out: str) -> FittedNets:
     try:
         with cluster.user_errors():
             result = trainer.fit()
+        assert result.checkpoint is not None
+        assert result.metrics is not None
         with result.checkpoint.as_directory() as folder:
             tensors = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
     finally:

@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> Router:
         projections=projections,
         length_scale=LengthScale.of(training.outcomes.output_tokens),
         recipe=Recipe(num_seeds=config.seeds, keep=min(config.keep, config.seeds), max_epochs=config.max_epochs),
-        length_recipe=LENGTH_RECIPE if _has_lengths(training) and _has_lengths(graded.only(parts.validation)) else None,
+        length_recipe=LENGTH_RECIPE if parts.have_lengths(graded) else None,
         seed=config.seed,
     )
     num_features = sum(projection.num_features for projection in projections)
@@ -83,10 +83,6 @@ def train(config: TrainConfig) -> Router:
     return router
 
 
-def _has_lengths(graded: GradedStore) -> bool:
-    return bool((~np.isnan(graded.outcomes.output_tokens)).any())
-
-
 @dataclass(frozen=True)
 class _Parts:
     """The graded prompts of a store that training may see."""
@@ -97,6 +93,11 @@ class _Parts:
     @property
     def seen(self) -> pa.Array:
         return pa.concat_arrays([self.training, self.validation])
+
+    def have_lengths(self, graded: GradedStore) -> bool:
+        """Is the length of any answer known in both parts?"""
+        known = (~np.isnan(graded.only(ids).outcomes.output_tokens) for ids in (self.training, self.validation))
+        return all(mask.any() for mask in known)
 
     @classmethod
     def of(cls, graded: GradedStore, split: Split) -> _Parts:

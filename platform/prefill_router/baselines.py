@@ -38,4 +38,4 @@ def knn_p_correct(
 
 def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, np.float32(1e-12))
+    return np.asarray(features / np.maximum(norms, np.float32(1e-12)))

@@ -82,7 +82,7 @@ def _packaged_gguf(package: str) -> Path:
 def _unpacked(gguf: Path) -> Path:
     """The GGUF as a transformers directory, unpacked once: parsing its vocabulary takes far longer than loading this.
 
-    It lies under PREFILL_ROUTER_CACHE, or ~/.cache/prefill-router. The float32 weights are exactly the dequantised ones.
+    It lies under PREFILL_ROUTER_CACHE, or ~/.cache/prefill-router, and holds the dequantised weights as float32.
     """
     cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
     target = cache / f"{gguf.stem}-{_sha256([gguf])[:16]}"
@@ -119,11 +119,11 @@ def _sha256(files: list[Path]) -> str:
 def _quiet() -> Iterator[None]:
     """transformers without its progress bars and advice."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

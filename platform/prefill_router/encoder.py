@@ -80,8 +80,9 @@ class PrefillEncoder:
     def __init__(self, backbone: nn.Module, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.backbone, self.tokenizer = backbone, tokenizer
         self.blocks = _find_blocks(backbone)
-        self.num_layers, self.hidden_size = len(self.blocks), int(backbone.config.hidden_size)
-        context = getattr(backbone.config, "max_position_embeddings", None)
+        config: Any = backbone.config
+        self.num_layers, self.hidden_size = len(self.blocks), int(config.hidden_size)
+        context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         self.fingerprint = _fingerprint(self.spec, weights_id, tokenizer)
 
@@ -120,8 +121,8 @@ class PrefillEncoder:
 
         Returns a float16 array (N, D) for each layer and pooling, named like `last_012`, and `num_tokens` int32 (N,),
         the tokens that were read. A prompt longer than `max_tokens` is cut as `tokenize` says, and a warning counts
-        such prompts. Values beyond float16's range are clamped to it, with a warning. Raises UserError for a layer or pooling that
-        the encoder does not have.
+        such prompts. Values beyond float16's range are clamped to it, with a warning. Raises UserError for a layer or
+        pooling that the encoder does not have.
         """
         tokens = self.tokenize(prompts)
         if tokens.num_truncated:
@@ -253,7 +254,8 @@ def preferred_dtype(device: str) -> DType:
 
 
 def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
-    depth = backbone.config.num_hidden_layers
+    config: Any = backbone.config
+    depth = config.num_hidden_layers
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module

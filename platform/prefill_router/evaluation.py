@@ -94,16 +94,14 @@ def _mean_error(lengths: Array, predicted: Array) -> float:
 
 def _medians(lengths: Array) -> Array:
     """Each target's median (T,), with hindsight: of the very answers that it is judged on."""
-    known = ~np.isnan(lengths)
-    return np.array(
-        [np.median(column[mask]) if mask.any() else np.nan for column, mask in zip(lengths.T, known.T, strict=True)]
-    )
+    columns = [column[~np.isnan(column)] for column in lengths.T]
+    return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
 def _thinned(curve: Array) -> Array:
     if len(curve) <= _CURVE_POINTS:
         return curve
-    return curve[np.unique(np.linspace(0, len(curve) - 1, _CURVE_POINTS).round().astype(int))]
+    return np.asarray(curve[np.unique(np.linspace(0, len(curve) - 1, _CURVE_POINTS).round().astype(int))])
 
 
 def _finite(value: Any) -> Any:

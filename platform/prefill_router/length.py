@@ -1,7 +1,7 @@
 """How long a target's answer to a prompt will be: what the price of output tokens is multiplied by.
 
-A net like the trunk predicts log(1 + output tokens), standardised by target; a factor by target turns the exponential of
-that mean of logs, which is a median, into a mean (Duan's smearing, 1983).
+A net like the trunk predicts log(1 + output tokens), standardised by target; a factor by target turns the exponential
+of that mean of logs, which is a median, into a mean (Duan's smearing, 1983).
 """
 
 # N prompts, T targets

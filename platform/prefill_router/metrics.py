@@ -25,7 +25,7 @@ _ROUNDING = 1e-12  # of a mean of accuracies
 
 @dataclass(frozen=True)
 class RoutingScores:
-    """Accuracies are fractions of prompts, costs USD a prompt; `auc`, `ece` and `brier` hold a value for each target."""
+    """Accuracies are fractions of prompts, costs USD a prompt; `auc`, `ece`, `brier` have a value a target."""
 
     num_prompts: int  # on which every target has an outcome
     best_single_accuracy: float
@@ -48,8 +48,8 @@ class RoutingScores:
 
 def pareto_frontier(points: ArrayLike) -> Array:
     """Of points (M, 2) of (cost, accuracy): by ascending cost, those that beat every accuracy before them."""
-    points_M2 = np.asarray(points, np.float64).reshape(-1, 2)
-    ordered = points_M2[np.lexsort((-points_M2[:, 1], points_M2[:, 0]))]
+    array = np.asarray(points, np.float64).reshape(-1, 2)
+    ordered = array[np.lexsort((-array[:, 1], array[:, 0]))]
     before = np.maximum.accumulate(np.concatenate([[-np.inf], ordered[:-1, 1]])) if len(ordered) else np.empty(0)
     return ordered[ordered[:, 1] > before]
 
@@ -89,7 +89,7 @@ def tolerance_curve(correct_NT: Array, p_NT: Array, cost_NT: Array, paid_NT: Arr
 
     def mean_of_chosen(values_NT: Array) -> Array:
         moves = np.diff(values_NT[rows, choice], axis=1, prepend=0.0)
-        return np.cumsum(moves.ravel()[order])[last] / n
+        return np.asarray(np.cumsum(moves.ravel()[order])[last] / n)
 
     return np.column_stack([tolerances, mean_of_chosen(paid_NT), mean_of_chosen(correct_NT)])
 
@@ -122,8 +122,8 @@ def score_routing(
 ) -> RoutingScores:
     """All metrics of a router with P(correct) `p` (N, T) and expected `cost` (T,) or (N, T), at one tolerance.
 
-    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. Ratios without a denominator are NaN. Raises UserError where no
-    prompt has an outcome of every target.
+    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. Ratios
+    without a denominator are NaN. Raises UserError where no prompt has an outcome of every target.
     """
     correct_NT, p_NT, cost_NT, paid_NT = _complete(correct, p, cost, paid)
     n = len(p_NT)

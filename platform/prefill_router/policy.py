@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -48,7 +50,7 @@ def choose(
     return np.where(eligible.any(axis=1), ranked[:, 0], NO_TARGET)
 
 
-def _per_prompt(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.generic]:
+def _per_prompt(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[Any]:
     array = np.asarray(values)
     if array.shape not in (shape, shape[1:]):
         raise ValueError(f"{name} has shape {array.shape}, must be {shape[1:]} or {shape}")

@@ -66,9 +66,9 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
     regularised = (1.0 - shrinkage) * correlation + shrinkage * np.eye(len(scale))
     try:
         inverse = _inverse(regularised)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch's LinAlgError
         raise UserError(
-            f"the within-class scatter of {n:.0f} prompts in {len(scale)} dimensions is singular: use a larger shrinkage"
+            f"the within-class scatter of {n:.0f} prompts in {len(scale)} dimensions is singular: shrink it more"
         ) from None
     difference = delta / scale
     j = p1 * (1.0 - p1) * float(difference @ inverse @ difference)
@@ -77,7 +77,7 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
 
 
 def _inverse(matrix: Array) -> Array:
-    """The inverse of a positive definite matrix. Raises torch.linalg.LinAlgError where it is none."""
+    """The inverse of a positive definite matrix. Raises RuntimeError where it is none."""
     return np.asarray(torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(matrix))))
 
 

@@ -28,7 +28,7 @@ class Projection:
 
     @property
     def num_features(self) -> int:
-        return self.components.shape[1]
+        return int(self.components.shape[1])
 
     def __call__(self, activations: NDArray[Any]) -> NDArray[np.float32]:
         standardised = (activations.astype(np.float32) - self.mean) / self.std

@@ -14,6 +14,9 @@ from prefill_router.evaluation import Evaluation
 from prefill_router.metrics import RoutingScores, pareto_frontier
 from prefill_router.probe import LayerProbe, choose_columns
 
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("prefill_router"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
 _LINE = {"last": "-", "mean": "--"}
 
@@ -99,7 +102,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
     scores = {"prefill router": evaluation.router}
     if evaluation.knn is not None:
         scores["k nearest neighbours"] = evaluation.knn
-    return _PAGE.render(
+    return _TEMPLATES.get_template("report.html").render(
         e=evaluation,
         notice=notice,
         rows={title: [_shown(getattr(s, name), style) for s in scores.values()] for title, name, style in _METRICS},
@@ -160,54 +163,3 @@ _METRICS: list[tuple[str, str, str]] = [
 def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:
     """The routing metrics of one router, as (name, text)."""
     return [(title, _shown(getattr(scores, name), style)) for title, name, style in _METRICS]
-
-
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Routing report: {{ e.pool }}</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 960px; margin: 2.5rem auto; padding: 0 1rem }
-  h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
-  .lead { font-size: 1.15rem } .notice { background: #fef3c7; border-left: 4px solid #d97706; padding: .6rem 1rem }
-  .meta, figcaption { color: #6b7280; font-size: .88rem }
-  table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid #e5e7eb }
-  th { text-align: left; font-weight: 600 } td { text-align: right; font-variant-numeric: tabular-nums }
-  figure { margin: 0 } svg { max-width: 100%; height: auto }
-</style>
-<h1>Routing report: {{ e.pool }}</h1>
-{% if notice %}<p class="notice">{{ notice }}</p>{% endif %}
-<p class="lead">{{ headline }}</p>
-<p class="meta">Router {{ e.router_version }}, tolerance {{ "%.3f"|format(e.tolerance) }}. {{ "{:,}".format(e.num_held_out) }}
-held-out prompts, {{ "{:,}".format(e.router.num_prompts) }} of them with an outcome of every target;
-{{ "{:,}".format(e.num_seen) }} prompts were left out because training saw them.</p>
-
-<h2>Cost and accuracy</h2>
-<figure>{{ curve|safe }}
-<figcaption>Targets are chosen by expected cost; costs are counted from the real lengths of the answers.</figcaption></figure>
-
-<h2>Routing</h2>
-<table><tr><th>metric</th>{% for r in routers %}<th style="text-align:right">{{ r }}</th>{% endfor %}</tr>
-{% for title, values in rows.items() %}
-<tr><th>{{ title }}</th>{% for v in values %}<td>{{ v }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-<p class="meta">Best single target {{ "%.1f"|format(100 * e.router.best_single_accuracy) }} %, oracle
-{{ "%.1f"|format(100 * e.router.oracle_accuracy) }} %. The router is scored at its own tolerance, the neighbours at 0; curves and
-their areas cover every tolerance. The mean error of the expected answer length is
-{{ "%.0f"|format(e.length_error_tokens) }} tokens, that of each target's median length
-{{ "%.0f"|format(e.length_error_median_rule_tokens) }}.</p>
-
-<h2>Targets</h2>
-<table><tr><th>target</th><th style="text-align:right">accuracy</th><th style="text-align:right">cost a prompt</th>
-<th style="text-align:right">AUC</th><th style="text-align:right">ECE</th><th style="text-align:right">Brier</th></tr>
-{% for row in targets %}
-<tr><th>{{ row[0] }}</th>{% for v in row[1:] %}<td>{{ v }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% if probe %}
-<h2>Layer probes</h2>
-<figure>{{ probe|safe }}
-<figcaption>Solid: last token; dashed: mean. Dots mark the layer with the highest separability for each target.</figcaption></figure>
-{% endif %}
-</html>
-""")

@@ -1,15 +1,16 @@
 """SharedTrunkNet: one MLP over the features with an output for each target, trained for all seeds at once.
 
-The seeds of an ensemble are one batched computation: every weight has a leading seed dimension. Each seed still has its
-own initial weights, data order, dropout, early stopping and best weights. Source: METHOD, "SharedTrunkNet, as published".
+The seeds of an ensemble are one batched computation: every weight has a leading seed dimension. Each seed still has
+its own initial weights, data order, dropout, early stopping and best weights. Source: METHOD, "SharedTrunkNet".
 """
 
 # K seeds, B rows of a batch, N prompts, F features, H hidden units, T targets
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,12 @@ class SharedTrunkNet(nn.Module):
         """`sizes` runs from features to targets, over the hidden ones."""
         super().__init__()
         self.dropout = tuple(dropout)
-        self.weights = nn.ParameterList(
-            torch.zeros(num_seeds, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.weights = nn.ParameterList(torch.zeros(num_seeds, i, o) for i, o in itertools.pairwise(sizes))
         self.biases = nn.ParameterList(torch.zeros(num_seeds, 1, o) for o in sizes[1:])
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> SharedTrunkNet:
-        """The net of a state dict, for inference; the tensors tell its shape. Raises RuntimeError where they don't fit."""
+        """The net of a state dict, for inference: the tensors tell its shape. Raises RuntimeError if they don't fit."""
         weights = [state[f"weights.{layer}"] for layer in range(len(state) // 2)]
         sizes = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
         net = cls(sizes, len(weights[0]))
@@ -70,7 +69,7 @@ class SharedTrunkNet(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=generator)
 
     def forward(self, features: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Outputs (K, B, T), logits for cross-entropy, of features (B, F), or (K, B, F) where each seed has its own rows.
+        """Outputs (K, B, T), logits for cross-entropy, of features (B, F), or (K, B, F) with rows of each seed's own.
 
         With a generator for each seed, dropout is on.
         """
@@ -115,12 +114,11 @@ def fit_trunk(
     validation: Examples,
     recipe: Recipe,
     seed: int,
-    on_epoch: Callable[[int, Tensor], None] = lambda epoch, losses: None,
 ) -> FittedTrunk:
     """Trains `recipe.num_seeds` trunks at once and keeps those with the lowest validation loss.
 
-    Under torch.distributed each worker brings its own rows: gradients and losses are sums over all workers' rows divided
-    by the number of observed labels in them, so workers with fewer rows, or none left, do no harm.
+    Under torch.distributed each worker brings its own rows: gradients and losses are sums over all workers' rows,
+    divided by the number of observed labels in them, so workers with fewer rows, or none left, do no harm.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     sizes = [train.features.shape[1], *recipe.hidden, train.labels.shape[1]]
@@ -134,7 +132,6 @@ def fit_trunk(
         _train_epoch(net, optimizer, train, recipe, generators)
         losses = _validation_losses(net, validation, recipe.loss)
         best.update(epoch, losses)
-        on_epoch(epoch, best.losses)
         if best.all_stopped:
             break
     return best.fitted(epoch + 1)
@@ -160,7 +157,7 @@ def _train_epoch(
         outputs = net(train.features[rows_KB], generators)
         loss_K, observed_K = _loss_sums(outputs, train.labels[rows_KB], recipe.loss)
         optimizer.zero_grad()
-        loss_K.sum().backward()
+        loss_K.sum().backward()  # type: ignore[no-untyped-call]
         observed_K = _over_workers(observed_K).clamp(min=1)
         for parameter in net.parameters():
             assert parameter.grad is not None

@@ -35,11 +35,17 @@ class AppArgs(StrictModel):
 
 def build_app(args: AppArgs) -> Application:
     """The endpoint of one router. Each replica takes a GPU where the cluster has any."""
-    has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= args.replicas
+    has_gpu = _num_gpus() >= args.replicas
     actor_options = {"num_cpus": 1, "num_gpus": 1 if has_gpu else 0}
     threads = max(1, (os.cpu_count() or 1) // args.replicas)
-    deployment = RoutingEndpoint.options(num_replicas=args.replicas, ray_actor_options=actor_options)
+    deployment = RoutingEndpoint.options(  # type: ignore[attr-defined]
+        num_replicas=args.replicas, ray_actor_options=actor_options
+    )
     return deployment.bind(args.router, threads)  # type: ignore[no-any-return]
+
+
+def _num_gpus() -> float:
+    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0  # type: ignore[no-untyped-call]
 
 
 api = FastAPI(
@@ -76,7 +82,7 @@ class RoutingEndpoint:
         policy = request.to_policy()
         self.router.check_policy(policy)
         tokens = await asyncio.to_thread(self.router.encoder.tokenize, [request.to_prompt()])
-        decision: Decision = await self.decide((tokens, policy))  # type: ignore[call-arg, arg-type]
+        decision: Decision = await self.decide((tokens, policy))
         if decision.target is None:
             raise UserError("no target meets the constraints: raise max_cost_usd, lower min_p, or allow more targets")
         return RouteResponse(**vars(decision))

@@ -30,4 +30,4 @@ def serve(config: ServeConfig) -> None:
     try:
         ray_serve.run(app, name="prefill-router", route_prefix="/", blocking=True)
     finally:
-        ray_serve.shutdown()
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
