@@ -1,4 +1,4 @@
-"""What tests of every package share: a tiny random causal LM, a small corpus with outcomes, and a real local Ray."""
+"""What all tests share: the tiny model, a small corpus with outcomes, a real local Ray, a router trained there."""
 
 from __future__ import annotations
 
@@ -11,73 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from command import Command
+from tiny import POOL_TOML, random_prompts, save_tiny_model
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-SHARED = Path(__file__).parents[2] / "shared"
-MMLU_PRO = SHARED / "data" / "mmlu_pro"
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-WORDS = "what is the sum of one two three four five six plus minus name a river in that big old town".split()
-POOL_TOML = """
-[[pool]]
-name = "big"
-input_price = 2.0
-output_price = 8.0
-
-[[pool]]
-name = "small"
-input_price = 0.1
-output_price = 0.4
-"""
-
-
-def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A random Llama of four blocks, and a tokenizer of whole words, as a transformers directory."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<unk>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *map(str, range(100))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.add_special_tokens(special)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
-    fast.chat_template = chat_template
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny_model"))
-
-
-def random_prompts(num_prompts: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(3, 24))) for _ in range(num_prompts)]
 
 
 @pytest.fixture(scope="session")
@@ -123,3 +69,32 @@ def local_ray() -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def activations(local_ray: None, tiny_model: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Every layer of the tiny model on the small corpus."""
+    from prefill_jobs.extract import extract
+    from prefill_router.config import ExtractConfig
+
+    out = str(tmp_path_factory.mktemp("store") / "activations")
+    corpus = str(small_data / "corpus.parquet")
+    extract(ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=out, shard_rows=50))
+    return out
+
+
+@pytest.fixture(scope="session")
+def router(activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A router trained on them."""
+    from prefill_jobs.train import train
+    from prefill_router.config import TrainConfig
+
+    out = str(tmp_path_factory.mktemp("trained") / "router")
+    outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
+    train(TrainConfig(activations=activations, outcomes=outcomes, pool=pool, out=out, seeds=4, keep=2))
+    return out
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)

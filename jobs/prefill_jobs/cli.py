@@ -22,10 +22,10 @@ from prefill_router.errors import UserError
 _CONFIG_HELP = "TOML file with a table for each command; flags win over it"
 
 
-def main() -> None:
-    """Runs the command line; a user's error is one line on stderr and status 1."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line, of the process by default; a user's error is one line on stderr and status 1."""
     try:
-        build_app()()
+        build_app()(arguments)
     except (UserError, OSError, BotoCoreError) as error:
         sys.stderr.write(f"prefill-router: {' '.join(str(error).split())}\n")
         sys.exit(1)
@@ -106,10 +106,9 @@ def _extract(config: Any) -> None:
     from prefill_jobs.extract import extract
 
     manifest = extract(config)
-    tokens, cut = (sum(getattr(s, k) for s in manifest.shards) for k in ("num_tokens", "num_truncated"))
-    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {tokens:,} tokens, {len(manifest.columns)} columns")
-    if cut:
-        typer.echo(f"{cut:,} prompts were longer than {manifest.encoder.spec.max_tokens} tokens and lost their middle")
+    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
+    _say_truncated(sum(shard.num_truncated for shard in manifest.shards))
 
 
 def _probe(config: Any) -> None:
@@ -151,3 +150,9 @@ def _label(config: Any) -> None:
     manifest = label(config)
     counts = ", ".join(f"{target} {count:,}" for target, count in manifest["decisions"].items())
     typer.echo(f"{config.out}: {manifest['rows']:,} decisions: {counts}")
+    _say_truncated(manifest["num_truncated"])
+
+
+def _say_truncated(count: int) -> None:
+    if count:
+        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")

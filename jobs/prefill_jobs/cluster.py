@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,8 +52,31 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
     A UserError inside it is raised here.
     """
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
-    with user_errors():
-        yield from dataset.map(function, **options).iter_rows()
+    guarded = _guarded_class(function) if isinstance(function, type) else functools.partial(_guarded, function)
+    for row in dataset.map(guarded, **options).iter_rows():
+        if _ERROR in row:
+            raise UserError(row[_ERROR])
+        yield row
+
+
+# Ray loses the cause of an exception on its way to the driver, so that a user's error travels as a row.
+_ERROR = "_user_error"
+
+
+def _guarded(function: Callable[..., dict[str, Any]], row: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    try:
+        return function(row, **arguments)
+    except UserError as error:
+        return {_ERROR: str(error)}
+
+
+def _guarded_class(worker: type) -> type:
+    class Guarded(worker):  # type: ignore[misc]
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return _guarded(super().__call__, row)
+
+    Guarded.__name__ = worker.__name__
+    return Guarded
 
 
 def _total(resource: str) -> float:
@@ -79,30 +103,3 @@ def encoder_resources(workers: int) -> dict[str, Any]:
     if _total("GPU") >= 1:
         return {**pool, "num_gpus": 1}
     return {**pool, "num_cpus": cpus_per_worker(workers)}
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Raises the UserError that lies below Ray's own errors, where there is one."""
-    try:
-        yield
-    except Exception as error:
-        found = _find_user_error(error)
-        if found is None:
-            raise
-        raise UserError(str(found)) from None
-
-
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if type(current) is UserError:
-            return current
-        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        pending += list(getattr(current, "worker_failures", {}).values())
-    return None

@@ -50,7 +50,7 @@ def demo(config: DemoConfig) -> None:
     _check_port_is_free(config.port)
     inputs = _inputs(config)
     activations, probes, router = (storage.join(config.out, name) for name in ("activations", "probe", "router"))
-    graded: dict[str, Any] = {"activations": activations, "outcomes": inputs.outcomes, "ignore_unknown": True}
+    graded: dict[str, Any] = {"activations": activations, "outcomes": inputs.outcomes}
 
     _step("Extract: every layer of the encoder's prefill")
     extract(
@@ -178,5 +178,6 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
     for (name, value), (_, other) in zip(ours, neighbours, strict=True):
         table.add_row(name, value, other)
     console.print(table)
+    console.print("The router is scored at its own tolerance, the neighbours at 0; areas cover every tolerance.")
     console.print(headline(evaluation))
     console.print(f"\nReport: {report}\nDone in {elapsed_s:.0f} s.", markup=False)

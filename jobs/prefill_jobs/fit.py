@@ -15,12 +15,13 @@ import numpy as np
 import ray.train
 import safetensors.torch
 import torch
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_router import storage
+from prefill_router.errors import UserError
 from prefill_router.length import LengthScale
 from prefill_router.projection import Projection
 from prefill_router.split import Part, Split
@@ -63,8 +64,7 @@ def fit_on_ray(task: FitTask, workers: int, out: str) -> FittedNets:
         run_config=RunConfig(name=f"train-{uuid.uuid4().hex[:8]}", storage_path=path, storage_filesystem=filesystem),
     )
     try:
-        with cluster.user_errors():
-            result = trainer.fit()
+        result = _fit(trainer)
         assert result.checkpoint is not None
         assert result.metrics is not None
         with result.checkpoint.as_directory() as folder:
@@ -76,6 +76,17 @@ def fit_on_ray(task: FitTask, workers: int, out: str) -> FittedNets:
         for p in ("trunk.", "length.")
     )
     return FittedNets(trunk, length, result.metrics)
+
+
+def _fit(trainer: TorchTrainer) -> Result:
+    """Runs the trainer; a UserError of a worker is raised as itself."""
+    try:
+        return trainer.fit()
+    except TrainingFailedError as failure:
+        for error in getattr(failure, "worker_failures", {}).values():
+            if isinstance(error, UserError):
+                raise error from None
+        raise
 
 
 def _fit_worker(config: dict[str, Any]) -> None:

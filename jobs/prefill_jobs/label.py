@@ -28,17 +28,20 @@ def label(config: LabelConfig) -> dict[str, Any]:
     progress = Progress("label", plan.num_rows)
     committed: list[ShardFile] = []
     counts: dict[str, int] = {}
+    num_truncated = 0
     items = [asdict(shard) for shard in plan.shards]
     resources = cluster.encoder_resources(config.workers)
     for row in cluster.map_rows(items, LabelShard, fn_constructor_kwargs=arguments, **resources):
         committed.append(ShardFile.model_validate_json(row["shard"]))
         for target in row["chosen"]:
             counts[target] = counts.get(target, 0) + 1
+        num_truncated += row["num_truncated"]
         progress.add(committed[-1].rows, row["num_tokens"])
     manifest = {
         "format": 1,
         "router_version": router.version,
         "rows": plan.num_rows,
+        "num_truncated": num_truncated,
         "decisions": dict(sorted(counts.items())),
         "shards": [s.model_dump() for s in sorted(committed, key=lambda s: s.name)],
     }
@@ -69,4 +72,5 @@ class LabelShard:
             "shard": written.model_dump_json(),
             "chosen": [d.target or "none" for d in decided],
             "num_tokens": int(tokens.num_tokens.sum()),
+            "num_truncated": tokens.num_truncated,
         }

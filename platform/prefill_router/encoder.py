@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,12 +71,17 @@ class Tokens:
         return np.array([len(ids) for ids in self.ids], np.int32)
 
     @property
+    def is_truncated(self) -> NDArray[np.bool_]:
+        """(N,): was the prompt's middle cut?"""
+        return self.num_tokens < self.full_lengths
+
+    @property
     def num_truncated(self) -> int:
-        return int((self.num_tokens < self.full_lengths).sum())
+        return int(self.is_truncated.sum())
 
 
 class PrefillEncoder:
-    """A causal LM as an encoder. Make one with `PrefillEncoder.load`."""
+    """A causal LM as an encoder. Make one with `PrefillEncoder.load`. Threads may share it: they take turns."""
 
     def __init__(self, backbone: nn.Module, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.backbone, self.tokenizer = backbone, tokenizer
@@ -85,6 +91,7 @@ class PrefillEncoder:
         context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         self.fingerprint = _fingerprint(self.spec, weights_id, tokenizer)
+        self._lock = threading.Lock()  # one forward pass at a time: each hangs its own hooks into the blocks
 
     @classmethod
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
@@ -202,7 +209,7 @@ class PrefillEncoder:
                     pooled[column.name] = _to_float16(_POOL[column.pooling](states_BSD, lengths))
 
         deepest = max(column.layer for column in columns)
-        with self._states_after_each_block(pool, deepest):
+        with self._lock, self._states_after_each_block(pool, deepest):
             try:
                 final = self.backbone(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
                 pool(self.num_layers, final)

@@ -61,7 +61,8 @@ class Decision:
     p_correct: dict[str, float]
     expected_output_tokens: dict[str, float]
     expected_cost_usd: dict[str, float]
-    input_tokens: int
+    input_tokens: int  # as the encoder's tokenizer counts them, with its chat template
+    is_truncated: bool  # the encoder read the prompt without its middle
     router_version: str
 
 
@@ -131,9 +132,18 @@ class Router:
         """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
         return self.predict_activations(self.encoder.forward(self.encoder.tokenize(prompts), self.columns))
 
-    def route(self, prompt: Prompt, policy: Policy = Policy(), **options: Any) -> Decision:
-        """The decision for one prompt. Keywords are fields of `Policy`: `route(prompt, max_cost=0.001)`."""
-        return self.decide(self.encoder.tokenize([prompt]), [replace(policy, **options)])[0]
+    def route(
+        self,
+        prompt: Prompt,
+        *,
+        tolerance: float | None = None,
+        allowed: Sequence[str] | None = None,
+        max_cost: float | None = None,
+        min_p: float | None = None,
+    ) -> Decision:
+        """The decision for one prompt, under the policy of the keywords (see `Policy`)."""
+        policy = Policy(tolerance, allowed, max_cost, min_p)
+        return self.decide(self.encoder.tokenize([prompt]), [policy])[0]
 
     def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
         """The decision for each tokenised prompt, under its own policy.
@@ -143,33 +153,31 @@ class Router:
         """
         prediction = self.predict_activations(self.encoder.forward(tokens, self.columns))
         cost_usd = self.pool.expected_cost(tokens.full_lengths, prediction.expected_output_tokens)
-        estimates = zip(*prediction, cost_usd, tokens.full_lengths.tolist(), policies, strict=True)
-        return [self._decide(*estimate) for estimate in estimates]
-
-    def _decide(
-        self, p: NDArray[Any], output_tokens: NDArray[Any], cost_usd: NDArray[Any], input_tokens: int, policy: Policy
-    ) -> Decision:
         names = self.pool.target_names
-        chosen = choose(
-            p[None],
-            cost_usd,
-            self.default_tolerance if policy.tolerance is None else policy.tolerance,
-            self.check_policy(policy),
-            policy.max_cost,
-            policy.min_p,
-        )[0]
 
         def by_target(values: NDArray[Any]) -> dict[str, float]:
             return dict(zip(names, values.tolist(), strict=True))
 
-        return Decision(
-            target=None if chosen == NO_TARGET else names[chosen],
-            p_correct=by_target(p),
-            expected_output_tokens=by_target(output_tokens),
-            expected_cost_usd=by_target(cost_usd),
-            input_tokens=input_tokens,
-            router_version=self.version,
-        )
+        decisions = []
+        for i, (policy, is_truncated) in enumerate(zip(policies, tokens.is_truncated.tolist(), strict=True)):
+            chosen = self._choose(prediction.p_correct[i], cost_usd[i], policy)
+            decisions.append(
+                Decision(
+                    target=None if chosen == NO_TARGET else names[chosen],
+                    p_correct=by_target(prediction.p_correct[i]),
+                    expected_output_tokens=by_target(prediction.expected_output_tokens[i]),
+                    expected_cost_usd=by_target(cost_usd[i]),
+                    input_tokens=int(tokens.full_lengths[i]),
+                    is_truncated=is_truncated,
+                    router_version=self.version,
+                )
+            )
+        return decisions
+
+    def _choose(self, p_T: NDArray[Any], cost_T: NDArray[Any], policy: Policy) -> int:
+        tolerance = self.default_tolerance if policy.tolerance is None else policy.tolerance
+        allowed = self.check_policy(policy)
+        return int(choose(p_T[None], cost_T, tolerance, allowed, policy.max_cost, policy.min_p)[0])
 
     def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
         """The targets that a policy allows, as a mask (T,). Raises UserError for one that is not in the pool."""

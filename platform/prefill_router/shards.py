@@ -44,14 +44,14 @@ def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
 
 
 def claim_output(uri: str, *, overwrite: bool) -> None:
-    """Makes sure that an output is not already there; with `overwrite`, clears it, the manifest first.
+    """Clears what an unfinished run left at `uri` and, with `overwrite`, a finished one, its manifest first.
 
-    Raises UserError where it is there, or where something else is, which is never deleted.
+    Only manifests and shards are ever deleted. Raises UserError where a finished output is not to be replaced.
     """
-    manifest = storage.join(uri, MANIFEST)
-    if not storage.exists(manifest):
+    if not storage.exists(uri):
         return
-    if not overwrite:
+    manifest = storage.join(uri, MANIFEST)
+    if storage.exists(manifest) and not overwrite:
         raise UserError(f"{uri}: already holds an output: choose another --out, or replace it with --overwrite")
     storage.remove(manifest)
     for path in storage.list_files(uri, [".parquet"]):

@@ -47,6 +47,7 @@ class RouteResponse(StrictModel):
     expected_output_tokens: dict[str, float]
     expected_cost_usd: dict[str, float]
     input_tokens: int
+    is_truncated: bool
     router_version: str
 
 

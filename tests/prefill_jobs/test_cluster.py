@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefill_jobs import cluster
+from prefill_router.errors import UserError
+
+
+class Doubler:
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return double(row, self.offset)
+
+
+def double(row: dict[str, Any], offset: int) -> dict[str, Any]:
+    if row["x"] == 13:
+        raise UserError("13 is unlucky")
+    return {"y": 2 * row["x"] + offset}
+
+
+def test_rows_come_back_from_tasks(local_ray: None) -> None:
+    rows = cluster.map_rows([{"x": x} for x in range(5)], double, fn_kwargs={"offset": 1})
+    assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
+
+
+def test_rows_come_back_from_actors(local_ray: None) -> None:
+    resources = cluster.encoder_resources(2)
+    rows = cluster.map_rows([{"x": x} for x in range(5)], Doubler, fn_constructor_kwargs={"offset": 1}, **resources)
+    assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
+
+
+def test_a_users_error_in_a_task_is_raised_here(local_ray: None) -> None:
+    with pytest.raises(UserError, match="13 is unlucky"):
+        list(cluster.map_rows([{"x": 13}], double, fn_kwargs={"offset": 0}))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_workers_never_take_every_cpu_and_never_more_threads_than_cores(local_ray: None, workers: int) -> None:
+    assert workers * cluster.cpus_per_worker(workers) < 4
+    assert cluster.cpus_per_worker(workers) > 0
+    assert 1 <= cluster.threads_per_worker(workers) * workers <= max(4, workers)

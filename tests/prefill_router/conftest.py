@@ -1,0 +1,71 @@
+"""What tests of the core share: a router built by hand around the tiny model, and a root to store things under."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefill_router.encoder import EncoderSpec, PrefillEncoder
+from prefill_router.length import LengthHead, LengthScale
+from prefill_router.moments import Moments
+from prefill_router.pool import Pool, Target
+from prefill_router.projection import fit_projection
+from prefill_router.router import Router
+from prefill_router.schema import ActivationColumn
+from prefill_router.trunk import SharedTrunkNet
+from s3 import s3_bucket  # noqa: F401
+from tiny import random_prompts
+
+COLUMNS = [ActivationColumn("last", 2), ActivationColumn("mean", 3)]
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder as a URI, on every kind of storage."""
+    if request.param == "local":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_model: Path) -> PrefillEncoder:
+    return PrefillEncoder.load(EncoderSpec(model=str(tiny_model), dtype="float32"), device="cpu")
+
+
+def random_net(sizes: list[int], num_seeds: int) -> SharedTrunkNet:
+    net = SharedTrunkNet(sizes, num_seeds)
+    net.reset([torch.Generator().manual_seed(k) for k in range(num_seeds)])
+    return net.requires_grad_(False)
+
+
+def build_router(encoder: PrefillEncoder) -> Router:
+    """A router of random weights over two columns and two targets."""
+    activations = encoder.encode(random_prompts(60, seed=3), [2, 3])
+    projections = [fit_projection(column, Moments.of(activations[column.name])) for column in COLUMNS]
+    num_features = sum(p.num_features for p in projections)
+    scale = LengthScale(np.array([4.0, 3.0], np.float32), np.array([0.5, 0.3], np.float32))
+    return Router(
+        encoder_identity=encoder.identity,
+        pool=Pool(
+            name="pool",
+            targets=(
+                Target(name="big", input_price=2.0, output_price=8.0),
+                Target(name="small", input_price=0.1, output_price=0.4),
+            ),
+        ),
+        projections=projections,
+        trunk=random_net([num_features, 8, 2], num_seeds=3),
+        length=LengthHead(random_net([num_features, 2], num_seeds=1), scale, np.array([1.2, 1.1], np.float32)),
+        default_tolerance=0.05,
+        training_prompts=np.array([3, 5, 8], np.uint64),
+        training={"recipe": "random", "metrics": {"validation_losses": [0.5, 0.25]}},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_router(tiny_encoder: PrefillEncoder) -> Router:
+    return build_router(tiny_encoder)

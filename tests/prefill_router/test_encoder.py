@@ -1,0 +1,354 @@
+"""The reference is transformers itself: the same model in float32, each prompt alone, `output_hidden_states=True`.
+
+Activations are float16, so a value is right within its rounding, 2^-11 of it, or within RTOL, where float32
+sums in another order round to the neighbouring float16.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from prefill_router.encoder import EncoderSpec, PrefillEncoder, preferred_dtype
+from prefill_router.errors import UserError
+from prefill_router.schema import ActivationColumn
+from tiny import CHAT_TEMPLATE, WORDS, random_prompts, save_tiny_model
+
+RTOL, ATOL = 1e-3, 1e-4
+NUM_LAYERS, HIDDEN_SIZE, CONTEXT = 4, 32, 256
+PROMPTS = [*random_prompts(12), " ".join(WORDS * 5), "one"]
+
+
+def load(folder: Path, **options: Any) -> PrefillEncoder:
+    return PrefillEncoder.load(EncoderSpec(**{"model": str(folder), "dtype": "float32", **options}), device="cpu")
+
+
+def token_ids(encoder: PrefillEncoder, text: str) -> list[int]:
+    """The ids of whole words, without any of the tokenizer's additions."""
+    return [encoder.tokenizer.convert_tokens_to_ids(word) for word in text.split()]
+
+
+def chat(prompt: str) -> str:
+    return f"<|user|> {prompt} <|end|> <|assistant|>"
+
+
+@torch.inference_mode()
+def hidden_states(folder: Path, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
+    """Every layer's states (L + 1, S, D) of each prompt, run alone and without padding."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs = [model(input_ids=torch.tensor([ids]), output_hidden_states=True) for ids in prompts]
+    return [np.stack([states[0].numpy() for states in output.hidden_states]) for output in outputs]
+
+
+def assert_equals_transformers(encoder: PrefillEncoder, folder: Path, texts: list[str], encoded: Any) -> None:
+    for row, states in enumerate(hidden_states(folder, [token_ids(encoder, text) for text in texts])):
+        for layer in range(encoder.num_layers + 1):
+            last, mean = encoded[f"last_{layer:03d}"][row], encoded[f"mean_{layer:03d}"][row]
+            where = f"layer {layer}, row {row}"
+            np.testing.assert_allclose(last, states[layer, -1], RTOL, ATOL, err_msg=where)
+            np.testing.assert_allclose(mean, states[layer].mean(0), RTOL, ATOL, err_msg=where)
+
+
+# --- activations -------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_and_pooling_equals_transformers(tiny_encoder: PrefillEncoder, tiny_model: Path) -> None:
+    encoded = tiny_encoder.encode(PROMPTS)
+    assert_equals_transformers(tiny_encoder, tiny_model, [chat(prompt) for prompt in PROMPTS], encoded)
+
+
+def test_another_architecture_equals_transformers(tmp_path: Path) -> None:
+    """GPT-2: learnt positions, a tied head, blocks of another name."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    save_tiny_model(tmp_path)
+    config = GPT2Config(vocab_size=200, n_embd=16, n_layer=3, n_head=2, n_positions=128, initializer_range=0.2)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    encoder = load(tmp_path)
+    assert (encoder.num_layers, encoder.hidden_size, encoder.spec.max_tokens) == (3, 16, 128)
+    assert_equals_transformers(encoder, tmp_path, [chat(p) for p in PROMPTS[:4]], encoder.encode(PROMPTS[:4]))
+
+
+def test_shapes_and_dtypes_are_as_documented(tiny_encoder: PrefillEncoder) -> None:
+    encoded = tiny_encoder.encode(PROMPTS)
+    names = [f"{pooling}_{layer:03d}" for pooling in ("last", "mean") for layer in range(NUM_LAYERS + 1)]
+    assert sorted(encoded) == [*names, "num_tokens"]
+    for name in names:
+        assert encoded[name].dtype == np.float16
+        assert encoded[name].shape == (len(PROMPTS), HIDDEN_SIZE)
+    assert encoded["num_tokens"].dtype == np.int32
+    assert encoded["num_tokens"].tolist() == [len(prompt.split()) + 3 for prompt in PROMPTS]
+
+
+def test_only_the_columns_asked_for_come_back_and_are_the_same(tiny_encoder: PrefillEncoder) -> None:
+    everything = tiny_encoder.encode(PROMPTS)
+    some = tiny_encoder.encode(PROMPTS, layers=[4, 1, 4], pooling=["mean"])
+    assert list(some) == ["mean_001", "mean_004", "num_tokens"]
+    for name, values in some.items():
+        np.testing.assert_array_equal(values, everything[name])
+    tokens = tiny_encoder.tokenize(PROMPTS)
+    exactly = tiny_encoder.forward(tokens, [ActivationColumn("last", 1), ActivationColumn("mean", 3)])
+    assert list(exactly) == ["last_001", "mean_003", "num_tokens"]
+
+
+def test_no_prompts_give_no_rows(tiny_encoder: PrefillEncoder) -> None:
+    encoded = tiny_encoder.encode([], layers=[1], pooling=["last"])
+    assert encoded["last_001"].shape == (0, HIDDEN_SIZE)
+    assert encoded["num_tokens"].shape == (0,)
+
+
+@pytest.mark.parametrize(("deepest", "blocks_run"), [(0, []), (1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3])])
+def test_the_pass_ends_after_the_deepest_layer(
+    tiny_encoder: PrefillEncoder, deepest: int, blocks_run: list[int]
+) -> None:
+    run: list[int] = []
+    attentions = [block.get_submodule("self_attn") for block in tiny_encoder.blocks]
+    hooks = [
+        attention.register_forward_pre_hook(lambda _module, _args, index=index: run.append(index))
+        for index, attention in enumerate(attentions)
+    ]
+    try:
+        tiny_encoder.encode(PROMPTS[:1], layers=sorted({0, deepest}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert run == blocks_run
+
+
+def test_a_pass_that_ended_early_leaves_the_next_one_whole(tiny_encoder: PrefillEncoder) -> None:
+    before = tiny_encoder.encode(PROMPTS[:2])
+    tiny_encoder.encode(PROMPTS[:2], layers=[1])
+    after = tiny_encoder.encode(PROMPTS[:2])
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+
+
+def test_there_is_no_lm_head(tiny_encoder: PrefillEncoder) -> None:
+    vocabulary = len(tiny_encoder.tokenizer)
+    modules = dict(tiny_encoder.backbone.named_modules())
+    assert not any("lm_head" in name for name in modules)
+    assert not any(getattr(module, "out_features", None) == vocabulary for module in modules.values())
+
+
+def test_a_prompts_companions_do_not_matter(tiny_encoder: PrefillEncoder) -> None:
+    """In float32 to within one rounding of float16, whatever the lengths beside it and the order."""
+    together = tiny_encoder.encode(PROMPTS)
+    turned = tiny_encoder.encode(PROMPTS[::-1])
+    for row in (0, 5, len(PROMPTS) - 2, len(PROMPTS) - 1):
+        alone = tiny_encoder.encode([PROMPTS[row]])
+        for name, values in alone.items():
+            np.testing.assert_allclose(together[name][row], values[0], rtol=2**-10, atol=2e-6)
+            np.testing.assert_allclose(turned[name][len(PROMPTS) - 1 - row], values[0], rtol=2**-10, atol=2e-6)
+
+
+def test_more_prompts_than_a_batch_holds_keep_their_order(tiny_encoder: PrefillEncoder) -> None:
+    prompts = [prompt for prompt in PROMPTS for _ in range(20)]
+    few, many = tiny_encoder.encode(PROMPTS, [2]), tiny_encoder.encode(prompts, [2])
+    for name, values in few.items():
+        np.testing.assert_allclose(many[name], np.repeat(values, 20, axis=0), rtol=2**-10, atol=2e-6)
+
+
+def test_values_beyond_float16_are_clamped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(save_tiny_model(tmp_path))
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight").mul_(1e7)
+    model.save_pretrained(tmp_path)
+    encoder = load(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        values = encoder.encode(["one two"], layers=[0], pooling=["last"])["last_000"]
+    states = hidden_states(tmp_path, [token_ids(encoder, chat("one two"))])[0][0, -1]
+    limit = np.finfo(np.float16).max
+    np.testing.assert_allclose(values[0].astype(np.float32), np.clip(states, -limit, limit), rtol=1e-3)
+    num_clamped = int((np.abs(states) > limit).sum())
+    assert num_clamped
+    assert f"{num_clamped} activations beyond float16's range were clamped" in caplog.text
+
+
+def test_bfloat16_is_close_to_float32(tiny_model: Path, tiny_encoder: PrefillEncoder) -> None:
+    exact = tiny_encoder.encode(PROMPTS, [2])
+    rounded = load(tiny_model, dtype="bfloat16").encode(PROMPTS, [2])
+    for name in ("last_002", "mean_002"):
+        a, b = exact[name].astype(np.float32), rounded[name].astype(np.float32)
+        assert rounded[name].dtype == np.float16
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)
+
+
+# --- prompts and messages ----------------------------------------------------------------------------------------
+
+
+def test_a_bare_prompt_is_one_user_message(tiny_encoder: PrefillEncoder) -> None:
+    bare = tiny_encoder.encode(PROMPTS[:3])
+    messages = tiny_encoder.encode([[{"role": "user", "content": prompt}] for prompt in PROMPTS[:3]])
+    for name, values in bare.items():
+        np.testing.assert_array_equal(messages[name], values)
+
+
+def test_messages_go_through_the_models_own_template(tiny_encoder: PrefillEncoder) -> None:
+    messages = [{"role": "system", "content": "one two"}, {"role": "user", "content": "three"}]
+    text = "<|system|> one two <|end|> <|user|> three <|end|> <|assistant|>"
+    assert tiny_encoder.render(messages) == text
+    assert tiny_encoder.tokenize([messages]).ids == [token_ids(tiny_encoder, text)]
+
+
+def test_the_template_alone_brings_special_tokens(tiny_encoder: PrefillEncoder) -> None:
+    bos = tiny_encoder.tokenizer.bos_token_id
+    ids = tiny_encoder.tokenize(["one two"]).ids[0]
+    assert ids == token_ids(tiny_encoder, chat("one two"))
+    assert bos not in ids
+
+
+def test_without_a_template_the_tokenizer_brings_them_once(tmp_path: Path) -> None:
+    encoder = load(save_tiny_model(tmp_path, chat_template=None))
+    ids = encoder.tokenize(["one two"]).ids[0]
+    assert ids == token_ids(encoder, "<bos> one two")
+    encoded = encoder.encode(PROMPTS[:2])
+    assert_equals_transformers(encoder, tmp_path, [f"<bos> {prompt}" for prompt in PROMPTS[:2]], encoded)
+
+
+def test_messages_without_a_template_are_an_error(tmp_path: Path) -> None:
+    encoder = load(save_tiny_model(tmp_path, chat_template=None))
+    with pytest.raises(UserError, match="has no chat template, so it cannot read messages: give bare prompts"):
+        encoder.encode([[{"role": "user", "content": "one"}]])
+
+
+def test_messages_that_the_template_refuses_are_an_error(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    encoder = load(save_tiny_model(tmp_path, chat_template=template))
+    with pytest.raises(UserError, match=r"chat template of .* refuses the messages: roles must alternate"):
+        encoder.encode(["one"])
+
+
+# --- truncation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [8, 9])
+def test_a_long_prompt_loses_its_middle_and_is_counted(
+    tiny_model: Path, max_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = load(tiny_model, max_tokens=max_tokens)
+    words = WORDS[:15]
+    prompts = [" ".join(words), "one"]
+    full = token_ids(encoder, chat(prompts[0]))
+    tokens = encoder.tokenize(prompts)
+    head, tail = (max_tokens + 1) // 2, max_tokens // 2
+    assert tokens.ids[0] == full[:head] + full[-tail:]
+    assert tokens.num_truncated == 1
+    assert tokens.full_lengths.tolist() == [18, 4]
+    with caplog.at_level(logging.WARNING):
+        encoded = encoder.encode(prompts)
+    assert encoded["num_tokens"].tolist() == [max_tokens, 4]
+    assert f"1 of 2 prompts cut to {max_tokens} tokens" in caplog.text
+    (states,) = hidden_states(tiny_model, [full[:head] + full[-tail:]])
+    np.testing.assert_allclose(encoded["last_004"][0], states[4, -1], RTOL, ATOL)
+
+
+def test_a_prompt_that_just_fits_is_whole(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens = load(tiny_model, max_tokens=8).tokenize(["one two three four five"])
+    assert (len(tokens.ids[0]), tokens.num_truncated) == (8, 0)
+    assert caplog.text == ""
+
+
+def test_max_tokens_is_at_most_the_models_context(tiny_model: Path) -> None:
+    encoder = load(tiny_model, max_tokens=100_000)
+    assert encoder.spec.max_tokens == encoder.identity.spec.max_tokens == CONTEXT
+    assert encoder.encode([" ".join(WORDS * 50)], [1])["num_tokens"].tolist() == [CONTEXT]
+
+
+# --- what cannot be asked for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "pooling", "message"),
+    [
+        ([5], ["last"], "layer 5 is out of range: .* has 0 to 4"),
+        ([-1], ["last"], "layer -1 is out of range"),
+        ([1], ["max"], 'pooling "max" is unknown: use last or mean'),
+        ([], ["last"], "no layer or no pooling was asked for"),
+        ([1], [], "no layer or no pooling was asked for"),
+    ],
+)
+def test_a_layer_or_pooling_that_is_not_there_is_an_error(
+    tiny_encoder: PrefillEncoder, layers: list[int], pooling: list[Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_encoder.encode(["one"], layers, pooling)
+
+
+# --- identity ----------------------------------------------------------------------------------------------------
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_encoder_has_one_fingerprint(tiny_encoder: PrefillEncoder, tiny_model: Path, tmp_path: Path) -> None:
+    assert load(tiny_model).fingerprint == tiny_encoder.fingerprint
+    copy = shutil.copytree(tiny_model, tmp_path / "elsewhere")
+    assert load(copy).fingerprint == tiny_encoder.fingerprint
+
+
+def test_the_device_is_not_in_the_fingerprint(tiny_encoder: PrefillEncoder, tiny_model: Path) -> None:
+    spec = EncoderSpec(model=str(tiny_model), dtype="float32")
+    assert PrefillEncoder.load(spec, device="meta").fingerprint == tiny_encoder.fingerprint
+
+
+def test_the_context_limits_max_tokens_in_the_fingerprint_too(tiny_encoder: PrefillEncoder, tiny_model: Path) -> None:
+    assert load(tiny_model, max_tokens=CONTEXT).fingerprint == tiny_encoder.fingerprint
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"max_tokens": 100}])
+def test_an_option_that_changes_activations_changes_the_fingerprint(
+    tiny_encoder: PrefillEncoder, tiny_model: Path, options: dict[str, Any]
+) -> None:
+    assert load(tiny_model, **options).fingerprint != tiny_encoder.fingerprint
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"chat_template": CHAT_TEMPLATE + " "}, {"chat_template": None}])
+def test_another_model_or_template_changes_the_fingerprint(
+    tiny_encoder: PrefillEncoder, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    assert load(save_tiny_model(tmp_path / "same")).fingerprint == tiny_encoder.fingerprint
+    assert load(save_tiny_model(tmp_path / "other", **options)).fingerprint != tiny_encoder.fingerprint
+
+
+def test_another_tokenizer_changes_the_fingerprint(tiny_encoder: PrefillEncoder, tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["one"], vocabulary["two"] = vocabulary["two"], vocabulary["one"]
+    path.write_text(json.dumps(tokenizer))
+    assert load(tmp_path).fingerprint != tiny_encoder.fingerprint
+
+
+@pytest.mark.parametrize("changes", [{"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}])
+def test_another_configuration_of_the_same_weights_changes_the_fingerprint(
+    tiny_encoder: PrefillEncoder, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    edit_json(save_tiny_model(tmp_path) / "config.json", **changes)
+    encoder = load(tmp_path)
+    assert not np.array_equal(encoder.encode(["one"], [4])["last_004"], tiny_encoder.encode(["one"], [4])["last_004"])
+    assert encoder.fingerprint != tiny_encoder.fingerprint
+
+
+def test_an_identity_loads_the_same_encoder(tiny_encoder: PrefillEncoder) -> None:
+    identity = tiny_encoder.identity
+    assert (identity.num_layers, identity.hidden_size) == (NUM_LAYERS, HIDDEN_SIZE)
+    assert PrefillEncoder.load(identity.spec, device="cpu").identity == identity
+
+
+def test_the_dtype_is_resolved_when_none_is_given(tiny_model: Path) -> None:
+    assert preferred_dtype("cpu") in ("bfloat16", "float32")
+    assert PrefillEncoder.load(str(tiny_model), device="cpu").spec.dtype == preferred_dtype("cpu")

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from prefill_router.errors import UserError
+from prefill_router.evaluation import Evaluation, HeldOut, evaluate
+from prefill_router.pool import Pool, Target
+from prefill_router.probe import LayerProbe
+from prefill_router.report import headline, metric_rows, probe_figure, render_html, to_svg
+from prefill_router.schema import ActivationColumn, Pooling
+
+FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
+POOLINGS: tuple[Pooling, ...] = ("last", "mean")
+
+
+class Page(HTMLParser):
+    """The tags, links and visible text of a page; an <svg> counts as a picture without text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.num_svgs = 0
+        self.hidden: str | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "xlink:href", "src", "srcset")]
+        self.num_svgs += tag == "svg"
+        if tag in ("svg", "style"):
+            self.hidden = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.hidden:
+            self.hidden = None
+
+    def handle_data(self, data: str) -> None:
+        if self.hidden is None:
+            self.text += data
+
+
+def evaluation(names: tuple[str, ...] = ("large", "small"), num_prompts: int = 60) -> Evaluation:
+    rng = np.random.default_rng(0)
+    shape = (num_prompts, len(names))
+    p = rng.random(shape)
+    data = HeldOut(
+        num_tokens=rng.integers(10, 300, num_prompts),
+        correct=(rng.random(shape) < p).astype(np.float32),
+        output_tokens=rng.integers(5, 400, shape).astype(np.float32),
+        p_correct=p,
+        expected_output_tokens=rng.uniform(50, 300, shape),
+        knn_p_correct=rng.random(shape),
+    )
+    prices = [10.0**-i for i in range(len(names))]
+    targets = tuple(Target(name=n, input_price=x, output_price=4 * x) for n, x in zip(names, prices, strict=True))
+    return evaluate(Pool(name="a pool", targets=targets), "v1abc", 0.125, data, num_seen=1234)
+
+
+def probes(names: tuple[str, ...] = ("large", "small")) -> list[LayerProbe]:
+    return [
+        LayerProbe(ActivationColumn(pooling, layer), target, 10.0 + layer, j, j - 0.01, 100, 0.5)
+        for target in names
+        for pooling in POOLINGS
+        for layer, j in ((0, 0.1), (6, 0.4), (12, 0.3))
+    ]
+
+
+def test_page_holds_both_figures_inline() -> None:
+    assert Page(render_html(evaluation(), probes())).num_svgs == 2
+
+
+@pytest.mark.parametrize("none", [None, []])
+def test_page_without_probes_holds_the_curve_alone(none: list[LayerProbe] | None) -> None:
+    page = Page(render_html(evaluation(), none))
+    assert page.num_svgs == 1
+    assert "Layer probes" not in page.text
+
+
+def test_page_fetches_nothing() -> None:
+    html = render_html(evaluation(), probes(), "a notice")
+    page = Page(html)
+    assert not FETCHING & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert "@import" not in html
+    assert all(url.startswith("#") for url in re.findall(r"url\([\"']?([^)]*)", html))
+
+
+def test_page_says_what_was_measured_on_what() -> None:
+    e = evaluation()
+    text = " ".join(Page(render_html(e)).text.split())
+    assert "Routing report: a pool" in text
+    assert "Router v1abc, tolerance 0.125." in text
+    assert "60 held-out prompts, 60 of them with an outcome of every target" in text
+    assert "1,234 prompts were left out because training saw them" in text
+    assert headline(e) in text
+    assert f"{e.router.accuracy:.1%}" in text
+    for target, accuracy, auc in zip(e.targets, e.target_accuracy, e.router.auc, strict=True):
+        assert re.search(rf"{target} ?{accuracy:.1%} ?\$[0-9.e-]+ ?{auc:.3f}", text)
+
+
+def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
+    notice = "Answers are <simulated> & made up."
+    html = render_html(evaluation(), notice=notice)
+    assert notice in Page(html).text
+    assert "<simulated>" not in html
+    assert 'class="notice"' not in render_html(evaluation())
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden"]
+)
+def test_any_name_of_a_target_is_shown_as_text(name: str) -> None:
+    names = (name, f"{name} too")
+    page = Page(render_html(evaluation(names), probes(names)))
+    assert page.text.count(name) >= 2
+    assert not {"script", "img", "b"} & set(page.tags)
+    assert page.num_svgs == 2
+
+
+def test_neighbours_have_a_column_only_where_there_are_any() -> None:
+    e = evaluation()
+    assert "k nearest neighbours" in Page(render_html(e)).text
+    alone = replace(e, knn=None, curves={"router": e.curves["router"]})
+    assert "k nearest neighbours" not in Page(render_html(alone)).text
+
+
+def test_what_has_no_value_is_a_dash() -> None:
+    e = evaluation()
+    nan = float("nan")
+    unknown = replace(
+        e,
+        knn=None,
+        router=replace(e.router, efficacy=nan, auc=[nan, 0.5]),
+        length_error_tokens=nan,
+        length_error_median_rule_tokens=nan,
+    )
+    text = Page(render_html(unknown)).text
+    assert "–" in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def test_headline_compares_with_the_best_single_target() -> None:
+    e = evaluation()
+    router = replace(e.router, accuracy=0.75, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004)
+    told = headline(replace(e, router=router, target_accuracy=[0.5, 0.7]))
+    assert told == "75.0% right at $0.001 a prompt, against 70.0% at $0.004 for always small: +75.0% saved."
+
+
+def test_headline_names_the_cheaper_of_two_best_targets() -> None:
+    e = evaluation()
+    router = replace(e.router, best_single_accuracy=0.7, best_single_cost=0.002)
+    tied = replace(e, router=router, target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
+    assert "for always small" in headline(tied)
+
+
+def test_metric_rows_name_and_show_each_metric() -> None:
+    scores = replace(evaluation().router, accuracy=0.5, cost=0.00123, efficacy=float("nan"), p_auccc=0.25)
+    rows = dict(metric_rows(scores))
+    assert rows["accuracy"] == "50.0%"
+    assert rows["cost a prompt"] == "$0.00123"
+    assert rows["efficacy (gap closed)"] == "–"
+    assert rows["P-AUCCC"] == "0.2500"
+
+
+def test_probe_figure_marks_the_chosen_layer_of_each_target() -> None:
+    fisher_axes = probe_figure(probes()).axes[0]
+    dots = [line for line in fisher_axes.lines if line.get_marker() == "o"]
+    assert [(list(dot.get_xdata()), list(dot.get_ydata())) for dot in dots] == [([6], [pytest.approx(0.39)])] * 2
+    assert len(fisher_axes.lines) == 2 * len(POOLINGS) + len(dots)
+
+
+def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:
+    nothing = [replace(p, fisher_j_corrected=float("nan")) for p in probes()]
+    with pytest.raises(UserError, match="all right or all wrong"):
+        probe_figure(nothing)
+
+
+def test_svg_is_an_element_without_prologue() -> None:
+    svg = to_svg(probe_figure(probes()))
+    assert svg.startswith("<svg")
+    assert svg.rstrip().endswith("</svg>")
