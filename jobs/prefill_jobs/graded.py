@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from prefill_jobs.progress import say
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.outcomes import Outcomes, load_outcomes
@@ -25,7 +26,6 @@ class GradedStore:
     store: ActivationStore
     pool: Pool
     outcomes: Outcomes
-    num_unknown: int  # graded prompts without activations, left out
 
     @classmethod
     def open(cls, activations: str, outcomes: str, pool: str | Pool, *, ignore_unknown: bool) -> GradedStore:
@@ -37,7 +37,9 @@ class GradedStore:
         unknown = graded.check_known(ids, outcomes, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.prompt_ids):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
-        return cls(store, loaded, graded, unknown)
+        if unknown:
+            say(f"outcomes: {unknown:,} graded prompts have no activations and are left out")
+        return cls(store, loaded, graded)
 
     @property
     def graded_ids(self) -> pa.Array:

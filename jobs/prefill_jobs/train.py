@@ -55,10 +55,8 @@ def train(config: TrainConfig) -> Router:
         length_recipe=LENGTH_RECIPE if parts.have_lengths(graded) else None,
         seed=config.seed,
     )
-    num_features = sum(projection.num_features for projection in projections)
-    say(
-        f"train: fit {config.seeds} trunks on {num_features} features of {', '.join(p.column.name for p in projections)}"
-    )
+    num_features, names = sum(p.num_features for p in projections), ", ".join(p.column.name for p in projections)
+    say(f"train: fit {config.seeds} trunks on {num_features} features of {names}")
     fitted = fit_on_ray(task, config.workers, config.out)
     router = Router(
         encoder_identity=graded.store.manifest.encoder,

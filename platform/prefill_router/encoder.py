@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -86,7 +87,7 @@ class PrefillEncoder:
     def __init__(self, backbone: nn.Module, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.backbone, self.tokenizer = backbone, tokenizer
         self.blocks = _find_blocks(backbone)
-        config: Any = backbone.config
+        config = _text_config(backbone)
         self.num_layers, self.hidden_size = len(self.blocks), int(config.hidden_size)
         context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
@@ -209,20 +210,15 @@ class PrefillEncoder:
                     pooled[column.name] = _to_float16(_POOL[column.pooling](states_BSD, lengths))
 
         deepest = max(column.layer for column in columns)
-        with self._lock, self._states_after_each_block(pool, deepest):
-            try:
-                final = self.backbone(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
-                pool(self.num_layers, final)
-            except _DeepestLayerReached:
-                pass
+        with self._lock, self._visiting(pool, deepest):
+            final = self.backbone(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
+            # The last layer is taken after the final norm, as transformers does.
+            pool(self.num_layers, final)
         return pooled
 
     @contextmanager
-    def _states_after_each_block(self, visit: Any, deepest: int) -> Iterator[None]:
-        """Calls `visit(layer, states)` as the forward pass reaches each layer, and ends the pass after `deepest`.
-
-        The last layer is not visited: its states are taken after the final norm, as transformers does.
-        """
+    def _visiting(self, visit: Callable[[int, Tensor], None], deepest: int) -> Iterator[None]:
+        """Calls `visit(layer, states)` at each layer but the last of a forward pass, and ends the block at `deepest`."""
 
         def reached(layer: int, states_BSD: Tensor) -> None:
             visit(layer, states_BSD)
@@ -232,16 +228,15 @@ class PrefillEncoder:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reached(0, args[0] if args else kwargs["hidden_states"])
 
-        def after(layer: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                reached(layer, output[0] if isinstance(output, tuple) else output)
-
-            return hook
+        def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            reached(layer, output[0] if isinstance(output, tuple) else output)
 
         hooks = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        hooks += [block.register_forward_hook(after(i + 1)) for i, block in enumerate(self.blocks[:-1])]
+        hooks += [block.register_forward_hook(partial(after, i + 1)) for i, block in enumerate(self.blocks[:-1])]
         try:
             yield
+        except _DeepestLayerReached:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
@@ -260,9 +255,13 @@ def preferred_dtype(device: str) -> DType:
     return "bfloat16" if native else "float32"
 
 
+def _text_config(backbone: Any) -> Any:
+    """The config of the language model, where the backbone has others beside it."""
+    return backbone.config.get_text_config()
+
+
 def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
-    config: Any = backbone.config
-    depth = config.num_hidden_layers
+    depth = _text_config(backbone).num_hidden_layers
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module

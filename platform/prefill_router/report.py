@@ -40,8 +40,10 @@ def probe_figure(probes: Sequence[LayerProbe]) -> Figure:
                     fisher_axes.plot(p.column.layer, p.fisher_j_corrected, "o", color=colour, ms=6)
     for pooling in poolings:
         rows = sorted((p for p in probes if (p.target, p.column.pooling) == (targets[0], pooling)), key=_layer)
+        # Constant columns (the embedding of the last token, always the same one) have none, and a log axis no place for it.
+        varying = [p for p in rows if p.d_eff > 0]
         d_eff_axes.plot(
-            list(map(_layer, rows)), [p.d_eff for p in rows], _LINE[pooling], color="#374151", label=pooling
+            list(map(_layer, varying)), [p.d_eff for p in varying], _LINE[pooling], color="#374151", label=pooling
         )
     _label(fisher_axes, "Fisher separability", "layer", "J, bias-corrected")
     _label(d_eff_axes, "Effective dimensionality", "layer", "d_eff")
