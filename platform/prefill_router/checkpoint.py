@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -58,14 +59,20 @@ def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoi
 
 
 def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    with _load_errors(source), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    return model, tokenizer
+
+
+@contextmanager
+def _load_errors(source: str) -> Iterator[None]:
+    """What goes wrong in transformers as one line for the user."""
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"encoder {source}: cannot be loaded as a causal LM: {reason}") from None
-    return model, tokenizer
 
 
 def _packaged_gguf(package: str) -> Path:
@@ -91,7 +98,7 @@ def _unpacked(gguf: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=cache))
     try:
-        with _quiet():
+        with _load_errors(str(gguf)), _quiet():
             options = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
             model = AutoModelForCausalLM.from_pretrained(

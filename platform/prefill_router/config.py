@@ -6,6 +6,7 @@ The models here are the single source of each option's name, type, default and h
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,14 +38,16 @@ def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
 
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A misspelt key is both unknown and missing: the first says more.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f'unknown key "{key}"{_nearest(str(problem["loc"][-1]), _keys(model, problem["loc"][:-1]))}'
     if problem["type"] == "missing":
         return f"{key} is missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key} = {problem['input']!r}, must be {message}" if key else message
+    message = re.sub(r"^(Input|\w+) should ", "must ", problem["msg"].removeprefix("Value error, "))
+    return f"{key} = {problem['input']!r}, {message}" if key else message
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import json
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,7 +80,11 @@ def plan(uri: str, shard_rows: int, limit: int | None = None) -> CorpusPlan:
 
 
 def read_shard(shard: Shard) -> list[Row]:
-    return [row for _, _, row in read(shard.uri, shard.first_row, shard.num_rows, shard.offset)]
+    """Raises UserError where the file is not the one that was planned."""
+    rows = [row for _, _, row in read(shard.uri, shard.first_row, shard.num_rows, shard.offset)]
+    if len(rows) != shard.num_rows:
+        raise UserError(f"{shard.uri}: has fewer rows than when the job began: it must not change under a job")
+    return rows
 
 
 def prompt_hash(prompt_id: str) -> int:
@@ -166,6 +171,7 @@ def _read_jsonl(uri: str, first_row: int, offset: int) -> Iterator[Record]:
 
 
 def _read_csv(uri: str, first_row: int, offset: int) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # prompts may be long
     with storage.open_input(uri) as stream:
         lines = _Lines(stream, uri)
         reader = csv.reader(iter(lines), strict=True)
@@ -178,7 +184,12 @@ def _read_csv(uri: str, first_row: int, offset: int) -> Iterator[Record]:
             row, position = first_row, lines.position
             for values in reader:
                 if values:
-                    yield row, position, {k: v or None for k, v in zip(header, values, strict=False)}
+                    if len(values) != len(header):
+                        raise UserError(
+                            f"{uri}: row {row + 1}: has {len(values)} values, but the header names {len(header)}: "
+                            "quote a prompt that holds a comma"
+                        )
+                    yield row, position, {k: v or None for k, v in zip(header, values, strict=True)}
                     row += 1
                 position = lines.position
         except csv.Error as error:
@@ -206,9 +217,17 @@ def _row(fields: dict[str, Any], where: str) -> Row:
 
 
 def _text(value: object, key: str, where: str) -> str:
-    if isinstance(value, str) and value:
-        return value
-    raise UserError(f"{where}: {key} = {_shown(value)}, must be a non-empty string")
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: {key} = {_shown(value)}, must be a non-empty string")
+    return _encodable(value, key, where)
+
+
+def _encodable(value: str, key: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {key} = {_shown(value)}, holds half a character: it is not valid Unicode") from None
+    return value
 
 
 def _shown(value: object) -> str:
@@ -226,6 +245,7 @@ def check_messages(value: object, where: str) -> list[Message]:
         _text(message["role"], f"{MESSAGES}[{i}].role", where)
         if not isinstance(message["content"], str):
             raise UserError(f"{where}: {MESSAGES}[{i}].content = {_shown(message['content'])}, must be a string")
+        _encodable(message["content"], f"{MESSAGES}[{i}].content", where)
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

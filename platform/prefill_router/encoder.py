@@ -91,7 +91,7 @@ class PrefillEncoder:
         self.num_layers, self.hidden_size = len(self.blocks), int(config.hidden_size)
         context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
-        self.fingerprint = _fingerprint(self.spec, weights_id, tokenizer)
+        self.fingerprint = _fingerprint(self.spec, weights_id, config, tokenizer)
         self._lock = threading.Lock()  # one forward pass at a time: each hangs its own hooks into the blocks
 
     @classmethod
@@ -106,8 +106,9 @@ class PrefillEncoder:
         loaded = checkpoint.load_causal_lm(spec.model, spec.revision, getattr(torch, str(spec.dtype)))
         spec = spec.model_copy(update={"revision": loaded.revision})
         # The base model is the backbone without the LM head, whose logits nobody needs.
-        backbone = loaded.model.base_model.to(device).eval().requires_grad_(False)
-        return cls(backbone, loaded.tokenizer, spec, loaded.weights_id)
+        backbone = loaded.model.base_model.eval().requires_grad_(False)
+        _check_causal(backbone, spec.model)
+        return cls(backbone.to(device), loaded.tokenizer, spec, loaded.weights_id)
 
     @property
     def identity(self) -> EncoderIdentity:
@@ -173,6 +174,8 @@ class PrefillEncoder:
         A prompt longer than `max_tokens` keeps its first half and its last half of them: its middle is cut, so that
         the template's opening and the generation prompt stay.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of prompts, not one string")
         if not prompts:
             return Tokens([], np.zeros(0, np.int32))
         texts = [self.render(prompt) for prompt in prompts]
@@ -218,7 +221,7 @@ class PrefillEncoder:
 
     @contextmanager
     def _visiting(self, visit: Callable[[int, Tensor], None], deepest: int) -> Iterator[None]:
-        """Calls `visit(layer, states)` at each layer but the last of a forward pass, and ends the block at `deepest`."""
+        """Calls `visit(layer, states)` at each layer but the last of a forward pass, and ends it at `deepest`."""
 
         def reached(layer: int, states_BSD: Tensor) -> None:
             visit(layer, states_BSD)
@@ -260,6 +263,16 @@ def _text_config(backbone: Any) -> Any:
     return backbone.config.get_text_config()
 
 
+@torch.inference_mode()
+def _check_causal(backbone: Any, model: str) -> None:
+    """Raises UserError where a token sees the ones after it: batches could not be padded, nor prefixes shared."""
+    first, second = (
+        backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, 0] for ids in ([1, 2], [1, 3])
+    )
+    if not torch.equal(first, second):
+        raise UserError(f"encoder {model}: is no causal LM: its tokens see the ones after them")
+
+
 def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
     depth = _text_config(backbone).num_hidden_layers
     for module in backbone.modules():
@@ -268,17 +281,24 @@ def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
 
 
-def _fingerprint(spec: EncoderSpec, weights_id: str, tokenizer: Any) -> str:
+def _architecture(config: Any) -> dict[str, Any]:
+    """What of a model's config changes its activations: all that is not default, but where it came from."""
+    incidental = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in incidental}
+
+
+def _fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: Any) -> str:
     """A hash of all that changes activations, except the device."""
     parts = {
         "encoding_version": ENCODING_VERSION,
         "weights": weights_id,
+        "config": _architecture(config),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template": tokenizer.chat_template,
         "dtype": spec.dtype,
         "max_tokens": spec.max_tokens,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _cut_middle(ids: list[int], max_tokens: int) -> list[int]:

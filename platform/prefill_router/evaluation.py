@@ -65,7 +65,7 @@ def evaluate(pool: Pool, version: str, tolerance: float, held_out: HeldOut, num_
     expected = pool.expected_cost(held_out.num_tokens, held_out.expected_output_tokens)
     lengths = np.where(np.isnan(held_out.output_tokens), held_out.expected_output_tokens, held_out.output_tokens)
     paid = pool.expected_cost(held_out.num_tokens, lengths)
-    correct = held_out.correct
+    correct = held_out.correct.astype(np.float64)
     complete = ~np.isnan(correct).any(1)
     routers = {"router": held_out.p_correct, "knn": held_out.knn_p_correct}
     curves = {n: cost_coverage_curve(correct, p, expected, paid) for n, p in routers.items() if p is not None}
@@ -79,7 +79,7 @@ def evaluate(pool: Pool, version: str, tolerance: float, held_out: HeldOut, num_
         num_seen=num_seen,
         router=score_routing(correct, held_out.p_correct, expected, tolerance, paid),
         knn=None if knn is None else score_routing(correct, knn, expected, 0.0, paid),
-        target_accuracy=correct[complete].mean(0).astype(float).tolist(),
+        target_accuracy=correct[complete].mean(0).tolist(),
         target_cost=paid[complete].mean(0).tolist(),
         curves={name: _thinned(curve).tolist() for name, curve in curves.items()},
         length_error_tokens=_mean_error(held_out.output_tokens, held_out.expected_output_tokens),

@@ -61,7 +61,9 @@ def cost_coverage_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid:
     what the choice expects. `paid`, of the same shape, is what the answers really cost; by default, as expected.
     """
     curve = tolerance_curve(*_complete(correct, p, cost, paid))[:, 1:]
-    return curve[np.lexsort((curve[:, 1], curve[:, 0]))]
+    # Equal costs that were summed in another order differ in their last digits: they must still tie.
+    cost_key = np.round(curve[:, 0] / max(np.abs(curve[:, 0]).max(initial=0.0), 1e-300), 12)
+    return curve[np.lexsort((curve[:, 1], cost_key))]
 
 
 def tolerance_curve(correct_NT: Array, p_NT: Array, cost_NT: Array, paid_NT: Array) -> Array:
@@ -143,7 +145,7 @@ def score_routing(
         return auccc(points, cheapest[0], dearest[0], cheapest[1])
 
     p_area, model_area = area(curve), area(pareto_frontier(singles))
-    headroom = oracle - best[1]
+    headroom = oracle - best[1] if oracle - best[1] > _ROUNDING else 0.0
     return RoutingScores(
         num_prompts=n,
         best_single_accuracy=float(best[1]),

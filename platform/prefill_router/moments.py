@@ -28,7 +28,7 @@ class Moments:
     @classmethod
     def of(cls, x: ArrayLike) -> Moments:
         """The moments of `x` (N, D); of no rows, too."""
-        x_ND = torch.as_tensor(np.asarray(x, np.float64))
+        x_ND = torch.tensor(np.ascontiguousarray(x, np.float64))
         if not len(x_ND):
             size = x_ND.shape[1]
             return cls(0.0, np.zeros(size), np.zeros((size, size)))

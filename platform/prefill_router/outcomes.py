@@ -112,14 +112,17 @@ def _read(uri: str) -> pa.Table:
 
 def _check_pairs(table: pa.Table, uri: str) -> None:
     correct = np.asarray(table[CORRECT])
-    bad = np.flatnonzero(~((correct >= 0) & (correct <= 1)))
-    if bad.size:
-        row = table.slice(int(bad[0]), 1).to_pylist()[0]
-        raise UserError(
-            f'{uri}: prompt "{row[PROMPT_ID]}", target "{row[TARGET]}": correct = {row[CORRECT]}, must be in [0, 1]'
-        )
+    _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
+    _check_all(table[OUTPUT_TOKENS].fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
     counts = table.group_by([PROMPT_ID, TARGET]).aggregate([(CORRECT, "count")])
     repeated = counts.filter(pc.greater(counts[f"{CORRECT}_count"], 1))
     if len(repeated):
         row = repeated.slice(0, 1).to_pylist()[0]
         raise UserError(f'{uri}: prompt "{row[PROMPT_ID]}", target "{row[TARGET]}" has more than one outcome')
+
+
+def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: str, uri: str) -> None:
+    if not fits.all():
+        row = table.slice(int(np.argmin(fits)), 1).to_pylist()[0]
+        pair = f'prompt "{row[PROMPT_ID]}", target "{row[TARGET]}"'
+        raise UserError(f"{uri}: {pair}: {column} = {row[column]}, must be {allowed}")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from prefill_router import config
+from prefill_router import config, storage
 from prefill_router.errors import UserError
 
 
@@ -45,8 +45,10 @@ def load_pool(uri: str) -> Pool:
 
     Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
     """
-    path, _, name = uri.partition("#")
+    path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
     pools = config.load_toml(path)
+    if not pools:
+        raise UserError(f"{path}: holds no pool: list its targets as [[NAME]] tables")
     if not name and len(pools) != 1:
         raise UserError(f"{path}: holds {len(pools)} pools ({', '.join(pools)}): name one as {path}#NAME")
     name = name or next(iter(pools))

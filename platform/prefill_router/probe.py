@@ -19,6 +19,7 @@ from prefill_router.moments import Array, ClassMoments, Moments, class_moments
 from prefill_router.schema import ActivationColumn
 
 SHRINKAGE = 0.1
+_ROUNDING = 1e-12
 
 
 def effective_dimensionality(x: ArrayLike) -> float:
@@ -60,8 +61,12 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
     if not 0.0 < p1 < 1.0:
         return Fisher(float("nan"), float("nan"))
     within, delta = moments.within_covariance, moments.mean_difference
-    scale = np.sqrt(np.diag(within))
-    scale[scale == 0.0] = 1.0  # a dimension that never varies separates nothing
+    spread = np.diag(moments.graded.covariance)
+    # What rounding leaves of a dimension that never varies separates nothing; one that separates the classes
+    # perfectly has no scatter within them, and keeps a sliver.
+    is_constant = spread <= (_ROUNDING * moments.graded.mean) ** 2
+    scale = np.where(is_constant, 1.0, np.sqrt(np.maximum(np.diag(within), _ROUNDING * spread)))
+    delta = np.where(is_constant, 0.0, delta)
     correlation = within / np.outer(scale, scale)
     regularised = (1.0 - shrinkage) * correlation + shrinkage * np.eye(len(scale))
     try:

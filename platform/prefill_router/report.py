@@ -32,7 +32,8 @@ def probe_figure(probes: Sequence[LayerProbe]) -> Figure:
         colour = _COLOURS[i % len(_COLOURS)]
         for pooling in poolings:
             rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
-            label = target if pooling == poolings[0] else None
+            # A leading underscore would hide the name from the legend.
+            label = f"\u200a{target}" if pooling == poolings[0] else None
             values = [p.fisher_j_corrected for p in rows]
             fisher_axes.plot(list(map(_layer, rows)), values, _LINE[pooling], color=colour, label=label, lw=1.4)
             for p in rows:
@@ -40,7 +41,7 @@ def probe_figure(probes: Sequence[LayerProbe]) -> Figure:
                     fisher_axes.plot(p.column.layer, p.fisher_j_corrected, "o", color=colour, ms=6)
     for pooling in poolings:
         rows = sorted((p for p in probes if (p.target, p.column.pooling) == (targets[0], pooling)), key=_layer)
-        # Constant columns (the embedding of the last token, always the same one) have none, and a log axis no place for it.
+        # A constant column, such as the embedding of the last token, has none, and a log axis no place for it.
         varying = [p for p in rows if p.d_eff > 0]
         d_eff_axes.plot(
             list(map(_layer, varying)), [p.d_eff for p in varying], _LINE[pooling], color="#374151", label=pooling
@@ -77,8 +78,11 @@ def curve_figure(evaluation: Evaluation) -> Figure:
     )
     for target, (cost, accuracy) in zip(evaluation.targets, singles, strict=True):
         axes.plot(cost, accuracy, "o", color="#374151", ms=5)
-        axes.annotate(target, (cost, accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axes.set_xscale("log")
+        axes.annotate(
+            target, (cost, accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8, parse_math=False
+        )
+    if min(evaluation.target_cost) > 0.0:  # a log axis has no place for a free target
+        axes.set_xscale("log")
     _label(axes, "Cost and accuracy on held-out prompts", "mean cost, USD a prompt", "accuracy")
     return figure
 
@@ -89,7 +93,8 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    for text in axes.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
 
 
 def to_svg(figure: Figure) -> str:
@@ -113,18 +118,25 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         probe=to_svg(probe_figure(probes)) if probes else None,
         targets=_target_rows(evaluation),
         headline=headline(evaluation),
+        length_errors=[
+            _shown(error, ".0f")
+            for error in (evaluation.length_error_tokens, evaluation.length_error_median_rule_tokens)
+        ],
     )
 
 
 def headline(evaluation: Evaluation) -> str:
     """One sentence: what the router costs and answers, against the best single target."""
     router = evaluation.router
-    best = evaluation.targets[evaluation.target_accuracy.index(max(evaluation.target_accuracy))]
-    change = 1.0 - router.cost / router.best_single_cost if router.best_single_cost else 0.0
+    ranked = zip(
+        evaluation.target_accuracy, (-cost for cost in evaluation.target_cost), evaluation.targets, strict=True
+    )
+    best = max(ranked, key=lambda single: single[:2])[2]
+    saved = f": {1.0 - router.cost / router.best_single_cost:+.1%} saved" if router.best_single_cost else ""
     return (
         f"{_shown(router.accuracy, '%')} right at {_shown(router.cost, '$')} a prompt, against "
         f"{_shown(router.best_single_accuracy, '%')} at {_shown(router.best_single_cost, '$')} "
-        f"for always {best}: {change:+.1%} saved."
+        f"for always {best}{saved}."
     )
 
 

@@ -60,7 +60,7 @@ class ActivationColumn:
 
 def activation_columns(layers: Iterable[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
     """Every (pooling, layer) asked for, poolings first, as the store orders them."""
-    return [ActivationColumn(p, layer) for p in pooling for layer in sorted(set(layers))]
+    return [ActivationColumn(p, layer) for p in dict.fromkeys(pooling) for layer in sorted(set(layers))]
 
 
 def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Schema:

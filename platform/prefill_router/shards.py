@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from prefill_router.config import StrictModel
 from prefill_router.errors import UserError
 
 MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"part-\d{6,}\.parquet")
 
 
 class ShardFile(StrictModel):
@@ -35,25 +37,31 @@ def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
     """Raises UserError where the object is gone, or is not the one that was committed."""
     path = storage.join(uri, shard.name)
     storage.require(path, "shard, though the manifest names it")
-    table = storage.read_table(path, columns)
-    if len(table) != shard.rows:
+    size = storage.size_bytes(path)
+    if size != shard.bytes:
         raise UserError(
-            f"{path}: holds {len(table)} rows, but the manifest says {shard.rows}: it is not what was written"
+            f"{path}: has {size:,} bytes, but the manifest says {shard.bytes:,}: it is not what was written"
         )
+    table = storage.read_table(path, columns)
+    if len(table) != shard.rows or not set(columns) <= set(table.column_names):
+        raise UserError(f"{path}: holds other rows or columns than the manifest says: it is not what was written")
     return table
 
 
 def claim_output(uri: str, *, overwrite: bool) -> None:
     """Clears what an unfinished run left at `uri` and, with `overwrite`, a finished one, its manifest first.
 
-    Only manifests and shards are ever deleted. Raises UserError where a finished output is not to be replaced.
+    Only our manifests and shards are ever deleted. Raises UserError where a finished output is not to be replaced, or
+    where a file lies at `uri`.
     """
     if not storage.exists(uri):
         return
+    if storage.is_file(uri):
+        raise UserError(f"{uri}: is a file: an output is a folder, choose another --out")
     manifest = storage.join(uri, MANIFEST)
     if storage.exists(manifest) and not overwrite:
         raise UserError(f"{uri}: already holds an output: choose another --out, or replace it with --overwrite")
     storage.remove(manifest)
     for path in storage.list_files(uri, [".parquet"]):
-        if storage.name(path).startswith("part-"):
+        if _SHARD_NAME.fullmatch(storage.name(path)):
             storage.remove(path)

@@ -8,7 +8,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.config import StrictModel
+from prefill_router.config import Fraction, StrictModel
 from prefill_router.corpus import prompt_hash
 
 _SCALE = float(2**64)
@@ -24,8 +24,8 @@ class Split(StrictModel):
     """`validation_fraction` is a share of the prompts that are not in the test part."""
 
     seed: int = 0
-    test_fraction: float = 0.2
-    validation_fraction: float = 0.15
+    test_fraction: Fraction = 0.2
+    validation_fraction: Fraction = 0.15
 
     def parts(self, prompt_ids: Iterable[str]) -> NDArray[np.int8]:
         """The Part of each prompt."""

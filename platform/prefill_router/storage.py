@@ -78,6 +78,16 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
+def is_file(uri: str) -> bool:
+    fs, path = resolve(uri)
+    return bool(fs.isfile(path))
+
+
+def size_bytes(uri: str) -> int:
+    fs, path = resolve(uri)
+    return int(fs.size(path))
+
+
 def require(uri: str, what: str) -> None:
     """Raises UserError unless something lies at `uri`."""
     if not exists(uri):
@@ -90,7 +100,7 @@ def list_files(uri: str, suffixes: Sequence[str]) -> list[str]:
     if fs.isfile(path):
         return [uri]
     names = sorted(entry["name"].rpartition("/")[2] for entry in fs.ls(path, detail=True) if entry["type"] == "file")
-    return [join(uri, n) for n in names if n.endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
+    return [join(uri, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
 
 
 def open_input(uri: str) -> IO[bytes]:

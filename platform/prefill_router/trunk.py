@@ -213,7 +213,7 @@ class _Best:
     def fitted(self, num_epochs: int) -> FittedTrunk:
         if not torch.isfinite(self.losses).any():
             raise UserError("training diverged, or no validation prompt has an outcome: check the outcomes")
-        kept = torch.argsort(self.losses, stable=True)[: self.recipe.keep]
+        kept = torch.argsort(self.losses, stable=True)[: min(self.recipe.keep, int(self.losses.isfinite().sum()))]
         names = [name for name, _ in self.net.named_parameters()]
         net = SharedTrunkNet.from_state({n: p[kept] for n, p in zip(names, self.parameters, strict=True)})
         return FittedTrunk(net, self.losses[kept].tolist(), self.epochs[kept].tolist(), num_epochs)

@@ -50,7 +50,7 @@ def test_table_choice_and_plot_are_written(activations: str, small_data: Path, t
 
 
 def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
-    activations: str, small_data: Path, tiny_model: Path, tmp_path: Path
+    activations: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -61,4 +61,5 @@ def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
     arguments = (activations, str(tmp_path / "outcomes.parquet"), str(small_data / "pool.toml"))
     with pytest.raises(UserError, match='prompt_id "nobody" has outcomes but no activations'):
         GradedStore.open(*arguments, ignore_unknown=False)
-    assert GradedStore.open(*arguments, ignore_unknown=True).num_unknown == 1
+    assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_ids) == 239
+    assert "1 graded prompts have no activations and are left out" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_more_prompts_than_a_batch_holds_keep_their_order(tiny_encoder: PrefillE
         np.testing.assert_allclose(many[name], np.repeat(values, 20, axis=0), rtol=2**-10, atol=2e-6)
 
 
+def test_threads_may_share_an_encoder(tiny_encoder: PrefillEncoder) -> None:
+    """Each asks for layers of its own, so that one's early end must not cut another's pass."""
+    alone = [tiny_encoder.encode(PROMPTS, [layer]) for layer in range(NUM_LAYERS + 1)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: tiny_encoder.encode(PROMPTS, [i % (NUM_LAYERS + 1)]), range(len(alone))))
+    for expected, encoded in zip(alone, together, strict=True):
+        assert list(encoded) == list(expected)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(encoded[name], values)
+
+
 def test_values_beyond_float16_are_clamped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from transformers import LlamaForCausalLM
 
@@ -245,6 +257,7 @@ def test_a_long_prompt_loses_its_middle_and_is_counted(
     tokens = encoder.tokenize(prompts)
     head, tail = (max_tokens + 1) // 2, max_tokens // 2
     assert tokens.ids[0] == full[:head] + full[-tail:]
+    assert tokens.is_truncated.tolist() == [True, False]
     assert tokens.num_truncated == 1
     assert tokens.full_lengths.tolist() == [18, 4]
     with caplog.at_level(logging.WARNING):

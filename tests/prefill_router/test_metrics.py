@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def naive_auccc(points: Sequence[Point], c_min: float, c_max: float, floor: floa
     if kept[-1][0] < c_max:
         kept.append((c_max, kept[-1][1]))
     area = 0.0
-    for (left, low), (right, high) in zip(kept, kept[1:], strict=False):
+    for (left, low), (right, high) in pairwise(kept):
         area += (right - left) * ((low - floor) + (high - floor)) / 2
     return area / span
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def shards(draw: st.DrawFn) -> tuple[Array, list[NDArray[np.int64]]]:
 
 
 def outcomes(num_prompts: int, seed: int, missing: float = 0.3) -> Array:
-    """(N, 4): two targets graded right or wrong on the same prompts, two with partial credit on prompts of their own."""
+    """(N, 4): two targets right or wrong on the same prompts, two with partial credit on others."""
     rng = np.random.default_rng(seed)
     correct = rng.random((num_prompts, 4))
     correct[:, :2] = correct[:, :2].round()
@@ -79,7 +80,7 @@ def test_class_moments_of_shards_merge_to_those_of_the_whole(
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_moments_are_those_of_numpy(dtype: type) -> None:
-    x = np.random.default_rng(0).normal(2.0, 3.0, (50, 4)).astype(dtype)
+    x: NDArray[Any] = np.random.default_rng(0).normal(2.0, 3.0, (50, 4)).astype(dtype)
     moments = Moments.of(x)
     wide = x.astype(np.float64)
     assert moments.count == 50

@@ -68,7 +68,7 @@ def test_a_pool_is_named_where_the_file_has_several(tmp_path: Path) -> None:
         (f'[pool]\nname = "x"\n{PRICES}', r"pool must be a list of targets, each \[\[pool\]\] with name and prices"),
         ("pool = []", "pool must be a list of targets"),
         ("pool = [1]", r"pool\[0\] = 1, must be a table with name, input_price and output_price"),
-        ("", "holds 0 pools"),
+        ("", "holds no pool"),
         ("[[pool", "not TOML"),
     ],
 )

@@ -140,6 +140,15 @@ def test_a_dimension_that_never_varies_separates_nothing(constant: float) -> Non
     assert fisher_separability(wider, y) == pytest.approx(fisher_separability(x, y), rel=1e-9)
 
 
+@pytest.mark.parametrize("partial_credit", [False, True])
+def test_a_layer_that_never_varies_has_a_fisher_of_zero(partial_credit: bool) -> None:
+    rng = np.random.default_rng(9)
+    # As the embedding of the last token, which the chat template makes the same one for every prompt.
+    x = np.tile(rng.normal(size=8).astype(np.float16), (300, 1))
+    y = rng.random(300).astype(np.float32) ** 4
+    assert fisher_separability(x, y if partial_credit else y.round()) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_fisher_of_one_class_is_nan() -> None:
     x, y = labelled(4)
     assert np.isnan(fisher_separability(x, np.ones_like(y)))

@@ -18,7 +18,7 @@ def activations(num_prompts: int, size: int, decay: float, seed: int = 0) -> NDA
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
     x = rng.normal(size=(num_prompts, size)) * np.arange(1, size + 1) ** -decay @ rotation
-    return (x * rng.uniform(0.5, 5.0, size) + rng.normal(size=size)).astype(np.float16)
+    return np.asarray(x * rng.uniform(0.5, 5.0, size) + rng.normal(size=size), np.float16)
 
 
 def fitted(x: NDArray[np.float16]) -> Projection:

@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Evaluation, HeldOut, evaluate
 from prefill_router.pool import Pool, Target
 from prefill_router.probe import LayerProbe
-from prefill_router.report import headline, metric_rows, probe_figure, render_html, to_svg
+from prefill_router.report import curve_figure, headline, metric_rows, probe_figure, render_html, to_svg
 from prefill_router.schema import ActivationColumn, Pooling
 
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
@@ -34,7 +35,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "xlink:href", "src", "srcset")]
         self.num_svgs += tag == "svg"
-        if tag in ("svg", "style"):
+        if self.hidden is None and tag in ("svg", "style"):
             self.hidden = tag
 
     def handle_endtag(self, tag: str) -> None:
@@ -46,9 +47,9 @@ class Page(HTMLParser):
             self.text += data
 
 
-def evaluation(names: tuple[str, ...] = ("large", "small"), num_prompts: int = 60) -> Evaluation:
+def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float, ...] = (1.0, 0.1)) -> Evaluation:
     rng = np.random.default_rng(0)
-    shape = (num_prompts, len(names))
+    num_prompts, shape = 60, (60, len(names))
     p = rng.random(shape)
     data = HeldOut(
         num_tokens=rng.integers(10, 300, num_prompts),
@@ -58,7 +59,6 @@ def evaluation(names: tuple[str, ...] = ("large", "small"), num_prompts: int = 6
         expected_output_tokens=rng.uniform(50, 300, shape),
         knn_p_correct=rng.random(shape),
     )
-    prices = [10.0**-i for i in range(len(names))]
     targets = tuple(Target(name=n, input_price=x, output_price=4 * x) for n, x in zip(names, prices, strict=True))
     return evaluate(Pool(name="a pool", targets=targets), "v1abc", 0.125, data, num_seen=1234)
 
@@ -70,6 +70,12 @@ def probes(names: tuple[str, ...] = ("large", "small")) -> list[LayerProbe]:
         for pooling in POOLINGS
         for layer, j in ((0, 0.1), (6, 0.4), (12, 0.3))
     ]
+
+
+def dots_of(axes: Axes) -> list[tuple[float, float]]:
+    """Where the round marks stand."""
+    dots = [np.ravel(line.get_xydata()) for line in axes.lines if line.get_marker() == "o"]
+    return [(float(x), float(y)) for x, y in dots]
 
 
 def test_page_holds_both_figures_inline() -> None:
@@ -169,11 +175,26 @@ def test_metric_rows_name_and_show_each_metric() -> None:
     assert rows["P-AUCCC"] == "0.2500"
 
 
+def test_headline_claims_no_saving_against_a_free_target() -> None:
+    e = evaluation()
+    router = replace(e.router, cost=0.001, best_single_cost=0.0)
+    assert "+0.0% saved" not in headline(replace(e, router=router))
+
+
+@pytest.mark.parametrize("prices", [(1.0, 0.1), (1.0, 0.0), (0.0, 0.0)])
+def test_curve_figure_shows_every_target_a_free_one_too(prices: tuple[float, ...]) -> None:
+    e = evaluation(prices=prices)
+    axes = curve_figure(e).axes[0]
+    shown = dots_of(axes)
+    assert shown == list(zip(e.target_cost, e.target_accuracy, strict=True))
+    left, right = axes.get_xlim()
+    assert all(left <= cost <= right for cost, _ in shown)
+
+
 def test_probe_figure_marks_the_chosen_layer_of_each_target() -> None:
     fisher_axes = probe_figure(probes()).axes[0]
-    dots = [line for line in fisher_axes.lines if line.get_marker() == "o"]
-    assert [(list(dot.get_xdata()), list(dot.get_ydata())) for dot in dots] == [([6], [pytest.approx(0.39)])] * 2
-    assert len(fisher_axes.lines) == 2 * len(POOLINGS) + len(dots)
+    assert dots_of(fisher_axes) == pytest.approx(np.array([(6.0, 0.39)] * 2))
+    assert len(fisher_axes.lines) == 2 * len(POOLINGS) + 2
 
 
 def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:

@@ -112,6 +112,7 @@ def test_a_decision_says_what_it_rests_on(tiny_router: Router) -> None:
     assert decision.p_correct == pytest.approx(p)
     assert decision.expected_output_tokens == pytest.approx(tokens)
     assert decision.input_tokens == len(PROMPTS[0].split()) + 3
+    assert not decision.is_truncated
     assert decision.router_version == tiny_router.version
     cost = {
         t.name: (decision.input_tokens * t.input_price + tokens[t.name] * t.output_price) / 1e6
@@ -120,10 +121,11 @@ def test_a_decision_says_what_it_rests_on(tiny_router: Router) -> None:
     assert decision.expected_cost_usd == pytest.approx(cost)
 
 
-def test_costs_count_the_tokens_that_the_encoder_cut(tiny_router: Router) -> None:
+def test_a_cut_prompt_says_so_and_costs_all_of_its_tokens(tiny_router: Router) -> None:
     decision = tiny_router.route("one " * 1000)
     tokens = decision.expected_output_tokens["big"]
     assert decision.input_tokens == 1003
+    assert decision.is_truncated
     assert decision.expected_cost_usd["big"] == pytest.approx((1003 * 2.0 + tokens * 8.0) / 1e6)
 
 
@@ -161,17 +163,11 @@ def test_a_limit_of_cost_or_probability_is_kept(tiny_router: Router) -> None:
     assert tiny_router.route(PROMPTS[0], tolerance=1.0, min_p=min_p).target == better
 
 
-@pytest.mark.parametrize("policy", [Policy(max_cost=0.0), Policy(min_p=1.0), Policy(allowed=[])])
-def test_there_is_no_target_where_none_meets_the_constraints(tiny_router: Router, policy: Policy) -> None:
-    decision = tiny_router.route(PROMPTS[0], policy)
+@pytest.mark.parametrize("constraint", [{"max_cost": 0.0}, {"min_p": 1.0}, {"allowed": []}])
+def test_there_is_no_target_where_none_meets_the_constraints(tiny_router: Router, constraint: dict[str, Any]) -> None:
+    decision = tiny_router.route(PROMPTS[0], **constraint)
     assert decision.target is None
     assert list(decision.p_correct) == TARGETS
-
-
-def test_keywords_change_the_policy(tiny_router: Router) -> None:
-    policy = Policy(tolerance=1.0, allowed=["big"])
-    assert tiny_router.route(PROMPTS[0], policy).target == "big"
-    assert tiny_router.route(PROMPTS[0], policy, allowed=["small"]).target == "small"
 
 
 def test_each_prompt_has_its_own_policy(tiny_router: Router) -> None:

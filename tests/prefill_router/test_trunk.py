@@ -125,7 +125,7 @@ def test_seeds_trained_at_once_are_networks_trained_alone(loss: Loss) -> None:
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
         for _ in range(6):
             optimizer.zero_grad()
-            plain_loss(net(train.features), train.labels, loss).backward()
+            plain_loss(net(train.features), train.labels, loss).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         alone.append((plain_loss(net(train.features), train.labels, loss).item(), net))
     alone.sort(key=lambda pair: pair[0])
@@ -167,7 +167,9 @@ def test_kept_weights_have_the_reported_validation_loss(loss: Loss) -> None:
     train, validation = separable(80), separable(40, seed=1)
     fitted = fit_trunk(train, validation, replace(TINY, loss=loss), seed=0)
     for k, outputs in enumerate(fitted.net(validation.features)):
-        assert plain_loss(outputs, validation.labels, loss).item() == pytest.approx(fitted.validation_losses[k], rel=1e-5)
+        assert plain_loss(outputs, validation.labels, loss).item() == pytest.approx(
+            fitted.validation_losses[k], rel=1e-5
+        )
 
 
 def test_the_seeds_with_the_lowest_validation_losses_are_kept() -> None:
