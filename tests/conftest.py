@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
+from s3 import s3_bucket  # noqa: F401
 from tiny import POOL_TOML, random_prompts, save_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,8 +61,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One real Ray on this machine for all tests that need it."""
+def local_ray(s3_bucket: str) -> Iterator[None]:  # noqa: F811
+    """One real Ray on this machine for all tests that need it. Its workers know the S3 server of `s3_bucket`."""
     import ray
 
     from prefill_jobs import cluster

@@ -35,9 +35,10 @@ def test_from_a_file_of_prompts_to_decisions(
     assert evaluate.status == 0
     assert "P-AUCCC" in evaluate.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    # "small" answers what it can tell, so that routing has much to gain over always "big".
+    # Which prompts "small" answers can be told, so that routing adds to the single targets.
     assert report["router"]["auc"][1] > 0.8
-    assert report["router"]["saving_at_best_single"] > 0.2
+    assert report["router"]["mdp_auccc"] > 0.02
+    assert report["router"]["saving_at_best_single"] > 0.0
 
     label = command("label", router=tmp_path / "router", log=small_data / "corpus.parquet", out=tmp_path / "decisions")
     assert label.status == 0

@@ -61,5 +61,5 @@ def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
     arguments = (activations, str(tmp_path / "outcomes.parquet"), str(small_data / "pool.toml"))
     with pytest.raises(UserError, match='prompt_id "nobody" has outcomes but no activations'):
         GradedStore.open(*arguments, ignore_unknown=False)
-    assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_ids) == 239
+    assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_ids) == 240
     assert "1 graded prompts have no activations and are left out" in capsys.readouterr().err

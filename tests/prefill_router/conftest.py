@@ -18,7 +18,6 @@ from prefill_router.projection import fit_projection
 from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
 from prefill_router.trunk import SharedTrunkNet
-from s3 import s3_bucket  # noqa: F401
 from tiny import random_prompts
 
 COLUMNS = [ActivationColumn("last", 2), ActivationColumn("mean", 3)]
