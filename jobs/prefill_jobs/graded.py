@@ -37,6 +37,8 @@ class GradedStore:
         unknown = graded.check_known(ids, outcomes, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.prompt_ids):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
+        if graded.num_other_targets:
+            say(f"outcomes: {graded.num_other_targets} targets are not in pool {loaded.name} and are left out")
         if unknown:
             say(f"outcomes: {unknown:,} graded prompts have no activations and are left out")
         return cls(store, loaded, graded)

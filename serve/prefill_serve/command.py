@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 
 import ray
 from ray import serve as ray_serve
@@ -15,19 +17,23 @@ from prefill_serve.app import AppArgs, build_app
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until interrupted. Raises UserError where there is no router to serve."""
+    """Serves until interrupted or terminated. Raises UserError where there is no router to serve."""
     Router.load(config.router)  # a bad artifact is one clear line here, and a crash loop in a replica
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray.init(os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    ray_serve.start(http_options={"host": config.host, "port": config.port})
-    app = build_app(AppArgs(router=config.router, replicas=config.replicas))
-    ray_serve.run(app, name="prefill-router", route_prefix="/")
-    sys.stderr.write(f"serve: http://{config.host}:{config.port}/v1/route\n")
-    sys.stderr.flush()
     try:
-        ray_serve.run(app, name="prefill-router", route_prefix="/", blocking=True)
+        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        app = build_app(AppArgs(router=config.router, replicas=config.replicas))
+        ray_serve.run(app, name="prefill-router", route_prefix="/")
+        sys.stderr.write(f"serve: POST http://{config.host}:{config.port}/v1/route\n")
+        sys.stderr.flush()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
