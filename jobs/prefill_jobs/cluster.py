@@ -6,12 +6,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.data
 
+from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
 
 
@@ -23,26 +23,13 @@ def connect() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         address = os.environ.get("RAY_ADDRESS")
-        with _silent_stderr():
+        with silent_stderr():
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Without what Ray's C++ core says as it starts; its errors are raised."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as null:  # noqa: PTH123 - a device
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:

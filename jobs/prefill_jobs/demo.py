@@ -33,7 +33,7 @@ from prefill_router.report import headline, metric_rows
 _NUM_REQUESTS = 3
 _START_TIMEOUT_S = 180.0
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prefill_jobs.progress import say
+from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.outcomes import Outcomes, load_outcomes

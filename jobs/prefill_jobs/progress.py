@@ -6,6 +6,8 @@ import sys
 import time
 from datetime import timedelta
 
+from prefill_router.console import say
+
 _LINE_EVERY_S = 10.0
 
 
@@ -42,9 +44,3 @@ class Progress:
             return
         sys.stderr.write(f"\r\033[K{line}" + "\n" * (self.rows >= self.total))
         sys.stderr.flush()
-
-
-def say(line: str) -> None:
-    """One line on stderr, at once."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

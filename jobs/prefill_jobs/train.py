@@ -17,9 +17,9 @@ from prefill_jobs.fit import FitTask, fit_on_ray
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.predict import predict_store
 from prefill_jobs.probe import column_moments, probe_store
-from prefill_jobs.progress import say
 from prefill_router import probe, storage
 from prefill_router.config import TrainConfig
+from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.length import LengthHead, LengthScale, mean_factor
 from prefill_router.metrics import best_tolerance

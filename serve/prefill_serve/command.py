@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 
 import ray
 from ray import serve as ray_serve
 
 from prefill_router.config import ServeConfig
+from prefill_router.console import say, silent_stderr
 from prefill_router.router import Router
 from prefill_serve.app import AppArgs, build_app
 
@@ -24,16 +24,18 @@ def serve(config: ServeConfig) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray.init(os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, log_to_driver=False)
+        with silent_stderr():
+            ray.init(os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray_serve.start(http_options={"host": config.host, "port": config.port})
         app = build_app(AppArgs(router=config.router, replicas=config.replicas))
         ray_serve.run(app, name="prefill-router", route_prefix="/")
-        sys.stderr.write(f"serve: POST http://{config.host}:{config.port}/v1/route\n")
-        sys.stderr.flush()
+        say(f"serve: POST http://{config.host}:{config.port}/v1/route")
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
     finally:
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+        with silent_stderr():
+            ray_serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
