@@ -129,7 +129,7 @@ def _endpoint(router: str, port: int) -> Iterator[str]:
         _wait_until_ready(url, process)
         yield url
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
