@@ -36,7 +36,7 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
     """Maps items (flat dicts) on Ray Data, a task each, and yields the rows that come back, as they finish.
 
     `function` takes and returns a dict, or is a class of actors that do; `options` are those of `Dataset.map`.
-    A UserError inside it is raised here.
+    A UserError inside it is raised here, and so is an OSError, such as a full disk, as one.
     """
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
     guarded = _guarded_class(function) if isinstance(function, type) else functools.partial(_guarded, function)
@@ -46,14 +46,14 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
         yield row
 
 
-# Ray loses the cause of an exception on its way to the driver, so that a user's error travels as a row.
+# Ray loses the cause of an exception on its way to the driver, so that what a user can put right travels as a row.
 _ERROR = "_user_error"
 
 
 def _guarded(function: Callable[..., dict[str, Any]], row: dict[str, Any], **arguments: Any) -> dict[str, Any]:
     try:
         return function(row, **arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return {_ERROR: str(error)}
 
 

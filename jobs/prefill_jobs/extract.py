@@ -12,6 +12,7 @@ from prefill_jobs import cluster
 from prefill_jobs.progress import Progress
 from prefill_router import corpus, shards
 from prefill_router.config import ExtractConfig
+from prefill_router.console import say
 from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationShard, Manifest, write_activations, write_manifest
@@ -23,6 +24,8 @@ def extract(config: ExtractConfig) -> Manifest:
     layers = parse_layers(config.layers)
     pooling = parse_pooling(config.pooling)
     plan = corpus.plan(config.corpus, config.shard_rows, config.limit)
+    if plan.num_repeated:
+        say(f"extract: {plan.num_repeated:,} prompts repeat an earlier one, and share its content hash as their id")
     shards.claim_output(config.out, overwrite=config.overwrite)
     cluster.connect()
     progress = Progress("extract", plan.num_rows)

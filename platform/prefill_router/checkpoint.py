@@ -49,7 +49,10 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
         return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"encoder {source}: no such directory")
-    model, tokenizer = _load(source, dtype, revision=revision)
+    try:
+        model, tokenizer = _load(source, dtype, revision=revision)
+    except UserError as error:
+        raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
     commit = getattr(model.config, "_commit_hash", None)
     return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
 

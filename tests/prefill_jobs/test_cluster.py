@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ class Doubler:
 def double(row: dict[str, Any], offset: int) -> dict[str, Any]:
     if row["x"] == 13:
         raise UserError("13 is unlucky")
+    if row["x"] == 28:
+        raise OSError(errno.ENOSPC, "No space left on device")
     return {"y": 2 * row["x"] + offset}
 
 
@@ -33,9 +36,10 @@ def test_rows_come_back_from_actors(local_ray: None) -> None:
     assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
 
 
-def test_a_users_error_in_a_task_is_raised_here(local_ray: None) -> None:
-    with pytest.raises(UserError, match="13 is unlucky"):
-        list(cluster.map_rows([{"x": 13}], double, fn_kwargs={"offset": 0}))
+@pytest.mark.parametrize(("x", "message"), [(13, "13 is unlucky"), (28, "No space left on device")])
+def test_what_a_user_can_put_right_in_a_task_is_raised_here(local_ray: None, x: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(cluster.map_rows([{"x": x}], double, fn_kwargs={"offset": 0}))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from command import Command
 from prefill_jobs.extract import extract, parse_layers, parse_pooling
 from prefill_router.config import ExtractConfig
 from prefill_router.encoder import PrefillEncoder
@@ -48,6 +49,18 @@ def test_only_the_layers_poolings_and_prompts_asked_for(
     assert manifest.is_sample
     assert manifest.encoder.spec.max_tokens == 6
     assert sum(shard.num_truncated for shard in manifest.shards) == 7
+
+
+def test_repeated_prompts_without_ids_are_kept_and_said(
+    local_ray: None, command: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.csv"
+    corpus.write_text("prompt\none two\nthree four\none two\n")
+    result = command("extract", corpus=corpus, encoder=tiny_model, layers="1", out=tmp_path / "out")
+    assert result.status == 0
+    assert "1 prompts repeat an earlier one" in result.err
+    first, second, third = ActivationStore.open(str(tmp_path / "out")).prompt_ids().to_pylist()
+    assert first == third != second
 
 
 def test_two_actors_write_the_same_store(local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
