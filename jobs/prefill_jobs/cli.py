@@ -39,8 +39,8 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for name in ("demo", "extract", "probe", "train", "evaluate", "label"):
-        _add(app, name, globals()[f"_{name}"])
+    for name, run in _JOBS.items():
+        _add(app, name, run)
     for entry in entry_points(group="prefill_router.commands"):
         _add(app, entry.name, partial(_run_entry, entry))
     return app
@@ -156,3 +156,13 @@ def _label(config: Any) -> None:
 def _say_truncated(count: int) -> None:
     if count:
         typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")
+
+
+_JOBS: dict[str, Callable[[Any], None]] = {
+    "demo": _demo,
+    "extract": _extract,
+    "probe": _probe,
+    "train": _train,
+    "evaluate": _evaluate,
+    "label": _label,
+}
