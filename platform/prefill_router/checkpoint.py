@@ -39,13 +39,12 @@ class Checkpoint:
 def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Checkpoint:
     """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
     if source.startswith(_PACKAGE):
-        gguf = _packaged_gguf(source.removeprefix(_PACKAGE))
-        return _load_directory(_unpacked(gguf), dtype, _sha256([gguf]))
+        return _load_gguf(_packaged_gguf(source.removeprefix(_PACKAGE)), dtype)
     path = Path(source).expanduser()
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not (path / "config.json").exists():
-            return _load_directory(_unpacked(ggufs[0]), dtype, _sha256(ggufs[:1]))
+            return _load_gguf(ggufs[0], dtype)
         return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"encoder {source}: no such directory")
@@ -55,6 +54,11 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
         raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
     commit = getattr(model.config, "_commit_hash", None)
     return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
+    weights_id = _sha256([path])
+    return _load_directory(_unpacked(path, weights_id), dtype, weights_id)
 
 
 def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoint:
@@ -89,13 +93,13 @@ def _packaged_gguf(package: str) -> Path:
     return files[0]
 
 
-def _unpacked(gguf: Path) -> Path:
+def _unpacked(gguf: Path, digest: str) -> Path:
     """The GGUF as a transformers directory, unpacked once: parsing its vocabulary takes far longer than loading this.
 
     It lies under PREFILL_ROUTER_CACHE, or ~/.cache/prefill-router, and holds the dequantised weights as float32.
     """
     cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
-    target = cache / f"{gguf.stem}-{_sha256([gguf])[:16]}"
+    target = cache / f"{gguf.stem}-{digest[:16]}"
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
