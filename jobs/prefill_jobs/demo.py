@@ -24,10 +24,12 @@ from prefill_jobs.evaluate import evaluate
 from prefill_jobs.extract import extract
 from prefill_jobs.probe import run_probe
 from prefill_jobs.train import train
-from prefill_router import corpus, storage
+from prefill_router import storage
 from prefill_router.config import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
+from prefill_router.corpus import Prompt
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Evaluation
+from prefill_router.plan import plan, read_shard
 from prefill_router.report import headline, metric_rows
 
 _NUM_REQUESTS = 3
@@ -100,11 +102,11 @@ def _inputs(config: DemoConfig) -> _Inputs:
     return _Inputs(corpus_uri, outcomes_uri, pool_uri, simulation.NOTICE)
 
 
-def _sample(uri: str, limit: int | None) -> list[corpus.Prompt]:
+def _sample(uri: str, limit: int | None) -> list[Prompt]:
     """A few prompts, spread over the corpus."""
-    plan = corpus.plan(uri, shard_rows=64, limit=limit)
-    picked = np.linspace(0, len(plan.shards) - 1, _NUM_REQUESTS + 2)[1:-1].round().astype(int)
-    return [corpus.read_shard(plan.shards[i])[0].prompt for i in picked]
+    shards = plan(uri, shard_rows=64, limit=limit).shards
+    picked = np.linspace(0, len(shards) - 1, _NUM_REQUESTS + 2)[1:-1].round().astype(int)
+    return [read_shard(shards[i])[0].prompt for i in picked]
 
 
 # --- the endpoint, as a user would start and ask it -------------------------------------------------------------
@@ -150,7 +152,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise UserError(f"the endpoint at {url} was not ready after {_START_TIMEOUT_S:.0f} s")
 
 
-def _route(url: str, prompt: corpus.Prompt) -> None:
+def _route(url: str, prompt: Prompt) -> None:
     body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
     sent = time.monotonic()
     response = httpx.post(f"{url}/v1/route", json=body, timeout=60)

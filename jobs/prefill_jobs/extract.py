@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,12 +9,13 @@ import torch
 
 from prefill_jobs import cluster
 from prefill_jobs.progress import Progress
-from prefill_router import corpus, shards
+from prefill_router import shards
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
 from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationShard, Manifest, write_activations, write_manifest
+from prefill_router.plan import Shard, plan, read_shard
 from prefill_router.schema import POOLINGS, Pooling, activation_columns
 
 
@@ -23,12 +23,13 @@ def extract(config: ExtractConfig) -> Manifest:
     """Writes the activations of a corpus to `config.out` and returns their manifest, which is written last."""
     layers = parse_layers(config.layers)
     pooling = parse_pooling(config.pooling)
-    plan = corpus.plan(config.corpus, config.shard_rows, config.limit)
-    if plan.num_repeated:
-        say(f"extract: {plan.num_repeated:,} prompts repeat an earlier one, and share its content hash as their id")
+    planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
+    planned.require_all_good()
+    if planned.num_repeated:
+        say(f"extract: {planned.num_repeated:,} prompts repeat an earlier one")
     shards.claim_output(config.out, overwrite=config.overwrite)
     cluster.connect()
-    progress = Progress("extract", plan.num_rows)
+    progress = Progress("extract", planned.num_rows)
     arguments = {
         "encoder": EncoderSpec(model=config.encoder, max_tokens=config.max_tokens),
         "layers": layers,
@@ -39,7 +40,7 @@ def extract(config: ExtractConfig) -> Manifest:
     resources = cluster.encoder_resources(config.workers)
     committed: list[ActivationShard] = []
     identities: set[str] = set()
-    items = [asdict(shard) for shard in plan.shards]
+    items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(planned.shards)]
     for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **resources):
         committed.append(ActivationShard.model_validate_json(row["shard"]))
         identities.add(row["identity"])
@@ -93,10 +94,10 @@ class ExtractShard:
     def encoder(self) -> PrefillEncoder:
         return PrefillEncoder.load(self.spec)
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, str]:
-        rows = corpus.read_shard(corpus.Shard(**shard))
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        rows = read_shard(Shard.from_json(item["shard"]))
         tokens = self.encoder.tokenize([row.prompt for row in rows])
         encoded = self.encoder.forward(tokens, self.encoder.columns(self.layers, self.pooling))
         ids = [row.prompt_id for row in rows]
-        written = write_activations(self.out, shard["index"], ids, encoded, tokens.num_truncated)
+        written = write_activations(self.out, item["index"], ids, encoded, tokens.num_truncated)
         return {"shard": written.model_dump_json(), "identity": self.encoder.identity.model_dump_json()}

@@ -11,8 +11,9 @@ import torch
 
 from prefill_jobs import cluster
 from prefill_jobs.progress import Progress
-from prefill_router import corpus, shards, storage
+from prefill_router import shards, storage
 from prefill_router.config import LabelConfig
+from prefill_router.plan import Shard, plan, read_shard
 from prefill_router.router import Policy, Router
 from prefill_router.schema import decisions
 from prefill_router.shards import ShardFile
@@ -21,15 +22,16 @@ from prefill_router.shards import ShardFile
 def label(config: LabelConfig) -> dict[str, Any]:
     """Writes the decisions of a query log to `config.out` and returns their manifest, which is written last."""
     router = Router.load(config.router)
-    plan = corpus.plan(config.log, config.shard_rows, config.limit)
+    planned = plan(config.log, config.shard_rows, config.limit, keep_repeats=True)
+    planned.require_all_good()
     shards.claim_output(config.out, overwrite=config.overwrite)
     cluster.connect()
     arguments = {"config": config, "threads": cluster.threads_per_worker(config.workers)}
-    progress = Progress("label", plan.num_rows)
+    progress = Progress("label", planned.num_rows)
     committed: list[ShardFile] = []
     counts: dict[str, int] = {}
     num_truncated = 0
-    items = [asdict(shard) for shard in plan.shards]
+    items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(planned.shards)]
     resources = cluster.encoder_resources(config.workers)
     for row in cluster.map_rows(items, LabelShard, fn_constructor_kwargs=arguments, **resources):
         committed.append(ShardFile.model_validate_json(row["shard"]))
@@ -40,7 +42,7 @@ def label(config: LabelConfig) -> dict[str, Any]:
     manifest = {
         "format": 1,
         "router_version": router.version,
-        "rows": plan.num_rows,
+        "rows": planned.num_rows,
         "num_truncated": num_truncated,
         "decisions": dict(sorted(counts.items())),
         "shards": [s.model_dump() for s in sorted(committed, key=lambda s: s.name)],
@@ -60,14 +62,14 @@ class LabelShard:
     def router(self) -> Router:
         return Router.load(self.config.router)
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        rows = corpus.read_shard(corpus.Shard(**shard))
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        rows = read_shard(Shard.from_json(item["shard"]))
         tokens = self.router.encoder.tokenize([row.prompt for row in rows])
         policy = Policy(self.config.tolerance, None, self.config.max_cost, self.config.min_p)
         decided = self.router.decide(tokens, [policy] * len(rows))
         records = [{"prompt_id": row.prompt_id, **asdict(d)} for row, d in zip(rows, decided, strict=True)]
         table = pa.Table.from_pylist(records, schema=decisions(self.router.pool.target_names))
-        written = shards.write_shard(self.config.out, shard["index"], table)
+        written = shards.write_shard(self.config.out, item["index"], table)
         return {
             "shard": written.model_dump_json(),
             "chosen": [d.target or "none" for d in decided],

@@ -1,28 +1,31 @@
-"""A corpus of prompts: Parquet, JSONL or CSV files, validated once and cut into deterministic shards.
+"""A corpus of prompts: Parquet, JSONL or CSV files, read row by row, each row either fit or with the reason why not.
 
-A shard is a run of rows in one file. The same corpus always gives the same shards, so an actor that is handed one can
-write a deterministic object, and any of them can be done again alone.
+A bad row never ends the reading: in a billion prompts some are null, broken or gigantic, and none of them may cost the
+others. What is wrong with a whole file, such as a missing column, is a UserError.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
-import sys
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.schema import MESSAGES, PROMPT, PROMPT_ID
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_PROMPT_BYTES = 1 << 20
 
 Message = dict[str, str]
 Prompt = str | list[Message]  # a bare prompt, or the messages of a conversation
@@ -35,221 +38,337 @@ class Row(NamedTuple):
     prompt: Prompt
     id_is_hash: bool
 
+    @property
+    def content_digest(self) -> bytes:
+        return bytes.fromhex(self.prompt_id) if self.id_is_hash else content_digest(self.prompt)
 
-@dataclass(frozen=True)
-class Shard:
-    """Rows [first_row, first_row + num_rows) of one file; `offset` is where they begin in bytes (text formats)."""
 
-    index: int
+class BadRow(NamedTuple):
+    """A row that holds no prompt that could be encoded; `row` counts from 0 in its file."""
+
     uri: str
-    first_row: int
-    num_rows: int
-    offset: int
+    row: int
+    prompt_id: str | None  # None where it was not given, or is what is bad
+    reason: str  # one short line: the key, its value, and what it must be
+
+    @property
+    def message(self) -> str:
+        return f"{self.uri}: row {self.row + 1}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class CorpusPlan:
-    """The shards of a corpus, and what the scan saw."""
-
-    shards: list[Shard]
-    num_rows: int
-    num_repeated: int  # rows without prompt_id whose content stood in an earlier row: they share its id
+def content_digest(prompt: Prompt) -> bytes:
+    """16 bytes of SHA-256 that stand for a prompt, whatever its id."""
+    text = prompt if isinstance(prompt, str) else _canonical(prompt)
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def plan(uri: str, shard_rows: int, limit: int | None = None) -> CorpusPlan:
-    """Reads the corpus through once, validating every row, and cuts it into shards of `shard_rows`.
-
-    Memory: 8 bytes a row. Raises UserError for a missing or empty corpus, a prompt that is null, empty or no string,
-    and a prompt_id that stands twice.
-    """
-    storage.require(uri, "corpus")
-    shards: list[Shard] = []
-    hashes, given = array("Q"), array("b")
-    for file in storage.list_files(uri, SUFFIXES):
-        rows = read(file, num_rows=None if limit is None else limit - len(hashes))
-        while block := list(itertools.islice(rows, shard_rows)):
-            first, offset = block[0][0], block[0][1]
-            shards.append(Shard(len(shards), file, first, len(block), offset))
-            hashes.extend(prompt_hash(row.prompt_id) for _, _, row in block)
-            given.extend(not row.id_is_hash for _, _, row in block)
-        if limit is not None and len(hashes) >= limit:
-            break
-    if not hashes:
-        raise UserError(f"{uri}: the corpus is empty: it holds no prompt in {', '.join(SUFFIXES)} files")
-    return CorpusPlan(shards, len(hashes), _count_repeated(shards, hashes, given))
+def content_hash(prompt: Prompt) -> str:
+    """The id of a prompt that came without one: its content digest, in hex."""
+    return content_digest(prompt).hex()
 
 
-def read_shard(shard: Shard) -> list[Row]:
-    """Raises UserError where the file is not the one that was planned."""
-    rows = [row for _, _, row in read(shard.uri, shard.first_row, shard.num_rows, shard.offset)]
-    if len(rows) != shard.num_rows:
-        raise UserError(f"{shard.uri}: has fewer rows than when the job began: it must not change under a job")
-    return rows
+def _canonical(messages: list[Message]) -> str:
+    """What `json.dumps(messages, sort_keys=True, ensure_ascii=False)` gives, in a third of the time."""
+    parts = [
+        f'{{"content": {encode_basestring(m["content"])}, "role": {encode_basestring(m["role"])}}}' for m in messages
+    ]
+    return f"[{', '.join(parts)}]"
+
+
+def id_digest(prompt_id: str) -> bytes:
+    """8 bytes that stand for a prompt_id."""
+    return hashlib.blake2b(prompt_id.encode(), digest_size=8).digest()
 
 
 def prompt_hash(prompt_id: str) -> int:
     """64 bits that stand for a prompt where ids would take too much room: in splits and in sets of seen prompts."""
-    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
-
-
-def _count_repeated(shards: list[Shard], hashes: array[int], given: array[int]) -> int:
-    """How many rows repeat an earlier row's content. Raises UserError where a given prompt_id stands twice."""
-    values, first_seen, counts = np.unique(np.frombuffer(hashes, np.uint64), return_index=True, return_counts=True)
-    repeated = values[counts > 1]
-    is_repeated = np.isin(np.frombuffer(hashes, np.uint64), repeated)
-    clashing = np.flatnonzero(is_repeated & (np.frombuffer(given, np.int8) == 1))
-    if clashing.size:
-        position = int(clashing[-1])
-        for shard in shards:
-            if position < shard.num_rows:
-                prompt_id = read_shard(shard)[position].prompt_id
-                raise UserError(f'{shard.uri}: prompt_id "{prompt_id}" stands more than once; ids must be unique')
-            position -= shard.num_rows
-    return len(hashes) - len(first_seen)
+    return int.from_bytes(id_digest(prompt_id), "little")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
-Record = tuple[int, int, dict[str, Any]]  # row, byte offset, fields
+_BUFFER_BYTES = 1 << 20
+_COLUMNS = (PROMPT_ID, PROMPT, MESSAGES)
+_ABSENT: Any = object()  # a column that the file, or a key that the row does not have
+
+Fields = tuple[Any, Any, Any]  # prompt_id, prompt, messages
+Record = tuple[int, int, Fields | str]  # row, byte offset, and the fields or why there are none
 
 
-def read(uri: str, first_row: int = 0, num_rows: int | None = None, offset: int = 0) -> Iterator[tuple[int, int, Row]]:
-    """Yields (row, offset, Row) of one file from `first_row` on. Raises UserError at the first row that is unfit."""
+def read(
+    uri: str,
+    first_row: int = 0,
+    num_rows: int | None = None,
+    offset: int = 0,
+    max_prompt_bytes: int = MAX_PROMPT_BYTES,
+) -> Iterator[tuple[int, int, Row | BadRow]]:
+    """Yields (row, offset, what it holds) for every row of one file from `first_row` on, which begins at `offset`.
+
+    A row is good where `messages` holds a conversation or, where it is null or absent, `prompt` holds text; where its
+    prompt_id, if the corpus gives any, is a string; and where none of them is empty, has more than `max_prompt_bytes`
+    in UTF-8 or is not Unicode. White space alone is no prompt. Rows count from 0, blank lines not among them.
+
+    Raises UserError where the file as a whole cannot be read: another format than its suffix says, no column with
+    prompts, a CSV whose quotes do not match.
+    """
     suffix = "." + uri.rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise UserError(f"{uri}: a corpus is one of {', '.join(SUFFIXES)}")
-    records = _READERS[suffix](uri, first_row, offset)
+    # Escapes may make a prompt six times as long, and other fields stand beside it.
+    max_line_bytes = 16 * max(max_prompt_bytes, MAX_PROMPT_BYTES)
+    records = _READERS[suffix](uri, first_row, offset, max_line_bytes)
     for row, position, fields in itertools.islice(records, num_rows):
-        yield row, position, _row(fields, f"{uri}: row {row + 1}")
+        yield row, position, _checked(fields, uri, row, max_prompt_bytes)
 
 
-def _read_parquet(uri: str, first_row: int, _offset: int) -> Iterator[Record]:
+def _read_parquet(uri: str, first_row: int, _offset: int, _max_line_bytes: int) -> Iterator[Record]:
     with storage.open_parquet(uri) as file:
-        columns = [c for c in (PROMPT_ID, PROMPT, MESSAGES) if c in file.schema_arrow.names]
+        _check_columns(uri, file.schema_arrow.names)
+        columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
         ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=np.int64)
         group = int(np.searchsorted(ends, first_row, side="right"))
         skip = first_row - int(ends[group - 1] if group else 0)
         row = first_row
-        for batch in file.iter_batches(batch_size=1024, row_groups=range(group, len(ends)), columns=columns):
-            for fields in batch.slice(min(skip, len(batch))).to_pylist():
-                yield row, 0, fields
+        for g in range(group, len(ends)):  # one at a time: what a reader of several has fetched, it keeps
+            for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=columns):
+                unread = batch.slice(min(skip, len(batch)))
+                skip -= len(batch) - len(unread)
+                for fields in zip(*(_values(unread, name) for name in _COLUMNS), strict=True):
+                    yield row, 0, cast(Fields, fields)
+                    row += 1
+
+
+_NOT_UTF8 = b"\xff"
+
+
+def _values(batch: pa.RecordBatch, name: str) -> list[Any]:
+    if name not in batch.schema.names:
+        return [_ABSENT] * len(batch)
+    column = batch.column(name)
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """The value in Python, as its bytes where it is text that is not UTF-8."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.StringScalar) else _NOT_UTF8
+
+
+def _open_lines(uri: str) -> io.BufferedReader:
+    return io.BufferedReader(cast(io.RawIOBase, storage.open_input(uri)), _BUFFER_BYTES)
+
+
+def _decoded(line: bytes, offset: int) -> str:
+    """Bytes that are not UTF-8 become lone surrogates, which no prompt may hold."""
+    return line.decode("utf-8" if offset else "utf-8-sig", "surrogateescape")
+
+
+def _read_jsonl(uri: str, first_row: int, offset: int, max_line_bytes: int) -> Iterator[Record]:
+    with _open_lines(uri) as stream:
+        stream.seek(offset)
+        row = first_row
+        for position, line in _bounded_lines(stream, offset, max_line_bytes):
+            if len(line) == max_line_bytes:
+                yield row, position, f"the line must have less than {max_line_bytes:,} bytes"
                 row += 1
-            skip = max(0, skip - len(batch))
+            elif text := _decoded(line, position).strip():
+                yield row, position, _json_object(text)
+                row += 1
 
 
-class _Lines:
-    """The lines of a binary stream, and the offset at which the next one begins."""
+def _bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Each line and where it begins, and of a line that could fill the memory no more than `max_bytes`."""
+    while line := stream.readline(max_bytes):
+        yield offset, line
+        offset += len(line)
+        rest = line if len(line) == max_bytes else b""
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(_BUFFER_BYTES)
+            offset += len(rest)
 
-    def __init__(self, stream: IO[bytes], uri: str) -> None:
-        self.stream, self.uri, self.position = stream, uri, stream.tell()
+
+_JSON = json.JSONDecoder()
+
+
+def _json_object(text: str) -> Fields | str:
+    """`text` is stripped, so that the decoder need not look for space around it, which takes as long as decoding."""
+    try:
+        fields, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if end != len(text):
+        return f"not JSON: more than one value: char {end}"
+    if not isinstance(fields, dict):
+        return f"must be a JSON object with {PROMPT} or {MESSAGES}"
+    return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT)
+
+
+class _CsvLines:
+    """The lines of a stream as text, and the offset at which the next one begins."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self.stream, self.position = stream, stream.tell()
 
     def __iter__(self) -> Iterator[str]:
         for line in self.stream:
             start, self.position = self.position, self.position + len(line)
-            try:
-                yield line.decode("utf-8-sig" if start == 0 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{self.uri}: byte {start + error.start}: not UTF-8") from None
+            yield _decoded(line, start)
 
 
-def _read_jsonl(uri: str, first_row: int, offset: int) -> Iterator[Record]:
-    with storage.open_input(uri) as stream:
-        stream.seek(offset)
-        lines = _Lines(stream, uri)
-        row, position = first_row, offset
-        for line in lines:
-            if line.strip():
-                try:
-                    fields = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{uri}: row {row + 1}: not JSON: {error}") from None
-                if not isinstance(fields, dict):
-                    raise UserError(f"{uri}: row {row + 1}: must be a JSON object with prompt or messages")
-                yield row, position, fields
-                row += 1
-            position = lines.position
-
-
-def _read_csv(uri: str, first_row: int, offset: int) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # prompts may be long
-    with storage.open_input(uri) as stream:
-        lines = _Lines(stream, uri)
-        reader = csv.reader(iter(lines), strict=True)
+def _read_csv(uri: str, first_row: int, offset: int, _max_line_bytes: int) -> Iterator[Record]:
+    csv.field_size_limit(1 << 28)  # prompts may be long, but a quote that is left open takes in the rest of the file
+    with _open_lines(uri) as stream:
+        lines = _CsvLines(stream)
+        reader = csv.reader(lines, strict=True)
         try:
-            header = next(reader, [])
+            header = next(filter(None, reader), None)
+            if header is None:
+                return
+            _check_columns(uri, header)
+            places = [header.index(name) if name in header else None for name in _COLUMNS]
             if offset:
                 stream.seek(offset)
-                lines = _Lines(stream, uri)
-                reader = csv.reader(iter(lines), strict=True)
+                lines = _CsvLines(stream)
+                reader = csv.reader(lines, strict=True)
             row, position = first_row, lines.position
             for values in reader:
                 if values:
-                    if len(values) != len(header):
-                        raise UserError(
-                            f"{uri}: row {row + 1}: has {len(values)} values, but the header names {len(header)}: "
-                            "quote a prompt that holds a comma"
-                        )
-                    yield row, position, {k: v or None for k, v in zip(header, values, strict=True)}
+                    yield row, position, _csv_fields(values, places, len(header))
                     row += 1
                 position = lines.position
         except csv.Error as error:
             raise UserError(f"{uri}: near byte {lines.position}: not CSV: {error}") from None
 
 
-_READERS: dict[str, Callable[[str, int, int], Iterator[Record]]] = {
+def _csv_fields(values: list[str], places: list[int | None], num_columns: int) -> Fields | str:
+    if len(values) != num_columns:
+        return f"has {len(values)} values, but the header names {num_columns}: quote a prompt that holds a comma"
+    prompt_id, prompt, messages = [_ABSENT if place is None else values[place] or None for place in places]
+    return prompt_id, prompt, messages
+
+
+def _check_columns(uri: str, names: Sequence[str]) -> None:
+    if PROMPT not in names and MESSAGES not in names:
+        raise UserError(f"{uri}: has neither {PROMPT} nor {MESSAGES} among its columns")
+    for name in _COLUMNS:
+        if names.count(name) > 1:
+            raise UserError(f"{uri}: has {names.count(name)} columns {name}, must have one")
+
+
+_READERS: dict[str, Callable[[str, int, int, int], Iterator[Record]]] = {
     ".parquet": _read_parquet,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
 }
 
 
-def _row(fields: dict[str, Any], where: str) -> Row:
-    prompt: Prompt
-    if fields.get(MESSAGES) is not None:
-        prompt = check_messages(fields[MESSAGES], where)
-    elif PROMPT in fields or MESSAGES in fields:
-        prompt = _text(fields.get(PROMPT), PROMPT, where)
-    else:
-        raise UserError(f"{where}: has neither {PROMPT} nor {MESSAGES}")
-    if PROMPT_ID in fields:
-        return Row(_text(fields[PROMPT_ID], PROMPT_ID, where), prompt, id_is_hash=False)
-    return Row(content_hash(prompt), prompt, id_is_hash=True)
+# --- what a row must hold ----------------------------------------------------------------------------------------
 
 
-def _text(value: object, key: str, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key} = {_shown(value)}, must be a non-empty string")
-    return _encodable(value, key, where)
+class _UnfitError(ValueError):
+    """Why a value cannot stand in a row: the key, the value and what it must be."""
 
 
-def _encodable(value: str, key: str, where: str) -> str:
+def _checked(fields: Fields | str, uri: str, row: int, max_bytes: int) -> Row | BadRow:
+    if isinstance(fields, str):
+        return BadRow(uri, row, None, fields)
     try:
-        value.encode()
+        prompt = _prompt(fields[1], fields[2], max_bytes)
+        if fields[0] is _ABSENT:
+            return Row(content_hash(prompt), prompt, True)
+        return Row(_text(fields[0], PROMPT_ID, max_bytes), prompt, False)
+    except _UnfitError as problem:
+        return BadRow(uri, row, _readable_id(fields[0], max_bytes), str(problem))
+
+
+def _prompt(prompt: object, messages: object, max_bytes: int) -> Prompt:
+    if messages is not None and messages is not _ABSENT:
+        return _conversation(messages, max_bytes)
+    if prompt is _ABSENT:
+        raise _UnfitError(f"has neither {PROMPT} nor {MESSAGES}")
+    text = _text(prompt, PROMPT, max_bytes)
+    if text.isspace():
+        raise _UnfitError(f"{PROMPT} = {shown(text)}, must hold more than white space")
+    return text
+
+
+def _readable_id(value: object, max_bytes: int) -> str | None:
+    try:
+        return _text(value, PROMPT_ID, max_bytes)
+    except _UnfitError:
+        return None
+
+
+def _text(value: object, key: str, max_bytes: int) -> str:
+    if isinstance(value, str) and value.isascii() and 0 < len(value) <= max_bytes:
+        return value  # nearly always; what follows takes three times as long
+    text = _unicode(value)
+    if not isinstance(text, str) or not text:
+        raise _UnfitError(f"{key} = {shown(text)}, must be a non-empty string")
+    size = _num_bytes(text, key)
+    if size > max_bytes:
+        raise _UnfitError(f"{key} = {shown(text)}, has {size:,} bytes, must have at most {max_bytes:,}")
+    return text
+
+
+def _unicode(value: object) -> object:
+    """Text of a Parquet column that is not declared as text, or is not UTF-8, comes as bytes."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _num_bytes(text: str, key: str) -> int:
+    """The size of a text in UTF-8."""
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode())
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key} = {_shown(value)}, holds half a character: it is not valid Unicode") from None
-    return value
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise _UnfitError(f"{key} = {shown(text)}, holds half a character or bytes that are not UTF-8") from None
 
 
 def check_messages(value: object, where: str) -> list[Message]:
-    """A conversation as [{"role": ..., "content": ...}]. Raises UserError where it is none."""
+    """A conversation as [{"role": ..., "content": ...}], of any size. Raises UserError where it is none."""
+    try:
+        return _conversation(value)
+    except _UnfitError as problem:
+        raise UserError(f"{where}: {problem}") from None
+
+
+def _conversation(value: object, max_bytes: float = math.inf) -> list[Message]:
+    if value == _NOT_UTF8:
+        raise _UnfitError(f"{MESSAGES} holds bytes that are not UTF-8")
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {MESSAGES} = {_shown(value)}, must be a non-empty list of role and content")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{where}: {MESSAGES}[{i}] = {_shown(message)}, must have role and content")
-        _text(message["role"], f"{MESSAGES}[{i}].role", where)
-        if not isinstance(message["content"], str):
-            raise UserError(f"{where}: {MESSAGES}[{i}].content = {_shown(message['content'])}, must be a string")
-        _encodable(message["content"], f"{MESSAGES}[{i}].content", where)
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+        raise _UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
+    messages, size = [], 0
+    for i, item in enumerate(value):
+        message = _message(item, key := f"{MESSAGES}[{i}]")
+        messages.append(message)
+        size += _num_bytes(message["content"], key)
+    if not any(message["content"].strip() for message in messages):
+        raise _UnfitError(f"{MESSAGES} = {shown(messages)}, must hold more than white space")
+    if size > max_bytes:
+        raise _UnfitError(f"{MESSAGES} = {shown(messages)}, has {size:,} bytes, must have at most {max_bytes:,}")
+    return messages
 
 
-def content_hash(prompt: Prompt) -> str:
-    """The id of a prompt that came without one: 128 bits of SHA-256, in hex."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _message(value: object, key: str) -> Message:
+    if not isinstance(value, dict) or "role" not in value or "content" not in value:
+        raise _UnfitError(f"{key} = {shown(value)}, must have role and content")
+    role, content = _unicode(value["role"]), _unicode(value["content"])
+    if role not in ROLES:
+        raise _UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise _UnfitError(f"{key}.content = {shown(content)}, must be a string")
+    return {"role": role, "content": content}
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut to 60 characters; of a gigantic or deeply nested one no more is written."""
+    short = value[:60] if isinstance(value, str) else value
+    text = "".join(itertools.islice(json.JSONEncoder(default=str).iterencode(short), 61))
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from prefill_router.config import StrictModel
-from prefill_router.corpus import Prompt
+from prefill_router.corpus import Prompt, check_messages
 from prefill_router.errors import UserError
 from prefill_router.router import Policy
 
@@ -28,12 +28,12 @@ class RouteRequest(StrictModel):
     min_p: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
 
     def to_prompt(self) -> Prompt:
-        """Raises UserError unless exactly one of prompt and messages was given."""
+        """Raises UserError unless exactly one of prompt and messages was given, and the messages are a conversation."""
         if (self.prompt is None) == (self.messages is None):
             raise UserError("give either prompt or messages")
         if self.prompt is not None:
             return self.prompt
-        return [message.model_dump() for message in self.messages or []]
+        return check_messages([message.model_dump() for message in self.messages or []], "request")
 
     def to_policy(self) -> Policy:
         return Policy(self.tolerance, self.allowed, self.max_cost_usd, self.min_p)

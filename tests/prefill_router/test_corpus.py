@@ -1,61 +1,52 @@
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
 from prefill_router import corpus, storage
-from prefill_router.corpus import CorpusPlan, Row
+from prefill_router.corpus import BadRow, Row
 from prefill_router.errors import UserError
 
-CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "name a river"}]
 LONG = "long prompt " * 20_000  # 240,000 characters
+UNICODE = st.characters(exclude_categories=["Cs"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=8,
+)
 
 
-def rows_of(plan: CorpusPlan) -> list[Row]:
-    return [row for shard in plan.shards for row in corpus.read_shard(shard)]
+def read(path: Path | str, **options: Any) -> list[Row | BadRow]:
+    return [row for _, _, row in corpus.read(str(path), **options)]
 
 
-def read_all(path: Path, shard_rows: int = 100) -> list[Row]:
-    return rows_of(corpus.plan(str(path), shard_rows))
+def good(path: Path | str, **options: Any) -> list[Row]:
+    """Every row, where all are good."""
+    rows = read(path, **options)
+    assert not [row for row in rows if isinstance(row, BadRow)]
+    return [row for row in rows if isinstance(row, Row)]
 
 
-def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
+def only_bad(path: Path, **options: Any) -> BadRow:
+    """The one bad row."""
+    (bad,) = [row for row in read(path, **options) if isinstance(row, BadRow)]
+    assert bad.uri == str(path)
+    return bad
 
 
-def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
-    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
-    return path
-
-
-def write_jsonl(path: Path, *records: Any) -> Path:
-    return write(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_rows(folder: Path, suffix: str, rows: list[tuple[str, str]]) -> Path:
-    """The rows (prompt_id, prompt) as a file of each format, in the ways that make a reader stumble."""
-    path = folder / f"corpus{suffix}"
-    ids, prompts = [r[0] for r in rows], [r[1] for r in rows]
-    if suffix == ".parquet":
-        return write_parquet(path, {"extra": ids, "prompt": prompts, "prompt_id": ids}, row_group_size=3)
-    if suffix == ".jsonl":
-        lines = [json.dumps({"prompt": p, "prompt_id": i}, ensure_ascii=False) for i, p in rows]
-        return write(path, "\ufeff\n" + "\r\n\n".join(lines))
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\r\n\r\n").writerows([("prompt_id", "extra", "prompt")])
-    csv.writer(stream, lineterminator="\r\n\n").writerows((i, "", p) for i, p in rows)
-    return write(path, "\ufeff" + stream.getvalue())
+def not_utf8(*values: bytes | None, kind: pa.DataType) -> pa.Array:
+    """Text that its writer did not check."""
+    return pa.array(values, pa.binary()).view(pa.string()).cast(kind)
 
 
 # --- what is read ------------------------------------------------------------------------------------------------
@@ -63,202 +54,313 @@ def write_rows(folder: Path, suffix: str, rows: list[tuple[str, str]]) -> Path:
 
 @pytest.mark.parametrize("suffix", corpus.SUFFIXES)
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=12),
-    st.integers(1, 14),
-)
-@example(['say "hi",\r\nthen\n\nleave', "ü\u2028ß", " ", "\ufeffbom", "plain"], 2)
-def test_the_shards_hold_every_row_once_in_order(suffix: str, prompts: list[str], shard_rows: int) -> None:
-    rows = [(f"p{i}", prompt) for i, prompt in enumerate(prompts)]
+@given(st.lists(st.text(UNICODE, max_size=12).map(lambda text: f"{text}."), min_size=1, max_size=12), st.data())
+@example(['say "hi",\r\nthen\n\nleave', "ü\u2028ß", " a", "\ufeffbom", "nu\0l", "plain"], None)
+def test_every_row_is_read_once_and_can_be_found_again(
+    suffix: str, prompts: list[str], data: st.DataObject | None
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        plan = corpus.plan(str(write_rows(Path(folder), suffix, rows)), shard_rows)
-        assert [(row.prompt_id, row.prompt) for row in rows_of(plan)] == rows
-    assert plan.num_rows == len(rows)
-    assert [shard.index for shard in plan.shards] == list(range(len(plan.shards)))
-    assert all(shard.num_rows == shard_rows for shard in plan.shards[:-1])
+        path = write_rows(Path(folder) / f"corpus{suffix}", [(f"p{i}", p) for i, p in enumerate(prompts)])
+        rows = list(corpus.read(str(path)))
+        assert [(row, item) for row, _, item in rows] == [
+            (i, Row(f"p{i}", prompt, False)) for i, prompt in enumerate(prompts)
+        ]
+        begin = data.draw(st.integers(0, len(rows) - 1)) if data else 3
+        num_rows = data.draw(st.integers(0, len(rows))) if data else 2
+        assert list(corpus.read(str(path), begin, num_rows, rows[begin][1])) == rows[begin : begin + num_rows]
 
 
 @pytest.mark.parametrize("suffix", corpus.SUFFIXES)
 def test_a_corpus_is_read_from_every_storage(root: str, tmp_path: Path, suffix: str) -> None:
     rows = [(f"p{i}", f"prompt\n{i}") for i in range(7)]
     uri = storage.join(root, f"remote{suffix}")
-    storage.write_bytes(uri, write_rows(tmp_path, suffix, rows).read_bytes())
-    read = rows_of(corpus.plan(uri, 3))
-    assert [(row.prompt_id, row.prompt) for row in read] == rows
-
-
-def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
-    write(tmp_path / "b.csv", "prompt\nthree\nfour\n")
-    write_jsonl(tmp_path / "c.jsonl", {"prompt": "five"})
-    write_parquet(tmp_path / "a.parquet", {"prompt": ["one", "two"]})
-    write(tmp_path / "README.md", "no corpus")
-    plan = corpus.plan(str(tmp_path), 10)
-    assert [row.prompt for row in rows_of(plan)] == ["one", "two", "three", "four", "five"]
-    assert [shard.num_rows for shard in plan.shards] == [2, 2, 1]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 4, 5, 6, 100])
-def test_limit_takes_the_first_rows(tmp_path: Path, limit: int) -> None:
-    write_parquet(tmp_path / "a.parquet", {"prompt": ["1", "2", "3"]})
-    write(tmp_path / "b.csv", "prompt\n4\n5\n6\n")
-    plan = corpus.plan(str(tmp_path), 2, limit)
-    assert [row.prompt for row in rows_of(plan)] == list("123456")[:limit]
-    assert plan.num_rows == min(limit, 6)
-
-
-def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"prompt": "fine"}\n{"prompt": 3}\n')
-    assert corpus.plan(str(path), 10, limit=1).num_rows == 1
+    storage.write_bytes(uri, write_rows(tmp_path / f"corpus{suffix}", rows).read_bytes())
+    found = list(corpus.read(uri))
+    assert [(item.prompt_id, item.prompt) for _, _, item in found if isinstance(item, Row)] == rows
+    assert list(corpus.read(uri, 4, None, found[4][1])) == found[4:]
 
 
 def test_messages_are_read_without_further_columns(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "a.parquet", {"messages": [CHAT, CHAT[1:]], "note": ["x", "y"]})
     jsonl = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT, "note": 1}, {"messages": CHAT[1:]})
     for path in (parquet, jsonl):
-        assert [row.prompt for row in read_all(path)] == [CHAT, CHAT[1:]]
+        assert [row.prompt for row in good(path)] == [CHAT, CHAT[1:]]
 
 
 def test_messages_win_over_a_prompt_where_a_row_has_both(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"prompt": ["bare", "bare"], "messages": [CHAT, None]})
-    assert [row.prompt for row in read_all(path)] == [CHAT, "bare"]
+    assert [row.prompt for row in good(path)] == [CHAT, "bare"]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "function"])
+def test_every_role_of_a_conversation(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": ""}, {"role": "user", "content": "go on"}]
+    assert good(write_jsonl(tmp_path / "a.jsonl", {"messages": messages}))[0].prompt == messages
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_long_prompt_is_read_whole(tmp_path: Path, suffix: str) -> None:
-    path = write_rows(tmp_path, suffix, [("p0", LONG), ("p1", "short")])
-    assert [row.prompt for row in read_all(path)] == [LONG, "short"]
+    path = write_rows(tmp_path / f"corpus{suffix}", [("p0", LONG), ("p1", "short")])
+    assert [row.prompt for row in good(path)] == [LONG, "short"]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.large_string(), pa.string_view()])
+def test_text_of_any_parquet_type(tmp_path: Path, kind: pa.DataType) -> None:
+    struct = pa.struct([("role", kind), ("content", kind)])
+    columns = {
+        "prompt_id": pa.array(["ä", "b"], pa.string()).cast(kind),
+        "prompt": pa.array(["ü", None], pa.string()).cast(kind),
+        "messages": pa.array([None, [{k: v.encode() for k, v in CHAT[0].items()}]], pa.list_(struct)),
+    }
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    assert good(path) == [Row("ä", "ü", False), Row("b", CHAT[:1], False)]
 
 
 # --- ids ---------------------------------------------------------------------------------------------------------
 
 
+@given(st.text(UNICODE), st.lists(st.fixed_dictionaries({"role": st.text(UNICODE), "content": st.text(UNICODE)})))
+def test_a_content_hash_is_sha256_of_the_text_or_of_the_messages_as_json(
+    text: str, messages: list[dict[str, str]]
+) -> None:
+    as_json = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    assert corpus.content_hash(text) == hashlib.sha256(text.encode()).hexdigest()[:32]
+    assert corpus.content_hash(messages) == hashlib.sha256(as_json.encode()).hexdigest()[:32]
+    assert corpus.content_digest(text).hex() == corpus.content_hash(text)
+
+
 def test_a_prompt_without_id_gets_a_hash_of_its_content(tmp_path: Path) -> None:
     parquet = write_parquet(tmp_path / "a.parquet", {"prompt": ["one", "two", "one"]})
     csv_file = write(tmp_path / "b.csv", "prompt\none\n")
-    first, second, third = read_all(parquet)
+    first, second, third = good(parquet)
     assert first.id_is_hash
-    assert first.prompt_id == third.prompt_id == read_all(csv_file)[0].prompt_id
+    assert first.prompt_id == third.prompt_id == good(csv_file)[0].prompt_id == corpus.content_hash("one")
     assert first.prompt_id != second.prompt_id
-    assert len(first.prompt_id) == 32
 
 
 def test_messages_hash_by_their_content(tmp_path: Path) -> None:
-    turned = [{"content": m["content"], "role": m["role"]} for m in CHAT]
+    turned = [{"content": m["content"], "role": m["role"], "name": "x"} for m in CHAT]
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": turned}, {"messages": CHAT[1:]})
-    first, second, third = read_all(path)
+    first, second, third = good(path)
     assert first.prompt_id == second.prompt_id != third.prompt_id
 
 
-def test_repeated_content_is_counted(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", *({"prompt": p} for p in "abacaa"))
-    assert corpus.plan(str(path), 2).num_repeated == 3
-    given_ids = write_jsonl(tmp_path / "b.jsonl", *({"prompt": "a", "prompt_id": i} for i in "xyz"))
-    assert corpus.plan(str(given_ids), 2).num_repeated == 0
+def test_a_digest_names_the_content_whatever_the_id(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "one"}, {"prompt": "one", "prompt_id": "a"})
+    assert [row.content_digest for row in good(path)] == [corpus.content_digest("one")] * 2
 
 
-def test_an_id_that_stands_twice_is_named(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", *({"prompt_id": f"p{i}", "prompt": "x"} for i in range(5)))
-    write_jsonl(tmp_path / "b.jsonl", *({"prompt_id": f"p{i}", "prompt": "x"} for i in (7, 3, 9)))
-    with pytest.raises(UserError, match=r'b\.jsonl: prompt_id "p3" stands more than once'):
-        corpus.plan(str(tmp_path), 2)
+# --- bad rows ----------------------------------------------------------------------------------------------------
 
-
-# --- errors ------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_corpus_is_an_error(root: str) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.csv: no such corpus"):
-        corpus.plan(storage.join(root, "nowhere.csv"), 10)
+NO_TEXT = "must be a non-empty string"
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.csv", ""), ("a.csv", "prompt\n\n"), ("a.jsonl", "\n \n"), ("README.md", "no corpus")]
+    ("columns", "row", "reason"),
+    [
+        ({"prompt": ["x", None, "y"]}, 1, f"prompt = null, {NO_TEXT}"),
+        ({"prompt": ["x", "", "y"]}, 1, f'prompt = "", {NO_TEXT}'),
+        ({"prompt": ["x", " \n\u2003"]}, 1, r'prompt = " \n\u2003", must hold more than white space'),
+        ({"prompt": [7]}, 0, f"prompt = 7, {NO_TEXT}"),
+        ({"prompt": ["x", "y"], "prompt_id": ["a", None]}, 1, f"prompt_id = null, {NO_TEXT}"),
+        ({"prompt": ["x", "y"], "prompt_id": ["a", ""]}, 1, f'prompt_id = "", {NO_TEXT}'),
+        ({"prompt": ["x"], "prompt_id": [1]}, 0, f"prompt_id = 1, {NO_TEXT}"),
+        ({"messages": [CHAT, []]}, 1, "messages = [], must be a non-empty list of role and content"),
+        ({"messages": ["hello"]}, 0, 'messages = "hello", must be a non-empty list of role and content'),
+        ({"messages": [[{"role": "user", "content": None}]]}, 0, "messages[0].content = null, must be a string"),
+        ({"messages": [[{"role": None, "content": "x"}]]}, 0, "messages[0].role = null, must be one of system, "),
+        ({"messages": [[{"role": "User", "content": "x"}]]}, 0, 'messages[0].role = "User", must be one of system, '),
+        ({"messages": [[{"role": "user"}]]}, 0, 'messages[0] = {"role": "user"}, must have role and content'),
+        ({"messages": [[{"role": "user", "content": " "}]]}, 0, "must hold more than white space"),
+        ({"messages": [CHAT, None]}, 1, "has neither prompt nor messages"),
+        ({"messages": [CHAT, None], "prompt": ["x", None]}, 1, f"prompt = null, {NO_TEXT}"),
+    ],
 )
-def test_an_empty_corpus_is_an_error(tmp_path: Path, name: str, text: str) -> None:
-    write(tmp_path / name, text)
-    with pytest.raises(UserError, match=r"the corpus is empty: .*\.parquet, \.jsonl, \.csv"):
-        corpus.plan(str(tmp_path), 10)
+def test_a_bad_parquet_row_is_named(tmp_path: Path, columns: dict[str, Any], row: int, reason: str) -> None:
+    bad = only_bad(write_parquet(tmp_path / "a.parquet", columns))
+    assert bad.row == row
+    assert reason in bad.reason
+    assert bad.message == f"{bad.uri}: row {row + 1}: {bad.reason}"
 
 
-def test_an_empty_parquet_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the corpus is empty"):
-        read_all(write_parquet(tmp_path / "a.parquet", {"prompt": pa.array([], pa.string())}))
+@pytest.mark.parametrize(
+    ("text", "row", "reason"),
+    [
+        ('{"prompt": "x"}\n\n{"prompt": 3}\n{"prompt": "y"}', 1, f"prompt = 3, {NO_TEXT}"),
+        ('{"prompt": ""}', 0, f'prompt = "", {NO_TEXT}'),
+        ('{"prompt": "x"}\n{"prompt": \n{"prompt": "y"}', 1, "not JSON: Expecting value"),
+        ('{"prompt": "x"} {"prompt": "y"}\n', 0, "not JSON: more than one value"),
+        ('["prompt"]', 0, "must be a JSON object with prompt or messages"),
+        ('{"id": 1}', 0, "has neither prompt nor messages"),
+        ('{"prompt": "x", "prompt_id": 7}', 0, f"prompt_id = 7, {NO_TEXT}"),
+        ('{"prompt": "x", "prompt_id": null}', 0, f"prompt_id = null, {NO_TEXT}"),
+        ('{"messages": {"role": "user"}}', 0, 'messages = {"role": "user"}, must be a non-empty list'),
+        ('{"messages": ["hello"]}', 0, 'messages[0] = "hello", must have role and content'),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', 0, "messages[0].content = [{"),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}', 0, 'messages[0].role = ["user"], must be one of'),
+        (b'{"prompt": "x"}\n{"prompt": "\xff"}\n{"prompt": "y"}', 1, r'prompt = "\udcff", holds half a character or'),
+        (b'{"prompt": "x", "prompt_id": "\xff"}', 0, r'prompt_id = "\udcff", holds half a character or bytes'),
+        ('{"prompt": "x"}\n{"prompt": "half an emoji: \\ud83d"}', 1, r"emoji: \ud83d"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 0, r'messages[0] = "\ud83d", holds half'),
+        ("[" * 100_000 + "\n" + '{"prompt": "x"}', 0, "not JSON: maximum recursion depth"),
+        ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", 0, f"prompt = {'[' * 57}..., {NO_TEXT}"),
+    ],
+)
+def test_a_bad_jsonl_row_is_named(tmp_path: Path, text: str | bytes, row: int, reason: str) -> None:
+    bad = only_bad(write(tmp_path / "a.jsonl", text))
+    assert bad.row == row
+    assert reason in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "reason"),
+    [
+        ('prompt\nx\n""\ny\n', 1, f"prompt = null, {NO_TEXT}"),
+        ("prompt_id,prompt\na,\n", 0, f"prompt = null, {NO_TEXT}"),
+        ("prompt_id,prompt\n,x\n", 0, f"prompt_id = null, {NO_TEXT}"),
+        (b"prompt\nx\n\xff\ny\n", 1, r'prompt = "\udcff", holds half a character or bytes that are not UTF-8'),
+        # What would cut a prompt at its first comma, or give a row another id than the file means.
+        ("prompt_id,prompt\na,x\nb,one, two\nc,y\n", 1, "has 3 values, but the header names 2: quote a prompt that"),
+        ("prompt,prompt_id\nx,a\ny\n", 1, "has 1 values, but the header names 2"),
+    ],
+)
+def test_a_bad_csv_row_is_named(tmp_path: Path, text: str | bytes, row: int, reason: str) -> None:
+    bad = only_bad(write(tmp_path / "a.csv", text))
+    assert bad.row == row
+    assert reason in bad.reason
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary()])
+def test_a_parquet_value_that_is_not_utf8_spoils_no_other(tmp_path: Path, kind: pa.DataType) -> None:
+    columns = {
+        "prompt": not_utf8(b"fine", b"\xff\xfe", "ü".encode(), None, b"y", kind=kind),
+        "prompt_id": not_utf8(b"a", b"b", b"c", b"d", b"\xff", kind=kind),
+    }
+    first, bad, third, null, no_id = read(write_parquet(tmp_path / "a.parquet", columns))
+    assert [first, third] == [Row("a", "fine", False), Row("c", "ü", False)]
+    assert isinstance(bad, BadRow)
+    assert bad[1:3] == (1, "b")
+    assert bad.reason.startswith(r'prompt = "\udcff\udcfe", holds half a character or bytes that are not UTF-8')
+    assert isinstance(null, BadRow)
+    assert isinstance(no_id, BadRow)
+    assert no_id[1:3] == (4, None)
+
+
+def test_nested_text_that_is_not_utf8_spoils_no_other_row(tmp_path: Path) -> None:
+    content = not_utf8(b"x", b"\xff", b"y", kind=pa.string())
+    flat = pa.StructArray.from_arrays([pa.array(["user"] * 3), content], names=["role", "content"])
+    columns = {"messages": pa.ListArray.from_arrays([0, 1, 2, 3], flat)}
+    bad = only_bad(write_parquet(tmp_path / "a.parquet", columns))
+    assert bad.row == 1
+    assert bad.reason == "messages holds bytes that are not UTF-8"
+
+
+@pytest.mark.parametrize("suffix", corpus.SUFFIXES)
+def test_a_prompt_may_have_so_many_bytes_and_no_more(tmp_path: Path, suffix: str) -> None:
+    rows = [("a", "x" * 100), ("b", "x" * 101), ("c", "ü" * 50), ("d", "ü" * 51), ("e" * 101, "x"), ("f", "x")]
+    found = read(write_rows(tmp_path / f"corpus{suffix}", list(rows)), max_prompt_bytes=100)
+    assert [row.prompt_id for row in found if isinstance(row, Row)] == ["a", "c", "f"]
+    reasons = [row.reason for row in found if isinstance(row, BadRow)]
+    assert [reason.partition(", ")[2] for reason in reasons] == [
+        f"has {size} bytes, must have at most 100" for size in (101, 102, 101)
+    ]
+    assert [reason.partition(" = ")[0] for reason in reasons] == ["prompt", "prompt", "prompt_id"]
+
+
+def test_the_contents_of_a_conversation_have_so_many_bytes_together(tmp_path: Path) -> None:
+    fits = [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "ü" * 25}]
+    path = write_jsonl(tmp_path / "a.jsonl", {"messages": fits}, {"messages": [*fits, *CHAT]})
+    assert only_bad(path, max_prompt_bytes=100).reason.endswith("has 120 bytes, must have at most 100")
+
+
+def test_a_line_that_could_fill_the_memory_is_not_loaded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"prompt": "one"}\n' + b"x" * 200_000_000 + b'\n{"prompt": "two"}\n')
+    tracemalloc.start()
+    rows = list(corpus.read(str(path)))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row for row, _, _ in rows] == [0, 1, 2]
+    assert [item.prompt for _, _, item in rows if isinstance(item, Row)] == ["one", "two"]
+    assert only_bad(path).reason == "the line must have less than 16,777,216 bytes"
+    assert peak_bytes < 64_000_000
+    assert list(corpus.read(str(path), 2, None, rows[2][1])) == rows[2:]
+
+
+def test_a_bad_value_is_shown_short(tmp_path: Path) -> None:
+    values = ["x" * 10_000, ["x" * 10_000], list(range(10_000)), {"x" * 10_000: 1}]
+    path = write_jsonl(tmp_path / "a.jsonl", *({"prompt_id": value, "prompt": value} for value in values[1:]))
+    for bad in read(path):
+        assert isinstance(bad, BadRow)
+        assert len(bad.reason) < 120
+        assert "..." in bad.reason
+
+
+def test_a_bad_row_tells_its_id_where_that_is_good(tmp_path: Path) -> None:
+    records = [{"prompt": 1, "prompt_id": "a"}, {"prompt": 1, "prompt_id": 2}, {"prompt": 1}, 3]
+    rows = read(write_jsonl(tmp_path / "a.jsonl", *records))
+    assert [row.prompt_id for row in rows] == ["a", None, None, None]
+
+
+@settings(deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(["prompt", "messages", "prompt_id"]), JSON), max_size=5))
+def test_no_json_stops_the_reading(records: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = read(write_jsonl(Path(folder) / "a.jsonl", *records))
+    assert len(rows) == len(records)
+    for row in rows:
+        if isinstance(row, BadRow):
+            assert row.reason.isprintable()
+            assert len(row.reason) < 200
+        else:
+            json.dumps(row.prompt, ensure_ascii=False).encode()
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=20), max_size=5))
+def test_no_bytes_stop_the_reading_of_lines(lines: list[bytes]) -> None:
+    lines = [line.replace(b"\n", b"") + b"." for line in lines]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = read(write(Path(folder) / "a.jsonl", b"\n".join(lines)))
+    assert [type(row) for row in rows] == [BadRow] * len(lines)
+
+
+def test_check_messages_is_for_callers_that_have_no_row() -> None:
+    assert corpus.check_messages([{**CHAT[0], "name": "x"}], "request") == CHAT[:1]
+    with pytest.raises(UserError, match=r'^request: messages\[0\]\.role = "boss", must be one of system, developer, '):
+        corpus.check_messages([{"role": "boss", "content": "x"}], "request")
+
+
+# --- files that cannot be read -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.gz"])
 def test_an_unknown_format_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"a corpus is one of \.parquet, \.jsonl, \.csv"):
-        read_all(write(tmp_path / name, "prompt\nx\n"))
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"prompt": ["x", None]}, "row 2: prompt = null, must be a non-empty string"),
-        ({"prompt": ["x", ""]}, 'row 2: prompt = "", must be a non-empty string'),
-        ({"prompt": [7, 8]}, "row 1: prompt = 7, must be a non-empty string"),
-        ({"prompt": ["x", "y"], "prompt_id": ["a", None]}, "row 2: prompt_id = null, must be a non-empty string"),
-        ({"prompt": ["x"], "prompt_id": [1]}, "row 1: prompt_id = 1, must be a non-empty string"),
-        ({"text": ["x"]}, "row 1: has neither prompt nor messages"),
-        ({"messages": [CHAT, []]}, r"row 2: messages = \[\], must be a non-empty list"),
-        ({"messages": ["hello"]}, 'row 1: messages = "hello", must be a non-empty list'),
-        ({"messages": [[{"role": "user", "content": None}]]}, r"messages\[0\]\.content = null, must be a string"),
-        ({"messages": [[{"role": None, "content": "x"}]]}, r"messages\[0\]\.role = null, must be a non-empty string"),
-        ({"messages": [[{"role": "user"}]]}, r"messages\[0\] = .*, must have role and content"),
-        ({"messages": [CHAT, None]}, "row 2: prompt = null, must be a non-empty string"),
-    ],
-)
-def test_an_unfit_parquet_row_is_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"a\.parquet: .*{message}"):
-        read_all(write_parquet(tmp_path / "a.parquet", columns))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "x"}\n\n{"prompt": 3}', "row 2: prompt = 3, must be a non-empty string"),
-        ('{"prompt": ""}', 'row 1: prompt = "", must be a non-empty string'),
-        ('{"prompt": "x"}\n{"prompt": ', "row 2: not JSON"),
-        ('["prompt"]', "row 1: must be a JSON object with prompt or messages"),
-        ('{"id": 1}', "row 1: has neither prompt nor messages"),
-        ('{"prompt": "x", "prompt_id": 7}', "row 1: prompt_id = 7, must be a non-empty string"),
-        ('{"messages": {"role": "user"}}', "row 1: messages = .*, must be a non-empty list"),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"messages\[0\]\.content = .*, must be"),
-        (b'{"prompt": "x"}\n{"prompt": "\xff"}', "byte 28: not UTF-8"),
-        ('{"prompt": "x"}\n{"prompt": "half an emoji: \\ud83d"}', "row 2: prompt"),
-    ],
-)
-def test_an_unfit_jsonl_row_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
-    with pytest.raises(UserError, match=rf"a\.jsonl: .*{message}"):
-        read_all(write(tmp_path / "a.jsonl", text))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('prompt\nx\n""\n', "row 2: prompt = null, must be a non-empty string"),
-        ("prompt_id,prompt\na,\n", "row 1: prompt = null, must be a non-empty string"),
-        ("prompt_id,prompt\n,x\n", "row 1: prompt_id = null, must be a non-empty string"),
-        ("text\nx\n", "row 1: has neither prompt nor messages"),
-        ('prompt\nx\n"never closed\n', "not CSV"),
-        (b"prompt\nx\n\xff\n", "byte 9: not UTF-8"),
-        # What would cut a prompt at its first comma, or give a row another id than the file means.
-        ("prompt_id,prompt\na,x\nb,one, two\n", "row 2: "),
-        ("prompt,prompt_id\nx,a\ny\n", "row 2: "),
-    ],
-)
-def test_an_unfit_csv_row_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
-    with pytest.raises(UserError, match=rf"a\.csv: .*{message}"):
-        read_all(write(tmp_path / "a.csv", text))
+        read(write(tmp_path / name, "prompt\nx\n"))
 
 
 def test_what_is_no_parquet_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
-        read_all(write(tmp_path / "a.parquet", "prompt\nx\n"))
+        read(write(tmp_path / "a.parquet", "prompt\nx\n"))
 
 
-def test_a_bad_value_is_shown_short(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": ["x" * 10_000]})
-    with pytest.raises(UserError) as error:
-        read_all(path)
-    assert len(str(error.value)) < 300
+def test_a_file_without_prompts_is_an_error(tmp_path: Path) -> None:
+    parquet = write_parquet(tmp_path / "a.parquet", {"text": ["x"], "prompt_id": ["a"]})
+    for path in (parquet, write(tmp_path / "a.csv", "text\nx\n")):
+        with pytest.raises(UserError, match=rf"{path.name}: has neither prompt nor messages among its columns"):
+            read(path)
+
+
+def test_a_column_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["prompt", "prompt"])
+    storage.write_bytes(str(tmp_path / "a.parquet"), storage.encode_parquet(twice))
+    write(tmp_path / "a.csv", "prompt,prompt\nx,y\n")
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(UserError, match=rf"{name}: has 2 columns prompt, must have one"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['prompt\nx\n"never closed\n', 'prompt\n"x"y\n'])
+def test_a_csv_whose_quotes_do_not_match_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"a\.csv: near byte \d+: not CSV"):
+        read(write(tmp_path / "a.csv", text))

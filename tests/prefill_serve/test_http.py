@@ -20,6 +20,18 @@ def test_exactly_one_of_prompt_and_messages_is_wanted(body: dict[str, object]) -
 
 
 @pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "boss", "content": "hello"}, r'request: messages\[0\]\.role = "boss", must be one of system, '),
+        ({"role": "user", "content": " "}, "must hold more than white space"),
+    ],
+)
+def test_messages_that_are_no_conversation_are_refused(message: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        RouteRequest.model_validate({"messages": [message]}).to_prompt()
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {"prompt": ""},

@@ -1,0 +1,44 @@
+"""Corpora for tests, as files of every format that is read, in the ways that make a reader stumble."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "name a river"}]
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def write_jsonl(path: Path, *records: Any) -> Path:
+    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_ids: bool = True) -> Path:
+    """The rows (prompt_id, prompt) in the format that the path's suffix names."""
+    columns: dict[str, list[str | None]] = {"extra": ["x"] * len(rows), "prompt": [prompt for _, prompt in rows]}
+    if with_ids:
+        columns["prompt_id"] = [prompt_id for prompt_id, _ in rows]
+    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if path.suffix == ".parquet":
+        return write_parquet(path, {k: pa.array(v, pa.string()) for k, v in columns.items()}, row_group_size=3)
+    if path.suffix == ".jsonl":
+        return write(path, "\ufeff\n" + "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in records))
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\r\n\r\n").writerow(columns)
+    csv.writer(stream, lineterminator="\r\n\n").writerows(record.values() for record in records)
+    return write(path, "\ufeff" + stream.getvalue())
