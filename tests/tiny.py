@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,37 +23,37 @@ name = "small"
 input_price = 0.1
 output_price = 0.4
 """
+SPECIAL = ["<unk>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *WORDS, *map(str, range(100))])}
+SIZES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 
 
-def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A random Llama of four blocks, and a tokenizer of whole words, as a transformers directory."""
+def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, config: Any = None) -> Path:
+    """A random causal LM, a Llama of four blocks where no `config` is given, and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    special = ["<unk>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *map(str, range(100))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.add_special_tokens(special)
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES)).save_pretrained(folder)
     return folder
 
 

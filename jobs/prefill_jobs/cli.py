@@ -6,6 +6,7 @@ Exit status: 0; 1 with one line that says what to do; 2 for usage.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -105,10 +106,8 @@ def _demo(config: Any) -> None:
 def _extract(config: Any) -> None:
     from prefill_jobs.extract import extract
 
-    manifest = extract(config)
-    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
-    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
-    _say_truncated(sum(shard.num_truncated for shard in manifest.shards))
+    summary = extract(config)
+    typer.echo(json.dumps(summary.to_dict()))
 
 
 def _probe(config: Any) -> None:

@@ -70,6 +70,14 @@ def _total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
 
+def num_workers(gpus_per_worker: float = 1.0) -> int:
+    """As many encoder actors as the cluster has room for now: by its GPUs, or one a node that has none."""
+    gpus = _total("GPU")
+    if gpus >= gpus_per_worker:
+        return int(gpus // gpus_per_worker)
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 def cpus_per_worker(workers: int) -> float:
     """The CPUs that one of `workers` equal actors asks of Ray.
 
@@ -84,9 +92,19 @@ def threads_per_worker(workers: int) -> int:
     return max(1, min(os.cpu_count() or 1, int(_total("CPU") // workers)))
 
 
-def encoder_resources(workers: int) -> dict[str, Any]:
-    """Options of `Dataset.map` for `workers` encoder actors: a GPU each where there are any, otherwise their CPUs."""
-    pool = {"compute": ray.data.ActorPoolStrategy(size=workers)}
-    if _total("GPU") >= 1:
-        return {**pool, "num_gpus": 1}
-    return {**pool, "num_cpus": cpus_per_worker(workers)}
+def encoder_resources(workers: int, gpus_per_worker: float = 1.0, calls_per_worker: int = 1) -> dict[str, Any]:
+    """Options of `Dataset.map` for up to `workers` encoder actors: GPUs where there are any, otherwise their CPUs.
+
+    The first actor is enough to begin; the others join as the cluster has or gets room for them. Each is handed few
+    items ahead, so that nothing heaps up before a slow one.
+    """
+    strategy = ray.data.ActorPoolStrategy(
+        min_size=1,
+        max_size=workers,
+        initial_size=min(workers, num_workers(gpus_per_worker)) if _total("GPU") else workers,
+        max_tasks_in_flight_per_actor=2 * calls_per_worker,
+        max_concurrent_calls_per_actor=calls_per_worker,
+    )
+    if _total("GPU") > 0:
+        return {"compute": strategy, "num_gpus": gpus_per_worker}
+    return {"compute": strategy, "num_cpus": cpus_per_worker(workers)}

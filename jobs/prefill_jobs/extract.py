@@ -1,62 +1,189 @@
-"""`extract`: corpus to activations. Plan shards, encode each on an actor, commit them all in one manifest."""
+"""`extract`: corpus to activations, each shard once.
+
+Plan the corpus, hand every shard that the ledger does not know to an actor, then those rows that repeat an earlier
+prompt, and commit them all in one manifest.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+import pickle
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
+import numpy as np
+import pyarrow as pa
+from prefill_router.lease import Lease
 
 from prefill_jobs import cluster
+from prefill_jobs.extractor import Attempts, Done, ExtractShard, Request, Task
 from prefill_jobs.progress import Progress
-from prefill_router import shards
+from prefill_jobs.summary import ExtractSummary
+from prefill_router import ledger, shards, storage
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
-from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
+from prefill_router.corpus import BadRow
+from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
-from prefill_router.features import ActivationShard, Manifest, write_activations, write_manifest
-from prefill_router.plan import Shard, plan, read_shard
-from prefill_router.schema import POOLINGS, Pooling, activation_columns
+from prefill_router.features import Manifest, read_manifest, write_manifest
+from prefill_router.ledger import Commit, Ledger, shard_name
+from prefill_router.plan import CorpusPlan, Repeats, Shard, plan, row_keys
+from prefill_router.schema import POOLINGS, QUARANTINE, Pooling
+
+_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
 
 
-def extract(config: ExtractConfig) -> Manifest:
-    """Writes the activations of a corpus to `config.out` and returns their manifest, which is written last."""
-    layers = parse_layers(config.layers)
-    pooling = parse_pooling(config.pooling)
-    planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
-    planned.require_all_good()
-    if planned.num_repeated:
-        say(f"extract: {planned.num_repeated:,} prompts repeat an earlier one")
-    shards.claim_output(config.out, overwrite=config.overwrite)
-    cluster.connect()
-    progress = Progress("extract", planned.num_rows)
-    arguments = {
-        "encoder": EncoderSpec(model=config.encoder, max_tokens=config.max_tokens),
-        "layers": layers,
-        "pooling": pooling,
-        "out": config.out,
-        "threads": cluster.threads_per_worker(config.workers),
-    }
-    resources = cluster.encoder_resources(config.workers)
-    committed: list[ActivationShard] = []
-    identities: set[str] = set()
-    items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(planned.shards)]
-    for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **resources):
-        committed.append(ActivationShard.model_validate_json(row["shard"]))
-        identities.add(row["identity"])
-        progress.add(committed[-1].file.rows, committed[-1].num_tokens)
-    if len(identities) != 1:
-        raise UserError("the workers' encoders differ (weights, tokenizer or dtype): give every node the same")
-    identity = EncoderIdentity.model_validate_json(identities.pop())
-    manifest = Manifest(
-        encoder=identity,
-        columns=[c.name for c in activation_columns(_indices(layers, identity), pooling)],
-        corpus=config.corpus,
-        is_sample=config.limit is not None,
-        shards=sorted(committed, key=lambda shard: shard.file.name),
-    )
-    write_manifest(config.out, manifest)
-    return manifest
+def extract(config: ExtractConfig) -> ExtractSummary:
+    """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
+    layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
+    storage.require(config.corpus, "corpus")
+    if storage.is_file(config.out):
+        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    with Lease.acquire(config.out, "extract") as lease:
+        return _Extraction(config, layers, pooling, lease).run()
+
+
+class _Extraction:
+    def __init__(
+        self, config: ExtractConfig, layers: Literal["all"] | list[int], pooling: list[Pooling], lease: Lease
+    ) -> None:
+        self.config, self.lease = config, lease
+        self.plan = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
+        self._check_bad(self.plan.bad)
+        if config.overwrite:
+            ledger.clear(config.out)
+        self.ledger = Ledger.open(config.out)
+        before = read_manifest(config.out)
+        if before is not None:
+            _check_nothing_is_lost(config.out, before, self.ledger, self.plan)
+        spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
+        also = [] if before is None else before.columns
+        self.request = Request(spec, layers, pooling, also, config.out, config.max_prompt_bytes)
+        self.records: dict[str, Commit] = {}  # by the digest of the rows
+        self.encoder = self.ledger.encoder
+
+    def run(self) -> ExtractSummary:
+        cluster.connect()
+        self.workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
+        summary = ExtractSummary(len(self.plan.bad), self.workers)
+        progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
+        if self.plan.num_repeated:
+            say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one: they are computed once")
+        if self.plan.bad:
+            say(f"extract: {len(self.plan.bad):,} rows are bad and go to the quarantine; {self.plan.bad[0].message}")
+        self._do(self._tasks(), progress, summary)
+        self._do(self._repeat_tasks(), progress, summary)
+        return self._finish(summary)
+
+    def _tasks(self) -> list[Task]:
+        """The shards that are not done, each with the finished ones that hold some of its prompts."""
+        tasks, start = [], 0
+        for shard in self.plan.shards:
+            keys = self.plan.keys[start : start + shard.rows]
+            start += shard.rows
+            sources = self.ledger.sources(keys) if self.ledger.commits and self._record(shard.digest) is None else []
+            tasks.append(Task(shard, tuple(sources)))
+        return tasks
+
+    def _repeat_tasks(self) -> list[Task]:
+        names = {i: self.records[shard.digest].name for i, shard in enumerate(self.plan.shards)}
+        return [Task(repeats, tuple(dict.fromkeys(names[i] for i in repeats.sources))) for repeats in self.plan.repeats]
+
+    def _record(self, digest: str) -> Commit | None:
+        if self.encoder is None:
+            return None
+        names = [column.name for column in self.request.columns(self.encoder)]
+        return self.ledger.commits.get(shard_name(digest, names))
+
+    def _do(self, tasks: Sequence[Task], progress: Progress, summary: ExtractSummary) -> None:
+        pending = []
+        for task in tasks:
+            record = self._record(task.rows.digest)
+            if record is None:
+                pending.append(task)
+            else:
+                self.records[task.rows.digest] = record
+                summary.reuse(record)
+                progress.skip(len(record.row_keys) + len(record.refused))
+        if not pending:
+            return
+        arguments = {
+            "request": self.request,
+            "threads": cluster.threads_per_worker(self.workers),
+            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
+        }
+        items = [{"digest": task.rows.digest, "task": pickle.dumps(task)} for task in pending]
+        options = cluster.encoder_resources(self.workers, self.config.gpus_per_worker, _CALLS)
+        for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
+            done: Done = pickle.loads(row["done"])
+            self.lease.check()
+            self._check_encoder(done.encoder)
+            self.records[row["digest"]] = done.record
+            summary.add(done)
+            progress.add(len(done.record.row_keys) + len(done.record.refused), done.work, summary.peak_flops)
+
+    def _check_encoder(self, encoder: EncoderIdentity) -> None:
+        if self.encoder is None:
+            self.encoder = encoder
+        if encoder.fingerprint != self.encoder.fingerprint:
+            raise UserError("the workers' encoders differ (weights, tokenizer or dtype): give every node the same")
+
+    def _finish(self, summary: ExtractSummary) -> ExtractSummary:
+        parts: list[Shard | Repeats] = [*self.plan.shards, *self.plan.repeats]
+        records = [self.records[rows.digest] for rows in parts]
+        bad = [*self.plan.bad, *(refused.to_bad_row() for record in records for refused in record.refused)]
+        self._check_bad(bad)
+        assert self.encoder is not None
+        manifest = Manifest(
+            encoder=self.encoder,
+            columns=[column.name for column in self.request.columns(self.encoder)],
+            corpus=self.config.corpus,
+            is_sample=self.config.limit is not None,
+            shards=[record.shard for record in records if record.file is not None],
+            quarantine=_write_quarantine(self.config.out, bad),
+        )
+        self.lease.check()
+        write_manifest(self.config.out, manifest)
+        ledger.tidy(self.config.out, records)
+        summary.finish(manifest)
+        storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
+        return summary
+
+    def _check_bad(self, bad: Sequence[BadRow]) -> None:
+        """Raises UserError where more of the corpus is bad than the user allows, before or after the encoder saw it."""
+        if len(bad) > self.config.max_bad_fraction * self.plan.num_rows or len(bad) == self.plan.num_rows:
+            raise UserError(
+                f"{len(bad):,} of {self.plan.num_rows:,} rows are bad, more than --max-bad-fraction "
+                f"{self.config.max_bad_fraction:g} allows; {bad[0].message}"
+            )
+
+
+def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:
+    """Raises UserError where a finished store holds rows that the corpus now lacks: a run only ever adds."""
+    repeats = (row_keys(r.prompt_ids, r.contents) for r in planned.repeats)
+    stays = _as_values(np.concatenate([planned.keys, *repeats]))
+    records = {record.file.name: record for record in entries.commits.values() if record.file}
+    for shard in before.shards:
+        record = records.get(shard.file.name)
+        lost = shard.file.rows if record is None else int((~np.isin(_as_values(record.row_keys), stays)).sum())
+        if lost:
+            raise UserError(
+                f"{out}: holds {lost:,} rows of shard {shard.file.name} that this corpus has not, or has otherwise "
+                f"({before.corpus} was extracted): choose another --out, or replace it with --overwrite"
+            )
+
+
+def _as_values(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(n, 3) keys as n values that numpy can compare."""
+    return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
+
+
+def _write_quarantine(out: str, bad: Sequence[BadRow]) -> shards.ShardFile | None:
+    name = "quarantine/rows.parquet"
+    if not bad:
+        storage.remove(storage.join(out, name))
+        return None
+    columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
+    return shards.write_named(out, name, pa.table([list(c) for c in columns], schema=QUARANTINE))
 
 
 def parse_layers(text: str) -> Literal["all"] | list[int]:
@@ -75,29 +202,3 @@ def parse_pooling(text: str) -> list[Pooling]:
         if name not in chosen:
             raise UserError(f'pooling = "{name}", must be last, mean or both, as last,mean')
     return chosen
-
-
-def _indices(layers: Literal["all"] | list[int], identity: EncoderIdentity) -> list[int]:
-    return list(range(identity.num_layers + 1)) if layers == "all" else layers
-
-
-class ExtractShard:
-    """Encodes one shard of a corpus and writes it. The encoder is loaded at the first shard and kept."""
-
-    def __init__(
-        self, encoder: EncoderSpec, layers: Literal["all"] | list[int], pooling: list[Pooling], out: str, threads: int
-    ) -> None:
-        self.spec, self.layers, self.pooling, self.out = encoder, layers, pooling, out
-        torch.set_num_threads(threads)
-
-    @cached_property
-    def encoder(self) -> PrefillEncoder:
-        return PrefillEncoder.load(self.spec)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        rows = read_shard(Shard.from_json(item["shard"]))
-        tokens = self.encoder.tokenize([row.prompt for row in rows])
-        encoded = self.encoder.forward(tokens, self.encoder.columns(self.layers, self.pooling))
-        ids = [row.prompt_id for row in rows]
-        written = write_activations(self.out, item["index"], ids, encoded, tokens.num_truncated)
-        return {"shard": written.model_dump_json(), "identity": self.encoder.identity.model_dump_json()}

@@ -17,6 +17,7 @@ from prefill_router.plan import Shard, plan, read_shard
 from prefill_router.router import Policy, Router
 from prefill_router.schema import decisions
 from prefill_router.shards import ShardFile
+from prefill_router.work import Work
 
 
 def label(config: LabelConfig) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def label(config: LabelConfig) -> dict[str, Any]:
         for target in row["chosen"]:
             counts[target] = counts.get(target, 0) + 1
         num_truncated += row["num_truncated"]
-        progress.add(committed[-1].rows, row["num_tokens"])
+        progress.add(committed[-1].rows, Work(tokens=row["num_tokens"]))
     manifest = {
         "format": 1,
         "router_version": router.version,

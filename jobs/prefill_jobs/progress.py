@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 
 from prefill_router.console import say
+from prefill_router.work import Work
 
 _LINE_EVERY_S = 10.0
 
@@ -16,25 +17,46 @@ class Progress:
 
     def __init__(self, task: str, total: int) -> None:
         self.task, self.total = task, total
-        self.rows = self.tokens = 0
+        self.rows = self.skipped = 0
+        self.work = Work()
+        self.peak_flops = 0.0
         self.started = self.said = time.monotonic()
         self._say(f"{task}: {total:,} prompts")
 
-    def add(self, rows: int, tokens: int = 0) -> None:
-        self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+    def skip(self, rows: int) -> None:
+        """Rows that were done before; they say nothing of the time that the others take."""
+        self.skipped += rows
+        self._say_when_due()
+
+    def add(self, rows: int, work: Work, peak_flops: float = 0.0) -> None:
+        """`peak_flops` is the FLOP/s that the machines at work can reach together."""
+        self.rows, self.work, self.peak_flops = self.rows + rows, self.work + work, peak_flops
+        self._say_when_due()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rows + self.skipped >= self.total
+
+    def _say_when_due(self) -> None:
         now = time.monotonic()
-        if sys.stderr.isatty() or now - self.said >= _LINE_EVERY_S or self.rows >= self.total:
+        if sys.stderr.isatty() or now - self.said >= _LINE_EVERY_S or self.is_complete:
             self.said = now
-            self._say(self._line(now - self.started))
+            self._say(self._line(max(now - self.started, 1e-9)))
 
     def _line(self, elapsed_s: float) -> str:
-        parts = [f"{self.task}: {self.rows:,}/{self.total:,} prompts"]
-        if self.tokens and elapsed_s > 0:
-            parts.append(f"{self.tokens / elapsed_s:,.0f} tokens/s")
-        if self.rows >= self.total:
+        parts = [f"{self.task}: {self.rows + self.skipped:,}/{self.total:,} prompts"]
+        if self.skipped:
+            parts.append(f"{self.skipped:,} done before")
+        if self.work.tokens:
+            parts.append(f"{self.rows / elapsed_s:,.1f} prompts/s")
+            parts.append(f"{self.work.tokens / elapsed_s:,.0f} tokens/s")
+        if self.peak_flops:
+            parts.append(f"{self.work.flops / elapsed_s / self.peak_flops:.0%} of peak")
+            parts.append(f"{self.work.padding_waste:.1%} padding")
+        if self.is_complete:
             parts.append(f"{elapsed_s:.0f} s")
         elif self.rows:
-            remaining_s = elapsed_s / self.rows * (self.total - self.rows)
+            remaining_s = elapsed_s / self.rows * (self.total - self.skipped - self.rows)
             parts.append(f"ETA {timedelta(seconds=round(remaining_s))}")
         return " · ".join(parts)
 
@@ -42,5 +64,5 @@ class Progress:
         if not sys.stderr.isatty():
             say(line)
             return
-        sys.stderr.write(f"\r\033[K{line}" + "\n" * (self.rows >= self.total))
+        sys.stderr.write(f"\r\033[K{line}" + "\n" * self.is_complete)
         sys.stderr.flush()

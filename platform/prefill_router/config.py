@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -93,6 +93,14 @@ PoolUri = Annotated[
 ActivationsUri = Annotated[Uri, Field(description="Activation store that `extract` wrote")]
 OutcomesUri = Annotated[Uri, Field(description="Graded answers (Parquet): prompt_id, target, correct, output_tokens")]
 RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
+MeanOver = Annotated[
+    Literal["all", "after_first"],
+    Field(description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"),
+]
+Workers = Annotated[
+    int | None,
+    Field(ge=1, description="Encoder actors, at most [one a GPU; without GPUs, one a machine, on all its cores]"),
+]
 IgnoreUnknown = Annotated[bool, Field(description="Leave out outcomes of prompts that have no activations")]
 Overwrite = Annotated[bool, Field(description="Replace what lies at --out")]
 Tolerance = Annotated[
@@ -111,8 +119,14 @@ class ExtractConfig(StrictModel):
     out: Uri = Field(description="Where the activation store goes")
     limit: int | None = Field(None, ge=1, description="Only the first N prompts")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle, and are counted")
+    mean_over: MeanOver = "all"
+    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
+    max_bad_fraction: float = Field(
+        0.5, ge=0.0, le=1.0, description="Stop where more of the rows than this are bad; fewer are quarantined"
+    )
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
-    workers: int = Field(1, ge=1, description="Encoder actors; each takes a GPU, or its share of the machine's cores")
+    workers: Workers = None
+    gpus_per_worker: float = Field(1.0, gt=0.0, description="GPUs of an actor; several may share one")
     overwrite: Overwrite = False
 
 

@@ -1,10 +1,10 @@
 """The encoder: a small causal LM that reads prompts through prefill alone.
 
-It runs the backbone without its LM head, stops after the deepest layer asked for, and pools each layer inside the
-forward pass, so that no layer's full states outlive the layer.
+Prompts of similar length are packed together, what they share at their beginning is computed once, the pass ends after
+the deepest layer asked for, and each layer is pooled as it comes, so that no layer's full states outlive it.
 """
 
-# B prompts in a batch, S tokens, D hidden size, N prompts
+# B prompts in a pack, D hidden size, N prompts, C columns
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,21 +23,26 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prefill_router import checkpoint
+from prefill_router.attention import KeyValue
 from prefill_router.batching import token_budget_batches
-from prefill_router.config import StrictModel
+from prefill_router.config import MeanOver, StrictModel
 from prefill_router.corpus import Prompt
+from prefill_router.decoder import Decoder, Pack
 from prefill_router.errors import UserError
+from prefill_router.hardware import DType, preferred_dtype
+from prefill_router.hooked import HookedBackbone
+from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
+from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling, activation_columns
+from prefill_router.work import ModelCost, Work
 
 log = logging.getLogger(__name__)
 
 # Raised whenever the same encoder would give other activations than before: it is part of the fingerprint.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 
-BUDGET_TOKENS = {"cpu": 1024, "cuda": 32768}  # padded tokens in a batch
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
-
-DType = Literal["bfloat16", "float32"]
+# Tokens in a pack: on a CPU, what stays in its cache; on a GPU, what keeps it busy.
+BUDGET_TOKENS = {"cpu": 1024, "cuda": 32768}
 
 
 class EncoderSpec(StrictModel):
@@ -49,6 +52,7 @@ class EncoderSpec(StrictModel):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: DType | None = Field(None, description="bfloat16 where the hardware is good at it, otherwise float32")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle")
+    mean_over: MeanOver = "all"
 
 
 class EncoderIdentity(StrictModel):
@@ -58,6 +62,20 @@ class EncoderIdentity(StrictModel):
     num_layers: int
     hidden_size: int
     fingerprint: str
+
+    def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
+        """The activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
+        indices = range(self.num_layers + 1) if layers == "all" else layers
+        for layer in indices:
+            if not 0 <= layer <= self.num_layers:
+                raise UserError(f"layer {layer} is out of range: {self.spec.model} has 0 to {self.num_layers}")
+        for name in pooling:
+            if name not in POOLINGS:
+                raise UserError(f'pooling "{name}" is unknown: use {" or ".join(POOLINGS)}')
+        columns = activation_columns(indices, pooling)
+        if not columns:
+            raise UserError("no layer or no pooling was asked for")
+        return columns
 
 
 @dataclass(frozen=True)
@@ -81,18 +99,30 @@ class Tokens:
         return int(self.is_truncated.sum())
 
 
+class Reading(NamedTuple):
+    """Prompts that were read: their columns as of `PrefillEncoder.encode`, the work, and whose middle was cut (N,)."""
+
+    encoded: dict[str, NDArray[Any]]
+    work: Work
+    is_truncated: NDArray[np.bool_]
+
+
 class PrefillEncoder:
     """A causal LM as an encoder. Make one with `PrefillEncoder.load`. Threads may share it: they take turns."""
 
-    def __init__(self, backbone: nn.Module, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
-        self.backbone, self.tokenizer = backbone, tokenizer
-        self.blocks = _find_blocks(backbone)
+    def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
+        self.tokenizer = tokenizer
         config = _text_config(backbone)
-        self.num_layers, self.hidden_size = len(self.blocks), int(config.hidden_size)
         context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         self.fingerprint = _fingerprint(self.spec, weights_id, config, tokenizer)
-        self._lock = threading.Lock()  # one forward pass at a time: each hangs its own hooks into the blocks
+        blocks = _find_blocks(backbone)
+        self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
+        self.cost = _block_cost(blocks[0], config)
+        decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
+        self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
+        self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
+        self._lock = threading.Lock()  # one pass at a time: two would only wait for each other's cores
 
     @classmethod
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
@@ -116,10 +146,6 @@ class PrefillEncoder:
             spec=self.spec, num_layers=self.num_layers, hidden_size=self.hidden_size, fingerprint=self.fingerprint
         )
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
-
     def encode(
         self,
         prompts: Sequence[Prompt],
@@ -136,21 +162,18 @@ class PrefillEncoder:
         tokens = self.tokenize(prompts)
         if tokens.num_truncated:
             log.warning("%d of %d prompts cut to %d tokens", tokens.num_truncated, len(prompts), self.spec.max_tokens)
-        return self.forward(tokens, self.columns(layers, pooling))
+        encoded, work = self.forward(tokens, self.columns(layers, pooling))
+        if work.clamped:
+            log.warning("%d activations beyond float16's range were clamped to it", work.clamped)
+        return encoded
 
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
-        """The activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
-        indices = range(self.num_layers + 1) if layers == "all" else layers
-        for layer in indices:
-            if not 0 <= layer <= self.num_layers:
-                raise UserError(f"layer {layer} is out of range: {self.spec.model} has 0 to {self.num_layers}")
-        for name in pooling:
-            if name not in POOLINGS:
-                raise UserError(f'pooling "{name}" is unknown: use {" or ".join(POOLINGS)}')
-        columns = activation_columns(indices, pooling)
-        if not columns:
-            raise UserError("no layer or no pooling was asked for")
-        return columns
+        return self.identity.columns(layers, pooling)
+
+    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> Reading:
+        """Tokenises and runs the prefill: `encode` for jobs, which count what it logs."""
+        tokens = self.tokenize(prompts)
+        return Reading(*self.forward(tokens, columns), tokens.is_truncated)
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model's own chat template renders it, ending in the generation prompt.
@@ -188,74 +211,85 @@ class PrefillEncoder:
         return Tokens([_cut_middle(i, self.spec.max_tokens) for i in ids], lengths)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tokens, columns: Sequence[ActivationColumn]) -> dict[str, NDArray[Any]]:
-        """Runs the prefill of `tokens` and returns what `encode` does, for exactly `columns`."""
+    def forward(self, tokens: Tokens, columns: Sequence[ActivationColumn]) -> tuple[dict[str, NDArray[Any]], Work]:
+        """Runs the prefill of `tokens`; returns what `encode` does, for exactly `columns`, and how much work it was."""
         lengths = tokens.num_tokens
-        pooled = {c.name: np.empty((len(lengths), self.hidden_size), np.float16) for c in columns}
-        for batch in token_budget_batches(lengths.tolist(), BUDGET_TOKENS[self.device.type]):
-            for name, values in self._forward_batch([tokens.ids[i] for i in batch], columns).items():
-                pooled[name][batch] = values.cpu().numpy()
-        saturated = sum(int((np.abs(values) == _FLOAT16_MAX).sum()) for values in pooled.values())
-        if saturated:
-            log.warning("%d activations beyond float16's range were clamped to it", saturated)
-        return {**pooled, NUM_TOKENS: lengths}
+        results = _Results(columns, len(lengths), self.hidden_size)
+        work = Work(prompts=len(lengths), tokens=int(lengths.sum()))
+        for group in self._prefix_groups(tokens):
+            work += self._forward_group(tokens, group, columns, results)
+        encoded: dict[str, NDArray[Any]] = results.collect()
+        clamped = sum(int((np.abs(values) == FLOAT16_MAX).sum()) for values in encoded.values())
+        return {**encoded, NUM_TOKENS: lengths}, work + Work(clamped=clamped)
 
-    def _forward_batch(self, ids: list[list[int]], columns: Sequence[ActivationColumn]) -> dict[str, Tensor]:
-        lengths = torch.tensor([len(i) for i in ids], device=self.device)
-        # Padding stands right of every prompt: under causal attention no real token ever sees it, so that the batch
-        # needs no attention mask. Any id will do.
-        padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)
-        pooled: dict[str, Tensor] = {}
+    def _prefix_groups(self, tokens: Tokens) -> list[PrefixGroup]:
+        if isinstance(self.backbone, Decoder):
+            # A group of its own is worth its smaller packs where it saves a good part of one.
+            return shared_prefixes(tokens.ids, min_saved_tokens=self._budget_tokens // 4)
+        return [PrefixGroup(0, list(range(len(tokens.ids))))]
 
-        def pool(layer: int, states_BSD: Tensor) -> None:
-            for column in columns:
-                if column.layer == layer:
-                    pooled[column.name] = _to_float16(_POOL[column.pooling](states_BSD, lengths))
+    @property
+    def _budget_tokens(self) -> int:
+        return BUDGET_TOKENS.get(self.device.type, BUDGET_TOKENS["cpu"])
 
+    def _forward_group(
+        self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn], results: _Results
+    ) -> Work:
         deepest = max(column.layer for column in columns)
-        with self._lock, self._visiting(pool, deepest):
-            final = self.backbone(input_ids=padded.to(self.device), use_cache=False).last_hidden_state
-            # The last layer is taken after the final norm, as transformers does.
-            pool(self.num_layers, final)
-        return pooled
+        prefix: list[KeyValue] | None = None
+        sums, work = None, Work()
+        if group.num_tokens and isinstance(self.backbone, Decoder):
+            prefix, sums = [], PrefixSums(group.num_tokens, self.spec.mean_over == "after_first")
+            shared = tokens.ids[group.prompts[0]][: group.num_tokens]
+            with self._lock:
+                self.backbone.run(Pack.of([shared], self.device), sums.visit, deepest, keep=prefix)
+            work += self._work([len(shared)], 0, deepest)
+        own = [tokens.ids[i][group.num_tokens :] for i in group.prompts]
+        for batch in token_budget_batches([len(ids) for ids in own], self._budget_tokens):
+            pack = Pack.of([own[i] for i in batch], self.device, prefix)
+            pooler = Pooler(columns, pack.lengths, self.device, self.spec.mean_over == "after_first", sums)
+            with self._lock:
+                self.backbone.run(pack, pooler.visit, deepest)
+            results.put(np.array(group.prompts)[batch], pooler.result())
+            work += self._work(pack.lengths, group.num_tokens, deepest)
+        return work
 
-    @contextmanager
-    def _visiting(self, visit: Callable[[int, Tensor], None], deepest: int) -> Iterator[None]:
-        """Calls `visit(layer, states)` at each layer but the last of a forward pass, and ends it at `deepest`."""
-
-        def reached(layer: int, states_BSD: Tensor) -> None:
-            visit(layer, states_BSD)
-            if layer == deepest:
-                raise _DeepestLayerReached
-
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reached(0, args[0] if args else kwargs["hidden_states"])
-
-        def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            reached(layer, output[0] if isinstance(output, tuple) else output)
-
-        hooks = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        hooks += [block.register_forward_hook(partial(after, i + 1)) for i, block in enumerate(self.blocks[:-1])]
-        try:
-            yield
-        except _DeepestLayerReached:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _work(self, lengths: list[int], prefix_tokens: int, num_blocks: int) -> Work:
+        padded = 0 if isinstance(self.backbone, Decoder) else max(lengths) * len(lengths) - sum(lengths)
+        flops = self.cost.flops(lengths, prefix_tokens, num_blocks)
+        return Work(computed_tokens=sum(lengths), padded_tokens=padded, flops=flops)
 
 
-class _DeepestLayerReached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass whose later layers nobody asked for."""
+class _Results:
+    """Activations on their way to the host: each pack is copied while the device computes the next one."""
 
+    def __init__(self, columns: Sequence[ActivationColumn], num_prompts: int, hidden_size: int) -> None:
+        self.columns = columns
+        self.values_CND = np.empty((len(columns), num_prompts, hidden_size), np.float16)
+        self._copying: tuple[NDArray[np.int64], Tensor, torch.cuda.Event | None] | None = None
 
-def preferred_dtype(device: str) -> DType:
-    """bfloat16 where the hardware multiplies it natively, otherwise float32."""
-    if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native else "float32"
+    def put(self, prompts: NDArray[np.int64], pooled_CBD: Tensor) -> None:
+        done = None
+        if pooled_CBD.is_cuda:
+            host = torch.empty(pooled_CBD.shape, dtype=pooled_CBD.dtype, pin_memory=True)
+            pooled_CBD = host.copy_(pooled_CBD, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        self._take()
+        self._copying = (prompts, pooled_CBD, done)
+
+    def collect(self) -> dict[str, NDArray[np.float16]]:
+        self._take()
+        return {column.name: values for column, values in zip(self.columns, self.values_CND, strict=True)}
+
+    def _take(self) -> None:
+        if self._copying is None:
+            return
+        prompts, pooled_CBD, done = self._copying
+        if done is not None:
+            done.synchronize()
+        self.values_CND[:, prompts] = pooled_CBD.numpy()
+        self._copying = None
 
 
 def _text_config(backbone: Any) -> Any:
@@ -281,6 +315,12 @@ def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
 
 
+def _block_cost(block: nn.Module, config: Any) -> ModelCost:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_weights = sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
+    return ModelCost.of_block(num_weights, config.num_attention_heads * head_size)
+
+
 def _architecture(config: Any) -> dict[str, Any]:
     """What of a model's config changes its activations: all that is not default, but where it came from."""
     incidental = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
@@ -297,6 +337,7 @@ def _fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: Any
         "chat_template": tokenizer.chat_template,
         "dtype": spec.dtype,
         "max_tokens": spec.max_tokens,
+        "mean_over": spec.mean_over,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -306,21 +347,3 @@ def _cut_middle(ids: list[int], max_tokens: int) -> list[int]:
         return ids
     tail = max_tokens // 2
     return ids[: max_tokens - tail] + ids[len(ids) - tail :]
-
-
-def _pool_last(states_BSD: Tensor, lengths: Tensor) -> Tensor:
-    rows = torch.arange(len(lengths), device=states_BSD.device)
-    return states_BSD[rows, lengths - 1].float()
-
-
-def _pool_mean(states_BSD: Tensor, lengths: Tensor) -> Tensor:
-    positions = torch.arange(states_BSD.shape[1], device=states_BSD.device)
-    weights_BS = (positions < lengths[:, None]).float() / lengths[:, None]
-    return torch.bmm(weights_BS[:, None], states_BSD.float())[:, 0]
-
-
-_POOL = {"last": _pool_last, "mean": _pool_mean}
-
-
-def _to_float16(values: Tensor) -> Tensor:
-    return values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).to(torch.float16)

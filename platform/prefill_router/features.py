@@ -19,12 +19,13 @@ from prefill_router import config, shards, storage
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
 from prefill_router.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
+from prefill_router.shards import ShardFile
 
 
 class ActivationShard(config.StrictModel):
     """A committed shard and what the encoder saw in it."""
 
-    file: shards.ShardFile
+    file: ShardFile
     num_tokens: int
     num_truncated: int  # prompts that were cut to max_tokens
 
@@ -36,16 +37,15 @@ class Manifest(config.StrictModel):
     corpus: str
     is_sample: bool  # extracted with --limit: the corpus may hold more prompts
     shards: list[ActivationShard]
+    quarantine: ShardFile | None = None  # the rows that could not be encoded, and why
 
     @property
     def rows(self) -> int:
         return sum(shard.file.rows for shard in self.shards)
 
 
-def write_activations(
-    uri: str, index: int, prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]], num_truncated: int
-) -> ActivationShard:
-    """Writes one shard of what `PrefillEncoder.encode` returned."""
+def to_table(prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """What `PrefillEncoder.encode` returned, as the store's table."""
     columns = [ActivationColumn.parse(name) for name in encoded if name != NUM_TOKENS]
     hidden_size = encoded[columns[0].name].shape[1]
     schema = activations(columns, hidden_size)
@@ -53,12 +53,29 @@ def write_activations(
     for column in columns:
         values = pa.array(encoded[column.name].reshape(-1), pa.float16())
         arrays.append(pa.FixedSizeListArray.from_arrays(values, type=schema.field(column.name).type))
-    file = shards.write_shard(uri, index, pa.table(arrays, schema=schema))
-    return ActivationShard(file=file, num_tokens=int(encoded[NUM_TOKENS].sum()), num_truncated=num_truncated)
+    return pa.table(arrays, schema=schema)
+
+
+def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """The inverse of `to_table`: (n, D) float16 of each activation column, and `num_tokens` (n,) int32."""
+    encoded: dict[str, NDArray[Any]] = {}
+    for field in table.schema:
+        if pa.types.is_fixed_size_list(field.type):
+            values = table[field.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            encoded[field.name] = values.reshape(len(table), field.type.list_size)
+    encoded[NUM_TOKENS] = np.asarray(table[NUM_TOKENS], np.int32)
+    return encoded
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Commits a store: only now is there anything for a reader."""
     storage.write_json(storage.join(uri, shards.MANIFEST), manifest.model_dump())
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """None where no finished extraction lies."""
+    path = storage.join(uri, shards.MANIFEST)
+    return config.validate(Manifest, storage.read_json(path), path) if storage.exists(path) else None
 
 
 @dataclass(frozen=True)
@@ -71,12 +88,12 @@ class ActivationStore:
     @classmethod
     def open(cls, uri: str) -> ActivationStore:
         """Raises UserError where no finished extraction lies at `uri`."""
-        path = storage.join(uri, shards.MANIFEST)
-        if not storage.exists(path):
+        manifest = read_manifest(uri)
+        if manifest is None:
             raise UserError(
                 f"{uri}: no finished extraction lies here ({shards.MANIFEST} is missing): run extract first"
             )
-        return cls(uri, config.validate(Manifest, storage.read_json(path), path))
+        return cls(uri, manifest)
 
     @property
     def columns(self) -> list[ActivationColumn]:
@@ -97,13 +114,8 @@ class ActivationStore:
         missing = [column.name for column in columns if column.name not in self.manifest.columns]
         if missing:
             raise UserError(f"{self.uri}: has no column {missing[0]}: extract that layer and pooling too")
-        table = self._read(shard, [PROMPT_ID, NUM_TOKENS, *(column.name for column in columns)]).combine_chunks()
-        encoded: dict[str, NDArray[Any]] = {}
-        for column in columns:
-            values = table[column.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            encoded[column.name] = values.reshape(len(table), self.manifest.encoder.hidden_size)
-        encoded[NUM_TOKENS] = np.asarray(table[NUM_TOKENS], np.int32)
-        return table[PROMPT_ID].combine_chunks(), encoded
+        table = self._read(shard, [PROMPT_ID, NUM_TOKENS, *(column.name for column in columns)])
+        return table[PROMPT_ID].combine_chunks(), from_table(table)
 
     def _read(self, shard: int, columns: Sequence[str]) -> pa.Table:
         return shards.read_shard(self.uri, self.manifest.shards[shard].file, columns)

@@ -130,7 +130,8 @@ class Router:
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
         """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
-        return self.predict_activations(self.encoder.forward(self.encoder.tokenize(prompts), self.columns))
+        encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
+        return self.predict_activations(encoded)
 
     def route(
         self,
@@ -151,7 +152,8 @@ class Router:
         Costs count all tokens of a prompt, those too that the encoder cut. Raises UserError for a policy that
         `check_policy` refuses.
         """
-        prediction = self.predict_activations(self.encoder.forward(tokens, self.columns))
+        encoded, _ = self.encoder.forward(tokens, self.columns)
+        prediction = self.predict_activations(encoded)
         cost_usd = self.pool.expected_cost(tokens.full_lengths, prediction.expected_output_tokens)
         names = self.pool.target_names
 

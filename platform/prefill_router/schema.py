@@ -34,6 +34,16 @@ OUTCOMES = pa.schema(
     ]
 )
 
+# Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
+QUARANTINE = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
 
 @dataclass(frozen=True, order=True)
 class ActivationColumn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ from prefill_router.config import StrictModel
 from prefill_router.errors import UserError
 
 MANIFEST = "manifest.json"
-_SHARD_NAME = re.compile(r"part-\d{6,}\.parquet")
+_SHARD_NAME = re.compile(r"part-(\d{6,}|[0-9a-f]{32})\.parquet")
 
 
 class ShardFile(StrictModel):
@@ -27,9 +27,25 @@ class ShardFile(StrictModel):
 
 def write_shard(uri: str, index: int, table: pa.Table) -> ShardFile:
     """Writes shard `index` below `uri`; doing it again replaces it by the same."""
-    name = f"part-{index:06d}.parquet"
+    return write_named(uri, f"part-{index:06d}.parquet", table)
+
+
+def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
+    """Writes a table as the file `name` below `uri`."""
     data = storage.encode_parquet(table)
     storage.write_bytes(storage.join(uri, name), data)
+    return ShardFile(name=name, rows=len(table), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
+    """Writes the shard that `name` (32 hex digits) stands for, unless it lies there already: then it is left as it is.
+
+    Objects are whole and named by what they hold, so that one which a writer left before it died is as good.
+    """
+    name = f"part-{name}.parquet"
+    data = storage.encode_parquet(table)
+    if not storage.create_bytes(storage.join(uri, name), data):
+        data = storage.read_bytes(storage.join(uri, name))
     return ShardFile(name=name, rows=len(table), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -62,6 +78,11 @@ def claim_output(uri: str, *, overwrite: bool) -> None:
     if storage.exists(manifest) and not overwrite:
         raise UserError(f"{uri}: already holds an output: choose another --out, or replace it with --overwrite")
     storage.remove(manifest)
-    for path in storage.list_files(uri, [".parquet"]):
-        if _SHARD_NAME.fullmatch(storage.name(path)):
-            storage.remove(path)
+    remove_shards(uri)
+
+
+def remove_shards(uri: str, keep: Collection[str] = ()) -> None:
+    """Deletes the shards directly below `uri`, except the files named in `keep`."""
+    for name in storage.list_names(uri):
+        if _SHARD_NAME.fullmatch(name) and name not in keep:
+            storage.remove(storage.join(uri, name))

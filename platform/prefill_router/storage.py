@@ -6,11 +6,14 @@ AWS variables and configuration files, so any S3-compatible store works. Every w
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,14 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prefill_router.errors import UserError
 
-_S3_CONFIG = {
-    "retries": {"mode": "standard", "max_attempts": 10},
-    "connect_timeout": 10,
-    "read_timeout": 60,
-    # Stores other than Amazon's reject the newer default checksums.
-    "request_checksum_calculation": "when_required",
-    "response_checksum_validation": "when_required",
-}
+_READERS = 32
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # how file systems without hard links say so
 
 
 @cache
@@ -40,8 +37,9 @@ def _local() -> LocalFileSystem:
 
 @cache
 def _s3() -> Any:
-    # Listings change under us (other writers), so none is cached.
-    return fsspec.filesystem("s3", config_kwargs=_S3_CONFIG, use_listings_cache=False, skip_instance_cache=True)
+    from prefill_router import s3  # which takes a while to import, and many never need
+
+    return s3.connect()
 
 
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -79,8 +77,15 @@ def exists(uri: str) -> bool:
 
 
 def is_file(uri: str) -> bool:
-    fs, path = resolve(uri)
-    return bool(fs.isfile(path))
+    return _is_file(*resolve(uri))
+
+
+def _is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    # `fs.isfile` would take a failure for a no.
+    try:
+        return bool(fs.info(path)["type"] == "file")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def size_bytes(uri: str) -> int:
@@ -97,10 +102,24 @@ def require(uri: str, what: str) -> None:
 def list_files(uri: str, suffixes: Sequence[str]) -> list[str]:
     """The file at `uri`, or the files directly below it with one of `suffixes`, sorted, as URIs."""
     fs, path = resolve(uri)
-    if fs.isfile(path):
+    if _is_file(fs, path):
         return [uri]
     names = sorted(entry["name"].rpartition("/")[2] for entry in fs.ls(path, detail=True) if entry["type"] == "file")
     return [join(uri, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
+
+
+def list_names(uri: str) -> list[str]:
+    """The names directly below a folder, of files and folders, sorted; none where there is no folder.
+
+    Names that begin with a dot are left out: drafts of writers that died may lie there.
+    """
+    fs, path = resolve(uri)
+    try:
+        paths = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    names = (p.removeprefix(f"{path}/").rstrip("/") for p in paths if p.startswith(f"{path}/"))
+    return sorted(n for n in names if n and not n.startswith("."))
 
 
 def open_input(uri: str) -> IO[bytes]:
@@ -114,13 +133,50 @@ def read_bytes(uri: str) -> bytes:
     return bytes(fs.cat_file(path))
 
 
+def read_many(uris: Sequence[str]) -> list[bytes]:
+    """The objects at `uris`, in that order, read concurrently: over a network, small ones are mostly waited for."""
+    places = [resolve(uri) for uri in uris]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [bytes(data) for data in pool.map(lambda place: place[0].cat_file(place[1]), places)]
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes the object whole: a reader sees the old one or the new one, never a part."""
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        fs.write(path, data)
         return
     target = Path(path)
+    with _draft(target, data) as draft:
+        draft.replace(target)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Writes the object whole unless something lies there, and says whether it did: of racing creators, one does.
+
+    Whoever must know whose object it is reads it. On S3, False may stand for one's own object: where the answer to an
+    attempt is lost, the next one finds what the first has created.
+    """
+    fs, path = resolve(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return bool(fs.create(path, data))
+    with _draft(Path(path), data) as draft:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise UserError(
+                f"{uri}: this file system has no hard links, which keep two writers apart: choose another place"
+            ) from error
+    return True
+
+
+@contextmanager
+def _draft(target: Path, data: bytes) -> Iterator[Path]:
+    """A file beside `target` that holds `data`, on the disk. What is made of it there is on the disk afterwards too."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -128,9 +184,22 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(target)
+        yield draft
+        _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(uri: str) -> Any:
@@ -177,5 +246,10 @@ def arrow_location(uri: str) -> tuple[pafs.FileSystem | None, str]:
 def remove(uri: str) -> None:
     """Deletes a file or a whole folder; nothing happens where there is none."""
     fs, path = resolve(uri)
-    if fs.exists(path):
+    if _is_file(fs, path):
+        with suppress(FileNotFoundError):  # another was faster
+            fs.rm_file(path)
+    elif fs.exists(path):
         fs.rm(path, recursive=True)
+        if fs.exists(path):  # S3 deletes a thousand at once, and its errors of single ones are not passed on
+            raise OSError(f"{uri}: not all of it could be deleted")

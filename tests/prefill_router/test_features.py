@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prefill_router import shards, storage
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
-from prefill_router.features import ActivationStore, Manifest, write_activations, write_manifest
+from prefill_router.features import ActivationShard, ActivationStore, Manifest, to_table, write_manifest
 from prefill_router.schema import ActivationColumn
 
 NAMES = ["last_001", "mean_001"]
@@ -26,6 +26,13 @@ def encoded(num_prompts: int, hidden_size: int = 8, seed: int = 0) -> dict[str, 
     rng = np.random.default_rng(seed)
     values = {name: rng.normal(size=(num_prompts, hidden_size)).astype(np.float16) for name in NAMES}
     return {**values, "num_tokens": rng.integers(1, 99, num_prompts).astype(np.int32)}
+
+
+def write_activations(
+    uri: str, index: int, prompt_ids: list[str], part: dict[str, NDArray[Any]], num_truncated: int
+) -> ActivationShard:
+    file = shards.write_shard(uri, index, to_table(prompt_ids, part))
+    return ActivationShard(file=file, num_tokens=int(part["num_tokens"].sum()), num_truncated=num_truncated)
 
 
 def write_store(uri: str, sizes: list[int]) -> list[dict[str, NDArray[Any]]]:

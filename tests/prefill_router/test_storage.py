@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import prefill_router
 from prefill_router import storage
 from prefill_router.errors import UserError
 
@@ -90,6 +96,121 @@ def test_a_write_that_fails_leaves_the_old_object_and_no_draft(tmp_path: Path, m
 def test_a_write_to_a_bucket_that_is_not_there_fails(s3_bucket: str) -> None:
     with pytest.raises(OSError, match="bucket does not exist"):
         storage.write_bytes(f"{s3_bucket}-no-such-bucket/key", b"data")
+
+
+# --- create, read many, list names -------------------------------------------------------------------------------
+
+
+def test_what_lies_there_is_not_created_again(root: str) -> None:
+    uri = storage.join(root, "folder", "object")
+    assert storage.create_bytes(uri, b"first") is True
+    assert storage.create_bytes(uri, b"second") is False
+    assert storage.read_bytes(uri) == b"first"
+    assert storage.list_files(storage.join(root, "folder"), [""]) == [uri]
+    storage.write_bytes(uri, b"third")
+    storage.remove(uri)
+    assert storage.create_bytes(uri, b"") is True
+    assert storage.read_bytes(uri) == b""
+
+
+def test_of_racing_creators_one_creates(root: str) -> None:
+    """Each is told the truth: the object is the whole of what the one that created it gave."""
+    creators = 8
+    start = threading.Barrier(creators)
+
+    def create(creator: int) -> list[bool]:
+        created = []
+        for i in range(6):
+            start.wait()
+            created.append(storage.create_bytes(storage.join(root, str(i)), bytes([creator]) * 100_000))
+        return created
+
+    with ThreadPoolExecutor(creators) as pool:
+        by_round = list(zip(*pool.map(create, range(creators)), strict=True))
+    for i, created in enumerate(by_round):
+        assert sum(created) == 1
+        assert storage.read_bytes(storage.join(root, str(i))) == bytes([created.index(True)]) * 100_000
+
+
+def test_creating_where_another_error_stands_in_the_way_raises_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(OSError, match="file"):
+        storage.create_bytes(str(tmp_path / "file" / "object"), b"data")
+
+
+def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: object, target: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(UserError, match=r"object: this file system has no hard links.*: choose another place"):
+        storage.create_bytes(str(tmp_path / "object"), b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_are_read_in_the_order_that_was_asked_for(root: str) -> None:
+    uris = [storage.join(root, f"{i}.bin") for i in range(40)]
+    for i, uri in enumerate(uris):
+        storage.write_bytes(uri, bytes([i]) * i)
+    assert storage.read_many(uris[::-1]) == [bytes([i]) * i for i in range(40)][::-1]
+    assert storage.read_many([]) == []
+    with pytest.raises(FileNotFoundError, match="missing"):
+        storage.read_many([*uris, storage.join(root, "missing")])
+
+
+def test_list_names_gives_what_lies_directly_below(root: str) -> None:
+    assert storage.list_names(storage.join(root, "folder")) == []
+    for name in ("b", "a", "below/c", ".draft", "_kept"):
+        storage.write_bytes(storage.join(root, "folder", name), b"x")
+    assert storage.list_names(storage.join(root, "folder")) == ["_kept", "a", "b", "below"]
+    assert storage.list_names(storage.join(root, "folder") + "/") == ["_kept", "a", "b", "below"]
+    assert storage.list_names(storage.join(root, "folder", "a")) == []
+
+
+def test_list_names_gives_all_of_them(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")  # S3 lists by pages: of a thousand, elsewhere
+    names = [f"{i:02d}" for i in range(25)]
+    for name in names:
+        storage.write_bytes(storage.join(root, name), b"")
+    assert storage.list_names(root) == names
+
+
+FILL = """
+import os, sys
+from prefill_router import storage
+folder = sys.argv[1]
+storage.write_bytes(f"{folder}/old", b"old")
+for write, name in ((storage.write_bytes, "old"), (storage.write_bytes, "new"), (storage.create_bytes, "new")):
+    try:
+        write(f"{folder}/{name}", bytes(1 << 20))
+    except OSError as error:
+        print(error)
+print(sorted(os.listdir(folder)), storage.read_bytes(f"{folder}/old"))
+"""
+
+
+def test_a_full_disk_is_named_and_keeps_what_there_was(tmp_path: Path) -> None:
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"']
+    if subprocess.run([*mounted, str(tmp_path), "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    environment = {**os.environ, "PYTHONPATH": str(Path(prefill_router.__file__).parents[1])}
+    done = subprocess.run(
+        [*mounted, str(tmp_path), sys.executable, "-c", FILL, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    full = "[Errno 28] No space left on device: '{}'"
+    assert done.stdout.splitlines() == [
+        full.format(tmp_path / "old"),
+        full.format(tmp_path / "new"),
+        full.format(tmp_path / "new"),
+        "['old'] b'old'",
+    ]
+
+
+# --- tables, and where things are --------------------------------------------------------------------------------
 
 
 def test_a_parquet_table_comes_back_by_column(root: str) -> None:

@@ -1,0 +1,198 @@
+"""The actor of `extract`: a shard of the plan in, its object and its record out, and nothing done twice."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import ray
+import torch
+
+from prefill_router import ledger
+from prefill_router.corpus import Prompt
+from prefill_router.draft import Draft
+from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder, Reading
+from prefill_router.errors import UserError
+from prefill_router.hardware import measured_peak_flops
+from prefill_router.isolation import IsolatedEncoder
+from prefill_router.ledger import Commit
+from prefill_router.plan import Repeats, Shard
+from prefill_router.schema import POOLINGS, ActivationColumn, Pooling
+from prefill_router.work import Work
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS_IN_PLACE = 2  # then a shard's prompts are suspected of what befell the worker
+_MOST_ATTEMPTS = 20  # then the job is stopped
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to do, and the finished shards that hold some of what it wants."""
+
+    rows: Shard | Repeats
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard that is done, by this task or before it."""
+
+    record: Commit
+    encoder: EncoderIdentity
+    work: Work
+    seconds: float  # in the encoder
+    num_copied: int
+    num_retries: int
+    worker: str
+    peak_flops: float
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be extracted, the same for every shard."""
+
+    encoder: EncoderSpec
+    layers: Literal["all"] | list[int]
+    pooling: list[Pooling]
+    also: list[str]  # columns that the output has already, and keeps
+    out: str
+    max_prompt_bytes: int
+
+    def columns(self, encoder: EncoderIdentity) -> list[ActivationColumn]:
+        wanted = {*encoder.columns(self.layers, self.pooling), *map(ActivationColumn.parse, self.also)}
+        return sorted(wanted, key=lambda column: (POOLINGS.index(column.pooling), column.layer))
+
+
+@ray.remote(num_cpus=0)
+class Attempts:
+    """How often each shard was begun, remembered by a process that outlives those that do the work."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def begin(self, digest: str) -> int:
+        self.counts[digest] += 1
+        return self.counts[digest]
+
+
+class ExtractShard:
+    """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
+
+    def __init__(self, request: Request, threads: int, attempts: Any) -> None:
+        self.request, self.threads, self.attempts = request, threads, attempts
+        self.worker = ray.get_runtime_context().get_actor_id() or ""
+        self._loading, self._encoding = threading.Lock(), threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(self.threads)  # of the thread that calls
+        done = self.extract(pickle.loads(row["task"]))
+        return {"digest": row["digest"], "done": pickle.dumps(done)}
+
+    def extract(self, task: Task) -> Done:
+        attempt: int = ray.get(self.attempts.begin.remote(task.rows.digest))
+        if attempt > _MOST_ATTEMPTS:
+            raise UserError(f"a worker ended {attempt - 1} times over one shard: see Ray's logs for what ends it")
+        with self._loading:
+            columns = self.columns
+        record = ledger.find(self.request.out, ledger.shard_name(task.rows.digest, [c.name for c in columns]))
+        if record is not None:
+            return self._done(record, Work(), 0.0, len(record.row_keys), attempt, is_new=False)
+        draft = self._draft(task.rows, columns)
+        for source in task.sources:
+            draft.copy(self.request.out, source)
+        num_copied = draft.num_complete
+        with self._encoding:
+            started = time.perf_counter()
+            work = self._encode(draft, attempt)
+            seconds = time.perf_counter() - started
+        return self._done(draft.commit(self.request.out), work, seconds, num_copied, attempt, is_new=True)
+
+    def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> Draft:
+        if isinstance(rows, Repeats):
+            return Draft.of_repeats(rows, columns)
+        return Draft.of_shard(rows, columns, self.request.max_prompt_bytes)
+
+    @cached_property
+    def encoder(self) -> PrefillEncoder:
+        encoder = PrefillEncoder.load(self.request.encoder)
+        ledger.claim_encoder(self.request.out, encoder.identity)
+        return encoder
+
+    @cached_property
+    def columns(self) -> list[ActivationColumn]:
+        return self.request.columns(self.encoder.identity)
+
+    @cached_property
+    def peak_flops(self) -> float:
+        return measured_peak_flops(self.encoder.device, self.encoder.dtype)
+
+    @cached_property
+    def isolated(self) -> IsolatedEncoder:
+        return IsolatedEncoder(self.request.encoder, self.threads)
+
+    def _encode(self, draft: Draft, attempt: int) -> Work:
+        """Computes what the draft misses."""
+        work = Work()
+        for rows, columns in draft.missing():
+            reading, refused = self._read([draft.prompts[i] for i in rows], columns, attempt)
+            work += reading.work
+            draft.refused.update({rows[i]: reason for i, reason in refused.items()})
+            draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
+        return work
+
+    def _read(
+        self, prompts: list[Prompt], columns: list[ActivationColumn], attempt: int
+    ) -> tuple[Reading, dict[int, str]]:
+        """Reads all prompts but those that can't be, which come back by their place, with the reason."""
+        if attempt <= _ATTEMPTS_IN_PLACE:
+            try:
+                return self._read_here(prompts, columns)
+            except (UserError, OSError):
+                raise
+            except Exception:  # out of memory, or what else a prompt may do to a kernel
+                log.exception("a shard failed in the encoder: its prompts are tried in another process")
+        try:
+            refused = self.isolated.find_killers(prompts, columns)
+            return self.isolated.read(_without(prompts, refused), columns), refused
+        finally:
+            self.isolated.close()
+
+    def _read_here(self, prompts: list[Prompt], columns: list[ActivationColumn]) -> tuple[Reading, dict[int, str]]:
+        try:
+            return self.encoder.read(prompts, columns), {}
+        except UserError:
+            refused = {i: reason for i, prompt in enumerate(prompts) if (reason := self._refusal(prompt))}
+            return self.encoder.read(_without(prompts, refused), columns), refused
+
+    def _refusal(self, prompt: Prompt) -> str | None:
+        try:
+            self.encoder.tokenize([prompt])
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _done(self, record: Commit, work: Work, seconds: float, num_copied: int, attempt: int, *, is_new: bool) -> Done:
+        return Done(
+            record=record,
+            encoder=self.encoder.identity,
+            work=work,
+            seconds=seconds,
+            num_copied=num_copied,
+            num_retries=attempt - 1,
+            worker=self.worker,
+            peak_flops=self.peak_flops,
+            is_new=is_new,
+        )
+
+
+def _without(prompts: Sequence[Prompt], places: dict[int, str]) -> list[Prompt]:
+    return [prompt for i, prompt in enumerate(prompts) if i not in places]

@@ -1,0 +1,79 @@
+"""What an extraction took, counted shard by shard, and said as JSON when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prefill_jobs.extractor import Done
+from prefill_router.features import Manifest
+from prefill_router.ledger import Commit
+from prefill_router.work import Work
+
+
+class ExtractSummary:
+    """`manifest` is there once the extraction has ended."""
+
+    manifest: Manifest
+
+    def __init__(self, num_bad: int, workers: int) -> None:
+        self.num_quarantined, self.workers = num_bad, workers
+        self.work = Work()
+        self.encoder_seconds = 0.0
+        self.num_reused = self.num_copied = self.num_retries = self.num_shards_computed = 0
+        self.seconds = 0.0
+        self._peaks: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that the workers seen so far can reach together."""
+        return sum(self._peaks.values())
+
+    def reuse(self, record: Commit) -> None:
+        """A shard that an earlier run left done."""
+        self.num_reused += len(record.row_keys)
+        self.num_quarantined += len(record.refused)
+
+    def add(self, done: Done) -> None:
+        self._peaks[done.worker] = done.peak_flops
+        self.num_retries += done.num_retries
+        if not done.is_new:
+            self.reuse(done.record)
+            return
+        self.num_shards_computed += 1
+        self.work += done.work
+        self.encoder_seconds += done.seconds
+        self.num_copied += done.num_copied
+        self.num_quarantined += len(done.record.refused)
+
+    def finish(self, manifest: Manifest) -> None:
+        self.manifest, self.seconds = manifest, time.monotonic() - self._started
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine."""
+        files = [shard.file for shard in self.manifest.shards]
+        mean_peak = self.peak_flops / max(1, len(self._peaks))
+        return {
+            "prompts": self.manifest.rows,
+            "computed": self.work.prompts,
+            "reused": self.num_reused,
+            "copied": self.num_copied,
+            "quarantined": self.num_quarantined,
+            "tokens": self.work.tokens,
+            "computed_tokens": self.work.computed_tokens,
+            "padding_waste": round(self.work.padding_waste, 4),
+            "clamped": self.work.clamped,
+            "flops": self.work.flops,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": round(self.work.tokens / self.seconds, 1),
+            "encoder_seconds": round(self.encoder_seconds, 3),
+            "peak_flops": self.peak_flops,
+            "mfu": round(self.work.flops / self.encoder_seconds / mean_peak, 4) if self.encoder_seconds else None,
+            "shards": len(files),
+            "shards_computed": self.num_shards_computed,
+            "bytes": sum(file.bytes for file in files),
+            "retries": self.num_retries,
+            "workers": self.workers,
+        }

@@ -1,0 +1,128 @@
+"""S3 as a filesystem whose failures pass or end: one layer of retries, a bound on every wait, errors of one kind.
+
+Both botocore and s3fs would retry, and their attempts multiply. Here s3fs alone does, since only it also begins anew
+where the body of an answer breaks off.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from aiohttp import ClientError as HttpError
+from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
+from botocore.exceptions import ConnectionError as NotConnected
+from s3fs import S3FileSystem
+from s3fs.core import S3File, set_custom_error_handler
+
+STALL_S = 5.0  # after which an upload of which the store takes nothing more is broken off
+_MAX_PUT_BYTES = 5 * 2**30  # S3's limit for one plain PUT
+_TRANSIENT_STATUSES = {500, 502, 503, 504}
+# The first two: another conditional write or a deletion was under way, so that this one was not decided.
+_TRANSIENT_CODES = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout"}
+# What s3fs and our callers tell apart; all else is an OSError and no more.
+_TOLD_APART = (FileNotFoundError, FileExistsError, PermissionError)
+
+
+def connect() -> S3:
+    """The S3 that the usual AWS variables and configuration files name."""
+    options = {
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 64,
+        "connector_args": {"socket_factory": _open_socket},
+        # Stores other than Amazon's reject the newer default checksums.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    # Listings change under us (other writers), so none is cached. Without concurrency inside an object, to read it is
+    # one request, which is retried as a whole.
+    return S3(config_kwargs=options, use_listings_cache=False, skip_instance_cache=True, max_concurrency=1)
+
+
+class S3(S3FileSystem):  # type: ignore[misc]
+    """Tries what may pass (errors 5xx, resets, cut bodies, silence) 9 times, with pauses of 17 s in all.
+
+    What remains is an OSError whose message is one line that names the object. It comes after 17 s where the store
+    fails at once, and within two minutes where it takes connections and never answers.
+    """
+
+    retries = 9
+    connect_timeout = 5
+    read_timeout = 10
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        set_custom_error_handler(_is_transient)  # here, since Ray unpickles filesystems in its workers
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes the object whole, by one PUT: where a multipart upload's last answer is lost, it can't be resumed."""
+        self.pipe_file(path, data, chunksize=_MAX_PUT_BYTES)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes the object unless something lies there, and says whether it did."""
+        assert len(data) < _MAX_PUT_BYTES, "some stores complete multipart uploads unconditionally"
+        try:
+            self.pipe_file(path, data, chunksize=_MAX_PUT_BYTES, mode="create")
+        except OSError as error:
+            if _http_status(error) == 412:
+                return False
+            raise
+        return True
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+        with _os_errors(options.get("Bucket"), options.get("Key") or options.get("Prefix")):
+            return await super()._call_s3(method, *arguments, **options)
+
+    async def _cat_file(self, path: str, *arguments: Any, **options: Any) -> Any:
+        with _os_errors(path):
+            return await super()._cat_file(path, *arguments, **options)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> S3File:
+        return _Input(self, path, mode, **options) if mode == "rb" else super()._open(path, mode, **options)
+
+
+class _Input(S3File):  # type: ignore[misc]
+    def _fetch_range(self, start: int, end: int) -> Any:
+        with _os_errors(self.path):
+            return super()._fetch_range(start, end)
+
+
+@contextmanager
+def _os_errors(*path: str | None) -> Iterator[None]:
+    """Makes what s3fs and the libraries below it raise into OSErrors that name the object.
+
+    A request that failed for good must not come out as what s3fs takes for a body's failure, and would try again.
+    """
+    try:
+        yield
+    except (OSError, BotoCoreError, HttpError) as error:
+        uri = "s3://" + "/".join(part for part in path if part)
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        kind = next((kind for kind in _TOLD_APART if isinstance(error, kind)), OSError)
+        raise kind(reason if reason.startswith("s3://") else f"{uri}: {reason}") from error
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether s3fs should try again, which it asks of the errors that it does not know better."""
+    if isinstance(error, ClientError):
+        code = error.response.get("Error", {}).get("Code")
+        return code in _TRANSIENT_CODES or _http_status(error) in _TRANSIENT_STATUSES
+    return isinstance(error, (NotConnected, IncompleteReadError))
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The status of the answer that an error came from, whatever exceptions it went through."""
+    while error is not None and not isinstance(error, ClientError):
+        error = error.__cause__
+    return None if error is None else error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _open_socket(address: Any) -> socket.socket:
+    """A socket whose connection breaks when an upload stalls: the timeouts above bound only the wait for an answer."""
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1000))
+    return opened

@@ -1,0 +1,86 @@
+"""The reference is transformers in float32, each prompt alone: for models that the decoder does not compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
+
+from prefill_router.decoder import Pack
+from prefill_router.encoder import EncoderSpec, PrefillEncoder
+from prefill_router.hooked import HookedBackbone
+from reference import assert_equals_transformers
+from tiny import SIZES, WORDS, random_prompts, save_tiny_model
+
+PROMPTS = [*random_prompts(6), " ".join(WORDS * 5), "one"]  # 4 to 103 tokens
+
+CONFIGS = {
+    "a window": MistralConfig(**SIZES, sliding_window=16),
+    "a window in some layers": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=2),
+    "dynamic rope": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
+    "norms behind": Olmo2Config(**SIZES, eos_token_id=None),
+    "two ropes, scaled embeddings": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16, sliding_window_pattern=2),
+}
+
+
+def load(folder: Path, config: Any) -> PrefillEncoder:
+    spec = EncoderSpec(model=str(save_tiny_model(folder, config=config)), dtype="float32")
+    encoder = PrefillEncoder.load(spec, device="cpu")
+    assert isinstance(encoder.backbone, HookedBackbone)
+    return encoder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_equals_transformers(name: str, tmp_path: Path) -> None:
+    encoder = load(tmp_path, CONFIGS[name])
+    tokens = encoder.tokenize(PROMPTS)
+    assert_equals_transformers(tmp_path, tokens.ids, encoder.encode(PROMPTS))
+
+
+def test_the_mean_may_leave_out_the_first_token(tmp_path: Path) -> None:
+    spec = EncoderSpec(
+        model=str(save_tiny_model(tmp_path, config=CONFIGS["gelu"])), dtype="float32", mean_over="after_first"
+    )
+    encoder = PrefillEncoder.load(spec, device="cpu")
+    encoded = encoder.encode(PROMPTS)
+    assert_equals_transformers(tmp_path, encoder.tokenize(PROMPTS).ids, encoded, mean_from=1)
+
+
+def test_no_hook_stays_in_the_model(tmp_path: Path) -> None:
+    """Neither after a whole pass, nor after one that ended early, nor after one that failed."""
+    encoder = load(tmp_path, CONFIGS["gelu"])
+    backbone = encoder.backbone
+    assert isinstance(backbone, HookedBackbone)
+
+    def fail(layer: int, states: torch.Tensor) -> None:
+        raise RuntimeError("no room")
+
+    def ignore(layer: int, states: torch.Tensor) -> None: ...
+
+    pack = Pack.of([[1, 2], [3]], torch.device("cpu"))
+    for visit, deepest in ((ignore, 4), (ignore, 2)):
+        backbone.run(pack, visit, deepest)
+    with pytest.raises(RuntimeError, match="no room"):
+        backbone.run(pack, fail, 4)
+    for module in backbone.backbone.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_padding_reaches_no_visitor(tmp_path: Path) -> None:
+    encoder = load(tmp_path, CONFIGS["gelu"])
+    prompts = [[7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode():
+        encoder.backbone.run(Pack.of(prompts, torch.device("cpu")), lambda _layer, states: seen.append(states), 4)
+    assert [states.shape for states in seen] == [(9, 32)] * 5
+    embedding = torch.cat([torch.tensor(ids) for ids in prompts])
+    assert isinstance(encoder.backbone, HookedBackbone)
+    np.testing.assert_array_equal(seen[0], encoder.backbone.backbone.embed_tokens.weight[embedding])

@@ -1,0 +1,50 @@
+"""What the encoder is measured against: transformers itself, each prompt alone, `output_hidden_states=True`."""
+
+# S tokens of a prompt, L layers, D hidden size
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# Activations are float16, so a value is right within its rounding, 2^-11 of it, or within RTOL, where float32 sums in
+# another order round to the neighbouring float16.
+RTOL, ATOL = 1e-3, 1e-4
+
+
+@torch.inference_mode()
+def states_alone(backbone: Any, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """Every layer's states (L + 1, S, D) of each prompt, run alone and without padding."""
+    outputs = [backbone(input_ids=torch.tensor([ids]), output_hidden_states=True) for ids in prompts]
+    return [np.stack([states[0].float().numpy() for states in output.hidden_states]) for output in outputs]
+
+
+def hidden_states(folder: Path, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """`states_alone` of the model that lies in `folder`, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return states_alone(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), prompts)
+
+
+def assert_equals_transformers(
+    folder: Path, prompts: Sequence[Sequence[int]], encoded: Mapping[str, Any], mean_from: int = 0
+) -> None:
+    """Every layer and pooling of `encoded` is right; the mean is over the tokens from `mean_from`."""
+    for row, states in enumerate(hidden_states(folder, prompts)):
+        for layer in range(len(states)):
+            last, mean = encoded[f"last_{layer:03d}"][row], encoded[f"mean_{layer:03d}"][row]
+            where = f"layer {layer}, row {row}"
+            np.testing.assert_allclose(last, states[layer, -1], RTOL, ATOL, err_msg=where)
+            np.testing.assert_allclose(mean, states[layer, mean_from:].mean(0), RTOL, ATOL, err_msg=where)
+
+
+def relative_error(values: Any, expected: Any) -> NDArray[np.float64]:
+    """||values - expected|| / ||expected|| of each vector, over the last axis."""
+    values, expected = np.asarray(values, np.float64), np.asarray(expected, np.float64)
+    error: NDArray[np.float64] = np.linalg.norm(values - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return error
