@@ -1,0 +1,222 @@
+"""A proxy before the S3 server of `s3.py` that fails as real stores do: errors, resets, cut bodies, silence.
+
+It passes the Host header and the raw path on as they came, so that signatures still hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import aiohttp
+import pytest
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from prefill_router import storage
+
+# They belong to one connection, and each side of the proxy has its own.
+_HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding", "Expect", "Content-Length")
+_ERRORS = {
+    "error_500": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "slow_down": (503, "SlowDown", "Please reduce your request rate."),
+    "conflict": (409, "ConditionalRequestConflict", "A conflicting conditional operation is in progress."),
+}
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The probability of each fault; a request meets one at most."""
+
+    error_500: float = 0.0
+    slow_down: float = 0.0  # 503
+    conflict: float = 0.0  # 409, as of a conditional write while another is under way
+    reset_before: float = 0.0  # the server never sees the request
+    reset_after: float = 0.0  # the server has done it, but its answer is lost
+    cut_body: float = 0.0  # half of the answer's body, then the end of the connection; all of it where it has no body
+    black_hole: float = 0.0  # the request's body is not even read, and nothing is ever answered
+
+    def draw(self, rng: random.Random) -> str:
+        """The name of a fault; empty for none."""
+        point = rng.random()
+        for field in fields(self):
+            point -= getattr(self, field.name)
+            if point < 0:
+                return field.name
+        return ""
+
+
+@dataclass
+class Request:
+    """What the proxy saw."""
+
+    time: float  # time.monotonic() when it came
+    method: str
+    path: str  # raw, with the bucket and the query
+    fault: str  # the field of `Faults` that struck; empty for none
+    status: int = 0  # of the answer; 0 where there was none, or not yet
+
+
+class FaultProxy:
+    """Runs in a thread of this process while it is a context. `faults`, `only` and `latency_s` may be set any time."""
+
+    def __init__(self, upstream: str, seed: int = 0) -> None:
+        self.upstream = upstream
+        self.url = ""
+        self.faults = Faults()
+        self.only: Callable[[str, str], bool] = _any_request  # which requests, by method and path, may meet a fault
+        self.latency_s = 0.0  # of every request
+        self.log: list[Request] = []
+        self._rng = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def requests(self, method: str, prefix: str = "") -> list[Request]:
+        """Those to keys that begin with `prefix`, raw as in a URL; a listing is a GET of the empty key."""
+        return [request for request in self.log if request.method == method and _key(request).startswith(prefix)]
+
+    def puts(self, prefix: str = "") -> list[Request]:
+        return self.requests("PUT", prefix)
+
+    def gets(self, prefix: str = "") -> list[Request]:
+        return self.requests("GET", prefix)
+
+    def faulted(self) -> list[Request]:
+        return [request for request in self.log if request.fault]
+
+    async def _start(self) -> int:
+        self._client = aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(limit=0))
+        app = web.Application(client_max_size=0)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return int(self._runner.addresses[0][1])
+
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        await self._client.close()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        fault = self.faults.draw(self._rng) if self.only(request.method, request.raw_path) else ""
+        entry = Request(time.monotonic(), request.method, request.raw_path, fault)
+        self.log.append(entry)
+        try:
+            response = await self._answer(request, fault)
+        except _Lost:
+            _reset(request)
+            return web.Response()  # goes nowhere
+        entry.status = response.status
+        return response
+
+    async def _answer(self, request: web.Request, fault: str) -> web.StreamResponse:
+        await asyncio.sleep(self.latency_s)
+        if fault == "black_hole":
+            await asyncio.Event().wait()
+        if fault == "reset_before":
+            raise _Lost
+        body = await request.read()
+        if fault in _ERRORS:
+            return _error(*_ERRORS[fault])
+        response = await self._ask_upstream(request, body)
+        if fault == "reset_after":
+            raise _Lost
+        if fault == "cut_body":
+            return await _send_half(request, response)
+        return response
+
+    async def _ask_upstream(self, request: web.Request, body: bytes) -> web.Response:
+        url = URL(self.upstream + request.raw_path, encoded=True)
+        headers, data = _end_to_end(request.headers), io.BytesIO(body) if body else None
+        async with self._client.request(
+            request.method, url, headers=headers, data=data, skip_auto_headers=["Content-Type", "User-Agent"]
+        ) as answer:
+            response = web.Response(status=answer.status, headers=_end_to_end(answer.headers), body=await answer.read())
+            if request.method == "HEAD":
+                response.headers["Content-Length"] = answer.headers.get("Content-Length", "0")
+            return response
+
+
+class _Lost(Exception):  # noqa: N818
+    """The connection is to be reset."""
+
+
+def _any_request(_method: str, _path: str) -> bool:
+    return True
+
+
+def _key(request: Request) -> str:
+    return request.path.partition("?")[0].removeprefix("/").partition("/")[2]
+
+
+def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    kept = CIMultiDict(headers)
+    for name in _HOP_BY_HOP:
+        kept.popall(name, None)
+    return kept
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    return web.Response(status=status, body=body.encode(), content_type="application/xml")
+
+
+def _reset(request: web.Request) -> None:
+    if request.transport is not None:  # None where the client was faster
+        no_linger = struct.pack("ii", 1, 0)  # then the end is a reset instead of an orderly one
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        request.transport.abort()
+
+
+async def _send_half(request: web.Request, whole: web.Response) -> web.StreamResponse:
+    body = whole.body if isinstance(whole.body, bytes) and request.method != "HEAD" else b""
+    if not body:
+        raise _Lost
+    cut = web.StreamResponse(status=whole.status, headers=whole.headers)
+    cut.content_length = len(body)
+    await cut.prepare(request)
+    await cut.write(body[: len(body) // 2])
+    if request.transport is not None:
+        request.transport.close()
+    return cut
+
+
+@contextmanager
+def fault_proxy(seed: int = 0) -> Iterator[FaultProxy]:
+    """Puts a proxy between `s3_bucket`'s server and this process, with the processes and Ray workers it starts."""
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"], seed) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage._s3.cache_clear()
+        try:
+            yield proxy
+        finally:
+            storage._s3.cache_clear()
+
+
+@pytest.fixture
+def faulty_s3(s3_bucket: str) -> Iterator[FaultProxy]:
+    """A proxy before `s3_bucket`, whose URIs lead through it; it has no faults until a test sets them."""
+    with fault_proxy() as proxy:
+        yield proxy
