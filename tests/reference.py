@@ -1,6 +1,9 @@
-"""What the encoder is measured against: transformers itself, each prompt alone, `output_hidden_states=True`."""
+"""What the encoder is measured against: transformers itself, each prompt alone, `output_hidden_states=True`.
 
-# S tokens of a prompt, L layers, D hidden size
+And attention, written out.
+"""
+
+# S tokens of a prompt, P of a prefix, L layers, D hidden size; H heads, K key-value heads, E head size
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 # Activations are float16, so a value is right within its rounding, 2^-11 of it, or within RTOL, where float32 sums in
 # another order round to the neighbouring float16.
@@ -48,3 +52,13 @@ def relative_error(values: Any, expected: Any) -> NDArray[np.float64]:
     values, expected = np.asarray(values, np.float64), np.asarray(expected, np.float64)
     error: NDArray[np.float64] = np.linalg.norm(values - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     return error
+
+
+def causal_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One prompt, (S, H, E) and (P + S, K, E): its first query sees P + 1 keys."""
+    per_group, num_hidden = query.shape[1] // key.shape[1], len(key) - len(query)
+    key, value = (t.repeat_interleave(per_group, 1) for t in (key, value))
+    scores = torch.einsum("qhe,khe->hqk", query, key) / query.shape[-1] ** 0.5
+    positions = torch.arange(len(key), device=key.device)
+    is_ahead = positions[None] > positions[: len(query), None] + num_hidden
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(is_ahead, -torch.inf).softmax(-1), value)

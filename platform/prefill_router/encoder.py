@@ -119,6 +119,7 @@ class PrefillEncoder:
         blocks = _find_blocks(backbone)
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
         self.cost = _block_cost(blocks[0], config)
+        self._short_rope_tokens = _short_rope_tokens(config) or self.spec.max_tokens
         decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
         self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
@@ -226,7 +227,11 @@ class PrefillEncoder:
         if isinstance(self.backbone, Decoder):
             # A group of its own is worth its smaller packs where it saves a good part of one.
             return shared_prefixes(tokens.ids, min_saved_tokens=self._budget_tokens // 4)
-        return [PrefixGroup(0, list(range(len(tokens.ids))))]
+        # Each kind by itself: a batch takes its frequencies by its longest prompt.
+        kinds: tuple[list[int], list[int]] = ([], [])
+        for i, length in enumerate(tokens.num_tokens.tolist()):
+            kinds[length > self._short_rope_tokens].append(i)
+        return [PrefixGroup(0, kind) for kind in kinds if kind]
 
     @property
     def _budget_tokens(self) -> int:
@@ -319,6 +324,12 @@ def _block_cost(block: nn.Module, config: Any) -> ModelCost:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_weights = sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
     return ModelCost.of_block(num_weights, config.num_attention_heads * head_size)
+
+
+def _short_rope_tokens(config: Any) -> int | None:
+    """The length of prompts beyond which a model's rotary embedding takes other frequencies, where it does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
 def _architecture(config: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from prefill_router.attention import (
     VarlenAttention,
     attention_for,
 )
+from reference import causal_softmax
 
 CPU = torch.device("cpu")
 HEAD_SIZE = 16
@@ -37,15 +38,6 @@ HEADS = [(4, 4), (6, 2), (4, 1)]
 KINDS: list[Any] = [TiledAttention, PaddedAttention, VarlenAttention]
 
 Inputs = tuple[Tensor, Tensor, Tensor, KeyValue | None]
-
-
-def causal_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One prompt, (S, H, E) and (P + S, K, E): its first query sees P + 1 keys."""
-    per_group, num_hidden = query.shape[1] // key.shape[1], len(key) - len(query)
-    key, value = (t.repeat_interleave(per_group, 1) for t in (key, value))
-    scores = torch.einsum("qhe,khe->hqk", query, key) / query.shape[-1] ** 0.5
-    is_ahead = torch.arange(len(key))[None] > torch.arange(len(query))[:, None] + num_hidden
-    return torch.einsum("hqk,khe->qhe", scores.masked_fill(is_ahead, -torch.inf).softmax(-1), value)
 
 
 def expected(inputs: Inputs, lengths: Sequence[int]) -> Tensor:

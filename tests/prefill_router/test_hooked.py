@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config
 
 from prefill_router.decoder import Pack
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
@@ -23,6 +23,20 @@ CONFIGS = {
     "a window in some layers": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=2),
     "dynamic rope": LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "other frequencies for long prompts": Phi3Config(
+        **SIZES,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
     ),
     "gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
     "norms behind": Olmo2Config(**SIZES, eos_token_id=None),
