@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -30,6 +32,22 @@ def connect() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """`connect`, for a job that prints a result: a Ray that was started for it ends with it.
+
+    What Ray prints of workers that died goes to stderr meanwhile, and not among what the job prints.
+    """
+    is_ours = not ray.is_initialized()
+    with redirect_stdout(sys.stderr):
+        connect()
+        try:
+            yield
+        finally:
+            if is_ours:
+                ray.shutdown()
 
 
 def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from prefill_router.lease import Lease
 
 from prefill_jobs import cluster
 from prefill_jobs.extractor import Attempts, Done, ExtractShard, Request, Task
@@ -25,6 +24,7 @@ from prefill_router.corpus import BadRow
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
+from prefill_router.lease import Lease
 from prefill_router.ledger import Commit, Ledger, shard_name
 from prefill_router.plan import CorpusPlan, Repeats, Shard, plan, row_keys
 from prefill_router.schema import POOLINGS, QUARANTINE, Pooling
@@ -39,7 +39,9 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if storage.is_file(config.out):
         raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
     with Lease.acquire(config.out, "extract") as lease:
-        return _Extraction(config, layers, pooling, lease).run()
+        extraction = _Extraction(config, layers, pooling, lease)
+        with cluster.connected():
+            return extraction.run()
 
 
 class _Extraction:
@@ -62,7 +64,6 @@ class _Extraction:
         self.encoder = self.ledger.encoder
 
     def run(self) -> ExtractSummary:
-        cluster.connect()
         self.workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))

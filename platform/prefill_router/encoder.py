@@ -12,8 +12,10 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from prefill_router.config import MeanOver, StrictModel
 from prefill_router.corpus import Prompt
 from prefill_router.decoder import Decoder, Pack
 from prefill_router.errors import UserError
-from prefill_router.hardware import DType, preferred_dtype
+from prefill_router.hardware import DType, bound_kernel_caches, preferred_dtype
 from prefill_router.hooked import HookedBackbone
 from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
@@ -132,6 +134,7 @@ class PrefillEncoder:
         Raises UserError where there is no such model, or it is no causal LM.
         """
         spec = EncoderSpec(model=spec) if isinstance(spec, str) else spec
+        bound_kernel_caches()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         spec = spec.model_copy(update={"dtype": spec.dtype or preferred_dtype(device)})
         loaded = checkpoint.load_causal_lm(spec.model, spec.revision, getattr(torch, str(spec.dtype)))
@@ -217,8 +220,12 @@ class PrefillEncoder:
         lengths = tokens.num_tokens
         results = _Results(columns, len(lengths), self.hidden_size)
         work = Work(prompts=len(lengths), tokens=int(lengths.sum()))
-        for group in self._prefix_groups(tokens):
-            work += self._forward_group(tokens, group, columns, results)
+        with self._lock:
+            streams = [self._begin(tokens, group, columns) for group in self._prefix_groups(tokens)]
+            packs = [(stream, batch) for stream in streams for batch in self._batches(stream)]
+            for pack_work in self._each(partial(self._forward_pack, results), packs):
+                work += pack_work
+        work = sum((stream.work for stream in streams), work)
         encoded: dict[str, NDArray[Any]] = results.collect()
         clamped = sum(int((np.abs(values) == FLOAT16_MAX).sum()) for values in encoded.values())
         return {**encoded, NUM_TOKENS: lengths}, work + Work(clamped=clamped)
@@ -237,32 +244,62 @@ class PrefillEncoder:
     def _budget_tokens(self) -> int:
         return BUDGET_TOKENS.get(self.device.type, BUDGET_TOKENS["cpu"])
 
-    def _forward_group(
-        self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn], results: _Results
-    ) -> Work:
-        deepest = max(column.layer for column in columns)
-        prefix: list[KeyValue] | None = None
-        sums, work = None, Work()
-        if group.num_tokens and isinstance(self.backbone, Decoder):
-            prefix, sums = [], PrefixSums(group.num_tokens, self.spec.mean_over == "after_first")
-            shared = tokens.ids[group.prompts[0]][: group.num_tokens]
-            with self._lock:
-                self.backbone.run(Pack.of([shared], self.device), sums.visit, deepest, keep=prefix)
-            work += self._work([len(shared)], 0, deepest)
+    def _begin(self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn]) -> _Stream:
+        """Computes what the prompts of a group share."""
         own = [tokens.ids[i][group.num_tokens :] for i in group.prompts]
-        for batch in token_budget_batches([len(ids) for ids in own], self._budget_tokens):
-            pack = Pack.of([own[i] for i in batch], self.device, prefix)
-            pooler = Pooler(columns, pack.lengths, self.device, self.spec.mean_over == "after_first", sums)
-            with self._lock:
-                self.backbone.run(pack, pooler.visit, deepest)
-            results.put(np.array(group.prompts)[batch], pooler.result())
-            work += self._work(pack.lengths, group.num_tokens, deepest)
-        return work
+        if not group.num_tokens or not isinstance(self.backbone, Decoder):
+            return _Stream(group, own, columns)
+        keys_and_values: list[KeyValue] = []
+        sums = PrefixSums(group.num_tokens, self.spec.mean_over == "after_first")
+        shared = tokens.ids[group.prompts[0]][: group.num_tokens]
+        deepest = max(column.layer for column in columns)
+        self.backbone.run(Pack.of([shared], self.device), sums.visit, deepest, keep=keys_and_values)
+        return _Stream(group, own, columns, keys_and_values, sums, self._work([len(shared)], 0, deepest))
+
+    def _batches(self, stream: _Stream) -> Iterator[NDArray[np.int64]]:
+        return token_budget_batches([len(ids) for ids in stream.own], self._budget_tokens)
+
+    def _each(self, run: Callable[[_Pair], Work], packs: Sequence[_Pair]) -> Iterator[Work]:
+        """Runs the packs: on a CPU each core its own, which beats all cores on one by what only one of them can do."""
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or min(threads, len(packs)) < 2 or not isinstance(self.backbone, Decoder):
+            return map(run, packs)
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return iter(list(pool.map(run, packs)))
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _forward_pack(self, results: _Results, pair: _Pair) -> Work:
+        stream, batch = pair
+        pack = Pack.of([stream.own[i] for i in batch], self.device, stream.prefix)
+        leave_out_first = self.spec.mean_over == "after_first"
+        pooler = Pooler(stream.columns, pack.lengths, self.device, leave_out_first, stream.sums)
+        deepest = max(column.layer for column in stream.columns)
+        self.backbone.run(pack, pooler.visit, deepest)
+        results.put(np.array(stream.group.prompts)[batch], pooler.result())
+        return self._work(pack.lengths, stream.group.num_tokens, deepest)
 
     def _work(self, lengths: list[int], prefix_tokens: int, num_blocks: int) -> Work:
         padded = 0 if isinstance(self.backbone, Decoder) else max(lengths) * len(lengths) - sum(lengths)
         flops = self.cost.flops(lengths, prefix_tokens, num_blocks)
         return Work(computed_tokens=sum(lengths), padded_tokens=padded, flops=flops)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Prompts that continue one prefix, or none: what each has of its own, and what is known of the prefix."""
+
+    group: PrefixGroup
+    own: list[list[int]]
+    columns: Sequence[ActivationColumn]
+    prefix: list[KeyValue] | None = None
+    sums: PrefixSums | None = None
+    work: Work = field(default_factory=Work)
+
+
+_Pair = tuple[_Stream, NDArray[np.int64]]  # and which of its prompts make up a pack
 
 
 class _Results:
@@ -271,17 +308,18 @@ class _Results:
     def __init__(self, columns: Sequence[ActivationColumn], num_prompts: int, hidden_size: int) -> None:
         self.columns = columns
         self.values_CND = np.empty((len(columns), num_prompts, hidden_size), np.float16)
-        self._copying: tuple[NDArray[np.int64], Tensor, torch.cuda.Event | None] | None = None
+        self._copying: tuple[NDArray[np.int64], Tensor, torch.cuda.Event] | None = None
 
     def put(self, prompts: NDArray[np.int64], pooled_CBD: Tensor) -> None:
-        done = None
-        if pooled_CBD.is_cuda:
-            host = torch.empty(pooled_CBD.shape, dtype=pooled_CBD.dtype, pin_memory=True)
-            pooled_CBD = host.copy_(pooled_CBD, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+        if not pooled_CBD.is_cuda:
+            self.values_CND[:, prompts] = pooled_CBD.numpy()
+            return
+        host = torch.empty(pooled_CBD.shape, dtype=pooled_CBD.dtype, pin_memory=True)
+        host.copy_(pooled_CBD, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
         self._take()
-        self._copying = (prompts, pooled_CBD, done)
+        self._copying = (prompts, host, done)
 
     def collect(self) -> dict[str, NDArray[np.float16]]:
         self._take()
@@ -291,8 +329,7 @@ class _Results:
         if self._copying is None:
             return
         prompts, pooled_CBD, done = self._copying
-        if done is not None:
-            done.synchronize()
+        done.synchronize()
         self.values_CND[:, prompts] = pooled_CBD.numpy()
         self._copying = None
 

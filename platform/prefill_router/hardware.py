@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Literal
 
@@ -17,6 +18,16 @@ def preferred_dtype(device: str) -> DType:
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if native else "float32"
+
+
+def bound_kernel_caches() -> None:
+    """Keeps memory flat: oneDNN and torch's layer over it each keep a compiled kernel, about 1 MB, for every shape.
+
+    Packs have a thousand lengths, which would be a gigabyte; compiling one anew takes under a millisecond. It has to
+    come before the first product, and leaves alone what the user has set.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 @torch.inference_mode()

@@ -1,0 +1,1 @@
+from faults import faulty_s3  # noqa: F401

@@ -1,0 +1,84 @@
+"""`prefill-router extract` as a process of its own, with its own Ray: it can be watched, and killed at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+_SOURCES = [str(REPOSITORY / root) for root in ("platform", "jobs", "serve")]
+
+
+class ExtractJob:
+    def __init__(self, log: Path, *, saboteur: bool = False, slow_s: float = 0.0, **options: object) -> None:
+        paths = [*([str(Path(__file__).parent / "saboteur")] if saboteur else []), *_SOURCES]
+        arguments = [sys.executable, "-m", "prefill_jobs", "extract"]
+        for key, value in options.items():
+            arguments += [f"--{key.replace('_', '-')}", str(value)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SABOTEUR_SLOW_S": str(slow_s)}
+        environment.pop("RAY_ADDRESS", None)  # of a Ray that runs in this process
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, stderr=output, env=environment, start_new_session=True, text=True
+            )
+
+    def wait(self, timeout_s: float) -> str:
+        """What the job printed, once it has ended well."""
+        out = self.end(timeout_s)
+        assert self.process.returncode == 0, self.log.read_text()
+        return out
+
+    def end(self, timeout_s: float) -> str:
+        """What the job printed, once it has ended."""
+        with self.process:
+            return self.process.communicate(timeout=timeout_s)[0]
+
+    def kill(self) -> None:
+        """The driver alone, at once; its Ray has to notice."""
+        self.process.send_signal(signal.SIGKILL)
+        self.end(10)
+
+    def workers(self) -> list[int]:
+        """The processes of its encoder actors."""
+        return [pid for pid in self.family() if _title(pid).startswith("ray::MapWorker")]
+
+    def family(self) -> list[int]:
+        """The driver and all that it, or its Ray, has started."""
+        parents = dict(_parents())
+        family = [self.process.pid]
+        for pid in family:
+            family += [child for child, parent in parents.items() if parent == pid]
+        return family
+
+    def pss_bytes(self) -> int:
+        """Memory of the family; what processes share counts once."""
+        return sum(_pss_bytes(pid) for pid in self.family())
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):  # it has ended
+                continue
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
+    except OSError:
+        return ""
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

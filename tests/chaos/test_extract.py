@@ -1,0 +1,151 @@
+"""Extraction while its processes are killed and its storage fails: the same store, and nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+
+from chaos.job import ExtractJob
+from faults import FaultProxy, Faults
+from prefill_router import storage
+from prefill_router.features import ActivationStore
+from tiny import random_prompts
+
+DRIVER_KILLS, WORKER_KILLS = 5, 10
+FAULTS = Faults(error_500=0.03, slow_down=0.03, reset_before=0.02, reset_after=0.03, cut_body=0.02)
+
+
+def write_corpus(path: Path, prompts: list[str]) -> Path:
+    lines = (json.dumps({"prompt_id": f"p{i}", "prompt": prompt}) for i, prompt in enumerate(prompts))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def num_committed(proxy: FaultProxy) -> int:
+    return len({request.path for request in proxy.puts("chaos/commits/") if request.status == 200})
+
+
+class Killer:
+    """Kills workers until it has killed enough, but not before another shard is done since the last."""
+
+    def __init__(self, proxy: FaultProxy, rng: random.Random) -> None:
+        self.proxy, self.rng = proxy, rng
+        self.kills, self.seen = 0, -1
+
+    def strike(self, job: ExtractJob) -> None:
+        workers = job.workers()
+        if self.kills >= WORKER_KILLS or not workers or num_committed(self.proxy) <= self.seen:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.rng.choice(workers), signal.SIGKILL)
+            self.kills += 1
+            self.seen = num_committed(self.proxy)
+
+
+def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> None:
+    """Runs the job until it is done, killing its driver and its workers on the way."""
+    rng = random.Random(0)
+    killer = Killer(proxy, rng)
+    for attempt in range(DRIVER_KILLS + 1):
+        job = ExtractJob(folder / f"driver-{attempt}.log", saboteur=True, slow_s=0.5, **options)
+        is_last = attempt == DRIVER_KILLS
+        # Some die while they still start, others in the midst of their shards.
+        until = None if is_last else num_committed(proxy) + rng.choice([0, 1, 2, 3])
+        started, patience_s = time.monotonic(), 10 + 10 * rng.random()
+        while job.process.poll() is None:
+            time.sleep(0.2)
+            killer.strike(job)
+            if until is not None and num_committed(proxy) >= until and time.monotonic() - started > patience_s:
+                job.kill()
+        if is_last:
+            job.wait(10)
+        elif job.process.returncode != -signal.SIGKILL:
+            job.end(10)  # it gave up by itself
+    assert killer.kills == WORKER_KILLS, "the job was done before every worker was killed: make it longer"
+
+
+def test_the_store_equals_the_undisturbed_one_bit_for_bit(
+    faulty_s3: FaultProxy, s3_bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    prompts = random_prompts(600, seed=5)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*prompts, *prompts[:40], ""])
+    options = {"corpus": corpus, "encoder": tiny_model, "shard_rows": 12, "workers": 2, "layers": "1,3"}
+    calm = tmp_path / "calm"
+    ExtractJob(tmp_path / "calm.log", **options, out=calm).wait(200)
+
+    faulty_s3.only = lambda _method, path: "/chaos/" in path
+    faulty_s3.faults = FAULTS
+    out = f"{s3_bucket}/chaos"
+    disturbed({**options, "out": out}, faulty_s3, tmp_path)
+    assert {request.fault for request in faulty_s3.faulted()} == {
+        "error_500", "slow_down", "reset_before", "reset_after", "cut_body"
+    }  # fmt: skip
+    faulty_s3.faults = Faults()
+
+    expected, store = ActivationStore.open(str(calm)), ActivationStore.open(out)
+    assert store.manifest.rows == 640
+    assert store.manifest.model_dump(exclude={"encoder"}) == expected.manifest.model_dump(exclude={"encoder"})
+    for shard in expected.manifest.shards:
+        name = shard.file.name
+        assert storage.read_bytes(f"{out}/{name}") == (calm / name).read_bytes()
+    kept = {shard.file.name for shard in store.manifest.shards}
+    assert {name for name in storage.list_names(out) if name.startswith("part-")} == kept
+    assert_nothing_was_computed_twice(faulty_s3)
+
+
+def assert_nothing_was_computed_twice(proxy: FaultProxy) -> None:
+    """Once a shard's record has reached the store, its object is never sent again."""
+    for record in proxy.puts("chaos/commits/"):
+        if record.status == 200 or record.fault == "reset_after":
+            name = record.path.rpartition("/")[2].replace(".json", ".parquet")
+            assert not [put for put in proxy.puts(f"chaos/part-{name}") if put.time > record.time]
+
+
+def test_a_prompt_that_ends_its_process_is_quarantined(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = random_prompts(20, seed=6)
+    prompts[11] = "one SABOTAGE two"
+    corpus, out = write_corpus(tmp_path / "corpus.jsonl", prompts), tmp_path / "out"
+    job = ExtractJob(
+        tmp_path / "log", saboteur=True, corpus=corpus, encoder=tiny_model, shard_rows=8, layers="1", out=out
+    )
+    summary = json.loads(job.wait(400).splitlines()[-1])
+    assert (summary["prompts"], summary["quarantined"]) == (19, 1)
+    assert summary["retries"] >= 2
+    rows = duckdb.sql(f"select row, prompt_id, reason from '{out}/quarantine/*.parquet'").fetchall()
+    assert rows == [(11, "p11", "ends the encoder: killed by SIGKILL")]
+    ids = [i for shard in ActivationStore.open(str(out)).manifest.shards for i in ids_of(out / shard.file.name)]
+    assert ids == [f"p{i}" for i in range(20) if i != 11]
+
+
+def ids_of(path: Path) -> list[str]:
+    ids: list[str] = pq.read_table(path)["prompt_id"].to_pylist()
+    return ids
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", random_prompts(200, seed=8))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=192k none {disk}") != 0:
+        pytest.fail("this test mounts a small file system: run it as root, or deselect it")
+    try:
+        options = {"corpus": corpus, "encoder": tiny_model, "shard_rows": 20, "out": disk / "out"}
+        job = ExtractJob(tmp_path / "log", **options)
+        job.end(120)
+        assert job.process.returncode == 1
+        assert "No space left on device" in job.log.read_text().splitlines()[-1]
+        os.system(f"mount -o remount,size=64m {disk}")
+        summary = json.loads(ExtractJob(tmp_path / "log", **options).wait(120).splitlines()[-1])
+        assert summary["prompts"] == 200
+        assert summary["reused"] > 0
+    finally:
+        os.system(f"umount {disk}")

@@ -1,0 +1,28 @@
+"""Memory is flat in the corpus's size: ten times the prompts take at most 1.2 times the memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from chaos.job import ExtractJob
+from tiny import random_prompts
+
+
+def peak_bytes(num_prompts: int, tiny_model: Path, folder: Path) -> int:
+    corpus = folder / f"{num_prompts}.jsonl"
+    prompts = enumerate(random_prompts(num_prompts))
+    corpus.write_text("".join(json.dumps({"prompt_id": f"p{i}", "prompt": f"{p} {i}"}) + "\n" for i, p in prompts))
+    job = ExtractJob(folder / "log", corpus=corpus, encoder=tiny_model, workers=1, out=folder / str(num_prompts))
+    peak = 0
+    while job.process.poll() is None:
+        peak = max(peak, job.pss_bytes())
+        time.sleep(0.5)
+    job.wait(10)
+    return peak
+
+
+def test_peak_memory_is_flat(tiny_model: Path, tmp_path: Path) -> None:
+    small, large = (peak_bytes(n, tiny_model, tmp_path) for n in (2_000, 20_000))
+    assert large <= 1.2 * small, f"{large / 2**20:,.0f} MiB against {small / 2**20:,.0f} MiB"
