@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -48,7 +47,6 @@ class Done:
     record: Commit
     encoder: EncoderIdentity
     work: Work
-    seconds: float  # in the encoder
     num_copied: int
     num_retries: int
     worker: str
@@ -88,9 +86,10 @@ class ExtractShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
     def __init__(self, request: Request, threads: int, attempts: Any) -> None:
-        self.request, self.threads, self.attempts = request, threads, attempts
+        self.request, self.attempts = request, attempts
+        self.threads = min(threads, os.cpu_count() or 1)
         self.worker = ray.get_runtime_context().get_actor_id() or ""
-        self._loading, self._encoding = threading.Lock(), threading.Lock()
+        self._loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(self.threads)  # of the thread that calls
@@ -102,19 +101,16 @@ class ExtractShard:
         if attempt > _MOST_ATTEMPTS:
             raise UserError(f"a worker ended {attempt - 1} times over one shard: see Ray's logs for what ends it")
         with self._loading:
-            columns = self.columns
+            columns, _ = self.columns, self.peak_flops  # which is measured while nothing else is under way
         record = ledger.find(self.request.out, ledger.shard_name(task.rows.digest, [c.name for c in columns]))
         if record is not None:
-            return self._done(record, Work(), 0.0, len(record.row_keys), attempt, is_new=False)
+            return self._done(record, Work(), len(record.row_keys), attempt, is_new=False)
         draft = self._draft(task.rows, columns)
         for source in task.sources:
             draft.copy(self.request.out, source)
         num_copied = draft.num_complete
-        with self._encoding:
-            started = time.perf_counter()
-            work = self._encode(draft, attempt)
-            seconds = time.perf_counter() - started
-        return self._done(draft.commit(self.request.out), work, seconds, num_copied, attempt, is_new=True)
+        work = self._encode(draft, attempt)
+        return self._done(draft.commit(self.request.out), work, num_copied, attempt, is_new=True)
 
     def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> Draft:
         if isinstance(rows, Repeats):
@@ -161,8 +157,7 @@ class ExtractShard:
             except Exception:  # out of memory, or what else a prompt may do to a kernel
                 log.exception("a shard failed in the encoder: its prompts are tried in another process")
         try:
-            refused = self.isolated.find_killers(prompts, columns)
-            return self.isolated.read(_without(prompts, refused), columns), refused
+            return self.isolated.read_survivors(prompts, columns)
         finally:
             self.isolated.close()
 
@@ -171,7 +166,7 @@ class ExtractShard:
             return self.encoder.read(prompts, columns), {}
         except UserError:
             refused = {i: reason for i, prompt in enumerate(prompts) if (reason := self._refusal(prompt))}
-            return self.encoder.read(_without(prompts, refused), columns), refused
+            return self.encoder.read([p for i, p in enumerate(prompts) if i not in refused], columns), refused
 
     def _refusal(self, prompt: Prompt) -> str | None:
         try:
@@ -180,19 +175,14 @@ class ExtractShard:
             return str(error)
         return None
 
-    def _done(self, record: Commit, work: Work, seconds: float, num_copied: int, attempt: int, *, is_new: bool) -> Done:
+    def _done(self, record: Commit, work: Work, num_copied: int, attempt: int, *, is_new: bool) -> Done:
         return Done(
             record=record,
             encoder=self.encoder.identity,
             work=work,
-            seconds=seconds,
             num_copied=num_copied,
             num_retries=attempt - 1,
             worker=self.worker,
             peak_flops=self.peak_flops,
             is_new=is_new,
         )
-
-
-def _without(prompts: Sequence[Prompt], places: dict[int, str]) -> list[Prompt]:
-    return [prompt for i, prompt in enumerate(prompts) if i not in places]

@@ -20,7 +20,6 @@ class ExtractSummary:
     def __init__(self, num_bad: int, workers: int) -> None:
         self.num_quarantined, self.workers = num_bad, workers
         self.work = Work()
-        self.encoder_seconds = 0.0
         self.num_reused = self.num_copied = self.num_retries = self.num_shards_computed = 0
         self.seconds = 0.0
         self._peaks: dict[str, float] = {}
@@ -44,7 +43,6 @@ class ExtractSummary:
             return
         self.num_shards_computed += 1
         self.work += done.work
-        self.encoder_seconds += done.seconds
         self.num_copied += done.num_copied
         self.num_quarantined += len(done.record.refused)
 
@@ -68,9 +66,9 @@ class ExtractSummary:
             "flops": self.work.flops,
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.work.tokens / self.seconds, 1),
-            "encoder_seconds": round(self.encoder_seconds, 3),
+            "encoder_seconds": round(self.work.seconds, 3),
             "peak_flops": self.peak_flops,
-            "mfu": round(self.work.flops / self.encoder_seconds / mean_peak, 4) if self.encoder_seconds else None,
+            "mfu": round(self.work.flops / self.work.seconds / mean_peak, 4) if self.work.seconds else None,
             "shards": len(files),
             "shards_computed": self.num_shards_computed,
             "bytes": sum(file.bytes for file in files),

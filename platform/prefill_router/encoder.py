@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ class PrefillEncoder:
         decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
         self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
-        self._lock = threading.Lock()  # one pass at a time: two would only wait for each other's cores
+        self._computing = threading.Lock()  # one call at a time: two would only wait for each other's cores
+        self._tokenizing = threading.Lock()  # a fast tokenizer may not be lent twice
 
     @classmethod
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
@@ -207,7 +209,10 @@ class PrefillEncoder:
             return Tokens([], np.zeros(0, np.int32))
         texts = [self.render(prompt) for prompt in prompts]
         add_special_tokens = self.tokenizer.chat_template is None
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        with self._tokenizing:
+            ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)[
+                "input_ids"
+            ]
         for prompt_ids in ids:
             if not prompt_ids:
                 raise UserError("a prompt has no tokens: it is empty, and the model has no chat template")
@@ -220,13 +225,15 @@ class PrefillEncoder:
         lengths = tokens.num_tokens
         results = _Results(columns, len(lengths), self.hidden_size)
         work = Work(prompts=len(lengths), tokens=int(lengths.sum()))
-        with self._lock:
+        with self._computing:
+            started = time.perf_counter()
             streams = [self._begin(tokens, group, columns) for group in self._prefix_groups(tokens)]
             packs = [(stream, batch) for stream in streams for batch in self._batches(stream)]
             for pack_work in self._each(partial(self._forward_pack, results), packs):
                 work += pack_work
+            encoded: dict[str, NDArray[Any]] = results.collect()
+            work += Work(seconds=time.perf_counter() - started)
         work = sum((stream.work for stream in streams), work)
-        encoded: dict[str, NDArray[Any]] = results.collect()
         clamped = sum(int((np.abs(values) == FLOAT16_MAX).sum()) for values in encoded.values())
         return {**encoded, NUM_TOKENS: lengths}, work + Work(clamped=clamped)
 

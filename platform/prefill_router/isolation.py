@@ -55,23 +55,42 @@ class IsolatedEncoder:
         reading: Reading = answer
         return reading
 
-    def find_killers(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> dict[int, str]:
-        """The prompts that end the process, each by itself and twice, and how. Halves them until they are found."""
+    def read_survivors(
+        self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
+    ) -> tuple[Reading, dict[int, str]]:
+        """Reads all prompts but those that end the process, which come back by their place, with how.
+
+        Raises UserError where there are too many of them, or where the others end it together.
+        """
+        try:
+            return self.read(prompts, columns), {}
+        except EncoderDied:
+            killers = self._find_killers(prompts, columns)
+        try:
+            return self.read([prompt for i, prompt in enumerate(prompts) if i not in killers], columns), killers
+        except EncoderDied as death:
+            raise UserError(
+                f"the prompts of a shard end the encoder together, though none does alone: {death}"
+            ) from None
+
+    def _find_killers(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> dict[int, str]:
+        """The prompts that end the process by themselves, twice. Halves them until they are found."""
         killers: dict[int, str] = {}
 
         def search(places: range) -> None:
             try:
                 self.read([prompts[i] for i in places], columns)
+                return
             except EncoderDied as death:
-                if len(places) > 1:
-                    middle = places.start + len(places) // 2
-                    search(range(places.start, middle))
-                    search(range(middle, places.stop))
-                    return
-                if self._kills_again(prompts[places.start], columns):
-                    killers[places.start] = f"ends the encoder: {death}"
+                reason = f"ends the encoder: {death}"
+            if len(places) > 1:
+                middle = places.start + len(places) // 2
+                search(range(places.start, middle))
+                search(range(middle, places.stop))
+            elif self._kills_again(prompts[places.start], columns):
+                killers[places.start] = reason
             if len(killers) > _MOST_KILLERS:
-                raise UserError(f"more than {_MOST_KILLERS} prompts of a shard end the encoder: {killers.popitem()[1]}")
+                raise UserError(f"more than {_MOST_KILLERS} prompts of a shard cannot be read: {reason}")
 
         search(range(len(prompts)))
         return killers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Work:
     padded_tokens: int = 0  # computed for nothing
     flops: float = 0.0  # of the computed tokens, padding left out
     clamped: int = 0  # activations beyond float16's range
+    seconds: float = field(default=0.0, compare=False)  # in the forward passes
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
