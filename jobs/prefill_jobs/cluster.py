@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
@@ -94,6 +95,27 @@ def num_workers(gpus_per_worker: float = 1.0) -> int:
     if gpus >= gpus_per_worker:
         return int(gpus // gpus_per_worker)
     return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def on_every_node(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a function once on each machine of the cluster, and waits. A single machine has no need of it."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if len(nodes) < 2:
+        return
+    task = ray.remote(num_cpus=0)(_guarded_call)
+    affinities = (NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes)
+    calls = [task.options(scheduling_strategy=place).remote(function, *arguments) for place in affinities]
+    for problem in ray.get(calls):
+        if problem is not None:
+            raise UserError(problem)
+
+
+def _guarded_call(function: Callable[..., None], *arguments: Any) -> str | None:
+    try:
+        function(*arguments)
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
 
 
 def cpus_per_worker(workers: int) -> float:

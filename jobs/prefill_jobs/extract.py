@@ -17,7 +17,7 @@ from prefill_jobs import cluster
 from prefill_jobs.extractor import Attempts, Done, ExtractShard, Request, Task
 from prefill_jobs.progress import Progress
 from prefill_jobs.summary import ExtractSummary
-from prefill_router import ledger, shards, storage
+from prefill_router import checkpoint, ledger, shards, storage
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
 from prefill_router.corpus import BadRow
@@ -64,6 +64,8 @@ class _Extraction:
         self.encoder = self.ledger.encoder
 
     def run(self) -> ExtractSummary:
+        # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+        cluster.on_every_node(checkpoint.fetch, self.config.encoder)
         self.workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))

