@@ -60,17 +60,17 @@ class Decoder:
 
     @classmethod
     def from_transformers(cls, backbone: Any, max_tokens: int) -> Decoder | None:
-        """None where the model is of another kind: another family, or with an attention that is not plainly causal."""
+        """None where the model is of another kind: another family, attention not plainly causal, adapted layers."""
         config = backbone.config
         rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None) or max_tokens
         fits = (
             config.model_type in FAMILIES
             and rotary in ("default", "linear", "llama3", "yarn")
             and config.hidden_act == "silu"
-            and (kinds == {"full_attention"} or window >= max_tokens)
             and window >= max_tokens
+            # Quantised or adapted ones compute more than their weights say.
+            and all(type(m) is nn.Linear for m in backbone.layers.modules() if hasattr(m, "in_features"))
         )
         return cls(backbone) if fits else None
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,16 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
     theirs = relative_error(np.concatenate(states_alone(rounded, prompts), axis=1), expected).mean(1)
     assert (ours <= 1.25 * theirs).all()
     assert ours.max() < 0.03
+
+
+def test_adapted_layers_are_left_to_transformers(tiny_model: Path) -> None:
+    """A subclass of Linear, as adapters and quantisers put in its place, computes more than its weight says."""
+    from transformers import AutoModelForCausalLM
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_model).base_model
+    assert Decoder.from_transformers(backbone, 128) is not None
+    backbone.layers[1].self_attn.v_proj = Adapted(32, 16, bias=False)
+    assert Decoder.from_transformers(backbone, 128) is None
