@@ -107,6 +107,10 @@ def _extract(config: Any) -> None:
     from prefill_jobs.extract import extract
 
     summary = extract(config)
+    manifest = summary.manifest
+    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
+    _say_truncated(sum(shard.num_truncated for shard in manifest.shards))
     typer.echo(json.dumps(summary.to_dict()))
 
 
