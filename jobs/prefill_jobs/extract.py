@@ -35,22 +35,26 @@ _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, o
 def extract(config: ExtractConfig) -> ExtractSummary:
     """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
-    storage.require(config.corpus, "corpus")
     if storage.is_file(config.out):
         raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
+    _check_bad(planned.bad, planned, config)
     with Lease.acquire(config.out, "extract") as lease:
-        extraction = _Extraction(config, layers, pooling, lease)
+        extraction = _Extraction(config, planned, layers, pooling, lease)
         with cluster.connected():
             return extraction.run()
 
 
 class _Extraction:
     def __init__(
-        self, config: ExtractConfig, layers: Literal["all"] | list[int], pooling: list[Pooling], lease: Lease
+        self,
+        config: ExtractConfig,
+        planned: CorpusPlan,
+        layers: Literal["all"] | list[int],
+        pooling: list[Pooling],
+        lease: Lease,
     ) -> None:
-        self.config, self.lease = config, lease
-        self.plan = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
-        self._check_bad(self.plan.bad)
+        self.config, self.plan, self.lease = config, planned, lease
         if config.overwrite:
             ledger.clear(config.out)
         self.ledger = Ledger.open(config.out)
@@ -134,7 +138,7 @@ class _Extraction:
         parts: list[Shard | Repeats] = [*self.plan.shards, *self.plan.repeats]
         records = [self.records[rows.digest] for rows in parts]
         bad = [*self.plan.bad, *(refused.to_bad_row() for record in records for refused in record.refused)]
-        self._check_bad(bad)
+        _check_bad(bad, self.plan, self.config)
         assert self.encoder is not None
         manifest = Manifest(
             encoder=self.encoder,
@@ -151,13 +155,14 @@ class _Extraction:
         storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
         return summary
 
-    def _check_bad(self, bad: Sequence[BadRow]) -> None:
-        """Raises UserError where more of the corpus is bad than the user allows, before or after the encoder saw it."""
-        if len(bad) > self.config.max_bad_fraction * self.plan.num_rows or len(bad) == self.plan.num_rows:
-            raise UserError(
-                f"{len(bad):,} of {self.plan.num_rows:,} rows are bad, more than --max-bad-fraction "
-                f"{self.config.max_bad_fraction:g} allows; {bad[0].message}"
-            )
+
+def _check_bad(bad: Sequence[BadRow], planned: CorpusPlan, config: ExtractConfig) -> None:
+    """Raises UserError where more of the corpus is bad than the user allows, before or after the encoder saw it."""
+    if len(bad) > config.max_bad_fraction * planned.num_rows or len(bad) == planned.num_rows:
+        raise UserError(
+            f"{len(bad):,} of {planned.num_rows:,} rows are bad, more than --max-bad-fraction "
+            f"{config.max_bad_fraction:g} allows; {bad[0].message}"
+        )
 
 
 def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:

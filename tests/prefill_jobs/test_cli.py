@@ -39,7 +39,7 @@ def test_a_bad_corpus_is_one_line_and_status_1(
     command: Command, tmp_path: Path, tiny_model: Path, rows: list[object], message: str
 ) -> None:
     corpus = jsonl(tmp_path / "corpus.jsonl", *rows)
-    result = command("extract", corpus=corpus, encoder=tiny_model, out=tmp_path / "out")
+    result = command("extract", corpus=corpus, encoder=tiny_model, out=tmp_path / "out", max_bad_fraction=0)
     assert (result.status, result.out) == (1, "")
     assert message in result.err
     assert result.err.count("\n") == 1
