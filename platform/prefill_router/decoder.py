@@ -47,10 +47,7 @@ class Decoder:
     """Make one with `Decoder.from_transformers`."""
 
     def __init__(self, backbone: Any) -> None:
-        config = backbone.config
-        self.num_heads = config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.head_size = head_size(backbone.config)
         self.embedding: Tensor = backbone.embed_tokens.weight
         self.frequencies: Tensor = backbone.rotary_emb.inv_freq
         self.rotary_scale: float = backbone.rotary_emb.attention_scaling
@@ -108,6 +105,11 @@ class Decoder:
         cos, sin = ((f(angles) * self.rotary_scale).to(self.dtype) for f in (torch.cos, torch.sin))
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return lambda x: torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def head_size(config: Any) -> int:
+    """Of a head of attention, as a transformers config has it or implies it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class _Block:

@@ -30,7 +30,7 @@ from prefill_router.attention import KeyValue
 from prefill_router.batching import token_budget_batches
 from prefill_router.config import MeanOver, StrictModel
 from prefill_router.corpus import Prompt
-from prefill_router.decoder import Decoder, Pack
+from prefill_router.decoder import Decoder, Pack, head_size
 from prefill_router.errors import UserError
 from prefill_router.hardware import DType, bound_kernel_caches, preferred_dtype
 from prefill_router.hooked import HookedBackbone
@@ -365,9 +365,8 @@ def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
 
 
 def _block_cost(block: nn.Module, config: Any) -> ModelCost:
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_weights = sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
-    return ModelCost.of_block(num_weights, config.num_attention_heads * head_size)
+    return ModelCost.of_block(num_weights, config.num_attention_heads * head_size(config))
 
 
 def _short_rope_tokens(config: Any) -> int | None:

@@ -34,7 +34,7 @@ def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
     """Writes a table as the file `name` below `uri`."""
     data = storage.encode_parquet(table)
     storage.write_bytes(storage.join(uri, name), data)
-    return ShardFile(name=name, rows=len(table), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return _described(name, len(table), data)
 
 
 def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
@@ -46,7 +46,11 @@ def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
     data = storage.encode_parquet(table)
     if not storage.create_bytes(storage.join(uri, name), data):
         data = storage.read_bytes(storage.join(uri, name))
-    return ShardFile(name=name, rows=len(table), bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return _described(name, len(table), data)
+
+
+def _described(name: str, rows: int, data: bytes) -> ShardFile:
+    return ShardFile(name=name, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
