@@ -28,6 +28,12 @@ def write_jsonl(path: Path, *records: Any) -> Path:
     return write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def write_corpus(path: Path, prompts: list[str], prefix: str = "p") -> Path:
+    """Prompts with the ids p0, p1, ..., in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_jsonl(path, *({"prompt_id": f"{prefix}{i}", "prompt": prompt} for i, prompt in enumerate(prompts)))
+
+
 def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_ids: bool = True) -> Path:
     """The rows (prompt_id, prompt) in the format that the path's suffix names."""
     columns: dict[str, list[str | None]] = {"extra": ["x"] * len(rows), "prompt": [prompt for _, prompt in rows]}

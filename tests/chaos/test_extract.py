@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chaos.job import ExtractJob
+from corpora import write_corpus
 from faults import FaultProxy, Faults
 from prefill_router import storage
 from prefill_router.features import ActivationStore
@@ -22,12 +23,6 @@ from tiny import random_prompts
 
 DRIVER_KILLS, WORKER_KILLS = 5, 10
 FAULTS = Faults(error_500=0.03, slow_down=0.03, reset_before=0.02, reset_after=0.03, cut_body=0.02)
-
-
-def write_corpus(path: Path, prompts: list[str]) -> Path:
-    lines = (json.dumps({"prompt_id": f"p{i}", "prompt": prompt}) for i, prompt in enumerate(prompts))
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def num_committed(proxy: FaultProxy) -> int:

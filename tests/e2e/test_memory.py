@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from chaos.job import ExtractJob
+from corpora import write_corpus
 from tiny import random_prompts
 
 
 def peak_bytes(num_prompts: int, tiny_model: Path, folder: Path) -> int:
-    corpus = folder / f"{num_prompts}.jsonl"
-    prompts = enumerate(random_prompts(num_prompts))
-    corpus.write_text("".join(json.dumps({"prompt_id": f"p{i}", "prompt": f"{p} {i}"}) + "\n" for i, p in prompts))
+    prompts = [f"{prompt} {i}" for i, prompt in enumerate(random_prompts(num_prompts))]
+    corpus = write_corpus(folder / f"{num_prompts}.jsonl", prompts)
     job = ExtractJob(folder / "log", corpus=corpus, encoder=tiny_model, workers=1, out=folder / str(num_prompts))
     peak = 0
     while job.process.poll() is None:

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from command import Command
+from corpora import write_corpus
 from prefill_jobs.extract import extract, parse_layers, parse_pooling
 from prefill_jobs.summary import ExtractSummary
 from prefill_router import storage
@@ -59,13 +60,6 @@ def assert_equal_rows(a: dict[str, dict[str, NDArray[Any]]], b: dict[str, dict[s
     for prompt_id, row in a.items():
         for name, values in row.items():
             np.testing.assert_array_equal(values, b[prompt_id][name], err_msg=f"{prompt_id} {name}")
-
-
-def write_corpus(path: Path, prompts: list[str], prefix: str = "p") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt_id": f"{prefix}{i}", "prompt": prompt}) for i, prompt in enumerate(prompts))
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def files_at(out: object) -> dict[str, int]:
