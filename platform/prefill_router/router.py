@@ -1,4 +1,4 @@
-"""The router artifact: encoder identity, projections, trunk, length head and pool, as JSON and safetensors.
+"""The router artifact: encoder identity, projections, trunk, calibration, length head, pool, as JSON and safetensors.
 
 A directory with `router.json`, which names the weights by their hash and is written last. Its version is a hash of all
 its content. No pickle anywhere.
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from prefill_router import config, storage
+from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
 from prefill_router.errors import UserError
@@ -92,6 +93,11 @@ class Router:
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
     training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went
+    calibration: Calibration = None  # type: ignore[assignment]  # by default, none
+
+    def __post_init__(self) -> None:
+        if self.calibration is None:
+            object.__setattr__(self, "calibration", Calibration.identity(len(self.pool.targets)))
 
     @property
     def columns(self) -> list[ActivationColumn]:
@@ -119,10 +125,13 @@ class Router:
         return np.concatenate([projection(activations[projection.column.name]) for projection in self.projections], 1)
 
     @torch.inference_mode()
+    def uncalibrated(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """P(correct) (N, T) of features (N, F) as the trunk says, the mean of its seeds."""
+        return torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
+
     def predict_features(self, features: NDArray[np.float32]) -> Prediction:
         """The prediction for features (N, F)."""
-        p_correct = torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
-        return Prediction(p_correct, self.length(features))
+        return Prediction(self.calibration(self.uncalibrated(features)), self.length(features))
 
     def predict_activations(self, activations: Mapping[str, NDArray[Any]]) -> Prediction:
         """The prediction for prompts whose activations are at hand, by column name."""
@@ -239,7 +248,7 @@ class Router:
             raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged")
         try:
             router = cls._from_tensors(manifest, safetensors.numpy.load(weights))
-        except (KeyError, RuntimeError, SafetensorError) as error:
+        except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {error}") from None
         if router.version != manifest.version:
             raise UserError(f"{path}: version {manifest.version} does not match its content: the file was changed")
@@ -252,6 +261,7 @@ class Router:
                 tensors[f"projection.{projection.column.name}.{name}"] = getattr(projection, name)
         for prefix, net in (("trunk", self.trunk), ("length", self.length.net)):
             tensors |= {f"{prefix}.{name}": value.numpy() for name, value in net.state_dict().items()}
+        tensors |= {f"calibration.{name}": value for name, value in self.calibration.tensors().items()}
         scale = {"mean": self.length.scale.mean, "std": self.length.scale.std, "factor": self.length.factor}
         return tensors | {f"length_scale.{name}": value for name, value in scale.items()}
 
@@ -274,10 +284,14 @@ class Router:
             default_tolerance=manifest.default_tolerance,
             training_prompts=tensors["training_prompts"],
             training=manifest.training,
+            calibration=Calibration.from_tensors(_part(tensors, "calibration")),
         )
 
 
 def _net(tensors: Mapping[str, NDArray[Any]], name: str) -> SharedTrunkNet:
+    return SharedTrunkNet.from_state({n: torch.from_numpy(t) for n, t in _part(tensors, name).items()})
+
+
+def _part(tensors: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
     prefix = f"{name}."
-    state = {n.removeprefix(prefix): torch.from_numpy(t) for n, t in tensors.items() if n.startswith(prefix)}
-    return SharedTrunkNet.from_state(state)
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
