@@ -116,12 +116,20 @@ def _extract(config: Any) -> None:
 
 def _probe(config: Any) -> None:
     from prefill_jobs.probe import run_probe
-    from prefill_router.probe import choose_columns
+    from prefill_router.probe import by_encoder, choose, coverage, joint_columns
 
     probes = run_probe(config)
-    for target, column in choose_columns(probes).items():
-        best = next(p for p in probes if (p.target, p.column) == (target, column))
-        typer.echo(f"{target}: {column.name}, J = {best.fisher_j_corrected:.4f}, d_eff = {best.d_eff:.1f}")
+    encoders = by_encoder(probes)
+    for target, best in choose(probes).items():
+        column = f"{best.encoder} {best.column.name}" if len(encoders) > 1 else best.column.name
+        interval = f"{best.fisher_j_low:.4f} to {best.fisher_j_high:.4f}"
+        typer.echo(f"{target}: {column}, J = {best.fisher_j_corrected:.4f} ({interval}), d_eff = {best.d_eff:.1f}")
+    for encoder, rows in encoders.items():
+        joint = joint_columns(rows)
+        names = ", ".join(column.name for column in joint)
+        typer.echo(
+            f"for the whole pool, by {encoder}: {names}, with {coverage(rows, joint):.1%} of the targets' best J"
+        )
 
 
 def _train(config: Any) -> None:
@@ -141,7 +149,8 @@ def _evaluate(config: Any) -> None:
 
     evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
-    typer.echo(f"mean AUC: {np.nanmean(evaluation.router.auc):.3f}, mean ECE: {np.nanmean(evaluation.router.ece):.3f}")
+    auc, ece, before = map(np.nanmean, (evaluation.router.auc, evaluation.router.ece, evaluation.ece_uncalibrated))
+    typer.echo(f"mean AUC: {auc:.3f}, mean ECE: {ece:.3f}, {before:.3f} before calibration")
     for name, text in metric_rows(evaluation.router):
         typer.echo(f"{name}: {text}")
     typer.echo(f"report: {config.out}/report.html")

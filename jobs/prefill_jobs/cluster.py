@@ -57,16 +57,56 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
     `function` takes and returns a dict, or is a class of actors that do; `options` are those of `Dataset.map`.
     A UserError inside it is raised here, and so is an OSError, such as a full disk, as one.
     """
-    dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
     guarded = _guarded_class(function) if isinstance(function, type) else functools.partial(_guarded, function)
-    for row in dataset.map(guarded, **options).iter_rows():
+    yield from _rows(_items(items).map(guarded, **options))
+
+
+def merge_rows(
+    items: Sequence[Mapping[str, Any]],
+    by: str,
+    function: Callable[[dict[str, Any]], Any],
+    finish: Callable[[str, Any], dict[str, Any]],
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Maps items as `map_rows` does, but to objects with a method `merge`, whose order does not matter.
+
+    Those of items that agree in `by` are merged where they lie in the cluster; what `finish` makes of `by` and their
+    merge is a row that is yielded. Where no two items agree, that is one task.
+    """
+    if len({item[by] for item in items}) == len(items):
+        alone = functools.partial(_guarded, lambda item: finish(item[by], function(item)))
+        yield from _rows(_items(items).map(alone, **options))
+    else:
+        parts = _items(items).map(functools.partial(_part, by, function), **options)
+        yield from _rows(parts.groupby(by).map_groups(functools.partial(_merged, by, finish), **options))
+
+
+def _items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:
+    return ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+
+
+def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for row in dataset.iter_rows():
         if _ERROR in row:
             raise UserError(row[_ERROR])
         yield row
 
 
+def _part(by: str, function: Callable[[dict[str, Any]], Any], item: dict[str, Any]) -> dict[str, Any]:
+    found = _guarded(lambda item: {_PART: function(item)}, item)
+    return {by: item[by], _PART: found.get(_PART, found)}
+
+
+def _merged(by: str, finish: Callable[[str, Any], dict[str, Any]], group: dict[str, Any]) -> dict[str, Any]:
+    parts = list(group[_PART])
+    problem = next((part for part in parts if isinstance(part, dict)), None)
+    row = problem or _guarded(lambda _: finish(group[by][0], functools.reduce(lambda a, b: a.merge(b), parts)), {})
+    return {name: [value] for name, value in row.items()}
+
+
 # Ray loses the cause of an exception on its way to the driver, so that what a user can put right travels as a row.
 _ERROR = "_user_error"
+_PART = "_part"
 
 
 def _guarded(function: Callable[..., dict[str, Any]], row: dict[str, Any], **arguments: Any) -> dict[str, Any]:
@@ -130,6 +170,19 @@ def cpus_per_worker(workers: int) -> float:
 def threads_per_worker(workers: int) -> int:
     """Torch threads of one of `workers` equal actors, so that together they fill the cores and no more."""
     return max(1, min(os.cpu_count() or 1, int(_total("CPU") // workers)))
+
+
+def task_resources() -> dict[str, Any]:
+    """Options of `Dataset.map` for tasks that read and compute: a CPU each and, where there are any, a quarter GPU."""
+    return {"num_cpus": 1, "num_gpus": 0.25} if _total("GPU") else {"num_cpus": 1}
+
+
+def num_cpus() -> int:
+    return max(1, int(_total("CPU")))
+
+
+def num_gpus() -> int:
+    return int(_total("GPU"))
 
 
 def encoder_resources(workers: int, gpus_per_worker: float = 1.0, calls_per_worker: int = 1) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_jobs.predict import predict_store
+from prefill_jobs.predict import predict_graded
 from prefill_jobs.probe import load_probes
 from prefill_router import report, storage
 from prefill_router.baselines import knn_p_correct
@@ -14,7 +14,6 @@ from prefill_router.config import EvaluateConfig
 from prefill_router.evaluation import Evaluation, HeldOut
 from prefill_router.evaluation import evaluate as score
 from prefill_router.router import Router
-from prefill_router.split import prompt_hashes
 
 
 def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
@@ -27,23 +26,21 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     router.check_encoder(graded.store.manifest.encoder.fingerprint, config.activations)
     probes = None if config.probe is None else load_probes(config.probe)
     cluster.connect()
-    predicted = predict_store(router, graded.store)
-    outcomes = graded.outcomes.align(predicted.prompt_ids)
-    is_graded = ~np.isnan(outcomes.correct).all(1)
-    seen = np.isin(prompt_hashes(predicted.prompt_ids.to_pylist()), router.training_prompts)
-    rows, known = is_graded & ~seen, is_graded & seen
+    predicted = predict_graded(router, graded, with_features=True)
+    seen = np.isin(predicted.keys, router.training_prompts)
     knn = None
-    if known.any():
-        knn = knn_p_correct(predicted.features[rows], predicted.features[known], outcomes.correct[known])
+    if seen.any() and predicted.features is not None:
+        knn = knn_p_correct(predicted.features[~seen], predicted.features[seen], predicted.correct[seen])
     held_out = HeldOut(
-        num_tokens=predicted.num_tokens[rows],
-        correct=outcomes.correct[rows],
-        output_tokens=outcomes.output_tokens[rows],
-        p_correct=predicted.p_correct[rows],
-        expected_output_tokens=predicted.expected_output_tokens[rows],
+        num_tokens=predicted.num_tokens[~seen],
+        correct=predicted.correct[~seen],
+        output_tokens=predicted.output_tokens[~seen],
+        p_correct=predicted.p_correct[~seen],
+        p_uncalibrated=predicted.p_uncalibrated[~seen],
+        expected_output_tokens=predicted.expected_output_tokens[~seen],
         knn_p_correct=knn,
     )
-    result = score(router.pool, router.version, router.default_tolerance, held_out, int(known.sum()))
+    result = score(router.pool, router.version, router.default_tolerance, held_out, int(seen.sum()))
     storage.write_json(storage.join(config.out, "report.json"), result.to_json())
     page = report.render_html(result, probes, notice)
     storage.write_bytes(storage.join(config.out, "report.html"), page.encode())

@@ -1,150 +1,215 @@
-"""Fits the trunk and the length net on Ray Train. Each worker holds its own shards' features in memory."""
+"""Fits the trunk and the length net on Ray Train.
 
-# N prompts, T targets, F features
+A worker projects its shards once, into files on its own disk, and streams windows of them. After every epoch the state
+of training is a checkpoint: a worker, or a whole run, that dies goes on from there to the same result.
+"""
+
+# N rows of a shard, T targets, F features
 
 from __future__ import annotations
 
 import tempfile
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.torch
 import safetensors.torch
 import torch
-from ray.train import Checkpoint, Result, RunConfig, ScalingConfig, TrainingFailedError
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_router import storage
 from prefill_router.errors import UserError
+from prefill_router.feed import Feed, Rows
 from prefill_router.length import LengthScale
 from prefill_router.projection import Projection
-from prefill_router.split import Part, Split
-from prefill_router.trunk import Examples, Recipe, SharedTrunkNet, fit_trunk
+from prefill_router.recipe import Recipe
+from prefill_router.split import Part, Split, prompt_hashes
+from prefill_router.training import FittedTrunk, Trainer, fit
 
-_WEIGHTS = "nets.safetensors"
+TRUNK, LENGTH = "trunk", "length"  # the nets, and their labels
+
+_STATE = "state.safetensors"
+_MAX_FAILURES = 8
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """What the workers need. `graded` holds the outcomes of the prompts that training may see, and no others."""
+    """What the workers need. `graded` shows the outcomes of training and validation prompts, and no others."""
 
     graded: GradedStore
     split: Split
     projections: list[Projection]
     length_scale: LengthScale
-    recipe: Recipe
-    length_recipe: Recipe | None  # None where no length is known: the scale alone tells it
+    recipes: dict[str, Recipe]  # of each net that is trained
+    weights: Sequence[float]  # of each target's answers
     seed: int
+
+    @property
+    def num_features(self) -> int:
+        return sum(projection.num_features for projection in self.projections)
+
+    def trainers(self, device: torch.device) -> list[Trainer]:
+        return [
+            Trainer(name, recipe, self.num_features, self.weights, self.seed, device)
+            for name, recipe in self.recipes.items()
+        ]
 
 
 @dataclass(frozen=True)
-class FittedNets:
-    trunk: SharedTrunkNet
-    length: SharedTrunkNet
-    metrics: dict[str, Any]
+class Fit:
+    nets: dict[str, FittedTrunk]
+    rows_per_s: float  # training rows, of all workers together
 
 
-def fit_on_ray(task: FitTask, workers: int, out: str) -> FittedNets:
-    """Runs `task` on `workers` Ray Train workers; `out` lends a folder for the run, which is gone afterwards."""
+def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
+    """Runs `task` on `workers` Ray Train workers.
+
+    `out` lends a folder for the run. A run of the same `name` that a killed driver left there goes on.
+    """
     runs = storage.join(out, "_runs")
     filesystem, path = storage.arrow_location(runs)
+    use_gpu = cluster.num_gpus() >= workers
     trainer = TorchTrainer(
         _fit_worker,
         train_loop_config={"task": task, "threads": cluster.threads_per_worker(workers)},
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers, resources_per_worker={"CPU": cluster.cpus_per_worker(workers)}
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker(workers)}
         ),
-        run_config=RunConfig(name=f"train-{uuid.uuid4().hex[:8]}", storage_path=path, storage_filesystem=filesystem),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
     )
-    try:
-        result = _fit(trainer)
-        assert result.checkpoint is not None
-        assert result.metrics is not None
-        with result.checkpoint.as_directory() as folder:
-            tensors = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
-    finally:
+    result = trainer.fit()
+    assert result.metrics is not None
+    if problem := result.metrics.get("problem"):
         storage.remove(runs)
-    trunk, length = (
-        SharedTrunkNet.from_state({n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)})
-        for p in ("trunk.", "length.")
-    )
-    return FittedNets(trunk, length, result.metrics)
-
-
-def _fit(trainer: TorchTrainer) -> Result:
-    """Runs the trainer; a UserError of a worker is raised as itself."""
-    try:
-        return trainer.fit()
-    except TrainingFailedError as failure:
-        for error in getattr(failure, "worker_failures", {}).values():
-            if isinstance(error, UserError):
-                raise error from None
-        raise
+        raise UserError(problem)
+    trainers = task.trainers(torch.device("cpu"))
+    assert result.checkpoint is not None
+    _load_checkpoint(result.checkpoint, trainers)
+    nets = {trainer.name: trainer.fitted() for trainer in trainers}
+    storage.remove(runs)
+    return Fit(nets, result.metrics["rows_per_s"])
 
 
 def _fit_worker(config: dict[str, Any]) -> None:
-    """One worker: loads every world-size-th shard, fits together with the others; the first reports the result."""
+    """One worker: takes every world-size-th shard and fits together with the others."""
     task: FitTask = config["task"]
     torch.set_num_threads(config["threads"])
-    context = ray.train.get_context()
-    shards = range(context.get_world_rank(), task.graded.store.num_shards, context.get_world_size())
-    rows = _load(task, shards)
-    trunk = fit_trunk(*rows.examples(rows.correct), task.recipe, task.seed)
-    metrics = {
-        "validation_losses": trunk.validation_losses,
-        "best_epochs": trunk.best_epochs,
-        "num_epochs": trunk.num_epochs,
-    }
-    length = SharedTrunkNet([rows.features.shape[1], rows.correct.shape[1]], num_seeds=1)
-    if task.length_recipe is not None:
-        length = fit_trunk(*rows.examples(rows.lengths), task.length_recipe, task.seed).net
-    tensors = {
-        f"{name}.{n}": t
-        for name, net in (("trunk", trunk.net), ("length", length))
-        for n, t in net.state_dict().items()
-    }
+    device = ray.train.torch.get_device()
+    with tempfile.TemporaryDirectory() as folder:
+        feed, problem = None, None
+        try:
+            feed = _project(task, Path(folder), device)
+        except (UserError, OSError) as error:
+            problem = str(error)
+        # Every worker must report, and what a user can put right is no failure to try again after.
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        if found := next(filter(None, problems), None):
+            ray.train.report({"problem": found})
+            return
+        assert feed is not None
+        trainers = task.trainers(device)
+        if checkpoint := ray.train.get_checkpoint():
+            _load_checkpoint(checkpoint, trainers)
+        fit(feed, trainers, task.seed, lambda rows_per_s: _report(trainers, rows_per_s))
+
+
+def _report(trainers: Sequence[Trainer], rows_per_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if context.get_world_rank() == 0:
-            safetensors.torch.save_file(tensors, Path(folder) / _WEIGHTS)
+        if ray.train.get_context().get_world_rank() == 0:
+            state = {f"{t.name}.{name}": value for t in trainers for name, value in t.state().items()}
+            safetensors.torch.save_file(state, Path(folder) / _STATE)
             checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report({"rows_per_s": rows_per_s}, checkpoint=checkpoint)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    features: torch.Tensor  # (N, F)
-    correct: torch.Tensor  # (N, T)
-    lengths: torch.Tensor  # (N, T), standardised logs
-    parts: torch.Tensor  # (N,)
-
-    def examples(self, labels: torch.Tensor) -> tuple[Examples, Examples]:
-        """The train and the validation examples of this worker."""
-        train, validation = (self.parts == part for part in (Part.TRAIN, Part.VALIDATION))
-        return Examples(self.features[train], labels[train]), Examples(self.features[validation], labels[validation])
+def _load_checkpoint(checkpoint: Checkpoint, trainers: Sequence[Trainer]) -> None:
+    with checkpoint.as_directory() as folder:
+        state = safetensors.torch.load_file(Path(folder) / _STATE)
+    for trainer in trainers:
+        prefix = f"{trainer.name}."
+        trainer.load({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
 
 
-def _load(task: FitTask, shards: Sequence[int]) -> _Rows:
-    """The rows of `shards` that have outcomes; none of any shard is fine, for other workers have some."""
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+class RowFiles(Mapping[int, Rows]):
+    """Rows of shards, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: set[int] = set()
+        folder.mkdir()
+
+    def add(self, shard: int, rows: Rows) -> None:
+        tensors = {f"label.{name}": labels for name, labels in rows.labels.items()}
+        safetensors.torch.save_file(
+            {"features": rows.features, "keys": rows.keys, **tensors}, self.folder / f"{shard}.safetensors"
+        )
+        self.shards.add(shard)
+
+    def __contains__(self, shard: object) -> bool:
+        return shard in self.shards
+
+    def __getitem__(self, shard: int) -> Rows:
+        tensors = safetensors.torch.load_file(self.folder / f"{shard}.safetensors")
+        features, keys = tensors.pop("features"), tensors.pop("keys")
+        return Rows(features, {name.removeprefix("label."): t for name, t in tensors.items()}, keys)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self.shards))
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+def _project(task: FitTask, folder: Path, device: torch.device) -> Feed:
+    """Projects this worker's shards into files; the feed reads them from there."""
+    context = ray.train.get_context()
+    files = {part: RowFiles(folder / part.name) for part in (Part.TRAIN, Part.VALIDATION)}
+    num_rows = torch.zeros(task.graded.store.num_shards, dtype=torch.long)
+    for shard in range(context.get_world_rank(), len(num_rows), context.get_world_size()):
+        for part, rows in _projected(task, shard).items():
+            files[part].add(shard, rows)
+            if part is Part.TRAIN:
+                num_rows[shard] = len(rows)
+    num_rows = num_rows.to(device)
+    dist.all_reduce(num_rows)
+    labels = {name: torch.empty(0, len(task.weights)) for name in (TRUNK, LENGTH)}
+    empty = Rows(torch.empty(0, task.num_features), labels, torch.empty(0, dtype=torch.int32))
+    return Feed(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)
+
+
+def _projected(task: FitTask, shard: int) -> dict[Part, Rows]:
+    """The rows of a shard that have outcomes."""
     columns = [projection.column for projection in task.projections]
-    num_targets = len(task.graded.pool.targets)
-    features = [np.empty((0, sum(p.num_features for p in task.projections)), np.float32)]
-    correct, lengths = [np.empty((0, num_targets), np.float32)], [np.empty((0, num_targets), np.float32)]
-    parts = [np.empty(0, np.int8)]
-    for shard in shards:
-        ids, activations = task.graded.store.read(shard, columns)
-        outcomes = task.graded.outcomes.align(ids)
-        kept = ~np.isnan(outcomes.correct).all(1)
-        projected = [projection(activations[projection.column.name]) for projection in task.projections]
-        features.append(np.concatenate(projected, axis=1)[kept])
-        correct.append(outcomes.correct[kept])
-        lengths.append(task.length_scale.standardised(outcomes.output_tokens)[kept])
-        parts.append(task.split.parts(ids.to_pylist())[kept])
-    return _Rows(*(torch.from_numpy(np.concatenate(arrays)) for arrays in (features, correct, lengths, parts)))
+    ids, activations = task.graded.store.read(shard, columns)
+    keys = prompt_hashes(ids.to_pylist())
+    answers = task.graded.answers(keys)
+    features = np.concatenate([p(activations[p.column.name]) for p in task.projections], axis=1)
+    labels = {TRUNK: answers.correct, LENGTH: task.length_scale.standardised(answers.output_tokens)}
+    parts = np.where(np.isnan(answers.correct).all(1), Part.TEST, task.split.parts(keys))
+    low_keys = keys.astype(np.uint32).view(np.int32)
+    found = {}
+    for part in (Part.TRAIN, Part.VALIDATION):
+        rows = parts == part
+        tensors = {name: torch.from_numpy(values[rows]) for name, values in labels.items()}
+        found[part] = Rows(torch.from_numpy(features[rows]), tensors, torch.from_numpy(low_keys[rows]))
+    return found

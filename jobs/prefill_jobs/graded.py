@@ -4,57 +4,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
-from prefill_router.outcomes import Outcomes, load_outcomes
+from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.pool import Pool, load_pool
 from prefill_router.schema import ActivationColumn
+from prefill_router.split import Keys, Part, Split, prompt_hashes
 
 
 @dataclass(frozen=True)
 class GradedStore:
-    """An activation store, and the outcomes of a pool on its prompts."""
+    """An activation store, and the outcomes of some targets on its prompts.
+
+    Of a split, only the outcomes of `parts` are to be seen: those of other prompts read as missing.
+    """
 
     store: ActivationStore
     pool: Pool
     outcomes: Outcomes
+    split: Split | None = None
+    parts: tuple[Part, ...] = ()
 
     @classmethod
-    def open(cls, activations: str, outcomes: str, pool: str | Pool, *, ignore_unknown: bool) -> GradedStore:
-        """Raises UserError where an outcome's prompt has no activations; a sample's missing prompts are expected."""
+    def open(
+        cls,
+        activations: str,
+        outcomes: str,
+        pool: str | Pool,
+        *,
+        ignore_unknown: bool,
+        more_targets: tuple[str, ...] = (),
+    ) -> GradedStore:
+        """The outcomes are those of the pool's targets, then those of `more_targets`.
+
+        Raises UserError where an outcome's prompt has no activations; a sample's missing prompts are expected.
+        """
         loaded = load_pool(pool) if isinstance(pool, str) else pool
         store = ActivationStore.open(activations)
-        graded = load_outcomes(outcomes, loaded.target_names)
-        ids = store.prompt_ids()
-        unknown = graded.check_known(ids, outcomes, ignore_unknown=ignore_unknown or store.manifest.is_sample)
-        if unknown == len(graded.prompt_ids):
+        graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
+        opened = cls(store, loaded, graded)
+        unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
+        if unknown == len(graded.keys):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
         if graded.num_other_targets:
             say(f"outcomes: {graded.num_other_targets} targets are not in pool {loaded.name} and are left out")
         if unknown:
             say(f"outcomes: {unknown:,} graded prompts have no activations and are left out")
-        return cls(store, loaded, graded)
+        return opened
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The hashes (N,) of the store's prompts, in its order."""
+        shards = (prompt_hashes(self.store.prompt_ids(i).to_pylist()) for i in range(self.store.num_shards))
+        return np.concatenate(list(shards))
 
     @property
-    def graded_ids(self) -> pa.Array:
-        """The store's prompts that have at least one outcome."""
-        ids = self.store.prompt_ids()
-        return ids.filter(pa.array(~np.isnan(self.outcomes.align(ids).correct).all(1)))
+    def graded_keys(self) -> Keys:
+        """Of the prompts that have at least one outcome to be seen."""
+        keys = self.keys[np.isin(self.keys, self.outcomes.keys)]
+        return keys[self._is_seen(keys)]
 
-    def only(self, prompt_ids: pa.Array) -> GradedStore:
-        """The same store, with the outcomes of these prompts alone."""
-        return replace(self, outcomes=self.outcomes.align(prompt_ids))
+    def of_pool(self) -> GradedStore:
+        """The same store, with the outcomes of the pool's targets alone."""
+        return replace(self, outcomes=self.outcomes.of_first(len(self.pool.targets)))
 
-    def batches(self, column: ActivationColumn) -> Iterator[tuple[NDArray[np.float16], Outcomes]]:
-        """The activations (N, D) of one column and their outcomes, shard by shard."""
-        for shard in range(self.store.num_shards):
+    def only(self, split: Split, *parts: Part) -> GradedStore:
+        """The same store, with the outcomes of these parts alone."""
+        return replace(self, split=split, parts=parts)
+
+    def answers(self, keys: Keys) -> Answers:
+        """The outcomes of prompts by their hashes, NaN where missing or of other parts."""
+        found = self.outcomes.at(keys)
+        is_hidden = ~self._is_seen(keys)
+        for values in found:
+            values[is_hidden] = np.nan
+        return found
+
+    def _is_seen(self, keys: Keys) -> NDArray[np.bool_]:
+        if self.split is None:
+            return np.ones(len(keys), bool)
+        return np.isin(self.split.parts(keys), self.parts)
+
+    def batches(
+        self, column: ActivationColumn, shards: Iterable[int]
+    ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float32], Keys]]:
+        """By shard the activations (N, D) of one column, whether targets were right (N, T), and the prompts' hashes."""
+        for shard in shards:
             ids, encoded = self.store.read(shard, [column])
-            yield encoded[column.name], self.outcomes.align(ids)
+            keys = prompt_hashes(ids.to_pylist())
+            yield encoded[column.name], self.answers(keys).correct, keys

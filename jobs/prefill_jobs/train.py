@@ -1,126 +1,182 @@
 """`train`: activations and outcomes to a router. Probe, project, fit SharedTrunkNet on Ray Train, write the artifact.
 
-Only prompts of the train and validation parts are ever read here; those of the test part stay unseen for `evaluate`.
+Only outcomes of the train and validation parts are ever read here; those of the test part stay unseen for `evaluate`.
 """
 
-# N prompts, T targets, F features
+# N prompts, T targets of the pool, F features
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from prefill_jobs import cluster
-from prefill_jobs.fit import FitTask, fit_on_ray
+from prefill_jobs.fit import LENGTH, TRUNK, FitTask, fit_on_ray
 from prefill_jobs.graded import GradedStore
-from prefill_jobs.predict import predict_store
+from prefill_jobs.predict import predict_graded
 from prefill_jobs.probe import column_moments, probe_store
 from prefill_router import probe, storage
+from prefill_router.calibration import fit_calibration
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.length import LengthHead, LengthScale, mean_factor
 from prefill_router.metrics import best_tolerance
+from prefill_router.outcomes import target_names
+from prefill_router.pool import load_pool
 from prefill_router.projection import fit_projection
+from prefill_router.recipe import RECIPES, RouterRecipe
 from prefill_router.router import MANIFEST, Router
-from prefill_router.split import Part, Split, prompt_hashes
-from prefill_router.trunk import Recipe
-
-LENGTH_RECIPE = Recipe(num_seeds=2, keep=1, loss="squared_error")
+from prefill_router.split import Part, Split
+from prefill_router.training import FittedTrunk
+from prefill_router.trunk import SharedTrunkNet
 
 
 def train(config: TrainConfig) -> Router:
     """Trains a router and writes it to `config.out`, whole."""
     if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
         raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
-    graded = GradedStore.open(config.activations, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown)
+    recipe = _recipe(config)
+    pool = load_pool(config.pool)
+    others = set(target_names(config.outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
+    graded = GradedStore.open(
+        config.activations,
+        config.outcomes,
+        pool,
+        ignore_unknown=config.ignore_unknown,
+        more_targets=tuple(sorted(others)),
+    )
     split = Split(seed=config.seed, test_fraction=config.test_fraction)
     parts = _Parts.of(graded, split)
     cluster.connect()
 
-    training = graded.only(parts.training)
-    say(f"train: probe {len(graded.store.columns)} columns on {len(parts.training):,} prompts")
-    chosen = probe.choose_columns(probe_store(training))
-    moments = column_moments(training, sorted(set(chosen.values())))
-    projections = [fit_projection(column, moments[column]) for column in sorted(moments)]
+    training = graded.only(split, Part.TRAIN)
+    say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
+    probes = probe_store(training.of_pool())
+    chosen = probe.choose_columns(probes)
+    columns = set(chosen.values())
+    if recipe.joint_columns is not None:
+        columns = set(probe.joint_columns(probes, recipe.joint_columns))
+    moments = column_moments(training, sorted(columns))
+    projections = [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
 
+    lengths = training.answers(graded.keys).output_tokens
     task = FitTask(
-        graded=graded.only(parts.seen),
+        graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
         projections=projections,
-        length_scale=LengthScale.of(training.outcomes.output_tokens),
-        recipe=Recipe(num_seeds=config.seeds, keep=min(config.keep, config.seeds), max_epochs=config.max_epochs),
-        length_recipe=LENGTH_RECIPE if parts.have_lengths(graded) else None,
+        length_scale=LengthScale.of(lengths),
+        recipes={TRUNK: recipe.trunk} | ({LENGTH: recipe.length} if parts.have_lengths else {}),
+        weights=((parts.num_answers.max() / parts.num_answers) ** recipe.trunk.balance).tolist(),
         seed=config.seed,
     )
-    num_features, names = sum(p.num_features for p in projections), ", ".join(p.column.name for p in projections)
-    say(f"train: fit {config.seeds} trunks on {num_features} features of {names}")
-    fitted = fit_on_ray(task, config.workers, config.out)
+    names = ", ".join(p.column.name for p in projections)
+    say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
+    fitted = fit_on_ray(task, config.workers, config.out, _run_name(config, graded))
+    trunk = fitted.nets[TRUNK]
     router = Router(
         encoder_identity=graded.store.manifest.encoder,
-        pool=graded.pool,
+        pool=pool,
         projections=projections,
-        trunk=fitted.trunk,
-        length=LengthHead(fitted.length, task.length_scale, np.ones(len(chosen), np.float32)),
+        trunk=trunk.net.of_outputs(range(len(pool.targets))),
+        length=_length_head(fitted.nets.get(LENGTH), task),
         default_tolerance=0.0,
-        training_prompts=np.sort(prompt_hashes(parts.seen.to_pylist())),
+        training_prompts=np.sort(task.graded.graded_keys),
         training={
-            "recipe": "published",
+            "recipe": config.recipe,
             "activations": config.activations,
             "columns": {target: column.name for target, column in chosen.items()},
-            "num_train": len(parts.training),
-            "num_validation": len(parts.validation),
+            "num_train": parts.num_train,
+            "num_validation": parts.num_validation,
+            "other_targets": sorted(others),
             "split": split.model_dump(),
-            "metrics": {name: fitted.metrics[name] for name in ("validation_losses", "best_epochs", "num_epochs")},
+            "metrics": {
+                "validation_losses": trunk.validation_losses,
+                "best_epochs": trunk.best_epochs,
+                "num_epochs": trunk.num_epochs,
+                "rows_per_s": fitted.rows_per_s,
+            },
         },
     )
-    router = _tuned(router, graded.only(parts.validation))
+    router = tuned(router, graded.only(split, Part.VALIDATION), calibrate=recipe.calibrate)
     router.save(config.out)
     return router
 
 
+def _recipe(config: TrainConfig) -> RouterRecipe:
+    recipe = RECIPES[config.recipe]
+    num_seeds = config.seeds or recipe.trunk.num_seeds
+    keep = min(config.keep or recipe.trunk.keep, num_seeds)
+    max_epochs = config.max_epochs or recipe.trunk.max_epochs
+    return replace(
+        recipe,
+        trunk=replace(recipe.trunk, num_seeds=num_seeds, keep=keep, max_epochs=max_epochs),
+        length=replace(recipe.length, max_epochs=min(max_epochs, recipe.length.max_epochs)),
+    )
+
+
 @dataclass(frozen=True)
 class _Parts:
-    """The graded prompts of a store that training may see."""
+    """What the graded prompts of a store leave for training to see."""
 
-    training: pa.Array
-    validation: pa.Array
-
-    @property
-    def seen(self) -> pa.Array:
-        return pa.concat_arrays([self.training, self.validation])
-
-    def have_lengths(self, graded: GradedStore) -> bool:
-        """Is the length of any answer known in both parts?"""
-        known = (~np.isnan(graded.only(ids).outcomes.output_tokens) for ids in (self.training, self.validation))
-        return all(mask.any() for mask in known)
+    num_train: int
+    num_validation: int
+    num_answers: NDArray[np.float64]  # (T,) in training
+    have_lengths: bool  # is the length of any answer known, in both parts?
 
     @classmethod
     def of(cls, graded: GradedStore, split: Split) -> _Parts:
-        ids = graded.graded_ids
-        parts = split.parts(ids.to_pylist())
-        found = cls(*(ids.filter(pa.array(parts == part)) for part in (Part.TRAIN, Part.VALIDATION)))
-        if len(found.training) < 2 or not len(found.validation):
+        keys = graded.graded_keys
+        parts = split.parts(keys)
+        train, validation = (graded.outcomes.at(keys[parts == part]) for part in (Part.TRAIN, Part.VALIDATION))
+        if len(train.correct) < 2 or not len(validation.correct):
             raise UserError(
-                f"{len(ids)} graded prompts leave {len(found.training)} to train on and {len(found.validation)} to "
+                f"{len(keys)} graded prompts leave {len(train.correct)} to train on and {len(validation.correct)} to "
                 "validate: grade more prompts, or lower --test-fraction"
             )
-        return found
+        return cls(
+            len(train.correct),
+            len(validation.correct),
+            np.maximum((~np.isnan(train.correct)).sum(0), 1).astype(np.float64),
+            all(bool((~np.isnan(answers.output_tokens)).any()) for answers in (train, validation)),
+        )
 
 
-def _tuned(router: Router, validation: GradedStore) -> Router:
-    """The router with its lengths unbiased and its tolerance chosen, both on the validation prompts."""
-    predicted = predict_store(router, validation.store)
-    outcomes = validation.outcomes.align(predicted.prompt_ids)
-    factor = mean_factor(outcomes.output_tokens, predicted.expected_output_tokens)
+def _run_name(config: TrainConfig, graded: GradedStore) -> str:
+    """The same for the same training, so that a run whose driver was killed goes on."""
+    digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
+    digest.update(graded.store.manifest.model_dump_json().encode())
+    for array in (graded.outcomes.keys, graded.outcomes.correct, graded.outcomes.output_tokens):
+        digest.update(np.ascontiguousarray(array).data)
+    return f"train-{digest.hexdigest()[:16]}"
+
+
+def _length_head(fitted: FittedTrunk | None, task: FitTask) -> LengthHead:
+    """Of the pool's targets. Where no length is known, the scale alone tells it."""
+    num_all, num_targets = len(task.weights), len(task.graded.pool.targets)
+    net = SharedTrunkNet([task.num_features, 2 * num_all], num_seeds=1) if fitted is None else fitted.net
+    own = [*range(num_targets), *range(num_all, num_all + num_targets)]
+    scale = LengthScale(*(values[:num_targets] for values in task.length_scale))
+    return LengthHead(net.of_outputs(own), scale, np.ones(num_targets, np.float32))
+
+
+def tuned(router: Router, validation: GradedStore, *, calibrate: bool) -> Router:
+    """The router with its probabilities and lengths unbiased and its tolerance chosen, on the validation prompts."""
+    predicted = predict_graded(router, validation)
+    factor = mean_factor(predicted.output_tokens, predicted.expected_output_tokens)
     router = replace(router, length=replace(router.length, factor=factor))
-    expected = router.length(predicted.features)
-    lengths = np.where(np.isnan(outcomes.output_tokens), expected, outcomes.output_tokens)
+    p_correct = predicted.p_correct
+    if calibrate:
+        calibration = fit_calibration(p_correct, predicted.correct)
+        router, p_correct = replace(router, calibration=calibration), calibration(p_correct)
+    expected = np.maximum((predicted.expected_output_tokens + 1.0) * factor - 1.0, 1.0)
+    lengths = np.where(np.isnan(predicted.output_tokens), expected, predicted.output_tokens)
     tolerance = best_tolerance(
-        outcomes.correct,
-        predicted.p_correct,
+        predicted.correct,
+        p_correct,
         router.pool.expected_cost(predicted.num_tokens, expected),
         router.pool.expected_cost(predicted.num_tokens, lengths),
     )

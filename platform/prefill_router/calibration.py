@@ -245,7 +245,7 @@ def _interpolate(logits: Array, x: Array, y: Array) -> Array:
 def _logit(p: NDArray[Any]) -> Array:
     wide = np.asarray(p, np.float64)
     with np.errstate(divide="ignore"):
-        return np.clip(np.log(wide) - np.log1p(-wide), -_MAX_LOGIT, _MAX_LOGIT)
+        return np.asarray(np.clip(np.log(wide) - np.log1p(-wide), -_MAX_LOGIT, _MAX_LOGIT))
 
 
 def _sigmoid(logits: Array) -> Array:

@@ -91,6 +91,11 @@ PoolUri = Annotated[
     Uri, Field(description="Pool of targets and prices: a TOML file, with #name where it holds several")
 ]
 ActivationsUri = Annotated[Uri, Field(description="Activation store that `extract` wrote")]
+ActivationsUris = Annotated[
+    str,
+    Field(min_length=1, description="Activation store that `extract` wrote; several, each of another encoder, as A,B"),
+    AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
+]
 OutcomesUri = Annotated[Uri, Field(description="Graded answers (Parquet): prompt_id, target, correct, output_tokens")]
 RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
 MeanOver = Annotated[
@@ -133,7 +138,7 @@ class ExtractConfig(StrictModel):
 class ProbeConfig(StrictModel):
     """Layer probes: d_eff and Fisher J of every layer and pooling, for every target."""
 
-    activations: ActivationsUri
+    activations: ActivationsUris
     outcomes: OutcomesUri
     pool: PoolUri
     out: Uri = Field(description="Folder for probe.parquet, probe.json and probe.svg")
@@ -149,9 +154,10 @@ class TrainConfig(StrictModel):
     out: Uri = Field(description="Where the router artifact goes")
     workers: int = Field(1, ge=1, description="Ray Train workers")
     test_fraction: Fraction = Field(0.2, description="Share of prompts that training never sees, for `evaluate`")
-    seeds: int = Field(10, ge=1, description="Trunks trained at once")
-    keep: int = Field(5, ge=1, description="Trunks kept: those with the lowest validation loss")
-    max_epochs: int = Field(150, ge=1, description="Passes over the training prompts, at most")
+    recipe: Literal["best", "published"] = Field("best", description="best, or published: the paper's")
+    seeds: int | None = Field(None, ge=1, description="Trunks trained at once [the recipe's]")
+    keep: int | None = Field(None, ge=1, description="Trunks kept, of lowest validation loss [the recipe's]")
+    max_epochs: int | None = Field(None, ge=1, description="Passes over the training prompts, at most [the recipe's]")
     seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
     ignore_unknown: IgnoreUnknown = False
     overwrite: Overwrite = False

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.errors import UserError
-from prefill_router.metrics import RoutingScores, cost_coverage_curve, score_routing
+from prefill_router.metrics import (
+    RoutingScores,
+    cost_coverage_curve,
+    expected_calibration_error,
+    reliability_curve,
+    score_routing,
+)
 from prefill_router.pool import Pool
 
 Array = NDArray[Any]
@@ -27,6 +33,7 @@ class HeldOut:
     correct: Array  # (N, T), NaN where missing
     output_tokens: Array  # (N, T), NaN where missing
     p_correct: Array  # (N, T)
+    p_uncalibrated: Array  # (N, T)
     expected_output_tokens: Array  # (N, T)
     knn_p_correct: Array | None  # (N, T); None where no training prompt was at hand
 
@@ -46,6 +53,8 @@ class Evaluation:
     target_accuracy: list[float]
     target_cost: list[float]
     curves: dict[str, list[list[float]]]  # points of (cost, accuracy) by router
+    ece_uncalibrated: list[float]  # a value a target; the router's own scores are those after calibration
+    reliability: dict[str, list[list[list[float]]]]  # before and after: each target's (mean p, accuracy, prompts)
     length_error_tokens: float  # mean absolute error of the expected output tokens
     length_error_median_rule_tokens: float  # the same, of each target's median length
 
@@ -82,9 +91,23 @@ def evaluate(pool: Pool, version: str, tolerance: float, held_out: HeldOut, num_
         target_accuracy=correct[complete].mean(0).tolist(),
         target_cost=paid[complete].mean(0).tolist(),
         curves={name: _thinned(curve).tolist() for name, curve in curves.items()},
+        ece_uncalibrated=[expected_calibration_error(y, p) for y, p in _graded(correct, held_out.p_uncalibrated)],
+        reliability={
+            "uncalibrated": _reliability(correct, held_out.p_uncalibrated),
+            "calibrated": _reliability(correct, held_out.p_correct),
+        },
         length_error_tokens=_mean_error(held_out.output_tokens, held_out.expected_output_tokens),
         length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
     )
+
+
+def _graded(correct: Array, p: Array) -> list[tuple[Array, Array]]:
+    """Of each target, the outcomes that are known and what was said of them."""
+    return [(y[~np.isnan(y)], said[~np.isnan(y)]) for y, said in zip(correct.T, p.T, strict=True)]
+
+
+def _reliability(correct: Array, p: Array) -> list[list[list[float]]]:
+    return [reliability_curve(y, said).tolist() for y, said in _graded(correct, p)]
 
 
 def _mean_error(lengths: Array, predicted: Array) -> float:

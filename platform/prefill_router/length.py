@@ -1,7 +1,7 @@
 """How long a target's answer to a prompt will be: what the price of output tokens is multiplied by.
 
-A net like the trunk predicts log(1 + output tokens), standardised by target; a factor by target turns the exponential
-of that mean of logs, which is a median, into a mean (Duan's smearing, 1983).
+A net like the trunk predicts the mean and the spread of log(1 + output tokens), standardised by target. Expected
+lengths are a log-normal's means, times a factor by target that makes them unbiased on held-out answers.
 """
 
 # N prompts, T targets
@@ -9,13 +9,14 @@ of that mean of logs, which is a median, into a mean (Duan's smearing, 1983).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefill_router.trunk import SharedTrunkNet
+from prefill_router.trunk import SharedTrunkNet, normal_parameters
 
 Array = NDArray[np.float32]
 
@@ -48,20 +49,36 @@ class LengthScale(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthHead:
+    """`net` gives mean and log standard deviation of a target's standardised log length: a log-normal distribution."""
+
     net: SharedTrunkNet
     scale: LengthScale
     factor: Array  # (T,)
 
-    @torch.inference_mode()
     def __call__(self, features: Array) -> Array:
         """Expected output tokens (N, T) of features (N, F), at least 1."""
-        logs = self.net(torch.from_numpy(features)).mean(0).numpy() * self.scale.std + self.scale.mean
-        return np.asarray(np.maximum(np.exp(np.minimum(logs, _MAX_LOG)) * self.factor - 1.0, 1.0), np.float32)
+        mean, std = self._logs(features)
+        return self._tokens(mean + std**2 / 2.0, self.factor)
+
+    def quantile(self, features: Array, q: float) -> Array:
+        """The output tokens (N, T) that an answer exceeds with probability 1 - q; 0.5 is the median."""
+        mean, std = self._logs(features)
+        return self._tokens(mean + std * NormalDist().inv_cdf(q), np.float32(1.0))
+
+    @torch.inference_mode()
+    def _logs(self, features: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation (N, T) of log(1 + output tokens), the seeds' means."""
+        mean, log_std = normal_parameters(self.net(torch.from_numpy(features)))
+        return mean.mean(0).numpy() * self.scale.std + self.scale.mean, log_std.exp().mean(0).numpy() * self.scale.std
+
+    @staticmethod
+    def _tokens(logs: Array, factor: Array | np.float32) -> Array:
+        return np.asarray(np.maximum(np.exp(np.minimum(logs, _MAX_LOG)) * factor - 1.0, 1.0), np.float32)
 
 
-def mean_factor(output_tokens: Array, medians: Array) -> Array:
-    """What predicted medians (N, T) are to be multiplied by (T,) to match the mean of the known lengths (N, T)."""
+def mean_factor(output_tokens: Array, expected: Array) -> Array:
+    """What expected lengths (N, T) are to be multiplied by (T,) to match the mean of the known lengths (N, T)."""
     known = ~np.isnan(output_tokens)
     observed = np.where(known, output_tokens + 1.0, 0.0).sum(0)
-    predicted = np.where(known, medians + 1.0, 0.0).sum(0)
+    predicted = np.where(known, expected + 1.0, 0.0).sum(0)
     return np.where(known.any(0), observed / np.maximum(predicted, 1.0), 1.0).astype(np.float32)

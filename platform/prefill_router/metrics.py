@@ -195,12 +195,23 @@ def roc_auc(correct: ArrayLike, p: ArrayLike) -> float:
     return _ratio(float(right @ (below + wrong / 2)), float(right.sum() * wrong.sum()))
 
 
-def expected_calibration_error(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
-    """Mean over prompts of |accuracy - mean p| of the prompt's bin, of `bins` of equal width (Guo et al., 2017)."""
+def reliability_curve(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> Array:
+    """Rows (M, 3) of (mean p, accuracy, number of prompts), a row a bin that holds any, of `bins` of equal width.
+
+    The reliability diagram of Guo et al. (2017), for outcomes and predictions (N,).
+    """
     y, scores = np.asarray(correct, np.float64), np.asarray(p, np.float64)
     index = np.clip(np.ceil(scores * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=y - scores, minlength=bins)
-    return float(np.abs(gaps).sum() / len(y)) if len(y) else float("nan")
+    counts = np.bincount(index, minlength=bins)
+    sums = np.column_stack([np.bincount(index, weights=values, minlength=bins) for values in (scores, y)])
+    filled = counts > 0
+    return np.column_stack([sums[filled] / counts[filled, None], counts[filled]])
+
+
+def expected_calibration_error(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
+    """Mean over prompts of |accuracy - mean p| of the prompt's bin, of `bins` of equal width (Guo et al., 2017)."""
+    mean_p, accuracy, counts = reliability_curve(correct, p, bins).T
+    return _ratio(float(np.abs(accuracy - mean_p) @ counts), float(counts.sum()))
 
 
 def _complete(

@@ -1,14 +1,16 @@
 """Graded answers: which target was right on which prompt, and how long its answer was.
 
-Long format on disk, a matrix in memory. A missing pair is NaN, never a wrong answer.
+Long format on disk, a matrix in memory: 8 bytes for each prompt, and 8 for each pair of a prompt and a target. A
+missing pair is NaN, never a wrong answer.
 """
 
 # N prompts, T targets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,83 +20,161 @@ from numpy.typing import NDArray
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, TARGET
+from prefill_router.split import prompt_hashes
+
+_BATCH_ROWS = 1 << 17
+
+
+class Answers(NamedTuple):
+    """Outcomes of some prompts, in their order; NaN where a pair was not graded, or its length not recorded."""
+
+    correct: NDArray[np.float32]  # (N, T), in [0, 1]
+    output_tokens: NDArray[np.float32]  # (N, T)
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes of a pool's targets; NaN where a pair was not graded, or its length not recorded."""
+    """Outcomes of some targets, NaN where missing."""
 
+    uri: str
     targets: list[str]
-    prompt_ids: pa.Array  # (N,) string, unique
+    keys: NDArray[np.uint64]  # (N,) ascending hashes of the prompts that at least one target was graded on
     correct: NDArray[np.float32]  # (N, T), in [0, 1]
     output_tokens: NDArray[np.float32]  # (N, T)
-    num_other_targets: int  # targets that the table grades but the pool leaves out
+    num_other_targets: int  # that the table grades but nobody asked for
 
-    def check_known(self, prompt_ids: pa.Array, source: str, *, ignore_unknown: bool) -> int:
-        """How many graded prompts are not among `prompt_ids`. Raises UserError if any, unless they are ignored."""
-        unknown = self.prompt_ids.filter(pc.invert(pc.is_in(self.prompt_ids, value_set=prompt_ids)))
+    def check_known(self, keys: NDArray[np.uint64], *, ignore_unknown: bool) -> int:
+        """How many graded prompts are not among `keys`, hashes. Raises UserError if any, unless they are ignored."""
+        unknown = self.keys[~np.isin(self.keys, keys)]
         if len(unknown) and not ignore_unknown:
             raise UserError(
-                f'{source}: prompt_id "{unknown[0]}" has outcomes but no activations ({len(unknown):,} such prompts): '
-                "extract its prompt too, or pass --ignore-unknown"
+                f'{self.uri}: prompt_id "{self._id_of(unknown)}" has outcomes but no activations ({len(unknown):,} '
+                "such prompts): extract its prompt too, or pass --ignore-unknown"
             )
         return len(unknown)
 
-    def align(self, prompt_ids: pa.Array) -> Outcomes:
-        """The outcomes of `prompt_ids`, in their order; all NaN for a prompt that was never graded."""
-        rows = pc.index_in(prompt_ids, value_set=self.prompt_ids)
-        missing = np.asarray(rows.is_null())
-        index = np.asarray(rows.fill_null(0))
+    def of_first(self, num_targets: int) -> Outcomes:
+        """Those of the first targets alone."""
+        first = slice(num_targets)
+        return replace(
+            self,
+            targets=self.targets[first],
+            correct=self.correct[:, first],
+            output_tokens=self.output_tokens[:, first],
+        )
+
+    def _id_of(self, keys: NDArray[np.uint64]) -> str:
+        """The first prompt_id with one of `keys`, as the hashes themselves don't tell it."""
+        for batch in _graded_batches(self.uri, self.targets):
+            found = np.flatnonzero(np.isin(batch.keys, keys))
+            if len(found):
+                return str(batch.table[PROMPT_ID][int(found[0])])
+        raise AssertionError("outcomes have changed while they were read")
+
+    def align(self, prompt_ids: Iterable[str]) -> Answers:
+        """The outcomes of `prompt_ids`; all NaN for a prompt that was never graded."""
+        return self.at(prompt_hashes(prompt_ids))
+
+    def at(self, keys: NDArray[np.uint64]) -> Answers:
+        """The outcomes of prompts by their hashes."""
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        missing = self.keys[place] != keys
 
         def take(values: NDArray[np.float32]) -> NDArray[np.float32]:
-            return np.where(missing[:, None], np.float32(np.nan), values[index])
+            return np.where(missing[:, None], np.float32(np.nan), values[place])
 
-        return replace(self, prompt_ids=prompt_ids, correct=take(self.correct), output_tokens=take(self.output_tokens))
+        return Answers(take(self.correct), take(self.output_tokens))
 
 
 def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
-    """The outcomes of `targets` at `uri`, a Parquet file or a folder of them.
+    """The outcomes of `targets` at `uri`, a Parquet file or a folder of them, which is read twice, in pieces.
 
     Raises UserError for a missing column, a `correct` outside [0, 1], a pair that stands twice, and a target without
     a single outcome.
     """
+    keys, others = _graded_keys(uri, targets)
+    correct = np.full((len(keys), len(targets)), np.nan, np.float32)
+    output_tokens = np.full_like(correct, np.nan)
+    num_rows = 0
+    for batch in _graded_batches(uri, targets):
+        _check_values(batch.table, uri)
+        pairs = np.searchsorted(keys, batch.keys), batch.targets
+        correct[pairs] = batch.table[CORRECT].to_numpy()
+        output_tokens[pairs] = batch.table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
+        num_rows += len(batch.keys)
+    graded = ~np.isnan(correct)
+    if graded.sum() != num_rows:
+        _raise_repeated(uri, targets, keys)
+    is_graded_T = np.asarray(graded.any(0))
+    for target, is_graded in zip(targets, is_graded_T, strict=True):
+        if not is_graded:
+            names = _some(others | set(np.array(targets)[is_graded_T].tolist()))
+            raise UserError(f'{uri}: target "{target}" of the pool has no outcome; it grades {names}')
+    return Outcomes(uri, list(targets), keys, correct, output_tokens, len(others))
+
+
+def target_names(uri: str) -> list[str]:
+    """The targets that the outcomes at `uri` grade, sorted."""
+    return sorted({name for table in _tables(uri) for name in pc.unique(table[TARGET]).to_pylist()})
+
+
+class _Batch(NamedTuple):
+    table: pa.Table
+    keys: NDArray[np.uint64]  # of its prompts
+    targets: NDArray[np.int64]  # indices
+
+
+def _graded_batches(uri: str, targets: Sequence[str]) -> Iterator[_Batch]:
+    names = pa.array(list(targets), pa.string())
+    for table in _tables(uri):
+        table = table.filter(pc.is_in(table[TARGET], value_set=names)).combine_chunks()
+        ids = pc.dictionary_encode(table[PROMPT_ID].combine_chunks())
+        keys = prompt_hashes(ids.dictionary.to_pylist())[np.asarray(ids.indices)]
+        yield _Batch(table, keys, np.asarray(pc.index_in(table[TARGET], value_set=names), np.int64))
+
+
+def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], set[str]]:
+    """The ascending hashes of the prompts that `targets` were graded on, and the names of all other targets."""
+    keys, more, num_more = np.empty(0, np.uint64), [np.empty(0, np.uint64)], 0
+    names: set[str] = set()
+    for table in _tables(uri):
+        names.update(pc.unique(table[TARGET]).to_pylist())
+        wanted = pc.is_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
+        more.append(prompt_hashes(pc.unique(table[PROMPT_ID].filter(wanted)).to_pylist()))
+        num_more += len(more[-1])
+        if num_more > len(keys):  # merged when they have doubled, so that all merges cost no more than a few
+            keys, more, num_more = np.unique(np.concatenate([keys, *more])), [], 0
+    return np.unique(np.concatenate([keys, *more])), names - set(targets)
+
+
+def _some(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
+
+
+def _tables(uri: str) -> Iterator[pa.Table]:
+    """Graded rows in the form of schema.OUTCOMES, in pieces."""
     storage.require(uri, "outcomes")
     files = storage.list_files(uri, [".parquet"])
     if not files:
         raise UserError(f"{uri}: holds no Parquet file of outcomes")
-    table = pa.concat_tables([_read(file) for file in files])
-    known = pa.array(list(targets), pa.string())
-    others = pc.unique(table[TARGET].filter(pc.invert(pc.is_in(table[TARGET], value_set=known))))
-    table = table.filter(pc.is_in(table[TARGET], value_set=known)).combine_chunks()
-    _check_pairs(table, uri)
-    graded = set(pc.unique(table[TARGET]).to_pylist())
-    for target in targets:
-        if target not in graded:
-            raise UserError(f'{uri}: target "{target}" of the pool has no outcome; it grades {_some(graded, others)}')
-    ids = pc.dictionary_encode(table[PROMPT_ID].combine_chunks())
-    pair = np.asarray(ids.indices), np.asarray(pc.index_in(table[TARGET], value_set=known))
-
-    def matrix(column: str) -> NDArray[np.float32]:
-        values = np.full((len(ids.dictionary), len(targets)), np.nan, np.float32)
-        values[pair] = table[column].cast(pa.float32()).to_numpy()
-        return values
-
-    return Outcomes(list(targets), ids.dictionary, matrix(CORRECT), matrix(OUTPUT_TOKENS), len(others))
+    for file in files:
+        yield from _pieces(file)
 
 
-def _some(graded: set[str], others: pa.Array) -> str:
-    names = sorted(graded | set(others.to_pylist()))
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _read(uri: str) -> pa.Table:
+def _pieces(uri: str) -> Iterator[pa.Table]:
     with storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
         for required in (PROMPT_ID, TARGET, CORRECT):
             if required not in names:
                 raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
-        table = file.read(columns=[name for name in OUTCOMES.names if name in names])
-    if OUTPUT_TOKENS not in names:
+        wanted = [name for name in OUTCOMES.names if name in names]
+        for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+            yield _normalised(pa.Table.from_batches([batch]), uri)
+
+
+def _normalised(table: pa.Table, uri: str) -> pa.Table:
+    if OUTPUT_TOKENS not in table.column_names:
         table = table.append_column(OUTPUT_TOKENS, pa.nulls(len(table), pa.int32()))
     columns = []
     for field in OUTCOMES:
@@ -110,15 +190,10 @@ def _read(uri: str) -> pa.Table:
     return table.filter(pc.is_valid(table[CORRECT]))
 
 
-def _check_pairs(table: pa.Table, uri: str) -> None:
+def _check_values(table: pa.Table, uri: str) -> None:
     correct = np.asarray(table[CORRECT])
     _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
     _check_all(table[OUTPUT_TOKENS].fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
-    counts = table.group_by([PROMPT_ID, TARGET]).aggregate([(CORRECT, "count")])
-    repeated = counts.filter(pc.greater(counts[f"{CORRECT}_count"], 1))
-    if len(repeated):
-        row = repeated.slice(0, 1).to_pylist()[0]
-        raise UserError(f'{uri}: prompt "{row[PROMPT_ID]}", target "{row[TARGET]}" has more than one outcome')
 
 
 def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: str, uri: str) -> None:
@@ -126,3 +201,13 @@ def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: s
         row = table.slice(int(np.argmin(fits)), 1).to_pylist()[0]
         pair = f'prompt "{row[PROMPT_ID]}", target "{row[TARGET]}"'
         raise UserError(f"{uri}: {pair}: {column} = {row[column]}, must be {allowed}")
+
+
+def _raise_repeated(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> None:
+    seen = np.zeros((len(keys), len(targets)), bool)
+    for batch in _graded_batches(uri, targets):
+        for i, pair in enumerate(zip(np.searchsorted(keys, batch.keys), batch.targets, strict=True)):
+            if seen[pair]:
+                prompt_id, target = batch.table[PROMPT_ID][i], batch.table[TARGET][i]
+                raise UserError(f'{uri}: prompt "{prompt_id}", target "{target}" has more than one outcome')
+            seen[pair] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from math import isfinite
+from math import ceil, isfinite
 
 import jinja2
 from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from prefill_router.evaluation import Evaluation
 from prefill_router.metrics import RoutingScores, pareto_frontier
-from prefill_router.probe import LayerProbe, choose_columns
+from prefill_router.probe import LayerProbe, by_encoder, choose
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -22,34 +22,48 @@ _LINE = {"last": "-", "mean": "--"}
 
 
 def probe_figure(probes: Sequence[LayerProbe]) -> Figure:
-    """Fisher J (bias-corrected) and d_eff by layer: a line for each target and pooling, a dot at each chosen layer."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    fisher_axes, d_eff_axes = figure.subplots(1, 2)
-    targets = list(dict.fromkeys(p.target for p in probes))
+    """Fisher J (bias-corrected) and d_eff by layer: a line for each target and pooling, a dot at each chosen layer.
+
+    Each encoder has a row of its own.
+    """
+    encoders = by_encoder(probes)
+    figure = Figure(figsize=(10, 4.2 * len(encoders)), layout="constrained")
+    panels = figure.subplots(len(encoders), 2, squeeze=False)
+    chosen = list(choose(probes).values())
+    for (encoder, rows), (fisher_axes, d_eff_axes) in zip(encoders.items(), panels, strict=True):
+        of_encoder = f" by {encoder}" if len(encoders) > 1 else ""
+        _plot_fisher(fisher_axes, rows, chosen)
+        _plot_d_eff(d_eff_axes, rows)
+        _label(fisher_axes, f"Fisher separability{of_encoder}", "layer", "J, bias-corrected")
+        _label(d_eff_axes, f"Effective dimensionality{of_encoder}", "layer", "d_eff")
+        d_eff_axes.set_yscale("log")
+    return figure
+
+
+def _plot_fisher(axes: Axes, probes: Sequence[LayerProbe], chosen: Sequence[LayerProbe]) -> None:
     poolings = list(dict.fromkeys(p.column.pooling for p in probes))
-    chosen = choose_columns(probes)
-    for i, target in enumerate(targets):
+    for i, target in enumerate(dict.fromkeys(p.target for p in probes)):
         colour = _COLOURS[i % len(_COLOURS)]
         for pooling in poolings:
             rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
             # A leading underscore would hide the name from the legend.
             label = f"\u200a{target}" if pooling == poolings[0] else None
             values = [p.fisher_j_corrected for p in rows]
-            fisher_axes.plot(list(map(_layer, rows)), values, _LINE[pooling], color=colour, label=label, lw=1.4)
+            axes.plot(list(map(_layer, rows)), values, _LINE[pooling], color=colour, label=label, lw=1.4)
             for p in rows:
-                if p.column == chosen[target]:
-                    fisher_axes.plot(p.column.layer, p.fisher_j_corrected, "o", color=colour, ms=6)
-    for pooling in poolings:
-        rows = sorted((p for p in probes if (p.target, p.column.pooling) == (targets[0], pooling)), key=_layer)
+                if p in chosen:
+                    axes.plot(p.column.layer, p.fisher_j_corrected, "o", color=colour, ms=6)
+
+
+def _plot_d_eff(axes: Axes, probes: Sequence[LayerProbe]) -> None:
+    target = probes[0].target
+    for pooling in dict.fromkeys(p.column.pooling for p in probes):
+        rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
         # A constant column, such as the embedding of the last token, has none, and a log axis no place for it.
         varying = [p for p in rows if p.d_eff > 0]
-        d_eff_axes.plot(
+        axes.plot(
             list(map(_layer, varying)), [p.d_eff for p in varying], _LINE[pooling], color="#374151", label=pooling
         )
-    _label(fisher_axes, "Fisher separability", "layer", "J, bias-corrected")
-    _label(d_eff_axes, "Effective dimensionality", "layer", "d_eff")
-    d_eff_axes.set_yscale("log")
-    return figure
 
 
 def _layer(probe: LayerProbe) -> int:
@@ -87,6 +101,44 @@ def curve_figure(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def reliability_figure(evaluation: Evaluation) -> Figure:
+    """How often a target was right against what was said of it: a panel a target, before calibration and after.
+
+    A dot is a bin of predictions, larger where it holds more prompts.
+    """
+    num_targets = len(evaluation.targets)
+    num_columns = min(num_targets, 5)
+    num_rows = ceil(num_targets / num_columns)
+    figure = Figure(figsize=(2.0 * max(num_columns, 2), 2.3 * num_rows + 0.5), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).ravel()
+    errors = list(zip(evaluation.ece_uncalibrated, evaluation.router.ece, strict=True))
+    for i, (axes, target) in enumerate(zip(panels, evaluation.targets, strict=False)):
+        axes.plot([0, 1], [0, 1], ":", color="#9ca3af", lw=1.2)
+        for name, label, line, colour in _RELIABILITY:
+            rows = evaluation.reliability[name][i]
+            said, observed = [row[0] for row in rows], [row[1] for row in rows]
+            most = max((row[2] for row in rows), default=1.0)
+            axes.plot(said, observed, line, color=colour, lw=1.2, label=label)
+            axes.scatter(said, observed, [3.0 + 25.0 * row[2] / most for row in rows], color=colour)
+        before, after = (_shown(error, ".3f") for error in errors[i])
+        axes.set_title(f"{target}\nECE {before} to {after}", fontsize=8, parse_math=False)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[num_targets:]:
+        axes.set_visible(False)
+    figure.supxlabel("P(correct) as said", fontsize=8)
+    figure.supylabel("share that was right", fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False
+    )
+    return figure
+
+
+_RELIABILITY = [("uncalibrated", "before calibration", "--", "#9ca3af"), ("calibrated", "after", "-", _COLOURS[0])]
+
+
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x)
@@ -115,6 +167,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         rows={title: [_shown(getattr(s, name), style) for s in scores.values()] for title, name, style in _METRICS},
         routers=list(scores),
         curve=to_svg(curve_figure(evaluation)),
+        reliability=to_svg(reliability_figure(evaluation)),
         probe=to_svg(probe_figure(probes)) if probes else None,
         targets=_target_rows(evaluation),
         headline=headline(evaluation),
@@ -147,6 +200,7 @@ def _target_rows(evaluation: Evaluation) -> list[list[str]]:
         (evaluation.target_cost, "$"),
         (scores.auc, ".3f"),
         (scores.ece, ".3f"),
+        (evaluation.ece_uncalibrated, ".3f"),
         (scores.brier, ".3f"),
     ]
     return [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prefill_jobs import cluster
@@ -40,6 +41,44 @@ def test_rows_come_back_from_actors(local_ray: None) -> None:
 def test_what_a_user_can_put_right_in_a_task_is_raised_here(local_ray: None, x: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(cluster.map_rows([{"x": x}], double, fn_kwargs={"offset": 0}))
+
+
+class Numbers(list[int]):
+    def merge(self, other: Numbers) -> Numbers:
+        return Numbers([*self, *other])
+
+
+def numbers(item: dict[str, Any]) -> Numbers:
+    if item["x"] == 13:
+        raise UserError("13 is unlucky")
+    return Numbers([item["x"]])
+
+
+def sum_up(name: str, merged: Numbers) -> dict[str, Any]:
+    if sum(merged) > 100:
+        raise UserError("too much")
+    return {"name": name, "total": sum(merged), "sorted": np.sort(merged)}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_parts_are_merged_by_name_before_they_come_back(local_ray: None, parts: int) -> None:
+    items = [{"name": name, "x": start + i} for name, start in (("a", 1), ("b", 10)) for i in range(parts)]
+    rows = {row["name"]: row for row in cluster.merge_rows(items, "name", numbers, sum_up, num_cpus=1)}
+    for name in "ab":
+        expected = sorted(item["x"] for item in items if item["name"] == name)
+        assert rows[name]["total"] == sum(expected)
+        np.testing.assert_array_equal(rows[name]["sorted"], expected)
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("others", [[], [1, 2]])
+@pytest.mark.parametrize(("x", "message"), [(13, "13 is unlucky"), (101, "too much")])
+def test_what_a_user_can_put_right_in_a_part_is_raised_here(
+    local_ray: None, x: int, message: str, others: list[int]
+) -> None:
+    items = [{"name": "a", "x": n} for n in [x, *others]] + [{"name": "b", "x": 1}]
+    with pytest.raises(UserError, match=message):
+        list(cluster.merge_rows(items, "name", numbers, sum_up))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])

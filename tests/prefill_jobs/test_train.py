@@ -40,7 +40,7 @@ def test_the_router_tells_the_prompts_that_the_small_target_answers(router: str)
 
 def test_the_test_part_is_never_seen(router: str, small_data: Path) -> None:
     ids = pq.read_table(small_data / "corpus.parquet")["prompt_id"].to_pylist()
-    parts = Split(seed=0, test_fraction=0.2).parts(ids)
+    parts = Split(seed=0, test_fraction=0.2).parts(prompt_hashes(ids))
     hidden = [i for i, part in zip(ids, parts, strict=True) if part == Part.TEST]
     seen = Router.load(router).training_prompts
     assert 20 < len(hidden) < 80

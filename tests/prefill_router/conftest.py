@@ -47,7 +47,7 @@ def tiny_encoder(tiny_model: Path) -> PrefillEncoder:
 
 def random_net(sizes: list[int], num_seeds: int) -> SharedTrunkNet:
     net = SharedTrunkNet(sizes, num_seeds)
-    net.reset([torch.Generator().manual_seed(k) for k in range(num_seeds)])
+    net.reset(range(num_seeds))
     return net.requires_grad_(False)
 
 
@@ -68,7 +68,7 @@ def build_router(encoder: PrefillEncoder) -> Router:
         ),
         projections=projections,
         trunk=random_net([num_features, 8, 2], num_seeds=3),
-        length=LengthHead(random_net([num_features, 2], num_seeds=1), scale, np.array([1.2, 1.1], np.float32)),
+        length=LengthHead(random_net([num_features, 4], num_seeds=1), scale, np.array([1.2, 1.1], np.float32)),
         default_tolerance=0.05,
         training_prompts=np.array([3, 5, 8], np.uint64),
         training={"recipe": "random", "metrics": {"validation_losses": [0.5, 0.25]}},

@@ -106,9 +106,12 @@ def test_relative_paths_are_made_absolute_and_other_uris_stay(tmp_path: Path, mo
     assert extract.out == "s3://bucket/a"
     assert extract.encoder == str(tmp_path / "models")
     probe = config.validate(
-        config.ProbeConfig, {"activations": "a", "outcomes": "o", "pool": "pool.toml#small", "out": "p"}, "probe"
+        config.ProbeConfig,
+        {"activations": "a,s3://b/c", "outcomes": "o", "pool": "pool.toml#small", "out": "p"},
+        "probe",
     )
     assert probe.pool == f"{tmp_path}/pool.toml#small"
+    assert probe.activations == f"{tmp_path}/a,s3://b/c"
 
 
 def test_an_encoder_that_is_no_directory_is_a_hub_id_or_a_package() -> None:

@@ -38,6 +38,7 @@ def held_out(num_prompts: int = 80, seed: int = 0, missing: float = 0.1) -> Held
         correct=correct,
         output_tokens=output_tokens,
         p_correct=np.clip(chances + rng.normal(0, 0.1, shape), 0, 1).astype(np.float32),
+        p_uncalibrated=np.clip(chances + rng.normal(0, 0.2, shape), 0, 1).astype(np.float32),
         expected_output_tokens=rng.uniform(50, 300, shape).astype(np.float32),
         knn_p_correct=np.clip(chances + rng.normal(0, 0.3, shape), 0, 1),
     )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from prefill_router.feed import Feed, Rows
 from prefill_router.length import UNKNOWN_LENGTH_TOKENS, LengthHead, LengthScale, mean_factor
-from prefill_router.trunk import Examples, Recipe, SharedTrunkNet, fit_trunk
+from prefill_router.recipe import Recipe
+from prefill_router.training import Trainer, fit
+from prefill_router.trunk import SharedTrunkNet
 
 Array = NDArray[np.float32]
 
@@ -24,9 +29,9 @@ def lengths(num_prompts: int, seed: int = 0, missing: float = 0.2) -> Array:
     return tokens.astype(np.float32)
 
 
-def constant_net(outputs: list[list[float]]) -> SharedTrunkNet:
-    """Ignores its three features: `outputs` (K, T)."""
-    biases = torch.tensor(outputs)[:, None]
+def constant_net(means: list[list[float]], log_std: float = -4.0) -> SharedTrunkNet:
+    """Ignores its three features: `means` (K, T)."""
+    biases = torch.tensor([[*row, *[log_std] * len(row)] for row in means])[:, None]
     weights = torch.zeros(len(biases), 3, biases.shape[2])
     return SharedTrunkNet.from_state({"weights.0": weights, "biases.0": biases})
 
@@ -76,7 +81,16 @@ def test_head_undoes_scale_and_log_then_applies_the_factor() -> None:
     assert predicted.shape == (4, 2)
     assert predicted.dtype == np.float32
     expected = [np.exp(4.0 + 0.5 * 0.5) * 1.5 - 1, np.exp(5.0 - 0.5 * 2.0) - 1]
-    np.testing.assert_allclose(predicted, np.tile(expected, (4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(predicted, np.tile(expected, (4, 1)), rtol=1e-3)  # the spread is next to nothing
+
+
+def test_a_spread_raises_the_mean_and_parts_the_quantiles() -> None:
+    head = LengthHead(constant_net([[0.0, 0.0]], log_std=-0.5), SCALE, np.ones(2, np.float32))
+    features = np.zeros((1, 3), np.float32)
+    std = np.exp(-0.5) * SCALE.std
+    np.testing.assert_allclose(head(features)[0], np.exp(SCALE.mean + std**2 / 2) - 1, rtol=1e-5)
+    np.testing.assert_allclose(head.quantile(features, 0.5)[0], np.exp(SCALE.mean) - 1, rtol=1e-5)
+    np.testing.assert_allclose(head.quantile(features, 0.9)[0], np.exp(SCALE.mean + 1.2815516 * std) - 1, rtol=1e-5)
 
 
 @settings(deadline=None)
@@ -112,13 +126,19 @@ def test_a_trained_head_predicts_lengths_that_features_tell() -> None:
     seen, held_out = slice(0, 700), slice(700, 900)
     scale = LengthScale.of(tokens[seen])
     labels = scale.standardised(tokens)
-    train, validation = (Examples(torch.tensor(features[r]), torch.tensor(labels[r])) for r in (seen, held_out))
-    recipe = Recipe((32,), (0.0,), 3e-3, batch_size=64, max_epochs=20, num_seeds=1, keep=1, loss="squared_error")
-    net = fit_trunk(train, validation, recipe, seed=0).net
-    head = LengthHead(net, scale, np.ones(2, np.float32))
-    head = LengthHead(net, scale, mean_factor(tokens[seen], head(features[seen])))
+    train, validation = (
+        Rows(torch.tensor(features[r]), {"net": torch.tensor(labels[r])}, torch.arange(r.start, r.stop).int())
+        for r in (seen, held_out)
+    )
+    recipe = Recipe((32,), (0.0,), 0.0, 3e-3, batch_size=64, max_epochs=20, num_seeds=1, keep=1, loss="log_normal")
+    trainer = Trainer("net", recipe, 3, [1.0, 1.0], seed=0)
+    fit(Feed([700], {0: train}, {0: validation}, train[:0]), [trainer], seed=0)
+    head = LengthHead(trainer.fitted().net, scale, np.ones(2, np.float32))
+    head = replace(head, factor=mean_factor(tokens[seen], head(features[seen])))
     predicted = head(features[held_out])
     error = np.abs(predicted - tokens[held_out]).mean(0)
     error_of_median = np.abs(np.median(tokens[seen], 0) - tokens[held_out]).mean(0)
     assert (error < 0.6 * error_of_median).all()
     np.testing.assert_allclose(predicted.mean(0), tokens[held_out].mean(0), rtol=0.1)
+    covered = (tokens[held_out] <= head.quantile(features[held_out], 0.9)).mean(0)
+    np.testing.assert_allclose(covered, 0.9, atol=0.06)

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefill_router.errors import UserError
-from prefill_router.outcomes import Outcomes, load_outcomes
+from prefill_router.outcomes import Outcomes, load_outcomes, target_names
+from prefill_router.split import prompt_hashes
 
 NAN = float("nan")
 # Target "other" is in no pool; (q, small) and (r, big) are missing.
@@ -33,9 +34,7 @@ def load(path: Path, **changes: Any) -> Outcomes:
 
 
 def test_align_gives_the_order_asked_for_and_nan_for_what_is_missing(tmp_path: Path) -> None:
-    outcomes = load(tmp_path).align(pa.array(["r", "never graded", "p", "q"]))
-    assert outcomes.prompt_ids.to_pylist() == ["r", "never graded", "p", "q"]
-    assert outcomes.targets == ["big", "small"]
+    outcomes = load(tmp_path).align(["r", "never graded", "p", "q"])
     np.testing.assert_array_equal(outcomes.correct, [[NAN, 1.0], [NAN, NAN], [1.0, 0.0], [0.5, NAN]])
     np.testing.assert_array_equal(outcomes.output_tokens, [[NAN, 40], [NAN, NAN], [10, 20], [NAN, NAN]])
     assert outcomes.correct.dtype == outcomes.output_tokens.dtype == np.float32
@@ -43,7 +42,7 @@ def test_align_gives_the_order_asked_for_and_nan_for_what_is_missing(tmp_path: P
 
 def test_targets_stand_in_the_order_of_the_pool(tmp_path: Path) -> None:
     uri = write(tmp_path / "outcomes.parquet")
-    correct = load_outcomes(uri, ["small", "big"]).align(pa.array(["p"])).correct
+    correct = load_outcomes(uri, ["small", "big"]).align(["p"]).correct
     np.testing.assert_array_equal(correct, [[0.0, 1.0]])
 
 
@@ -53,7 +52,7 @@ def test_targets_outside_the_pool_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_outcome_without_a_grade_is_missing(tmp_path: Path) -> None:
-    outcomes = load(tmp_path, correct=pa.array([None, 0.0, 1.0, 1.0, 1.0], pa.float32())).align(pa.array(["p"]))
+    outcomes = load(tmp_path, correct=pa.array([None, 0.0, 1.0, 1.0, 1.0], pa.float32())).align(["p"])
     np.testing.assert_array_equal(outcomes.correct, [[NAN, 0.0]])
     np.testing.assert_array_equal(outcomes.output_tokens, [[NAN, 20]])
 
@@ -74,7 +73,7 @@ def test_other_types_that_say_the_same_are_read(tmp_path: Path, text: pa.DataTyp
         target=pa.array(COLUMNS["target"]).cast(text),
         correct=whole,
         output_tokens=COLUMNS["output_tokens"].cast(pa.int64()),
-    ).align(pa.array(["p", "q", "r"]))
+    ).align(["p", "q", "r"])
     np.testing.assert_array_equal(changed.correct, [[1, 0], [1, NAN], [NAN, 1]])
     np.testing.assert_array_equal(changed.output_tokens, [[10, 20], [NAN, NAN], [NAN, 40]])
 
@@ -84,16 +83,35 @@ def test_a_folder_is_one_table(tmp_path: Path) -> None:
         row = {name: values[i : i + 1] for name, values in COLUMNS.items()}
         write(tmp_path / f"{i}.parquet", **row, **({"note": ["x"]} if i == 2 else {}))
     (tmp_path / "notes.txt").write_text("no outcomes")
-    whole = load_outcomes(str(tmp_path), ["big", "small"]).align(pa.array(["p", "q", "r"]))
+    whole = load_outcomes(str(tmp_path), ["big", "small"]).align(["p", "q", "r"])
     np.testing.assert_array_equal(whole.correct, [[1.0, 0.0], [0.5, NAN], [NAN, 1.0]])
 
 
 def test_check_known_names_a_prompt_that_has_no_activations(tmp_path: Path) -> None:
     outcomes = load(tmp_path)
-    assert outcomes.check_known(pa.array(["p", "q", "r", "more"]), "o.parquet", ignore_unknown=False) == 0
-    with pytest.raises(UserError, match=r'o\.parquet: prompt_id "q" has outcomes .*2 such prompts.*--ignore-unknown'):
-        outcomes.check_known(pa.array(["p"]), "o.parquet", ignore_unknown=False)
-    assert outcomes.check_known(pa.array(["p"]), "o.parquet", ignore_unknown=True) == 2
+    assert outcomes.check_known(prompt_hashes(["p", "q", "r", "more"]), ignore_unknown=False) == 0
+    with pytest.raises(UserError, match=r'outcomes\.parquet: prompt_id "q" has .*2 such prompts.*--ignore-unknown'):
+        outcomes.check_known(prompt_hashes(["p"]), ignore_unknown=False)
+    assert outcomes.check_known(prompt_hashes(["p"]), ignore_unknown=True) == 2
+
+
+def test_the_first_targets_alone(tmp_path: Path) -> None:
+    first = load(tmp_path).of_first(1)
+    assert first.targets == ["big"]
+    np.testing.assert_array_equal(first.align(["p", "q"]).correct, [[1.0], [0.5]])
+
+
+def test_many_pieces_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load(tmp_path)
+    monkeypatch.setattr("prefill_router.outcomes._BATCH_ROWS", 1)
+    pieces = load(tmp_path)
+    np.testing.assert_array_equal(pieces.keys, whole.keys)
+    np.testing.assert_array_equal(pieces.correct, whole.correct)
+    assert pieces.num_other_targets == whole.num_other_targets
+
+
+def test_all_targets_of_a_table_have_names(tmp_path: Path) -> None:
+    assert target_names(write(tmp_path / "outcomes.parquet")) == ["big", "other", "small"]
 
 
 @pytest.mark.parametrize("column", ["prompt_id", "target", "correct"])

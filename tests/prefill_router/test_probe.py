@@ -9,14 +9,19 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LinearRegression
 
 from prefill_router.errors import UserError
-from prefill_router.moments import class_moments
+from prefill_router.moments import LabelledMoments
 from prefill_router.probe import (
     SHRINKAGE,
+    Fisher,
     LayerProbe,
+    by_encoder,
+    choose,
     choose_columns,
+    coverage,
     effective_dimensionality,
     fisher,
     fisher_separability,
+    joint_columns,
     probe_column,
 )
 from prefill_router.schema import ActivationColumn
@@ -45,9 +50,13 @@ def plain_fisher(x: Array, y: Array, shrinkage: float) -> float:
     return float(np.trace(np.linalg.inv(within) @ between))
 
 
-def layer(target: str, pooling: str, index: int, j: float) -> LayerProbe:
+def fisher_of(x: Array, y: Array, shrinkage: float = SHRINKAGE) -> Fisher:
+    return fisher(LabelledMoments.of(x, y[:, None]).target(0), shrinkage)
+
+
+def layer(target: str, pooling: str, index: int, j: float, encoder: str = "an-encoder") -> LayerProbe:
     column = ActivationColumn.parse(f"{pooling}_{index:03d}")
-    return LayerProbe(column, target, 1.0, j, j, 10, 0.5)
+    return LayerProbe(encoder, column, target, 1.0, j, j, j - 0.1, j + 0.1, 10, 0.5)
 
 
 @pytest.mark.parametrize("size", [1, 8, 30])
@@ -168,7 +177,7 @@ def test_noise_has_a_fisher_of_d_over_n_and_a_corrected_one_of_zero(shrinkage: f
     n, d = 120, 12
     rng = np.random.default_rng(6)
     y = (np.arange(n) < 50).astype(float)
-    found = [fisher(class_moments(rng.normal(size=(n, d)), y[:, None])[0], shrinkage) for _ in range(300)]
+    found = [fisher_of(rng.normal(size=(n, d)), y, shrinkage) for _ in range(300)]
     raw, corrected = np.array([f.j for f in found]), np.array([f.corrected for f in found])
     assert raw.mean() == pytest.approx(d / n, rel=0.25)
     assert abs(corrected.mean()) < 4 * corrected.std() / len(found) ** 0.5
@@ -179,12 +188,31 @@ def test_the_corrected_fisher_of_gaussian_classes_is_the_true_one_at_any_number_
     rng = np.random.default_rng(7)
     y = (np.arange(n) % 2 == 0).astype(float)
     shift = np.array([1.0, 0.5, 0.0, 0.0, 0.0])
-    corrected = [
-        fisher(class_moments(rng.normal(size=(n, 5)) + y[:, None] * shift, y[:, None])[0], 0.0).corrected
-        for _ in range(300)
-    ]
+    corrected = [fisher_of(rng.normal(size=(n, 5)) + y[:, None] * shift, y, 0.0).corrected for _ in range(300)]
     true_j = 0.25 * float(shift @ shift)
     assert abs(np.mean(corrected) - true_j) < 4 * np.std(corrected) / len(corrected) ** 0.5
+
+
+@pytest.mark.parametrize(("n", "shift"), [(1000, 0.0), (1000, 0.15), (1000, 0.6), (500, 0.6)])
+def test_the_interval_holds_the_true_fisher_as_often_as_it_says_or_oftener(n: int, shift: float) -> None:
+    rng = np.random.default_rng(8)
+    d, trials = 10, 200
+    y = (np.arange(n) % 2 == 0).astype(float)
+    true_j = 0.25 * d * shift**2
+    found = [fisher_of(rng.normal(size=(n, d)) + shift * y[:, None], y, 0.0) for _ in range(trials)]
+    held = np.mean([f.low <= true_j <= f.high for f in found])
+    assert held > 0.90
+    spread = np.std([f.corrected for f in found])
+    assert np.mean([f.high - f.low for f in found]) < 2.2 * 2 * 1.96 * spread
+
+
+def test_the_interval_is_the_same_every_time_and_nan_where_no_fold_is_like_another() -> None:
+    x, y = labelled(9, num_prompts=200)
+    first = fisher_of(x, y)
+    assert first == fisher_of(x, y)
+    assert first.low < first.corrected < first.high
+    one_fold = fisher(LabelledMoments.of(x, y[:, None], np.zeros(200, np.uint64)).target(0))
+    assert one_fold.low == pytest.approx(one_fold.corrected)
 
 
 def test_probe_of_a_column_has_a_row_for_each_target() -> None:
@@ -192,8 +220,10 @@ def test_probe_of_a_column_has_a_row_for_each_target() -> None:
     correct = np.column_stack([y, 1 - y, np.full_like(y, np.nan)])
     correct[:6, 1] = np.nan
     column = ActivationColumn("mean", 7)
-    first, second, third = probe_column(column, ["a", "b", "c"], class_moments(x, correct))
-    assert [row.target for row in (first, second, third)] == ["a", "b", "c"]
+    rows = probe_column("an-encoder", column, ["a", "b", "c"], LabelledMoments.of(x, correct))
+    first, second, third = rows
+    assert {row.encoder for row in rows} == {"an-encoder"}
+    assert [row.target for row in rows] == ["a", "b", "c"]
     assert (first.column, first.num_prompts, second.num_prompts, third.num_prompts) == (column, 60, 54, 0)
     assert first.share_correct == pytest.approx(y.mean())
     assert first.d_eff == pytest.approx(effective_dimensionality(x))
@@ -226,3 +256,55 @@ def test_a_target_that_no_layer_can_tell_is_an_error() -> None:
     probes = [layer("a", "last", 1, 0.1), layer("always-right", "last", 1, float("nan"))]
     with pytest.raises(UserError, match='target "always-right": its graded answers are all right or all wrong'):
         choose_columns(probes)
+
+
+def test_each_target_takes_its_column_from_the_encoder_that_tells_it_best() -> None:
+    probes = [layer("a", "last", 1, 0.2, "one"), layer("b", "last", 1, 0.5, "one")]
+    probes += [layer("a", "mean", 7, 0.3, "two"), layer("b", "mean", 7, 0.4, "two")]
+    chosen = choose(probes)
+    assert {target: row.encoder for target, row in chosen.items()} == {"a": "two", "b": "one"}
+    assert chosen["a"].column == ActivationColumn("mean", 7)
+    assert by_encoder(probes) == {"one": probes[:2], "two": probes[2:]}
+
+
+def table(j: dict[str, list[float]], layers: list[int]) -> list[LayerProbe]:
+    return [
+        layer(target, "last", i, value) for target, values in j.items() for i, value in zip(layers, values, strict=True)
+    ]
+
+
+def layers_of(columns: list[ActivationColumn]) -> list[int]:
+    return [column.layer for column in columns]
+
+
+def test_a_joint_set_covers_what_one_column_does_not() -> None:
+    probes = table({"a": [0.5, 0.1, 0.4], "b": [0.1, 0.5, 0.4], "c": [0.1, 0.5, 0.4]}, [3, 9, 12])
+    assert layers_of(joint_columns(probes, 1)) == [12]
+    assert layers_of(joint_columns(probes, 2)) == [12, 9]
+    assert layers_of(joint_columns(probes, 3)) == [12, 9, 3]
+    assert coverage(probes, joint_columns(probes, 1)) == pytest.approx(0.8)
+    assert coverage(probes, joint_columns(probes, 3)) == pytest.approx(1.0)
+
+
+def test_a_joint_set_takes_a_shallower_column_that_is_nearly_as_good() -> None:
+    probes = table({"a": [0.300, 0.395, 0.400]}, [6, 12, 24])
+    assert layers_of(joint_columns(probes, 1)) == [12]
+    assert layers_of(joint_columns(probes, 1, depth_tolerance=0.0)) == [24]
+    assert layers_of(joint_columns(probes, 1, depth_tolerance=0.5)) == [6]
+
+
+def test_a_joint_set_ends_where_no_column_adds_anything() -> None:
+    assert layers_of(joint_columns(table({"a": [0.4, 0.3], "b": [0.5, 0.2]}, [6, 12]))) == [6]
+    assert layers_of(joint_columns(table({"a": [-0.4, -0.3]}, [6, 12]))) == [6]
+    with pytest.raises(UserError, match='target "a"'):
+        joint_columns(table({"a": [float("nan")]}, [6]))
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 6))
+def test_a_joint_set_never_repeats_and_more_columns_never_cover_less(j: list[list[float]], most: int) -> None:
+    probes = table({str(t): values for t, values in enumerate(j)}, [0, 3, 6, 9, 12])
+    columns = joint_columns(probes, most)
+    assert 1 <= len(columns) == len(set(columns)) <= most
+    shares = [coverage(probes, columns[: k + 1]) for k in range(len(columns))]
+    assert shares == sorted(shares)
+    assert shares[-1] <= 1.0 + 1e-9

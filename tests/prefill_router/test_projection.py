@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from prefill_router import projection as projection_module
 from prefill_router.moments import Moments
-from prefill_router.projection import EXPLAINED_VARIANCE, MAX_FEATURES, MIN_FEATURES, Projection, fit_projection
+from prefill_router.projection import (
+    EXPLAINED_VARIANCE,
+    MAX_FEATURES,
+    MIN_FEATURES,
+    WHITEN_FLOOR,
+    Projection,
+    fit_projection,
+    principal_components,
+)
 from prefill_router.schema import ActivationColumn
 
 COLUMN = ActivationColumn("last", 12)
@@ -21,7 +33,7 @@ def activations(num_prompts: int, size: int, decay: float, seed: int = 0) -> NDA
     return np.asarray(x * rng.uniform(0.5, 5.0, size) + rng.normal(size=size), np.float16)
 
 
-def fitted(x: NDArray[np.float16]) -> Projection:
+def fitted(x: NDArray[Any]) -> Projection:
     return fit_projection(COLUMN, Moments.of(x))
 
 
@@ -103,3 +115,51 @@ def test_prompts_that_are_all_alike_have_features_of_zero() -> None:
 
 def test_projection_keeps_its_column() -> None:
     assert fitted(activations(10, 3, 0.5)).column == COLUMN
+
+
+def test_fewer_features_where_asked() -> None:
+    x = activations(300, 80, 0.3)
+    few = fit_projection(COLUMN, Moments.of(x), max_features=7)
+    np.testing.assert_array_equal(few.components, fitted(x).components[:, :7])
+
+
+def test_whitened_features_have_unit_variance() -> None:
+    x = activations(300, 40, 1.0).astype(np.float64)
+    plain, whitened = fitted(x)(x), fit_projection(COLUMN, Moments.of(x), whiten=True)(x)
+    np.testing.assert_allclose(whitened.var(0), 1.0, rtol=1e-3)
+    np.testing.assert_allclose(whitened, plain / plain.std(0), atol=1e-3)
+
+
+def test_whitening_does_not_magnify_what_hardly_varies() -> None:
+    x = np.random.default_rng(0).normal(size=(500, 2))
+    x = np.column_stack([x, x[:, 0] + 1e-6 * np.random.default_rng(1).normal(size=500)])
+    components = fit_projection(COLUMN, Moments.of(x), whiten=True).components
+    assert np.linalg.norm(components[:, 2]) == pytest.approx(WHITEN_FLOOR**-0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.5, 1.5])
+def test_subspace_iteration_finds_the_exact_components(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvalues to 1e-6 of the greatest; the span of the components keeps all but 1e-4 of its variance."""
+    covariance = Moments.of(activations(900, 300, decay).astype(np.float64)).covariance
+    exact, _ = principal_components(covariance, 60)
+    monkeypatch.setattr(projection_module, "EXACT_HIDDEN_SIZE", 100)
+    values, vectors = principal_components(covariance, 60)
+    np.testing.assert_allclose(vectors.T @ vectors, torch.eye(60), atol=1e-9)
+    np.testing.assert_allclose(values, exact, atol=1e-6 * float(exact[0]))
+    kept = float((vectors.T @ covariance @ vectors).trace())
+    assert kept == pytest.approx(float(exact.sum()), rel=1e-4)
+
+
+def test_a_projection_of_a_large_layer_is_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations(900, 300, 0.6).astype(np.float64)
+    exact = fitted(x)
+    monkeypatch.setattr(projection_module, "EXACT_HIDDEN_SIZE", 100)
+    approximate = fitted(x)
+    assert approximate.num_features == exact.num_features
+    np.testing.assert_allclose(np.abs(approximate(x))[:, :20], np.abs(exact(x))[:, :20], atol=1e-2)
+
+
+def test_subspace_iteration_of_nothing_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection_module, "EXACT_HIDDEN_SIZE", 2)
+    x = np.full((5, 4), 0.5)
+    np.testing.assert_array_equal(fitted(x)(x), 0.0)

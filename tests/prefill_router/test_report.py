@@ -56,6 +56,7 @@ def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float,
         correct=(rng.random(shape) < p).astype(np.float32),
         output_tokens=rng.integers(5, 400, shape).astype(np.float32),
         p_correct=p,
+        p_uncalibrated=p**2,
         expected_output_tokens=rng.uniform(50, 300, shape),
         knn_p_correct=rng.random(shape),
     )
@@ -63,9 +64,11 @@ def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float,
     return evaluate(Pool(name="a pool", targets=targets), "v1abc", 0.125, data, num_seen=1234)
 
 
-def probes(names: tuple[str, ...] = ("large", "small")) -> list[LayerProbe]:
+def probes(names: tuple[str, ...] = ("large", "small"), encoder: str = "an-encoder") -> list[LayerProbe]:
     return [
-        LayerProbe(ActivationColumn(pooling, layer), target, 10.0 + layer, j, j - 0.01, 100, 0.5)
+        LayerProbe(
+            encoder, ActivationColumn(pooling, layer), target, 10.0 + layer, j, j - 0.01, j - 0.05, j + 0.03, 100, 0.5
+        )
         for target in names
         for pooling in POOLINGS
         for layer, j in ((0, 0.1), (6, 0.4), (12, 0.3))
@@ -78,14 +81,14 @@ def dots_of(axes: Axes) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in dots]
 
 
-def test_page_holds_both_figures_inline() -> None:
-    assert Page(render_html(evaluation(), probes())).num_svgs == 2
+def test_page_holds_every_figure_inline() -> None:
+    assert Page(render_html(evaluation(), probes())).num_svgs == 3
 
 
 @pytest.mark.parametrize("none", [None, []])
-def test_page_without_probes_holds_the_curve_alone(none: list[LayerProbe] | None) -> None:
+def test_page_without_probes_holds_the_other_figures(none: list[LayerProbe] | None) -> None:
     page = Page(render_html(evaluation(), none))
-    assert page.num_svgs == 1
+    assert page.num_svgs == 2
     assert "Layer probes" not in page.text
 
 
@@ -127,7 +130,7 @@ def test_any_name_of_a_target_is_shown_as_text(name: str) -> None:
     page = Page(render_html(evaluation(names), probes(names)))
     assert page.text.count(name) >= 2
     assert not {"script", "img", "b"} & set(page.tags)
-    assert page.num_svgs == 2
+    assert page.num_svgs == 3
 
 
 def test_neighbours_have_a_column_only_where_there_are_any() -> None:
@@ -195,6 +198,13 @@ def test_probe_figure_marks_the_chosen_layer_of_each_target() -> None:
     fisher_axes = probe_figure(probes()).axes[0]
     assert dots_of(fisher_axes) == pytest.approx(np.array([(6.0, 0.39)] * 2))
     assert len(fisher_axes.lines) == 2 * len(POOLINGS) + 2
+
+
+def test_probe_figure_has_a_row_for_each_encoder() -> None:
+    worse = [replace(p, fisher_j_corrected=p.fisher_j_corrected / 2) for p in probes(encoder="another")]
+    axes = probe_figure([*probes(), *worse]).axes
+    assert [a.get_title() for a in axes[::2]] == [f"Fisher separability by {e}" for e in ("an-encoder", "another")]
+    assert [len(dots_of(a)) for a in axes] == [2, 0, 0, 0]
 
 
 def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:

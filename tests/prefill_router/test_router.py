@@ -69,7 +69,7 @@ def ensemble(net: torch.nn.Module, x: NDArray[Any]) -> NDArray[Any]:
 
 
 def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillEncoder) -> None:
-    """Standardise, project, mean of the seeds' sigmoids; and the exponential of the log length, times its factor."""
+    """Standardise, project, mean of the seeds' sigmoids; and the mean of a log-normal length, times its factor."""
     encoded = tiny_encoder.encode(PROMPTS, [2, 3])
     features = np.concatenate(
         [
@@ -80,11 +80,12 @@ def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillE
     )
     p = (1.0 / (1.0 + np.exp(-ensemble(tiny_router.trunk, features)))).mean(0)
     length = tiny_router.length
-    medians = np.exp(ensemble(length.net, features).mean(0) * length.scale.std + length.scale.mean)
+    mean, log_std = np.split(ensemble(length.net, features).mean(0), 2, axis=1)
+    logs = mean * length.scale.std + length.scale.mean + (np.exp(log_std) * length.scale.std) ** 2 / 2
     predicted = tiny_router.predict(PROMPTS)
     np.testing.assert_allclose(predicted.p_correct, p, rtol=1e-4)
     np.testing.assert_allclose(
-        predicted.expected_output_tokens, np.maximum(medians * length.factor - 1.0, 1.0), rtol=1e-3
+        predicted.expected_output_tokens, np.maximum(np.exp(logs) * length.factor - 1.0, 1.0), rtol=1e-3
     )
     for values in predicted:
         assert values.shape == (len(PROMPTS), 2)

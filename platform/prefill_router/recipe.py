@@ -1,0 +1,46 @@
+"""How a router is trained: the published recipe, and ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Loss = Literal["cross_entropy", "log_normal"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net is trained. The defaults are the published ones. Source: METHOD, "SharedTrunkNet, as published"."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    dropout: tuple[float, ...] = (0.3, 0.2)  # after each hidden layer
+    input_dropout: float = 0.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    decoupled_decay: bool = False  # AdamW's (Loshchilov and Hutter, 2019), not Adam's L2
+    batch_size: int = 512
+    max_epochs: int = 150
+    patience: int = 15  # epochs without progress
+    num_seeds: int = 10
+    keep: int = 5
+    loss: Loss = "cross_entropy"
+    label_smoothing: float = 0.0
+    balance: float = 0.0  # a target's answers weigh (most answers of any target / its own) to this power
+
+
+@dataclass(frozen=True)
+class RouterRecipe:
+    """How a whole router is trained."""
+
+    trunk: Recipe = field(default_factory=Recipe)
+    length: Recipe = field(default_factory=lambda: replace(Recipe(), loss="log_normal", num_seeds=4, keep=2))
+    joint_columns: int | None = None  # columns of a joint set for the pool; None: each target's own, as published
+    whiten: bool = False
+    use_other_targets: bool = False  # outcomes of targets outside the pool teach the trunk too
+    calibrate: bool = False
+
+
+RECIPES = {
+    "published": RouterRecipe(),
+    "best": RouterRecipe(use_other_targets=True, calibrate=True, joint_columns=3),
+}
