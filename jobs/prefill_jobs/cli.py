@@ -17,7 +17,7 @@ import typer
 from botocore.exceptions import BotoCoreError
 from pydantic.fields import FieldInfo
 
-from prefill_router.config import COMMANDS, StrictModel, load_command, validate
+from prefill_router.config import COMMANDS, POSITIONAL, StrictModel, load_command, must_be_given, schema_extra, validate
 from prefill_router.errors import UserError
 
 _CONFIG_HELP = "TOML file with a table for each command; flags win over it"
@@ -72,6 +72,8 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     note = " [required]" if field.is_required() else ""
     if field.default and not field.is_required():
         note = f" [default: {field.default}]"
+    if schema_extra(field).get(POSITIONAL):
+        return _parameter(name, kind, typer.Argument(help=field.description, show_default=False))
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=f"{field.description}{note}".replace("[", r"\["), show_default=False
     )
@@ -87,8 +89,8 @@ def _merge(name: str, model: type[StrictModel], flags: dict[str, Any]) -> Strict
     given = {key: value for key, value in flags.items() if value is not None}
     uri = given.pop("config", None)
     values = {**(load_command(uri, name) if uri else {}), **given}
-    for key, field in model.model_fields.items():
-        if field.is_required() and key not in values:
+    for key in model.model_fields:
+        if must_be_given(model, key, values):
             raise typer.BadParameter(f"give it, or set {key} under [{name}] in --config", param_hint=f"--{key}")
     return validate(model, values, name)
 
@@ -136,9 +138,23 @@ def _train(config: Any) -> None:
     from prefill_jobs.train import train
 
     router = train(config)
-    losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
     typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
-    typer.echo(f"validation losses of the kept trunks: {losses}")
+    if config.extend is None:
+        losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
+        typer.echo(f"validation losses of the kept trunks: {losses}")
+
+
+def _inspect(config: Any) -> None:
+    from prefill_router.card import card
+    from prefill_router.router import Router
+
+    about, targets = card(Router.load(config.router))
+    for what, text in about:
+        typer.echo(f"{what:<11} {text}")
+    typer.echo()
+    widths = [max(map(len, column)) for column in zip(*targets, strict=True)]
+    for row in targets:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _evaluate(config: Any) -> None:
@@ -175,6 +191,7 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "extract": _extract,
     "probe": _probe,
     "train": _train,
+    "inspect": _inspect,
     "evaluate": _evaluate,
     "label": _label,
 }

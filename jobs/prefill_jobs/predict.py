@@ -1,6 +1,6 @@
 """A router's predictions for the graded prompts of an activation store, beside what came of them, on Ray Data."""
 
-# N prompts, T targets of the pool, F features
+# N prompts, T targets of the router, F features
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def predict_graded(router: Router, graded: GradedStore, *, with_features: bool =
 
 def _predict_shard(item: dict[str, Any], router: Router, graded: GradedStore, with_features: bool) -> dict[str, Any]:
     ids, activations = graded.store.read(int(item["shard"]), router.columns)
-    keys, num_targets = prompt_hashes(ids.to_pylist()), len(router.pool.targets)
+    keys, num_targets = prompt_hashes(ids.to_pylist()), len(graded.pool.targets)
     correct, output_tokens = (values[:, :num_targets] for values in graded.answers(keys))
     rows = ~np.isnan(correct).all(1)
     features = router.features(activations)[rows]

@@ -8,12 +8,14 @@ Only outcomes of the train and validation parts are ever read here; those of the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
+from prefill_jobs.extend import extend
 from prefill_jobs.fit import LENGTH, TRUNK, FitTask, fit_on_ray
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.predict import predict_graded
@@ -23,8 +25,9 @@ from prefill_router.calibration import fit_calibration
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
+from prefill_router.evaluation import finite
 from prefill_router.length import LengthHead, LengthScale, mean_factor
-from prefill_router.metrics import best_tolerance
+from prefill_router.metrics import best_tolerance, score_routing
 from prefill_router.outcomes import target_names
 from prefill_router.pool import load_pool
 from prefill_router.projection import fit_projection
@@ -39,12 +42,19 @@ def train(config: TrainConfig) -> Router:
     """Trains a router and writes it to `config.out`, whole."""
     if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
         raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
+    router = _fitted(config) if config.extend is None else extend(config)
+    router.save(config.out)
+    return router
+
+
+def _fitted(config: TrainConfig) -> Router:
+    activations, outcomes = config.data
     recipe = _recipe(config)
     pool = load_pool(config.pool)
-    others = set(target_names(config.outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
+    others = set(target_names(outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
     graded = GradedStore.open(
-        config.activations,
-        config.outcomes,
+        activations,
+        outcomes,
         pool,
         ignore_unknown=config.ignore_unknown,
         more_targets=tuple(sorted(others)),
@@ -84,15 +94,17 @@ def train(config: TrainConfig) -> Router:
         trunk=trunk.net.of_outputs(range(len(pool.targets))),
         length=_length_head(fitted.nets.get(LENGTH), task),
         default_tolerance=0.0,
+        split=split,
         training_prompts=np.sort(task.graded.graded_keys),
         training={
             "recipe": config.recipe,
-            "activations": config.activations,
+            "activations": activations,
+            "outcomes": outcomes,
             "columns": {target: column.name for target, column in chosen.items()},
             "num_train": parts.num_train,
             "num_validation": parts.num_validation,
+            "num_answers": dict(zip(pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
             "other_targets": sorted(others),
-            "split": split.model_dump(),
             "metrics": {
                 "validation_losses": trunk.validation_losses,
                 "best_epochs": trunk.best_epochs,
@@ -101,9 +113,7 @@ def train(config: TrainConfig) -> Router:
             },
         },
     )
-    router = tuned(router, graded.only(split, Part.VALIDATION), calibrate=recipe.calibrate)
-    router.save(config.out)
-    return router
+    return tuned(router, graded.only(split, Part.VALIDATION), calibrate=recipe.calibrate)
 
 
 def _recipe(config: TrainConfig) -> RouterRecipe:
@@ -156,28 +166,37 @@ def _run_name(config: TrainConfig, graded: GradedStore) -> str:
 
 def _length_head(fitted: FittedTrunk | None, task: FitTask) -> LengthHead:
     """Of the pool's targets. Where no length is known, the scale alone tells it."""
-    num_all, num_targets = len(task.weights), len(task.graded.pool.targets)
+    num_all = len(task.weights)
     net = SharedTrunkNet([task.num_features, 2 * num_all], num_seeds=1) if fitted is None else fitted.net
-    own = [*range(num_targets), *range(num_all, num_all + num_targets)]
-    scale = LengthScale(*(values[:num_targets] for values in task.length_scale))
-    return LengthHead(net.of_outputs(own), scale, np.ones(num_targets, np.float32))
+    head = LengthHead(net, task.length_scale, np.ones(num_all, np.float32))
+    return head.of_targets(range(len(task.graded.pool.targets)))
 
 
 def tuned(router: Router, validation: GradedStore, *, calibrate: bool) -> Router:
-    """The router with its probabilities and lengths unbiased and its tolerance chosen, on the validation prompts."""
+    """The router with its probabilities and lengths unbiased and its tolerance chosen, on the validation prompts.
+
+    How good it is on them is entered in what is told of its training.
+    """
     predicted = predict_graded(router, validation)
     factor = mean_factor(predicted.output_tokens, predicted.expected_output_tokens)
-    router = replace(router, length=replace(router.length, factor=factor))
-    p_correct = predicted.p_correct
+    correct, p_correct = predicted.correct, predicted.p_correct
+    calibration = router.calibration
     if calibrate:
-        calibration = fit_calibration(p_correct, predicted.correct)
-        router, p_correct = replace(router, calibration=calibration), calibration(p_correct)
-    expected = np.maximum((predicted.expected_output_tokens + 1.0) * factor - 1.0, 1.0)
-    lengths = np.where(np.isnan(predicted.output_tokens), expected, predicted.output_tokens)
-    tolerance = best_tolerance(
-        predicted.correct,
-        p_correct,
-        router.pool.expected_cost(predicted.num_tokens, expected),
-        router.pool.expected_cost(predicted.num_tokens, lengths),
+        calibration = fit_calibration(p_correct, correct)
+        p_correct = calibration(p_correct)
+    expected_tokens = np.maximum((predicted.expected_output_tokens + 1.0) * factor - 1.0, 1.0)
+    tokens = np.where(np.isnan(predicted.output_tokens), expected_tokens, predicted.output_tokens)
+    expected, paid = (router.pool.expected_cost(predicted.num_tokens, t) for t in (expected_tokens, tokens))
+    tolerance = best_tolerance(correct, p_correct, expected, paid)
+    scores: dict[str, Any] = {}
+    if not np.isnan(correct).any(1).all():
+        scores = asdict(score_routing(correct, p_correct, expected, tolerance, paid))
+        scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
+        del scores["ece"]  # of the prompts that calibration was fitted on
+    return replace(
+        router,
+        length=replace(router.length, factor=factor),
+        calibration=calibration,
+        default_tolerance=tolerance,
+        training={**router.training, "validation": finite(scores)},
     )
-    return replace(router, default_tolerance=tolerance)

@@ -9,7 +9,7 @@ isotonic regression (Zadrozny and Elkan, 2002). All are one thing: linear pieces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -61,6 +61,16 @@ class Calibration:
             np.reshape([knots.x for knots in padded], shape),
             np.reshape([knots.y for knots in padded], shape),
         )
+
+    def of_targets(self, targets: Sequence[int]) -> Calibration:
+        """The calibration of some targets."""
+        own = list(targets)
+        return Calibration(tuple(self.kinds[t] for t in own), self.x[own], self.y[own])
+
+    def with_more(self, num_targets: int) -> Calibration:
+        """With further targets, whose P(correct) stays as it is."""
+        targets = [(kind, Knots(x, y)) for kind, x, y in zip(self.kinds, self.x, self.y, strict=True)]
+        return Calibration.of(targets + [("none", _line(1.0, 0.0))] * num_targets)
 
     def __call__(self, p_correct: NDArray[Any]) -> NDArray[np.float32]:
         """Strictly between 0 and 1, except where the identity keeps what it is given."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from prefill_router import storage
 from prefill_router.errors import UserError
@@ -27,6 +28,21 @@ class StrictModel(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+
+REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
+POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
+
+
+def must_be_given(model: type[BaseModel], key: str, given: Mapping[str, Any]) -> bool:
+    """Is `key` missing among what is `given` for a model?"""
+    field = model.model_fields[key]
+    other = schema_extra(field).get(REQUIRED_UNLESS)
+    is_required = field.is_required() or (other is not None and other not in given)
+    return is_required and key not in given
+
+
+def schema_extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
@@ -90,13 +106,15 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PoolUri = Annotated[
     Uri, Field(description="Pool of targets and prices: a TOML file, with #name where it holds several")
 ]
-ActivationsUri = Annotated[Uri, Field(description="Activation store that `extract` wrote")]
+ACTIVATIONS = "Activation store that `extract` wrote"
+OUTCOMES = "Graded answers (Parquet): prompt_id, target, correct, output_tokens"
+ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
 ActivationsUris = Annotated[
     str,
     Field(min_length=1, description="Activation store that `extract` wrote; several, each of another encoder, as A,B"),
     AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
 ]
-OutcomesUri = Annotated[Uri, Field(description="Graded answers (Parquet): prompt_id, target, correct, output_tokens")]
+OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
 RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
 MeanOver = Annotated[
     Literal["all", "after_first"],
@@ -146,12 +164,20 @@ class ProbeConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """Activations and outcomes to a router: choose layers, project, fit SharedTrunkNet on Ray Train."""
+    """Activations and outcomes to a router: choose layers, project, fit SharedTrunkNet on Ray Train.
 
-    activations: ActivationsUri
-    outcomes: OutcomesUri
+    With --extend, an existing router for another pool: targets added from a few hundred outcomes, dropped or repriced.
+    """
+
+    activations: Uri | None = Field(None, description=ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"})
+    outcomes: Uri | None = Field(None, description=OUTCOMES, json_schema_extra={REQUIRED_UNLESS: "extend"})
     pool: PoolUri
     out: Uri = Field(description="Where the router artifact goes")
+    extend: Uri | None = Field(
+        None,
+        description="Router that the pool's targets are taken from, as they are; only those that are new to it are "
+        "learnt, and only for them are --activations and --outcomes needed",
+    )
     workers: int = Field(1, ge=1, description="Ray Train workers")
     test_fraction: Fraction = Field(0.2, description="Share of prompts that training never sees, for `evaluate`")
     recipe: Literal["best", "published"] = Field("best", description="best, or published: the paper's")
@@ -161,6 +187,19 @@ class TrainConfig(StrictModel):
     seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
     ignore_unknown: IgnoreUnknown = False
     overwrite: Overwrite = False
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """Where activations and outcomes are. Raises UserError where they were not given."""
+        if self.activations is None or self.outcomes is None:
+            raise UserError("train: give --activations and --outcomes, to learn from")
+        return self.activations, self.outcomes
+
+
+class InspectConfig(StrictModel):
+    """What a router is, on what it was trained, and how good it was on its validation prompts."""
+
+    router: RouterUri = Field(json_schema_extra={POSITIONAL: True})
 
 
 class EvaluateConfig(StrictModel):
@@ -219,6 +258,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "extract": ExtractConfig,
     "probe": ProbeConfig,
     "train": TrainConfig,
+    "inspect": InspectConfig,
     "evaluate": EvaluateConfig,
     "label": LabelConfig,
     "serve": ServeConfig,

@@ -60,7 +60,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON: what has no value is null."""
-        return _finite(asdict(self))  # type: ignore[no-any-return]
+        return finite(asdict(self))  # type: ignore[no-any-return]
 
 
 def evaluate(pool: Pool, version: str, tolerance: float, held_out: HeldOut, num_seen: int) -> Evaluation:
@@ -127,9 +127,10 @@ def _thinned(curve: Array) -> Array:
     return np.asarray(curve[np.unique(np.linspace(0, len(curve) - 1, _CURVE_POINTS).round().astype(int))])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value

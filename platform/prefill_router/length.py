@@ -8,6 +8,7 @@ lengths are a log-normal's means, times a factor by target that makes them unbia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -54,6 +55,12 @@ class LengthHead:
     net: SharedTrunkNet
     scale: LengthScale
     factor: Array  # (T,)
+
+    def of_targets(self, targets: Sequence[int]) -> LengthHead:
+        """The head of some targets."""
+        own, num_targets = list(targets), len(self.factor)
+        net = self.net.of_outputs([*own, *(num_targets + t for t in own)])
+        return LengthHead(net, LengthScale(self.scale.mean[own], self.scale.std[own]), self.factor[own])
 
     def __call__(self, features: Array) -> Array:
         """Expected output tokens (N, T) of features (N, F), at least 1."""

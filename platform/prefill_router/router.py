@@ -9,9 +9,10 @@ its content. No pickle anywhere.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from safetensors import SafetensorError
 
 from prefill_router import config, storage
@@ -31,6 +33,7 @@ from prefill_router.policy import NO_TARGET, choose
 from prefill_router.pool import Pool
 from prefill_router.projection import Projection
 from prefill_router.schema import ActivationColumn
+from prefill_router.split import Split
 from prefill_router.trunk import SharedTrunkNet
 
 FORMAT = 1
@@ -75,9 +78,10 @@ class RouterManifest(config.StrictModel):
     encoder: EncoderIdentity
     pool: Pool
     columns: list[str]
-    default_tolerance: float
+    default_tolerance: float = Field(ge=0.0, le=1.0)
+    split: Split
     training: dict[str, Any]
-    weights: str
+    weights: str = Field(pattern=r"^[\w-]+\.safetensors$")
     weights_sha256: str
 
 
@@ -92,6 +96,7 @@ class Router:
     length: LengthHead
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
+    split: Split = field(default_factory=Split)  # whose test part nothing was learnt from
     training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went
     calibration: Calibration = None  # type: ignore[assignment]  # by default, none
 
@@ -117,6 +122,23 @@ class Router:
                 f"{source}: encoder fingerprint {fingerprint} is not {self.encoder_identity.fingerprint}, on which the "
                 "router was trained: use the same weights, tokenizer and settings, or train again"
             )
+
+    def with_pool(self, pool: Pool) -> Router:
+        """The same router for some of its targets, in another order, or at other prices.
+
+        What it says of a target stays as it is. Raises UserError for a target that it does not know.
+        """
+        known = {name: t for t, name in enumerate(self.pool.target_names)}
+        if unknown := [name for name in pool.target_names if name not in known]:
+            raise UserError(f'target "{unknown[0]}" is not one of the router\'s: {", ".join(known)}')
+        own = [known[name] for name in pool.target_names]
+        return replace(
+            self,
+            pool=pool,
+            trunk=self.trunk.of_outputs(own),
+            length=self.length.of_targets(own),
+            calibration=self.calibration.of_targets(own),
+        )
 
     # --- prediction ----------------------------------------------------------------------------------------------
 
@@ -215,6 +237,7 @@ class Router:
             "pool": self.pool.model_dump(),
             "columns": [column.name for column in self.columns],
             "default_tolerance": self.default_tolerance,
+            "split": self.split.model_dump(),
             "training": self.training,
             "weights": f"weights-{digest[:16]}.safetensors",
             "weights_sha256": digest,
@@ -248,7 +271,8 @@ class Router:
             raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged")
         try:
             router = cls._from_tensors(manifest, safetensors.numpy.load(weights))
-        except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
+            router._check_tensors()
+        except (IndexError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {error}") from None
         if router.version != manifest.version:
             raise UserError(f"{path}: version {manifest.version} does not match its content: the file was changed")
@@ -264,6 +288,33 @@ class Router:
         tensors |= {f"calibration.{name}": value for name, value in self.calibration.tensors().items()}
         scale = {"mean": self.length.scale.mean, "std": self.length.scale.std, "factor": self.length.factor}
         return tensors | {f"length_scale.{name}": value for name, value in scale.items()}
+
+    def _check_tensors(self) -> None:
+        """Raises ValueError for a tensor that does not fit the encoder, the pool or the others, or is not finite."""
+        hidden_size, num_targets = self.encoder_identity.hidden_size, len(self.pool.targets)
+        num_features = sum(projection.num_features for projection in self.projections)
+        tensors = self._tensors()
+        expected: dict[str, tuple[int, ...]] = {
+            f"length_scale.{name}": (num_targets,) for name in ("mean", "std", "factor")
+        }
+        for projection in self.projections:
+            prefix = f"projection.{projection.column.name}"
+            expected |= {f"{prefix}.{name}": (hidden_size,) for name in ("mean", "std")}
+            expected[f"{prefix}.components"] = (hidden_size, projection.num_features)
+        for name, net, num_outputs in (
+            ("trunk", self.trunk, num_targets),
+            ("length", self.length.net, 2 * num_targets),
+        ):
+            sizes = [num_features, *(weight.shape[2] for weight in net.weights[:-1]), num_outputs]
+            for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
+                expected[f"{name}.weights.{layer}"] = (len(net.weights[0]), i, o)
+        expected["training_prompts"] = (self.training_prompts.size,)
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} has shape {tensors[name].shape}, must be {shape}")
+        for name, values in tensors.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} is not finite")
 
     @classmethod
     def _from_tensors(cls, manifest: RouterManifest, tensors: Mapping[str, NDArray[Any]]) -> Router:
@@ -283,6 +334,7 @@ class Router:
             length=LengthHead(_net(tensors, "length"), scale, tensors["length_scale.factor"]),
             default_tolerance=manifest.default_tolerance,
             training_prompts=tensors["training_prompts"],
+            split=manifest.split,
             training=manifest.training,
             calibration=Calibration.from_tensors(_part(tensors, "calibration")),
         )

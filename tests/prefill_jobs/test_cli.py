@@ -130,3 +130,38 @@ def test_help_shows_every_flag(command: Command, name: str) -> None:
     assert result.status == 0
     for field in COMMANDS[name].model_fields:
         assert f"--{field.replace('_', '-')}" in result.out
+
+
+# --- inspect -----------------------------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_a_router_is(command: Command, router: str) -> None:
+    loaded = Router.load(router)
+    result = command("inspect", router)
+    assert result.status == 0
+    assert f"router      {loaded.version}, format 1" in result.out
+    assert f"fingerprint {loaded.encoder_identity.fingerprint}" in result.out
+    rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line}
+    for target in loaded.pool.targets:
+        assert rows[target.name][1:4] == [
+            f"{target.input_price:g}",
+            f"{target.output_price:g}",
+            str(loaded.training["num_answers"][target.name]),
+        ]
+        assert float(rows[target.name][4]) == pytest.approx(loaded.training["validation"]["auc"][target.name], abs=6e-4)
+    assert float(rows["small"][4]) > 0.8
+
+
+def test_inspect_without_a_router(command: Command, tmp_path: Path) -> None:
+    result = command("inspect", tmp_path)
+    assert (result.status, result.out) == (1, "")
+    assert "no router lies here" in result.err
+    with pytest.raises(SystemExit) as usage:
+        main(["inspect"])
+    assert usage.value.code == 2
+
+
+def test_train_wants_data_unless_it_extends(command: Command, small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as usage:
+        main(["train", "--pool", str(small_data / "pool.toml"), "--out", str(tmp_path / "router")])
+    assert usage.value.code == 2

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
@@ -177,6 +181,32 @@ def test_each_prompt_has_its_own_policy(tiny_router: Router) -> None:
     assert [d.target for d in decisions] == ["big", None, "small"]
 
 
+# --- another pool ------------------------------------------------------------------------------------------------
+
+
+def test_another_pool_takes_some_targets_as_they_are(tiny_router: Router) -> None:
+    small = tiny_router.pool.targets[1].model_copy(update={"output_price": 100.0})
+    other = tiny_router.with_pool(Pool(name="one", targets=(small,)))
+    for a, b in zip(other.predict(PROMPTS), tiny_router.predict(PROMPTS), strict=True):
+        np.testing.assert_allclose(a[:, 0], b[:, 1], rtol=1e-6)
+    decision = other.route(PROMPTS[0])
+    tokens = decision.expected_output_tokens["small"]
+    assert decision.expected_cost_usd["small"] == pytest.approx((decision.input_tokens * 0.1 + tokens * 100.0) / 1e6)
+    assert other.version != tiny_router.version
+
+
+def test_another_order_changes_no_probability(tiny_router: Router) -> None:
+    turned = tiny_router.with_pool(Pool(name="turned", targets=tiny_router.pool.targets[::-1]))
+    for a, b in zip(turned.predict(PROMPTS), tiny_router.predict(PROMPTS), strict=True):
+        np.testing.assert_allclose(a[:, ::-1], b, rtol=1e-6)
+
+
+def test_a_target_that_the_router_does_not_know_is_refused(tiny_router: Router) -> None:
+    huge = Target(name="huge", input_price=1.0, output_price=1.0)
+    with pytest.raises(UserError, match=r'target "huge" is not one of the router\'s: big, small'):
+        tiny_router.with_pool(Pool(name="pool", targets=(huge,)))
+
+
 # --- the artifact ------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +242,7 @@ def test_saving_again_writes_the_same_bytes(tiny_router: Router, tmp_path: Path)
 
 def test_another_router_replaces_the_one_that_lay_there(tiny_router: Router, root: str) -> None:
     tiny_router.save(root)
-    other = replace(tiny_router, trunk=tiny_router.length.net)
+    other = replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0]))
     other.save(root)
     assert Router.load(root).version == other.version
     assert len(storage.list_files(root, [".safetensors"])) == 1
@@ -228,7 +258,7 @@ def test_the_old_router_stays_whole_until_the_new_one_is(
 
     monkeypatch.setattr(storage, "write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        save(replace(tiny_router, trunk=tiny_router.length.net), tmp_path)
+        save(replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0])), tmp_path)
     assert Router.load(str(tmp_path)).version == tiny_router.version
 
 
@@ -236,7 +266,7 @@ def test_the_version_follows_the_content(tiny_router: Router) -> None:
     others = [
         with_prices(tiny_router, 2.5),
         replace(tiny_router, default_tolerance=0.1),
-        replace(tiny_router, trunk=tiny_router.length.net),
+        replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0])),
         replace(tiny_router, training_prompts=np.array([3], np.uint64)),
         replace(tiny_router, encoder_identity=tiny_router.encoder_identity.model_copy(update={"fingerprint": "x"})),
     ]
@@ -295,6 +325,75 @@ def test_an_edited_router_is_refused(
     edit(save(tiny_router, tmp_path), change)
     with pytest.raises(UserError, match=message):
         Router.load(str(tmp_path))
+
+
+def rewritten(router: Router, folder: Path, weights: bytes) -> Path:
+    """The artifact with other weights under their true checksum, as someone who means it would write it."""
+    path = weights_file(save(router, folder))
+    path.write_bytes(weights)
+    edit(folder, lambda content: content.update(weights_sha256=hashlib.sha256(weights).hexdigest()))
+    return folder
+
+
+def changed_tensor(router: Router, name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> bytes:
+    tensors = router._tensors()
+    return safetensors.numpy.save({**tensors, name: np.ascontiguousarray(change(tensors[name]))})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("projection.last_002.mean", "has shape"),
+        ("projection.last_002.std", "has shape"),
+        ("projection.last_002.components", "has shape"),
+        ("trunk.weights.0", "size mismatch|has shape"),
+        ("trunk.weights.1", "size mismatch|has shape"),
+        ("length.weights.0", "size mismatch|has shape"),
+        ("length_scale.factor", r"length_scale\.factor has shape \(1,\), must be \(2,\)"),
+        ("calibration.kinds", r"must be \(T,\), \(T, Q\), \(T, Q\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused(tiny_router: Router, tmp_path: Path, name: str, message: str) -> None:
+    folder = rewritten(tiny_router, tmp_path, changed_tensor(tiny_router, name, lambda values: values[:-1]))
+    with pytest.raises(UserError, match=rf"(?s)does not fit router\.json: .*({message})"):
+        Router.load(str(folder))
+
+
+@pytest.mark.parametrize("part", ["trunk", "length.net"])
+def test_a_net_that_is_whole_but_of_another_pool_is_refused(tiny_router: Router, tmp_path: Path, part: str) -> None:
+    trunk, head = tiny_router.trunk, tiny_router.length
+    other = replace(tiny_router, trunk=trunk.of_outputs([0]))
+    if part == "length.net":
+        other = replace(tiny_router, length=replace(head, net=head.net.of_outputs([0, 2])))
+    with pytest.raises(UserError, match=r"does not fit router\.json: .*weights\.. has shape"):
+        Router.load(str(save(other, tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["trunk.weights.0", "length_scale.mean", "projection.mean_003.std"])
+def test_a_tensor_that_is_not_finite_is_refused(tiny_router: Router, tmp_path: Path, name: str) -> None:
+    weights = changed_tensor(tiny_router, name, lambda values: np.full_like(values, np.nan))
+    with pytest.raises(UserError, match=f"{name} is not finite"):
+        Router.load(str(rewritten(tiny_router, tmp_path, weights)))
+
+
+def test_a_pickle_is_never_read(tiny_router: Router, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    with pytest.raises(UserError, match=r"does not fit router\.json"):
+        Router.load(str(rewritten(tiny_router, tmp_path / "a", pickle.dumps(Bomb()))))
+    edit(save(tiny_router, tmp_path / "b"), lambda content: content.update(weights="../weights.pkl"))
+    with pytest.raises(UserError, match=r"weights = '\.\./weights\.pkl'"):
+        Router.load(str(tmp_path / "b"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_that_end_early_are_refused(tiny_router: Router, tmp_path: Path) -> None:
+    whole = weights_file(save(tiny_router, tmp_path / "whole")).read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(UserError, match=r"does not fit router\.json"):
+            Router.load(str(rewritten(tiny_router, tmp_path / str(size), whole[:size])))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

@@ -1,0 +1,68 @@
+"""A router's card: what it is, on what it was trained, and how good it was on its validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prefill_router.router import FORMAT, Router
+
+Rows = list[tuple[str, ...]]
+
+
+def card(router: Router) -> tuple[Rows, Rows]:
+    """Rows of (what, text), and a table of the targets whose first row is its head."""
+    return list(_about(router)), _targets(router)
+
+
+def _about(router: Router) -> Iterator[tuple[str, ...]]:
+    identity, training, net = router.encoder_identity, router.training, router.trunk
+    yield "router", f"{router.version}, format {FORMAT}"
+    if "extends" in training:
+        yield "extends", str(training["extends"])
+    yield "encoder", f"{identity.spec.model}, {identity.spec.dtype}, fingerprint {identity.fingerprint}"
+    names = ", ".join(f"{p.column.name} ({p.num_features} features)" for p in router.projections)
+    yield "reads", f"{names} of {identity.num_layers} layers"
+    sizes = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
+    yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
+    if "num_train" in training:
+        yield "trained", f"by recipe {training.get('recipe')}, on {training['num_train']:,} prompts"
+        yield "validated", f"on {training.get('num_validation', 0):,} more"
+    yield "held out", f"{router.split.test_fraction:.0%} of all prompts, by a hash with seed {router.split.seed}"
+    yield "tolerance", f"{router.default_tolerance:.3f}"
+    if validation := training.get("validation"):
+        yield from _scores(validation)
+
+
+def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """How good the router was at its tolerance."""
+    accuracy, best = validation["accuracy"], validation["best_single_accuracy"]
+    yield (
+        "accuracy",
+        f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {validation['oracle_accuracy']:.1%}",
+    )
+    cost, best_cost = validation["cost"], validation["best_single_cost"]
+    yield "cost", f"${1000 * cost:.3f} a thousand prompts, the best single target ${1000 * best_cost:.3f}"
+
+
+def _targets(router: Router) -> Rows:
+    training = router.training
+    head = ("target", "input $/M", "output $/M", "answers", "AUC", "calibration", "reads best from")
+    auc = training.get("validation", {}).get("auc", {})
+    rows = [
+        (
+            target.name,
+            f"{target.input_price:g}",
+            f"{target.output_price:g}",
+            _number(training.get("num_answers", {}).get(target.name), ","),
+            _number(auc.get(target.name), ".3f"),
+            kind,
+            training.get("columns", {}).get(target.name, "-"),
+        )
+        for target, kind in zip(router.pool.targets, router.calibration.kinds, strict=True)
+    ]
+    return [head, *rows]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
