@@ -35,9 +35,9 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         num_tokens=predicted.num_tokens[~seen],
         correct=predicted.correct[~seen],
         output_tokens=predicted.output_tokens[~seen],
-        p_correct=predicted.p_correct[~seen],
+        p_correct=predicted.prediction.p_correct[~seen],
         p_uncalibrated=predicted.p_uncalibrated[~seen],
-        expected_output_tokens=predicted.expected_output_tokens[~seen],
+        expected_output_tokens=predicted.prediction.expected_output_tokens[~seen],
         knn_p_correct=knn,
     )
     result = score(router.pool, router.version, router.default_tolerance, held_out, int(seen.sum()))

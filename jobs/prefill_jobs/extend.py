@@ -1,7 +1,7 @@
 """`train --extend`: an existing router with targets added, dropped or repriced, as the pool's file says.
 
-What the router says of the targets that it knew stays as it is: trunk and lengths are frozen, and a new target is an
-output more. Without new targets nothing is learnt, and no data is read.
+What the router says of the targets that it knew stays as it is: trunk and kernel machine are frozen, and a new target
+is an output more. Without new targets nothing is learnt, and no data is read.
 """
 
 # N prompts, M new targets
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_jobs.predict import predict_graded
+from prefill_jobs.predict import GradedPrediction, predict_graded
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
-from prefill_router.extension import extended
-from prefill_router.length import LengthHead, LengthScale, mean_factor
+from prefill_router.extension import combined, extended
+from prefill_router.kernel import KernelMachine
+from prefill_router.length import spread
 from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.router import Router
 from prefill_router.split import Part
@@ -60,28 +61,34 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
                 f'{outcomes}: target "{name}" has {count} outcomes on prompts that are not held out; at least '
                 f"{MIN_OUTCOMES} are wanted, and a few hundred are better"
             )
-    features = torch.from_numpy(predicted.features)
+    kernel = _extended_kernel(router.kernel, predicted)
     router = replace(
         router,
         pool=router.pool.model_copy(update={"targets": (*router.pool.targets, *new)}),
-        trunk=extended(router.trunk, features, torch.from_numpy(predicted.correct), "cross_entropy"),
-        length=_extended_length(router.length, predicted.features, predicted.output_tokens),
+        trunk=extended(router.trunk, torch.from_numpy(predicted.features), torch.from_numpy(predicted.correct)),
+        kernel=kernel,
+        length_spread=_extended_spread(router, kernel, predicted),
         calibration=router.calibration.with_more(len(new)),
         training_prompts=np.union1d(router.training_prompts, predicted.keys),
     )
     return router, num_answers
 
 
-def _extended_length(head: LengthHead, features: NDArray[np.float32], output_tokens: NDArray[np.float32]) -> LengthHead:
-    """The head with further targets. One whose lengths are unknown has those that all others have on the mean."""
-    new = LengthScale.of(output_tokens)
-    labels = new.standardised(output_tokens)
-    net = extended(head.net, torch.from_numpy(features), torch.from_numpy(labels), "log_normal")
-    scale = LengthScale(*(np.concatenate(parts) for parts in zip(head.scale, new, strict=True)))
-    unbiased = LengthHead(net, scale, np.ones(len(scale.mean), np.float32))
-    num_new = labels.shape[1]
-    factor = mean_factor(output_tokens, unbiased(features)[:, -num_new:])
-    return replace(unbiased, factor=np.concatenate([head.factor, factor]))
+def _extended_kernel(machine: KernelMachine, predicted: GradedPrediction) -> KernelMachine:
+    """With outputs of new targets after those of the known ones, P(correct) and lengths each."""
+    assert predicted.features is not None
+    known = len(machine.mean) // 2
+    p, logs = machine.of_outputs(range(known)), machine.of_outputs(range(known, 2 * known))
+    more_p = combined(p, predicted.features, predicted.correct)
+    more_logs = combined(logs, predicted.features, np.log1p(predicted.output_tokens))
+    return p.joined(more_p).joined(logs).joined(more_logs)
+
+
+def _extended_spread(router: Router, kernel: KernelMachine, predicted: GradedPrediction) -> NDArray[np.float32]:
+    assert predicted.features is not None
+    num_new = predicted.output_tokens.shape[1]
+    logs = kernel(predicted.features)[:, -num_new:]
+    return np.concatenate([router.length_spread, spread(predicted.output_tokens, logs)])
 
 
 def _names(names: Iterable[str]) -> str:

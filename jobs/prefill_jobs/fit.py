@@ -1,4 +1,4 @@
-"""Fits the trunk and the length net on Ray Train.
+"""Fits the trunk on Ray Train.
 
 A worker projects its shards once, into files on its own disk, and streams windows of them. After every epoch the state
 of training is a checkpoint: a worker, or a whole run, that dies goes on from there to the same result.
@@ -8,6 +8,7 @@ of training is a checkpoint: a worker, or a whole run, that dies goes on from th
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +29,14 @@ from prefill_jobs.graded import GradedStore
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.feed import Feed, Rows
-from prefill_router.length import LengthScale
 from prefill_router.projection import Projection
 from prefill_router.recipe import Recipe
-from prefill_router.split import Part, Split, prompt_hashes
+from prefill_router.split import Part, Split
 from prefill_router.training import FittedTrunk, Trainer, fit
-
-TRUNK, LENGTH = "trunk", "length"  # the nets, and their labels
 
 _STATE = "state.safetensors"
 _MAX_FAILURES = 8
+_POLL_S = "0.1"  # Ray Train's controller takes in one report each time that it looks, which it does every 2 s otherwise
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class FitTask:
     graded: GradedStore
     split: Split
     projections: list[Projection]
-    length_scale: LengthScale
-    recipes: dict[str, Recipe]  # of each net that is trained
+    recipe: Recipe
     weights: Sequence[float]  # of each target's answers
     seed: int
 
@@ -56,16 +54,13 @@ class FitTask:
     def num_features(self) -> int:
         return sum(projection.num_features for projection in self.projections)
 
-    def trainers(self, device: torch.device) -> list[Trainer]:
-        return [
-            Trainer(name, recipe, self.num_features, self.weights, self.seed, device)
-            for name, recipe in self.recipes.items()
-        ]
+    def trainer(self, device: torch.device) -> Trainer:
+        return Trainer(self.recipe, self.num_features, self.weights, self.seed, device)
 
 
 @dataclass(frozen=True)
 class Fit:
-    nets: dict[str, FittedTrunk]
+    trunk: FittedTrunk
     rows_per_s: float  # training rows, of all workers together
 
 
@@ -74,10 +69,11 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
 
     `out` lends a folder for the run. A run of the same `name` that a killed driver left there goes on.
     """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     runs = storage.join(out, "_runs")
     filesystem, path = storage.arrow_location(runs)
     use_gpu = cluster.num_gpus() >= workers
-    trainer = TorchTrainer(
+    run = TorchTrainer(
         _fit_worker,
         train_loop_config={"task": task, "threads": cluster.threads_per_worker(workers)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -92,17 +88,16 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    result = trainer.fit()
+    result = run.fit()
     assert result.metrics is not None
     if problem := result.metrics.get("problem"):
         storage.remove(runs)
         raise UserError(problem)
-    trainers = task.trainers(torch.device("cpu"))
+    trainer = task.trainer(torch.device("cpu"))
     assert result.checkpoint is not None
-    _load_checkpoint(result.checkpoint, trainers)
-    nets = {trainer.name: trainer.fitted() for trainer in trainers}
+    _load_checkpoint(result.checkpoint, trainer)
     storage.remove(runs)
-    return Fit(nets, result.metrics["rows_per_s"])
+    return Fit(trainer.fitted(), result.metrics["rows_per_s"])
 
 
 def _fit_worker(config: dict[str, Any]) -> None:
@@ -123,28 +118,24 @@ def _fit_worker(config: dict[str, Any]) -> None:
             ray.train.report({"problem": found})
             return
         assert feed is not None
-        trainers = task.trainers(device)
+        trainer = task.trainer(device)
         if checkpoint := ray.train.get_checkpoint():
-            _load_checkpoint(checkpoint, trainers)
-        fit(feed, trainers, task.seed, lambda rows_per_s: _report(trainers, rows_per_s))
+            _load_checkpoint(checkpoint, trainer)
+        fit(feed, trainer, task.seed, lambda rows_per_s: _report(trainer, rows_per_s))
 
 
-def _report(trainers: Sequence[Trainer], rows_per_s: float) -> None:
+def _report(trainer: Trainer, rows_per_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
-            state = {f"{t.name}.{name}": value for t in trainers for name, value in t.state().items()}
-            safetensors.torch.save_file(state, Path(folder) / _STATE)
+            safetensors.torch.save_file(trainer.state(), Path(folder) / _STATE)
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report({"rows_per_s": rows_per_s}, checkpoint=checkpoint)
 
 
-def _load_checkpoint(checkpoint: Checkpoint, trainers: Sequence[Trainer]) -> None:
+def _load_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
     with checkpoint.as_directory() as folder:
-        state = safetensors.torch.load_file(Path(folder) / _STATE)
-    for trainer in trainers:
-        prefix = f"{trainer.name}."
-        trainer.load({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+        trainer.load(safetensors.torch.load_file(Path(folder) / _STATE))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -159,19 +150,15 @@ class RowFiles(Mapping[int, Rows]):
         folder.mkdir()
 
     def add(self, shard: int, rows: Rows) -> None:
-        tensors = {f"label.{name}": labels for name, labels in rows.labels.items()}
-        safetensors.torch.save_file(
-            {"features": rows.features, "keys": rows.keys, **tensors}, self.folder / f"{shard}.safetensors"
-        )
+        tensors = {"features": rows.features, "labels": rows.labels, "keys": rows.keys}
+        safetensors.torch.save_file(tensors, self.folder / f"{shard}.safetensors")
         self.shards.add(shard)
 
     def __contains__(self, shard: object) -> bool:
         return shard in self.shards
 
     def __getitem__(self, shard: int) -> Rows:
-        tensors = safetensors.torch.load_file(self.folder / f"{shard}.safetensors")
-        features, keys = tensors.pop("features"), tensors.pop("keys")
-        return Rows(features, {name.removeprefix("label."): t for name, t in tensors.items()}, keys)
+        return Rows(**safetensors.torch.load_file(self.folder / f"{shard}.safetensors"))
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self.shards))
@@ -192,24 +179,17 @@ def _project(task: FitTask, folder: Path, device: torch.device) -> Feed:
                 num_rows[shard] = len(rows)
     num_rows = num_rows.to(device)
     dist.all_reduce(num_rows)
-    labels = {name: torch.empty(0, len(task.weights)) for name in (TRUNK, LENGTH)}
+    labels = torch.empty(0, len(task.weights))
     empty = Rows(torch.empty(0, task.num_features), labels, torch.empty(0, dtype=torch.int32))
     return Feed(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)
 
 
 def _projected(task: FitTask, shard: int) -> dict[Part, Rows]:
-    """The rows of a shard that have outcomes."""
-    columns = [projection.column for projection in task.projections]
-    ids, activations = task.graded.store.read(shard, columns)
-    keys = prompt_hashes(ids.to_pylist())
-    answers = task.graded.answers(keys)
-    features = np.concatenate([p(activations[p.column.name]) for p in task.projections], axis=1)
-    labels = {TRUNK: answers.correct, LENGTH: task.length_scale.standardised(answers.output_tokens)}
-    parts = np.where(np.isnan(answers.correct).all(1), Part.TEST, task.split.parts(keys))
-    low_keys = keys.astype(np.uint32).view(np.int32)
-    found = {}
-    for part in (Part.TRAIN, Part.VALIDATION):
-        rows = parts == part
-        tensors = {name: torch.from_numpy(values[rows]) for name, values in labels.items()}
-        found[part] = Rows(torch.from_numpy(features[rows]), tensors, torch.from_numpy(low_keys[rows]))
-    return found
+    graded = task.graded.rows(shard, task.projections)
+    parts = task.split.parts(graded.keys)
+    low_keys = graded.keys.astype(np.uint32).view(np.int32)
+    arrays = graded.features, graded.correct, low_keys
+    return {
+        part: Rows(*(torch.from_numpy(values[parts == part]) for values in arrays))
+        for part in (Part.TRAIN, Part.VALIDATION)
+    }

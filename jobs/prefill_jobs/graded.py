@@ -1,12 +1,13 @@
 """An activation store together with graded answers: what probes, training and evaluation all read."""
 
-# N prompts, D hidden size
+# N prompts, D hidden size, F features, T targets
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,19 @@ from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.pool import Pool, load_pool
-from prefill_router.schema import ActivationColumn
+from prefill_router.projection import Projection
+from prefill_router.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.split import Keys, Part, Split, prompt_hashes
+
+
+class GradedRows(NamedTuple):
+    """Prompts of a store with an outcome each."""
+
+    keys: Keys  # (N,)
+    num_tokens: NDArray[np.int32]  # (N,)
+    features: NDArray[np.float32]  # (N, F)
+    correct: NDArray[np.float32]  # (N, T), NaN where missing
+    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,20 @@ class GradedStore:
         for values in found:
             values[is_hidden] = np.nan
         return found
+
+    def rows(self, shard: int, projections: Sequence[Projection]) -> GradedRows:
+        """The prompts of a shard that have an outcome to be seen."""
+        ids, encoded = self.store.read(shard, [projection.column for projection in projections])
+        keys = prompt_hashes(ids.to_pylist())
+        answers = self.answers(keys)
+        graded = ~np.isnan(answers.correct).all(1)
+        features = np.concatenate([project(encoded[project.column.name][graded]) for project in projections], axis=1)
+        return GradedRows(
+            keys[graded],
+            encoded[NUM_TOKENS][graded],
+            features,
+            *(values[graded] for values in answers),
+        )
 
     def _is_seen(self, keys: Keys) -> NDArray[np.bool_]:
         if self.split is None:

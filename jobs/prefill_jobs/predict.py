@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_router.router import Router
-from prefill_router.schema import NUM_TOKENS
-from prefill_router.split import Keys, prompt_hashes
+from prefill_router.length import median_tokens
+from prefill_router.router import Estimates, Prediction, Router
+from prefill_router.split import Keys
 
 
 @dataclass(frozen=True)
 class GradedPrediction:
-    """In the store's order."""
+    """In the store's order. Outcomes are those of the graded store's targets, predictions those of the router's."""
 
     keys: Keys  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
     correct: NDArray[np.float32]  # (N, T), NaN where missing
     output_tokens: NDArray[np.float32]  # (N, T), NaN where missing
-    p_correct: NDArray[np.float32]  # (N, T)
+    estimates: Estimates  # (N, T) each
     p_uncalibrated: NDArray[np.float32]  # (N, T)
-    expected_output_tokens: NDArray[np.float32]  # (N, T)
+    prediction: Prediction  # (N, T) each
     features: NDArray[np.float32] | None  # (N, F), where asked for
 
 
@@ -39,23 +39,17 @@ def predict_graded(router: Router, graded: GradedStore, *, with_features: bool =
     rows = cluster.map_rows(items, _predict_shard, fn_kwargs=arguments)
     parts = [row["arrays"] for row in sorted(rows, key=lambda row: int(row["shard"]))]
     gathered: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return GradedPrediction(**{"features": None, **gathered})
+    estimates = Estimates(*(gathered.pop(name) for name in Estimates._fields))
+    p_uncalibrated = router.uncalibrated(estimates)
+    prediction = Prediction(router.calibration(p_uncalibrated), median_tokens(estimates.log_lengths))
+    return GradedPrediction(
+        **{"features": None, **gathered}, estimates=estimates, p_uncalibrated=p_uncalibrated, prediction=prediction
+    )
 
 
 def _predict_shard(item: dict[str, Any], router: Router, graded: GradedStore, with_features: bool) -> dict[str, Any]:
-    ids, activations = graded.store.read(int(item["shard"]), router.columns)
-    keys, num_targets = prompt_hashes(ids.to_pylist()), len(graded.pool.targets)
-    correct, output_tokens = (values[:, :num_targets] for values in graded.answers(keys))
-    rows = ~np.isnan(correct).all(1)
-    features = router.features(activations)[rows]
-    p_uncalibrated = router.uncalibrated(features)
-    arrays = {
-        "keys": keys[rows],
-        "num_tokens": activations[NUM_TOKENS][rows],
-        "correct": correct[rows],
-        "output_tokens": output_tokens[rows],
-        "p_correct": router.calibration(p_uncalibrated),
-        "p_uncalibrated": p_uncalibrated,
-        "expected_output_tokens": router.length(features),
-    }
-    return {**item, "arrays": arrays | ({"features": features} if with_features else {})}
+    rows = graded.of_pool().rows(int(item["shard"]), router.projections)
+    arrays = rows._asdict() | router.estimates(rows.features)._asdict()
+    if not with_features:
+        del arrays["features"]
+    return {**item, "arrays": arrays}

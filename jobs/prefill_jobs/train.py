@@ -16,26 +16,27 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.extend import extend
-from prefill_jobs.fit import LENGTH, TRUNK, FitTask, fit_on_ray
+from prefill_jobs.fit import FitTask, fit_on_ray
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.predict import predict_graded
 from prefill_jobs.probe import column_moments, probe_store
+from prefill_jobs.sample import sample_rows
 from prefill_router import probe, storage
 from prefill_router.calibration import fit_calibration
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.evaluation import finite
-from prefill_router.length import LengthHead, LengthScale, mean_factor
+from prefill_router.kernel import MAX_LANDMARKS, KernelMachine, fit_kernel
+from prefill_router.length import log_lengths, median_logs, spread
 from prefill_router.metrics import best_tolerance, score_routing
 from prefill_router.outcomes import target_names
 from prefill_router.pool import load_pool
-from prefill_router.projection import fit_projection
+from prefill_router.projection import Projection, fit_projection
 from prefill_router.recipe import RECIPES, RouterRecipe
 from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part, Split
-from prefill_router.training import FittedTrunk
-from prefill_router.trunk import SharedTrunkNet
+from prefill_router.stacking import best_weight, stacked
 
 
 def train(config: TrainConfig) -> Router:
@@ -67,32 +68,30 @@ def _fitted(config: TrainConfig) -> Router:
     say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
     probes = probe_store(training.of_pool())
     chosen = probe.choose_columns(probes)
-    columns = set(chosen.values())
-    if recipe.joint_columns is not None:
-        columns = set(probe.joint_columns(probes, recipe.joint_columns))
+    columns = set(chosen.values() if recipe.columns == "own" else probe.joint_columns(probes))
     moments = column_moments(training, sorted(columns))
     projections = [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
 
-    lengths = training.answers(graded.keys).output_tokens
     task = FitTask(
         graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
         projections=projections,
-        length_scale=LengthScale.of(lengths),
-        recipes={TRUNK: recipe.trunk} | ({LENGTH: recipe.length} if parts.have_lengths else {}),
+        recipe=recipe.trunk,
         weights=((parts.num_answers.max() / parts.num_answers) ** recipe.trunk.balance).tolist(),
         seed=config.seed,
     )
     names = ", ".join(p.column.name for p in projections)
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
     fitted = fit_on_ray(task, config.workers, config.out, _run_name(config, graded))
-    trunk = fitted.nets[TRUNK]
+    trunk, num_targets = fitted.trunk, len(pool.targets)
     router = Router(
         encoder_identity=graded.store.manifest.encoder,
         pool=pool,
         projections=projections,
-        trunk=trunk.net.of_outputs(range(len(pool.targets))),
-        length=_length_head(fitted.nets.get(LENGTH), task),
+        trunk=trunk.net.of_outputs(range(num_targets)),
+        kernel=_kernel_machine(training, projections, is_fitted=recipe.kernel),
+        kernel_weight=0.0,
+        length_spread=np.zeros(num_targets, np.float32),
         default_tolerance=0.0,
         split=split,
         training_prompts=np.sort(task.graded.graded_keys),
@@ -113,7 +112,7 @@ def _fitted(config: TrainConfig) -> Router:
             },
         },
     )
-    return tuned(router, graded.only(split, Part.VALIDATION), calibrate=recipe.calibrate)
+    return tuned(router, graded.only(split, Part.VALIDATION), recipe)
 
 
 def _recipe(config: TrainConfig) -> RouterRecipe:
@@ -124,7 +123,6 @@ def _recipe(config: TrainConfig) -> RouterRecipe:
     return replace(
         recipe,
         trunk=replace(recipe.trunk, num_seeds=num_seeds, keep=keep, max_epochs=max_epochs),
-        length=replace(recipe.length, max_epochs=min(max_epochs, recipe.length.max_epochs)),
     )
 
 
@@ -135,7 +133,6 @@ class _Parts:
     num_train: int
     num_validation: int
     num_answers: NDArray[np.float64]  # (T,) in training
-    have_lengths: bool  # is the length of any answer known, in both parts?
 
     @classmethod
     def of(cls, graded: GradedStore, split: Split) -> _Parts:
@@ -151,7 +148,6 @@ class _Parts:
             len(train.correct),
             len(validation.correct),
             np.maximum((~np.isnan(train.correct)).sum(0), 1).astype(np.float64),
-            all(bool((~np.isnan(answers.output_tokens)).any()) for answers in (train, validation)),
         )
 
 
@@ -164,27 +160,34 @@ def _run_name(config: TrainConfig, graded: GradedStore) -> str:
     return f"train-{digest.hexdigest()[:16]}"
 
 
-def _length_head(fitted: FittedTrunk | None, task: FitTask) -> LengthHead:
-    """Of the pool's targets. Where no length is known, the scale alone tells it."""
-    num_all = len(task.weights)
-    net = SharedTrunkNet([task.num_features, 2 * num_all], num_seeds=1) if fitted is None else fitted.net
-    head = LengthHead(net, task.length_scale, np.ones(num_all, np.float32))
-    return head.of_targets(range(len(task.graded.pool.targets)))
+def _kernel_machine(training: GradedStore, projections: list[Projection], *, is_fitted: bool) -> KernelMachine:
+    """Of P(correct), then log lengths, of the pool's targets; unless it is fitted, medians are all that it tells."""
+    num_targets = len(training.pool.targets)
+    num_features = sum(projection.num_features for projection in projections)
+    if not is_fitted:
+        medians = median_logs(training.of_pool().answers(training.keys).output_tokens)
+        return KernelMachine.constant(np.concatenate([np.zeros_like(medians), medians]), num_features)
+    rows = sample_rows(training, projections, MAX_LANDMARKS)
+    say(f"train: fit a kernel machine to {len(rows.keys):,} prompts")
+    machine = fit_kernel(rows.features, [rows.correct, log_lengths(rows.output_tokens)])
+    num_all = rows.correct.shape[1]
+    return machine.of_outputs([*range(num_targets), *range(num_all, num_all + num_targets)])
 
 
-def tuned(router: Router, validation: GradedStore, *, calibrate: bool) -> Router:
-    """The router with its probabilities and lengths unbiased and its tolerance chosen, on the validation prompts.
+def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
+    """The router with what is chosen on the validation prompts: the kernel machine's weight, calibration, tolerance.
 
     How good it is on them is entered in what is told of its training.
     """
     predicted = predict_graded(router, validation)
-    factor = mean_factor(predicted.output_tokens, predicted.expected_output_tokens)
-    correct, p_correct = predicted.correct, predicted.p_correct
+    correct, estimates = predicted.correct, predicted.estimates
+    weight = best_weight(estimates.p_trunk, estimates.p_kernel, correct) if recipe.kernel else 0.0
+    p_correct = stacked(estimates.p_trunk, estimates.p_kernel, weight)
     calibration = router.calibration
-    if calibrate:
+    if recipe.calibrate:
         calibration = fit_calibration(p_correct, correct)
         p_correct = calibration(p_correct)
-    expected_tokens = np.maximum((predicted.expected_output_tokens + 1.0) * factor - 1.0, 1.0)
+    expected_tokens = predicted.prediction.expected_output_tokens
     tokens = np.where(np.isnan(predicted.output_tokens), expected_tokens, predicted.output_tokens)
     expected, paid = (router.pool.expected_cost(predicted.num_tokens, t) for t in (expected_tokens, tokens))
     tolerance = best_tolerance(correct, p_correct, expected, paid)
@@ -195,7 +198,8 @@ def tuned(router: Router, validation: GradedStore, *, calibrate: bool) -> Router
         del scores["ece"]  # of the prompts that calibration was fitted on
     return replace(
         router,
-        length=replace(router.length, factor=factor),
+        kernel_weight=weight,
+        length_spread=spread(predicted.output_tokens, estimates.log_lengths),
         calibration=calibration,
         default_tolerance=tolerance,
         training={**router.training, "validation": finite(scores)},

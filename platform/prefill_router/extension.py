@@ -1,19 +1,26 @@
-"""New targets for a trained net, from a few hundred outcomes each: more outputs on the frozen trunk.
+"""New targets for a trained router, from a few hundred outcomes each: more outputs on what is frozen.
 
-An output is a ridge regression, logistic for outcomes, on the last hidden layer of each seed. It is drawn not to zero
-but to the mean of the outputs that the net already has, which is what all targets share: how hard a prompt is. How
-strongly is cross-validated. The other outputs stay as they are.
+Of the trunk, a new output is a logistic ridge regression on the last hidden layer of each seed; of a kernel machine, a
+ridge regression on what it says of the targets that it knows. Either is drawn not to zero but to the mean of the known
+targets, which is what all share: how hard a prompt is. How strongly is cross-validated. The known outputs stay as they
+are.
 """
 
-# K seeds, N prompts, M new targets, H hidden units, P = H + 1 with the bias
+# K seeds, N prompts, T known targets, M new ones, H hidden units, P = H + 1 with the bias
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from prefill_router.recipe import Loss
+from prefill_router.kernel import KernelMachine
 from prefill_router.trunk import SharedTrunkNet
+
+Loss = Literal["cross_entropy", "square"]
 
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _FOLDS = 5
@@ -21,29 +28,33 @@ _STEPS = 12  # of Newton's method
 _EPSILON = 1e-6
 
 
-def extended(net: SharedTrunkNet, features: Tensor, labels: Tensor, loss: Loss) -> SharedTrunkNet:
-    """`net` with M more targets, learnt from features (N, F) and labels (N, M), NaN where missing.
-
-    For "log_normal" outputs, the new spread is that of what the mean leaves, for every prompt.
-    """
+def extended(net: SharedTrunkNet, features: Tensor, labels: Tensor) -> SharedTrunkNet:
+    """`net` with M more targets, learnt from features (N, F) and outcomes (N, M), NaN where missing."""
     heads = torch.cat([net.weights[-1], net.biases[-1]], dim=1).double()  # (K, P, outputs)
-    means, spreads = (heads, None) if loss == "cross_entropy" else heads.chunk(2, dim=2)
-    prior = means.mean(2)
-    new_means, new_spreads = [], []
-    for labels_N in labels.double().T:
+    hidden = net.hidden(features).double()
+    x_KNP = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=2)
+    new = _learnt(x_KNP, labels.double(), heads.mean(2), "cross_entropy")
+    return _with_heads(net, torch.cat([heads, new], dim=2))
+
+
+def combined(machine: KernelMachine, features: NDArray[np.float32], labels: NDArray[np.float32]) -> KernelMachine:
+    """A machine for M new outputs alone, each a combination of the T of `machine`, from labels (N, M)."""
+    num_known = len(machine.mean)
+    outputs = torch.from_numpy(machine(features) - machine.mean).double()[None]
+    x_KNP = torch.cat([outputs, torch.ones_like(outputs[..., :1])], dim=2)
+    prior = torch.tensor([[*[1.0 / num_known] * num_known, float(machine.mean.mean())]], dtype=torch.float64)
+    weights = _learnt(x_KNP, torch.from_numpy(labels).double(), prior, "square")[0].float().numpy()
+    return KernelMachine(machine.landmarks, machine.lengthscale, machine.coefficients @ weights[:-1], weights[-1])
+
+
+def _learnt(x_KNP: Tensor, labels: Tensor, prior: Tensor, loss: Loss) -> Tensor:
+    """Heads (K, P, M); the prior where a target has no label."""
+    heads = []
+    for labels_N in labels.T:
         known = ~labels_N.isnan()
-        hidden = net.hidden(features[known]).double()
-        x_KNP, y = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=2), labels_N[known]
-        mean = _fitted(x_KNP, y, prior, _best_strength(x_KNP, y, prior, loss), loss)
-        spread = torch.zeros_like(mean)
-        rest = torch.einsum("knp,kp->kn", x_KNP, mean) - y
-        spread[:, -1] = rest.square().mean(1).sqrt().clamp(min=_EPSILON).log()
-        new_means.append(mean)
-        new_spreads.append(spread)
-    parts = [means, torch.stack(new_means, dim=2)]
-    if spreads is not None:
-        parts += [spreads, torch.stack(new_spreads, dim=2)]
-    return _with_heads(net, torch.cat(parts, dim=2))
+        x, y = x_KNP[:, known], labels_N[known]
+        heads.append(_fitted(x, y, prior, _best_strength(x, y, prior, loss), loss) if len(y) else prior)
+    return torch.stack(heads, dim=2)
 
 
 def _with_heads(net: SharedTrunkNet, heads_KPO: Tensor) -> SharedTrunkNet:
@@ -69,7 +80,7 @@ def _best_strength(x_KNP: Tensor, y: Tensor, prior: Tensor, loss: Loss) -> float
 
 
 def _loss(outputs_KN: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    if loss == "log_normal":
+    if loss == "square":
         return (outputs_KN.mean(0) - y).square().sum()
     p = torch.sigmoid(outputs_KN).mean(0).clamp(_EPSILON, 1.0 - _EPSILON)
     return torch.nn.functional.binary_cross_entropy(p, y, reduction="sum")

@@ -21,27 +21,25 @@ WINDOW_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Features (N, F), labels (N, T) of each net by name, NaN where missing, and an int32 key (N,) for each row."""
+    """Features (N, F), labels (N, T), NaN where missing, and an int32 key (N,) for each row."""
 
     features: Tensor
-    labels: dict[str, Tensor]
+    labels: Tensor
     keys: Tensor
 
     def __len__(self) -> int:
         return len(self.features)
 
     def to(self, device: torch.device) -> Rows:
-        labels = {name: tensor.to(device) for name, tensor in self.labels.items()}
-        return Rows(self.features.to(device), labels, self.keys.to(device))
+        return Rows(self.features.to(device), self.labels.to(device), self.keys.to(device))
 
     def __getitem__(self, rows: slice | Tensor) -> Rows:
-        labels = {name: tensor[rows] for name, tensor in self.labels.items()}
-        return Rows(self.features[rows], labels, self.keys[rows])
+        return Rows(self.features[rows], self.labels[rows], self.keys[rows])
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
-        return Rows(torch.cat([p.features for p in parts]), labels, torch.cat([p.keys for p in parts]))
+        features, labels, keys = zip(*((p.features, p.labels, p.keys) for p in parts), strict=True)
+        return Rows(torch.cat(features), torch.cat(labels), torch.cat(keys))
 
 
 @dataclass(frozen=True)

@@ -207,31 +207,23 @@ def choose_columns(probes: Iterable[LayerProbe]) -> dict[str, ActivationColumn]:
     return {target: probe.column for target, probe in choose(probes).items()}
 
 
-def joint_columns(
-    probes: Sequence[LayerProbe], max_columns: int = 3, depth_tolerance: float = DEPTH_TOLERANCE
-) -> list[ActivationColumn]:
-    """A few columns of one encoder that serve all targets, in the order of their use. Raises what `choose` raises.
+def joint_columns(probes: Sequence[LayerProbe], depth_tolerance: float = DEPTH_TOLERANCE) -> list[ActivationColumn]:
+    """The columns of one encoder that serve all targets: one of each pooling. Raises what `choose` raises.
 
-    Greedy on the mean over targets of the highest corrected J (at least 0) among the columns taken. As serving pays for
-    the deepest layer, a step takes, of all columns that come within `depth_tolerance`, a share, of the best, those that
-    leave the set the shallowest, and of these the best. It ends early where no column adds anything.
+    Of a pooling, the shallowest whose corrected J, at least 0 and the mean over targets, is within `depth_tolerance`, a
+    share, of the best: serving pays for the deepest. Two poolings say different things of a prompt, two layers of one
+    pooling hardly do.
     """
     targets = list(choose(probes))
-    columns = sorted({p.column for p in probes}, key=lambda c: (c.layer, c.pooling))
-    j_CT = np.zeros((len(columns), len(targets)))
+    scores = dict.fromkeys(sorted({p.column for p in probes}, key=lambda c: c.layer), 0.0)
     for p in probes:
-        j_CT[columns.index(p.column), targets.index(p.target)] = np.fmax(p.fisher_j_corrected, 0.0)
-    taken: list[int] = []
-    while len(taken) < max_columns:
-        covered_T = j_CT[taken].max(0, initial=0.0)
-        scores = np.maximum(j_CT, covered_T).mean(1)
-        adds = (scores > covered_T.mean()) if taken else np.full(len(scores), True)
-        if not adds.any():
-            break
-        near = np.flatnonzero(adds & (scores >= (1.0 - depth_tolerance) * scores.max()))
-        deepest = [max(columns[i].layer for i in [*taken, new]) for new in near.tolist()]
-        taken.append(int(near[np.lexsort([-scores[near], deepest])[0]]))
-    return [columns[i] for i in taken]
+        scores[p.column] += max(np.nan_to_num(p.fisher_j_corrected), 0.0) / len(targets)
+    columns = []
+    for pooling in sorted({column.pooling for column in scores}):
+        own = {column: score for column, score in scores.items() if column.pooling == pooling}
+        least = (1.0 - depth_tolerance) * max(own.values())
+        columns.append(next(column for column, score in own.items() if score >= least))
+    return columns
 
 
 def by_encoder(probes: Iterable[LayerProbe]) -> dict[str, list[LayerProbe]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
-
-Loss = Literal["cross_entropy", "log_normal"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,6 @@ class Recipe:
     patience: int = 15  # epochs without progress
     num_seeds: int = 10
     keep: int = 5
-    loss: Loss = "cross_entropy"
     label_smoothing: float = 0.0
     balance: float = 0.0  # a target's answers weigh (most answers of any target / its own) to this power
 
@@ -33,14 +30,17 @@ class RouterRecipe:
     """How a whole router is trained."""
 
     trunk: Recipe = field(default_factory=Recipe)
-    length: Recipe = field(default_factory=lambda: replace(Recipe(), loss="log_normal", num_seeds=4, keep=2))
-    joint_columns: int | None = None  # columns of a joint set for the pool; None: each target's own, as published
+    columns: Literal["own", "joint"] = "own"  # each target's own column, as published, or a joint set of the pool
     whiten: bool = False
-    use_other_targets: bool = False  # outcomes of targets outside the pool teach the trunk too
+    use_other_targets: bool = False  # outcomes of targets outside the pool teach too
+    kernel: bool = False  # a kernel machine beside the trunk, and for lengths; without one, lengths are medians
     calibrate: bool = False
 
 
+# What each choice of ours brings stands in tests/benchmarks/LOG.md.
 RECIPES = {
     "published": RouterRecipe(),
-    "best": RouterRecipe(use_other_targets=True, calibrate=True, joint_columns=3),
+    "best": RouterRecipe(
+        trunk=Recipe(input_dropout=0.3), columns="joint", use_other_targets=True, kernel=True, calibrate=True
+    ),
 }

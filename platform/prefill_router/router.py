@@ -1,4 +1,4 @@
-"""The router artifact: encoder identity, projections, trunk, calibration, length head, pool, as JSON and safetensors.
+"""The router artifact: encoder identity, projections, trunk, kernel machine, calibration, pool: JSON and safetensors.
 
 A directory with `router.json`, which names the weights by their hash and is written last. Its version is a hash of all
 its content. No pickle anywhere.
@@ -28,12 +28,14 @@ from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
 from prefill_router.errors import UserError
-from prefill_router.length import LengthHead, LengthScale
+from prefill_router.kernel import KernelMachine
+from prefill_router.length import median_tokens, quantile_tokens
 from prefill_router.policy import NO_TARGET, choose
 from prefill_router.pool import Pool
 from prefill_router.projection import Projection
 from prefill_router.schema import ActivationColumn
 from prefill_router.split import Split
+from prefill_router.stacking import stacked
 from prefill_router.trunk import SharedTrunkNet
 
 FORMAT = 1
@@ -41,10 +43,18 @@ MANIFEST = "router.json"
 
 
 class Prediction(NamedTuple):
-    """P(correct) (N, T) and the expected length of each target's answer (N, T), in tokens."""
+    """P(correct) (N, T) and the expected (median) length of each target's answer (N, T), in tokens."""
 
     p_correct: NDArray[np.float32]
     expected_output_tokens: NDArray[np.float32]
+
+
+class Estimates(NamedTuple):
+    """What a router's parts say of prompts, each (N, T)."""
+
+    p_trunk: NDArray[np.float32]
+    p_kernel: NDArray[np.float32]  # may leave [0, 1]
+    log_lengths: NDArray[np.float32]  # of 1 + output tokens
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class RouterManifest(config.StrictModel):
     encoder: EncoderIdentity
     pool: Pool
     columns: list[str]
+    kernel_weight: float = Field(ge=0.0, le=1.0)
     default_tolerance: float = Field(ge=0.0, le=1.0)
     split: Split
     training: dict[str, Any]
@@ -93,7 +104,9 @@ class Router:
     pool: Pool
     projections: list[Projection]
     trunk: SharedTrunkNet
-    length: LengthHead
+    kernel: KernelMachine  # of P(correct), then of log(1 + output tokens)
+    kernel_weight: float  # of its P(correct) beside the trunk's, in [0, 1]
+    length_spread: NDArray[np.float32]  # (T,) standard deviation of log(1 + output tokens)
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
     split: Split = field(default_factory=Split)  # whose test part nothing was learnt from
@@ -136,7 +149,8 @@ class Router:
             self,
             pool=pool,
             trunk=self.trunk.of_outputs(own),
-            length=self.length.of_targets(own),
+            kernel=self.kernel.of_outputs([*own, *(len(known) + t for t in own)]),
+            length_spread=self.length_spread[own],
             calibration=self.calibration.of_targets(own),
         )
 
@@ -147,13 +161,25 @@ class Router:
         return np.concatenate([projection(activations[projection.column.name]) for projection in self.projections], 1)
 
     @torch.inference_mode()
-    def uncalibrated(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """P(correct) (N, T) of features (N, F) as the trunk says, the mean of its seeds."""
-        return torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
+    def estimates(self, features: NDArray[np.float32]) -> Estimates:
+        """What trunk (the mean of its seeds) and kernel machine say of features (N, F)."""
+        p_trunk = torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
+        return Estimates(p_trunk, *np.split(self.kernel(features), 2, axis=1))
+
+    def uncalibrated(self, estimates: Estimates) -> NDArray[np.float32]:
+        """P(correct) (N, T) of trunk and kernel machine together."""
+        return stacked(estimates.p_trunk, estimates.p_kernel, self.kernel_weight)
 
     def predict_features(self, features: NDArray[np.float32]) -> Prediction:
         """The prediction for features (N, F)."""
-        return Prediction(self.calibration(self.uncalibrated(features)), self.length(features))
+        estimates = self.estimates(features)
+        return Prediction(self.calibration(self.uncalibrated(estimates)), median_tokens(estimates.log_lengths))
+
+    def predict_length(self, prompts: Sequence[Prompt], q: float) -> NDArray[np.float32]:
+        """The output tokens (N, T) that an answer exceeds with probability 1 - q; at 0.5 those that are expected."""
+        encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
+        logs = self.estimates(self.features(encoded)).log_lengths
+        return quantile_tokens(logs, self.length_spread, q)
 
     def predict_activations(self, activations: Mapping[str, NDArray[Any]]) -> Prediction:
         """The prediction for prompts whose activations are at hand, by column name."""
@@ -236,6 +262,7 @@ class Router:
             "encoder": self.encoder_identity.model_dump(),
             "pool": self.pool.model_dump(),
             "columns": [column.name for column in self.columns],
+            "kernel_weight": self.kernel_weight,
             "default_tolerance": self.default_tolerance,
             "split": self.split.model_dump(),
             "training": self.training,
@@ -283,32 +310,33 @@ class Router:
         for projection in self.projections:
             for name in ("mean", "std", "components"):
                 tensors[f"projection.{projection.column.name}.{name}"] = getattr(projection, name)
-        for prefix, net in (("trunk", self.trunk), ("length", self.length.net)):
-            tensors |= {f"{prefix}.{name}": value.numpy() for name, value in net.state_dict().items()}
+        tensors |= {f"trunk.{name}": value.numpy() for name, value in self.trunk.state_dict().items()}
+        tensors |= {f"kernel.{name}": value for name, value in self.kernel.tensors().items()}
         tensors |= {f"calibration.{name}": value for name, value in self.calibration.tensors().items()}
-        scale = {"mean": self.length.scale.mean, "std": self.length.scale.std, "factor": self.length.factor}
-        return tensors | {f"length_scale.{name}": value for name, value in scale.items()}
+        return tensors | {"length_spread": self.length_spread}
 
     def _check_tensors(self) -> None:
         """Raises ValueError for a tensor that does not fit the encoder, the pool or the others, or is not finite."""
         hidden_size, num_targets = self.encoder_identity.hidden_size, len(self.pool.targets)
         num_features = sum(projection.num_features for projection in self.projections)
         tensors = self._tensors()
+        num_landmarks = len(self.kernel.landmarks)
         expected: dict[str, tuple[int, ...]] = {
-            f"length_scale.{name}": (num_targets,) for name in ("mean", "std", "factor")
+            "kernel.landmarks": (num_landmarks, num_features),
+            "kernel.coefficients": (num_landmarks, 2 * num_targets),
+            "kernel.mean": (2 * num_targets,),
+            "length_spread": (num_targets,),
+            "calibration.kinds": (num_targets,),
+            "training_prompts": (self.training_prompts.size,),
         }
         for projection in self.projections:
             prefix = f"projection.{projection.column.name}"
             expected |= {f"{prefix}.{name}": (hidden_size,) for name in ("mean", "std")}
             expected[f"{prefix}.components"] = (hidden_size, projection.num_features)
-        for name, net, num_outputs in (
-            ("trunk", self.trunk, num_targets),
-            ("length", self.length.net, 2 * num_targets),
-        ):
-            sizes = [num_features, *(weight.shape[2] for weight in net.weights[:-1]), num_outputs]
-            for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
-                expected[f"{name}.weights.{layer}"] = (len(net.weights[0]), i, o)
-        expected["training_prompts"] = (self.training_prompts.size,)
+        weights = list(self.trunk.weights)
+        sizes = [num_features, *(weight.shape[2] for weight in weights[:-1]), num_targets]
+        for layer, (i, o) in enumerate(itertools.pairwise(sizes)):
+            expected[f"trunk.weights.{layer}"] = (len(weights[0]), i, o)
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name} has shape {tensors[name].shape}, must be {shape}")
@@ -325,23 +353,20 @@ class Router:
             )
             for name in manifest.columns
         ]
-        scale = LengthScale(tensors["length_scale.mean"], tensors["length_scale.std"])
         return cls(
             encoder_identity=manifest.encoder,
             pool=manifest.pool,
             projections=projections,
-            trunk=_net(tensors, "trunk"),
-            length=LengthHead(_net(tensors, "length"), scale, tensors["length_scale.factor"]),
+            trunk=SharedTrunkNet.from_state({n: torch.from_numpy(t) for n, t in _part(tensors, "trunk").items()}),
+            kernel=KernelMachine.from_tensors(_part(tensors, "kernel")),
+            kernel_weight=manifest.kernel_weight,
+            length_spread=tensors["length_spread"],
             default_tolerance=manifest.default_tolerance,
             training_prompts=tensors["training_prompts"],
             split=manifest.split,
             training=manifest.training,
             calibration=Calibration.from_tensors(_part(tensors, "calibration")),
         )
-
-
-def _net(tensors: Mapping[str, NDArray[Any]], name: str) -> SharedTrunkNet:
-    return SharedTrunkNet.from_state({n: torch.from_numpy(t) for n, t in _part(tensors, name).items()})
 
 
 def _part(tensors: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

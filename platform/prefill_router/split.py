@@ -35,14 +35,14 @@ class Split(StrictModel):
 
     def parts(self, keys: Keys) -> NDArray[np.int8]:
         """The Part of each prompt (N,), by its hash."""
-        draws = _mixed(keys ^ _mixed(np.array([self.seed], np.uint64))) / float(2**64)
+        draws = mixed(keys ^ mixed(np.array([self.seed], np.uint64))) / float(2**64)
         rest = (draws - self.test_fraction) / (1.0 - self.test_fraction)
         parts = np.where(rest < self.validation_fraction, Part.VALIDATION, Part.TRAIN)
         return np.where(draws < self.test_fraction, Part.TEST, parts).astype(np.int8)
 
 
-def _mixed(x: Keys) -> Keys:
-    """The mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+def mixed(x: Keys) -> Keys:
+    """Hashes of hashes: the mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -38,21 +38,19 @@ class FittedTrunk:
 
 
 class Trainer:
-    """Trains one ensemble. `name` is that of its labels among those of the rows."""
+    """Trains one ensemble."""
 
     def __init__(
         self,
-        name: str,
         recipe: Recipe,
         num_features: int,
         weights_T: Sequence[float],
         seed: int,
         device: torch.device | None = None,
     ) -> None:
-        self.name, self.recipe, self.device = name, recipe, device or torch.device("cpu")
+        self.recipe, self.device = recipe, device or torch.device("cpu")
         self.weights_T = torch.tensor(weights_T, dtype=torch.float32, device=self.device)
-        num_outputs = len(weights_T) * (2 if recipe.loss == "log_normal" else 1)
-        sizes = [num_features, *recipe.hidden, num_outputs]
+        sizes = [num_features, *recipe.hidden, len(weights_T)]
         seeds = [seed * _SEEDS_APART + k for k in range(recipe.num_seeds)]
         self.net = SharedTrunkNet(sizes, len(seeds), (recipe.input_dropout, *recipe.dropout))
         self.net.reset(seeds)
@@ -74,7 +72,7 @@ class Trainer:
 
     def train(self, window: Window) -> None:
         """One pass over a window."""
-        rows, labels = window.rows, window.rows.labels[self.name]
+        rows = window.rows
         keys_A = fold(self.keys[self.active], self.epoch)
         num_steps = max(1, round(window.num_rows / self.recipe.batch_size))
         order, counts = window.batches(keys_A, num_steps)
@@ -85,12 +83,12 @@ class Trainer:
             rows_AB = order.gather(1, place.clamp(max=max(len(rows) - 1, 0)))
             is_own = torch.arange(widest[step], device=self.device) < counts[:, step, None]
             outputs = self.net(rows.features[rows_AB], fold(keys_A[:, None], rows.keys[rows_AB]))
-            self._descend(outputs, labels[rows_AB].where(is_own[..., None], torch.nan))
+            self._descend(outputs, rows.labels[rows_AB].where(is_own[..., None], torch.nan))
 
     def _descend(self, outputs: Tensor, labels: Tensor) -> None:
         if self.recipe.label_smoothing:
             labels = labels + self.recipe.label_smoothing * (0.5 - labels)
-        loss_A, weight_A = loss_sums(outputs, labels, self.weights_T, self.recipe.loss)
+        loss_A, weight_A = loss_sums(outputs, labels, self.weights_T)
         self.optimizer.zero_grad()
         loss_A.sum().backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
@@ -107,8 +105,7 @@ class Trainer:
         for rows in validation:
             for start in range(0, len(rows), _VALIDATION_ROWS):
                 part = slice(start, start + _VALIDATION_ROWS)
-                outputs, labels = self.net(rows.features[part]), rows.labels[self.name][part]
-                loss, weight = loss_sums(outputs, labels, self.weights_T, self.recipe.loss)
+                loss, weight = loss_sums(self.net(rows.features[part]), rows.labels[part], self.weights_T)
                 sum_A += loss
                 weight_A += weight
         sum_A, weight_A = _over_workers([sum_A, weight_A])
@@ -168,21 +165,17 @@ class Trainer:
         return FittedTrunk(net, self.best_losses[kept].tolist(), self.best_epochs[kept].tolist(), self.epoch)
 
 
-def fit(
-    feed: Feed, trainers: Sequence[Trainer], seed: int, after_epoch: Callable[[float], None] = lambda _: None
-) -> None:
-    """Trains until every trainer is done; all of them read each window, and all validate.
+def fit(feed: Feed, trainer: Trainer, seed: int, after_epoch: Callable[[float], None] = lambda _: None) -> None:
+    """Trains until every seed is done.
 
     `after_epoch` is told the training rows a second, of all workers together, of the epoch that ended.
     """
     key = seed_keys([seed])[0]
-    while going := [trainer for trainer in trainers if not trainer.is_done]:
+    while not trainer.is_done:
         started = time.perf_counter()
-        for window in feed.windows(fold(key, max(trainer.epoch for trainer in going))):
-            for trainer in going:
-                trainer.train(window)
-        for trainer in going:
-            trainer.validate(feed.validation_rows())
+        for window in feed.windows(fold(key, trainer.epoch)):
+            trainer.train(window)
+        trainer.validate(feed.validation_rows())
         after_epoch(sum(feed.num_rows) / (time.perf_counter() - started))
 
 

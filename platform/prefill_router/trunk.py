@@ -16,9 +16,6 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from prefill_router.draws import fold, keep_mask
-from prefill_router.recipe import Loss
-
-_LOG_STD_RANGE = 4.0  # of standardised lengths: e^-4 to e^4
 
 
 class SharedTrunkNet(nn.Module):
@@ -79,24 +76,13 @@ class SharedTrunkNet(nn.Module):
         return torch.baddbmm(self.biases[layer], x, self.weights[layer])
 
 
-def loss_sums(outputs: Tensor, labels: Tensor, weights_T: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Each seed's weighted sum of losses (K,), and the sum of the weights of its observed labels (K,).
+def loss_sums(outputs: Tensor, labels: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Each seed's weighted sum of cross-entropies (K,), and the sum of the weights of its observed labels (K,).
 
-    `labels` (B, T) or (K, B, T), NaN where missing. For cross-entropy, `outputs` (K, B, T) are logits; for
-    "log_normal", (K, B, 2 T) are the mean and the log standard deviation of the labels.
+    `outputs` (K, B, T) are logits, `labels` (B, T) or (K, B, T), NaN where missing.
     """
     labels = labels.expand(len(outputs), *labels.shape[-2:])
     observed, labels = ~labels.isnan(), labels.nan_to_num(0.0)
-    if loss == "cross_entropy":
-        losses = F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
-    else:
-        mean, log_std = normal_parameters(outputs)
-        losses = 0.5 * ((labels - mean) * torch.exp(-log_std)) ** 2 + log_std
+    losses = F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
     weights = observed * weights_T
     return (losses * weights).sum((1, 2)), weights.sum((1, 2))
-
-
-def normal_parameters(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation, each (..., T), of outputs (..., 2 T)."""
-    mean, log_std = outputs.chunk(2, dim=-1)
-    return mean, log_std.clamp(-_LOG_STD_RANGE, _LOG_STD_RANGE)

@@ -128,8 +128,9 @@ def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str], arguments
 def test_help_shows_every_flag(command: Command, name: str) -> None:
     result = command(name, "--help")
     assert result.status == 0
-    for field in COMMANDS[name].model_fields:
-        assert f"--{field.replace('_', '-')}" in result.out
+    for key, field in COMMANDS[name].model_fields.items():
+        is_argument = (field.json_schema_extra or {}) == {"positional": True}
+        assert (f"[{key}]" if is_argument else f"--{key.replace('_', '-')}") in result.out
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_inspect_says_what_a_router_is(command: Command, router: str) -> None:
 
 
 def test_inspect_without_a_router(command: Command, tmp_path: Path) -> None:
-    result = command("inspect", tmp_path)
+    result = command("inspect", str(tmp_path))
     assert (result.status, result.out) == (1, "")
     assert "no router lies here" in result.err
     with pytest.raises(SystemExit) as usage:

@@ -29,7 +29,7 @@ def test_only_held_out_prompts_are_scored(router: str, activations: str, small_d
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["router"]["accuracy"] == evaluation.router.accuracy
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3  # the curve, the reliability diagram, the probes
     assert "Only a test." in page
 
 

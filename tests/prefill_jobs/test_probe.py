@@ -31,7 +31,11 @@ def test_every_column_and_target_agrees_with_the_whole_in_memory(
 ) -> None:
     probes = run_probe(config(activations, small_data, tmp_path))
     store = ActivationStore.open(activations)
-    correct = load_outcomes(str(small_data / "outcomes.parquet"), ["big", "small"]).align(store.prompt_ids()).correct
+    correct = (
+        load_outcomes(str(small_data / "outcomes.parquet"), ["big", "small"])
+        .align(store.prompt_ids().to_pylist())
+        .correct
+    )
     assert len(probes) == 5 * 2 * 2
     for probe in probes:
         parts = [store.read(shard, [probe.column])[1] for shard in range(store.num_shards)]
@@ -105,5 +109,5 @@ def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
     arguments = (activations, str(tmp_path / "outcomes.parquet"), str(small_data / "pool.toml"))
     with pytest.raises(UserError, match='prompt_id "nobody" has outcomes but no activations'):
         GradedStore.open(*arguments, ignore_unknown=False)
-    assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_ids) == 240
+    assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_keys) == 240
     assert "1 graded prompts have no activations and are left out" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
-from prefill_router.length import LengthHead, LengthScale
+from prefill_router.kernel import KernelMachine
 from prefill_router.moments import Moments
 from prefill_router.pool import Pool, Target
 from prefill_router.projection import fit_projection
@@ -56,7 +56,13 @@ def build_router(encoder: PrefillEncoder) -> Router:
     activations = encoder.encode(random_prompts(60, seed=3), [2, 3])
     projections = [fit_projection(column, Moments.of(activations[column.name])) for column in COLUMNS]
     num_features = sum(p.num_features for p in projections)
-    scale = LengthScale(np.array([4.0, 3.0], np.float32), np.array([0.5, 0.3], np.float32))
+    rng = np.random.default_rng(4)
+    kernel = KernelMachine(
+        landmarks=rng.normal(size=(7, num_features)).astype(np.float16),
+        lengthscale=float(num_features) ** 0.5,
+        coefficients=rng.normal(size=(7, 4)).astype(np.float32),
+        mean=np.array([0.6, 0.4, 4.0, 3.0], np.float32),
+    )
     return Router(
         encoder_identity=encoder.identity,
         pool=Pool(
@@ -68,7 +74,9 @@ def build_router(encoder: PrefillEncoder) -> Router:
         ),
         projections=projections,
         trunk=random_net([num_features, 8, 2], num_seeds=3),
-        length=LengthHead(random_net([num_features, 4], num_seeds=1), scale, np.array([1.2, 1.1], np.float32)),
+        kernel=kernel,
+        kernel_weight=0.25,
+        length_spread=np.array([0.5, 0.3], np.float32),
         default_tolerance=0.05,
         training_prompts=np.array([3, 5, 8], np.uint64),
         training={"recipe": "random", "metrics": {"validation_losses": [0.5, 0.25]}},

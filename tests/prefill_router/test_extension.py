@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_router.extension import extended
+from prefill_router.extension import combined, extended
+from prefill_router.kernel import KernelMachine, fit_kernel
 from prefill_router.metrics import roc_auc
 from prefill_router.trunk import SharedTrunkNet
 
@@ -54,7 +55,7 @@ def auc(net: SharedTrunkNet, bias: float, own: float) -> float:
 
 def test_the_other_outputs_stay_as_they_were(net: SharedTrunkNet) -> None:
     x = random_features(300, 5)
-    more = extended(net, x, outcomes(x, 6)[:, None], "cross_entropy")
+    more = extended(net, x, outcomes(x, 6)[:, None])
     test = random_features(50, 7)
     assert more(test).shape == (NUM_SEEDS, 50, 3)
     torch.testing.assert_close(more(test)[..., :2], net(test))
@@ -62,7 +63,7 @@ def test_the_other_outputs_stay_as_they_were(net: SharedTrunkNet) -> None:
 
 def test_a_few_hundred_outcomes_are_enough_for_a_target_like_the_others(net: SharedTrunkNet) -> None:
     x = random_features(200, 5)
-    more = extended(net, x, outcomes(x, 6, bias=-1.0)[:, None], "cross_entropy")
+    more = extended(net, x, outcomes(x, 6, bias=-1.0)[:, None])
     test = random_features(3000, 9)
     best = roc_auc(outcomes(test, 10, -1.0), -difficulty(test))
     assert auc(more, -1.0, 0.0) > best - 0.02
@@ -72,7 +73,7 @@ def test_a_few_hundred_outcomes_are_enough_for_a_target_like_the_others(net: Sha
 
 def test_outcomes_of_its_own_kind_are_learnt_when_there_are_enough(net: SharedTrunkNet) -> None:
     few, many = random_features(60, 5), random_features(3000, 5)
-    aucs = [auc(extended(net, x, outcomes(x, 6, own=3.0)[:, None], "cross_entropy"), 0.0, 3.0) for x in (few, many)]
+    aucs = [auc(extended(net, x, outcomes(x, 6, own=3.0)[:, None]), 0.0, 3.0) for x in (few, many)]
     assert aucs[1] > aucs[0]
     assert aucs[1] > 0.8
 
@@ -81,29 +82,48 @@ def test_missing_outcomes_are_left_out(net: SharedTrunkNet) -> None:
     x = random_features(300, 5)
     y = outcomes(x, 6)
     gapped = torch.cat([x, 100.0 * random_features(40, 8)]), torch.cat([y, torch.full((40,), torch.nan)])
-    a, b = (extended(net, features, labels[:, None], "cross_entropy") for features, labels in ((x, y), gapped))
+    a, b = (extended(net, features, labels[:, None]) for features, labels in ((x, y), gapped))
     torch.testing.assert_close(a.weights[-1], b.weights[-1])
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 def test_outcomes_that_are_all_alike_stay_finite(net: SharedTrunkNet, constant: float) -> None:
     x = random_features(50, 5)
-    p = torch.sigmoid(extended(net, x, torch.full((50, 1), constant), "cross_entropy")(x))[..., -1]
+    p = torch.sigmoid(extended(net, x, torch.full((50, 1), constant))(x))[..., -1]
     assert p.isfinite().all()
     assert (p.mean() - constant).abs() < 0.1
 
 
-def test_a_length_has_a_mean_and_a_spread() -> None:
-    net = SharedTrunkNet([NUM_FEATURES, 16, 4], NUM_SEEDS)
-    net.reset([0, 1])
-    net.requires_grad_(False)
-    x = random_features(2000, 5)
-    noise = 0.3 * torch.randn(2000, generator=torch.Generator().manual_seed(3))
-    y = x[:, 0] + noise
-    more = extended(net, x, y[:, None], "log_normal")
-    test = random_features(500, 7)
-    assert more(test).shape == (NUM_SEEDS, 500, 6)
-    torch.testing.assert_close(more(test)[..., [0, 1, 3, 4]], net(test))
-    mean, spread = more(test)[..., 2].mean(0), more(test)[..., 5].exp().mean()
-    assert np.corrcoef(mean, test[:, 0])[0, 1] > 0.95
-    assert 0.25 < spread < 0.6
+# --- a kernel machine ------------------------------------------------------------------------------------------------
+
+
+def machine() -> KernelMachine:
+    x = random_features(800, 0)
+    labels = torch.stack([0.2 * difficulty(x) + 0.5, 0.1 * difficulty(x) + 0.3 + 0.1 * x[:, 2]], 1)
+    return fit_kernel(x.numpy(), [labels.numpy()])
+
+
+def test_a_new_output_is_a_combination_of_the_known_ones() -> None:
+    known = machine()
+    x, test = random_features(300, 5).numpy(), random_features(500, 7).numpy()
+    wanted = 3.0 + known(x) @ np.array([[1.5], [-0.5]], np.float32)
+    new = combined(known, x, wanted.astype(np.float32))
+    assert new.landmarks is known.landmarks
+    np.testing.assert_allclose(new(test), 3.0 + known(test) @ np.array([[1.5], [-0.5]]), atol=0.1)
+
+
+def test_few_noisy_labels_stay_near_the_mean_of_the_known_outputs() -> None:
+    known = machine()
+    x, test = random_features(60, 5).numpy(), random_features(500, 7).numpy()
+    rng = np.random.default_rng(0)
+    labels = (known(x).mean(1, keepdims=True) + rng.normal(0, 0.3, (60, 1)) + 1.0).astype(np.float32)
+    found = combined(known, x, labels)(test)[:, 0]
+    assert np.corrcoef(found, known(test).mean(1))[0, 1] > 0.9
+    assert found.mean() == pytest.approx(known(test).mean() + 1.0, abs=0.15)
+
+
+def test_an_output_without_labels_is_the_mean_of_the_known_ones() -> None:
+    known = machine()
+    x = random_features(40, 5).numpy()
+    found = combined(known, x, np.full((40, 1), np.nan, np.float32))(x)
+    np.testing.assert_allclose(found[:, 0], known(x).mean(1), atol=1e-4)

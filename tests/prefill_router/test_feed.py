@@ -15,7 +15,7 @@ def shard(index: int, num_rows: int) -> Rows:
     """Features that tell the shard and the row."""
     places = torch.tensor([[index, row] for row in range(num_rows)], dtype=torch.float32).view(-1, 2)
     keys = torch.arange(num_rows, dtype=torch.int32) + 1000 * index
-    return Rows(places, {"net": places[:, :1]}, keys)
+    return Rows(places, places[:, :1], keys)
 
 
 def feed(sizes: list[int], own: list[int] | None = None, window_rows: int = 1 << 16) -> Feed:

@@ -267,9 +267,11 @@ def test_each_target_takes_its_column_from_the_encoder_that_tells_it_best() -> N
     assert by_encoder(probes) == {"one": probes[:2], "two": probes[2:]}
 
 
-def table(j: dict[str, list[float]], layers: list[int]) -> list[LayerProbe]:
+def table(j: dict[str, list[float]], layers: list[int], pooling: str = "last") -> list[LayerProbe]:
     return [
-        layer(target, "last", i, value) for target, values in j.items() for i, value in zip(layers, values, strict=True)
+        layer(target, pooling, i, value)
+        for target, values in j.items()
+        for i, value in zip(layers, values, strict=True)
     ]
 
 
@@ -277,34 +279,34 @@ def layers_of(columns: list[ActivationColumn]) -> list[int]:
     return [column.layer for column in columns]
 
 
-def test_a_joint_set_covers_what_one_column_does_not() -> None:
+def test_a_joint_set_serves_all_targets_and_not_one_best() -> None:
     probes = table({"a": [0.5, 0.1, 0.4], "b": [0.1, 0.5, 0.4], "c": [0.1, 0.5, 0.4]}, [3, 9, 12])
-    assert layers_of(joint_columns(probes, 1)) == [12]
-    assert layers_of(joint_columns(probes, 2)) == [12, 9]
-    assert layers_of(joint_columns(probes, 3)) == [12, 9, 3]
-    assert coverage(probes, joint_columns(probes, 1)) == pytest.approx(0.8)
-    assert coverage(probes, joint_columns(probes, 3)) == pytest.approx(1.0)
+    assert layers_of(joint_columns(probes)) == [12]
+    assert coverage(probes, joint_columns(probes)) == pytest.approx(0.8)
+    assert coverage(probes, [p.column for p in probes]) == pytest.approx(1.0)
+
+
+def test_a_joint_set_has_a_column_of_each_pooling() -> None:
+    probes = table({"a": [0.1, 0.3]}, [3, 9]) + table({"a": [0.2, 0.1]}, [3, 9], "mean")
+    assert joint_columns(probes) == [ActivationColumn("last", 9), ActivationColumn("mean", 3)]
 
 
 def test_a_joint_set_takes_a_shallower_column_that_is_nearly_as_good() -> None:
     probes = table({"a": [0.300, 0.395, 0.400]}, [6, 12, 24])
-    assert layers_of(joint_columns(probes, 1)) == [12]
-    assert layers_of(joint_columns(probes, 1, depth_tolerance=0.0)) == [24]
-    assert layers_of(joint_columns(probes, 1, depth_tolerance=0.5)) == [6]
+    assert layers_of(joint_columns(probes)) == [12]
+    assert layers_of(joint_columns(probes, depth_tolerance=0.0)) == [24]
+    assert layers_of(joint_columns(probes, depth_tolerance=0.5)) == [6]
 
 
-def test_a_joint_set_ends_where_no_column_adds_anything() -> None:
-    assert layers_of(joint_columns(table({"a": [0.4, 0.3], "b": [0.5, 0.2]}, [6, 12]))) == [6]
+def test_a_joint_set_of_targets_that_no_column_tells() -> None:
     assert layers_of(joint_columns(table({"a": [-0.4, -0.3]}, [6, 12]))) == [6]
     with pytest.raises(UserError, match='target "a"'):
         joint_columns(table({"a": [float("nan")]}, [6]))
 
 
-@given(st.lists(st.lists(st.floats(-1, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 6))
-def test_a_joint_set_never_repeats_and_more_columns_never_cover_less(j: list[list[float]], most: int) -> None:
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_a_joint_set_covers_no_more_than_all(j: list[list[float]]) -> None:
     probes = table({str(t): values for t, values in enumerate(j)}, [0, 3, 6, 9, 12])
-    columns = joint_columns(probes, most)
-    assert 1 <= len(columns) == len(set(columns)) <= most
-    shares = [coverage(probes, columns[: k + 1]) for k in range(len(columns))]
-    assert shares == sorted(shares)
-    assert shares[-1] <= 1.0 + 1e-9
+    columns = joint_columns(probes)
+    assert len(columns) == 1
+    assert 0.0 <= coverage(probes, columns) <= 1.0 + 1e-9

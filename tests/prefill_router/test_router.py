@@ -73,7 +73,7 @@ def ensemble(net: torch.nn.Module, x: NDArray[Any]) -> NDArray[Any]:
 
 
 def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillEncoder) -> None:
-    """Standardise, project, mean of the seeds' sigmoids; and the mean of a log-normal length, times its factor."""
+    """Standardise and project; mean log-odds of trunk and kernel machine; the median of a log-normal length."""
     encoded = tiny_encoder.encode(PROMPTS, [2, 3])
     features = np.concatenate(
         [
@@ -82,18 +82,20 @@ def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillE
         ],
         axis=1,
     )
-    p = (1.0 / (1.0 + np.exp(-ensemble(tiny_router.trunk, features)))).mean(0)
-    length = tiny_router.length
-    mean, log_std = np.split(ensemble(length.net, features).mean(0), 2, axis=1)
-    logs = mean * length.scale.std + length.scale.mean + (np.exp(log_std) * length.scale.std) ** 2 / 2
+    p_trunk = (1.0 / (1.0 + np.exp(-ensemble(tiny_router.trunk, features)))).mean(0)
+    kernel = tiny_router.kernel
+    distances = np.linalg.norm(features[:, None] - kernel.landmarks.astype(np.float64), axis=2)
+    p_kernel, logs = np.split(np.exp(-distances / kernel.lengthscale) @ kernel.coefficients + kernel.mean, 2, axis=1)
+    p_kernel = np.clip(p_kernel, 0.01, 0.99)
+    log_odds = 0.75 * np.log(p_trunk / (1 - p_trunk)) + 0.25 * np.log(p_kernel / (1 - p_kernel))
     predicted = tiny_router.predict(PROMPTS)
-    np.testing.assert_allclose(predicted.p_correct, p, rtol=1e-4)
-    np.testing.assert_allclose(
-        predicted.expected_output_tokens, np.maximum(np.exp(logs) * length.factor - 1.0, 1.0), rtol=1e-3
-    )
+    np.testing.assert_allclose(predicted.p_correct, 1 / (1 + np.exp(-log_odds)), rtol=1e-3)
+    np.testing.assert_allclose(predicted.expected_output_tokens, np.maximum(np.exp(logs) - 1.0, 1.0), rtol=1e-3)
     for values in predicted:
         assert values.shape == (len(PROMPTS), 2)
         assert values.dtype == np.float32
+    upper = tiny_router.predict_length(PROMPTS, 0.9)
+    np.testing.assert_allclose(upper, np.maximum(np.exp(logs + 1.2815516 * np.array([0.5, 0.3])) - 1.0, 1.0), rtol=1e-3)
 
 
 def test_prompts_and_their_stored_activations_give_the_same(tiny_router: Router, tiny_encoder: PrefillEncoder) -> None:
@@ -348,8 +350,10 @@ def changed_tensor(router: Router, name: str, change: Callable[[NDArray[Any]], N
         ("projection.last_002.components", "has shape"),
         ("trunk.weights.0", "size mismatch|has shape"),
         ("trunk.weights.1", "size mismatch|has shape"),
-        ("length.weights.0", "size mismatch|has shape"),
-        ("length_scale.factor", r"length_scale\.factor has shape \(1,\), must be \(2,\)"),
+        ("kernel.landmarks", "has shape"),
+        ("kernel.coefficients", "has shape"),
+        ("kernel.mean", r"kernel\.mean has shape \(3,\), must be \(4,\)"),
+        ("length_spread", r"length_spread has shape \(1,\), must be \(2,\)"),
         ("calibration.kinds", r"must be \(T,\), \(T, Q\), \(T, Q\)"),
     ],
 )
@@ -359,17 +363,14 @@ def test_a_tensor_of_another_shape_is_refused(tiny_router: Router, tmp_path: Pat
         Router.load(str(folder))
 
 
-@pytest.mark.parametrize("part", ["trunk", "length.net"])
-def test_a_net_that_is_whole_but_of_another_pool_is_refused(tiny_router: Router, tmp_path: Path, part: str) -> None:
-    trunk, head = tiny_router.trunk, tiny_router.length
-    other = replace(tiny_router, trunk=trunk.of_outputs([0]))
-    if part == "length.net":
-        other = replace(tiny_router, length=replace(head, net=head.net.of_outputs([0, 2])))
-    with pytest.raises(UserError, match=r"does not fit router\.json: .*weights\.. has shape"):
-        Router.load(str(save(other, tmp_path)))
+def test_parts_that_are_whole_but_of_another_pool_are_refused(tiny_router: Router, tmp_path: Path) -> None:
+    trunk, kernel = tiny_router.trunk.of_outputs([0]), tiny_router.kernel.of_outputs([0, 2])
+    for i, other in enumerate([replace(tiny_router, trunk=trunk), replace(tiny_router, kernel=kernel)]):
+        with pytest.raises(UserError, match=r"does not fit router\.json: .* has shape"):
+            Router.load(str(save(other, tmp_path / str(i))))
 
 
-@pytest.mark.parametrize("name", ["trunk.weights.0", "length_scale.mean", "projection.mean_003.std"])
+@pytest.mark.parametrize("name", ["trunk.weights.0", "kernel.coefficients", "projection.mean_003.std"])
 def test_a_tensor_that_is_not_finite_is_refused(tiny_router: Router, tmp_path: Path, name: str) -> None:
     weights = changed_tensor(tiny_router, name, lambda values: np.full_like(values, np.nan))
     with pytest.raises(UserError, match=f"{name} is not finite"):

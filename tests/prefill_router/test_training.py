@@ -18,7 +18,7 @@ from prefill_router.draws import fold, seed_keys
 from prefill_router.errors import UserError
 from prefill_router.feed import Feed, Rows
 from prefill_router.metrics import roc_auc
-from prefill_router.recipe import Loss, Recipe
+from prefill_router.recipe import Recipe
 from prefill_router.training import FittedTrunk, Trainer, fit
 from prefill_router.trunk import SharedTrunkNet
 
@@ -34,7 +34,7 @@ def separable(num_prompts: int, seed: int = 0, missing: float = 0.2) -> Rows:
     noise = 0.2 * torch.randn(num_prompts, 2, generator=generator)
     labels = (features[:, :2] + noise > 0).float()
     labels[torch.rand(num_prompts, 2, generator=generator) < missing] = torch.nan
-    return Rows(features, {"net": labels}, fold(seed_keys([seed])[0], torch.arange(num_prompts)))
+    return Rows(features, labels, fold(seed_keys([seed])[0], torch.arange(num_prompts)))
 
 
 def feed(train: Rows, validation: Rows, num_shards: int = 1, own: list[int] | None = None) -> Feed:
@@ -46,14 +46,14 @@ def feed(train: Rows, validation: Rows, num_shards: int = 1, own: list[int] | No
 
 
 def trainer(recipe: Recipe, seed: int = 0, weights: tuple[float, ...] = (1.0, 1.0)) -> Trainer:
-    return Trainer("net", recipe, 5, weights, seed)
+    return Trainer(recipe, 5, weights, seed)
 
 
 def fitted(
     train: Rows, validation: Rows, recipe: Recipe, seed: int = 0, weights: tuple[float, ...] = (1.0, 1.0)
 ) -> FittedTrunk:
     trained = trainer(recipe, seed, weights)
-    fit(feed(train, validation), [trained], seed)
+    fit(feed(train, validation), trained, seed)
     return trained.fitted()
 
 
@@ -68,14 +68,10 @@ def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def plain_loss(outputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+def plain_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     observed = ~labels.isnan()
-    if loss == "cross_entropy":
-        result: Tensor = nn.BCEWithLogitsLoss()(outputs[observed], labels[observed])
-        return result
-    mean, log_std = outputs.chunk(2, -1)
-    variance = torch.exp(2 * log_std.clamp(-4, 4))
-    return torch.as_tensor(nn.GaussianNLLLoss()(mean[observed], labels[observed], variance[observed]))
+    result: Tensor = nn.BCEWithLogitsLoss()(outputs[observed], labels[observed])
+    return result
 
 
 def assert_same_weights(a: SharedTrunkNet, b: SharedTrunkNet, atol: float = 0.0) -> None:
@@ -84,10 +80,9 @@ def assert_same_weights(a: SharedTrunkNet, b: SharedTrunkNet, atol: float = 0.0)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("loss", ["cross_entropy", "log_normal"])
-def test_seeds_trained_at_once_are_networks_trained_alone(loss: Loss, decoupled: bool) -> None:
+def test_seeds_trained_at_once_are_networks_trained_alone(decoupled: bool) -> None:
     train = separable(60)
-    recipe = replace(FULL_BATCH, loss=loss, decoupled_decay=decoupled)
+    recipe = replace(FULL_BATCH, decoupled_decay=decoupled)
     start = trainer(recipe, seed=4)
     alone = [plain_net(start.net, k) for k in range(3)]
     trained = fitted(train, train, recipe, seed=4)
@@ -98,9 +93,9 @@ def test_seeds_trained_at_once_are_networks_trained_alone(loss: Loss, decoupled:
         optimizer = algorithm(net.parameters(), lr=1e-3, weight_decay=1e-4)
         for _ in range(6):
             optimizer.zero_grad()
-            plain_loss(net(train.features), train.labels["net"], loss).backward()  # type: ignore[no-untyped-call]
+            plain_loss(net(train.features), train.labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        losses.append(plain_loss(net(train.features), train.labels["net"], loss).item())
+        losses.append(plain_loss(net(train.features), train.labels).item())
     for k, place in enumerate(np.argsort(losses)):
         assert trained.validation_losses[k] == pytest.approx(losses[place], rel=1e-4, abs=1e-5)
         outputs = alone[place](train.features)
@@ -111,12 +106,12 @@ def test_a_seed_alone_and_among_others_is_the_same(monkeypatch: pytest.MonkeyPat
     train, validation = separable(200), separable(60, seed=1)
     recipe = replace(TINY, input_dropout=0.1, learning_rate=0.03, max_epochs=40, patience=2, keep=3)
     together = trainer(recipe)
-    fit(feed(train, validation), [together], 0)
+    fit(feed(train, validation), together, 0)
     assert len(set(together.best_epochs.tolist())) > 1  # some stopped before others
     for k in range(3):
         monkeypatch.setattr("prefill_router.training._SEEDS_APART", k)  # seed 1 is then the k-th of seed 0
         alone = trainer(replace(recipe, num_seeds=1), seed=1)
-        fit(feed(train, validation), [alone], 0)
+        fit(feed(train, validation), alone, 0)
         assert alone.best_epochs[0] == together.best_epochs[k]
         assert alone.best_losses[0].item() == pytest.approx(together.best_losses[k].item(), rel=1e-5)
         for one, many in zip(alone.best, together.best, strict=True):
@@ -128,13 +123,13 @@ def test_a_separable_problem_is_learnt() -> None:
     recipe = Recipe(hidden=(32, 16), max_epochs=12, batch_size=64, num_seeds=4, keep=2)
     p = torch.sigmoid(fitted(train, validation, recipe).net(test.features)).mean(0)
     for t in range(2):
-        assert roc_auc(test.labels["net"][:, t], p[:, t]) > 0.95
+        assert roc_auc(test.labels[:, t], p[:, t]) > 0.95
 
 
 def test_missing_labels_teach_nothing() -> None:
     train, validation = separable(80), separable(40, seed=1)
     ungraded = torch.arange(80) % 4 == 0
-    train.labels["net"][ungraded] = torch.nan
+    train.labels[ungraded] = torch.nan
     other = train.features.clone()
     other[ungraded] = 10.0 * torch.randn(int(ungraded.sum()), 5, generator=torch.Generator().manual_seed(9))
     changed = Rows(other, train.labels, train.keys)
@@ -144,19 +139,19 @@ def test_missing_labels_teach_nothing() -> None:
 def test_missing_labels_do_not_count_in_validation() -> None:
     train, validation = separable(80), separable(40, seed=1)
     ungraded = separable(20, seed=2)
-    ungraded.labels["net"].fill_(torch.nan)
+    ungraded.labels.fill_(torch.nan)
     with_more = fitted(train, Rows.concatenate([validation, ungraded]), TINY)
     assert with_more.validation_losses == pytest.approx(fitted(train, validation, TINY).validation_losses, rel=1e-5)
 
 
 def test_weights_let_a_sparse_target_learn() -> None:
     train, validation, test = separable(3000, missing=0.0), separable(600, seed=1), separable(1000, 2, missing=0.0)
-    train.labels["net"][60:, 1] = torch.nan
+    train.labels[60:, 1] = torch.nan
     recipe = Recipe(hidden=(8,), dropout=(0.0,), max_epochs=8, batch_size=128, num_seeds=4, keep=4)
     aucs = []
     for weight in (1.0, 50.0):
         p = torch.sigmoid(fitted(train, validation, recipe, weights=(1.0, weight)).net(test.features)).mean(0)
-        aucs.append([roc_auc(test.labels["net"][:, t], p[:, t]) for t in range(2)])
+        aucs.append([roc_auc(test.labels[:, t], p[:, t]) for t in range(2)])
     assert aucs[1][1] > aucs[0][1] + 0.02
     assert aucs[1][0] > aucs[0][0] - 0.02
 
@@ -171,12 +166,11 @@ def test_smoothed_labels_keep_probabilities_from_the_ends() -> None:
     assert smooth < sharp
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "log_normal"])
-def test_kept_weights_have_the_reported_validation_loss(loss: Loss) -> None:
+def test_kept_weights_have_the_reported_validation_loss() -> None:
     train, validation = separable(80), separable(40, seed=1)
-    trained = fitted(train, validation, replace(TINY, loss=loss))
+    trained = fitted(train, validation, TINY)
     for k, outputs in enumerate(trained.net(validation.features)):
-        expected = plain_loss(outputs, validation.labels["net"], loss).item()
+        expected = plain_loss(outputs, validation.labels).item()
         assert expected == pytest.approx(trained.validation_losses[k], rel=1e-4, abs=1e-5)
 
 
@@ -209,15 +203,15 @@ def test_a_trainer_goes_on_from_a_state_to_the_same_result(epochs: int) -> None:
     whole = fitted(train, validation, recipe)
     states: list[dict[str, Tensor]] = []
     first = trainer(recipe)
-    fit(feed(train, validation), [first], 0, lambda _: states.append({n: t.clone() for n, t in first.state().items()}))
+    fit(feed(train, validation), first, 0, lambda _: states.append({n: t.clone() for n, t in first.state().items()}))
     resumed = trainer(recipe)
     resumed.load(states[min(epochs, len(states)) - 1])
-    fit(feed(train, validation), [resumed], 0)
+    fit(feed(train, validation), resumed, 0)
     assert_same_weights(resumed.fitted().net, whole.net)
     assert resumed.fitted().validation_losses == whole.validation_losses
 
 
-@pytest.mark.parametrize("spoil", [lambda r: r.labels["net"].fill_(torch.nan), lambda r: r.features.fill_(torch.inf)])
+@pytest.mark.parametrize("spoil", [lambda r: r.labels.fill_(torch.nan), lambda r: r.features.fill_(torch.inf)])
 def test_no_finite_validation_loss_is_an_error(spoil: Callable[[Rows], Tensor]) -> None:
     validation = separable(20, seed=1)
     spoil(validation)
@@ -238,7 +232,7 @@ def work(rank: int, folder: Path) -> None:
     for name, recipe in RECIPES.items():
         for share, shards in SHARES.items():
             shared = trainer(recipe, seed=5)
-            fit(feed(separable(80), separable(40, seed=1), 5, shards[rank]), [shared], 5)
+            fit(feed(separable(80), separable(40, seed=1), 5, shards[rank]), shared, 5)
             got = shared.fitted()
             results[f"{name}, {share}"] = (got.net.state_dict(), got.validation_losses, got.best_epochs)
     torch.save(results, folder / f"{rank}.pt")
@@ -281,7 +275,7 @@ def test_two_workers_agree(two_workers: list[dict[str, FittedTrunk]], recipe: st
 def test_two_workers_do_what_one_would(two_workers: list[dict[str, FittedTrunk]], recipe: str, share: str) -> None:
     shared = two_workers[0][f"{recipe}, {share}"]
     alone = trainer(RECIPES[recipe], seed=5)
-    fit(feed(separable(80), separable(40, seed=1), 5), [alone], 5)
+    fit(feed(separable(80), separable(40, seed=1), 5), alone, 5)
     np.testing.assert_allclose(shared.validation_losses, alone.fitted().validation_losses, rtol=1e-5)
     assert_same_weights(shared.net, alone.fitted().net, atol=1e-5)
 
