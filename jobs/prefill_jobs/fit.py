@@ -63,6 +63,16 @@ class Fit:
     trunk: FittedTrunk
     rows_per_s: float  # training rows, of all workers together
 
+    def to_dict(self) -> dict[str, Any]:
+        """How training went, without the weights."""
+        trunk = self.trunk
+        return {
+            "validation_losses": trunk.validation_losses,
+            "best_epochs": trunk.best_epochs,
+            "num_epochs": trunk.num_epochs,
+            "rows_per_s": self.rows_per_s,
+        }
+
 
 def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
     """Runs `task` on `workers` Ray Train workers.

@@ -82,13 +82,12 @@ def _fitted(config: TrainConfig) -> Router:
     )
     names = ", ".join(p.column.name for p in projections)
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
-    fitted = fit_on_ray(task, config.workers, config.out, _run_name(config, graded))
-    trunk, num_targets = fitted.trunk, len(pool.targets)
+    fitted, num_targets = fit_on_ray(task, config.workers, config.out, _run_name(config, graded)), len(pool.targets)
     router = Router(
         encoder_identity=graded.store.manifest.encoder,
         pool=pool,
         projections=projections,
-        trunk=trunk.net.of_outputs(range(num_targets)),
+        trunk=fitted.trunk.net.of_outputs(range(num_targets)),
         kernel=_kernel_machine(training, projections, is_fitted=recipe.kernel),
         kernel_weight=0.0,
         length_spread=np.zeros(num_targets, np.float32),
@@ -104,12 +103,7 @@ def _fitted(config: TrainConfig) -> Router:
             "num_validation": parts.num_validation,
             "num_answers": dict(zip(pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
             "other_targets": sorted(others),
-            "metrics": {
-                "validation_losses": trunk.validation_losses,
-                "best_epochs": trunk.best_epochs,
-                "num_epochs": trunk.num_epochs,
-                "rows_per_s": fitted.rows_per_s,
-            },
+            "metrics": fitted.to_dict(),
         },
     )
     return tuned(router, graded.only(split, Part.VALIDATION), recipe)

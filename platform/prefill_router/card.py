@@ -25,6 +25,8 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     yield "reads", f"{names} of {identity.num_layers} layers"
     sizes = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
     yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
+    if len(router.kernel.landmarks):
+        yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} beside the trunk"
     if "num_train" in training:
         yield "trained", f"by recipe {training.get('recipe')}, on {training['num_train']:,} prompts"
         yield "validated", f"on {training.get('num_validation', 0):,} more"
@@ -36,18 +38,15 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
 
 def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """How good the router was at its tolerance."""
-    accuracy, best = validation["accuracy"], validation["best_single_accuracy"]
-    yield (
-        "accuracy",
-        f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {validation['oracle_accuracy']:.1%}",
-    )
+    accuracy, best, oracle = (validation[f"{name}accuracy"] for name in ("", "best_single_", "oracle_"))
+    yield "accuracy", f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {oracle:.1%}"
     cost, best_cost = validation["cost"], validation["best_single_cost"]
     yield "cost", f"${1000 * cost:.3f} a thousand prompts, the best single target ${1000 * best_cost:.3f}"
 
 
 def _targets(router: Router) -> Rows:
     training = router.training
-    head = ("target", "input $/M", "output $/M", "answers", "AUC", "calibration", "reads best from")
+    head = ("target", "input $/M", "output $/M", "answers", "AUC", "calibration", "best column")
     auc = training.get("validation", {}).get("auc", {})
     rows = [
         (

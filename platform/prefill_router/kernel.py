@@ -21,7 +21,8 @@ from torch import Tensor
 
 MAX_LANDMARKS = 8192
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)  # of the ridge, beside a kernel whose diagonal is 1
-_SWEEPS = 10
+_SWEEPS = 10  # over missing labels
+_MIN_LENGTHSCALE = 1e-6
 _CHUNK_ROWS = 4096
 
 
@@ -85,7 +86,7 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
     """
     landmarks = torch.from_numpy(features).half()
     x = landmarks.float()
-    lengthscale = float(x.var(0).sum().sqrt())
+    lengthscale = max(float(x.var(0).sum().sqrt()), _MIN_LENGTHSCALE)
     kernel = _laplacian(x, x, lengthscale)
     y = torch.cat([torch.from_numpy(group) for group in labels], dim=1)
     missing, mean = y.isnan(), _means(labels)

@@ -41,6 +41,10 @@ class RouterRecipe:
 RECIPES = {
     "published": RouterRecipe(),
     "best": RouterRecipe(
-        trunk=Recipe(input_dropout=0.3), columns="joint", use_other_targets=True, kernel=True, calibrate=True
+        trunk=Recipe(input_dropout=0.3, balance=0.5),
+        columns="joint",
+        use_other_targets=True,
+        kernel=True,
+        calibrate=True,
     ),
 }

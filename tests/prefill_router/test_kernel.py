@@ -104,6 +104,11 @@ def test_prompts_that_repeat_do_no_harm() -> None:
     assert np.isfinite(fit_kernel(x, [labels(x, 1)])(x)).all()
 
 
+def test_prompts_that_are_all_alike_leave_the_mean() -> None:
+    x, y = np.ones((30, 5), np.float32), labels(features(30, 0), 1)
+    np.testing.assert_allclose(fit_kernel(x, [y])(x), np.tile(y.mean(0), (30, 1)), atol=0.05)
+
+
 def test_outputs_are_taken_and_joined() -> None:
     x = features(60, 0)
     machine = fit_kernel(x, [labels(x, 1)])
