@@ -1,9 +1,9 @@
 """A kernel machine: among a few thousand graded prompts, nearness tells more than a net can learn.
 
-Kernel ridge regression with the Laplacian kernel exp(-|x - x'| / lengthscale), on landmarks that are the training
-prompts, or a sample of them. What targets have in common is learnt from all of them: labels are turned to their
-principal components, of which the first is how hard a prompt is, and each component is regularised as strongly as its
-exact leave-one-out error asks (Rifkin and Lippert, 2007).
+Kernel ridge regression with the kernel exp(-sqrt(|x - x'| / lengthscale)), of the gamma-exponential family (Rasmussen and
+Williams, 2006, 4.2.1), on landmarks that are the training prompts, or a sample of them. What targets have in common is
+learnt from all of them: labels are turned to their principal components, of which the first is how hard a prompt is, and
+each component is regularised as its exact leave-one-out error asks (Rifkin and Lippert, 2007).
 """
 
 # N prompts, M landmarks, F features, O outputs
@@ -47,7 +47,7 @@ class KernelMachine:
         outputs = torch.empty(len(features), len(self.mean))
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            kernel = _laplacian(torch.from_numpy(features[rows]), landmarks, self.lengthscale)
+            kernel = _kernel(torch.from_numpy(features[rows]), landmarks, self.lengthscale)
             outputs[rows] = kernel @ coefficients
         return outputs.numpy() + self.mean
 
@@ -87,7 +87,7 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
     landmarks = torch.from_numpy(features).half()
     x = landmarks.float()
     lengthscale = max(float(x.var(0).sum().sqrt()), _MIN_LENGTHSCALE)
-    kernel = _laplacian(x, x, lengthscale)
+    kernel = _kernel(x, x, lengthscale).fill_diagonal_(1.0)  # where the distance is rounding alone
     y = torch.cat([torch.from_numpy(group) for group in labels], dim=1)
     missing, mean = y.isnan(), _means(labels)
     centred = (y - mean).where(~missing, 0.0)
@@ -110,8 +110,8 @@ def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
     return basis
 
 
-def _laplacian(x: Tensor, landmarks: Tensor, lengthscale: float) -> Tensor:
-    return torch.cdist(x, landmarks).div_(-lengthscale).exp_()
+def _kernel(x: Tensor, landmarks: Tensor, lengthscale: float) -> Tensor:
+    return torch.cdist(x, landmarks).div_(lengthscale).sqrt_().neg_().exp_()
 
 
 def _means(labels: Sequence[NDArray[np.float32]]) -> Tensor:

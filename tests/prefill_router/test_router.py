@@ -85,7 +85,9 @@ def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillE
     p_trunk = (1.0 / (1.0 + np.exp(-ensemble(tiny_router.trunk, features)))).mean(0)
     kernel = tiny_router.kernel
     distances = np.linalg.norm(features[:, None] - kernel.landmarks.astype(np.float64), axis=2)
-    p_kernel, logs = np.split(np.exp(-distances / kernel.lengthscale) @ kernel.coefficients + kernel.mean, 2, axis=1)
+    p_kernel, logs = np.split(
+        np.exp(-np.sqrt(distances / kernel.lengthscale)) @ kernel.coefficients + kernel.mean, 2, axis=1
+    )
     p_kernel = np.clip(p_kernel, 0.01, 0.99)
     log_odds = 0.75 * np.log(p_trunk / (1 - p_trunk)) + 0.25 * np.log(p_kernel / (1 - p_kernel))
     predicted = tiny_router.predict(PROMPTS)
