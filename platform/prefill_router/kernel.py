@@ -1,9 +1,9 @@
 """A kernel machine: among a few thousand graded prompts, nearness tells more than a net can learn.
 
-Kernel ridge regression with the kernel exp(-sqrt(|x - x'| / lengthscale)), of the gamma-exponential family (Rasmussen and
-Williams, 2006, 4.2.1), on landmarks that are the training prompts, or a sample of them. What targets have in common is
-learnt from all of them: labels are turned to their principal components, of which the first is how hard a prompt is, and
-each component is regularised as its exact leave-one-out error asks (Rifkin and Lippert, 2007).
+Kernel ridge regression with the kernel exp(-sqrt(|x - x'| / lengthscale)), of the gamma-exponential family (Rasmussen
+and Williams, 2006, 4.2.1), on landmarks that are the training prompts, or a sample of them. What targets have in
+common is learnt from all of them: labels are turned to their principal components, of which the first is how hard a
+prompt is, and each component is regularised as its exact leave-one-out error asks (Rifkin and Lippert, 2007).
 """
 
 # N prompts, M landmarks, F features, O outputs
