@@ -116,7 +116,7 @@ def _recipe(config: TrainConfig) -> RouterRecipe:
     max_epochs = config.max_epochs or recipe.trunk.max_epochs
     return replace(
         recipe,
-        trunk=replace(recipe.trunk, num_seeds=num_seeds, keep=keep, max_epochs=max_epochs),
+        trunk=replace(recipe.trunk, num_seeds=num_seeds, keep=keep, max_epochs=max_epochs, precision=config.precision),
     )
 
 

@@ -183,6 +183,9 @@ class TrainConfig(StrictModel):
     recipe: Literal["best", "published"] = Field("best", description="best, or published: the paper's")
     seeds: int | None = Field(None, ge=1, description="Trunks trained at once [the recipe's]")
     keep: int | None = Field(None, ge=1, description="Trunks kept, of lowest validation loss [the recipe's]")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of training's matrix products; bfloat16 is faster where hardware has it"
+    )
     max_epochs: int | None = Field(None, ge=1, description="Passes over the training prompts, at most [the recipe's]")
     seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
     ignore_unknown: IgnoreUnknown = False

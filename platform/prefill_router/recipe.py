@@ -22,6 +22,7 @@ class Recipe:
     num_seeds: int = 10
     keep: int = 5
     label_smoothing: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"  # of training's matrix products; weights are float32
     balance: float = 0.0  # a target's answers weigh (most answers of any target / its own) to this power
 
 

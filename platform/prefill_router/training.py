@@ -57,7 +57,8 @@ class Trainer:
         self.net.to(self.device)
         self.keys = seed_keys(seeds, self.device)
         algorithm = torch.optim.AdamW if recipe.decoupled_decay else torch.optim.Adam
-        self.optimizer = algorithm(self.net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+        decay = recipe.weight_decay
+        self.optimizer = algorithm(self.net.parameters(), recipe.learning_rate, weight_decay=decay, fused=True)
         self.epoch = 0
         self.active = torch.arange(len(seeds), device=self.device)
         self.best = [p.detach().clone() for p in self.net.parameters()]
@@ -82,8 +83,9 @@ class Trainer:
             place = starts[:, step, None] + torch.arange(widest[step], device=self.device)
             rows_AB = order.gather(1, place.clamp(max=max(len(rows) - 1, 0)))
             is_own = torch.arange(widest[step], device=self.device) < counts[:, step, None]
-            outputs = self.net(rows.features[rows_AB], fold(keys_A[:, None], rows.keys[rows_AB]))
-            self._descend(outputs, rows.labels[rows_AB].where(is_own[..., None], torch.nan))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+                outputs = self.net(rows.features[rows_AB], fold(keys_A[:, None], rows.keys[rows_AB]))
+            self._descend(outputs.float(), rows.labels[rows_AB].where(is_own[..., None], torch.nan))
 
     def _descend(self, outputs: Tensor, labels: Tensor) -> None:
         if self.recipe.label_smoothing:

@@ -37,7 +37,6 @@ from prefill_router.recipe import Recipe
 from prefill_router.training import Trainer, fit
 
 ROOT = Path(__file__).parents[2]
-NET = "net"
 
 
 def made_up_rows(num_rows: int, num_features: int, num_targets: int, seed: int) -> Rows:
@@ -51,13 +50,13 @@ def made_up_rows(num_rows: int, num_features: int, num_targets: int, seed: int) 
     logits = torch.tanh(features @ shared / 8) @ own
     labels = (torch.rand(num_rows, num_targets, generator=generator) < torch.sigmoid(logits)).float()
     labels[torch.rand(num_rows, num_targets, generator=generator) < 0.02] = torch.nan
-    return Rows(features, {NET: labels}, fold(seed_keys([seed])[0], torch.arange(num_rows)))
+    return Rows(features, labels, fold(seed_keys([seed])[0], torch.arange(num_rows)))
 
 
 def ours(train: Rows, validation: Rows, recipe: Recipe, seed: int) -> list[float]:
     feed = Feed([len(train)], {0: train}, {0: validation}, train[:0])
-    trainer = Trainer(NET, recipe, train.features.shape[1], [1.0] * train.labels[NET].shape[1], seed)
-    fit(feed, [trainer], seed)
+    trainer = Trainer(recipe, train.features.shape[1], [1.0] * train.labels.shape[1], seed)
+    fit(feed, trainer, seed)
     return trainer.best_losses.tolist()
 
 
@@ -68,9 +67,9 @@ def plain(train: Rows, validation: Rows, recipe: Recipe, seed: int) -> float:
     layers: list[nn.Module] = []
     for i, rate in enumerate(recipe.dropout):
         layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU(), nn.Dropout(rate)]
-    net = nn.Sequential(*layers, nn.Linear(sizes[-1], train.labels[NET].shape[1]))
+    net = nn.Sequential(*layers, nn.Linear(sizes[-1], train.labels.shape[1]))
     optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    loader = DataLoader(TensorDataset(train.features, train.labels[NET]), recipe.batch_size, shuffle=True)
+    loader = DataLoader(TensorDataset(train.features, train.labels), recipe.batch_size, shuffle=True)
     best, best_epoch, best_state = float("inf"), 0, None
     for epoch in range(recipe.max_epochs):
         net.train()
@@ -80,7 +79,7 @@ def plain(train: Rows, validation: Rows, recipe: Recipe, seed: int) -> float:
             optimizer.step()
         net.eval()
         with torch.no_grad():
-            loss = _masked_loss(net(validation.features), validation.labels[NET]).item()
+            loss = _masked_loss(net(validation.features), validation.labels).item()
         if loss < best:
             best, best_epoch, best_state = loss, epoch, copy.deepcopy(net.state_dict())
         if epoch - best_epoch >= recipe.patience:
@@ -102,6 +101,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
     seeds = range(options.seeds)
     ways: dict[str, Callable[[], list[float]]] = {
         "all at once": lambda: ours(train, validation, recipe, 0),
+        "all at once, in bfloat16": lambda: ours(train, validation, replace(recipe, precision="bfloat16"), 0),
         "ours, a seed at a time": lambda: [
             loss for k in seeds for loss in ours(train, validation, replace(recipe, num_seeds=1), k)
         ],
@@ -120,6 +120,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         name: {
             "seconds": float(np.median(values)),
             "times_all_at_once": float(np.median(values) / first),
+            "times_bfloat16": float(np.median(values) / np.median(seconds["all at once, in bfloat16"])),
             "validation_loss": float(np.mean(losses[name])),
             "validation_loss_std": float(np.std(losses[name])),
         }
@@ -202,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["ways"] = race(options)
         for name, row in report["ways"].items():
             loss = f"{row['validation_loss']:.4f} ± {row['validation_loss_std']:.4f}"
-            sys.stdout.write(f"{name:30}{row['seconds']:8.1f} s{row['times_all_at_once']:8.1f}x   loss {loss}\n")
+            times = f"{row['times_all_at_once']:8.1f}x{row['times_bfloat16']:8.1f}x"
+            sys.stdout.write(f"{name:30}{row['seconds']:8.1f} s{times}   loss {loss}\n")
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 

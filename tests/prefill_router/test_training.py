@@ -174,6 +174,15 @@ def test_kept_weights_have_the_reported_validation_loss() -> None:
         assert expected == pytest.approx(trained.validation_losses[k], rel=1e-4, abs=1e-5)
 
 
+def test_products_in_bfloat16_learn_as_much() -> None:
+    train, validation = separable(1200, seed=1), separable(400, seed=2)
+    recipe = Recipe(hidden=(32, 16), max_epochs=12, batch_size=64, num_seeds=4, keep=2)
+    full, half = (fitted(train, validation, replace(recipe, precision=p)) for p in ("float32", "bfloat16"))
+    np.testing.assert_allclose(half.validation_losses, full.validation_losses, atol=0.02)
+    assert half.validation_losses != full.validation_losses
+    assert half.net.weights[0].dtype == torch.float32
+
+
 def test_the_seeds_with_the_lowest_validation_losses_are_kept() -> None:
     train, validation = separable(80), separable(40, seed=1)
     everyone, kept = (fitted(train, validation, replace(TINY, num_seeds=6, keep=keep)) for keep in (6, 2))
