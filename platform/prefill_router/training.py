@@ -73,7 +73,7 @@ class Trainer:
 
     def train(self, window: Window) -> None:
         """One pass over a window."""
-        rows = window.rows
+        rows, features = window.rows, self._read(window.rows)
         keys_A = fold(self.keys[self.active], self.epoch)
         num_steps = max(1, round(window.num_rows / self.recipe.batch_size))
         order, counts = window.batches(keys_A, num_steps)
@@ -83,9 +83,18 @@ class Trainer:
             place = starts[:, step, None] + torch.arange(widest[step], device=self.device)
             rows_AB = order.gather(1, place.clamp(max=max(len(rows) - 1, 0)))
             is_own = torch.arange(widest[step], device=self.device) < counts[:, step, None]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                outputs = self.net(rows.features[rows_AB], fold(keys_A[:, None], rows.keys[rows_AB]))
+            with self._precision:
+                outputs = self.net(features[rows_AB], fold(keys_A[:, None], rows.keys[rows_AB]))
             self._descend(outputs.float(), rows.labels[rows_AB].where(is_own[..., None], torch.nan))
+
+    @property
+    def _precision(self) -> torch.autocast:
+        is_bfloat16 = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
+
+    def _read(self, rows: Rows) -> Tensor:
+        """Features in the precision that products take them in."""
+        return rows.features.bfloat16() if self.recipe.precision == "bfloat16" else rows.features
 
     def _descend(self, outputs: Tensor, labels: Tensor) -> None:
         if self.recipe.label_smoothing:
@@ -107,7 +116,9 @@ class Trainer:
         for rows in validation:
             for start in range(0, len(rows), _VALIDATION_ROWS):
                 part = slice(start, start + _VALIDATION_ROWS)
-                loss, weight = loss_sums(self.net(rows.features[part]), rows.labels[part], self.weights_T)
+                with self._precision:
+                    outputs = self.net(self._read(rows[part]))
+                loss, weight = loss_sums(outputs.float(), rows.labels[part], self.weights_T)
                 sum_A += loss
                 weight_A += weight
         sum_A, weight_A = _over_workers([sum_A, weight_A])

@@ -72,7 +72,7 @@ class SharedTrunkNet(nn.Module):
     def _layer(self, layer: int, x: Tensor, keys: Tensor | None) -> Tensor:
         if keys is not None and self.dropout[layer]:
             kept = keep_mask(fold(keys, layer), x.shape[-1], self.dropout[layer])
-            x = x * (kept.to(x.dtype) / (1.0 - round(256 * self.dropout[layer]) / 256))
+            x = x * (kept * x.new_tensor(256 / (256 - round(256 * self.dropout[layer]))))
         return torch.baddbmm(self.biases[layer], x, self.weights[layer])
 
 
