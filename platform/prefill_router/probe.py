@@ -74,15 +74,15 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
     if not 0.0 < p1 < 1.0:
         return Fisher(_NAN, _NAN, _NAN, _NAN)
     scale, correlation = _within_correlation(moments)
-    root = _inverse_root((1.0 - shrinkage) * correlation, shrinkage, n)
-    j = p1 * (1.0 - p1) * float((root @ (moments.mean_difference / scale)).square().sum())
-    # tr(R R'^-1), where R' = (1 - s) R + s I; tr(R'^-1) is the square of its root.
     dimensions = float(correlation.trace())
-    if shrinkage < 1.0:
-        dimensions = (len(scale) - shrinkage * float(root.square().sum())) / (1.0 - shrinkage)
+    inverse = _inverse(correlation.mul_(1.0 - shrinkage), shrinkage, n)
+    difference = moments.mean_difference / scale
+    j = p1 * (1.0 - p1) * float(difference @ inverse @ difference)
+    if shrinkage < 1.0:  # tr(R R'^-1), where R' = (1 - s) R + s I
+        dimensions = (len(scale) - shrinkage * float(inverse.trace())) / (1.0 - shrinkage)
     unbiased = (n - dimensions - 3.0) / n
     corrected = unbiased * j - dimensions / n
-    low, high = _spread(moments, root / scale)
+    low, high = _spread(moments, scale, inverse)
     return Fisher(j, corrected, corrected + unbiased * low, corrected + unbiased * high)
 
 
@@ -95,11 +95,11 @@ def _within_correlation(moments: ClassMoments) -> tuple[Tensor, Tensor]:
     within, spread = moments.within_covariance, moments.graded.covariance.diagonal()
     scale = torch.maximum(within.diagonal(), ROUNDING * spread).sqrt()
     scale[spread <= (ROUNDING * moments.graded.mean) ** 2] = torch.inf
-    return scale, within / torch.outer(scale, scale)
+    return scale, within.div_(scale).div_(scale[:, None])
 
 
-def _inverse_root(shrunk: Tensor, shrinkage: float, num_prompts: float) -> Tensor:
-    """L^-1 (D, D), lower triangular, where L L^T is R' = `shrunk` + `shrinkage` I."""
+def _inverse(shrunk: Tensor, shrinkage: float, num_prompts: float) -> Tensor:
+    """R'^-1 (D, D), where R' = `shrunk` + `shrinkage` I; `shrunk` is not kept."""
     shrunk.diagonal().add_(shrinkage)
     root, info = torch.linalg.cholesky_ex(shrunk)
     if info:
@@ -107,15 +107,14 @@ def _inverse_root(shrunk: Tensor, shrinkage: float, num_prompts: float) -> Tenso
             f"the within-class scatter of {num_prompts:.0f} prompts in {len(shrunk)} dimensions is singular: "
             "shrink it more"
         )
-    inverse: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
-    return inverse
+    return torch.cholesky_inverse(root)
 
 
-def _spread(moments: ClassMoments, root: Tensor) -> tuple[float, float]:
-    """The quantiles of resampled J about their mean; `root` is an inverse root of S_w."""
+def _spread(moments: ClassMoments, scale: Tensor, inverse: Tensor) -> tuple[float, float]:
+    """The quantiles of resampled J about their mean; `inverse` is that of the scaled correlation."""
     deviations_FCD = moments.sums_FCD - moments.counts_FC[..., None] * moments.graded.mean
-    whitened = deviations_FCD.flatten(0, 1) @ root.T
-    gram, counts_FC = (whitened @ whitened.T).cpu().numpy(), moments.counts_FC.cpu().numpy()
+    scaled = deviations_FCD.flatten(0, 1) / scale
+    gram, counts_FC = (scaled @ inverse @ scaled.T).cpu().numpy(), moments.counts_FC.cpu().numpy()
     draws_BF = _draws()
     counts_BC = draws_BF @ counts_FC
     with np.errstate(divide="ignore", invalid="ignore"):  # of a class that no drawn fold holds
