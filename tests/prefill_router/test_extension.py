@@ -127,3 +127,10 @@ def test_an_output_without_labels_is_the_mean_of_the_known_ones() -> None:
     x = random_features(40, 5).numpy()
     found = combined(known, x, np.full((40, 1), np.nan, np.float32))(x)
     np.testing.assert_allclose(found[:, 0], known(x).mean(1), atol=1e-4)
+
+
+def test_a_machine_without_landmarks_learns_a_mean() -> None:
+    x = random_features(80, 5).numpy()
+    labels = (5.0 + np.random.default_rng(0).normal(0, 0.1, (80, 1))).astype(np.float32)
+    found = combined(KernelMachine.constant(np.array([1.0, 3.0], np.float32), NUM_FEATURES), x, labels)
+    np.testing.assert_allclose(found(x)[:, 0], labels.mean(), atol=0.01)
