@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,13 +42,17 @@ class KernelMachine:
         landmarks, coefficients = np.empty((0, num_features), np.float16), np.empty((0, len(mean)), np.float32)
         return cls(landmarks, 1.0, coefficients, mean)
 
+    @cached_property
+    def _places(self) -> _Places:
+        return _Places.of(torch.from_numpy(self.landmarks).float())
+
     @torch.inference_mode()
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        landmarks, coefficients = torch.from_numpy(self.landmarks).float(), torch.from_numpy(self.coefficients)
+        coefficients = torch.from_numpy(self.coefficients)
         outputs = torch.empty(len(features), len(self.mean))
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            kernel = _kernel(torch.from_numpy(features[rows]), landmarks, self.lengthscale)
+            kernel = _kernel(torch.from_numpy(features[rows]), self._places, self.lengthscale)
             outputs[rows] = kernel @ coefficients
         return outputs.numpy() + self.mean
 
@@ -87,7 +92,7 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
     landmarks = torch.from_numpy(features).half()
     x = landmarks.float()
     lengthscale = max(float(x.var(0).sum().sqrt()), _MIN_LENGTHSCALE)
-    kernel = _kernel(x, x, lengthscale).fill_diagonal_(1.0)  # where the distance is rounding alone
+    kernel = _kernel(x, _Places.of(x), lengthscale).fill_diagonal_(1.0)  # where the distance is rounding alone
     y = torch.cat([torch.from_numpy(group) for group in labels], dim=1)
     missing, mean = y.isnan(), _means(labels)
     centred = (y - mean).where(~missing, 0.0)
@@ -110,8 +115,21 @@ def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
     return basis
 
 
-def _kernel(x: Tensor, landmarks: Tensor, lengthscale: float) -> Tensor:
-    return torch.cdist(x, landmarks).div_(lengthscale).sqrt_().neg_().exp_()
+class _Places(NamedTuple):
+    """Landmarks as distances want them."""
+
+    transposed: Tensor  # (F, M)
+    squares: Tensor  # (M,) of their norms
+
+    @classmethod
+    def of(cls, landmarks: Tensor) -> _Places:
+        return cls(landmarks.T.contiguous(), landmarks.square().sum(1))
+
+
+def _kernel(x: Tensor, places: _Places, lengthscale: float) -> Tensor:
+    squares = torch.addmm(places.squares, x, places.transposed, alpha=-2.0)
+    squares += x.square().sum(1, keepdim=True)
+    return squares.clamp_(min=0.0).div_(lengthscale**2).sqrt_().sqrt_().neg_().exp_()
 
 
 def _means(labels: Sequence[NDArray[np.float32]]) -> Tensor:
