@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,12 @@ def test_what_a_user_can_put_right_in_a_task_is_raised_here(local_ray: None, x: 
         list(cluster.map_rows([{"x": x}], double, fn_kwargs={"offset": 0}))
 
 
-class Numbers(list[int]):
+@dataclass(frozen=True)
+class Numbers:
+    values: list[int]
+
     def merge(self, other: Numbers) -> Numbers:
-        return Numbers([*self, *other])
+        return Numbers(self.values + other.values)
 
 
 def numbers(item: dict[str, Any]) -> Numbers:
@@ -55,9 +59,9 @@ def numbers(item: dict[str, Any]) -> Numbers:
 
 
 def sum_up(name: str, merged: Numbers) -> dict[str, Any]:
-    if sum(merged) > 100:
+    if sum(merged.values) > 100:
         raise UserError("too much")
-    return {"name": name, "total": sum(merged), "sorted": np.sort(merged)}
+    return {"name": name, "total": sum(merged.values), "sorted": np.sort(merged.values)}
 
 
 @pytest.mark.parametrize("parts", [1, 3])
