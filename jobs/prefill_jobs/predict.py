@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_router.length import median_tokens
 from prefill_router.router import Estimates, Prediction, Router
 from prefill_router.split import Keys
 
@@ -40,10 +39,11 @@ def predict_graded(router: Router, graded: GradedStore, *, with_features: bool =
     parts = [row["arrays"] for row in sorted(rows, key=lambda row: int(row["shard"]))]
     gathered: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     estimates = Estimates(*(gathered.pop(name) for name in Estimates._fields))
-    p_uncalibrated = router.uncalibrated(estimates)
-    prediction = Prediction(router.calibration(p_uncalibrated), median_tokens(estimates.log_lengths))
     return GradedPrediction(
-        **{"features": None, **gathered}, estimates=estimates, p_uncalibrated=p_uncalibrated, prediction=prediction
+        **{"features": None, **gathered},
+        estimates=estimates,
+        p_uncalibrated=router.uncalibrated(estimates),
+        prediction=router.prediction(estimates),
     )
 
 

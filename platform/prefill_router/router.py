@@ -170,10 +170,13 @@ class Router:
         """P(correct) (N, T) of trunk and kernel machine together."""
         return stacked(estimates.p_trunk, estimates.p_kernel, self.kernel_weight)
 
+    def prediction(self, estimates: Estimates) -> Prediction:
+        """What the router says, given what its parts do."""
+        return Prediction(self.calibration(self.uncalibrated(estimates)), median_tokens(estimates.log_lengths))
+
     def predict_features(self, features: NDArray[np.float32]) -> Prediction:
         """The prediction for features (N, F)."""
-        estimates = self.estimates(features)
-        return Prediction(self.calibration(self.uncalibrated(estimates)), median_tokens(estimates.log_lengths))
+        return self.prediction(self.estimates(features))
 
     def predict_length(self, prompts: Sequence[Prompt], q: float) -> NDArray[np.float32]:
         """The output tokens (N, T) that an answer exceeds with probability 1 - q; at 0.5 those that are expected."""
