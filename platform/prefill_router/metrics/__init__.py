@@ -1,0 +1,47 @@
+"""How good a router is, and how sure one can be of it. Definitions are METHOD's, "Metrics", unless a docstring names
+another source.
+
+Routing metrics count the prompts on which every target has an outcome; metrics of one target count the prompts on which
+that target has one. A missing outcome is never a wrong answer. Leaving out prompts is unbiased where what is missing
+does not depend on what came of it; where it depends on how hard a prompt is, `completeness_weights` mends it.
+"""
+
+from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval
+from prefill_router.metrics.choices import Zones, agreement_zones, risk_coverage_curve, routing_shares
+from prefill_router.metrics.curve import auccc, cost_coverage_curve, pareto_frontier, tolerance_curve
+from prefill_router.metrics.missing import completeness_weights
+from prefill_router.metrics.peers import (
+    arena_score,
+    average_improvement_in_quality,
+    average_performance_gap_recovered,
+    call_performance_threshold,
+)
+from prefill_router.metrics.scores import RoutingScores, Scorer, best_tolerance, score_routing
+from prefill_router.metrics.targets import brier_score, expected_calibration_error, reliability_curve, roc_auc
+
+__all__ = [
+    "Interval",
+    "RoutingScores",
+    "Scorer",
+    "Zones",
+    "agreement_zones",
+    "arena_score",
+    "auccc",
+    "average_improvement_in_quality",
+    "average_performance_gap_recovered",
+    "best_tolerance",
+    "bootstrap_weights",
+    "brier_score",
+    "call_performance_threshold",
+    "completeness_weights",
+    "cost_coverage_curve",
+    "expected_calibration_error",
+    "interval",
+    "pareto_frontier",
+    "reliability_curve",
+    "risk_coverage_curve",
+    "roc_auc",
+    "routing_shares",
+    "score_routing",
+    "tolerance_curve",
+]

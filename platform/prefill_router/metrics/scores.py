@@ -1,0 +1,218 @@
+"""All figures of a router at one tolerance and over all of them, for one weighting of the prompts or for many."""
+
+# N prompts, T targets, M points, B weightings
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prefill_router.errors import UserError
+from prefill_router.metrics.choices import RiskCoverage, zone_terms
+from prefill_router.metrics.curve import Points, Sweep, checked, complete, tolerance_curve
+from prefill_router.metrics.peers import GapRecovered, arena_score, average_improvement_in_quality
+from prefill_router.metrics.targets import TargetScores, ratio
+from prefill_router.policy import choose
+
+Array = NDArray[np.float64]
+
+ROUNDING = 1e-12  # of a mean of accuracies
+_MOST_NUMBERS = 1 << 22  # in an array of weightings and points
+
+
+@dataclass(frozen=True)
+class RoutingScores:
+    """Accuracies are fractions of prompts, costs USD a prompt; `auc`, `ece`, `brier`, `share` have a value a target."""
+
+    num_prompts: int  # on which every target has an outcome
+    best_single_accuracy: float
+    best_single_cost: float
+    oracle_accuracy: float
+    accuracy: float
+    cost: float
+    efficacy: float
+    cost_saving: float
+    best_efficacy: float  # at the curve's most accurate point
+    saving_at_best_single: float  # against the best single target's cost, at its accuracy or more; NaN if unreached
+    p_auccc: float
+    model_auccc: float
+    mdp_auccc: float
+    pdp_auccc: float
+    apgr: float  # between the cheapest and the most accurate target, RouteLLM's two
+    cpt_50: float
+    cpt_80: float
+    aiq: float
+    arena_score: float
+    aurc: float
+    all_right: float  # of the prompts, as `agreement_zones` has it
+    disagree: float
+    all_wrong: float
+    wrong_choices: float
+    share: list[float]
+    auc: list[float]
+    ece: list[float]
+    brier: list[float]
+
+
+def score_routing(
+    correct: ArrayLike,
+    p: ArrayLike,
+    cost: ArrayLike,
+    tolerance: float = 0.0,
+    paid: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> RoutingScores:
+    """All metrics of a router with P(correct) `p` (N, T) and expected `cost` (T,) or (N, T), at one tolerance.
+
+    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. Prompts
+    weigh the same, or `weights` (N,), as `completeness_weights` gives them. Ratios without a denominator are NaN.
+    Raises UserError where no prompt has an outcome of every target.
+    """
+    return Scorer(correct, p, cost, tolerance, paid).scores(weights)
+
+
+class Scorer:
+    """A router's figures on the same prompts, for as many weightings of them as a bootstrap asks for."""
+
+    def __init__(
+        self, correct: ArrayLike, p: ArrayLike, cost: ArrayLike, tolerance: float = 0.0, paid: ArrayLike | None = None
+    ) -> None:
+        self._correct, self._p, self._cost, self._paid = checked(correct, p, cost, paid)
+        self._complete = ~np.isnan(self._correct).any(1)
+        if not self._complete.any():
+            raise UserError("no prompt has an outcome of every target: routing cannot be scored")
+        correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
+        self._singles = np.stack([paid_NT.T, correct_NT.T])
+        self._oracle = correct_NT.max(1)
+        self._sweep = Sweep(correct_NT, p_NT, cost_NT, paid_NT)
+        choice = choose(p_NT, cost_NT, tolerance)[:, None]
+        self._chosen = np.stack([np.take_along_axis(values, choice, 1)[:, 0] for values in (paid_NT, correct_NT)])
+        self._share = (choice == np.arange(p_NT.shape[1])).astype(np.float64)
+        self._zones = zone_terms(correct_NT, self._chosen[1])
+        self._risk = RiskCoverage(self._chosen[1], np.take_along_axis(p_NT, choice, 1)[:, 0])
+        weak, strong = self._pair()
+        self._gap = GapRecovered(correct_NT[:, strong], correct_NT[:, weak], p_NT[:, strong] - p_NT[:, weak])
+        graded = ~np.isnan(self._correct)
+        self._targets = [
+            (known, TargetScores(y[known], said[known]))
+            for y, said, known in zip(self._correct.T, self._p.T, graded.T, strict=True)
+        ]
+
+    def scores(self, weights: ArrayLike | None = None) -> RoutingScores:
+        """The figures of one weighting (N,) of all prompts; by default all weigh the same."""
+        weights_N = np.ones(len(self._p)) if weights is None else np.asarray(weights, np.float64)
+        figures = {name: values[0].tolist() for name, values in self.figures(weights_N[None]).items()}
+        return RoutingScores(num_prompts=int(self._complete.sum()), **figures)
+
+    def figures(self, weights_BN: Array) -> dict[str, Array]:
+        """Every field of RoutingScores but the number of prompts, for weightings of all prompts: (B,), or (B, T)."""
+        rows = max(1, _MOST_NUMBERS // self._share.size)
+        parts = [self._figures(weights_BN[i : i + rows]) for i in range(0, len(weights_BN), rows)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def points_at(self, tolerance: float, weights_BN: Array) -> Array:
+        """Rows (B, 2) of (mean cost, accuracy) at another tolerance."""
+        reached = np.searchsorted(self._sweep.tolerances, tolerance, side="right") - 1
+        points = self._sweep.points(weights_BN[:, self._complete])
+        return np.stack([points.costs[:, reached], points.accuracies[:, reached]], axis=1)
+
+    def _figures(self, weights_BN: Array) -> dict[str, Array]:
+        w = weights_BN[:, self._complete]
+
+        def mean(values: Array) -> Array:
+            # Divided last, so that equal numbers of right answers give equal accuracies, however they are counted.
+            return ratio((w @ values).T, w.sum(1)).T
+
+        single_costs, single_accuracies = (mean(values.T) for values in self._singles)
+        cheapest, best = _first(single_costs, -single_accuracies), _first(-single_accuracies, single_costs)
+        (c_min, floor), (best_cost, best_accuracy) = (
+            (_at(single_costs, target), _at(single_accuracies, target)) for target in (cheapest, best)
+        )
+        c_max = single_costs.max(1)
+        curve, singles = self._sweep.points(w).by_cost(), Points(single_costs, single_accuracies)
+
+        def area(points: Points) -> Array:
+            return points.area(c_min, c_max, floor)
+
+        cost, accuracy = (mean(values) for values in self._chosen)
+        oracle = mean(self._oracle)
+        headroom = np.where(oracle - best_accuracy > ROUNDING, oracle - best_accuracy, 0.0)
+        reached = np.where(curve.accuracies >= best_accuracy[:, None] - ROUNDING, curve.costs, np.inf).min(1)
+        p_area, model_area = area(curve), area(singles.frontier())
+        all_right, disagree, all_wrong, short = mean(self._zones.T).T
+        return {
+            "best_single_accuracy": best_accuracy,
+            "best_single_cost": best_cost,
+            "oracle_accuracy": oracle,
+            "accuracy": accuracy,
+            "cost": cost,
+            "efficacy": ratio(accuracy - best_accuracy, headroom),
+            "cost_saving": 1.0 - ratio(cost, c_max),
+            "best_efficacy": ratio(curve.accuracies.max(1) - best_accuracy, headroom),
+            "saving_at_best_single": np.where(np.isfinite(reached), 1.0 - ratio(reached, best_cost), np.nan),
+            "p_auccc": p_area,
+            "model_auccc": model_area,
+            "mdp_auccc": p_area - model_area,
+            "pdp_auccc": area(singles.joined(curve).frontier()) - p_area,
+            "apgr": self._gap.average(w),
+            "cpt_50": self._gap.threshold(w, 0.5),
+            "cpt_80": self._gap.threshold(w, 0.8),
+            "aiq": _aiq(curve, np.stack([c_min, floor], axis=1), c_max),
+            "arena_score": arena_score(accuracy, cost),
+            "aurc": self._risk.area(w),
+            "all_right": all_right,
+            "disagree": disagree,
+            "all_wrong": all_wrong,
+            "wrong_choices": ratio(short, disagree),
+            "share": mean(self._share),
+            "auc": self._by_target(weights_BN, TargetScores.auc),
+            "ece": self._by_target(weights_BN, TargetScores.ece),
+            "brier": self._by_target(weights_BN, TargetScores.brier),
+        }
+
+    def _by_target(self, weights_BN: Array, score: Callable[[TargetScores, Array], Array]) -> Array:
+        return np.stack([score(target, weights_BN[:, known]) for known, target in self._targets], axis=1)
+
+    def _pair(self) -> tuple[int, int]:
+        """The cheapest and the most accurate target."""
+        costs, accuracies = (values.mean(1)[None] for values in self._singles)
+        return int(_first(costs, -accuracies)[0]), int(_first(-accuracies, costs)[0])
+
+
+def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
+    """The tolerance to route at, by the one-standard-error rule (Breiman et al., 1984).
+
+    The cheapest one whose accuracy is within a standard error of the best on the curve, and not below that of the best
+    single target where the curve reaches it. 0 where no prompt has an outcome of every target.
+    """
+    curve = tolerance_curve(correct, p, cost, paid)
+    if not len(curve):
+        return 0.0
+    correct_NT, *_ = complete(correct, p, cost, paid)
+    highest, best_single = curve[:, 2].max(), correct_NT.mean(0).max()
+    enough = highest - np.sqrt(highest * (1.0 - highest) / len(correct_NT))
+    if highest >= best_single - ROUNDING:
+        enough = max(enough, best_single)
+    reached = curve[curve[:, 2] >= enough - ROUNDING]
+    return float(reached[np.lexsort((-reached[:, 2], reached[:, 1]))[0], 0])
+
+
+def _aiq(curve: Points, cheapest_B2: Array, c_max_B: Array) -> Array:
+    """With the cheapest target: a tolerance of one always has it."""
+    found = []
+    for i, (cheapest, c_max) in enumerate(zip(cheapest_B2, c_max_B, strict=True)):
+        points = np.concatenate([cheapest[None], curve.of(i)])
+        found.append(average_improvement_in_quality(points, cheapest[0], c_max))
+    return np.asarray(found)
+
+
+def _first(keys_BT: Array, ties_BT: Array) -> NDArray[np.int64]:
+    """The target of lowest key (B,), of those the one of lowest tie."""
+    return np.lexsort((ties_BT, keys_BT), axis=1)[:, 0]
+
+
+def _at(values_BT: Array, target_B: NDArray[np.int64]) -> Array:
+    return np.take_along_axis(values_BT, target_B[:, None], 1)[:, 0]
