@@ -14,7 +14,7 @@ import pytest
 
 from command import Command
 from s3 import s3_bucket  # noqa: F401
-from tiny import POOL_TOML, random_prompts, save_tiny_model
+from tiny import POOL_TOML, random_prompts, save_tiny_model, save_tiny_sentence_encoder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads on tiny matrices only wait for each other
@@ -41,6 +41,11 @@ def _has_cuda() -> bool:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sentence_encoder(tmp_path_factory.mktemp("tiny_sentence_encoder"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,37 @@ def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_sentence_encoder(folder: Path, pooling: str | None = "mean_tokens", max_tokens: int = 16) -> Path:
+    """A random BERT of two blocks in the words of WORDS, laid out as sentence-transformers does."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(token, VOCABULARY[token]) for token in ("<bos>", "<|end|>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <|end|>", special_tokens=ends)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_tokens}))
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        modes = {f"pooling_mode_{name}": name == pooling for name in ("mean_tokens", "cls_token", "lasttoken", pooling)}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
     return folder
 
 

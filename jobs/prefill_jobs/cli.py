@@ -161,11 +161,13 @@ def _evaluate(config: Any) -> None:
     import numpy as np
 
     from prefill_jobs.evaluate import evaluate
-    from prefill_router.report import headline, metric_rows
+    from prefill_router.report import against_baselines, headline, metric_rows
 
     evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
-    auc, ece, before = map(np.nanmean, (evaluation.router.auc, evaluation.router.ece, evaluation.ece_uncalibrated))
+    typer.echo(against_baselines(evaluation))
+    calibration = evaluation.calibration
+    auc, ece, before = map(np.nanmean, (evaluation.router.auc, calibration.ece, calibration.ece_uncalibrated))
     typer.echo(f"mean AUC: {auc:.3f}, mean ECE: {ece:.3f}, {before:.3f} before calibration")
     for name, text in metric_rows(evaluation.router):
         typer.echo(f"{name}: {text}")

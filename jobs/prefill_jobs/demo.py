@@ -176,7 +176,8 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
         console.print(notice)
     table = Table("held-out prompts", "prefill router", "k nearest neighbours", box=None)
     ours = metric_rows(evaluation.router)
-    neighbours = metric_rows(evaluation.knn) if evaluation.knn else [(name, "–") for name, _ in ours]
+    knn = evaluation.standing("knn_activations")
+    neighbours = metric_rows(knn.scores) if knn else [(name, "–") for name, _ in ours]
     for (name, value), (_, other) in zip(ours, neighbours, strict=True):
         table.add_row(name, value, other)
     console.print(table)

@@ -11,10 +11,12 @@ import torch
 
 from prefill_jobs import cluster
 from prefill_jobs.progress import Progress
-from prefill_router import shards, storage
+from prefill_router import artifact, shards, storage
+from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import LabelConfig
+from prefill_router.decision import Policy
 from prefill_router.plan import Shard, plan, read_shard
-from prefill_router.router import Policy, Router
+from prefill_router.router import Router
 from prefill_router.schema import decisions
 from prefill_router.shards import ShardFile
 from prefill_router.work import Work
@@ -22,7 +24,7 @@ from prefill_router.work import Work
 
 def label(config: LabelConfig) -> dict[str, Any]:
     """Writes the decisions of a query log to `config.out` and returns their manifest, which is written last."""
-    router = Router.load(config.router)
+    router = artifact.load(config.router)
     planned = plan(config.log, config.shard_rows, config.limit, keep_repeats=True)
     planned.require_all_good()
     shards.claim_output(config.out, overwrite=config.overwrite)
@@ -60,8 +62,8 @@ class LabelShard:
         torch.set_num_threads(threads)
 
     @cached_property
-    def router(self) -> Router:
-        return Router.load(self.config.router)
+    def router(self) -> Router | BaselineRouter:
+        return artifact.load(self.config.router)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         rows = read_shard(Shard.from_json(item["shard"]))

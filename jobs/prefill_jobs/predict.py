@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_router.router import Estimates, Prediction, Router
+from prefill_router.decision import Prediction
+from prefill_router.router import Estimates, Router
 from prefill_router.split import Keys
 
 

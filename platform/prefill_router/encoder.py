@@ -147,6 +147,11 @@ class PrefillEncoder:
         return cls(backbone.to(device), loaded.tokenizer, spec, loaded.weights_id)
 
     @property
+    def name(self) -> str:
+        """Where it was loaded from."""
+        return self.spec.model
+
+    @property
     def identity(self) -> EncoderIdentity:
         return EncoderIdentity(
             spec=self.spec, num_layers=self.num_layers, hidden_size=self.hidden_size, fingerprint=self.fingerprint

@@ -1,10 +1,11 @@
-"""A router on held-out prompts, beside the single targets and a nearest-neighbour baseline, all on the same prompts."""
+"""A router on held-out prompts, beside every single target and every baseline, all on the same prompts and draws."""
 
-# N prompts, T targets
+# N prompts, T targets, B draws
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,30 +13,110 @@ from numpy.typing import NDArray
 
 from prefill_router.errors import UserError
 from prefill_router.metrics import (
+    Interval,
     RoutingScores,
-    cost_coverage_curve,
+    Scorer,
+    bootstrap_weights,
+    completeness_weights,
     expected_calibration_error,
+    interval,
     reliability_curve,
-    score_routing,
+    risk_coverage_curve,
 )
+from prefill_router.policy import choose
 from prefill_router.pool import Pool
 
 Array = NDArray[Any]
 
-_CURVE_POINTS = 1000  # of a curve in a report; its areas are computed from all of them
+NUM_DRAWS = 500
+_CURVE_POINTS = 300  # of a curve in a report; its areas are computed from all of them
+_BAND_POINTS = 40
+_CHANCES = 20
+_ROUNDING = 1e-12  # of a mean of accuracies
+
+# What gets an interval. Means over targets are named so; the rest are fields of RoutingScores.
+HEADLINES = (
+    "accuracy",
+    "cost",
+    "efficacy",
+    "cost_saving",
+    "best_efficacy",
+    "saving_at_best_single",
+    "p_auccc",
+    "mdp_auccc",
+    "apgr",
+    "cpt_50",
+    "cpt_80",
+    "aiq",
+    "arena_score",
+    "aurc",
+    "wrong_choices",
+    "mean_auc",
+    "mean_brier",
+)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts that training never saw, with what each side says of them."""
+    """Prompts that training never saw, and what came of them."""
 
     num_tokens: Array  # (N,)
     correct: Array  # (N, T), NaN where missing
     output_tokens: Array  # (N, T), NaN where missing
+    clusters: Array | None = None  # (N,) near-duplicates share one; by default each prompt is its own
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What a router, or a baseline, says of the held-out prompts."""
+
+    name: str
+    title: str
     p_correct: Array  # (N, T)
-    p_uncalibrated: Array  # (N, T)
     expected_output_tokens: Array  # (N, T)
-    knn_p_correct: Array | None  # (N, T); None where no training prompt was at hand
+    tolerance: float
+    has_hindsight: bool = False  # it knows the outcomes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one contender did."""
+
+    name: str
+    title: str
+    tolerance: float
+    has_hindsight: bool
+    scores: RoutingScores
+    intervals: dict[str, Interval]  # of HEADLINES
+    router_less_this: dict[str, Interval]  # the same of the paired differences; empty for the router
+    curve: list[list[float]]  # points of (cost, accuracy)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What one tolerance gives. Savings are against the best single target and against the dearest one."""
+
+    title: str
+    tolerance: float
+    accuracy: Interval
+    cost: Interval
+    efficacy: Interval
+    accuracy_less_best_single: Interval
+    saving_against_best_single: Interval
+    saving_against_dearest: Interval
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether P(correct) can be taken at its word. Values are one a target."""
+
+    ece: list[float]
+    ece_uncalibrated: list[float]
+    ece_of_chance: list[float]  # what a perfectly calibrated router would show on as many prompts
+    reliability: dict[str, list[list[list[float]]]]  # before and after: each target's (mean p, accuracy, prompts)
 
 
 @dataclass(frozen=True)
@@ -47,67 +128,222 @@ class Evaluation:
     router_version: str
     tolerance: float
     num_held_out: int
+    num_complete: int  # of them, with an outcome of every target
     num_seen: int  # prompts left out because training saw them
-    router: RoutingScores
-    knn: RoutingScores | None
+    accuracy_of_complete: float  # the router's, if complete prompts did not stand for those that lack an outcome
+    standings: list[Standing]  # the router first
+    band: list[list[float]]  # of the router's curve: (cost, low accuracy, high accuracy)
+    operating_points: list[OperatingPoint]
     target_accuracy: list[float]
     target_cost: list[float]
-    curves: dict[str, list[list[float]]]  # points of (cost, accuracy) by router
-    ece_uncalibrated: list[float]  # a value a target; the router's own scores are those after calibration
-    reliability: dict[str, list[list[list[float]]]]  # before and after: each target's (mean p, accuracy, prompts)
+    calibration: Calibration
+    risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
     length_error_tokens: float  # mean absolute error of the expected output tokens
     length_error_median_rule_tokens: float  # the same, of each target's median length
+    num_draws: int
+    about: dict[str, str] = field(default_factory=dict)  # data, split and versions, for people
+
+    @property
+    def router(self) -> RoutingScores:
+        return self.standings[0].scores
+
+    def standing(self, name: str) -> Standing | None:
+        return next((standing for standing in self.standings if standing.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: what has no value is null."""
-        return finite(asdict(self))  # type: ignore[no-any-return]
+        """As JSON: what has no value is null, and an interval is [value, low, high]."""
+        return finite({**asdict(self), "router": asdict(self.router)})  # type: ignore[no-any-return]
 
 
-def evaluate(pool: Pool, version: str, tolerance: float, held_out: HeldOut, num_seen: int) -> Evaluation:
-    """Scores a router at `tolerance`. Targets are chosen by expected cost; costs are counted from the real lengths.
+def evaluate(
+    pool: Pool,
+    version: str,
+    held_out: HeldOut,
+    router: Contender,
+    baselines: Sequence[Contender] = (),
+    *,
+    p_uncalibrated: Array | None = None,
+    num_seen: int = 0,
+    num_draws: int = NUM_DRAWS,
+    about: dict[str, str] | None = None,
+) -> Evaluation:
+    """Scores a router and its rivals. Targets are chosen by expected cost; costs are counted from the real lengths.
 
-    Where an answer's length is unknown, its expected length counts. Raises UserError where nothing is held out, or no
-    prompt has an outcome of every target.
+    Where an answer's length is unknown, the router's expected length counts. Where outcomes are missing, complete
+    prompts stand for those that are as difficult by the router's word (`completeness_weights`). Raises UserError where
+    nothing is held out, or no prompt has an outcome of every target.
     """
-    if not len(held_out.num_tokens):
+    if not len(held_out):
         raise UserError("no held-out prompt with outcomes: every prompt of this store was used in training")
-    expected = pool.expected_cost(held_out.num_tokens, held_out.expected_output_tokens)
-    lengths = np.where(np.isnan(held_out.output_tokens), held_out.expected_output_tokens, held_out.output_tokens)
-    paid = pool.expected_cost(held_out.num_tokens, lengths)
-    correct = held_out.correct.astype(np.float64)
-    complete = ~np.isnan(correct).any(1)
-    routers = {"router": held_out.p_correct, "knn": held_out.knn_p_correct}
-    curves = {n: cost_coverage_curve(correct, p, expected, paid) for n, p in routers.items() if p is not None}
-    knn = held_out.knn_p_correct
+    trial = _Trial(pool, held_out, router, num_draws)
+    choice = choose(router.p_correct, trial.expected(router), router.tolerance)
+    complete = np.flatnonzero(~np.isnan(trial.correct).any(1))
+    reached, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
+    target_cost, target_accuracy = trial.singles()
     return Evaluation(
         pool=pool.name,
         targets=pool.target_names,
         router_version=version,
-        tolerance=tolerance,
-        num_held_out=len(correct),
+        tolerance=router.tolerance,
+        num_held_out=len(held_out),
+        num_complete=len(complete),
         num_seen=num_seen,
-        router=score_routing(correct, held_out.p_correct, expected, tolerance, paid),
-        knn=None if knn is None else score_routing(correct, knn, expected, 0.0, paid),
-        target_accuracy=correct[complete].mean(0).tolist(),
-        target_cost=paid[complete].mean(0).tolist(),
-        curves={name: _thinned(curve).tolist() for name, curve in curves.items()},
-        ece_uncalibrated=[expected_calibration_error(y, p) for y, p in _graded(correct, held_out.p_uncalibrated)],
-        reliability={
-            "uncalibrated": _reliability(correct, held_out.p_uncalibrated),
-            "calibrated": _reliability(correct, held_out.p_correct),
-        },
-        length_error_tokens=_mean_error(held_out.output_tokens, held_out.expected_output_tokens),
+        accuracy_of_complete=float(reached.mean()),
+        standings=[trial.router(router), *(trial.rival(contender) for contender in baselines)],
+        band=trial.band(),
+        operating_points=trial.operating_points(router.tolerance),
+        target_accuracy=target_accuracy,
+        target_cost=target_cost,
+        calibration=_calibration(
+            trial.correct, router.p_correct, router.p_correct if p_uncalibrated is None else p_uncalibrated
+        ),
+        risk_coverage=_thinned(risk_coverage_curve(reached, confidence)).tolist(),
+        length_error_tokens=_mean_error(held_out.output_tokens, router.expected_output_tokens),
         length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
+        num_draws=num_draws,
+        about=about or {},
     )
+
+
+def oracle(held_out: HeldOut, expected_output_tokens: Array) -> Contender:
+    """The cheapest target that is right, by hindsight."""
+    p = np.nan_to_num(held_out.correct)
+    return Contender("oracle", "oracle", p, expected_output_tokens, 0.0, has_hindsight=True)
+
+
+class _Trial:
+    """The prompts, weights and draws that all contenders share. The first draw takes every prompt once."""
+
+    def __init__(self, pool: Pool, held_out: HeldOut, router: Contender, num_draws: int) -> None:
+        self.pool, self.held_out = pool, held_out
+        self.correct = held_out.correct.astype(np.float64)
+        known = ~np.isnan(held_out.output_tokens)
+        lengths = np.where(known, held_out.output_tokens, router.expected_output_tokens)
+        self.paid = pool.expected_cost(held_out.num_tokens, lengths)
+        self._weights = completeness_weights(self.correct, router.p_correct.mean(1))
+        drawn = bootstrap_weights(len(held_out), num_draws, clusters=held_out.clusters)
+        self._draws = np.concatenate([np.ones((1, len(held_out))), drawn])
+        self._router = self._scorer(router)
+        self._of_router = self._router.figures(self._draws)
+
+    def expected(self, contender: Contender) -> Array:
+        return self.pool.expected_cost(self.held_out.num_tokens, contender.expected_output_tokens)
+
+    def _scorer(self, contender: Contender) -> Scorer:
+        expected = self.expected(contender)
+        return Scorer(self.correct, contender.p_correct, expected, contender.tolerance, self.paid, self._weights)
+
+    def singles(self) -> tuple[list[float], list[float]]:
+        """Mean cost and accuracy of each target."""
+        costs, accuracies = self._router.singles(self._draws[:1])
+        return costs[0].tolist(), accuracies[0].tolist()
+
+    def router(self, contender: Contender) -> Standing:
+        return self._standing(contender, self._router, _headlines(self._of_router), {})
+
+    def rival(self, contender: Contender) -> Standing:
+        scorer = self._scorer(contender)
+        headlines = _headlines(scorer.figures(self._draws))
+        differences = {name: values - headlines[name] for name, values in _headlines(self._of_router).items()}
+        return self._standing(contender, scorer, headlines, differences)
+
+    def _standing(
+        self, contender: Contender, scorer: Scorer, headlines: dict[str, Array], differences: dict[str, Array]
+    ) -> Standing:
+        return Standing(
+            name=contender.name,
+            title=contender.title,
+            tolerance=contender.tolerance,
+            has_hindsight=contender.has_hindsight,
+            scores=scorer.scores(),
+            intervals={name: _interval(values) for name, values in headlines.items()},
+            router_less_this={name: _interval(values) for name, values in differences.items()},
+            curve=_thinned(scorer.curve()[::-1, 1:]).tolist(),
+        )
+
+    def band(self) -> list[list[float]]:
+        """Points (cost, low accuracy, high accuracy) along the router's curve, by ascending cost."""
+        tolerances = _thinned(self._router.curve()[:, 0], _BAND_POINTS)
+        costs, accuracies = self._router.points_at(tolerances, self._draws)
+        ends = [_interval(values) for values in accuracies.T]
+        return sorted([float(cost), end.low, end.high] for cost, end in zip(costs[0], ends, strict=True))
+
+    def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
+        """The router's own tolerance, and those at which its curve is usually read."""
+        curve, best = self._router.curve(), self._of_router["best_single_accuracy"][0]
+        wanted = {
+            "the most accurate": curve[:, 2].max(),
+            "as accurate as the best single target": best,
+            "within 1 point of it": best - 0.01,
+            "within 3 points of it": best - 0.03,
+        }
+        points = [self._operating_point("the router's own tolerance", own_tolerance)]
+        for title, accuracy in wanted.items():
+            reached = curve[curve[:, 2] >= accuracy - _ROUNDING]
+            if len(reached):
+                points.append(self._operating_point(title, float(reached[np.argmin(reached[:, 1]), 0])))
+        return points
+
+    def _operating_point(self, title: str, tolerance: float) -> OperatingPoint:
+        costs, accuracies = (values[:, 0] for values in self._router.points_at([tolerance], self._draws))
+        of = self._of_router
+        gained = accuracies - of["best_single_accuracy"]
+        headroom = of["oracle_accuracy"] - of["best_single_accuracy"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return OperatingPoint(
+                title=title,
+                tolerance=tolerance,
+                accuracy=_interval(accuracies),
+                cost=_interval(costs),
+                efficacy=_interval(np.where(headroom > _ROUNDING, gained / headroom, np.nan)),
+                accuracy_less_best_single=_interval(gained),
+                saving_against_best_single=_interval(1.0 - costs / of["best_single_cost"]),
+                saving_against_dearest=_interval(1.0 - costs / self._router.singles(self._draws)[0].max(1)),
+            )
+
+
+def _headlines(figures: dict[str, Array]) -> dict[str, Array]:
+    means = {f"mean_{name}": _mean_over_targets(figures[name]) for name in ("auc", "brier")}
+    return {name: {**figures, **means}[name] for name in HEADLINES}
+
+
+def _mean_over_targets(values_BT: Array) -> Array:
+    """The mean over those targets that have a value."""
+    known = ~np.isnan(values_BT)
+    sums, counts = np.where(known, values_BT, 0.0).sum(1), known.sum(1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _interval(values: Array) -> Interval:
+    """Of a figure's values: the first of all prompts, the others of the draws."""
+    return interval(float(values[0]), values[1:])
+
+
+# --- calibration and lengths -----------------------------------------------------------------------------------------
+
+
+def _calibration(correct: Array, p: Array, p_before: Array | None) -> Calibration:
+    p_uncalibrated = p if p_before is None else p_before
+    rng = np.random.default_rng(0)
+    return Calibration(
+        ece=[expected_calibration_error(y, said) for y, said in _graded(correct, p)],
+        ece_uncalibrated=[expected_calibration_error(y, said) for y, said in _graded(correct, p_uncalibrated)],
+        ece_of_chance=[_ece_of_chance(said, rng) for _, said in _graded(correct, p)],
+        reliability={
+            name: [reliability_curve(y, said).tolist() for y, said in _graded(correct, values)]
+            for name, values in (("uncalibrated", p_uncalibrated), ("calibrated", p))
+        },
+    )
+
+
+def _ece_of_chance(p: Array, rng: np.random.Generator) -> float:
+    """The mean error of outcomes that are drawn from the predictions themselves."""
+    return float(np.mean([expected_calibration_error(rng.random(len(p)) < p, p) for _ in range(_CHANCES)]))
 
 
 def _graded(correct: Array, p: Array) -> list[tuple[Array, Array]]:
     """Of each target, the outcomes that are known and what was said of them."""
     return [(y[~np.isnan(y)], said[~np.isnan(y)]) for y, said in zip(correct.T, p.T, strict=True)]
-
-
-def _reliability(correct: Array, p: Array) -> list[list[list[float]]]:
-    return [reliability_curve(y, said).tolist() for y, said in _graded(correct, p)]
 
 
 def _mean_error(lengths: Array, predicted: Array) -> float:
@@ -121,10 +357,10 @@ def _medians(lengths: Array) -> Array:
     return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
-def _thinned(curve: Array) -> Array:
-    if len(curve) <= _CURVE_POINTS:
-        return curve
-    return np.asarray(curve[np.unique(np.linspace(0, len(curve) - 1, _CURVE_POINTS).round().astype(int))])
+def _thinned(rows: Array, num_rows: int = _CURVE_POINTS) -> Array:
+    if len(rows) <= num_rows:
+        return rows
+    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, num_rows).round().astype(int))])
 
 
 def finite(value: Any) -> Any:

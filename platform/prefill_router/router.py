@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from prefill_router import config, storage
 from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
+from prefill_router.decision import Decision, Policy, Prediction, decide
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
 from prefill_router.errors import UserError
 from prefill_router.kernel import KernelMachine
 from prefill_router.length import median_tokens, quantile_tokens
-from prefill_router.policy import NO_TARGET, choose
 from prefill_router.pool import Pool
 from prefill_router.projection import Projection
 from prefill_router.schema import ActivationColumn
@@ -42,42 +42,12 @@ FORMAT = 1
 MANIFEST = "router.json"
 
 
-class Prediction(NamedTuple):
-    """P(correct) (N, T) and the expected (median) length of each target's answer (N, T), in tokens."""
-
-    p_correct: NDArray[np.float32]
-    expected_output_tokens: NDArray[np.float32]
-
-
 class Estimates(NamedTuple):
     """What a router's parts say of prompts, each (N, T)."""
 
     p_trunk: NDArray[np.float32]
     p_kernel: NDArray[np.float32]  # may leave [0, 1]
     log_lengths: NDArray[np.float32]  # of 1 + output tokens
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What a caller wants of a decision, beside the cheapest target that is good enough."""
-
-    tolerance: float | None = None  # give up at most this much P(correct); None is the router's own
-    allowed: Sequence[str] | None = None  # names of targets; None is all
-    max_cost: float | None = None  # USD a prompt
-    min_p: float | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a prompt goes, and why. `target` is None where no target met the constraints."""
-
-    target: str | None
-    p_correct: dict[str, float]
-    expected_output_tokens: dict[str, float]
-    expected_cost_usd: dict[str, float]
-    input_tokens: int  # as the encoder's tokenizer counts them, with its chat template
-    is_truncated: bool  # the encoder read the prompt without its middle
-    router_version: str
 
 
 class RouterManifest(config.StrictModel):
@@ -214,40 +184,11 @@ class Router:
         """
         encoded, _ = self.encoder.forward(tokens, self.columns)
         prediction = self.predict_activations(encoded)
-        cost_usd = self.pool.expected_cost(tokens.full_lengths, prediction.expected_output_tokens)
-        names = self.pool.target_names
-
-        def by_target(values: NDArray[Any]) -> dict[str, float]:
-            return dict(zip(names, values.tolist(), strict=True))
-
-        decisions = []
-        for i, (policy, is_truncated) in enumerate(zip(policies, tokens.is_truncated.tolist(), strict=True)):
-            chosen = self._choose(prediction.p_correct[i], cost_usd[i], policy)
-            decisions.append(
-                Decision(
-                    target=None if chosen == NO_TARGET else names[chosen],
-                    p_correct=by_target(prediction.p_correct[i]),
-                    expected_output_tokens=by_target(prediction.expected_output_tokens[i]),
-                    expected_cost_usd=by_target(cost_usd[i]),
-                    input_tokens=int(tokens.full_lengths[i]),
-                    is_truncated=is_truncated,
-                    router_version=self.version,
-                )
-            )
-        return decisions
-
-    def _choose(self, p_T: NDArray[Any], cost_T: NDArray[Any], policy: Policy) -> int:
-        tolerance = self.default_tolerance if policy.tolerance is None else policy.tolerance
-        allowed = self.check_policy(policy)
-        return int(choose(p_T[None], cost_T, tolerance, allowed, policy.max_cost, policy.min_p)[0])
+        return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
     def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
         """The targets that a policy allows, as a mask (T,). Raises UserError for one that is not in the pool."""
-        names = self.pool.target_names
-        for name in policy.allowed or ():
-            if name not in names:
-                raise UserError(f'target "{name}" is not in the pool: {", ".join(names)}')
-        return np.array([policy.allowed is None or name in policy.allowed for name in names])
+        return policy.mask(self.pool)
 
     # --- the artifact --------------------------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ class Split(StrictModel):
     test_fraction: Fraction = 0.2
     validation_fraction: Fraction = 0.15
 
+    def describe(self) -> str:
+        return (
+            f"by prompt, seed {self.seed}: {self.test_fraction:.0%} held out; of the rest, "
+            f"{self.validation_fraction:.0%} to choose calibration and tolerance on"
+        )
+
     def parts(self, keys: Keys) -> NDArray[np.int8]:
         """The Part of each prompt (N,), by its hash."""
         draws = mixed(keys ^ mixed(np.array([self.seed], np.uint64))) / float(2**64)

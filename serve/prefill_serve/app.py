@@ -16,10 +16,11 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
+from prefill_router import artifact
 from prefill_router.config import StrictModel
+from prefill_router.decision import Decision, Policy
 from prefill_router.encoder import Tokens
 from prefill_router.errors import UserError
-from prefill_router.router import Decision, Policy, Router
 from prefill_serve.http import Health, RouteRequest, RouteResponse, error_body
 
 MAX_BATCH_SIZE = 32
@@ -72,9 +73,9 @@ class RoutingEndpoint:
 
     def __init__(self, router: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.router = Router.load(router)
+        self.router = artifact.load(router)
         # The first pass is slow: it is made here, so that a replica that is ready is also fast.
-        self.router.route("Hello.")
+        self.router.decide(self.router.encoder.tokenize(["Hello."]), [Policy()])
 
     @api.post("/v1/route")
     async def route(self, request: RouteRequest) -> RouteResponse:
@@ -100,6 +101,6 @@ class RoutingEndpoint:
         return Health(
             status="ok",
             router_version=self.router.version,
-            encoder=self.router.encoder.spec.model,
+            encoder=self.router.encoder.name,
             targets=self.router.pool.target_names,
         )

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from prefill_router.config import StrictModel
 from prefill_router.corpus import Prompt, check_messages
+from prefill_router.decision import Policy
 from prefill_router.errors import UserError
-from prefill_router.router import Policy
 
 
 class Message(StrictModel):

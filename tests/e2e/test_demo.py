@@ -35,7 +35,7 @@ def test_it_ends_with_a_report_and_three_decisions(tiny_model: Path, tmp_path: P
     assert done.stdout.count("-> simulated/") == 3
     assert "Simulated answers" in done.stdout
     page = (tmp_path / "demo" / "report" / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 12  # six plots, for a desk and for a phone
     assert "Simulated answers" in page
 
 

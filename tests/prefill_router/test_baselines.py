@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from prefill_router.baselines import NUM_NEIGHBOURS, knn_p_correct
+from prefill_router.baselines.neighbours import NUM_NEIGHBOURS, knn_p_correct
 
 Array = NDArray[np.float32]
 

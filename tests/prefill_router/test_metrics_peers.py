@@ -55,8 +55,9 @@ def test_a_prompt_that_weighs_three_counts_as_three_prompts(seed: int) -> None:
     counts = np.random.default_rng(seed).integers(0, 4, len(data[0]))
     repeated = [np.repeat(values, counts, axis=0) for values in data]
     # RouteLLM's two targets are those of all prompts, whatever they weigh; AURC has a coverage a prompt, not a weight.
-    others = ("num_prompts", "apgr", "cpt_50", "cpt_80", "aurc")
-    weighted = vars(Scorer(*data[:3], 0.05, data[3]).scores(counts))
+    others = ("apgr", "cpt_50", "cpt_80", "aurc")
+    figures = Scorer(*data[:3], 0.05, data[3]).figures(counts[None].astype(float))
+    weighted = {name: values[0].tolist() for name, values in figures.items()}
     expected = vars(score_routing(*repeated[:3], 0.05, repeated[3]))
     for name in weighted.keys() - {*others}:
         assert weighted[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12, nan_ok=True), name
@@ -74,9 +75,11 @@ def test_weightings_are_scored_alike_together_and_alone() -> None:
 def test_figures_at_another_tolerance_are_those_of_its_choices() -> None:
     correct, p, cost, paid = pool(2, missing=0.1)
     scorer, ones = Scorer(correct, p, cost, 0.0, paid), np.ones((1, len(p)))
-    for tolerance in (0.0, 0.03, 0.2, 1.0):
-        scores = score_routing(correct, p, cost, tolerance, paid)
-        np.testing.assert_allclose(scorer.points_at(tolerance, ones)[0], [scores.cost, scores.accuracy], rtol=1e-12)
+    tolerances = (0.0, 0.03, 0.2, 1.0)
+    scores = [score_routing(correct, p, cost, tolerance, paid) for tolerance in tolerances]
+    costs, accuracies = scorer.points_at(tolerances, ones)
+    np.testing.assert_allclose(costs[0], [s.cost for s in scores], rtol=1e-12)
+    np.testing.assert_allclose(accuracies[0], [s.accuracy for s in scores], rtol=1e-12)
 
 
 # --- missing outcomes ----------------------------------------------------------------------------------------------

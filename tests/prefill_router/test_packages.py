@@ -61,7 +61,9 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 def test_the_core_loads_without_ray(tmp_path: Path) -> None:
-    modules = [f"prefill_router.{path.stem}" for path in sources("prefill_router") if path.stem != "__init__"]
+    root = REPOSITORY / "platform"
+    paths = [path.relative_to(root).with_suffix("") for path in sources("prefill_router") if path.stem != "__init__"]
+    modules = [".".join(path.parts) for path in paths]
     code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\nprint('ray' in sys.modules)"
     assert run(code, tmp_path).strip() == "False"
 

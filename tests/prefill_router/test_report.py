@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from matplotlib.axes import Axes
 
 from prefill_router.errors import UserError
-from prefill_router.evaluation import Evaluation, HeldOut, evaluate
+from prefill_router.evaluation import Contender, Evaluation, HeldOut, Interval, evaluate, oracle
+from prefill_router.figures import NARROW, WIDE, curve_figure, probe_figure, to_svg
 from prefill_router.pool import Pool, Target
 from prefill_router.probe import LayerProbe
-from prefill_router.report import curve_figure, headline, metric_rows, probe_figure, render_html, to_svg
+from prefill_router.report import against_baselines, headline, metric_rows, render_html, shown
 from prefill_router.schema import ActivationColumn, Pooling
 
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
@@ -47,21 +49,36 @@ class Page(HTMLParser):
             self.text += data
 
 
+@cache
 def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float, ...] = (1.0, 0.1)) -> Evaluation:
     rng = np.random.default_rng(0)
     num_prompts, shape = 60, (60, len(names))
-    p = rng.random(shape)
-    data = HeldOut(
+    p, expected = rng.random(shape), rng.uniform(50, 300, shape)
+    held_out = HeldOut(
         num_tokens=rng.integers(10, 300, num_prompts),
         correct=(rng.random(shape) < p).astype(np.float32),
         output_tokens=rng.integers(5, 400, shape).astype(np.float32),
-        p_correct=p,
-        p_uncalibrated=p**2,
-        expected_output_tokens=rng.uniform(50, 300, shape),
-        knn_p_correct=rng.random(shape),
     )
     targets = tuple(Target(name=n, input_price=x, output_price=4 * x) for n, x in zip(names, prices, strict=True))
-    return evaluate(Pool(name="a pool", targets=targets), "v1abc", 0.125, data, num_seen=1234)
+    rivals = [
+        Contender("knn", "k nearest neighbours", rng.random(shape), expected, 0.0),
+        *(
+            Contender(f"always {n}", f"always {n}", np.tile(np.eye(len(names))[t], (num_prompts, 1)), expected, 0.0)
+            for t, n in enumerate(names)
+        ),
+        oracle(held_out, expected),
+    ]
+    return evaluate(
+        Pool(name="a pool", targets=targets),
+        "v1abc",
+        held_out,
+        Contender("router", "prefill router", p, expected, 0.125),
+        rivals,
+        p_uncalibrated=p**2,
+        num_seen=1234,
+        num_draws=30,
+        about={"Outcomes": "s3://bucket/<outcomes>"},
+    )
 
 
 def probes(names: tuple[str, ...] = ("large", "small"), encoder: str = "an-encoder") -> list[LayerProbe]:
@@ -82,13 +99,13 @@ def dots_of(axes: Axes) -> list[tuple[float, float]]:
 
 
 def test_page_holds_every_figure_inline() -> None:
-    assert Page(render_html(evaluation(), probes())).num_svgs == 3
+    assert Page(render_html(evaluation(), probes())).num_svgs == 12
 
 
 @pytest.mark.parametrize("none", [None, []])
 def test_page_without_probes_holds_the_other_figures(none: list[LayerProbe] | None) -> None:
     page = Page(render_html(evaluation(), none))
-    assert page.num_svgs == 2
+    assert page.num_svgs == 10
     assert "Layer probes" not in page.text
 
 
@@ -111,7 +128,8 @@ def test_page_says_what_was_measured_on_what() -> None:
     assert headline(e) in text
     assert f"{e.router.accuracy:.1%}" in text
     for target, accuracy, auc in zip(e.targets, e.target_accuracy, e.router.auc, strict=True):
-        assert re.search(rf"{target} ?{accuracy:.1%} ?\$[0-9.e-]+ ?{auc:.3f}", text)
+        assert re.search(rf"{target} ?{accuracy:.1%} ?\$[0-9.e-]+ ?[0-9.]+% ?{auc:.3f}", text)
+    assert "s3://bucket/<outcomes>" in text
 
 
 def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
@@ -122,31 +140,49 @@ def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
     assert 'class="notice"' not in render_html(evaluation())
 
 
-@pytest.mark.parametrize(
-    "name", ["<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden"]
-)
-def test_any_name_of_a_target_is_shown_as_text(name: str) -> None:
-    names = (name, f"{name} too")
-    page = Page(render_html(evaluation(names), probes(names)))
-    assert page.text.count(name) >= 2
+def test_any_name_of_a_target_is_shown_as_text() -> None:
+    names = ("<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden")
+    page = Page(render_html(evaluation(names, (1.0,) * len(names)), probes(names)))
+    for name in names:
+        assert page.text.count(name) >= 2
     assert not {"script", "img", "b"} & set(page.tags)
-    assert page.num_svgs == 3
+    assert page.num_svgs == 12
 
 
-def test_neighbours_have_a_column_only_where_there_are_any() -> None:
+def test_every_contender_has_a_row_the_router_first() -> None:
     e = evaluation()
-    assert "k nearest neighbours" in Page(render_html(e)).text
-    alone = replace(e, knn=None, curves={"router": e.curves["router"]})
-    assert "k nearest neighbours" not in Page(render_html(alone)).text
+    text = Page(render_html(e)).text
+    places = [text.index(f"\n{s.title}") for s in e.standings]
+    assert places[0] == min(places)
+    alone = replace(e, standings=e.standings[:1])
+    page = Page(render_html(alone))
+    assert "No baseline could be fitted" in page.text
+    assert page.num_svgs == 10
+
+
+def test_missing_outcomes_are_said_where_there_are_any() -> None:
+    e = evaluation()
+    assert "lack an outcome" not in Page(render_html(e)).text
+    text = Page(render_html(replace(e, num_complete=48, accuracy_of_complete=0.875))).text
+    assert "12 prompts lack an outcome of some target" in text
+    assert "would read 87.5%" in text
 
 
 def test_what_has_no_value_is_a_dash() -> None:
     e = evaluation()
     nan = float("nan")
+    nothing = Interval(nan, nan, nan)
+    ours = e.standings[0]
+    ours = replace(
+        ours,
+        scores=replace(ours.scores, efficacy=nan, auc=[nan, 0.5]),
+        intervals=dict.fromkeys(ours.intervals, nothing),
+    )
+    point = replace(e.operating_points[0], efficacy=nothing, saving_against_best_single=nothing)
     unknown = replace(
         e,
-        knn=None,
-        router=replace(e.router, efficacy=nan, auc=[nan, 0.5]),
+        standings=[ours, *e.standings[1:]],
+        operating_points=[point],
         length_error_tokens=nan,
         length_error_median_rule_tokens=nan,
     )
@@ -155,39 +191,67 @@ def test_what_has_no_value_is_a_dash() -> None:
     assert not re.search(r"\bnan\b", text)
 
 
+def told(e: Evaluation, saving: Interval, **scores: float) -> str:
+    """The headline, if the router's scores were these."""
+    ours = replace(e.standings[0], scores=replace(e.router, **scores))
+    point = replace(e.operating_points[0], accuracy=Interval(0.75, 0.7, 0.8), saving_against_best_single=saving)
+    return headline(replace(e, standings=[ours, *e.standings[1:]], operating_points=[point]))
+
+
 def test_headline_compares_with_the_best_single_target() -> None:
-    e = evaluation()
-    router = replace(e.router, accuracy=0.75, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004)
-    told = headline(replace(e, router=router, target_accuracy=[0.5, 0.7]))
-    assert told == "75.0% right at $0.001 a prompt, against 70.0% at $0.004 for always small: +75.0% saved."
+    e = replace(evaluation(), target_accuracy=[0.5, 0.7])
+    saving = Interval(0.75, 0.7, 0.81)
+    assert told(e, saving, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004) == (
+        "75.0% (70.0% to 80.0%) right at $1 for 1,000 prompts, against 70.0% at $4 for always small: "
+        "75.0% (70.0% to 81.0%) saved."
+    )
 
 
 def test_headline_names_the_cheaper_of_two_best_targets() -> None:
+    e = replace(evaluation(), target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
+    assert "for always small" in told(e, Interval(0.1, 0.0, 0.2))
+
+
+def test_headline_claims_no_saving_against_a_free_target() -> None:
+    assert "saved" not in told(evaluation(), Interval(*[float("nan")] * 3), best_single_cost=0.0)
+
+
+@pytest.mark.parametrize(
+    ("less", "num_beaten", "verdict"),
+    [
+        (Interval(0.004, 0.001, 0.007), 1, "it is better"),
+        (Interval(0.004, -0.001, 0.007), 0, "these prompts cannot tell"),
+        (Interval(-0.004, -0.007, -0.001), 0, "it is worse"),
+    ],
+)
+def test_the_verdict_claims_what_the_interval_does(less: Interval, num_beaten: int, verdict: str) -> None:
     e = evaluation()
-    router = replace(e.router, best_single_accuracy=0.7, best_single_cost=0.002)
-    tied = replace(e, router=router, target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
-    assert "for always small" in headline(tied)
+    knn = replace(e.standings[1], router_less_this={**e.standings[1].router_less_this, "mdp_auccc": less})
+    told = against_baselines(replace(e, standings=[e.standings[0], knn]))
+    assert f"surely adds more than {num_beaten} of 1 baselines" in told
+    assert f"against the best, k nearest neighbours, {verdict}: MDP-AUCCC" in told
+
+
+def test_figures_are_shown_short() -> None:
+    assert shown(0.0012345, "$") == "$1.23"
+    assert shown(-1e-9, "%") == "0.0%"
+    assert shown(0.0123, "+m") == "+12.3"
 
 
 def test_metric_rows_name_and_show_each_metric() -> None:
     scores = replace(evaluation().router, accuracy=0.5, cost=0.00123, efficacy=float("nan"), p_auccc=0.25)
     rows = dict(metric_rows(scores))
     assert rows["accuracy"] == "50.0%"
-    assert rows["cost a prompt"] == "$0.00123"
+    assert rows["cost of 1,000 prompts"] == "$1.23"
     assert rows["efficacy (gap closed)"] == "–"
     assert rows["P-AUCCC"] == "0.2500"
 
 
-def test_headline_claims_no_saving_against_a_free_target() -> None:
-    e = evaluation()
-    router = replace(e.router, cost=0.001, best_single_cost=0.0)
-    assert "+0.0% saved" not in headline(replace(e, router=router))
-
-
+@pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("prices", [(1.0, 0.1), (1.0, 0.0), (0.0, 0.0)])
-def test_curve_figure_shows_every_target_a_free_one_too(prices: tuple[float, ...]) -> None:
+def test_curve_figure_shows_every_target_a_free_one_too(prices: tuple[float, ...], width: float) -> None:
     e = evaluation(prices=prices)
-    axes = curve_figure(e).axes[0]
+    axes = curve_figure(e, width).axes[0]
     shown = dots_of(axes)
     assert shown == list(zip(e.target_cost, e.target_accuracy, strict=True))
     left, right = axes.get_xlim()

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_router import storage
+from prefill_router.decision import Policy
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
 from prefill_router.errors import UserError
 from prefill_router.policy import choose
 from prefill_router.pool import Pool, Target
-from prefill_router.router import MANIFEST, Policy, Router
+from prefill_router.router import MANIFEST, Router
 from tiny import random_prompts, save_tiny_model
 
 PROMPTS = random_prompts(20, seed=9)

@@ -67,23 +67,33 @@ def score_routing(
 ) -> RoutingScores:
     """All metrics of a router with P(correct) `p` (N, T) and expected `cost` (T,) or (N, T), at one tolerance.
 
-    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. Prompts
-    weigh the same, or `weights` (N,), as `completeness_weights` gives them. Ratios without a denominator are NaN.
-    Raises UserError where no prompt has an outcome of every target.
+    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. In
+    routing metrics prompts weigh the same, or `weights` (N,), as `completeness_weights` gives them. Ratios without a
+    denominator are NaN. Raises UserError where no prompt has an outcome of every target.
     """
-    return Scorer(correct, p, cost, tolerance, paid).scores(weights)
+    return Scorer(correct, p, cost, tolerance, paid, weights).scores()
 
 
 class Scorer:
-    """A router's figures on the same prompts, for as many weightings of them as a bootstrap asks for."""
+    """A router's figures on the same prompts, for as many draws of them as a bootstrap asks for.
+
+    The arguments are those of `score_routing`. A draw is how often each prompt was drawn.
+    """
 
     def __init__(
-        self, correct: ArrayLike, p: ArrayLike, cost: ArrayLike, tolerance: float = 0.0, paid: ArrayLike | None = None
+        self,
+        correct: ArrayLike,
+        p: ArrayLike,
+        cost: ArrayLike,
+        tolerance: float = 0.0,
+        paid: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
     ) -> None:
         self._correct, self._p, self._cost, self._paid = checked(correct, p, cost, paid)
         self._complete = ~np.isnan(self._correct).any(1)
         if not self._complete.any():
             raise UserError("no prompt has an outcome of every target: routing cannot be scored")
+        self._weights = np.ones(len(self._p)) if weights is None else np.asarray(weights, np.float64)
         correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
         self._singles = np.stack([paid_NT.T, correct_NT.T])
         self._oracle = correct_NT.max(1)
@@ -101,32 +111,45 @@ class Scorer:
             for y, said, known in zip(self._correct.T, self._p.T, graded.T, strict=True)
         ]
 
-    def scores(self, weights: ArrayLike | None = None) -> RoutingScores:
-        """The figures of one weighting (N,) of all prompts; by default all weigh the same."""
-        weights_N = np.ones(len(self._p)) if weights is None else np.asarray(weights, np.float64)
-        figures = {name: values[0].tolist() for name, values in self.figures(weights_N[None]).items()}
+    def scores(self) -> RoutingScores:
+        figures = {name: values[0].tolist() for name, values in self.figures(np.ones((1, len(self._p)))).items()}
         return RoutingScores(num_prompts=int(self._complete.sum()), **figures)
 
-    def figures(self, weights_BN: Array) -> dict[str, Array]:
-        """Every field of RoutingScores but the number of prompts, for weightings of all prompts: (B,), or (B, T)."""
+    def figures(self, draws_BN: Array) -> dict[str, Array]:
+        """Every field of RoutingScores but the number of prompts, for each draw: (B,), or (B, T)."""
         rows = max(1, _MOST_NUMBERS // self._share.size)
-        parts = [self._figures(weights_BN[i : i + rows]) for i in range(0, len(weights_BN), rows)]
+        parts = [self._figures(draws_BN[i : i + rows]) for i in range(0, len(draws_BN), rows)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def points_at(self, tolerance: float, weights_BN: Array) -> Array:
-        """Rows (B, 2) of (mean cost, accuracy) at another tolerance."""
-        reached = np.searchsorted(self._sweep.tolerances, tolerance, side="right") - 1
-        points = self._sweep.points(weights_BN[:, self._complete])
-        return np.stack([points.costs[:, reached], points.accuracies[:, reached]], axis=1)
+    def points_at(self, tolerances_M: ArrayLike, draws_BN: Array) -> tuple[Array, Array]:
+        """Mean cost and accuracy (B, M) at other tolerances."""
+        reached = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
+        points = self._sweep.points(self._weighed(draws_BN))
+        return points.costs[:, reached], points.accuracies[:, reached]
 
-    def _figures(self, weights_BN: Array) -> dict[str, Array]:
-        w = weights_BN[:, self._complete]
+    def curve(self) -> Array:
+        """Rows (tolerance, mean cost, accuracy) wherever a choice moves, by ascending tolerance."""
+        points = self._sweep.points(self._weighed(np.ones((1, len(self._p)))))
+        return np.column_stack([self._sweep.tolerances, points.of(0)])
+
+    def singles(self, draws_BN: Array) -> tuple[Array, Array]:
+        """Mean cost and accuracy (B, T) of each target."""
+        w = self._weighed(draws_BN)
+        costs, accuracies = (ratio(w @ values.T, w.sum(1, keepdims=True)) for values in self._singles)
+        return costs, accuracies
+
+    def _weighed(self, draws_BN: Array) -> Array:
+        """The weights of the prompts with all outcomes."""
+        return np.asarray((draws_BN * self._weights)[:, self._complete])
+
+    def _figures(self, draws_BN: Array) -> dict[str, Array]:
+        w = self._weighed(draws_BN)
 
         def mean(values: Array) -> Array:
             # Divided last, so that equal numbers of right answers give equal accuracies, however they are counted.
             return ratio((w @ values).T, w.sum(1)).T
 
-        single_costs, single_accuracies = (mean(values.T) for values in self._singles)
+        single_costs, single_accuracies = self.singles(draws_BN)
         cheapest, best = _first(single_costs, -single_accuracies), _first(-single_accuracies, single_costs)
         (c_min, floor), (best_cost, best_accuracy) = (
             (_at(single_costs, target), _at(single_accuracies, target)) for target in (cheapest, best)
@@ -168,13 +191,13 @@ class Scorer:
             "all_wrong": all_wrong,
             "wrong_choices": ratio(short, disagree),
             "share": mean(self._share),
-            "auc": self._by_target(weights_BN, TargetScores.auc),
-            "ece": self._by_target(weights_BN, TargetScores.ece),
-            "brier": self._by_target(weights_BN, TargetScores.brier),
+            "auc": self._by_target(draws_BN, TargetScores.auc),
+            "ece": self._by_target(draws_BN, TargetScores.ece),
+            "brier": self._by_target(draws_BN, TargetScores.brier),
         }
 
-    def _by_target(self, weights_BN: Array, score: Callable[[TargetScores, Array], Array]) -> Array:
-        return np.stack([score(target, weights_BN[:, known]) for known, target in self._targets], axis=1)
+    def _by_target(self, draws_BN: Array, score: Callable[[TargetScores, Array], Array]) -> Array:
+        return np.stack([score(target, draws_BN[:, known]) for known, target in self._targets], axis=1)
 
     def _pair(self) -> tuple[int, int]:
         """The cheapest and the most accurate target."""

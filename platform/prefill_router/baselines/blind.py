@@ -1,0 +1,81 @@
+"""Baselines that never look at the prompt."""
+
+# N prompts, T targets, V targets on the hull
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_router.baselines.base import Baseline, mean_outcomes, per_prompt
+from prefill_router.metrics.peers import convex_hull
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Random(Baseline):
+    """Any target, each as likely; a tolerance moves its choices to the cheaper ones."""
+
+    random_state: int = 0
+    title = "random"
+    reads = "nothing"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        self.num_targets_ = np.array(correct.shape[1])
+        return self
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        return np.random.default_rng(self.random_state).random((len(x), int(self.num_targets_)))
+
+
+@dataclass
+class Always(Baseline):
+    """One target for every prompt."""
+
+    target: int
+    title = "always"
+    reads = "nothing"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        self.p_ = np.eye(correct.shape[1])[self.target]
+        return self
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        return per_prompt(self.p_, x)
+
+
+@dataclass
+class Mixture(Baseline):
+    """The cheapest way to any accuracy without looking: at each cost, a coin tossed between the best two targets.
+
+    The targets are those on the convex hull of cost and accuracy in training, V of them; `cost` (T,) is the mean of
+    each target. As the tolerance goes from 0 to 1/2, the coin goes from the most accurate of them to the cheapest, by
+    way of each pair of neighbours.
+    """
+
+    cost: Sequence[float]
+    random_state: int = 0
+    title = "mixture of two targets"
+    reads = "nothing"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        points = np.column_stack([self.cost, mean_outcomes(correct)])
+        hull = convex_hull(points)
+        self.on_hull_ = np.array([np.flatnonzero((points == corner).all(1))[0] for corner in hull])
+        self.num_targets_ = np.array(len(points))
+        return self
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        tosses = np.random.default_rng(self.random_state).random((len(x), 1))
+        num_steps = len(self.on_hull_) - 1
+        p = np.zeros((len(x), int(self.num_targets_)))
+        # At tolerance t, prompt i has come to corner number floor(num_steps (1 - 2 t) + toss_i) of the hull.
+        gaps = 1.0 - (np.arange(1, num_steps + 1) - tosses) / max(num_steps, 1)
+        p[:, self.on_hull_[:-1]] = 1.0 - gaps / 2.0
+        p[:, self.on_hull_[-1]] = 1.0
+        return p

@@ -1,0 +1,97 @@
+"""All baselines, fitted on the prompts that a router was trained on, each with the tolerance that suits it."""
+
+# N prompts, T targets, F features
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_router.baselines import BASELINES, Always, Mixture, Random
+from prefill_router.baselines.base import Baseline, Reads
+from prefill_router.length import median_logs, median_tokens
+from prefill_router.metrics import best_tolerance
+from prefill_router.pool import Pool
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with what baselines may read of them, and with what came of them."""
+
+    num_tokens: Array  # (N,) which are priced
+    correct: Array  # (N, T), NaN where missing
+    output_tokens: Array  # (N, T), NaN where missing
+    length: Array  # (N,) in the sentence encoder's tokens, where there is one
+    embedding: Array | None  # (N, F); None where the prompts' texts are not at hand
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def __getitem__(self, rows: Array) -> Prompts:
+        return Prompts(
+            num_tokens=self.num_tokens[rows],
+            correct=self.correct[rows],
+            output_tokens=self.output_tokens[rows],
+            length=self.length[rows],
+            embedding=None if self.embedding is None else self.embedding[rows],
+        )
+
+    def x(self, reads: Reads) -> Array:
+        """What a baseline reads (N, F)."""
+        if reads == "embedding" and self.embedding is not None:
+            return self.embedding
+        return np.asarray(self.length)[:, None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline that is ready to be compared, or served."""
+
+    name: str  # in BASELINES
+    title: str
+    baseline: Baseline
+    output_tokens: NDArray[np.float32]  # (T,) each target's median in training
+    tolerance: float
+
+    def p_correct(self, prompts: Prompts) -> NDArray[np.float64]:
+        return self.baseline.predict_proba(prompts.x(type(self.baseline).reads))
+
+
+def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitted]:
+    """Each baseline that can be fitted; those on embeddings only where there are any.
+
+    As with a router, the tolerance is chosen on the validation prompts, which are not fitted.
+    """
+    medians = median_tokens(median_logs(training.output_tokens))
+    for target, name in enumerate(pool.target_names):
+        always = Always(target).fit(training.x("nothing"), training.correct)
+        yield Fitted("always", f"always {name}", always, medians, 0.0)
+    for name, kind in BASELINES.items():
+        if kind is Always or (kind.reads == "embedding" and training.embedding is None):
+            continue
+        baseline = Mixture(_mean_cost(pool, training, medians)) if kind is Mixture else kind()
+        baseline.fit(training.x(kind.reads), training.correct)
+        yield Fitted(name, kind.title, baseline, medians, _tolerance(pool, baseline, validation, medians))
+
+
+def _tolerance(pool: Pool, baseline: Baseline, validation: Prompts, medians: Array) -> float:
+    if not len(validation) or isinstance(baseline, Random):  # what chooses at random has nothing to give up
+        return 0.0
+    p = baseline.predict_proba(validation.x(type(baseline).reads))
+    expected = pool.expected_cost(validation.num_tokens, np.broadcast_to(medians, p.shape))
+    return best_tolerance(validation.correct, p, expected, _paid(pool, validation, medians))
+
+
+def _paid(pool: Pool, prompts: Prompts, medians: Array) -> Array:
+    known = ~np.isnan(prompts.output_tokens)
+    return pool.expected_cost(prompts.num_tokens, np.where(known, prompts.output_tokens, medians))
+
+
+def _mean_cost(pool: Pool, prompts: Prompts, medians: Array) -> Sequence[float]:
+    return [float(cost) for cost in _paid(pool, prompts, medians).mean(0)]

@@ -1,0 +1,138 @@
+"""Baselines with a logistic output: on all of an embedding, on a few dimensions that targets share, on length alone."""
+
+# N prompts, F features, T targets, R rank
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefill_router.baselines.base import Baseline, Reads, mean_outcomes
+
+Array = NDArray[Any]
+
+_FEWEST_OF_A_CLASS = 2
+
+
+@dataclass
+class Logistic(Baseline):
+    """A logistic regression for each target, on standardised features; a target with a single class keeps its mean.
+
+    Partial credit counts in both classes, in its proportion.
+    """
+
+    inverse_strength: float = 0.01  # scikit-learn's C
+    title = "logistic regression"
+    reads: ClassVar[Reads] = "embedding"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        self.mean_, self.std_ = _moments(x)
+        standardised = self._standardised(x)
+        fitted = [self._of_target(standardised, y) for y in np.asarray(correct, np.float64).T]
+        self.weights_ = np.stack([weights for weights, _ in fitted], axis=1)
+        self.bias_ = np.array([bias for _, bias in fitted])
+        return self
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        return _sigmoid(self._standardised(x) @ self.weights_ + self.bias_)
+
+    def _standardised(self, x: Array) -> NDArray[np.float64]:
+        return np.asarray((np.asarray(x, np.float64) - self.mean_) / self.std_)
+
+    def _of_target(self, x: Array, y: Array) -> tuple[Array, float]:
+        from sklearn.linear_model import LogisticRegression
+
+        graded = ~np.isnan(y)
+        y, rows = y[graded], x[graded]
+        # Each prompt once in each class, with its outcome as the weight of the right one.
+        weight = np.concatenate([y, 1.0 - y])
+        if min(y.sum(), (1.0 - y).sum()) < _FEWEST_OF_A_CLASS:
+            return np.zeros(x.shape[1]), _log_odds(mean_outcomes(y[:, None])[0])
+        used = weight > 0.0
+        labels = np.repeat([1, 0], len(y))[used]
+        model = LogisticRegression(C=self.inverse_strength, max_iter=500)
+        model.fit(np.tile(rows, (2, 1))[used], labels, sample_weight=weight[used])
+        return model.coef_[0], float(model.intercept_[0])
+
+
+@dataclass
+class PromptLength(Logistic):
+    """A logistic regression on the logarithm of the prompt's length and its square."""
+
+    inverse_strength: float = 1.0
+    title = "prompt length alone"
+    reads = "length"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        return super().fit(_powers(x), correct)
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        return super().predict_proba(_powers(x))
+
+
+@dataclass
+class MatrixFactorisation(Baseline):
+    """Prompts and targets as vectors of one low rank, whose product is the log-odds.
+
+    A prompt's vector is linear in its features, a target's is learnt. The form of Ong et al. (RouteLLM, 2024), with
+    outcomes in place of preferences; all of it is fitted at once, by L-BFGS on the penalised cross-entropy.
+    """
+
+    rank: int = 16
+    penalty: float = 1e-3
+    random_state: int = 0
+    title = "matrix factorisation"
+    reads = "embedding"
+
+    def fit(self, x: Array, correct: Array) -> Self:
+        self.mean_, self.std_ = _moments(x)
+        rows = torch.from_numpy(((np.asarray(x, np.float64) - self.mean_) / self.std_).astype(np.float32))
+        graded = torch.from_numpy(~np.isnan(correct))
+        labels = torch.from_numpy(np.nan_to_num(correct).astype(np.float32))
+        draw = torch.Generator().manual_seed(self.random_state)
+        (num_features, num_targets), rank = (rows.shape[1], labels.shape[1]), min(self.rank, labels.shape[1])
+        prompts = torch.randn(num_features, rank, generator=draw) / num_features**0.5
+        targets = torch.randn(rank, num_targets, generator=draw) / rank**0.5
+        bias = torch.tensor([_log_odds(p) for p in mean_outcomes(correct)], dtype=torch.float32)
+        parameters = [p.requires_grad_() for p in (prompts, targets, bias)]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            logits = rows @ prompts @ targets + bias
+            entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            fit = entropy[graded].mean()
+            total = fit + self.penalty * (prompts.square().sum() + targets.square().sum())
+            total.backward()
+            return torch.as_tensor(total)
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        self.prompts_, self.targets_, self.bias_ = (p.detach().double().numpy() for p in parameters)
+        return self
+
+    def predict_proba(self, x: Array) -> NDArray[np.float64]:
+        standardised = (np.asarray(x, np.float64) - self.mean_) / self.std_
+        return _sigmoid(standardised @ self.prompts_ @ self.targets_ + self.bias_)
+
+
+def _moments(x: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    std = np.std(x, axis=0, dtype=np.float64)
+    return np.mean(x, axis=0, dtype=np.float64), np.where(std > 0.0, std, 1.0)
+
+
+def _powers(x: Array) -> NDArray[np.float64]:
+    logs = np.log1p(np.asarray(x, np.float64))
+    return np.concatenate([logs, logs**2], axis=1)
+
+
+def _sigmoid(logits: Array) -> NDArray[np.float64]:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -500.0, 500.0))))
+
+
+def _log_odds(p: float) -> float:
+    clipped = float(np.clip(p, 1e-3, 1.0 - 1e-3))
+    return float(np.log(clipped / (1.0 - clipped)))
