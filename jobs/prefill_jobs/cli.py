@@ -135,8 +135,12 @@ def _probe(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
-    from prefill_jobs.train import train
+    from prefill_jobs.train import train, train_folds
 
+    if config.folds is not None:
+        for fold, router in enumerate(train_folds(config)):
+            typer.echo(f"{config.out}/fold-{fold}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+        return
     router = train(config)
     typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
     if config.extend is None:

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,12 @@ from prefill_router.baselines.fitting import Fitted, Prompts, fit_all
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
+from prefill_router.errors import UserError
 from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle
 from prefill_router.evaluation import evaluate as score
-from prefill_router.router import Router
+from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part
+from prefill_router.units import Units, of_corpus
 
 Array = NDArray[Any]
 
@@ -34,24 +36,32 @@ Array = NDArray[Any]
 def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     """Writes report.json and report.html to `config.out`; `notice` stands on top of the page.
 
-    The prompts that training saw are left out, and are what baselines are fitted on.
+    The prompts that training saw are left out, and are what baselines are fitted on. Of the routers of several folds,
+    each judges its own. Raises UserError where a held-out prompt repeats one that was trained on.
     """
-    router = Router.load(config.router)
-    graded = GradedStore.open(config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown)
-    router.check_encoder(graded.store.manifest.encoder.fingerprint, config.activations)
+    routers = [Router.load(uri) for uri in _folds(config.router)]
+    router = routers[0]
+    units = None if config.corpus is None else of_corpus(config.corpus)
+    graded = GradedStore.open(
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+    )
     probes = None if config.probe is None else load_probes(config.probe)
     cluster.connect()
-    predicted = predict_graded(router, graded, with_features=True)
-    trial = _Trial(router, predicted, _embeddings(config))
-    rivals = list(trial.rivals(config.keep_baselines))
+    embeddings = _embeddings(config)
+    trials = [Trial(r, predict_graded(r, graded, with_features=True), graded.units, embeddings) for r in routers]
+    judged = np.zeros(len(trials[0].predicted.keys), bool)
+    for trial in trials:
+        trial.is_held_out &= ~judged
+        judged |= trial.is_held_out
+        trial.check_leakage(drop=config.drop_leaked)
     result = score(
         router.pool,
         router.version,
-        trial.held_out,
-        trial.contender("router", "prefill router", predicted.prediction.p_correct, router.default_tolerance),
-        rivals,
-        p_uncalibrated=predicted.p_uncalibrated[trial.is_held_out],
-        num_seen=int((~trial.is_held_out).sum()),
+        _together(trial.held_out for trial in trials),
+        _joined(trial.router_as_contender() for trial in trials),
+        [_joined(rivals) for rivals in zip(*(trial.rivals(config.keep_baselines) for trial in trials), strict=True)],
+        p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
+        num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
         num_draws=config.draws,
         about=_about(config, router, graded),
     )
@@ -59,6 +69,29 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     page = report.render_html(result, probes, notice)
     storage.write_bytes(storage.join(config.out, "report.html"), page.encode())
     return result
+
+
+def _folds(uri: str) -> list[str]:
+    """A router, or those of the folds that lie below it."""
+    folds = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("fold-")]
+    return [uri] if storage.exists(storage.join(uri, MANIFEST)) or not folds else folds
+
+
+def _together(parts: Iterable[HeldOut]) -> HeldOut:
+    """The held-out prompts of all folds."""
+    fields = zip(*((p.num_tokens, p.correct, p.output_tokens, p.clusters) for p in parts), strict=True)
+    return HeldOut(*(np.concatenate(values) for values in fields))
+
+
+def _joined(parts: Iterable[Contender]) -> Contender:
+    """What the contenders of all folds say of their own prompts; their tolerance is the mean."""
+    of_folds = list(parts)
+    return replace(
+        of_folds[0],
+        p_correct=np.concatenate([part.p_correct for part in of_folds]),
+        expected_output_tokens=np.concatenate([part.expected_output_tokens for part in of_folds]),
+        tolerance=float(np.mean([part.tolerance for part in of_folds])),
+    )
 
 
 def _embeddings(config: EvaluateConfig) -> Embeddings | None:
@@ -69,33 +102,57 @@ def _embeddings(config: EvaluateConfig) -> Embeddings | None:
     return None if config.embeddings is None else load_embeddings(kept)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """The graded prompts of a store: those that the router was trained on, and those that it is judged on."""
+@dataclass
+class Trial:
+    """The graded prompts of a store: those that a router was trained on, and those that it is judged on."""
 
     router: Router
     predicted: GradedPrediction
+    units: Units
     embeddings: Embeddings | None
 
-    @property
-    def is_held_out(self) -> NDArray[np.bool_]:
-        return ~np.isin(self.predicted.keys, self.router.training_prompts)
+    def __post_init__(self) -> None:
+        self.is_seen = np.isin(self.predicted.keys, self.router.training_prompts)
+        self.is_held_out = ~self.is_seen
+
+    def check_leakage(self, *, drop: bool) -> None:
+        """Raises UserError where held-out prompts repeat some that were trained on, or leaves them out."""
+        units = self.units.of(self.predicted.keys)
+        seen = units[self.is_seen]
+        if self.units.kind == self.router.split.units:
+            seen = np.union1d(seen, self.router.training_units)
+        leaked = self.is_held_out & np.isin(units, seen)
+        if not leaked.any():
+            return
+        told = f"{int(leaked.sum()):,} held-out prompts repeat prompts that the router was trained on"
+        if not drop:
+            raise UserError(
+                f"{told}: their figures would flatter it. Train with --corpus, which keeps them on one side, or leave "
+                "them out with --drop-leaked"
+            )
+        say(f"evaluate: {told}, and are left out")
+        self.is_held_out &= ~leaked
 
     @property
     def held_out(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
-        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows])
+        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
 
-    def contender(self, name: str, title: str, p_correct: Array, tolerance: float) -> Contender:
-        """One that reads activations, as the router does: of all prompts, those that are held out."""
+    def router_as_contender(self) -> Contender:
+        p_correct = self.predicted.prediction.p_correct
+        return self._reader_of_activations("router", "prefill router", p_correct, self.router.default_tolerance)
+
+    def _reader_of_activations(self, name: str, title: str, p_correct: Array, tolerance: float) -> Contender:
+        """One that says something of all prompts, and expects the lengths that the router does."""
         rows, expected = self.is_held_out, self.predicted.prediction.expected_output_tokens
         return Contender(name, title, p_correct[rows], expected[rows], tolerance)
 
     def rivals(self, keep: str | None) -> Iterator[Contender]:
         """Every baseline that the data allow; those that can be served are written to `keep`."""
         prompts, held = self._prompts(), self.is_held_out
-        parts = np.where(held, Part.TEST, self.router.split.parts(self.predicted.keys))
-        training, validation = (prompts[~held & (parts == part)] for part in (Part.TRAIN, Part.VALIDATION))
+        is_validation = self.is_seen & (self.router.split.parts(self.units.of(self.predicted.keys)) == Part.VALIDATION)
+        is_training = self.is_seen & ~is_validation
+        training, validation = prompts[is_training], prompts[is_validation]
         if not len(training):
             say("evaluate: none of the store's prompts was trained on: baselines have nothing to be fitted on")
         else:
@@ -104,7 +161,7 @@ class _Trial:
                 if keep is not None and self.embeddings is not None:
                     self._served(fitted, self.embeddings).save(storage.join(keep, fitted.title.replace(" ", "-")))
             if self.predicted.features is not None:
-                yield self._neighbours_of_activations(self.predicted.features, ~held & (parts == Part.TRAIN))
+                yield self._neighbours_of_activations(self.predicted.features, is_training)
         yield oracle(self.held_out, self.predicted.prediction.expected_output_tokens[held])
 
     def _prompts(self) -> Prompts:
@@ -124,7 +181,7 @@ class _Trial:
 
     def _neighbours_of_activations(self, features: NDArray[np.float32], is_training: NDArray[np.bool_]) -> Contender:
         p = knn_p_correct(features, features[is_training], self.predicted.correct[is_training])
-        return self.contender("knn_activations", "k nearest neighbours by activations", p, 0.0)
+        return self._reader_of_activations("knn_activations", "k nearest neighbours by activations", p, 0.0)
 
     def _served(self, fitted: Fitted, embeddings: Embeddings) -> BaselineRouter:
         return BaselineRouter(

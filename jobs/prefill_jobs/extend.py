@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.predict import GradedPrediction, predict_graded
+from prefill_jobs.units import split_of, units_of
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
@@ -50,7 +51,14 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
     """The router with `new` targets after its own, and how many answers taught each."""
     activations, outcomes = config.data
     pool = Pool(name=router.pool.name, targets=tuple(new))
-    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown)
+    wanted = split_of(config, 0)
+    if (wanted.units, wanted.held_out) != (router.split.units, router.split.held_out):
+        raise UserError(
+            f"the router was trained with {router.split.describe()}: give --corpus, --likeness and --hold-out as then, "
+            "or what is held out would be learnt from"
+        )
+    units = units_of(config)
+    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, units=units)
     cluster.connect()
     predicted = predict_graded(router, graded.only(router.split, Part.TRAIN, Part.VALIDATION), with_features=True)
     assert predicted.features is not None
@@ -70,6 +78,7 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
         length_spread=_extended_spread(router, kernel, predicted),
         calibration=router.calibration.with_more(len(new)),
         training_prompts=np.union1d(router.training_prompts, predicted.keys),
+        training_units=np.union1d(router.training_units, graded.units.of(predicted.keys)),
     )
     return router, num_answers
 

@@ -196,7 +196,7 @@ def _project(task: FitTask, folder: Path, device: torch.device) -> Feed:
 
 def _projected(task: FitTask, shard: int) -> dict[Part, Rows]:
     graded = task.graded.rows(shard, task.projections)
-    parts = task.split.parts(graded.keys)
+    parts = task.graded.parts(graded.keys, task.split)
     low_keys = graded.keys.astype(np.uint32).view(np.int32)
     arrays = graded.features, graded.correct, low_keys
     return {

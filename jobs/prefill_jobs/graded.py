@@ -20,6 +20,7 @@ from prefill_router.pool import Pool, load_pool
 from prefill_router.projection import Projection
 from prefill_router.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.split import Keys, Part, Split, prompt_hashes
+from prefill_router.units import Units, of_store
 
 
 class GradedRows(NamedTuple):
@@ -36,14 +37,15 @@ class GradedRows(NamedTuple):
 class GradedStore:
     """An activation store, and the outcomes of some targets on its prompts.
 
-    Of a split, only the outcomes of `parts` are to be seen: those of other prompts read as missing.
+    Of a split, only the outcomes of the parts `seen` are to be seen: those of other prompts read as missing.
     """
 
     store: ActivationStore
     pool: Pool
     outcomes: Outcomes
+    units: Units
     split: Split | None = None
-    parts: tuple[Part, ...] = ()
+    seen: tuple[Part, ...] = ()
 
     @classmethod
     def open(
@@ -54,15 +56,18 @@ class GradedStore:
         *,
         ignore_unknown: bool,
         more_targets: tuple[str, ...] = (),
+        units: Units | None = None,
     ) -> GradedStore:
         """The outcomes are those of the pool's targets, then those of `more_targets`.
+
+        A split keeps `units` together: by default, prompts that are equal.
 
         Raises UserError where an outcome's prompt has no activations; a sample's missing prompts are expected.
         """
         loaded = load_pool(pool) if isinstance(pool, str) else pool
         store = ActivationStore.open(activations)
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
-        opened = cls(store, loaded, graded)
+        opened = cls(store, loaded, graded, of_store(activations) if units is None else units)
         unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.keys):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
@@ -90,7 +95,11 @@ class GradedStore:
 
     def only(self, split: Split, *parts: Part) -> GradedStore:
         """The same store, with the outcomes of these parts alone."""
-        return replace(self, split=split, parts=parts)
+        return replace(self, split=split, seen=parts)
+
+    def parts(self, keys: Keys, split: Split) -> NDArray[np.int8]:
+        """The Part of each prompt, by its hash."""
+        return np.where(self.units.held_out(keys), Part.TEST, split.parts(self.units.of(keys))).astype(np.int8)
 
     def answers(self, keys: Keys) -> Answers:
         """The outcomes of prompts by their hashes, NaN where missing or of other parts."""
@@ -117,7 +126,7 @@ class GradedStore:
     def _is_seen(self, keys: Keys) -> NDArray[np.bool_]:
         if self.split is None:
             return np.ones(len(keys), bool)
-        return np.isin(self.split.parts(keys), self.parts)
+        return np.isin(self.parts(keys, self.split), self.seen)
 
     def batches(
         self, column: ActivationColumn, shards: Iterable[int]

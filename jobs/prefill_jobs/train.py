@@ -21,6 +21,7 @@ from prefill_jobs.graded import GradedStore
 from prefill_jobs.predict import predict_graded
 from prefill_jobs.probe import column_moments, probe_store
 from prefill_jobs.sample import sample_rows
+from prefill_jobs.units import split_of, units_of
 from prefill_router import probe, storage
 from prefill_router.calibration import fit_calibration
 from prefill_router.config import TrainConfig
@@ -39,16 +40,27 @@ from prefill_router.split import Part, Split
 from prefill_router.stacking import best_weight, stacked
 
 
-def train(config: TrainConfig) -> Router:
-    """Trains a router and writes it to `config.out`, whole."""
+def train(config: TrainConfig, fold: int = 0) -> Router:
+    """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out."""
     if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
         raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
-    router = _fitted(config) if config.extend is None else extend(config)
+    router = _fitted(config, split_of(config, fold)) if config.extend is None else extend(config)
     router.save(config.out)
     return router
 
 
-def _fitted(config: TrainConfig) -> Router:
+def train_folds(config: TrainConfig) -> list[Router]:
+    """Trains a router for each of `config.folds`, on all prompts but that fold's, below `config.out`."""
+    assert config.folds is not None
+    routers = []
+    for fold in range(config.folds):
+        say(f"train: fold {fold + 1} of {config.folds}")
+        of_fold = config.model_copy(update={"out": storage.join(config.out, f"fold-{fold}")})
+        routers.append(train(of_fold, fold))
+    return routers
+
+
+def _fitted(config: TrainConfig, split: Split) -> Router:
     activations, outcomes = config.data
     recipe = _recipe(config)
     pool = load_pool(config.pool)
@@ -59,8 +71,8 @@ def _fitted(config: TrainConfig) -> Router:
         pool,
         ignore_unknown=config.ignore_unknown,
         more_targets=tuple(sorted(others)),
+        units=units_of(config),
     )
-    split = Split(seed=config.seed, test_fraction=config.test_fraction)
     parts = _Parts.of(graded, split)
     cluster.connect()
 
@@ -94,6 +106,7 @@ def _fitted(config: TrainConfig) -> Router:
         default_tolerance=0.0,
         split=split,
         training_prompts=np.sort(task.graded.graded_keys),
+        training_units=np.unique(graded.units.of(task.graded.graded_keys)),
         training={
             "recipe": config.recipe,
             "activations": activations,
@@ -131,7 +144,7 @@ class _Parts:
     @classmethod
     def of(cls, graded: GradedStore, split: Split) -> _Parts:
         keys = graded.graded_keys
-        parts = split.parts(keys)
+        parts = graded.parts(keys, split)
         train, validation = (graded.outcomes.at(keys[parts == part]) for part in (Part.TRAIN, Part.VALIDATION))
         if len(train.correct) < 2 or not len(validation.correct):
             raise UserError(

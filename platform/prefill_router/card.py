@@ -30,7 +30,7 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     if "num_train" in training:
         yield "trained", f"by recipe {training.get('recipe')}, on {training['num_train']:,} prompts"
         yield "validated", f"on {training.get('num_validation', 0):,} more"
-    yield "held out", f"{router.split.test_fraction:.0%} of all prompts, by a hash with seed {router.split.seed}"
+    yield "held out", router.split.describe()
     yield "tolerance", f"{router.default_tolerance:.3f}"
     if validation := training.get("validation"):
         yield from _scores(validation)

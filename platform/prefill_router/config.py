@@ -188,6 +188,16 @@ class TrainConfig(StrictModel):
     )
     workers: int = Field(1, ge=1, description="Ray Train workers")
     test_fraction: Fraction = Field(0.2, description="Share of prompts that training never sees, for `evaluate`")
+    corpus: Uri | None = Field(
+        None, description="The prompts: those equal but for case, space and punctuation stay on one side of the split"
+    )
+    likeness: float | None = Field(
+        None, gt=0.0, le=1.0, description="Also those whose sentence embeddings have this cosine or more, as 0.95"
+    )
+    sentence_encoder: SentenceEncoderName = DEFAULT_SENTENCE_ENCODER
+    hold_out: str | None = Field(None, description="Categories to hold out, as history,law, in place of a share")
+    category: str = Field("category", description="Column of --corpus that names a prompt's category")
+    folds: int | None = Field(None, ge=2, description="Train a router for each of so many folds, below --out")
     recipe: Literal["best", "published"] = Field("best", description="best, or published: the paper's")
     seeds: int | None = Field(None, ge=1, description="Trunks trained at once [the recipe's]")
     keep: int | None = Field(None, ge=1, description="Trunks kept, of lowest validation loss [the recipe's]")
@@ -198,6 +208,10 @@ class TrainConfig(StrictModel):
     seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
     ignore_unknown: IgnoreUnknown = False
     overwrite: Overwrite = False
+
+    @property
+    def held_out_categories(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.hold_out or "").split(",") if name.strip())
 
     @property
     def data(self) -> tuple[str, str]:
@@ -219,7 +233,7 @@ class EvaluateConfig(StrictModel):
     With --corpus, baselines on sentence embeddings and on the prompts' length join those that look at no prompt.
     """
 
-    router: RouterUri
+    router: Uri = Field(description="Router artifact that `train` wrote, or the folder of its --folds")
     activations: ActivationsUri
     outcomes: OutcomesUri
     out: Uri = Field(description="Folder for report.json and report.html")
@@ -228,6 +242,7 @@ class EvaluateConfig(StrictModel):
     sentence_encoder: SentenceEncoderName = DEFAULT_SENTENCE_ENCODER
     embeddings: Uri | None = Field(None, description="Where embeddings lie, or go [embeddings below --out]")
     keep_baselines: Uri | None = Field(None, description="Folder for the fitted baselines, to serve or label with")
+    drop_leaked: bool = Field(False, description="Leave out held-out prompts that repeat prompts trained on")
     draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
     ignore_unknown: IgnoreUnknown = False
 

@@ -79,6 +79,8 @@ class Router:
     length_spread: NDArray[np.float32]  # (T,) standard deviation of log(1 + output tokens)
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
+    # Sorted: the units of those prompts, of the kind that `split` says.
+    training_units: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     split: Split = field(default_factory=Split)  # whose test part nothing was learnt from
     training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went
     calibration: Calibration = None  # type: ignore[assignment]  # by default, none
@@ -250,7 +252,10 @@ class Router:
         return router
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        tensors: dict[str, NDArray[Any]] = {"training_prompts": self.training_prompts}
+        tensors: dict[str, NDArray[Any]] = {
+            "training_prompts": self.training_prompts,
+            "training_units": self.training_units,
+        }
         for projection in self.projections:
             for name in ("mean", "std", "components"):
                 tensors[f"projection.{projection.column.name}.{name}"] = getattr(projection, name)
@@ -272,6 +277,7 @@ class Router:
             "length_spread": (num_targets,),
             "calibration.kinds": (num_targets,),
             "training_prompts": (self.training_prompts.size,),
+            "training_units": (self.training_units.size,),
         }
         for projection in self.projections:
             prefix = f"projection.{projection.column.name}"
@@ -307,6 +313,7 @@ class Router:
             length_spread=tensors["length_spread"],
             default_tolerance=manifest.default_tolerance,
             training_prompts=tensors["training_prompts"],
+            training_units=tensors["training_units"],
             split=manifest.split,
             training=manifest.training,
             calibration=Calibration.from_tensors(_part(tensors, "calibration")),
