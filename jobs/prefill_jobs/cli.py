@@ -73,15 +73,18 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     if field.default and not field.is_required():
         note = f" [default: {field.default}]"
     if schema_extra(field).get(POSITIONAL):
-        return _parameter(name, kind, typer.Argument(help=field.description, show_default=False))
+        is_list = getattr(field.annotation, "__origin__", None) is tuple
+        return _parameter(
+            name, list[str] if is_list else kind, typer.Argument(help=field.description, show_default=False)
+        )
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=f"{field.description}{note}".replace("[", r"\["), show_default=False
     )
     return _parameter(name, kind, option)
 
 
-def _parameter(name: str, kind: type, option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -178,6 +181,19 @@ def _evaluate(config: Any) -> None:
     typer.echo(f"report: {config.out}/report.html")
 
 
+def _compare(config: Any) -> None:
+    from prefill_jobs.compare import compare
+    from prefill_router.report import headline, paired_rows
+
+    evaluation = compare(config)
+    typer.echo(f"{evaluation.num_held_out:,} prompts new to all: {headline(evaluation)}")
+    for other in evaluation.standings[1:]:
+        typer.echo(f"{config.routers[0]} less {other.title}:")
+        for name, text in paired_rows(other):
+            typer.echo(f"  {name}: {text}")
+    typer.echo(f"report: {config.out}/report.html")
+
+
 def _label(config: Any) -> None:
     from prefill_jobs.label import label
 
@@ -199,5 +215,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "inspect": _inspect,
     "evaluate": _evaluate,
+    "compare": _compare,
     "label": _label,
 }

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prefill_jobs import cluster
 from prefill_jobs.embed import Embeddings, embed, load_embeddings
 from prefill_jobs.graded import GradedStore
+from prefill_jobs.leakage import held_out
 from prefill_jobs.predict import GradedPrediction, predict_graded
 from prefill_jobs.probe import load_probes
 from prefill_router import report, storage
@@ -23,7 +24,6 @@ from prefill_router.baselines.fitting import Fitted, Prompts, fit_all
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
-from prefill_router.errors import UserError
 from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle
 from prefill_router.evaluation import evaluate as score
 from prefill_router.router import MANIFEST, Router
@@ -51,13 +51,13 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     trials = [Trial(r, predict_graded(r, graded, with_features=True), graded.units, embeddings) for r in routers]
     judged = np.zeros(len(trials[0].predicted.keys), bool)
     for trial in trials:
-        trial.is_held_out &= ~judged
-        judged |= trial.is_held_out
-        trial.check_leakage(drop=config.drop_leaked)
+        is_new = held_out([trial.router], trial.predicted.keys, trial.units, drop=config.drop_leaked)
+        trial.is_held_out = is_new & ~judged
+        judged |= is_new
     result = score(
         router.pool,
         router.version,
-        _together(trial.held_out for trial in trials),
+        _together(trial.prompts for trial in trials),
         _joined(trial.router_as_contender() for trial in trials),
         [_joined(rivals) for rivals in zip(*(trial.rivals(config.keep_baselines) for trial in trials), strict=True)],
         p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
@@ -111,30 +111,14 @@ class Trial:
     units: Units
     embeddings: Embeddings | None
 
-    def __post_init__(self) -> None:
-        self.is_seen = np.isin(self.predicted.keys, self.router.training_prompts)
-        self.is_held_out = ~self.is_seen
-
-    def check_leakage(self, *, drop: bool) -> None:
-        """Raises UserError where held-out prompts repeat some that were trained on, or leaves them out."""
-        units = self.units.of(self.predicted.keys)
-        seen = units[self.is_seen]
-        if self.units.kind == self.router.split.units:
-            seen = np.union1d(seen, self.router.training_units)
-        leaked = self.is_held_out & np.isin(units, seen)
-        if not leaked.any():
-            return
-        told = f"{int(leaked.sum()):,} held-out prompts repeat prompts that the router was trained on"
-        if not drop:
-            raise UserError(
-                f"{told}: their figures would flatter it. Train with --corpus, which keeps them on one side, or leave "
-                "them out with --drop-leaked"
-            )
-        say(f"evaluate: {told}, and are left out")
-        self.is_held_out &= ~leaked
+    is_held_out: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
-    def held_out(self) -> HeldOut:
+    def is_seen(self) -> NDArray[np.bool_]:
+        return np.isin(self.predicted.keys, self.router.training_prompts)
+
+    @property
+    def prompts(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
         return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
 
@@ -149,22 +133,22 @@ class Trial:
 
     def rivals(self, keep: str | None) -> Iterator[Contender]:
         """Every baseline that the data allow; those that can be served are written to `keep`."""
-        prompts, held = self._prompts(), self.is_held_out
+        readable, held = self._readable(), self.is_held_out
         is_validation = self.is_seen & (self.router.split.parts(self.units.of(self.predicted.keys)) == Part.VALIDATION)
         is_training = self.is_seen & ~is_validation
-        training, validation = prompts[is_training], prompts[is_validation]
+        training, validation = readable[is_training], readable[is_validation]
         if not len(training):
             say("evaluate: none of the store's prompts was trained on: baselines have nothing to be fitted on")
         else:
             for fitted in fit_all(self.router.pool, training, validation):
-                yield self._rival(fitted, prompts[held])
+                yield self._rival(fitted, readable[held])
                 if keep is not None and self.embeddings is not None:
                     self._served(fitted, self.embeddings).save(storage.join(keep, fitted.title.replace(" ", "-")))
             if self.predicted.features is not None:
                 yield self._neighbours_of_activations(self.predicted.features, is_training)
-        yield oracle(self.held_out, self.predicted.prediction.expected_output_tokens[held])
+        yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
 
-    def _prompts(self) -> Prompts:
+    def _readable(self) -> Prompts:
         of = self.predicted
         if self.embeddings is None:
             return Prompts(of.num_tokens, of.correct, of.output_tokens, of.num_tokens, None)

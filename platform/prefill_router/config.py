@@ -247,6 +247,22 @@ class EvaluateConfig(StrictModel):
     ignore_unknown: IgnoreUnknown = False
 
 
+class CompareConfig(StrictModel):
+    """Routers beside each other on the same prompts, new to all of them: paired differences with 95 % intervals.
+
+    The first is the one that the others are held against.
+    """
+
+    routers: tuple[Uri, ...] = Field(min_length=2, description="Router artifacts", json_schema_extra={POSITIONAL: True})
+    activations: ActivationsUris
+    outcomes: OutcomesUri
+    out: Uri = Field(description="Folder for report.json and report.html")
+    pool: Uri | None = Field(None, description="Pool of targets and prices [the first router's]")
+    corpus: Uri | None = Field(None, description="The prompts themselves, to find those alike but for case and space")
+    drop_leaked: bool = Field(False, description="Leave out held-out prompts that repeat prompts trained on")
+    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
+
+
 class LabelConfig(StrictModel):
     """Route a query log offline: a decision for every prompt."""
 
@@ -294,6 +310,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "train": TrainConfig,
     "inspect": InspectConfig,
     "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
     "label": LabelConfig,
     "serve": ServeConfig,
     "demo": DemoConfig,

@@ -98,6 +98,20 @@ _METRICS: list[tuple[str, str, str]] = [
 ]
 
 
+def paired_rows(standing: Standing) -> list[tuple[str, str]]:
+    """What the first router has over this one, with intervals, as (name, text)."""
+    return [(title, _in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
+
+
+_PAIRED = [
+    ("accuracy, each at its own tolerance", "accuracy", "+%"),
+    ("cost of 1,000 prompts", "cost", "$"),
+    ("MDP-AUCCC x 1000", "mdp_auccc", "+m"),
+    ("mean AUC", "mean_auc", "+.4f"),
+    ("mean Brier score", "mean_brier", "+.4f"),
+]
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,5 +221,6 @@ def shown(value: float, style: str) -> str:
     if not isfinite(value):
         return "–"
     value = 0.0 if abs(value) < 5e-7 else value  # never "-0.0%"
-    texts = {"%": f"{value:.1%}", "$": f"${1e3 * value:.3g}", "m": f"{1e3 * value:.1f}", "+m": f"{1e3 * value:+.1f}"}
-    return texts.get(style) or format(value, style)
+    if style in ("m", "+m"):
+        return format(1e3 * value, f"{style[:-1]}.1f")
+    return {"%": f"{value:.1%}", "+%": f"{value:+.1%}", "$": f"${1e3 * value:.3g}"}.get(style) or format(value, style)

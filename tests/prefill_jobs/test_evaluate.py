@@ -83,9 +83,7 @@ def test_prompts_that_come_again_under_other_ids_are_refused_or_left_out(
     extract(ExtractConfig(corpus=str(corpus), encoder=str(tiny_model), out=store))
     config = EvaluateConfig(router=router, activations=store, outcomes=str(outcomes), out=str(tmp_path / "report"))
     num_trained = len(Router.load(router).training_prompts)
-    with pytest.raises(
-        UserError, match=f"{num_trained} held-out prompts repeat prompts that the router was"
-    ):
+    with pytest.raises(UserError, match=f"{num_trained} held-out prompts repeat prompts that the router was"):
         evaluate(config)
     assert not (tmp_path / "report").exists()
     evaluation = evaluate(config.model_copy(update={"drop_leaked": True}))

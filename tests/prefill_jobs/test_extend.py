@@ -15,6 +15,7 @@ from prefill_router.config import TrainConfig
 from prefill_router.errors import UserError
 from prefill_router.router import Router
 from prefill_router.split import Part, prompt_hashes
+from prefill_router.units import of_store
 
 PROMPTS = ["what is one plus two", "name a river in that old town", "one one one", "seven"]
 
@@ -70,7 +71,8 @@ def test_what_is_held_out_stays_unseen(
     data = {"extend": router, "activations": activations, "pool": pool}
     first = train(TrainConfig(**data, outcomes=outcomes_of_three, out=str(tmp_path / "first")))
     table = pq.read_table(outcomes_of_three)
-    is_held_out = first.split.parts(prompt_hashes(table["prompt_id"].to_pylist())) == Part.TEST
+    units = of_store(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    is_held_out = first.split.parts(units) == Part.TEST
     flipped = np.where(is_held_out, 1.0 - table["correct"].to_numpy(), table["correct"].to_numpy())
     pq.write_table(table.set_column(2, "correct", pa.array(flipped, pa.float32())), tmp_path / "flipped.parquet")
     again = train(TrainConfig(**data, outcomes=str(tmp_path / "flipped.parquet"), out=str(tmp_path / "again")))

@@ -18,6 +18,7 @@ from prefill_router.feed import Window
 from prefill_router.router import Router
 from prefill_router.split import Part, Split, prompt_hashes
 from prefill_router.training import Trainer
+from prefill_router.units import of_store
 
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 
@@ -46,9 +47,9 @@ def test_the_router_tells_the_prompts_that_the_small_target_answers(router: str)
     assert ((prediction.expected_output_tokens > 30) & (prediction.expected_output_tokens < 130)).all()
 
 
-def test_the_test_part_is_never_seen(router: str, small_data: Path) -> None:
+def test_the_test_part_is_never_seen(router: str, activations: str, small_data: Path) -> None:
     ids = pq.read_table(small_data / "corpus.parquet")["prompt_id"].to_pylist()
-    parts = Split(seed=0, test_fraction=0.2).parts(prompt_hashes(ids))
+    parts = Split(seed=0, test_fraction=0.2).parts(of_store(activations).of(prompt_hashes(ids)))
     hidden = [i for i, part in zip(ids, parts, strict=True) if part == Part.TEST]
     seen = Router.load(router).training_prompts
     assert 20 < len(hidden) < 80
@@ -102,8 +103,8 @@ def test_the_published_recipe_prices_at_the_median_length(
 ) -> None:
     published = train(config(activations, small_data, tmp_path / "router", recipe="published", max_epochs=3))
     table = pq.read_table(small_data / "outcomes.parquet")
-    keys = prompt_hashes(table["prompt_id"].to_pylist())
-    seen = table.filter(pa.array(published.split.parts(keys) == Part.TRAIN))
+    units = of_store(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    seen = table.filter(pa.array(published.split.parts(units) == Part.TRAIN))
     for t, target in enumerate(["big", "small"]):
         lengths = seen.filter(pa.compute.equal(seen["target"], target))["output_tokens"].to_numpy()
         np.testing.assert_allclose(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.metrics.targets import ratio
+from prefill_router.metrics.targets import once, ratio
 
 Array = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def risk_coverage_curve(correct: ArrayLike, confidence: ArrayLike) -> Array:
     highest first. Source: El-Yaniv and Wiener (2010); Geifman and El-Yaniv (2017).
     """
     risk = RiskCoverage(correct, confidence)
-    return np.column_stack([values[0, risk.last] for values in risk.curve(np.ones((1, np.size(correct))))])
+    return np.column_stack([values[0, risk.last] for values in risk.curve(once(correct))])
 
 
 class RiskCoverage:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prefill_router.metrics.curve import Points
-from prefill_router.metrics.targets import ratio
+from prefill_router.metrics.targets import once, ratio
 
 Array = NDArray[np.float64]
 
@@ -26,7 +26,7 @@ def average_performance_gap_recovered(strong: ArrayLike, weak: ArrayLike, score:
     where the strong target is not the better one.
     """
     gap = GapRecovered(strong, weak, score)
-    return float(gap.average(np.ones((1, np.size(score))))[0])
+    return float(gap.average(once(score))[0])
 
 
 def call_performance_threshold(strong: ArrayLike, weak: ArrayLike, score: ArrayLike, recovered: float) -> float:
@@ -35,7 +35,7 @@ def call_performance_threshold(strong: ArrayLike, weak: ArrayLike, score: ArrayL
     Source: Ong et al. (RouteLLM, 2024). NaN where the strong target is not the better one.
     """
     gap = GapRecovered(strong, weak, score)
-    return float(gap.threshold(np.ones((1, np.size(score))), recovered)[0])
+    return float(gap.threshold(once(score), recovered)[0])
 
 
 class GapRecovered:

@@ -17,17 +17,17 @@ def roc_auc(correct: ArrayLike, p: ArrayLike) -> float:
 
     An outcome between 0 and 1 counts in both classes, in that proportion.
     """
-    return float(TargetScores(correct, p).auc(np.ones((1, np.size(correct))))[0])
+    return float(TargetScores(correct, p).auc(once(correct))[0])
 
 
 def expected_calibration_error(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
     """Mean over prompts of |accuracy - mean p| of the prompt's bin, of `bins` of equal width (Guo et al., 2017)."""
-    return float(TargetScores(correct, p, bins).ece(np.ones((1, np.size(correct))))[0])
+    return float(TargetScores(correct, p, bins).ece(once(correct))[0])
 
 
 def brier_score(correct: ArrayLike, p: ArrayLike) -> float:
     """Mean squared difference of outcome and prediction (Brier, 1950); NaN of nothing."""
-    return float(TargetScores(correct, p).brier(np.ones((1, np.size(correct))))[0])
+    return float(TargetScores(correct, p).brier(once(correct))[0])
 
 
 def reliability_curve(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> Array:
@@ -67,6 +67,11 @@ class TargetScores:
     def brier(self, weights_BN: Array) -> Array:
         weights = weights_BN[:, self._order]
         return ratio(weights @ (self._p - self._y) ** 2, weights.sum(1))
+
+
+def once(values: ArrayLike) -> Array:
+    """The weighting (1, N) in which every prompt counts once."""
+    return np.ones((1, len(np.asarray(values))))
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
