@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from browsers import CHROMIUM
 from command import Command
 from s3 import s3_bucket  # noqa: F401
 from tiny import POOL_TOML, random_prompts, save_tiny_model, save_tiny_sentence_encoder
@@ -25,8 +26,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` are left out where there is no such device: they are not skipped, for nobody meant to."""
-    left_out = [item for item in items if item.get_closest_marker("cuda") and not _has_cuda()]
+    """Tests of a GPU, or of a browser, are left out where there is none: not skipped, for nobody meant to run them."""
+    has = {"cuda": _has_cuda, "browser": lambda: CHROMIUM is not None}
+    left_out = [
+        i for i in items if any(i.get_closest_marker(mark) and not is_there() for mark, is_there in has.items())
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

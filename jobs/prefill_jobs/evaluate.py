@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,7 +144,8 @@ class Trial:
             for fitted in fit_all(self.router.pool, training, validation):
                 yield self._rival(fitted, readable[held])
                 if keep is not None and self.embeddings is not None:
-                    self._served(fitted, self.embeddings).save(storage.join(keep, fitted.title.replace(" ", "-")))
+                    folder = re.sub(r"[^\w.-]+", "-", fitted.title)
+                    self._served(fitted, self.embeddings).save(storage.join(keep, folder))
             if self.predicted.features is not None:
                 yield self._neighbours_of_activations(self.predicted.features, is_training)
         yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])

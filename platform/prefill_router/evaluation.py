@@ -222,7 +222,7 @@ class _Trial:
         self.paid = pool.expected_cost(held_out.num_tokens, lengths)
         self._weights = completeness_weights(self.correct, router.p_correct.mean(1))
         drawn = bootstrap_weights(len(held_out), num_draws, clusters=held_out.clusters)
-        self._draws = np.concatenate([np.ones((1, len(held_out))), drawn])
+        self._draws = np.concatenate([np.ones((1, len(held_out)), drawn.dtype), drawn])
         self._router = self._scorer(router)
         self._of_router = self._router.figures(self._draws)
 

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
-
 LEVEL = 0.95
 
 
@@ -28,7 +26,7 @@ class Interval(NamedTuple):
 
 def bootstrap_weights(
     num_prompts: int, num_draws: int, seed: int = 0, clusters: ArrayLike | None = None
-) -> NDArray[np.float64]:
+) -> NDArray[np.uint16]:
     """How often each prompt was drawn, (B, N): each draw takes as many clusters as there are, with replacement.
 
     `clusters` (N,) names the cluster of each prompt; by default each is its own. Source: Efron (1979); Davison and
@@ -37,10 +35,11 @@ def bootstrap_weights(
     rng = np.random.default_rng(seed)
     names = np.arange(num_prompts) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     num_clusters = int(names.max(initial=-1)) + 1
-    drawn = rng.integers(0, max(num_clusters, 1), (num_draws, num_clusters))
-    rows = np.arange(num_draws)[:, None]
-    counts = np.bincount((rows * num_clusters + drawn).ravel(), minlength=num_draws * num_clusters)
-    return counts.reshape(num_draws, num_clusters)[:, names].astype(np.float64)
+    counts = np.empty((num_draws, num_prompts), np.uint16)
+    for draw in range(num_draws):
+        drawn = rng.integers(0, max(num_clusters, 1), num_clusters)
+        counts[draw] = np.bincount(drawn, minlength=num_clusters)[names]
+    return counts
 
 
 def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:

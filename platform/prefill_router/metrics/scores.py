@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,13 +116,14 @@ class Scorer:
         figures = {name: values[0].tolist() for name, values in self.figures(np.ones((1, len(self._p)))).items()}
         return RoutingScores(num_prompts=int(self._complete.sum()), **figures)
 
-    def figures(self, draws_BN: Array) -> dict[str, Array]:
+    def figures(self, draws_BN: NDArray[Any]) -> dict[str, Array]:
         """Every field of RoutingScores but the number of prompts, for each draw: (B,), or (B, T)."""
         rows = max(1, _MOST_NUMBERS // self._share.size)
-        parts = [self._figures(draws_BN[i : i + rows]) for i in range(0, len(draws_BN), rows)]
+        chunks = (draws_BN[i : i + rows].astype(np.float64) for i in range(0, len(draws_BN), rows))
+        parts = [self._figures(chunk) for chunk in chunks]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def points_at(self, tolerances_M: ArrayLike, draws_BN: Array) -> tuple[Array, Array]:
+    def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, M) at other tolerances."""
         reached = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
         points = self._sweep.points(self._weighed(draws_BN))
@@ -132,13 +134,13 @@ class Scorer:
         points = self._sweep.points(self._weighed(np.ones((1, len(self._p)))))
         return np.column_stack([self._sweep.tolerances, points.of(0)])
 
-    def singles(self, draws_BN: Array) -> tuple[Array, Array]:
+    def singles(self, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, T) of each target."""
         w = self._weighed(draws_BN)
         costs, accuracies = (ratio(w @ values.T, w.sum(1, keepdims=True)) for values in self._singles)
         return costs, accuracies
 
-    def _weighed(self, draws_BN: Array) -> Array:
+    def _weighed(self, draws_BN: NDArray[Any]) -> Array:
         """The weights of the prompts with all outcomes."""
         return np.asarray((draws_BN * self._weights)[:, self._complete])
 

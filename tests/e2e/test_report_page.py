@@ -1,0 +1,100 @@
+"""The report in a real browser: it fits a desk and a phone, prints, fetches nothing, and nothing in it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+from browsers import CHROMIUM
+from prefill_router.evaluation import Contender, HeldOut, evaluate, oracle
+from prefill_router.pool import Pool, Target
+from prefill_router.report import render_html
+
+pytestmark = pytest.mark.browser
+
+NAMES = ("a-provider/a-model-with-a-rather-long-name-2026-11-25", "medium", "small")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    p, expected = rng.random((300, 3)), rng.uniform(50, 300, (300, 3))
+    held_out = HeldOut(
+        rng.integers(10, 300, 300), (rng.random((300, 3)) < p).astype(np.float32), rng.integers(5, 400, (300, 3)) * 1.0
+    )
+    prices = (2.0, 0.5, 0.1)
+    targets = tuple(Target(name=n, input_price=c, output_price=4 * c) for n, c in zip(NAMES, prices, strict=True))
+    rivals = [
+        *(Contender(f"r{i}", f"baseline number {i}", rng.random((300, 3)), expected, 0.1) for i in range(6)),
+        *(Contender(n, f"always {n}", np.tile(np.eye(3)[i], (300, 1)), expected, 0.0) for i, n in enumerate(NAMES)),
+        oracle(held_out, expected),
+    ]
+    router = Contender("router", "prefill router", p, expected, 0.05)
+    result = evaluate(Pool(name="pool", targets=targets), "v1", held_out, router, rivals, num_draws=40)
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render_html(result))
+    return path
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:
+    """The report in a window of that width, which would fail on any request but for the page itself."""
+    page = browser.new_page(viewport={"width": request.param, "height": 900})
+    problems: list[str] = []
+
+    def refuse(route: Route) -> None:
+        if route.request.url == report.as_uri():
+            route.continue_()
+        else:
+            problems.append(route.request.url)
+            route.abort()
+
+    page.route("**/*", refuse)
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(report.as_uri())
+    yield page
+    page.close()
+    assert problems == []
+
+
+def test_nothing_is_wider_than_the_window(page: Page) -> None:
+    assert page.viewport_size is not None
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+
+
+def test_each_plot_is_shown_once_in_the_size_of_the_window(page: Page) -> None:
+    shown = [box for svg in page.locator("svg").all() if (box := svg.bounding_box())]
+    assert page.viewport_size is not None
+    assert len(shown) == 5
+    assert all(0.8 * min(page.viewport_size["width"], 1000) < box["width"] for box in shown)
+
+
+def test_text_is_large_enough_to_read(page: Page) -> None:
+    read = "[...document.querySelectorAll('p, td, th, figcaption, small')].map(e => getComputedStyle(e).fontSize)"
+    assert min(float(size.removesuffix("px")) for size in page.evaluate(read)) >= 10
+
+
+def test_the_verdict_is_seen_without_scrolling(page: Page) -> None:
+    box = page.locator(".verdict").bounding_box()
+    assert box is not None
+    assert box["y"] + box["height"] < 900
+
+
+def test_it_prints(page: Page, tmp_path: Path) -> None:
+    data = page.pdf(format="A4")
+    assert data.startswith(b"%PDF")
+    assert 2 <= data.count(b"/Type /Page\n") <= 12
