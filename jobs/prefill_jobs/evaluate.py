@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     )
     probes = None if config.probe is None else load_probes(config.probe)
     cluster.connect()
-    embeddings = _embeddings(config)
-    trials = [Trial(r, predict_graded(r, graded, with_features=True), graded.units, embeddings) for r in routers]
-    judged = np.zeros(len(trials[0].predicted.keys), bool)
-    for trial in trials:
-        is_new = held_out([trial.router], trial.predicted.keys, trial.units, drop=config.drop_leaked)
-        trial.is_held_out = is_new & ~judged
-        judged |= is_new
+    trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
     result = score(
         router.pool,
         router.version,
@@ -76,6 +70,20 @@ def _folds(uri: str) -> list[str]:
     """A router, or those of the folds that lie below it."""
     folds = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("fold-")]
     return [uri] if storage.exists(storage.join(uri, MANIFEST)) or not folds else folds
+
+
+def _trials(
+    routers: Sequence[Router], graded: GradedStore, embeddings: Embeddings | None, *, drop: bool
+) -> list[Trial]:
+    """One for each router, which is judged on the prompts that are new to it and to none before it."""
+    trials: list[Trial] = []
+    for router in routers:
+        predicted = predict_graded(router, graded, with_features=True)
+        is_new = held_out([router], predicted.keys, graded.units, drop=drop)
+        for trial in trials:
+            is_new = is_new & ~trial.is_held_out
+        trials.append(Trial(router, predicted, graded.units, embeddings, is_new))
+    return trials
 
 
 def _together(parts: Iterable[HeldOut]) -> HeldOut:
@@ -103,7 +111,7 @@ def _embeddings(config: EvaluateConfig) -> Embeddings | None:
     return None if config.embeddings is None else load_embeddings(kept)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
     """The graded prompts of a store: those that a router was trained on, and those that it is judged on."""
 
@@ -111,8 +119,7 @@ class Trial:
     predicted: GradedPrediction
     units: Units
     embeddings: Embeddings | None
-
-    is_held_out: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    is_held_out: NDArray[np.bool_]  # (N,)
 
     @property
     def is_seen(self) -> NDArray[np.bool_]:
