@@ -52,5 +52,6 @@ def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(value) or not len(draws):
         return Interval(float(value), float("nan"), float("nan"))
-    low, high = np.quantile(draws, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    # Of B draws, the k-th is taken for the quantile k / (B + 1): the usual (k - 1) / (B - 1) is a little too narrow.
+    low, high = np.quantile(draws, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], method="weibull")
     return Interval(float(value), float(low), float(high))
