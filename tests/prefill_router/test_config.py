@@ -51,7 +51,7 @@ def test_flags_win_over_the_table(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[extrct]", 'unknown table "extrct", did you mean "extract"'),
-        ("[zzz]", 'unknown table "zzz"; known: extract, probe'),
+        ("[zzz]", 'unknown table "zzz"; known: ingest, extract'),
         ("[extract]\nmax_token = 3", 'extract: unknown key "max_token", did you mean "max_tokens"'),
         ("[train]\nzzz = 3", 'train: unknown key "zzz"; known: activations'),
         ("extract = 3", r"extract = 3, must be a table \[extract\]"),
@@ -129,7 +129,8 @@ def test_every_option_has_help_and_every_command_a_description(command: str) -> 
 
 @pytest.mark.parametrize("command", config.COMMANDS)
 def test_every_command_refuses_an_unknown_key(command: str) -> None:
-    known = {name: "x" for name, field in config.COMMANDS[command].model_fields.items() if field.is_required()}
+    required = [name for name, field in config.COMMANDS[command].model_fields.items() if field.is_required()]
+    known = {name: {"format": "toolkit", "routers": ["x", "y"]}.get(name, "x") for name in required}
     config.validate(config.COMMANDS[command], known, command)
     with pytest.raises(UserError, match='unknown key "not_an_option"'):
         config.validate(config.COMMANDS[command], {**known, "not_an_option": 1}, command)

@@ -1,0 +1,75 @@
+"""What an answer must hold to become an outcome: the name of a target, a grade in [0, 1], a count of tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from prefill_router.corpus import UnfitError, fit_text, shown
+from prefill_router.ingest.records import Answer
+from prefill_router.schema import CORRECT, OUTPUT_TOKENS, TARGET
+
+_WORDS = {"true": 1.0, "false": 0.0}
+_MAX_NAME_BYTES = 1024
+_MAX_TOKENS = (1 << 31) - 1  # what the column holds
+
+
+class Grade(NamedTuple):
+    """An answer that is fit to be an outcome; `correct` is None where it was never graded."""
+
+    target: str
+    correct: float | None
+    output_tokens: int | None
+
+
+def grade(answer: Answer) -> Grade:
+    """Raises UnfitError where the answer names no target, or its grade or its tokens are not numbers in their range."""
+    target = fit_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
+    if not target:
+        raise UnfitError(f"{TARGET} = {shown(answer.target)}, must name a model")
+    try:
+        return Grade(target, _correct(answer.correct), output_tokens(answer.output_tokens))
+    except UnfitError as problem:
+        raise UnfitError(f"{TARGET} {shown(target)}: {problem}") from None
+
+
+def _correct(value: object) -> float | None:
+    if _is_missing(value):
+        return None
+    number = _number(value)
+    if not 0.0 <= number <= 1.0:
+        raise UnfitError(f"{CORRECT} = {shown(value)}, must be in [0, 1], or true or false")
+    return number
+
+
+def output_tokens(value: object) -> int | None:
+    """Raises UnfitError where it is neither a count nor missing."""
+    if _is_missing(value):
+        return None
+    number = math.nan if isinstance(value, bool) else _number(value)
+    if not (0 <= number <= _MAX_TOKENS and number.is_integer()):
+        raise UnfitError(f"{OUTPUT_TOKENS} = {shown(value)}, must be a whole number, 0 or more")
+    return int(number)
+
+
+def is_grade(value: object) -> bool:
+    """Could it be the grade of an answer, or the lack of one?"""
+    return _is_missing(value) or 0.0 <= _number(value) <= 1.0
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _number(value: object) -> float:
+    """NaN where it is none."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in _WORDS:
+            return _WORDS[word]
+    elif not isinstance(value, bool | int | float):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan

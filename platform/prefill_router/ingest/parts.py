@@ -1,0 +1,74 @@
+"""Tables that grow row by row, of which only the last rows are held."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefill_router import shards, storage
+from prefill_router.corpus import BadRow
+from prefill_router.ingest.records import text
+from prefill_router.schema import QUARANTINE
+
+_PART_ROWS = 1 << 15
+_PART_BYTES = 16 << 20  # of prompts, before compression
+
+
+class Parts:
+    """The rows of one table, written in parts as they come."""
+
+    def __init__(self, uri: str, schema: pa.Schema) -> None:
+        self.uri, self.schema = uri, schema
+        self.num_rows = self._num_parts = self._num_bytes = 0
+        self._columns: list[list[object]] = [[] for _ in schema]
+
+    def add(self, row: Mapping[str, object], num_bytes: int = 0) -> None:
+        """A row by its columns' names, of which those that the table has not are left out."""
+        for column, name in zip(self._columns, self.schema.names, strict=True):
+            column.append(row.get(name))
+        self._num_bytes += num_bytes
+        if len(self._columns[0]) >= _PART_ROWS or self._num_bytes >= _PART_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        num_rows = len(self._columns[0])
+        if num_rows:
+            shards.write_shard(self.uri, self._num_parts, pa.table(self._columns, schema=self.schema))
+            self.num_rows += num_rows
+            self._num_parts += 1
+            self._columns, self._num_bytes = [[] for _ in self.schema], 0
+
+
+class Quarantine:
+    """Bad rows, kept as the bytes of the one file that they become."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.first: BadRow | None = None
+        self._rows: list[BadRow] = []
+        self._sink = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._sink, QUARANTINE, compression="zstd")
+
+    def add(self, bad: BadRow) -> None:
+        self.first = self.first or bad
+        self.num_rows += 1
+        self._rows.append(bad)
+        if len(self._rows) >= _PART_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = [(text(bad.uri), *bad[1:]) for bad in self._rows]  # a file's name may be no Unicode
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        self._writer.write_table(pa.table(columns, schema=QUARANTINE))
+        self._rows = []
+
+    def write(self, uri: str) -> None:
+        """Writes the file, unless no row was bad."""
+        if self._rows:
+            self._flush()
+        self._writer.close()
+        if self.num_rows:
+            storage.write_bytes(uri, self._sink.getvalue())

@@ -1,0 +1,61 @@
+"""The responses that RouteLLM evaluates routers on: a CSV with a prompt a row and a column of booleans a model.
+
+Source: lm-sys/RouteLLM, routellm/evals/mmlu/responses/mmlu_*.csv (prompt, mixtral-8x7b-instruct-v0.1,
+gpt-4-1106-preview) and routellm/evals/gsm8k/gsm8k_responses.csv, which adds a column MODEL_response for each model. Its
+prompts that RouteLLM calls contaminated are listed in other files, and stay in. MT-Bench's judgements, on a scale to
+10, are not of this format.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from prefill_router import storage
+from prefill_router.corpus import BadRow
+from prefill_router.errors import UserError
+from prefill_router.ingest.grades import is_grade
+from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown
+from prefill_router.ingest.text import Fields, open_csv, require_columns
+
+_RESPONSE = "_response"
+_INDEX = "Unnamed:"  # how pandas calls the index that it has written
+
+
+def read(uri: str, options: Options) -> Iterator[Item]:
+    category = storage.name(uri).partition(".csv")[0].removesuffix("_responses")
+    with open_csv(uri, options.max_record_bytes) as table:
+        require_columns(uri, table.columns, ["prompt"])
+        rows = table.rows()
+        start, first = _first_good(rows)
+        models = _models(table.columns, first)
+        if first and not models:
+            raise UserError(f"{uri}: no column of true and false beside prompt: it has {', '.join(table.columns)}")
+        yield from Unknown(["prompt", *models, *(model + _RESPONSE for model in models)]).among(table.columns)
+        for row, fields in itertools.chain(start, rows):
+            if isinstance(fields, str):
+                yield BadRow(uri, row, None, fields)
+            else:
+                answers = [Answer(model, fields[model]) for model in models]
+                yield Record(uri, row, fields["prompt"], answers, extras={CATEGORY.name: category})
+
+
+def _first_good(rows: Iterator[tuple[int, Fields | str]]) -> tuple[list[tuple[int, Fields | str]], Fields]:
+    """The rows up to the first that is whole, and that one."""
+    start: list[tuple[int, Fields | str]] = []
+    for row, fields in rows:
+        start.append((row, fields))
+        if not isinstance(fields, str):
+            return start, fields
+    return start, {}
+
+
+def _models(columns: Sequence[str], first: Fields) -> list[str]:
+    """The columns that hold grades, judged by the first row: models have no mark of their own."""
+    named = [c for c in columns if c and c != "prompt" and not c.startswith(_INDEX) and not c.endswith(_RESPONSE)]
+    return [c for c in named if c in first and is_grade(first[c])]
+
+
+FORMAT = Format(
+    "routellm", "RouteLLM's evaluation responses: a CSV with a column a model", (".csv",), read, (CATEGORY,)
+)

@@ -1,0 +1,236 @@
+"""Records of any format, written as a corpus and its outcomes, with a quarantine of all that could not be.
+
+Nothing is held but a few rows of each table and, of every prompt, what tells it from the others and which targets it
+was graded on: some 200 bytes a prompt, whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from prefill_router import shards, storage
+from prefill_router.console import say
+from prefill_router.corpus import (
+    BadRow,
+    Prompt,
+    UnfitError,
+    content_digest,
+    fit_messages,
+    fit_prompt,
+    fit_text,
+    shown,
+)
+from prefill_router.errors import UserError
+from prefill_router.ingest.grades import Grade, grade
+from prefill_router.ingest.parts import Parts, Quarantine
+from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
+from prefill_router.ingest.seen import Place, Seen
+from prefill_router.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
+
+CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
+QUARANTINE_FILE, SUMMARY = "quarantine/rows.parquet", "summary.json"
+_MESSAGES_TYPE = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    graded: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """What became of a source's records."""
+
+    format: str
+    source: str
+    files: int
+    files_ignored: int  # of the folder, because they are of another kind
+    records: int
+    prompts: int  # rows of the corpus
+    outcomes: int
+    ungraded: int  # answers that have no grade, and so are no outcomes
+    quarantined: int  # entries of the quarantine; a record with several bad answers makes several
+    repeated_pairs: int  # of these, pairs of a prompt and a target that were graded before
+    repeated_prompts: int  # records without answers whose prompt stands earlier
+    other_wordings: int  # records whose prompt stands earlier in other words, though it is known to be the same
+    targets: dict[str, TargetSummary]
+    ignored: dict[str, int]  # what has no place in our tables, and how often it was met
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tables:
+    """Writes what a format's reader yields below `out`. Left with an error, it takes back all that it wrote."""
+
+    def __init__(self, out: str, kind: Format, options: Options) -> None:
+        self.out, self.kind, self.options = out, kind, options
+        self._seen = Seen()
+        self._corpus = Parts(storage.join(out, CORPUS_FOLDER), _corpus_schema(kind))
+        self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), OUTCOMES)
+        self._quarantine = Quarantine()
+        self._ignored: Counter[str] = Counter()
+        self._graded: Counter[str] = Counter()
+        self._correct: defaultdict[str, float] = defaultdict(float)  # sums of grades
+        self._num_records = self._num_ungraded = 0
+        self._num_repeated_pairs = self._num_repeated_prompts = self._num_other_wordings = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            clear(self.out)
+
+    def add(self, item: Item) -> None:
+        if isinstance(item, Ignored):
+            if not self._ignored[item.what]:
+                say(f"ingest: ignored: {item.what}")
+            self._ignored[item.what] += 1
+            return
+        self._num_records += 1
+        if isinstance(item, BadRow):
+            self._quarantine.add(item)
+        else:
+            self._add_record(item)
+
+    def _add_record(self, record: Record) -> None:
+        prompt_id = None
+        try:
+            if record.prompt_id is not None:
+                prompt_id = fit_text(record.prompt_id, PROMPT_ID, self.options.max_prompt_bytes)
+            prompt = _fit(record, self.options.max_prompt_bytes)
+        except UnfitError as problem:
+            self._refuse(record, prompt_id, str(problem))
+            return
+        content = content_digest(prompt)
+        prompt_id = content.hex() if prompt_id is None else prompt_id
+        grades = self._grades(record, prompt_id)
+        if record.answers and not grades:
+            return
+        place = self._seen.place(prompt_id, content, record.identity)
+        if place is Place.CLASH:
+            self._refuse(record, prompt_id, f"{PROMPT_ID} {shown(prompt_id)} stands earlier with another prompt")
+            return
+        if place is Place.NEW:
+            self._add_prompt(record, prompt_id, prompt)
+        elif not record.answers:
+            self._num_repeated_prompts += 1
+        self._num_other_wordings += place is Place.OTHER_WORDING
+        for one in grades:
+            self._add_outcome(record, prompt_id, one)
+
+    def _grades(self, record: Record, prompt_id: str) -> list[Grade]:
+        grades = []
+        for answer in record.answers:
+            try:
+                grades.append(grade(answer))
+            except UnfitError as problem:
+                self._refuse(record, prompt_id, str(problem))
+        return grades
+
+    def _add_prompt(self, record: Record, prompt_id: str, prompt: Prompt) -> None:
+        is_text = isinstance(prompt, str)
+        row: dict[str, object] = {
+            PROMPT_ID: prompt_id,
+            PROMPT: prompt if is_text else None,
+            MESSAGES: None if is_text else prompt,
+        }
+        self._corpus.add({**row, **record.extras}, _num_chars(prompt))
+
+    def _add_outcome(self, record: Record, prompt_id: str, one: Grade) -> None:
+        if one.correct is None:
+            self._num_ungraded += 1
+        elif self._seen.grade(prompt_id, one.target):
+            self._outcomes.add(dict(zip(OUTCOMES.names, (prompt_id, *one), strict=True)))
+            self._graded[one.target] += 1
+            self._correct[one.target] += one.correct
+        else:
+            self._num_repeated_pairs += 1
+            self._refuse(record, prompt_id, f"target {shown(one.target)} was graded on this prompt before")
+
+    def _refuse(self, record: Record, prompt_id: str | None, reason: str) -> None:
+        self._quarantine.add(BadRow(record.uri, record.row, prompt_id, reason))
+
+    def finish(self, source: str, num_files: int, num_files_ignored: int = 0) -> IngestSummary:
+        """Writes what is left, the summary last. Raises UserError where not one record was good."""
+        self._corpus.flush()
+        self._outcomes.flush()
+        if not self._corpus.num_rows:
+            raise UserError(f"{source}: {self._nothing()}")
+        self._quarantine.write(storage.join(self.out, QUARANTINE_FILE))
+        summary = IngestSummary(
+            format=self.kind.name,
+            source=source,
+            files=num_files,
+            files_ignored=num_files_ignored,
+            records=self._num_records,
+            prompts=self._corpus.num_rows,
+            outcomes=self._outcomes.num_rows,
+            ungraded=self._num_ungraded,
+            quarantined=self._quarantine.num_rows,
+            repeated_pairs=self._num_repeated_pairs,
+            repeated_prompts=self._num_repeated_prompts,
+            other_wordings=self._num_other_wordings,
+            targets={t: TargetSummary(n, self._correct[t] / n) for t, n in sorted(self._graded.items())},
+            ignored=dict(self._ignored),
+        )
+        storage.write_json(storage.join(self.out, SUMMARY), summary.to_dict())
+        return summary
+
+    def _nothing(self) -> str:
+        if self._quarantine.first is None:
+            return f"holds no record of {self.kind.name}"
+        return f"none of {self._num_records:,} records is good; the first: {self._quarantine.first.message}"
+
+
+def _corpus_schema(kind: Format) -> pa.Schema:
+    messages = [pa.field(MESSAGES, _MESSAGES_TYPE)] if kind.has_messages else []
+    fields = [pa.field(PROMPT_ID, pa.string(), nullable=False), pa.field(PROMPT, pa.string()), *messages]
+    return pa.schema([*fields, *kind.extras])
+
+
+def _fit(record: Record, max_bytes: int) -> Prompt:
+    """Raises UnfitError unless the record holds a conversation or, in its place, a text of more than white space."""
+    return fit_prompt(record.prompt, max_bytes) if record.messages is None else fit_messages(record.messages, max_bytes)
+
+
+def _num_chars(prompt: Prompt) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+
+
+# --- where the tables go -----------------------------------------------------------------------------------------
+
+
+def claim(out: str, *, overwrite: bool) -> None:
+    """Makes room for the tables. Raises UserError where some lie there already, unless they are to be replaced.
+
+    Only what `ingest` writes is ever deleted.
+    """
+    if storage.is_file(out):
+        raise UserError(f"{out}: is a file: an output is a folder, choose another --out")
+    folders = (CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER)
+    held = [name for name in folders if storage.list_names(storage.join(out, name))]
+    held += [SUMMARY] if storage.exists(storage.join(out, SUMMARY)) else []
+    if held and not overwrite:
+        raise UserError(f"{out}: already holds {', '.join(held)}: choose another --out, or replace it with --overwrite")
+    clear(out)
+    for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
+        if names := storage.list_names(storage.join(out, folder)):
+            raise UserError(f"{out}/{folder}: holds {names[0]}, which no `ingest` wrote: choose another --out")
+
+
+def clear(out: str) -> None:
+    """Deletes what `ingest` wrote below `out`, the summary first, which says that it is whole."""
+    storage.remove(storage.join(out, SUMMARY))
+    storage.remove(storage.join(out, QUARANTINE_FILE))
+    for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
+        shards.remove_shards(storage.join(out, folder))

@@ -1,0 +1,33 @@
+"""The CSV that NVIDIA's LLM router toolkit trains on: a row for each question and model.
+
+Source: NVIDIA-AI-Blueprints/llm-router, docs/guide-data-collection.md and docs/training-guide.md: columns question,
+model, isCorrect (1 or 0) and output_tokens, of which the last may be absent. Scripts around it add category and source,
+which are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prefill_router.corpus import BadRow
+from prefill_router.ingest.records import CATEGORY, SOURCE, Answer, Format, Item, Options, Record, Unknown, text
+from prefill_router.ingest.text import open_csv, require_columns
+
+_REQUIRED = ("question", "model", "isCorrect")
+_EXTRAS = (CATEGORY, SOURCE)
+
+
+def read(uri: str, options: Options) -> Iterator[Item]:
+    with open_csv(uri, options.max_record_bytes) as table:
+        require_columns(uri, table.columns, _REQUIRED)
+        yield from Unknown([*_REQUIRED, "output_tokens", *(f.name for f in _EXTRAS)]).among(table.columns)
+        for row, fields in table.rows():
+            if isinstance(fields, str):
+                yield BadRow(uri, row, None, fields)
+                continue
+            answer = Answer(fields["model"], fields["isCorrect"], fields.get("output_tokens"))
+            extras = {field.name: text(fields.get(field.name)) for field in _EXTRAS}
+            yield Record(uri, row, fields["question"], [answer], extras=extras)
+
+
+FORMAT = Format("toolkit", "NVIDIA's LLM router toolkit: a CSV of questions and models", (".csv",), read, _EXTRAS)

@@ -1,0 +1,70 @@
+"""What `ingest` makes of a source, read back as its tables' readers see it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from prefill_jobs.ingest import ingest as run
+from prefill_router import corpus, storage
+from prefill_router.config import IngestConfig
+from prefill_router.ingest.tables import IngestSummary
+from prefill_router.outcomes import load_outcomes, target_names
+
+FIXTURES = Path(__file__).parent / "fixtures" / "ingest"
+
+
+@dataclass(frozen=True)
+class Ingested:
+    prompts: dict[str, corpus.Prompt]  # by their ids
+    outcomes: dict[tuple[str, str], tuple[float, int | None]]  # by prompt and target: correct, output_tokens
+    extras: dict[str, dict[str, Any]]  # the corpus' other columns, by prompt
+    quarantine: list[tuple[str, int, str | None, str]]  # file's name, row, prompt_id, reason
+    summary: IngestSummary
+
+
+def ingest(format: str, source: Path | str, out: Path | str, **options: Any) -> Ingested:  # noqa: A002
+    summary = run(IngestConfig(format=format, source=str(source), out=str(out), **options))
+    stored = storage.read_json(f"{out}/summary.json")
+    assert stored == json.loads(json.dumps(summary.to_dict()))
+    prompts, extras = _corpus(str(out))
+    outcomes = _outcomes(str(out)) if summary.outcomes else {}
+    assert summary.prompts == len(prompts)
+    assert summary.outcomes == len(outcomes)
+    return Ingested(prompts, outcomes, extras, _quarantine(str(out)), summary)
+
+
+def _corpus(out: str) -> tuple[dict[str, corpus.Prompt], dict[str, dict[str, Any]]]:
+    prompts, extras = dict[str, corpus.Prompt](), dict[str, dict[str, Any]]()
+    for file in storage.list_files(f"{out}/corpus", [".parquet"]):
+        for _, _, row in corpus.read(file):
+            assert isinstance(row, corpus.Row)
+            assert row.prompt_id not in prompts
+            prompts[row.prompt_id] = row.prompt
+        for fields in storage.read_table(file).to_pylist():
+            own = ("prompt_id", "prompt", "messages")
+            extras[fields["prompt_id"]] = {key: value for key, value in fields.items() if key not in own}
+    return prompts, extras
+
+
+def _outcomes(out: str) -> dict[tuple[str, str], tuple[float, int | None]]:
+    load_outcomes(f"{out}/outcomes", target_names(f"{out}/outcomes"))  # which refuses whatever is not as it should be
+    return {
+        (row["prompt_id"], row["target"]): (row["correct"], row["output_tokens"])
+        for file in storage.list_files(f"{out}/outcomes", [".parquet"])
+        for row in storage.read_table(file).to_pylist()
+    }
+
+
+def _quarantine(out: str) -> list[tuple[str, int, str | None, str]]:
+    uri = f"{out}/quarantine/rows.parquet"
+    if not storage.exists(uri):
+        return []
+    with storage.open_parquet(uri) as file:
+        assert isinstance(file, pq.ParquetFile)
+        rows = file.read().to_pylist()
+    return [(storage.name(row["file"]), row["row"], row["prompt_id"], row["reason"]) for row in rows]
