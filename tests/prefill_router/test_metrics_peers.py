@@ -230,6 +230,15 @@ def test_zones_and_shares_are_counts(seed: int) -> None:
     assert scores.share == pytest.approx([np.mean([choice[i] == t for i in complete]) for t in range(4)])
 
 
+def test_a_prompt_that_nobody_got_is_wrong_where_somebody_was_right() -> None:
+    assert agreement_zones([[1.0, 0.0], [1.0, 1.0]], [-1, -1]).wrong_choices == 1.0
+
+
+def test_zones_of_no_complete_prompt_are_nan() -> None:
+    zones = agreement_zones([[1.0, np.nan]], [0])
+    assert np.isnan([zones.all_right, zones.disagree, zones.all_wrong, zones.wrong_choices]).all()
+
+
 def test_shares_do_not_count_prompts_that_nobody_got_as_anyones() -> None:
     np.testing.assert_allclose(routing_shares([0, 2, -1, 2], 3), [0.25, 0.0, 0.5])
 

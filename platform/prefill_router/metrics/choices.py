@@ -31,7 +31,7 @@ def routing_shares(choice: ArrayLike, num_targets: int) -> Array:
 
 
 def agreement_zones(correct: ArrayLike, choice: ArrayLike) -> Zones:
-    """Zones of outcomes (N, T) and choices (N,). Prompts on which an outcome is missing do not count.
+    """Zones of outcomes (N, T) and choices (N,), -1 for no target. Prompts on which an outcome is missing do not count.
 
     A choice is wrong where another target would have been right; with partial credit, as far as it fell short of the
     best. On all other prompts every choice is as good: accuracy over all of them hides what a router does.
@@ -39,7 +39,9 @@ def agreement_zones(correct: ArrayLike, choice: ArrayLike) -> Zones:
     outcomes = np.asarray(correct, np.float64)
     has_all = ~np.isnan(outcomes).any(1)
     outcomes, chosen = outcomes[has_all], np.asarray(choice, np.int64)[has_all]
-    return _zones(*zone_terms(outcomes, np.take_along_axis(outcomes, chosen[:, None], 1)[:, 0]).mean(1))
+    reached = np.where(chosen >= 0, np.take_along_axis(outcomes, chosen[:, None], 1)[:, 0], 0.0)
+    all_right, disagree, all_wrong, short = ratio(zone_terms(outcomes, reached).sum(1), float(len(outcomes)))
+    return Zones(float(all_right), float(disagree), float(all_wrong), float(ratio(short, disagree)))
 
 
 def zone_terms(correct_NT: Array, reached_N: Array) -> Array:
@@ -48,10 +50,6 @@ def zone_terms(correct_NT: Array, reached_N: Array) -> Array:
     disagree = best > worst
     right = ~disagree & (best >= 0.5)
     return np.stack([right, disagree, ~disagree & ~right, np.where(disagree, best - reached_N, 0.0)]).astype(np.float64)
-
-
-def _zones(all_right: float, disagree: float, all_wrong: float, short: float) -> Zones:
-    return Zones(float(all_right), float(disagree), float(all_wrong), float(ratio(short, disagree)))
 
 
 def risk_coverage_curve(correct: ArrayLike, confidence: ArrayLike) -> Array:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,11 @@ class Scorer:
         paid: ArrayLike | None = None,
         weights: ArrayLike | None = None,
     ) -> None:
-        self._correct, self._p, self._cost, self._paid = checked(correct, p, cost, paid)
-        self._complete = ~np.isnan(self._correct).any(1)
+        all_correct, all_p, *_ = checked(correct, p, cost, paid)
+        self._complete = ~np.isnan(all_correct).any(1)
         if not self._complete.any():
             raise UserError("no prompt has an outcome of every target: routing cannot be scored")
-        self._weights = np.ones(len(self._p)) if weights is None else np.asarray(weights, np.float64)
+        self._weights = np.ones(len(all_p)) if weights is None else np.asarray(weights, np.float64)
         correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
         self._singles = np.stack([paid_NT.T, correct_NT.T])
         self._oracle = correct_NT.max(1)
@@ -106,32 +106,34 @@ class Scorer:
         self._risk = RiskCoverage(self._chosen[1], np.take_along_axis(p_NT, choice, 1)[:, 0])
         weak, strong = self._pair()
         self._gap = GapRecovered(correct_NT[:, strong], correct_NT[:, weak], p_NT[:, strong] - p_NT[:, weak])
-        graded = ~np.isnan(self._correct)
+        graded = ~np.isnan(all_correct)
         self._targets = [
             (known, TargetScores(y[known], said[known]))
-            for y, said, known in zip(self._correct.T, self._p.T, graded.T, strict=True)
+            for y, said, known in zip(all_correct.T, all_p.T, graded.T, strict=True)
         ]
 
     def scores(self) -> RoutingScores:
-        figures = {name: values[0].tolist() for name, values in self.figures(np.ones((1, len(self._p)))).items()}
+        figures = {name: values[0].tolist() for name, values in self.figures(self._once).items()}
         return RoutingScores(num_prompts=int(self._complete.sum()), **figures)
 
     def figures(self, draws_BN: NDArray[Any]) -> dict[str, Array]:
         """Every field of RoutingScores but the number of prompts, for each draw: (B,), or (B, T)."""
-        rows = max(1, _MOST_NUMBERS // self._share.size)
-        chunks = (draws_BN[i : i + rows].astype(np.float64) for i in range(0, len(draws_BN), rows))
-        parts = [self._figures(chunk) for chunk in chunks]
+        parts = [self._figures(chunk) for chunk in self._chunks(draws_BN)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, M) at other tolerances."""
         reached = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
-        points = self._sweep.points(self._weighed(draws_BN))
-        return points.costs[:, reached], points.accuracies[:, reached]
+        costs, accuracies = [], []
+        for chunk in self._chunks(draws_BN):
+            points = self._sweep.points(self._weighed(chunk))
+            costs.append(points.costs[:, reached])
+            accuracies.append(points.accuracies[:, reached])
+        return np.concatenate(costs), np.concatenate(accuracies)
 
     def curve(self) -> Array:
         """Rows (tolerance, mean cost, accuracy) wherever a choice moves, by ascending tolerance."""
-        points = self._sweep.points(self._weighed(np.ones((1, len(self._p)))))
+        points = self._sweep.points(self._weighed(self._once))
         return np.column_stack([self._sweep.tolerances, points.of(0)])
 
     def singles(self, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
@@ -139,6 +141,15 @@ class Scorer:
         w = self._weighed(draws_BN)
         costs, accuracies = (ratio(w @ values.T, w.sum(1, keepdims=True)) for values in self._singles)
         return costs, accuracies
+
+    @property
+    def _once(self) -> Array:
+        """The draw in which every prompt is drawn once."""
+        return np.ones((1, len(self._weights)))
+
+    def _chunks(self, draws_BN: NDArray[Any]) -> Iterator[Array]:
+        rows = max(1, _MOST_NUMBERS // self._share.size)
+        return (draws_BN[i : i + rows].astype(np.float64) for i in range(0, len(draws_BN), rows))
 
     def _weighed(self, draws_BN: NDArray[Any]) -> Array:
         """The weights of the prompts with all outcomes."""
