@@ -181,6 +181,6 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
     for (name, value), (_, other) in zip(ours, neighbours, strict=True):
         table.add_row(name, value, other)
     console.print(table)
-    console.print("The router is scored at its own tolerance, the neighbours at 0; areas cover every tolerance.")
+    console.print("Each is scored at its own tolerance, chosen on validation prompts; areas cover every tolerance.")
     console.print(headline(evaluation))
     console.print(f"\nReport: {report}\nDone in {elapsed_s:.0f} s.", markup=False)

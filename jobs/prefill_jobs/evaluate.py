@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,8 @@ from prefill_jobs.predict import GradedPrediction, predict_graded
 from prefill_jobs.probe import load_probes
 from prefill_router import report, storage
 from prefill_router.about import versions
-from prefill_router.baselines import knn_p_correct
-from prefill_router.baselines.fitting import Fitted, Prompts, fit_all
+from prefill_router.baselines import NearestNeighbours
+from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
@@ -30,8 +29,6 @@ from prefill_router.evaluation import evaluate as score
 from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part
 from prefill_router.units import Units, of_corpus
-
-Array = NDArray[Any]
 
 
 def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
@@ -131,13 +128,9 @@ class Trial:
         return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
 
     def router_as_contender(self) -> Contender:
-        p_correct = self.predicted.prediction.p_correct
-        return self._reader_of_activations("router", "prefill router", p_correct, self.router.default_tolerance)
-
-    def _reader_of_activations(self, name: str, title: str, p_correct: Array, tolerance: float) -> Contender:
-        """One that says something of all prompts, and expects the lengths that the router does."""
-        rows, expected = self.is_held_out, self.predicted.prediction.expected_output_tokens
-        return Contender(name, title, p_correct[rows], expected[rows], tolerance)
+        p_correct, expected_output_tokens = (values[self.is_held_out] for values in self.predicted.prediction)
+        tolerance = self.router.default_tolerance
+        return Contender("router", "prefill router", p_correct, expected_output_tokens, tolerance)
 
     def rivals(self, keep: str | None) -> Iterator[Contender]:
         """Every baseline that the data allow; those that can be served are written to `keep`."""
@@ -153,8 +146,11 @@ class Trial:
                 if keep is not None and self.embeddings is not None:
                     folder = re.sub(r"[^\w.-]+", "-", fitted.title)
                     self._served(fitted, self.embeddings).save(storage.join(keep, folder))
-            if self.predicted.features is not None:
-                yield self._neighbours_of_activations(self.predicted.features, is_training)
+            activations = replace(readable, embedding=self.predicted.features)
+            parts = (activations[rows] for rows in (is_training, is_validation))
+            neighbours = fit_one(self.router.pool, "knn_activations", NearestNeighbours(), *parts)
+            neighbours = replace(neighbours, title="k nearest neighbours by activations")
+            yield self._rival(neighbours, activations[held])
         yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
 
     def _readable(self) -> Prompts:
@@ -171,10 +167,6 @@ class Trial:
         expected = np.broadcast_to(fitted.output_tokens, p.shape)
         name = fitted.title if fitted.name == "always" else fitted.name
         return Contender(name, fitted.title, p, expected, fitted.tolerance)
-
-    def _neighbours_of_activations(self, features: NDArray[np.float32], is_training: NDArray[np.bool_]) -> Contender:
-        p = knn_p_correct(features, features[is_training], self.predicted.correct[is_training])
-        return self._reader_of_activations("knn_activations", "k nearest neighbours by activations", p, 0.0)
 
     def _served(self, fitted: Fitted, embeddings: Embeddings) -> BaselineRouter:
         return BaselineRouter(

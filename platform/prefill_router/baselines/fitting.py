@@ -76,8 +76,14 @@ def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitt
         if kind is Always or (kind.reads == "embedding" and training.embedding is None):
             continue
         baseline = Mixture(_mean_cost(pool, training, medians)) if kind is Mixture else kind()
-        baseline.fit(training.x(kind.reads), training.correct)
-        yield Fitted(name, kind.title, baseline, medians, _tolerance(pool, baseline, validation, medians))
+        yield fit_one(pool, name, baseline, training, validation)
+
+
+def fit_one(pool: Pool, name: str, baseline: Baseline, training: Prompts, validation: Prompts) -> Fitted:
+    """One baseline, with its tolerance."""
+    medians = median_tokens(median_logs(training.output_tokens))
+    baseline.fit(training.x(type(baseline).reads), training.correct)
+    return Fitted(name, baseline.title, baseline, medians, _tolerance(pool, baseline, validation, medians))
 
 
 def _tolerance(pool: Pool, baseline: Baseline, validation: Prompts, medians: Array) -> float:
