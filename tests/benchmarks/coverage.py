@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router.evaluation import HEADLINES
 from prefill_router.metrics import Scorer, bootstrap_weights, interval
 
 Array = NDArray[np.float64]
@@ -30,26 +31,8 @@ Array = NDArray[np.float64]
 NUM_TARGETS = 5
 TOLERANCE = 0.05
 BOUNDS = (0.93, 0.97)
-# Headlines of reports. Not ECE, nor PDP-AUCCC, whose truth is at the edge of what they can be.
-FIGURES = (
-    "accuracy",
-    "cost",
-    "efficacy",
-    "cost_saving",
-    "best_efficacy",
-    "saving_at_best_single",
-    "p_auccc",
-    "mdp_auccc",
-    "apgr",
-    "cpt_50",
-    "cpt_80",
-    "aiq",
-    "arena_score",
-    "aurc",
-    "wrong_choices",
-    "auc",
-    "brier",
-)
+# What reports give an interval. Not ECE, nor PDP-AUCCC, whose truth is at the edge of what they can be.
+FIGURES = tuple(name.removeprefix("mean_") for name in HEADLINES)
 
 
 class Sample(NamedTuple):
