@@ -14,7 +14,7 @@ from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.leakage import held_out
 from prefill_jobs.predict import GradedPrediction, predict_graded
-from prefill_router import report, storage
+from prefill_router import report
 from prefill_router.about import versions
 from prefill_router.config import CompareConfig
 from prefill_router.errors import UserError
@@ -61,8 +61,7 @@ def compare(config: CompareConfig) -> Evaluation:
             "Versions": versions(),
         },
     )
-    storage.write_json(storage.join(config.out, "report.json"), result.to_json())
-    storage.write_bytes(storage.join(config.out, "report.html"), report.render_html(result).encode())
+    report.write(config.out, result)
     return result
 
 

@@ -57,9 +57,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         num_draws=config.draws,
         about=_about(config, router, graded),
     )
-    storage.write_json(storage.join(config.out, "report.json"), result.to_json())
-    page = report.render_html(result, probes, notice)
-    storage.write_bytes(storage.join(config.out, "report.html"), page.encode())
+    report.write(config.out, result, probes, notice)
     return result
 
 

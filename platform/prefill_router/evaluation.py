@@ -23,6 +23,8 @@ from prefill_router.metrics import (
     reliability_curve,
     risk_coverage_curve,
 )
+from prefill_router.metrics.scores import ROUNDING
+from prefill_router.metrics.targets import ratio
 from prefill_router.policy import choose
 from prefill_router.pool import Pool
 
@@ -32,7 +34,6 @@ NUM_DRAWS = 500
 _CURVE_POINTS = 300  # of a curve in a report; its areas are computed from all of them
 _BAND_POINTS = 40
 _CHANCES = 20
-_ROUNDING = 1e-12  # of a mean of accuracies
 
 # What gets an interval. Means over targets are named so; the rest are fields of RoutingScores.
 HEADLINES = (
@@ -225,6 +226,7 @@ class _Trial:
         self._draws = np.concatenate([np.ones((1, len(held_out)), drawn.dtype), drawn])
         self._router = self._scorer(router)
         self._of_router = self._router.figures(self._draws)
+        self._dearest = self._router.singles(self._draws)[0].max(1)  # its mean cost in each draw
 
     def expected(self, contender: Contender) -> Array:
         return self.pool.expected_cost(self.held_out.num_tokens, contender.expected_output_tokens)
@@ -279,7 +281,7 @@ class _Trial:
         }
         points = [self._operating_point("the router's own tolerance", own_tolerance)]
         for title, accuracy in wanted.items():
-            reached = curve[curve[:, 2] >= accuracy - _ROUNDING]
+            reached = curve[curve[:, 2] >= accuracy - ROUNDING]
             if len(reached):
                 points.append(self._operating_point(title, float(reached[np.argmin(reached[:, 1]), 0])))
         return points
@@ -289,17 +291,16 @@ class _Trial:
         of = self._of_router
         gained = accuracies - of["best_single_accuracy"]
         headroom = of["oracle_accuracy"] - of["best_single_accuracy"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return OperatingPoint(
-                title=title,
-                tolerance=tolerance,
-                accuracy=_interval(accuracies),
-                cost=_interval(costs),
-                efficacy=_interval(np.where(headroom > _ROUNDING, gained / headroom, np.nan)),
-                accuracy_less_best_single=_interval(gained),
-                saving_against_best_single=_interval(1.0 - costs / of["best_single_cost"]),
-                saving_against_dearest=_interval(1.0 - costs / self._router.singles(self._draws)[0].max(1)),
-            )
+        return OperatingPoint(
+            title=title,
+            tolerance=tolerance,
+            accuracy=_interval(accuracies),
+            cost=_interval(costs),
+            efficacy=_interval(ratio(gained, np.where(headroom > ROUNDING, headroom, 0.0))),
+            accuracy_less_best_single=_interval(gained),
+            saving_against_best_single=_interval(1.0 - ratio(costs, of["best_single_cost"])),
+            saving_against_dearest=_interval(1.0 - ratio(costs, self._dearest)),
+        )
 
 
 def _headlines(figures: dict[str, Array]) -> dict[str, Array]:
@@ -309,9 +310,7 @@ def _headlines(figures: dict[str, Array]) -> dict[str, Array]:
 
 def _mean_over_targets(values_BT: Array) -> Array:
     """The mean over those targets that have a value."""
-    known = ~np.isnan(values_BT)
-    sums, counts = np.where(known, values_BT, 0.0).sum(1), known.sum(1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return ratio(np.nan_to_num(values_BT).sum(1), (~np.isnan(values_BT)).sum(1))
 
 
 def _interval(values: Array) -> Interval:

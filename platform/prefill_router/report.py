@@ -8,7 +8,7 @@ from math import isfinite
 import jinja2
 from matplotlib.figure import Figure
 
-from prefill_router import figures
+from prefill_router import figures, storage
 from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.probe import LayerProbe
@@ -48,6 +48,14 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
             for error in (evaluation.length_error_tokens, evaluation.length_error_median_rule_tokens)
         ],
     )
+
+
+def write(
+    uri: str, evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None
+) -> None:
+    """Writes report.json and report.html below `uri`."""
+    storage.write_json(storage.join(uri, "report.json"), evaluation.to_json())
+    storage.write_bytes(storage.join(uri, "report.html"), render_html(evaluation, probes, notice).encode())
 
 
 def headline(evaluation: Evaluation) -> str:
