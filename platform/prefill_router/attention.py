@@ -25,7 +25,7 @@ except ImportError:  # torch before 2.10
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (P, K, E)
 
-_TILE = 64  # queries in a tile on the CPU: smaller ones waste the matrix unit, larger ones compute what causality hides
+_TILE = 64  # tokens in a tile on the CPU: smaller ones waste the matrix unit, larger ones compute what causality hides
 
 
 class Attention(Protocol):
@@ -76,8 +76,8 @@ class VarlenAttention:
 class PaddedAttention:
     """SDPA over prompts padded at their right end, where causality hides the padding."""
 
-    def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
-        self.num_prompts, self.longest, self.prefix_tokens = len(lengths), max(lengths), prefix_tokens
+    def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device, padding: int = 0) -> None:
+        self.num_prompts, self.longest, self.prefix_tokens = len(lengths), max(lengths) + padding, prefix_tokens
         self.spread: Tensor | None = None  # rows of the pack as (B, S), the last token of a prompt repeated
         self.gathered: Tensor | None = None  # and back
         if min(lengths) < self.longest:
@@ -117,7 +117,14 @@ class PaddedAttention:
 
 
 class TiledAttention(PaddedAttention):
-    """Tiles of queries against the keys that causality lets them see, as batched matrix products."""
+    """Tiles of queries against the keys that causality lets them see, as batched matrix products.
+
+    Tiles are whole, and begin where they would without the prefix. So the shapes of a prompt's products depend on
+    itself alone, and not one bit of the result on its companions or on what it shares with them.
+    """
+
+    def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
+        super().__init__(lengths, prefix_tokens, device, padding=-(prefix_tokens + max(lengths)) % _TILE)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> Tensor:
         num_heads, head_size, num_groups = query.shape[1], query.shape[2], key.shape[1]
@@ -130,12 +137,11 @@ class TiledAttention(PaddedAttention):
         values = value.transpose(1, 2).reshape(len(queries), -1, head_size)
         attended = torch.empty_like(queries)
         hidden = torch.full((_TILE, _TILE), -torch.inf, dtype=queries.dtype).triu(1).repeat_interleave(per_group, 0)
-        for start in range(0, self.longest, _TILE):
-            end = min(start + _TILE, self.longest)
-            rows = slice(start * per_group, end * per_group)
-            visible = self.prefix_tokens + end
-            scores = queries[:, rows] @ keys[:, :, :visible]
-            scores[:, :, visible - (end - start) :] += hidden[: (end - start) * per_group, : end - start]
-            torch.bmm(scores.softmax(-1), values[:, :visible], out=attended[:, rows])
+        for start in range(-(self.prefix_tokens % _TILE), self.longest, _TILE):
+            visible = self.prefix_tokens + start + _TILE
+            own = slice(max(start, 0) * per_group, (start + _TILE) * per_group)
+            scores = queries[:, own] @ keys[:, :, :visible]
+            scores[:, :, -_TILE:] += hidden[own.start - own.stop :]
+            torch.bmm(scores.softmax(-1), values[:, :visible], out=attended[:, own])
         grouped = attended.view(self.num_prompts, num_groups, self.longest, per_group, head_size).transpose(1, 2)
         return self._packed(grouped.reshape(self.num_prompts, self.longest, num_heads, head_size))

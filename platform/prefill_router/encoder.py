@@ -42,7 +42,7 @@ from prefill_router.work import ModelCost, Work
 log = logging.getLogger(__name__)
 
 # Raised whenever the same encoder would give other activations than before: it is part of the fingerprint.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 # Tokens in a pack: on a CPU, what stays in its cache; on a GPU, what keeps it busy.
 BUDGET_TOKENS = {"cpu": 1024, "cuda": 32768}

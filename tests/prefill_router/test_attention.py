@@ -152,3 +152,21 @@ def test_tiles_are_for_the_cpu_and_padding_for_the_rest() -> None:
     assert type(attention_for([3], 0, CPU, torch.float32)) is TiledAttention
     assert type(attention_for([3], 0, CPU, torch.bfloat16)) is TiledAttention
     assert type(attention_for([3], 0, torch.device("meta"), torch.bfloat16)) is PaddedAttention
+
+
+@pytest.mark.parametrize("shared_tokens", [1, 24, 64, 100])
+def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(shared_tokens: int) -> None:
+    """In bfloat16, where another order of the same sums would show: a router's P(correct) may not hang on chance."""
+    heads, lengths = (6, 2), [200, 65, 130]
+    query, key, value, prefix = random_inputs(sum(lengths), shared_tokens, heads, torch.bfloat16)
+    assert prefix is not None
+    continued = TiledAttention(lengths, shared_tokens, CPU)(query, key, value, prefix)
+    for start, end in pairwise([0, 200, 265, 395]):
+        own = slice(start, end)
+        alone = TiledAttention([end - start], shared_tokens, CPU)(query[own], key[own], value[own], prefix)
+        assert torch.equal(continued[own], alone)
+        # The prefix as the prompt's own beginning; its own queries have nothing to do with what comes after them.
+        whole = [torch.cat((first, t[own])) for first, t in zip(prefix, (key, value), strict=True)]
+        queries = torch.cat((torch.zeros_like(query[:shared_tokens]), query[own]))
+        unshared = TiledAttention([len(queries)], 0, CPU)(queries, *whole, None)
+        assert torch.equal(continued[own], unshared[shared_tokens:])
