@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from prefill_router.decoder import Decoder, Pack, head_size
 from prefill_router.errors import UserError
 from prefill_router.hardware import DType, bound_kernel_caches, preferred_dtype
 from prefill_router.hooked import HookedBackbone
+from prefill_router.memory import Ids, Prefix, PrefixMemory
 from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling, activation_columns
@@ -111,7 +113,10 @@ class Reading(NamedTuple):
 
 
 class PrefillEncoder:
-    """A causal LM as an encoder. Make one with `PrefillEncoder.load`. Threads may share it: they take turns."""
+    """A causal LM as an encoder. Make one with `PrefillEncoder.load`.
+
+    Threads may share it. They take turns, unless each has one core to itself (`torch.set_num_threads(1)`).
+    """
 
     def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.tokenizer = tokenizer
@@ -126,7 +131,8 @@ class PrefillEncoder:
         decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
         self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
-        self._computing = threading.Lock()  # one call at a time: two would only wait for each other's cores
+        self.memory: PrefixMemory | None = None  # give it one, where prompts come one by one
+        self._computing = threading.Lock()
         self._tokenizing = threading.Lock()  # a fast tokenizer may not be lent twice
 
     @classmethod
@@ -230,7 +236,7 @@ class PrefillEncoder:
         lengths = tokens.num_tokens
         results = _Results(columns, len(lengths), self.hidden_size)
         work = Work(prompts=len(lengths), tokens=int(lengths.sum()))
-        with self._computing:
+        with self._turn():
             started = time.perf_counter()
             streams = [self._begin(tokens, group, columns) for group in self._prefix_groups(tokens)]
             packs = [(stream, batch) for stream in streams for batch in self._batches(stream)]
@@ -242,10 +248,21 @@ class PrefillEncoder:
         clamped = sum(int((np.abs(values) == FLOAT16_MAX).sum()) for values in encoded.values())
         return {**encoded, NUM_TOKENS: lengths}, work + Work(clamped=clamped)
 
+    @property
+    def runs_side_by_side(self) -> bool:
+        """May threads with a core each call it at the same time?"""
+        return self.device.type == "cpu" and isinstance(self.backbone, Decoder)
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Two calls that use all cores would only wait for each other, and hooks hang in a model for one call."""
+        return nullcontext() if self.runs_side_by_side and torch.get_num_threads() == 1 else self._computing
+
     def _prefix_groups(self, tokens: Tokens) -> list[PrefixGroup]:
         if isinstance(self.backbone, Decoder):
+            if self.memory is not None:
+                return self.memory.groups(tokens.ids)
             # A group of its own is worth its smaller packs where it saves a good part of one.
-            return shared_prefixes(tokens.ids, min_saved_tokens=self._budget_tokens // 4)
+            return shared_prefixes(tokens.ids, min_saved_tokens=self.budget_tokens // 4)
         # Each kind by itself: a batch takes its frequencies by its longest prompt.
         kinds: tuple[list[int], list[int]] = ([], [])
         for i, length in enumerate(tokens.num_tokens.tolist()):
@@ -253,7 +270,8 @@ class PrefillEncoder:
         return [PrefixGroup(0, kind) for kind in kinds if kind]
 
     @property
-    def _budget_tokens(self) -> int:
+    def budget_tokens(self) -> int:
+        """Tokens in a pack: more at once are not faster."""
         return BUDGET_TOKENS.get(self.device.type, BUDGET_TOKENS["cpu"])
 
     def _begin(self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn]) -> _Stream:
@@ -261,15 +279,31 @@ class PrefillEncoder:
         own = [tokens.ids[i][group.num_tokens :] for i in group.prompts]
         if not group.num_tokens or not isinstance(self.backbone, Decoder):
             return _Stream(group, own, columns)
-        keys_and_values: list[KeyValue] = []
-        sums = PrefixSums(group.num_tokens, self.spec.mean_over == "after_first")
-        shared = tokens.ids[group.prompts[0]][: group.num_tokens]
+        shared = tuple(tokens.ids[group.prompts[0]][: group.num_tokens])
         deepest = max(column.layer for column in columns)
-        self.backbone.run(Pack.of([shared], self.device), sums.visit, deepest, keep=keys_and_values)
-        return _Stream(group, own, columns, keys_and_values, sums, self._work([len(shared)], 0, deepest))
+        known = self.memory.longest(shared, deepest) if self.memory is not None else None
+        if known is not None and len(known.ids) == len(shared):
+            return _Stream(group, own, columns, known)
+        prefix, work = self._prefix(self.backbone, shared, deepest, known)
+        if self.memory is not None:
+            self.memory.keep(prefix)
+        return _Stream(group, own, columns, prefix, work)
+
+    def _prefix(self, decoder: Decoder, ids: Ids, deepest: int, known: Prefix | None) -> tuple[Prefix, Work]:
+        """Computes a prefix, or what of it is not known."""
+        first = len(known.ids) if known is not None else 0
+        sums = PrefixSums(len(ids), self.spec.mean_over == "after_first", known.sums if known is not None else None)
+        pack = Pack.of([ids[first:]], self.device, known.keys_and_values if known is not None else None)
+        own: list[KeyValue] = []
+        decoder.run(pack, sums.visit, deepest, keep=own)
+        before = [known.keys_and_values[:deepest]] if known is not None else []
+        # Joined or copied: what `run` keeps are views of tensors several times as large.
+        layers = zip(*before, own, strict=True)
+        joined = [(torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])) for parts in layers]
+        return Prefix(ids, joined, sums), self._work([len(ids) - first], first, deepest)
 
     def _batches(self, stream: _Stream) -> Iterator[NDArray[np.int64]]:
-        return token_budget_batches([len(ids) for ids in stream.own], self._budget_tokens)
+        return token_budget_batches([len(ids) for ids in stream.own], self.budget_tokens)
 
     def _each(self, run: Callable[[_Pair], Work], packs: Sequence[_Pair]) -> Iterator[Work]:
         """Runs the packs: on a CPU each core its own, which beats all cores on one by what only one of them can do."""
@@ -285,9 +319,10 @@ class PrefillEncoder:
     @torch.inference_mode()
     def _forward_pack(self, results: _Results, pair: _Pair) -> Work:
         stream, batch = pair
-        pack = Pack.of([stream.own[i] for i in batch], self.device, stream.prefix)
+        prefix = stream.prefix
+        pack = Pack.of([stream.own[i] for i in batch], self.device, prefix.keys_and_values if prefix else None)
         leave_out_first = self.spec.mean_over == "after_first"
-        pooler = Pooler(stream.columns, pack.lengths, self.device, leave_out_first, stream.sums)
+        pooler = Pooler(stream.columns, pack.lengths, self.device, leave_out_first, prefix.sums if prefix else None)
         deepest = max(column.layer for column in stream.columns)
         self.backbone.run(pack, pooler.visit, deepest)
         results.put(np.array(stream.group.prompts)[batch], pooler.result())
@@ -306,8 +341,7 @@ class _Stream:
     group: PrefixGroup
     own: list[list[int]]
     columns: Sequence[ActivationColumn]
-    prefix: list[KeyValue] | None = None
-    sums: PrefixSums | None = None
+    prefix: Prefix | None = None
     work: Work = field(default_factory=Work)
 
 

@@ -22,10 +22,14 @@ class PrefixSums:
 
     num_tokens: int
     leave_out_first: bool
+    start: PrefixSums | None = None  # of the tokens before those that are visited
     by_layer: dict[int, Tensor] = field(default_factory=dict)  # (D,) float32
 
     def visit(self, layer: int, states_TD: Tensor) -> None:
-        self.by_layer[layer] = states_TD[int(self.leave_out_first) :].sum(0, dtype=torch.float32)
+        if self.start is not None:
+            self.by_layer[layer] = self.start.by_layer[layer] + states_TD.sum(0, dtype=torch.float32)
+        else:
+            self.by_layer[layer] = states_TD[int(self.leave_out_first) :].sum(0, dtype=torch.float32)
 
 
 class Pooler:

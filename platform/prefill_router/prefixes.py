@@ -1,6 +1,7 @@
 """Shared prefixes: which prompts begin alike, so that what they share is computed once.
 
-A chat template's system text, or an agent's long instructions, stand before every prompt of a corpus.
+A chat template's system text, or an agent's long instructions, stand before every prompt of a corpus. This is for
+prompts that are all at hand; for those that come one by one there is `memory`.
 """
 
 # N prompts
@@ -29,13 +30,13 @@ def shared_prefixes(prompts: Sequence[list[int]], min_saved_tokens: int) -> list
     A group computes its prefix whole, also what it has in common with another group's.
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    shared = [0, *(_shared_tokens(prompts[a], prompts[b]) for a, b in itertools.pairwise(order))]
+    shared = [0, *(shared_tokens(prompts[a], prompts[b]) for a, b in itertools.pairwise(order))]
     price = max(1, min_saved_tokens)
     groups = _best_groups(_tree(shared, 0, len(order), price, _MAX_NESTING), price)
     return [PrefixGroup(num_tokens, [order[i] for i in places]) for num_tokens, places in groups if places]
 
 
-def _shared_tokens(a: list[int], b: list[int]) -> int:
+def shared_tokens(a: list[int], b: list[int]) -> int:
     """How many tokens may be shared: each keeps at least one of its own."""
     most = min(len(a), len(b)) - 1
     if a[:most] == b[:most]:

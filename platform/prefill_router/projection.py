@@ -40,7 +40,8 @@ class Projection:
 
     def __call__(self, activations: NDArray[Any]) -> NDArray[np.float32]:
         standardised = (activations.astype(np.float32) - self.mean) / self.std
-        return np.asarray(standardised @ self.components)
+        # By torch, as all that surrounds it: numpy's threads would wait for the cores that torch's still hold.
+        return (torch.from_numpy(standardised) @ torch.from_numpy(self.components)).numpy()
 
 
 def fit_projection(

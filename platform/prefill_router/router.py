@@ -27,6 +27,7 @@ from prefill_router import config, storage
 from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
+from prefill_router.drift import TrainingDistance
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
 from prefill_router.errors import UserError
 from prefill_router.kernel import KernelMachine
@@ -127,6 +128,11 @@ class Router:
         )
 
     # --- prediction ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def distance(self) -> TrainingDistance | None:
+        """From the training prompts, in features; None where the router keeps none of them."""
+        return TrainingDistance.of(self.kernel.landmarks)
 
     def features(self, activations: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Features (N, F) of activations by column name."""
