@@ -41,22 +41,29 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, run in _JOBS.items():
-        _add(app, name, run)
+        _add(app, name, partial(_run_job, run))
     for entry in entry_points(group="prefill_router.commands"):
         _add(app, entry.name, partial(_run_entry, entry))
     return app
 
 
-def _run_entry(entry: EntryPoint, config: StrictModel) -> None:
-    entry.load()(config)
+Read = Callable[[], Any]  # a command's config, from its flags and from its file as it is now
 
 
-def _add(app: typer.Typer, name: str, run: Callable[[Any], None]) -> None:
+def _run_job(run: Callable[[Any], None], read: Read) -> None:
+    run(read())
+
+
+def _run_entry(entry: EntryPoint, read: Read) -> None:
+    entry.load()(read)
+
+
+def _add(app: typer.Typer, name: str, run: Callable[[Read], None]) -> None:
     """Adds a command whose flags are the fields of its config model."""
     model = COMMANDS[name]
 
     def command(**flags: Any) -> None:
-        run(_merge(name, model, flags))
+        run(partial(_merge, name, model, flags))
 
     parameters = [_flag(field_name, field) for field_name, field in model.model_fields.items()]
     parameters.append(_parameter("config", str, typer.Option("--config", help=_CONFIG_HELP, show_default=False)))

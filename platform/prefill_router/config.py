@@ -306,12 +306,45 @@ class LabelConfig(StrictModel):
 
 
 class ServeConfig(StrictModel):
-    """Start the routing endpoint: POST /v1/route and GET /health."""
+    """Start the routing endpoint: POST /v1/route, GET /health, GET /ready, and GET /docs for the rest.
+
+    SIGHUP makes it read everything anew, the file of --config too, and take over what may change while it runs:
+    routers, prices, tolerance, keys and limits.
+    """
 
     router: RouterUri
-    host: str = Field("127.0.0.1", description="Address to listen on")
+    host: str = Field("127.0.0.1", description="Address to listen on; one that others can reach needs --keys")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
-    replicas: int = Field(1, ge=1, description="Copies of encoder and head")
+    keys: Uri | None = Field(None, description='Who may ask: a TOML file of NAME = "sha256:...", see the key command')
+    pool: Uri | None = Field(None, description="Other prices, or fewer targets, than the router's: as for `train`")
+    tolerance: Tolerance = None
+    replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")
+    max_replicas: int | None = Field(None, ge=1, description="At most so many, as load asks [--replicas]")
+    to_zero: bool = Field(False, description="No replica while nobody asks; the next request waits for one")
+    target_ongoing: float = Field(8.0, gt=0.0, description="Requests at a time that a replica should have")
+    upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must ask for more replicas")
+    downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must ask for fewer")
+    threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
+    canary: Uri | None = Field(None, description="A second router, which answers --canary-share of the prompts")
+    canary_share: float = Field(0.05, gt=0.0, lt=1.0, description="Share of the prompts that the canary answers")
+    shadow: Uri | None = Field(None, description="A router that is asked and logged, and whose answer is not used")
+    safe_target: str | None = Field(None, min_length=1, description="Target of prompts unlike those of training")
+    safe_beyond: float = Field(0.999, gt=0.0, le=1.0, description="Unlike: this share of training prompts lies nearer")
+    max_wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
+    max_body_bytes: int = Field(1 << 20, ge=1, description="A longer body is refused with 413")
+    max_messages: int = Field(1024, ge=1, description="A longer conversation is refused")
+    max_prompt_tokens: int = Field(32768, ge=1, description="A longer prompt is refused with 413")
+    max_batch: int = Field(256, ge=1, description="Requests in one of POST /v1/route/batch")
+    cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
+    log_prompts: bool = Field(False, description="Write prompts into the log")
+    traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")
+
+
+class KeyConfig(StrictModel):
+    """Make a bearer key for the endpoint: it is printed once, and its hash goes into the file of `serve --keys`."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w-]+$", description="Its holder", json_schema_extra={POSITIONAL: True})
+    keys: Uri = Field(description="TOML file that the key's hash is added to")
 
 
 class DemoConfig(StrictModel):
@@ -341,6 +374,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "compare": CompareConfig,
     "label": LabelConfig,
     "serve": ServeConfig,
+    "key": KeyConfig,
     "demo": DemoConfig,
 }
 

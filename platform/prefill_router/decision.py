@@ -18,7 +18,7 @@ from prefill_router.pool import Pool
 
 
 class Prediction(NamedTuple):
-    """P(correct) (N, T) and the expected (median) length of each target's answer (N, T), in tokens."""
+    """P(correct) (N, T) and the expected (median) length of each target's answer (N, T), in tokens; or (T,) of one."""
 
     p_correct: NDArray[np.float32]
     expected_output_tokens: NDArray[np.float32]
@@ -68,26 +68,69 @@ def decide(
     Costs count all tokens of a prompt, those too that the encoder cut. Raises UserError for a policy that names a
     target which is not in the pool.
     """
-    cost_usd = pool.expected_cost(tokens.full_lengths, prediction.expected_output_tokens)
+    prompts = zip(prediction.p_correct, prediction.expected_output_tokens, strict=True)
+    lengths = zip(tokens.full_lengths.tolist(), tokens.is_truncated.tolist(), strict=True)
+    return [
+        decide_one(pool, Prediction(*of_prompt), *length, policy, default_tolerance, version)
+        for of_prompt, length, policy in zip(prompts, lengths, policies, strict=True)
+    ]
+
+
+def decide_one(
+    pool: Pool,
+    prediction: Prediction,
+    input_tokens: int,
+    is_truncated: bool,
+    policy: Policy,
+    default_tolerance: float,
+    version: str,
+) -> Decision:
+    """The decision for one prompt, whose prediction has the shape (T,). Raises UserError as `decide` does."""
     names = pool.target_names
+    costs_T = pool.expected_cost(np.array([input_tokens]), prediction.expected_output_tokens[None])[0]
+    tolerance = default_tolerance if policy.tolerance is None else policy.tolerance
+    limits = policy.mask(pool), policy.max_cost, policy.min_p
+    chosen = int(choose(prediction.p_correct[None], costs_T, tolerance, *limits)[0])
 
-    def by_target(values: NDArray[Any]) -> dict[str, float]:
-        return dict(zip(names, values.tolist(), strict=True))
+    def by_target(values_T: NDArray[Any]) -> dict[str, float]:
+        return dict(zip(names, values_T.tolist(), strict=True))
 
-    decisions = []
-    for i, (policy, is_truncated) in enumerate(zip(policies, tokens.is_truncated.tolist(), strict=True)):
-        tolerance = default_tolerance if policy.tolerance is None else policy.tolerance
-        limits = policy.mask(pool), policy.max_cost, policy.min_p
-        chosen = int(choose(prediction.p_correct[i][None], cost_usd[i], tolerance, *limits)[0])
-        decisions.append(
-            Decision(
-                target=None if chosen == NO_TARGET else names[chosen],
-                p_correct=by_target(prediction.p_correct[i]),
-                expected_output_tokens=by_target(prediction.expected_output_tokens[i]),
-                expected_cost_usd=by_target(cost_usd[i]),
-                input_tokens=int(tokens.full_lengths[i]),
-                is_truncated=is_truncated,
-                router_version=version,
-            )
-        )
-    return decisions
+    return Decision(
+        target=None if chosen == NO_TARGET else names[chosen],
+        p_correct=by_target(prediction.p_correct),
+        expected_output_tokens=by_target(prediction.expected_output_tokens),
+        expected_cost_usd=by_target(costs_T),
+        input_tokens=input_tokens,
+        is_truncated=is_truncated,
+        router_version=version,
+    )
+
+
+def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, str]:
+    """Of each target, why it was chosen or not, under the policy and the tolerance that the decision was made with."""
+    allowed = [t for t in decision.p_correct if _limit(decision, policy, t) is None]
+    best = max((decision.p_correct[t] for t in allowed), default=0.0)
+
+    def reason(target: str) -> str:
+        gives_up = best - decision.p_correct[target]
+        if target == decision.target:
+            return f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
+        if (limit := _limit(decision, policy, target)) is not None:
+            return limit
+        if gives_up > tolerance:
+            return f"gives up {gives_up:.3f} of P(correct), more than the tolerance, {tolerance:.3g}"
+        return "good enough, but not the cheapest"
+
+    return {target: reason(target) for target in decision.p_correct}
+
+
+def _limit(decision: Decision, policy: Policy, target: str) -> str | None:
+    """What of the policy rules a target out."""
+    p, cost_usd = decision.p_correct[target], decision.expected_cost_usd[target]
+    if policy.allowed is not None and target not in policy.allowed:
+        return "not among the targets that are allowed"
+    if policy.max_cost is not None and cost_usd > policy.max_cost:
+        return f"expected to cost {cost_usd:.3g} USD, more than {policy.max_cost:.3g}"
+    if policy.min_p is not None and p < policy.min_p:
+        return f"P(correct) {p:.3f} is less than {policy.min_p:.3g}"
+    return None

@@ -4,103 +4,119 @@ No `from __future__ import annotations` here: it would make Serve pass the build
 """
 
 import asyncio
+import hashlib
 import os
+from typing import Any
 
-import numpy as np
 import ray
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp
 
-from prefill_router import artifact
-from prefill_router.config import StrictModel
-from prefill_router.decision import Decision, Policy
-from prefill_router.encoder import Tokens
-from prefill_router.errors import UserError
-from prefill_serve.http import Health, RouteRequest, RouteResponse, error_body
+from prefill_router.config import StrictModel, validate
+from prefill_serve.api import create_api
+from prefill_serve.endpoint import Endpoint
+from prefill_serve.settings import Settings
+from prefill_serve.traces import export_traces
 
-MAX_BATCH_SIZE = 32
-BATCH_WAIT_S = 0.005
+DEPLOYMENT = "Endpoint"
+CHECK_TIMEOUT_S = 10.0
 
 
-class AppArgs(StrictModel):
-    """Arguments of the application, as in a Serve config file."""
+class Autoscaling(StrictModel):
+    """How many replicas, by the requests that each has at a time."""
 
-    router: str = Field(min_length=1, description="Router artifact that `train` wrote")
-    replicas: int = Field(1, ge=1, description="Copies of encoder and head")
+    min_replicas: int = Field(1, ge=0, description="0 lets an idle endpoint use nothing; its next request waits")
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(8.0, gt=0.0, description="Of a replica; more bring up another")
+    upscale_delay_s: float = Field(5.0, ge=0.0)
+    downscale_delay_s: float = Field(60.0, ge=0.0)
+
+
+class AppArgs(Settings):
+    """Arguments of the application, as in a Serve config file: the first settings, and what a restart is needed for."""
+
+    replicas: int = Field(1, ge=1, description="Copies of encoder and head, where they are not scaled")
+    autoscaling: Autoscaling | None = None
+    threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
+    traces: str | None = Field(None, description="OTLP collector, as http://localhost:4318/v1/traces")
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> "AppArgs":
+        if self.autoscaling and self.autoscaling.min_replicas > self.autoscaling.max_replicas:
+            raise ValueError("autoscaling: min_replicas must be at most max_replicas")
+        return self
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
 
 def build_app(args: AppArgs) -> Application:
-    """The endpoint of one router. Each replica takes a GPU where the cluster has any."""
-    has_gpu = _num_gpus() >= args.replicas
-    actor_options = {"num_cpus": 1, "num_gpus": 1 if has_gpu else 0}
-    threads = max(1, (os.cpu_count() or 1) // args.replicas)
-    deployment = RoutingEndpoint.options(  # type: ignore[attr-defined]
-        num_replicas=args.replicas, ray_actor_options=actor_options
+    """The endpoint as an application. Each replica takes a GPU where the cluster has enough."""
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.most_replicas)
+    settings = args.settings.model_dump()
+    fixed = args.model_dump_json(include=set(AppArgs.model_fields) - set(Settings.model_fields))
+    scale: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.autoscaling is not None:
+        scale = {"autoscaling_config": AutoscalingConfig(**args.autoscaling.model_dump())}
+    deployment = Replica.options(  # type: ignore[attr-defined]
+        **scale,
+        user_config=settings,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if _num_gpus() >= args.most_replicas else 0},
     )
-    return deployment.bind(args.router, threads)  # type: ignore[no-any-return]
+    # Without it serve.run takes every deployment for new code, and replaces replicas that could be told of new settings.
+    deployment._version = hashlib.sha256(fixed.encode()).hexdigest()[:16]
+    return deployment.bind(threads, args.traces, settings)  # type: ignore[no-any-return]
 
 
 def _num_gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0  # type: ignore[no-untyped-call]
 
 
-api = FastAPI(
-    title="prefill-router", description="Which model should answer this prompt?", docs_url=None, redoc_url=None
+@serve.deployment(
+    name=DEPLOYMENT,
+    max_ongoing_requests=1024,  # the queue's own limit comes first
+    max_queued_requests=1024,
+    health_check_period_s=5.0,
+    health_check_timeout_s=2 * CHECK_TIMEOUT_S,
+    graceful_shutdown_timeout_s=30.0,
+    logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
 )
+@serve.ingress()
+class Replica:
+    """Encoder and heads in one process, behind the HTTP API."""
 
-
-@api.exception_handler(UserError)
-async def on_user_error(_request: Request, error: UserError) -> JSONResponse:
-    return JSONResponse(error_body(str(error), "invalid_request"), status_code=400)
-
-
-@api.exception_handler(RequestValidationError)
-async def on_invalid_request(_request: Request, error: RequestValidationError) -> JSONResponse:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if part != "body")
-    return JSONResponse(error_body(f"{key}: {problem['msg']}".removeprefix(": "), "invalid_request"), status_code=400)
-
-
-@serve.deployment(max_ongoing_requests=4 * MAX_BATCH_SIZE)
-@serve.ingress(api)
-class RoutingEndpoint:
-    """Encoder and head in one replica. Requests are tokenised and checked alone, then prefilled in batches."""
-
-    def __init__(self, router: str, threads: int) -> None:
+    def __init__(self, threads: int, traces: str | None, first: dict[str, Any]) -> None:
         torch.set_num_threads(threads)
-        self.router = artifact.load(router)
-        # The first pass is slow: it is made here, so that a replica that is ready is also fast.
-        self.router.decide(self.router.encoder.tokenize(["Hello."]), [Policy()])
+        if traces is not None:
+            export_traces(traces)
+        self.endpoint = Endpoint()
+        self.first = first
 
-    @api.post("/v1/route")
-    async def route(self, request: RouteRequest) -> RouteResponse:
-        """The target for one prompt: the cheapest that is good enough, under the request's constraints."""
-        policy = request.to_policy()
-        self.router.check_policy(policy)
-        tokens = await asyncio.to_thread(self.router.encoder.tokenize, [request.to_prompt()])
-        decision: Decision = await self.decide((tokens, policy))
-        if decision.target is None:
-            raise UserError("no target meets the constraints: raise max_cost_usd, lower min_p, or allow more targets")
-        return RouteResponse(**vars(decision))
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes over settings. Bad ones are refused, and what served before goes on, or what was served first."""
+        try:
+            await self.endpoint.configure(validate(Settings, user_config, "user_config"))
+        except Exception:
+            if self.endpoint.serving is None:
+                if user_config == self.first:
+                    raise
+                refused = self.endpoint.refused
+                await self.endpoint.configure(validate(Settings, self.first, "settings"))
+                self.endpoint.refused = refused
 
-    @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def decide(self, requests: list[tuple[Tokens, Policy]]) -> list[Decision]:
-        tokens = Tokens(
-            ids=[ids for item, _ in requests for ids in item.ids],
-            full_lengths=np.concatenate([item.full_lengths for item, _ in requests]),
-        )
-        return await asyncio.to_thread(self.router.decide, tokens, [policy for _, policy in requests])
+    async def check_health(self) -> None:
+        """A prompt through the whole path: a replica that is stuck is replaced."""
+        await asyncio.wait_for(self.endpoint.check(), CHECK_TIMEOUT_S)
 
-    @api.get("/health")
-    async def health(self) -> Health:
-        return Health(
-            status="ok",
-            router_version=self.router.version,
-            encoder=self.router.encoder.name,
-            targets=self.router.pool.target_names,
-        )
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return create_api(self.endpoint)

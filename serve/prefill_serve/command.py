@@ -1,44 +1,51 @@
-"""`prefill-router serve`: the endpoint on this machine, or on the cluster that RAY_ADDRESS names."""
+"""The commands of this package: `prefill-router serve` and `prefill-router key`."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
-import signal
-import threading
+import secrets
+from collections.abc import Callable
 
-import ray
-from ray import serve as ray_serve
+import typer
 
-from prefill_router.config import ServeConfig
-from prefill_router.console import say, silent_stderr
-from prefill_router.router import Router
-from prefill_serve.app import AppArgs, build_app
-
-_APP = "prefill-router"
+from prefill_router import storage
+from prefill_router.config import KeyConfig, ServeConfig, load_toml
+from prefill_router.errors import UserError
+from prefill_serve.haproxy import environment
 
 
-def serve(config: ServeConfig) -> None:
-    """Serves until interrupted or terminated. Raises UserError where there is no router to serve."""
-    Router.load(config.router)  # a bad artifact is one clear line here, and a crash loop in a replica
-    cluster = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    with silent_stderr():
-        ray.init(cluster, logging_level=logging.ERROR, log_to_driver=False)
-    # Ray has its own idea of SIGTERM, which it sets in init.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        ray_serve.start(http_options={"host": config.host, "port": config.port})
-        ray_serve.run(build_app(AppArgs(router=config.router, replicas=config.replicas)), name=_APP, route_prefix="/")
-        say(f"serve: POST http://{config.host}:{config.port}/v1/route")
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        if cluster:
-            ray_serve.delete(_APP)
-        with silent_stderr():
-            ray.shutdown()
+def serve(read: Callable[[], ServeConfig]) -> None:
+    """Serves on the cluster that RAY_ADDRESS names, or with a Ray of its own on this machine, on loopback.
+
+    `read` gives the config, and after SIGHUP the one of that moment. Raises UserError where there is no router to
+    serve, or where others could reach an endpoint without keys.
+    """
+    read()  # what is wrong with it is said before Ray starts
+    ours = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    if "RAY_ADDRESS" not in os.environ:
+        # Replicas have a port for each other, on every address: without this token it answers nobody.
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment()}
+    for name, value in ours.items():
+        os.environ.setdefault(name, value)
+    from prefill_serve.running import run  # Ray reads its environment while it is imported
+
+    run(read)
+
+
+def make_key(read: Callable[[], KeyConfig]) -> None:
+    """Prints a new key, and adds its hash to the file. Raises UserError where the name has one there."""
+    config = read()
+    text = storage.read_bytes(config.keys).decode() if storage.exists(config.keys) else ""
+    if text and config.name in load_toml(config.keys):
+        raise UserError(
+            f"{config.keys}: {config.name} has a key there: take its line out first, or choose another name"
+        )
+    key = f"pr-{secrets.token_urlsafe(32)}"
+    line = f'{config.name} = "sha256:{hashlib.sha256(key.encode()).hexdigest()}"\n'
+    storage.write_bytes(config.keys, f"{text.rstrip()}\n{line}".lstrip().encode())
+    typer.echo(key)

@@ -2,53 +2,179 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections import Counter
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from prefill_router.config import StrictModel
-from prefill_router.corpus import Prompt, check_messages
+from prefill_router.corpus import Prompt, UnfitError, fit_messages, fit_prompt
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
 
+ROUTED_NAMES = ("auto", "routed")  # as `model`, they leave the choice to the router
+TEXT_PARTS = ("text", "input_text", "output_text")
 
-class Message(StrictModel):
-    role: str = Field(min_length=1)
-    content: str
+_Name = Annotated[str, StringConstraints(min_length=1)]
+_QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
+
+
+class Part(BaseModel):
+    """A part of a message. Text is read; an image, a sound or a file is noted."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """A message as OpenAI's API has it. Its role and its text are read, the rest is noted or has no say."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    role: str = Field(min_length=1, examples=["user"])
+    content: str | list[Part] | None = Field(None, examples=[_QUESTION])
+
+    def read(self, noted: Counter[str]) -> dict[str, str]:
+        noted.update(key for key in ("tool_calls", "function_call", "audio") if (self.model_extra or {}).get(key))
+        if not isinstance(self.content, list):
+            return {"role": self.role, "content": self.content or ""}
+        noted.update(part.type for part in self.content if part.type not in TEXT_PARTS)
+        texts = [part.text for part in self.content if part.type in TEXT_PARTS and part.text is not None]
+        return {"role": self.role, "content": "\n".join(texts)}
+
+
+class Question(NamedTuple):
+    """What a request asks about, and how often it held what is no text, by its kind."""
+
+    prompt: Prompt
+    noted: dict[str, int]
 
 
 class RouteRequest(StrictModel):
     """A prompt, bare or as messages, and what the caller wants of the decision."""
 
-    prompt: str | None = Field(None, min_length=1, description="A bare prompt; or give messages")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": _QUESTION},
+                {"messages": [{"role": "user", "content": _QUESTION}], "tolerance": 0.02, "explain": True},
+            ]
+        }
+    )
+
+    prompt: str | None = Field(None, min_length=1, description="A bare prompt; or give question, or messages")
+    question: str | None = Field(None, min_length=1, description="The same as prompt")
     messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="A conversation")
     tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Give up at most this much P(correct)")
-    allowed: list[str] | None = Field(None, min_length=1, description="Targets to choose from")
     max_cost_usd: float | None = Field(None, ge=0.0, description="No target that is expected to cost more")
-    min_p: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
+    min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
+    models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")
+    model: _Name | None = Field(None, description='The target to take; "auto" and "routed" leave it to the router')
+    explain: bool = Field(False, description="Say of each target why it was taken or not")
 
-    def to_prompt(self) -> Prompt:
-        """Raises UserError unless exactly one of prompt and messages was given, and the messages are a conversation."""
-        if (self.prompt is None) == (self.messages is None):
-            raise UserError("give either prompt or messages")
-        if self.prompt is not None:
-            return self.prompt
-        return check_messages([message.model_dump() for message in self.messages or []], "request")
+    def question_of(self, max_messages: int) -> Question:
+        """Raises UserError unless exactly one of prompt, question and messages was given, and holds text."""
+        given = [name for name in ("prompt", "question", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(f"give exactly one of prompt, question and messages, not {' and '.join(given) or 'none'}")
+        noted: Counter[str] = Counter()
+        try:
+            if self.messages is None:
+                return Question(fit_prompt(getattr(self, given[0]), _ANY_SIZE, given[0]), {})
+            if len(self.messages) > max_messages:
+                raise UserError(f"messages: there are {len(self.messages):,}, must be at most {max_messages:,}")
+            return Question(fit_messages([message.read(noted) for message in self.messages]), dict(noted))
+        except UnfitError as problem:
+            raise UserError(str(problem)) from None
 
-    def to_policy(self) -> Policy:
-        return Policy(self.tolerance, self.allowed, self.max_cost_usd, self.min_p)
+    def policy(self) -> Policy:
+        """Raises UserError where the model that is asked for is not among those allowed."""
+        if self.model is None or self.model in ROUTED_NAMES:
+            return Policy(self.tolerance, self.models, self.max_cost_usd, self.min_p_correct)
+        if self.models is not None and self.model not in self.models:
+            raise UserError(f'model: "{self.model}" is not among models')
+        return Policy(self.tolerance, [self.model], self.max_cost_usd, self.min_p_correct)
+
+
+_ANY_SIZE = 1 << 62  # a body has its own limit
+
+
+class BatchRequest(StrictModel):
+    """Requests that are answered together, each by itself."""
+
+    requests: list[RouteRequest] = Field(min_length=1)
+
+
+class Drift(StrictModel):
+    """How far the prompt lies from the training prompts."""
+
+    distance: float = Field(description="Mahalanobis distance, 1 for an ordinary prompt")
+    percentile: float = Field(description="Share of training prompts that lie nearer")
+    is_out_of_distribution: bool
+
+
+class Timings(StrictModel):
+    """Milliseconds; what was read from the cache took none."""
+
+    tokenize: float
+    queue: float
+    encode: float
+    head: float
+
+
+class Metadata(StrictModel):
+    encoder: str
+    input_tokens: int = Field(description="Of the whole prompt, as the encoder's tokenizer counts them")
+    is_truncated: bool = Field(description="The encoder read the prompt without its middle, as in training")
+    tolerance: float = Field(description="What the decision was made with")
+    is_canary: bool
+    is_cached: bool
+    noted: dict[str, int] = Field(description="Parts of messages that are no text, which nobody read")
+    drift: Drift | None = None
+    timings_ms: Timings
 
 
 class RouteResponse(StrictModel):
-    """The decision, and the estimates behind it by target."""
+    """The decision, and the estimates behind it: as lists in the order of model_names, and by name."""
 
-    target: str
+    selected_model: str
+    model_names: list[str]
+    confidences: list[float] = Field(description="P(correct)")
+    costs: list[float] = Field(description="Expected, USD")
+    metadata: Metadata
     p_correct: dict[str, float]
-    expected_output_tokens: dict[str, float]
     expected_cost_usd: dict[str, float]
-    input_tokens: int
-    is_truncated: bool
+    expected_output_tokens: dict[str, float]
     router_version: str
+    request_id: str
+    explanation: dict[str, str] | None = Field(None, description="By target, where it was asked for")
+
+
+class ErrorDetail(StrictModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorResponse(StrictModel):
+    """An error in the shape of the OpenAI API."""
+
+    error: ErrorDetail
+
+
+class BatchItem(StrictModel):
+    """The answer to one request of a batch, or why there is none."""
+
+    index: int
+    response: RouteResponse | None = None
+    error: ErrorDetail | None = None
+
+
+class BatchResponse(StrictModel):
+    results: list[BatchItem] = Field(description="In the order of the requests")
 
 
 class Health(StrictModel):
@@ -56,8 +182,17 @@ class Health(StrictModel):
     router_version: str
     encoder: str
     targets: list[str]
+    canary_version: str | None = None
+    shadow_version: str | None = None
+    refused: str | None = Field(None, description="Why the latest settings were not taken over, if they were not")
 
 
-def error_body(message: str, code: str) -> dict[str, Any]:
-    """An error in the shape of the OpenAI API."""
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+def error_type(status: int) -> str:
+    """The `type` that the OpenAI API gives errors of a status."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    detail = ErrorDetail(message=message, type=error_type(status), param=param, code=code)
+    return ErrorResponse(error=detail).model_dump()

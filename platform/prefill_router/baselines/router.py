@@ -70,20 +70,21 @@ class BaselineRouter:
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
         """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
-        return self._predict(self.encoder.tokenize(prompts))
+        return self.predict_tokens(self.encoder.tokenize(prompts))
 
     def route(self, prompt: Prompt, policy: Policy | None = None) -> Decision:
         return self.decide(self.encoder.tokenize([prompt]), [policy or Policy()])[0]
 
     def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
         """The decision for each tokenised prompt, under its own policy."""
-        prediction = self._predict(tokens)
+        prediction = self.predict_tokens(tokens)
         return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
     def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
         return policy.mask(self.pool)
 
-    def _predict(self, tokens: Tokens) -> Prediction:
+    def predict_tokens(self, tokens: Tokens) -> Prediction:
+        """The prediction for prompts that `encoder` has tokenised."""
         reads = type(self.baseline).reads
         x = self.encoder.forward(tokens) if reads == "embedding" else tokens.full_lengths[:, None]
         p_correct = self.baseline.predict_proba(x).astype(np.float32)

@@ -1,0 +1,183 @@
+"""The HTTP API of an endpoint: paths, documents and errors. Any ASGI server can run it; it knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fastapi_offline
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from prefill_router.errors import UserError
+from prefill_serve.endpoint import Endpoint, NotReady, TooLong
+from prefill_serve.gate import Gate, Refusal, phrase
+from prefill_serve.http import (
+    BatchItem,
+    BatchRequest,
+    BatchResponse,
+    ErrorDetail,
+    ErrorResponse,
+    Health,
+    RouteRequest,
+    RouteResponse,
+)
+from prefill_serve.lanes import Overloaded
+
+log = logging.getLogger("ray.serve")
+
+_DESCRIPTION = "Which model should answer this prompt? The cheapest one that is good enough, before a token is written."
+_RETRY = {"description": "Seconds to wait", "schema": {"type": "integer"}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "The request is malformed, or cannot be met"},
+    401: {"model": ErrorResponse, "description": "No valid key"},
+    413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
+    429: {"model": ErrorResponse, "description": "Too busy", "headers": {"Retry-After": _RETRY}},
+    503: {"model": ErrorResponse, "description": "Nothing serves yet", "headers": {"Retry-After": _RETRY}},
+}
+_PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
+
+
+def create_api(endpoint: Endpoint) -> ASGIApp:
+    """The API around an endpoint, behind its gate."""
+    api = FastAPI(
+        title="prefill-router",
+        version=version("prefill-router"),
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(api)
+    _add_documents(api)
+
+    @api.post("/v1/route", response_model=RouteResponse, responses=_ERRORS, tags=["routing"])
+    async def route(request: RouteRequest, http: Request) -> Response:
+        """The target for one prompt: the cheapest that is good enough, under the request's constraints."""
+        return _json(await endpoint.route(request, http.state.request_id))
+
+    @api.post("/v1/route/batch", response_model=BatchResponse, responses=_ERRORS, tags=["routing"])
+    async def route_batch(batch: BatchRequest, http: Request) -> Response:
+        """Many prompts at once; one that cannot be routed does not hold up the others."""
+        limit = endpoint.now.settings.limits.batch
+        if len(batch.requests) > limit:
+            raise UserError(f"requests: there are {len(batch.requests):,}, must be at most {limit:,}")
+
+        async def item(index: int, request: RouteRequest) -> BatchItem:
+            try:
+                return BatchItem(
+                    index=index, response=await endpoint.route(request, f"{http.state.request_id}-{index}")
+                )
+            except (UserError, Overloaded) as error:
+                return BatchItem(index=index, error=ErrorDetail(**refusal_of(error).body["error"]))
+
+        return _json(
+            BatchResponse(results=await asyncio.gather(*map(item, *zip(*enumerate(batch.requests), strict=True))))
+        )
+
+    @api.get("/health", response_model=Health, responses=_PROBE_ERRORS, tags=["state"])
+    async def health() -> Response:
+        """What serves. 200 as long as the process answers, also while settings are refused."""
+        serving = endpoint.now
+        return _json(
+            Health(
+                status="ok",
+                router_version=serving.primary.version,
+                encoder=serving.engine.encoder.name,
+                targets=serving.primary.router.pool.target_names,
+                canary_version=serving.canary.version if serving.canary else None,
+                shadow_version=serving.shadow.version if serving.shadow else None,
+                refused=endpoint.refused,
+            )
+        )
+
+    @api.get("/ready", response_model=Health, responses=_PROBE_ERRORS, tags=["state"])
+    async def ready() -> Response:
+        """200 once a real forward pass has run, 503 before."""
+        return await health()
+
+    _describe(api)
+    return Gate(api, endpoint)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """How an error is answered."""
+    if isinstance(error, Overloaded):
+        after = {"retry-after": str(math.ceil(error.retry_after_s))}
+        return Refusal(429, str(error), "overloaded", headers=after)
+    if isinstance(error, NotReady):
+        return Refusal(
+            503, "no router serves yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
+        )
+    if isinstance(error, TooLong):
+        return Refusal(413, str(error), "prompt_too_long")
+    if isinstance(error, UserError):
+        return Refusal(400, str(error), "invalid_request")
+    log.exception("failed", exc_info=error)
+    return Refusal(500, "the endpoint failed; its log says why, by the request's id", "internal_error")
+
+
+def _add_errors(api: FastAPI) -> None:
+    async def on_error(_request: Request, error: Exception) -> Response:
+        return refusal_of(error).response
+
+    async def on_invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"] if part != "body")
+        return Refusal(400, f"{key}: {problem['msg']}".removeprefix(": "), "invalid_request", key or None).response
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if isinstance(error, Refusal):
+            return error.response
+        status = error.status_code
+        message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
+        return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response
+
+    for kind in (UserError, Overloaded, NotReady, Exception):
+        api.add_exception_handler(kind, on_error)
+    api.add_exception_handler(RequestValidationError, on_invalid)
+    api.add_exception_handler(HTTPException, on_http)
+
+
+def _describe(api: FastAPI) -> None:
+    """The OpenAPI document as it is answered: what is invalid gets 400, never 422, and a key is a bearer token."""
+    document = api.openapi()
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if path.startswith("/v1/"):
+                operation["security"] = [{"key": []}, {}]
+
+
+def _add_documents(api: FastAPI) -> None:
+    """/docs from the package's own files: no other host is asked for anything."""
+    api.mount("/docs/static", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"), name="static")
+
+    @api.get("/docs", include_in_schema=False)
+    async def documents() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="../openapi.json",
+            title=api.title,
+            swagger_js_url="docs/static/swagger-ui-bundle.js",
+            swagger_css_url="docs/static/swagger-ui.css",
+            swagger_favicon_url="docs/static/favicon.png",
+        )
+
+
+def _json(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")

@@ -1,0 +1,231 @@
+"""The endpoint without HTTP: from a request to a decision, and from one set of settings to the next."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+from prefill_router.corpus import content_digest
+from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain
+from prefill_router.errors import UserError
+from prefill_serve.engine import Estimate, Head, Reading, Times
+from prefill_serve.http import Drift, Metadata, RouteRequest, RouteResponse, Timings
+from prefill_serve.metrics import Metrics
+from prefill_serve.serving import Serving
+from prefill_serve.settings import Settings
+from prefill_serve.traces import tracer
+
+log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request id, in Serve's own files
+
+STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
+
+
+class NotReady(Exception):  # noqa: N818 - a state, not a fault
+    """No router serves yet."""
+
+
+class TooLong(UserError):  # noqa: N818 - an answer, not a fault
+    """The prompt has more tokens than the endpoint reads."""
+
+
+class Endpoint:
+    """Answers requests with what serves at the moment. Belongs to one event loop."""
+
+    def __init__(self, load: Callable[[Settings, Serving | None], Serving] = Serving.load) -> None:
+        self.metrics = Metrics()
+        self.serving: Serving | None = None
+        self.refused: str | None = None  # why the latest settings were not taken over
+        self._load = load
+        self._configuring = asyncio.Lock()
+        # By head and prompt: tasks, so that equal prompts that come at once are read once.
+        self._readings: OrderedDict[tuple[str, bytes], asyncio.Task[Reading]] = OrderedDict()
+
+    # --- settings ------------------------------------------------------------------------------------------------
+
+    async def configure(self, settings: Settings) -> None:
+        """Takes over settings once all that they name has been loaded and has made a real pass.
+
+        Raises UserError where they cannot serve; what served before goes on.
+        """
+        async with self._configuring:
+            before = self.serving
+            try:
+                serving = await asyncio.to_thread(self._load, settings, before)
+                await serving.engine.warm_up(serving.heads)
+            except Exception as error:
+                self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
+                self.metrics.settings.inc(1, tags={"outcome": "refused"})
+                log.error("settings refused", extra={"reason": self.refused})
+                raise
+            self.serving, self.refused = serving, None
+            if before is not None and before.engine is not serving.engine:
+                before.engine.close()
+            self._describe(before, serving)
+
+    def _describe(self, before: Serving | None, serving: Serving) -> None:
+        self.metrics.settings.inc(1, tags={"outcome": "taken_over"})
+        for value, which in ((0.0, before), (1.0, serving)):
+            for head in which.heads if which is not None else []:
+                self.metrics.router.set(value, tags={"version": head.version, "role": _role(which, head)})
+        log.info("settings taken over", extra={"router_version": serving.primary.version})
+
+    @property
+    def now(self) -> Serving:
+        """Raises NotReady before the first settings are taken over."""
+        if self.serving is None:
+            raise NotReady
+        return self.serving
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    async def route(self, request: RouteRequest, request_id: str) -> RouteResponse:
+        """The target for one prompt: the cheapest that is good enough, under the request's constraints.
+
+        Raises UserError for a request that cannot be met, TooLong among them, Overloaded where it would wait too long.
+        """
+        serving = self.now
+        question = request.question_of(serving.settings.limits.messages)
+        policy = request.policy()
+        digest = content_digest(question.prompt)
+        head = serving.head_for(digest)
+        policy.mask(head.router.pool)  # an unknown target is told before the prompt is read
+        key = head.name, digest
+        cached = self._readings.get(key)
+        is_cached = cached is not None and cached.done()
+        if cached is None:
+            cached = self._remember(key, asyncio.create_task(self._read(serving, head, question.prompt)))
+        else:
+            self._readings.move_to_end(key)
+            self.metrics.prompts.inc(1, tags={"source": "cache"})
+        # Shielded: a caller that hangs up does not take the reading from others who wait for it.
+        reading = await asyncio.shield(cached)
+        (estimate, *_) = reading.estimates
+        decision, is_stranger = self._decide(serving, head, reading, policy)
+        if decision.target is None:
+            raise UserError("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
+        role = _role(serving, head)
+        self.metrics.decided(decision, estimate, role, is_stranger)
+        tolerance = head.tolerance if policy.tolerance is None else policy.tolerance
+        metadata = Metadata(
+            encoder=serving.engine.encoder.name,
+            input_tokens=decision.input_tokens,
+            is_truncated=decision.is_truncated,
+            tolerance=tolerance,
+            is_canary=role == "canary",
+            is_cached=is_cached,
+            noted=question.noted,
+            drift=_drift(estimate, is_stranger),
+            timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if is_cached else reading.times),
+        )
+        answer = RouteResponse(
+            selected_model=decision.target,
+            model_names=list(decision.p_correct),
+            confidences=list(decision.p_correct.values()),
+            costs=list(decision.expected_cost_usd.values()),
+            metadata=metadata,
+            p_correct=decision.p_correct,
+            expected_cost_usd=decision.expected_cost_usd,
+            expected_output_tokens=decision.expected_output_tokens,
+            router_version=decision.router_version,
+            request_id=request_id,
+            explanation=explain(decision, policy, tolerance) if request.explain else None,
+        )
+        self._log(serving, request_id, answer, question.prompt, policy, reading)
+        return answer
+
+    async def check(self) -> None:
+        """A prompt through tokenizer, queue, encoder and heads, past the cache. Raises what goes wrong on the way."""
+        serving = self.now
+        tokens, _ = await serving.engine.tokenize("Hello.")
+        await serving.engine.read(tokens, serving.heads)
+
+    async def _read(self, serving: Serving, head: Head, prompt: object) -> Reading:
+        limits, engine = serving.settings.limits, serving.engine
+        with tracer.start_as_current_span("tokenize"):
+            tokens, tokenize_s = await engine.tokenize(prompt)  # type: ignore[arg-type]
+        if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
+            raise TooLong(f"the prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
+        asked = [head] if serving.shadow is None else [head, serving.shadow]
+        with tracer.start_as_current_span("read") as span:
+            try:
+                reading = await engine.read(tokens, asked, limits.wait_s, tokenize_s)
+            finally:
+                self.metrics.queued_tokens.set(engine.lanes.queued_tokens)
+            span.set_attributes({f"{phase}_s": seconds for phase, seconds in reading.times._asdict().items()})
+        self.metrics.read(reading, engine.lanes.budget_tokens)
+        return reading
+
+    def _remember(self, key: tuple[str, bytes], task: asyncio.Task[Reading]) -> asyncio.Task[Reading]:
+        """Keeps a reading; one that fails is forgotten, and so is what was used longest ago."""
+        self._readings[key] = task
+
+        def forget_failure(done: asyncio.Task[Reading]) -> None:
+            if (done.cancelled() or done.exception() is not None) and self._readings.get(key) is done:
+                del self._readings[key]
+            while len(self._readings) > self.now.settings.cached_prompts:
+                self._readings.popitem(last=False)
+
+        task.add_done_callback(forget_failure)
+        return task
+
+    def _decide(self, serving: Serving, head: Head, reading: Reading, policy: Policy) -> tuple[Decision, bool]:
+        """The decision, and whether the prompt is unlike those of training."""
+        (estimate, *_) = reading.estimates
+        safe = serving.settings.safe
+        beyond = STRANGER if safe is None else safe.beyond
+        is_stranger = estimate.percentile is not None and estimate.percentile >= beyond
+        if is_stranger and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
+            safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
+            decision = _decision(head, reading, estimate.prediction, safely)
+            if decision.target is not None:
+                return decision, True
+        return _decision(head, reading, estimate.prediction, policy), is_stranger
+
+    def _log(
+        self, serving: Serving, request_id: str, answer: RouteResponse, prompt: object, policy: Policy, reading: Reading
+    ) -> None:
+        fields: dict[str, object] = {
+            "route_id": request_id,
+            "target": answer.selected_model,
+            "p_correct": answer.p_correct[answer.selected_model],
+            "expected_cost_usd": answer.expected_cost_usd[answer.selected_model],
+            "router_version": answer.router_version,
+            "input_tokens": answer.metadata.input_tokens,
+            "is_cached": answer.metadata.is_cached,
+        }
+        if serving.settings.log_prompts:
+            fields["prompt"] = prompt
+        if serving.shadow is not None and len(reading.estimates) > 1:
+            shadow = _decision(serving.shadow, reading, reading.estimates[1].prediction, policy)
+            agrees = shadow.target == answer.selected_model
+            self.metrics.shadow.inc(1, tags={"agrees": str(agrees).lower()})
+            fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
+        log.info("routed", extra=fields)
+
+
+def _decision(head: Head, reading: Reading, prediction: Prediction, policy: Policy) -> Decision:
+    lengths = reading.input_tokens, reading.is_truncated
+    return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version)
+
+
+def _drift(estimate: Estimate, is_stranger: bool) -> Drift | None:
+    if estimate.distance is None or estimate.percentile is None:
+        return None
+    return Drift(distance=estimate.distance, percentile=estimate.percentile, is_out_of_distribution=is_stranger)
+
+
+def _milliseconds(times: Times) -> Timings:
+    return Timings(**{phase: round(seconds * 1e3, 3) for phase, seconds in times._asdict().items()})
+
+
+def _role(serving: Serving | None, head: Head) -> str:
+    if serving is None or head is serving.primary:
+        return "router"
+    return "canary" if head is serving.canary else "shadow"
+
+
+def new_request_id() -> str:
+    return f"route-{os.urandom(12).hex()}"

@@ -1,0 +1,159 @@
+"""The engine of a replica: one encoder, and the heads that read from it, as batches in threads.
+
+Tokenising, waiting, encoding and heads are timed apart. What a head is asked travels with the prompt, so that a change
+of routers takes hold between two prompts and none is lost.
+"""
+
+# N prompts of a batch, T targets
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefill_router.baselines.router import BaselineRouter
+from prefill_router.corpus import Prompt
+from prefill_router.decision import Prediction
+from prefill_router.encoder import PrefillEncoder, Tokens
+from prefill_router.memory import PrefixMemory
+from prefill_router.router import Router
+from prefill_router.schema import ActivationColumn
+from prefill_router.sentences import SentenceEncoder
+from prefill_serve.lanes import Batch, Lanes
+
+REMEMBERED_TOKENS = 16_384  # of prefixes: some 12 KB each in SmolLM2's lower half
+_WARM_UP = ["Hello.", "What is 17 * 23?", " ".join(["word"] * 200), "Name a river in Europe."]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A router as it serves: `router` may have other prices than the artifact of `version`."""
+
+    router: Router | BaselineRouter
+    version: str
+    tolerance: float
+
+    @property
+    def name(self) -> str:
+        """What tells its estimates from those of all others; prices are no part of them."""
+        return f"{self.version}:{','.join(self.router.pool.target_names)}"
+
+    @property
+    def columns(self) -> list[ActivationColumn]:
+        return self.router.columns if isinstance(self.router, Router) else []
+
+    def estimate(self, tokens: Tokens, activations: dict[str, NDArray[Any]]) -> list[Estimate]:
+        """For each prompt; a baseline reads the tokens, a router the activations."""
+        if isinstance(self.router, BaselineRouter):
+            return [Estimate(Prediction(*row)) for row in zip(*self.router.predict_tokens(tokens), strict=True)]
+        features = self.router.features(activations)
+        predictions = [Prediction(*row) for row in zip(*self.router.predict_features(features), strict=True)]
+        if self.router.distance is None:
+            return [Estimate(prediction) for prediction in predictions]
+        distances = self.router.distance(features)
+        percentiles = self.router.distance.percentile(distances)
+        return [Estimate(*row) for row in zip(predictions, distances.tolist(), percentiles.tolist(), strict=True)]
+
+
+class Estimate(NamedTuple):
+    """What a head says of one prompt: its prediction (T,), and how far it is from the training prompts."""
+
+    prediction: Prediction
+    distance: float | None = None
+    percentile: float | None = None  # share of training prompts that lie nearer
+
+
+class Times(NamedTuple):
+    """Seconds that a prompt took, by phase."""
+
+    tokenize: float
+    queue: float
+    encode: float
+    head: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One prompt, read: an estimate of each head that was asked."""
+
+    estimates: list[Estimate]
+    input_tokens: int
+    is_truncated: bool
+    times: Times
+    batch_tokens: int
+
+
+class _Job(NamedTuple):
+    ids: list[int]
+    full_length: int
+    heads: tuple[Head, ...]
+    tokenize_s: float
+
+
+class Engine:
+    """`num_threads` is what the machine has for it. An engine belongs to one event loop."""
+
+    def __init__(self, encoder: PrefillEncoder | SentenceEncoder) -> None:
+        self.encoder = encoder
+        num_lanes, budget_tokens = 1, 1 << 14
+        if isinstance(encoder, PrefillEncoder):
+            encoder.memory = PrefixMemory(REMEMBERED_TOKENS)
+            budget_tokens = encoder.budget_tokens
+            num_lanes = torch.get_num_threads() if encoder.runs_side_by_side else 1
+        self.lanes: Lanes[_Job, Reading] = Lanes(self._read, num_lanes, budget_tokens)
+        self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
+
+    async def tokenize(self, prompt: Prompt) -> tuple[Tokens, float]:
+        """Tokens of one prompt, and the seconds that it took. Raises UserError where the chat template refuses it."""
+        started = perf_counter()
+        tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self.encoder.tokenize, [prompt])
+        return tokens, perf_counter() - started
+
+    async def read(
+        self, tokens: Tokens, heads: Sequence[Head], max_wait_s: float = float("inf"), tokenize_s: float = 0.0
+    ) -> Reading:
+        """Estimates of `heads` for one tokenised prompt. Raises Overloaded where it would wait longer."""
+        (ids,) = tokens.ids
+        job = _Job(ids, int(tokens.full_lengths[0]), tuple(heads), tokenize_s)
+        return await self.lanes.submit(job, len(ids), max_wait_s)
+
+    async def warm_up(self, heads: Sequence[Head]) -> None:
+        """Real passes, alone and side by side: the first in a thread is slow."""
+        tokens = [(await self.tokenize(prompt))[0] for prompt in _WARM_UP]
+        await self.read(tokens[0], heads)
+        await asyncio.gather(*(self.read(t, heads) for t in tokens * self.lanes.num_lanes))
+
+    def close(self) -> None:
+        self.lanes.close()
+        self._tokenizer.shutdown(wait=False)
+
+    def _read(self, batch: Batch[_Job]) -> list[Reading]:
+        started = perf_counter()
+        jobs = batch.items
+        tokens = Tokens([job.ids for job in jobs], np.array([job.full_length for job in jobs], np.int32))
+        heads = list(dict.fromkeys(head for job in jobs for head in job.heads))
+        columns = list({column: None for head in heads for column in head.columns})
+        activations: dict[str, NDArray[Any]] = {}
+        if columns and isinstance(self.encoder, PrefillEncoder):
+            activations, _ = self.encoder.forward(tokens, columns)
+        encoded = perf_counter()
+        estimates = {head: head.estimate(tokens, activations) for head in heads}
+        ended = perf_counter()
+        return [
+            Reading(
+                [estimates[head][i] for head in job.heads],
+                job.full_length,
+                len(job.ids) < job.full_length,
+                Times(job.tokenize_s, batch.queued_s[i], encoded - started, ended - encoded),
+                batch.num_tokens,
+            )
+            for i, job in enumerate(jobs)
+        ]

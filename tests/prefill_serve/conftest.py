@@ -1,0 +1,25 @@
+"""The API in this process: no Ray, no socket, a real router around the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefill_serve.api import create_api
+from prefill_serve.endpoint import Endpoint
+from served import Api
+
+
+@pytest.fixture(scope="module")
+def served(router: str) -> Iterator[Api]:
+    endpoint = Endpoint()
+    with TestClient(create_api(endpoint), raise_server_exceptions=False) as client:
+        yield Api(client, endpoint)
+
+
+@pytest.fixture
+def api(served: Api, router: str) -> Api:
+    served.configure(router=router)
+    return served

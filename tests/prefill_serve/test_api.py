@@ -1,0 +1,377 @@
+"""Requests as a caller sends them, answers and errors as one sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefill_router.errors import UserError
+from prefill_router.router import Router
+from served import Api
+
+QUESTION = "what is one plus two"
+KEY = "pr-secret"
+KEY_HASH = f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"
+
+
+def test_the_answer_is_the_routers_own(api: Api, router: str) -> None:
+    answer = api.post({"prompt": QUESTION}).raise_for_status().json()
+    expected = Router.load(router).route(QUESTION)
+    assert answer["selected_model"] == expected.target
+    assert answer["model_names"] == list(expected.p_correct) == ["big", "small"]
+    assert answer["confidences"] == pytest.approx(list(expected.p_correct.values()), abs=1e-3)
+    assert answer["p_correct"] == pytest.approx(expected.p_correct, abs=1e-3)
+    assert answer["costs"] == pytest.approx(list(expected.expected_cost_usd.values()), rel=1e-3)
+    assert answer["expected_output_tokens"] == pytest.approx(expected.expected_output_tokens, rel=1e-3)
+    assert answer["router_version"] == expected.router_version
+    assert answer["metadata"]["input_tokens"] == expected.input_tokens
+    assert answer["metadata"]["drift"]["distance"] > 0
+    assert not answer["metadata"]["is_truncated"]
+
+
+def test_what_is_served_is_what_was_computed_offline(api: Api, router: str) -> None:
+    """Many at once, so that batches, memory and cache are on the way."""
+    prompts = [f"what is {a} plus {b}" for a in range(12) for b in range(12)]
+    expected = Router.load(router).predict(prompts).p_correct
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda p: api.post({"prompt": p}).json(), prompts))
+    np.testing.assert_allclose([answer["confidences"] for answer in answers], expected, atol=1e-3)
+
+
+def test_prompt_question_and_messages_are_one(api: Api) -> None:
+    answers = [
+        api.post(body).json()
+        for body in (
+            {"prompt": QUESTION},
+            {"question": QUESTION},
+            {"messages": [{"role": "user", "content": QUESTION}]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": QUESTION}], "name": "ann"}]},
+        )
+    ]
+    assert len({str(answer["p_correct"]) for answer in answers}) == 1
+
+
+def test_what_is_no_text_is_noted(api: Api) -> None:
+    messages = [
+        {"role": "developer", "content": "name a river"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "what is this"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+            ],
+        },
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "two"},
+    ]
+    answer = api.post({"messages": messages}).raise_for_status().json()
+    assert answer["metadata"]["noted"] == {"image_url": 2, "tool_calls": 1}
+
+
+def test_policy_fields(api: Api) -> None:
+    def target(**wants: Any) -> str:
+        return str(api.post({"prompt": "name a river", **wants}).raise_for_status().json()["selected_model"])
+
+    assert target(tolerance=1.0) == "small"
+    assert target(tolerance=0.0) == "big"
+    assert target(tolerance=1.0, models=["big"]) == "big"
+    assert target(model="small", tolerance=0.0) == "small"
+    assert target(model="auto", tolerance=0.0) == "big"
+    cheap = api.post({"prompt": "name a river"}).json()["expected_cost_usd"]["small"]
+    assert target(tolerance=0.0, max_cost_usd=cheap) == "small"
+
+
+def test_an_explanation_names_the_reason_of_each_target(api: Api) -> None:
+    body = {"prompt": "name a river", "tolerance": 0.0, "explain": True}
+    explained = api.post(body).json()["explanation"]
+    assert explained["big"].startswith("chosen")
+    assert "more than the tolerance" in explained["small"]
+    assert api.post({"prompt": "name a river"}).json()["explanation"] is None
+    assert "not among" in api.post({**body, "models": ["big"]}).json()["explanation"]["small"]
+
+
+BAD: list[tuple[Any, str]] = [
+    ({}, "exactly one of prompt, question and messages"),
+    ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "exactly one of"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": " \n"}, "white space"),
+    ({"prompt": "\ud800"}, "unicode"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "boss", "content": "hi"}]}, "must be one of system"),
+    ({"messages": [{"role": "user", "content": None}]}, "white space"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "white space"),
+    ({"messages": [{"content": "hi"}]}, "role"),
+    ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "at most 1,024"),
+    ({"prompt": "one", "models": ["nobody"]}, '"nobody" is not in the pool'),
+    ({"prompt": "one", "models": []}, "models"),
+    ({"prompt": "one", "model": "nobody"}, '"nobody" is not in the pool'),
+    ({"prompt": "one", "model": "big", "models": ["small"]}, "is not among models"),
+    ({"prompt": "one", "max_cost_usd": 0}, "no target meets the constraints"),
+    ({"prompt": "one", "temprature": 1}, "temprature"),
+    ({"prompt": "one", "tolerance": -1}, "tolerance"),
+    ([], ""),
+    (None, ""),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD)
+def test_bad_requests_get_400_and_say_why(api: Api, body: Any, message: str) -> None:
+    response = api.client.post("/v1/route", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "a", "tolerance": 1e999}', b"9" * 5000]
+)
+def test_a_body_that_is_no_json_gets_400(api: Api, content: bytes) -> None:
+    response = api.client.post("/v1/route", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/route", 405), ("POST", "/v1/nothing", 404)])
+def test_paths_and_methods_that_are_none(api: Api, method: str, path: str, status: int) -> None:
+    response = api.client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_request_id_is_kept_or_made(api: Api) -> None:
+    answer = api.post({"prompt": QUESTION}, headers={"x-request-id": "my-id:1"})
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] == "my-id:1"
+    made = api.post({"prompt": QUESTION}, headers={"x-request-id": "bad id\x7f" * 40})
+    assert made.json()["request_id"].startswith("route-")
+    assert api.post({}).headers["x-request-id"]
+
+
+def test_a_batch_answers_each_by_itself(api: Api) -> None:
+    requests = [
+        {"prompt": QUESTION},
+        {"prompt": "one", "models": ["nobody"]},
+        {"prompt": "name a river", "model": "big"},
+    ]
+    results = api.post({"requests": requests}, "/v1/route/batch").raise_for_status().json()["results"]
+    assert [item["index"] for item in results] == [0, 1, 2]
+    assert results[0]["response"]["p_correct"] == api.post({"prompt": QUESTION}).json()["p_correct"]
+    assert results[1]["error"]["code"] == "invalid_request"
+    assert results[2]["response"]["selected_model"] == "big"
+    assert api.post({"requests": [{"prompt": "a"}] * 257}, "/v1/route/batch").status_code == 400
+    assert api.post({"requests": []}, "/v1/route/batch").status_code == 400
+
+
+def test_equal_prompts_are_read_once(api: Api) -> None:
+    prompt = "one two three four five six seven of it all"
+    first = api.post({"prompt": prompt}).json()
+    second = api.post({"prompt": prompt, "tolerance": 1.0}).json()
+    assert not first["metadata"]["is_cached"]
+    assert second["metadata"]["is_cached"]
+    assert second["p_correct"] == first["p_correct"]
+
+
+def test_long_prompts_are_cut_and_said_or_refused(api: Api, router: str) -> None:
+    answer = api.post({"prompt": "one " * 300}).raise_for_status().json()
+    assert answer["metadata"]["is_truncated"]
+    assert answer["metadata"]["input_tokens"] > 256
+    api.configure(router=router, limits={"prompt_tokens": 50, "body_bytes": 2000})
+    refused = api.post({"prompt": "two " * 60})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "prompt_too_long")
+    refused = api.post({"prompt": "two " * 600})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_body_without_a_length_is_bounded_too(api: Api, router: str) -> None:
+    api.configure(router=router, limits={"body_bytes": 1000})
+    chunks = (b'{"prompt": "', *(b"one " * 100 for _ in range(10)), b'"}')
+    response = api.client.post("/v1/route", content=iter(chunks), headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer \xff"]
+)
+def test_without_a_valid_key_nothing_is_answered(api: Api, router: str, header: str | None) -> None:
+    api.configure(router=router, open=False, keys={"ann": KEY_HASH})
+    headers = {"authorization": header.encode("latin-1")} if header is not None else {}
+    response = api.client.post("/v1/route", json={"prompt": QUESTION}, headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "authentication_error"
+    assert api.client.get("/nowhere").status_code == 401
+
+
+def test_with_a_key_all_is_answered_and_probes_need_none(api: Api, router: str) -> None:
+    api.configure(router=router, open=False, keys={"bob": "sha256:" + "0" * 64, "ann": KEY_HASH})
+    headers = {"authorization": f"bearer {KEY}"}
+    assert api.post({"prompt": QUESTION}, headers=headers).status_code == 200
+    assert api.client.get("/health").status_code == api.client.get("/ready").status_code == 200
+
+
+def test_settings_say_whether_the_endpoint_is_open(router: str) -> None:
+    from pydantic import ValidationError
+
+    from prefill_serve.settings import Settings
+
+    for bad in ({}, {"open": True, "keys": {"ann": KEY_HASH}}, {"keys": {"ann": KEY}}):
+        with pytest.raises(ValidationError):
+            Settings.model_validate({"router": router, **bad})
+
+
+# --- other settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A router on the same encoder that is sure of "small"."""
+    loaded = Router.load(router)
+    out = str(tmp_path_factory.mktemp("other") / "router")
+    turned = loaded.with_pool(loaded.pool.model_copy(update={"targets": loaded.pool.targets[::-1]}))
+    replace(loaded, trunk=turned.trunk, kernel=turned.kernel, calibration=turned.calibration).save(out)
+    return out
+
+
+def test_a_router_is_swapped_while_requests_run(api: Api, router: str, other: str) -> None:
+    versions = {Router.load(uri).version for uri in (router, other)}
+    stop, statuses, seen = threading.Event(), [], set()
+
+    def ask() -> None:
+        n = 0
+        while not stop.is_set():
+            response = api.post({"prompt": f"what is {n % 50} plus {n % 7}"})
+            statuses.append(response.status_code)
+            seen.add(response.json()["router_version"])
+            n += 1
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for uri in (other, router) * 5:
+        api.configure(router=uri)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {200}
+    assert seen == versions
+
+
+def test_prices_and_tolerance_are_swapped_without_reading_prompts_anew(api: Api, router: str, tmp_path: Path) -> None:
+    before = api.post({"prompt": QUESTION}).json()
+    (tmp_path / "pool.toml").write_text(
+        '[[p]]\nname = "big"\ninput_price = 1\noutput_price = 1\n'
+        '[[p]]\nname = "small"\ninput_price = 5\noutput_price = 5\n'
+    )
+    api.configure(router=router, pool=str(tmp_path / "pool.toml"), tolerance=1.0)
+    after = api.post({"prompt": QUESTION}).json()
+    assert after["metadata"]["is_cached"]
+    assert after["p_correct"] == before["p_correct"]
+    assert after["router_version"] == before["router_version"]
+    assert after["selected_model"] == "big"
+    assert after["expected_cost_usd"]["small"] == pytest.approx(5 * after["expected_cost_usd"]["big"], rel=0.5)
+
+
+def test_bad_settings_are_refused_and_the_old_ones_stay(api: Api, router: str, tmp_path: Path) -> None:
+    shutil.copytree(router, tmp_path / "bad")
+    (weights,) = (tmp_path / "bad").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for settings, reason in [
+        ({"router": str(tmp_path / "bad")}, "damaged"),
+        ({"router": str(tmp_path / "nowhere")}, "no router lies here"),
+        ({"router": router, "safe": {"target": "nobody"}}, "nobody"),
+        ({"router": router, "canary": {"router": str(tmp_path / "bad"), "share": 0.5}}, "damaged"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            api.configure(**settings)
+        health = api.client.get("/health").raise_for_status().json()
+        assert reason in health["refused"]
+        assert health["router_version"] == Router.load(router).version
+        assert api.post({"prompt": QUESTION}).status_code == 200
+    api.configure(router=router)
+    assert api.client.get("/health").json()["refused"] is None
+
+
+def test_a_canary_answers_its_share_and_a_prompt_always_goes_the_same_way(api: Api, router: str, other: str) -> None:
+    api.configure(router=router, canary={"router": other, "share": 0.3})
+    prompts = [f"what is {a} plus {b}" for a in range(20) for b in range(10)]
+    first = [api.post({"prompt": prompt}).json() for prompt in prompts]
+    canaries = [answer["metadata"]["is_canary"] for answer in first]
+    assert 0.2 < np.mean(canaries) < 0.4
+    version = {True: Router.load(other).version, False: Router.load(router).version}
+    assert all(answer["router_version"] == version[answer["metadata"]["is_canary"]] for answer in first)
+    assert [api.post({"prompt": p}).json()["metadata"]["is_canary"] for p in prompts[:20]] == canaries[:20]
+
+
+def test_a_shadow_is_asked_and_logged_and_not_used(
+    api: Api, router: str, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.configure(router=router, shadow=other)
+    with caplog.at_level("INFO", "ray.serve"):
+        answer = api.post({"prompt": "name a big river", "tolerance": 0.0}).json()
+    (record,) = [r for r in caplog.records if r.msg == "routed"]
+    assert answer["selected_model"] == "big"
+    assert answer["router_version"] == Router.load(router).version
+    assert record.shadow_target == "small"
+    assert record.shadow_version == Router.load(other).version
+    assert record.route_id == answer["request_id"]
+
+
+def test_prompts_are_logged_only_when_asked_for(api: Api, router: str, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "what is ninety nine of the old town"
+    with caplog.at_level("DEBUG"):
+        api.post({"prompt": secret})
+        api.post({"prompt": secret, "models": ["nobody"]})
+        api.post({"prompt": secret, "oops": 1})
+    assert secret not in "".join(str(vars(record)) for record in caplog.records)
+    api.configure(router=router, log_prompts=True)
+    with caplog.at_level("INFO", "ray.serve"):
+        api.post({"prompt": secret})
+    assert any(getattr(record, "prompt", None) == secret for record in caplog.records)
+
+
+def test_strangers_go_to_the_safe_target(api: Api, router: str) -> None:
+    stranger = "6 " * 200
+    assert api.post({"prompt": stranger}).json()["metadata"]["drift"]["percentile"] == 1.0
+    api.configure(router=router, tolerance=0.0, safe={"target": "small", "beyond": 0.99})
+    answer = api.post({"prompt": stranger}).json()
+    assert answer["selected_model"] == "small"
+    assert answer["metadata"]["drift"]["is_out_of_distribution"]
+    assert api.post({"prompt": stranger, "model": "big"}).json()["selected_model"] == "big"
+    assert not api.post({"prompt": QUESTION}).json()["metadata"]["drift"]["is_out_of_distribution"]
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def test_the_openapi_document_says_what_is_answered(api: Api) -> None:
+    document = api.client.get("/openapi.json").raise_for_status().json()
+    assert set(document["paths"]) == {"/v1/route", "/v1/route/batch", "/health", "/ready"}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            assert operation["description"] or operation["summary"]
+    assert document["components"]["schemas"]["RouteRequest"]["examples"]
+    assert set(document["paths"]["/v1/route"]["post"]["responses"]) >= {"200", "400", "401", "413", "429", "503"}
+
+
+def test_the_documents_page_asks_no_other_host(api: Api) -> None:
+    page = api.client.get("/docs").raise_for_status().text
+    assert "http://" not in page.replace("http://testserver", "")
+    assert "https://" not in page
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert f"docs/static/{name}" in page
+        assert api.client.get(f"/docs/static/{name}").status_code == 200

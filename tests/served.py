@@ -1,0 +1,24 @@
+"""The endpoint's API as a test speaks with it: in this process, without a socket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from prefill_serve.endpoint import Endpoint
+from prefill_serve.settings import Settings
+
+
+class Api:
+    """A client, and the endpoint behind it."""
+
+    def __init__(self, client: TestClient, endpoint: Endpoint) -> None:
+        self.client, self.endpoint = client, endpoint
+
+    def configure(self, **settings: Any) -> None:
+        assert self.client.portal is not None
+        self.client.portal.call(self.endpoint.configure, Settings.model_validate({"open": True, **settings}))
+
+    def post(self, body: Any, path: str = "/v1/route", **options: Any) -> Any:
+        return self.client.post(path, json=body, **options)
