@@ -73,7 +73,7 @@ def build_app(args: AppArgs) -> Application:
         user_config=settings,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if _num_gpus() >= args.most_replicas else 0},
     )
-    # Without it serve.run takes every deployment for new code, and replaces replicas that could be told of new settings.
+    # Without it serve.run takes every deployment for new code, and replaces replicas that only new settings concern.
     deployment._version = hashlib.sha256(fixed.encode()).hexdigest()[:16]
     return deployment.bind(threads, args.traces, settings)  # type: ignore[no-any-return]
 
@@ -96,10 +96,10 @@ class Replica:
     """Encoder and heads in one process, behind the HTTP API."""
 
     def __init__(self, threads: int, traces: str | None, first: dict[str, Any]) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # of all threads but the engine's own
         if traces is not None:
             export_traces(traces)
-        self.endpoint = Endpoint()
+        self.endpoint = Endpoint(threads)
         self.first = first
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

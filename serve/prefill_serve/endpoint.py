@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 
 from prefill_router.corpus import content_digest
 from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain
@@ -32,13 +31,13 @@ class TooLong(UserError):  # noqa: N818 - an answer, not a fault
 
 
 class Endpoint:
-    """Answers requests with what serves at the moment. Belongs to one event loop."""
+    """Answers requests with what serves at the moment, on `num_threads` cores. Belongs to one event loop."""
 
-    def __init__(self, load: Callable[[Settings, Serving | None], Serving] = Serving.load) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
+        self.num_threads = num_threads
         self.metrics = Metrics()
         self.serving: Serving | None = None
         self.refused: str | None = None  # why the latest settings were not taken over
-        self._load = load
         self._configuring = asyncio.Lock()
         # By head and prompt: tasks, so that equal prompts that come at once are read once.
         self._readings: OrderedDict[tuple[str, bytes], asyncio.Task[Reading]] = OrderedDict()
@@ -53,7 +52,7 @@ class Endpoint:
         async with self._configuring:
             before = self.serving
             try:
-                serving = await asyncio.to_thread(self._load, settings, before)
+                serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before)
                 await serving.engine.warm_up(serving.heads)
             except Exception as error:
                 self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)

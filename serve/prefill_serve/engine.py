@@ -16,7 +16,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from prefill_router.baselines.router import BaselineRouter
@@ -99,16 +98,16 @@ class _Job(NamedTuple):
 
 
 class Engine:
-    """`num_threads` is what the machine has for it. An engine belongs to one event loop."""
+    """An encoder on `num_threads` cores, which other threads of the process should leave to it."""
 
-    def __init__(self, encoder: PrefillEncoder | SentenceEncoder) -> None:
+    def __init__(self, encoder: PrefillEncoder | SentenceEncoder, num_threads: int) -> None:
         self.encoder = encoder
         num_lanes, budget_tokens = 1, 1 << 14
         if isinstance(encoder, PrefillEncoder):
             encoder.memory = PrefixMemory(REMEMBERED_TOKENS)
             budget_tokens = encoder.budget_tokens
-            num_lanes = torch.get_num_threads() if encoder.runs_side_by_side else 1
-        self.lanes: Lanes[_Job, Reading] = Lanes(self._read, num_lanes, budget_tokens)
+            num_lanes = num_threads if encoder.runs_side_by_side else 1
+        self.lanes: Lanes[_Job, Reading] = Lanes(self._read, num_lanes, budget_tokens, num_threads)
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
 
     async def tokenize(self, prompt: Prompt) -> tuple[Tokens, float]:

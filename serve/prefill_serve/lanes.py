@@ -21,7 +21,7 @@ import torch
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_SMOOTHING = 0.1  # of the rate, per batch
+_MEMORY = 0.95  # of the rate: what a batch counts beside the one after it
 
 
 class Overloaded(Exception):  # noqa: N818 - a refusal, not a fault
@@ -52,15 +52,27 @@ class Batch(Generic[In]):
 class Lanes(Generic[In, Out]):
     """`work` takes a batch and returns a result for each of its items; it runs in threads, `submit` on the loop."""
 
-    def __init__(self, work: Callable[[Batch[In]], Sequence[Out]], num_lanes: int, budget_tokens: int) -> None:
+    def __init__(
+        self, work: Callable[[Batch[In]], Sequence[Out]], num_lanes: int, budget_tokens: int, num_threads: int = 1
+    ) -> None:
+        """`num_threads` is what a prompt that is alone is computed with."""
         self.work, self.num_lanes, self.budget_tokens = work, num_lanes, budget_tokens
         self.queued_tokens = 0
-        self.tokens_per_s = math.inf  # of all lanes together, until the first batch tells
+        self._done_tokens, self._lane_seconds = 0.0, 0.0
         self._queue: deque[_Waiting[In, Out]] = deque()
         self._num_free, self._running_tokens = num_lanes, 0
         self._running: set[asyncio.Future[None]] = set()
-        self._narrow = _threads(num_lanes, 1 if num_lanes > 1 else torch.get_num_threads())
-        self._wide = _threads(1, torch.get_num_threads()) if num_lanes > 1 else self._narrow
+        self._wide = _threads(1, num_threads)
+        self._narrow = _threads(num_lanes, 1) if num_lanes > 1 else self._wide
+        # One thread alone may have a team of others. Were there two, with more threads in all than cores, OpenMP would
+        # put them to sleep between any two products, and a prompt would take twice as long.
+        self._wide.submit(torch.get_num_threads).result()
+        torch.set_num_threads(1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all lanes together, lately; infinite until the first batch tells."""
+        return self._done_tokens / self._lane_seconds * self.num_lanes if self._lane_seconds else math.inf
 
     @property
     def expected_wait_s(self) -> float:
@@ -118,7 +130,8 @@ class Lanes(Generic[In, Out]):
         try:
             threads = self._wide if num_lanes == self.num_lanes else self._narrow
             results = await asyncio.get_running_loop().run_in_executor(threads, self.work, batch)
-            self._learn(num_tokens / (perf_counter() - started) * self.num_lanes / num_lanes)
+            self._done_tokens = _MEMORY * self._done_tokens + num_tokens
+            self._lane_seconds = _MEMORY * self._lane_seconds + num_lanes * (perf_counter() - started)
             for waiting, result in zip(taken, results, strict=True):
                 if not waiting.done.done():
                     waiting.done.set_result(result)
@@ -129,11 +142,6 @@ class Lanes(Generic[In, Out]):
         finally:
             self._num_free += num_lanes
             self._running_tokens -= num_tokens
-
-    def _learn(self, tokens_per_s: float) -> None:
-        if math.isinf(self.tokens_per_s):
-            self.tokens_per_s = tokens_per_s
-        self.tokens_per_s += _SMOOTHING * (tokens_per_s - self.tokens_per_s)
 
 
 def _threads(count: int, cores: int) -> ThreadPoolExecutor:

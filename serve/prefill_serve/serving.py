@@ -22,7 +22,7 @@ class Serving:
     shadow: Head | None
 
     @classmethod
-    def load(cls, settings: Settings, current: Serving | None = None) -> Serving:
+    def load(cls, settings: Settings, num_threads: int, current: Serving | None = None) -> Serving:
         """Reads the routers; the encoder too, unless what serves now has the same.
 
         Raises UserError for what cannot serve: an artifact that is missing or damaged, a pool with targets that the
@@ -33,7 +33,7 @@ class Serving:
             if head is not None and isinstance(head.router, Router):
                 _ = head.router.distance  # made now, and not with the first prompt
         is_same = current is not None and _encoder(current.primary) == _encoder(primary)
-        engine = current.engine if current is not None and is_same else Engine(primary.router.encoder)
+        engine = current.engine if current is not None and is_same else Engine(primary.router.encoder, num_threads)
         return cls(settings, engine, primary, canary, shadow)
 
     @classmethod

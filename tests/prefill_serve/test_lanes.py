@@ -33,14 +33,6 @@ def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(asyncio.wait_for(scenario(), 30))  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0.01)
@@ -50,7 +42,7 @@ def test_a_prompt_that_comes_alone_has_all_cores_and_a_queue_is_shared_out() -> 
     work = Held()
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(work, 2, 100)
+        lanes: Lanes[int, int] = Lanes(work, 2, 100, 2)
         alone = asyncio.create_task(lanes.submit(1, 10))
         await settle()
         others = [asyncio.create_task(lanes.submit(item, 10)) for item in (2, 3, 4, 5)]

@@ -1,0 +1,270 @@
+"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas, that is asked while things happen."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from prefill_router.config import load_toml
+from prefill_router.router import Router
+from prefill_serve.client import RouteError, RouterClient
+
+QUESTION = "what is one plus two"
+
+
+class Serve:
+    """A running `prefill-router serve`."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process, self.port, self.url = process, port, f"http://127.0.0.1:{port}"
+        self.said: list[str] = []
+        self.listener = threading.Thread(target=self._listen)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            for line in stderr:
+                self.said.append(line.strip())
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        found = []
+        for process in tree:
+            try:
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def replicas(self) -> set[int]:
+        return {process.pid for process in self.processes("ray::ServeReplica")}
+
+    def reload(self, answer: str) -> None:
+        before = len(self.said)
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any(answer in line for line in self.said[before:]), f"{answer} among {self.said}")
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+@contextmanager
+def serving(router: str, **flags: Any) -> Iterator[Serve]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "prefill_jobs", "serve", "--router", router, "--port", str(port)]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    serve = Serve(process, port)
+    try:
+        wait_until(lambda: any("serve: POST" in line for line in serve.said) or process.poll() is not None, "ready")
+        assert process.poll() is None, serve.said
+        yield serve
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        serve.listener.join(60)
+
+
+@contextmanager
+def asking(serve: Serve, threads: int = 4) -> Iterator[Counter[Any]]:
+    """Asks all the time, without retries; what is answered is counted, by status and version."""
+    answers: Counter[Any] = Counter()
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=serve.url, timeout=60) as client:
+            n = 0
+            while not stop.is_set():
+                n += 1
+                try:
+                    response = client.post("/v1/route", json={"prompt": f"what is {n % 97} plus {number}"})
+                    body = response.json()
+                    answers[response.status_code, body.get("router_version", str(body))] += 1
+                except Exception as error:
+                    answers["failed", repr(error)] += 1
+                time.sleep(0.02)
+
+    workers = [threading.Thread(target=ask, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+
+
+@pytest.fixture(scope="module")
+def published(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The trained router, where a test may replace it."""
+    out = tmp_path_factory.mktemp("published") / "router"
+    shutil.copytree(router, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def two(published: str) -> Iterator[Serve]:
+    with serving(published, replicas=2, threads=1) as serve:
+        wait_until(lambda: len(serve.replicas()) == 2, "two replicas")
+        yield serve
+
+
+def test_a_decision_is_the_routers_own(two: Serve, router: str) -> None:
+    expected = Router.load(router).route(QUESTION)
+    with RouterClient(two.url) as client:
+        answer = client.route(QUESTION)
+        assert answer.selected_model == expected.target
+        assert answer.p_correct == pytest.approx(expected.p_correct, abs=1e-3)
+        batch = client.route_batch([QUESTION, [{"role": "user", "content": "name a river"}]], explain=True)
+        assert [isinstance(item, RouteError) for item in batch] == [False, False]
+        with pytest.raises(RouteError, match="nobody") as refused:
+            client.route(QUESTION, models=["nobody"])
+        assert (refused.value.status, refused.value.code) == (400, "invalid_request")
+        assert client.is_ready()
+
+
+def test_a_replica_that_dies_takes_no_request_with_it(two: Serve) -> None:
+    before = two.replicas()
+    with asking(two) as answers:
+        time.sleep(1)
+        psutil.Process(min(before)).kill()
+        wait_until(lambda: len(two.replicas() - before) == 1, "a new replica")
+        time.sleep(3)
+    assert {status for status, _ in answers} == {200}, answers
+
+
+def test_a_router_is_replaced_and_a_bad_one_refused_without_a_failed_request(two: Serve, published: str) -> None:
+    """Replicas stay the same processes: only their heads change."""
+    old, before = Router.load(published), two.replicas()
+    new = replace(old, default_tolerance=0.5)
+    with asking(two) as answers:
+        time.sleep(0.5)
+        new.save(published)
+        two.reload("took over")
+        wait_until(lambda: answers[200, new.version] > 20, f"answers of {new.version}")
+        (weights,) = Path(published).glob("*.safetensors")
+        good = weights.read_bytes()
+        weights.write_bytes(good[:-1] + b"x")
+        two.reload("refused, all goes on as before")
+        weights.write_bytes(good)
+        time.sleep(0.5)
+    assert {status for status, _ in answers} == {200}, answers
+    assert {version for _, version in answers} == {old.version, new.version}
+    assert two.replicas() == before
+
+
+def test_nothing_listens_for_others(two: Serve) -> None:
+    """Each replica has a port of Ray's on every address, which wants Ray's token."""
+    import grpc
+
+    for process in psutil.Process(two.process.pid).children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1"):
+                continue
+            assert "ray::ServeReplica" in " ".join(process.cmdline()), connection
+            with grpc.insecure_channel(f"127.0.0.1:{connection.laddr.port}") as channel:
+                call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(b"", timeout=10)
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: Path, command: Any) -> None:
+    keys = tmp_path / "keys.toml"
+    made = command("key", "ann", keys=keys)
+    assert (made.status, command("key", "ann", keys=keys).status) == (0, 1)
+    key = made.out.strip()
+    assert key not in keys.read_text()
+    scaling = {"max_replicas": 2, "target_ongoing": 1, "upscale_delay_s": 1, "downscale_delay_s": 3}
+    with serving(router, keys=keys, threads=1, cached_prompts=0, **scaling) as serve:
+        with RouterClient(serve.url) as stranger, pytest.raises(RouteError) as refused:
+            stranger.route(QUESTION)
+        assert refused.value.status == 401
+        assert len(serve.replicas()) == 1
+        with RouterClient(serve.url, key) as client:
+            stop = threading.Event()
+
+            def ask() -> None:
+                while not stop.is_set():
+                    client.route_batch([f"what is {n} plus {n % 9}" for n in range(200)])
+
+            callers = [threading.Thread(target=ask) for _ in range(8)]
+            for caller in callers:
+                caller.start()
+            try:
+                wait_until(lambda: len(serve.replicas()) == 2, "a second replica")
+            finally:
+                stop.set()
+                for caller in callers:
+                    caller.join()
+            wait_until(lambda: len(serve.replicas()) == 1, "one replica again")
+            assert client.route(QUESTION).selected_model
+
+
+def test_a_killed_command_leaves_no_port_behind(router: str) -> None:
+    with serving(router) as serve:
+        serve.process.kill()
+        wait_until(lambda: not _answers(serve.url), "a port that nobody holds")
+
+
+def test_a_command_that_is_told_to_end_ends_well(router: str) -> None:
+    with serving(router) as serve:
+        pass
+    assert serve.process.returncode == 0
+    assert not _answers(serve.url)
+
+
+def _answers(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/health", timeout=1)
+        return True
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"router": "/nowhere"}, "no router lies here"),
+        ({"host": "0.0.0.0"}, "give --keys"),
+        ({"host": "example.org"}, "give --keys"),
+        ({"tolerance": 2}, "tolerance"),
+        ({"safe_target": "nobody"}, "nobody"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(router: str, command: Any, flags: dict[str, Any], reason: str) -> None:
+    result = command("serve", **{"router": router, **flags})
+    assert result.status == 1
+    assert reason in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_commands_are_found_by_their_entry_points() -> None:
+    project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    entries = project["entry-points"]["prefill_router.commands"]
+    assert entries == {"serve": "prefill_serve.command:serve", "key": "prefill_serve.command:make_key"}
