@@ -51,7 +51,8 @@ def environment(folder: Path | None = None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
-        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_RETRIES": "10",
+        "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "30",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
@@ -69,6 +70,8 @@ def mended(config: str, folder: Path) -> str:
 
     config = re.sub(r"^(\s*bind )\*?:(\d+)$", bind, config, flags=re.MULTILINE)
     config = config.replace(" mode 666 level admin", " mode 600 level admin")
+    # Only a request that is at hand as a whole can be sent again.
+    config = re.sub(r"^(\s*)option redispatch 1$", r"\g<0>\n\1option http-buffer-request", config, flags=re.MULTILINE)
     return re.sub(r"^(\s*errorfile 50[234] ).*$", rf"\g<1>{folder / ERROR_FILE}", config, flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas, that is asked while things happen."""
+"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas, asked while things happen to it."""
 
 from __future__ import annotations
 
