@@ -160,7 +160,7 @@ def _route(url: str, prompt: Prompt) -> None:
     if not response.is_success:
         raise UserError(f"the endpoint answered {response.status_code}: {response.text}")
     decision = response.json()
-    target = decision["target"]
+    target = decision["selected_model"]
     text = " ".join((prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
     console.print(f"POST /v1/route  {text[:70]!r}", markup=False)
     console.print(

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from prefill_router.errors import UserError
-from prefill_serve.endpoint import Endpoint, NotReady, TooLong
+from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gate import Gate, Refusal, phrase
 from prefill_serve.http import (
     BatchItem,
@@ -39,11 +39,18 @@ log = logging.getLogger("ray.serve")
 _DESCRIPTION = "Which model should answer this prompt? The cheapest one that is good enough, before a token is written."
 _RETRY = {"description": "Seconds to wait", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is malformed, or cannot be met"},
+    400: {"model": ErrorResponse, "description": "The request is malformed"},
     401: {"model": ErrorResponse, "description": "No valid key"},
+    404: {"model": ErrorResponse, "description": "A target is not in the pool"},
+    409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
     429: {"model": ErrorResponse, "description": "Too busy", "headers": {"Retry-After": _RETRY}},
     503: {"model": ErrorResponse, "description": "Nothing serves yet", "headers": {"Retry-After": _RETRY}},
+}
+_OF_USERS: dict[type[UserError], tuple[int, str]] = {
+    TooLong: (413, "prompt_too_long"),
+    UnknownTarget: (404, "model_not_found"),
+    NoTarget: (409, "no_target"),
 }
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
@@ -78,7 +85,9 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
                     index=index, response=await endpoint.route(request, f"{http.state.request_id}-{index}")
                 )
             except (UserError, Overloaded) as error:
-                return BatchItem(index=index, error=ErrorDetail(**refusal_of(error).body["error"]))
+                refusal = refusal_of(error)
+                detail = ErrorDetail(**refusal.body["error"])
+                return BatchItem(index=index, status=refusal.status_code, error=detail)
 
         return _json(
             BatchResponse(results=await asyncio.gather(*map(item, *zip(*enumerate(batch.requests), strict=True))))
@@ -118,10 +127,9 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(
             503, "no router serves yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
         )
-    if isinstance(error, TooLong):
-        return Refusal(413, str(error), "prompt_too_long")
     if isinstance(error, UserError):
-        return Refusal(400, str(error), "invalid_request")
+        status, code = _OF_USERS.get(type(error), (400, "invalid_request"))
+        return Refusal(status, str(error), code)
     log.exception("failed", exc_info=error)
     return Refusal(500, "the endpoint failed; its log says why, by the request's id", "internal_error")
 

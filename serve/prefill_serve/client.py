@@ -10,7 +10,7 @@ import httpx
 import tenacity
 
 from prefill_router.errors import UserError
-from prefill_serve.http import BatchResponse, RouteResponse
+from prefill_serve.http import BatchItem, BatchResponse, RouteResponse
 
 _BUSY = (429, 503)
 _LONGEST_WAIT_S = 30.0
@@ -53,11 +53,7 @@ class RouterClient:
         """The decision for each prompt, in their order, or the error of one that could not be routed."""
         requests = [{"prompt" if isinstance(p, str) else "messages": p, **wants} for p in prompts]
         answer = BatchResponse.model_validate_json(self._post("/v1/route/batch", {"requests": requests}))
-        return [
-            item.response
-            or RouteError(400, item.error.code if item.error else "", item.error.message if item.error else "")
-            for item in answer.results
-        ]
+        return [item.response or _error(item) for item in answer.results]
 
     def is_ready(self) -> bool:
         try:
@@ -90,6 +86,11 @@ class RouterClient:
             code, message = "unknown", response.text[:200]
         after = response.headers.get("retry-after", "")
         raise RouteError(response.status_code, code, message, float(after) if after.isdecimal() else None)
+
+
+def _error(item: BatchItem) -> RouteError:
+    assert item.error is not None
+    return RouteError(item.status, item.error.code, item.error.message)
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -26,6 +26,14 @@ class NotReady(Exception):  # noqa: N818 - a state, not a fault
     """No router serves yet."""
 
 
+class NoTarget(UserError):  # noqa: N818 - an answer, not a fault
+    """No target meets the constraints of a request."""
+
+
+class UnknownTarget(UserError):  # noqa: N818 - an answer, not a fault
+    """A request names a target that is not in the pool."""
+
+
 class TooLong(UserError):  # noqa: N818 - an answer, not a fault
     """The prompt has more tokens than the endpoint reads."""
 
@@ -83,14 +91,15 @@ class Endpoint:
     async def route(self, request: RouteRequest, request_id: str) -> RouteResponse:
         """The target for one prompt: the cheapest that is good enough, under the request's constraints.
 
-        Raises UserError for a request that cannot be met, TooLong among them, Overloaded where it would wait too long.
+        Raises UserError for a request that cannot be met, or one of its kinds here; Overloaded where it would wait for
+        too long.
         """
         serving = self.now
         question = request.question_of(serving.settings.limits.messages)
         policy = request.policy()
         digest = content_digest(question.prompt)
         head = serving.head_for(digest)
-        policy.mask(head.router.pool)  # an unknown target is told before the prompt is read
+        _check_targets(policy, head)
         key = head.name, digest
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
@@ -104,7 +113,7 @@ class Endpoint:
         (estimate, *_) = reading.estimates
         decision, is_stranger = self._decide(serving, head, reading, policy)
         if decision.target is None:
-            raise UserError("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
+            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
         role = _role(serving, head)
         self.metrics.decided(decision, estimate, role, is_stranger)
         tolerance = head.tolerance if policy.tolerance is None else policy.tolerance
@@ -203,6 +212,14 @@ class Endpoint:
             self.metrics.shadow.inc(1, tags={"agrees": str(agrees).lower()})
             fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
         log.info("routed", extra=fields)
+
+
+def _check_targets(policy: Policy, head: Head) -> None:
+    """Raises UnknownTarget, before the prompt is read."""
+    try:
+        policy.mask(head.router.pool)
+    except UserError as error:
+        raise UnknownTarget(str(error)) from None
 
 
 def _decision(head: Head, reading: Reading, prediction: Prediction, policy: Policy) -> Decision:

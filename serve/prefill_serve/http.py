@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -14,6 +15,35 @@ from prefill_router.errors import UserError
 
 ROUTED_NAMES = ("auto", "routed")  # as `model`, they leave the choice to the router
 TEXT_PARTS = ("text", "input_text", "output_text")
+
+# What every flavour of regular expressions and of white space takes for something to read.
+_VISIBLE = r"[^\s\u001c-\u001f\u0085\ufeff]"
+_TEXT: dict[str, Any] = {"type": "string", "pattern": _VISIBLE}
+_HAS_TEXT: dict[str, Any] = {
+    "required": ["content"],
+    "properties": {
+        "content": {
+            "anyOf": [
+                _TEXT,
+                {
+                    "type": "array",
+                    "contains": {
+                        "required": ["type", "text"],
+                        "properties": {"type": {"enum": list(TEXT_PARTS)}, "text": _TEXT},
+                    },
+                },
+            ]
+        }
+    },
+}
+_WAYS = ("prompt", "question", "messages")
+_ONE_WAY: list[Any] = [
+    {
+        "required": [way],
+        "properties": {name: {"type": "null"} if name != way else {"not": {"type": "null"}} for name in _WAYS},
+    }
+    for way in _WAYS
+]
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
 _QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
@@ -33,7 +63,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    role: str = Field(min_length=1, examples=["user"])
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = Field(None, examples=[_QUESTION])
 
     def read(self, noted: Counter[str]) -> dict[str, str]:
@@ -57,26 +87,31 @@ class RouteRequest(StrictModel):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "oneOf": _ONE_WAY,
             "examples": [
                 {"prompt": _QUESTION},
                 {"messages": [{"role": "user", "content": _QUESTION}], "tolerance": 0.02, "explain": True},
-            ]
+            ],
         }
     )
 
-    prompt: str | None = Field(None, min_length=1, description="A bare prompt; or give question, or messages")
-    question: str | None = Field(None, min_length=1, description="The same as prompt")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="A conversation")
+    prompt: str | None = Field(None, pattern=_VISIBLE, description="A bare prompt; or give question, or messages")
+    question: str | None = Field(None, pattern=_VISIBLE, description="The same as prompt")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+        None, description="A conversation; one message at least has text", json_schema_extra={"contains": _HAS_TEXT}
+    )
     tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Give up at most this much P(correct)")
     max_cost_usd: float | None = Field(None, ge=0.0, description="No target that is expected to cost more")
     min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
     models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")
-    model: _Name | None = Field(None, description='The target to take; "auto" and "routed" leave it to the router')
+    model: _Name | None = Field(
+        None, description='The target to take, whatever models says; "auto" and "routed" leave it to the router'
+    )
     explain: bool = Field(False, description="Say of each target why it was taken or not")
 
     def question_of(self, max_messages: int) -> Question:
         """Raises UserError unless exactly one of prompt, question and messages was given, and holds text."""
-        given = [name for name in ("prompt", "question", "messages") if getattr(self, name) is not None]
+        given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"give exactly one of prompt, question and messages, not {' and '.join(given) or 'none'}")
         noted: Counter[str] = Counter()
@@ -85,17 +120,17 @@ class RouteRequest(StrictModel):
                 return Question(fit_prompt(getattr(self, given[0]), _ANY_SIZE, given[0]), {})
             if len(self.messages) > max_messages:
                 raise UserError(f"messages: there are {len(self.messages):,}, must be at most {max_messages:,}")
-            return Question(fit_messages([message.read(noted) for message in self.messages]), dict(noted))
+            messages = fit_messages([message.read(noted) for message in self.messages])
         except UnfitError as problem:
             raise UserError(str(problem)) from None
+        if not any(re.search(_VISIBLE, message["content"]) for message in messages):
+            raise UserError("messages: none has text, must hold more than white space")
+        return Question(messages, dict(noted))
 
     def policy(self) -> Policy:
-        """Raises UserError where the model that is asked for is not among those allowed."""
-        if self.model is None or self.model in ROUTED_NAMES:
-            return Policy(self.tolerance, self.models, self.max_cost_usd, self.min_p_correct)
-        if self.models is not None and self.model not in self.models:
-            raise UserError(f'model: "{self.model}" is not among models')
-        return Policy(self.tolerance, [self.model], self.max_cost_usd, self.min_p_correct)
+        is_pinned = self.model is not None and self.model not in ROUTED_NAMES
+        allowed = [str(self.model)] if is_pinned else self.models
+        return Policy(self.tolerance, allowed, self.max_cost_usd, self.min_p_correct)
 
 
 _ANY_SIZE = 1 << 62  # a body has its own limit
@@ -169,6 +204,7 @@ class BatchItem(StrictModel):
     """The answer to one request of a batch, or why there is none."""
 
     index: int
+    status: int = Field(200, description="What the request would be answered with by itself")
     response: RouteResponse | None = None
     error: ErrorDetail | None = None
 

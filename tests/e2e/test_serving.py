@@ -144,7 +144,7 @@ def test_a_decision_is_the_routers_own(two: Serve, router: str) -> None:
         assert [isinstance(item, RouteError) for item in batch] == [False, False]
         with pytest.raises(RouteError, match="nobody") as refused:
             client.route(QUESTION, models=["nobody"])
-        assert (refused.value.status, refused.value.code) == (400, "invalid_request")
+        assert (refused.value.status, refused.value.code) == (404, "model_not_found")
         assert client.is_ready()
 
 
