@@ -152,6 +152,7 @@ class Endpoint:
 
     async def _read(self, serving: Serving, head: Head, prompt: object) -> Reading:
         limits, engine = serving.settings.limits, serving.engine
+        engine.lanes.admit(limits.wait_s)  # a refusal should cost nothing, not even tokens
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)  # type: ignore[arg-type]
         if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:

@@ -80,11 +80,15 @@ class Lanes(Generic[In, Out]):
         ahead = self.queued_tokens + self._running_tokens if self._num_free == 0 else self.queued_tokens
         return ahead / self.tokens_per_s
 
-    async def submit(self, item: In, num_tokens: int, max_wait_s: float = math.inf) -> Out:
-        """The result for an item. Raises Overloaded where it would wait for longer, and what `work` raises."""
+    def admit(self, max_wait_s: float) -> None:
+        """Raises Overloaded where what is submitted now would wait for longer."""
         wait_s = self.expected_wait_s
         if wait_s > max_wait_s:
             raise Overloaded(max(wait_s - max_wait_s, 1.0))
+
+    async def submit(self, item: In, num_tokens: int, max_wait_s: float = math.inf) -> Out:
+        """The result for an item. Raises Overloaded where it would wait for longer, and what `work` raises."""
+        self.admit(max_wait_s)
         waiting: _Waiting[In, Out] = _Waiting(item, num_tokens, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self.queued_tokens += num_tokens
