@@ -34,15 +34,15 @@ _UNAVAILABLE = {
 }
 
 
-def environment(folder: Path | None = None) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What makes Serve put HAProxy before the replicas, with files in a folder of its own.
 
     A request that a dying replica did not answer goes to another one: routing has no effects, so that twice is as good
     as once.
     """
-    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
     ports = _free_ports()
-    folder = folder or Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))
+    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         _BINARY: str(Path(sys.executable).parent / PROGRAM),

@@ -12,9 +12,9 @@ from prefill_router.config import StrictModel
 from prefill_router.corpus import Prompt, UnfitError, fit_messages, fit_prompt
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
+from prefill_router.ingest.openai_log import TEXT_PARTS
 
 ROUTED_NAMES = ("auto", "routed")  # as `model`, they leave the choice to the router
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 # What every flavour of regular expressions and of white space takes for something to read.
 _VISIBLE = r"[^\s\u001c-\u001f\u0085\ufeff]"

@@ -21,7 +21,7 @@ from prefill_router.ingest.text import Fields, read_jsonl
 from prefill_router.schema import OUTPUT_TOKENS
 
 _EXTRAS = (pa.field("model", pa.string()), pa.field(OUTPUT_TOKENS, pa.int32()), pa.field("custom_id", pa.string()))
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read(uri: str, options: Options) -> Iterator[Item]:
@@ -82,7 +82,7 @@ def _content(content: object, key: str) -> object:
     texts = []
     for part in content:
         value = part if isinstance(part, str) else _object(part).get("text")
-        if not isinstance(value, str) or _object(part).get("type", "text") not in _TEXT_PARTS:
+        if not isinstance(value, str) or _object(part).get("type", "text") not in TEXT_PARTS:
             raise UnfitError(f"{key}.content holds {shown(part)}, which is no text")
         texts.append(value)
     return "\n".join(texts)
