@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.testclient import TestClient
 
-from prefill_serve.endpoint import Endpoint
+from prefill_serve.endpoint import RECORD_AFTER_S, Endpoint
 from prefill_serve.settings import Settings
 
 
@@ -19,6 +20,11 @@ class Api:
     def configure(self, **settings: Any) -> None:
         assert self.client.portal is not None
         self.client.portal.call(self.endpoint.configure, Settings.model_validate({"open": True, **settings}))
+
+    def settle(self) -> None:
+        """Until what was asked has been recorded."""
+        assert self.client.portal is not None
+        self.client.portal.call(asyncio.sleep, 10 * RECORD_AFTER_S)
 
     def post(self, body: Any, path: str = "/v1/route", **options: Any) -> Any:
         return self.client.post(path, json=body, **options)

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,8 @@ from prefill_router.errors import UserError
 from prefill_router.schema import MESSAGES, PROMPT, PROMPT_ID
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+_ROLES: tuple[str, ...] = get_args(Role)
 MAX_PROMPT_BYTES = 1 << 20
 
 Message = dict[str, str]
@@ -376,8 +377,8 @@ def _message(value: object, key: str) -> Message:
     if not isinstance(value, dict) or "role" not in value or "content" not in value:
         raise UnfitError(f"{key} = {shown(value)}, must have role and content")
     role, content = _unicode(value["role"]), _unicode(value["content"])
-    if role not in ROLES:
-        raise UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(ROLES)}")
+    if role not in _ROLES:
+        raise UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise UnfitError(f"{key}.content = {shown(content)}, must be a string")
     return {"role": role, "content": content}

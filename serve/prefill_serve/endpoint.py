@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
-from prefill_router.corpus import content_digest
+from prefill_router.corpus import Prompt, content_digest
 from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain
 from prefill_router.errors import UserError
 from prefill_serve.engine import Estimate, Head, Reading, Times
@@ -19,7 +20,11 @@ from prefill_serve.traces import tracer
 
 log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request id, in Serve's own files
 
+RECORD_AFTER_S = 0.005  # what is counted and logged of a request waits until its answer has gone
 STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
+
+
+_Key = tuple[tuple[str, ...], bytes]  # the heads that were asked, and the prompt's content
 
 
 class NotReady(Exception):  # noqa: N818 - a state, not a fault
@@ -47,8 +52,9 @@ class Endpoint:
         self.serving: Serving | None = None
         self.refused: str | None = None  # why the latest settings were not taken over
         self._configuring = asyncio.Lock()
-        # By head and prompt: tasks, so that equal prompts that come at once are read once.
-        self._readings: OrderedDict[tuple[str, bytes], asyncio.Task[Reading]] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+        # Tasks, so that equal prompts that come at once are read once.
+        self._readings: OrderedDict[_Key, asyncio.Task[Reading]] = OrderedDict()
 
     # --- settings ------------------------------------------------------------------------------------------------
 
@@ -69,7 +75,8 @@ class Endpoint:
                 raise
             self.serving, self.refused = serving, None
             if before is not None and before.engine is not serving.engine:
-                before.engine.close()
+                self._closing.add(task := asyncio.create_task(before.engine.close()))
+                task.add_done_callback(self._closing.discard)
             self._describe(before, serving)
 
     def _describe(self, before: Serving | None, serving: Serving) -> None:
@@ -100,11 +107,12 @@ class Endpoint:
         digest = content_digest(question.prompt)
         head = serving.head_for(digest)
         _check_targets(policy, head)
-        key = head.name, digest
+        asked = serving.asked(head)
+        key = tuple(each.name for each in asked), digest
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
         if cached is None:
-            cached = self._remember(key, asyncio.create_task(self._read(serving, head, question.prompt)))
+            cached = self._remember(key, asyncio.create_task(self._read(serving, asked, question.prompt)))
         else:
             self._readings.move_to_end(key)
             self.metrics.prompts.inc(1, tags={"source": "cache"})
@@ -115,7 +123,6 @@ class Endpoint:
         if decision.target is None:
             raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
         role = _role(serving, head)
-        self.metrics.decided(decision, estimate, role, is_stranger)
         tolerance = head.tolerance if policy.tolerance is None else policy.tolerance
         metadata = Metadata(
             encoder=serving.engine.encoder.name,
@@ -141,7 +148,8 @@ class Endpoint:
             request_id=request_id,
             explanation=explain(decision, policy, tolerance) if request.explain else None,
         )
-        self._log(serving, request_id, answer, question.prompt, policy, reading)
+        _record(self.metrics.decided, decision, estimate, role, is_stranger)
+        _record(self._log, serving, request_id, answer, question.prompt, policy, reading)
         return answer
 
     async def check(self) -> None:
@@ -150,24 +158,23 @@ class Endpoint:
         tokens, _ = await serving.engine.tokenize("Hello.")
         await serving.engine.read(tokens, serving.heads)
 
-    async def _read(self, serving: Serving, head: Head, prompt: object) -> Reading:
+    async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt) -> Reading:
         limits, engine = serving.settings.limits, serving.engine
         engine.lanes.admit(limits.wait_s)  # a refusal should cost nothing, not even tokens
         with tracer.start_as_current_span("tokenize"):
-            tokens, tokenize_s = await engine.tokenize(prompt)  # type: ignore[arg-type]
+            tokens, tokenize_s = await engine.tokenize(prompt)
         if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
             raise TooLong(f"the prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
-        asked = [head] if serving.shadow is None else [head, serving.shadow]
         with tracer.start_as_current_span("read") as span:
             try:
                 reading = await engine.read(tokens, asked, limits.wait_s, tokenize_s)
             finally:
                 self.metrics.queued_tokens.set(engine.lanes.queued_tokens)
             span.set_attributes({f"{phase}_s": seconds for phase, seconds in reading.times._asdict().items()})
-        self.metrics.read(reading, engine.lanes.budget_tokens)
+        _record(self.metrics.read, reading, engine.lanes.budget_tokens)
         return reading
 
-    def _remember(self, key: tuple[str, bytes], task: asyncio.Task[Reading]) -> asyncio.Task[Reading]:
+    def _remember(self, key: _Key, task: asyncio.Task[Reading]) -> asyncio.Task[Reading]:
         """Keeps a reading; one that fails is forgotten, and so is what was used longest ago."""
         self._readings[key] = task
 
@@ -213,6 +220,10 @@ class Endpoint:
             self.metrics.shadow.inc(1, tags={"agrees": str(agrees).lower()})
             fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
         log.info("routed", extra=fields)
+
+
+def _record(record: Callable[..., None], *args: object) -> None:
+    asyncio.get_running_loop().call_later(RECORD_AFTER_S, record, *args)
 
 
 def _check_targets(policy: Policy, head: Head) -> None:

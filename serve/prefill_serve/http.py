@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from prefill_router.config import StrictModel
-from prefill_router.corpus import Prompt, UnfitError, fit_messages, fit_prompt
+from prefill_router.corpus import Prompt, Role, UnfitError, fit_messages, fit_prompt
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
 from prefill_router.ingest.openai_log import TEXT_PARTS
@@ -63,7 +63,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Role
     content: str | list[Part] | None = Field(None, examples=[_QUESTION])
 
     def read(self, noted: Counter[str]) -> dict[str, str]:

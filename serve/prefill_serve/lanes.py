@@ -101,9 +101,10 @@ class Lanes(Generic[In, Out]):
         self._wide.shutdown(wait=False)
 
     def _dispatch(self) -> None:
+        share = min(self.budget_tokens, math.ceil(self.queued_tokens / self.num_lanes))
         while self._queue and self._num_free:
             is_alone = len(self._queue) == 1 and self._num_free == self.num_lanes
-            taken = self._take(min(self.budget_tokens, math.ceil(self.queued_tokens / self._num_free)))
+            taken = self._take(share)
             if taken:
                 num_lanes = self.num_lanes if is_alone else 1
                 self._num_free -= num_lanes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from prefill_router import artifact
-from prefill_router.baselines.router import BaselineRouter
 from prefill_router.errors import UserError
 from prefill_router.pool import load_pool
 from prefill_router.router import Router
@@ -45,6 +44,10 @@ class Serving:
     def heads(self) -> list[Head]:
         return [head for head in (self.primary, self.canary, self.shadow) if head is not None]
 
+    def asked(self, head: Head) -> list[Head]:
+        """The heads that read a prompt which `head` answers."""
+        return [head] if self.shadow is None else [head, self.shadow]
+
     def head_for(self, digest: bytes) -> Head:
         """The head that answers a prompt, by its content digest."""
         place = int.from_bytes(digest[:8], "big") / 2**64
@@ -69,15 +72,7 @@ def _head(settings: Settings, uri: str) -> Head:
     router = artifact.load(uri)
     version = router.version
     if settings.pool is not None:
-        pool = load_pool(settings.pool)
-        if isinstance(router, BaselineRouter):
-            if set(pool.target_names) != set(router.pool.target_names):
-                raise UserError(f"{settings.pool}: a baseline serves the targets that it was fitted for")
-            prices = {target.name: target for target in pool.targets}
-            pool = pool.model_copy(update={"targets": tuple(prices[name] for name in router.pool.target_names)})
-            router = replace(router, pool=pool)
-        else:
-            router = router.with_pool(pool)
+        router = router.with_pool(load_pool(settings.pool))
     tolerance = router.default_tolerance if settings.tolerance is None else settings.tolerance
     return Head(router, version, tolerance)
 

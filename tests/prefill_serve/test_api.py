@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import shutil
@@ -16,6 +17,9 @@ import pytest
 
 from prefill_router.errors import UserError
 from prefill_router.router import Router
+from prefill_serve.endpoint import Endpoint
+from prefill_serve.http import RouteRequest
+from prefill_serve.settings import Settings
 from served import Api
 
 QUESTION = "what is one plus two"
@@ -329,9 +333,12 @@ def test_a_canary_answers_its_share_and_a_prompt_always_goes_the_same_way(api: A
 def test_a_shadow_is_asked_and_logged_and_not_used(
     api: Api, router: str, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    api.post({"prompt": "name a big river"})  # what is remembered of it does not stand for the shadow's opinion
+    api.settle()
     api.configure(router=router, shadow=other)
     with caplog.at_level("INFO", "ray.serve"):
         answer = api.post({"prompt": "name a big river", "tolerance": 0.0}).json()
+        api.settle()
     (record,) = [r for r in caplog.records if r.msg == "routed"]
     assert answer["selected_model"] == "big"
     assert answer["router_version"] == Router.load(router).version
@@ -340,16 +347,34 @@ def test_a_shadow_is_asked_and_logged_and_not_used(
     assert record.route_id == answer["request_id"]
 
 
+def test_an_engine_closes_once_its_last_prompt_is_done(router: str) -> None:
+    async def scenario() -> None:
+        endpoint = Endpoint()
+        await endpoint.configure(Settings(router=router, open=True))
+        engine = endpoint.now.engine
+        asked = [asyncio.create_task(endpoint.route(RouteRequest(prompt=f"{i} {QUESTION}"), "id")) for i in range(5)]
+        closing = asyncio.create_task(engine.close())
+        assert {(await task).selected_model for task in asked} <= {"big", "small"}
+        await closing
+        with pytest.raises(RuntimeError):
+            await engine.tokenize(QUESTION)
+
+    asyncio.run(scenario())
+
+
 def test_prompts_are_logged_only_when_asked_for(api: Api, router: str, caplog: pytest.LogCaptureFixture) -> None:
     secret = "what is ninety nine of the old town"
     with caplog.at_level("DEBUG"):
         api.post({"prompt": secret})
         api.post({"prompt": secret, "models": ["nobody"]})
         api.post({"prompt": secret, "oops": 1})
+        api.settle()
+    assert "routed" in caplog.messages
     assert secret not in "".join(str(vars(record)) for record in caplog.records)
     api.configure(router=router, log_prompts=True)
     with caplog.at_level("INFO", "ray.serve"):
         api.post({"prompt": secret})
+        api.settle()
     assert any(getattr(record, "prompt", None) == secret for record in caplog.records)
 
 

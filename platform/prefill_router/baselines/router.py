@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -67,6 +67,16 @@ class BaselineRouter:
         if encoder.fingerprint != self.fingerprint:
             raise UserError(f"{self.sentence_encoder}: is not the sentence encoder that the baseline was fitted on")
         return encoder
+
+    def with_pool(self, pool: Pool) -> BaselineRouter:
+        """The same router at other prices. Raises UserError for other targets than it was fitted for."""
+        prices = {target.name: target for target in pool.targets}
+        if set(prices) != set(self.pool.target_names):
+            raise UserError(
+                f"a baseline serves the targets that it was fitted for: {', '.join(self.pool.target_names)}"
+            )
+        targets = tuple(prices[name] for name in self.pool.target_names)
+        return replace(self, pool=pool.model_copy(update={"targets": targets}))
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
         """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
