@@ -88,18 +88,18 @@ class Bench:
                 time.sleep(0.02)  # the threads of the last call spin for a while
                 started = time.perf_counter()
                 connection.request("POST", "/v1/route", body, {"content-type": "application/json"})
-                answer = json.loads(connection.getresponse().read())
+                content = connection.getresponse().read()
                 route_s = time.perf_counter() - started
                 started = time.perf_counter()
                 encoder.forward(encoder.tokenize([prompt]), columns)
                 bare_s = time.perf_counter() - started
             route.append(route_s * MS)
             bare.append(bare_s * MS)
-            added.append(route_s * MS - sum(answer["metadata"]["timings_ms"].values()))
+            added.append(route_s * MS - sum(json.loads(content)["metadata"]["timings_ms"].values()))
         p50 = {"route_ms": np.median(route), "bare_encode_ms": np.median(bare), "http_and_serve_ms": np.median(added)}
-        return {name: float(value) for name, value in p50.items()} | {
-            "ratio": float(np.median(route) / np.median(bare))
-        }
+        # Prompts differ in length: with nobody else there, this is what p99 is of p50.
+        p50 |= {"ratio": np.median(route) / np.median(bare), "p99_of_p50": np.quantile(route, 0.99) / np.median(route)}
+        return {name: float(value) for name, value in p50.items()}
 
     def offline(self) -> float:
         """Prompts a second of the engine that `extract` and `label` run on, with the head."""
