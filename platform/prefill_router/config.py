@@ -337,6 +337,13 @@ class ServeConfig(StrictModel):
     max_batch: int = Field(256, ge=1, description="Requests in one of POST /v1/route/batch")
     cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
     log_prompts: bool = Field(False, description="Write prompts into the log")
+    default_target: str | None = Field(None, min_length=1, description="Answers where routing fails [the cheapest]")
+    route_timeout_s: float = Field(1.0, gt=0.0, description="For a call's routing; then the default target answers")
+    stick_margin: float = Field(0.05, ge=0.0, le=1.0, description="More P(correct) that moves a conversation")
+    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
+    budgets: Uri | None = Field(None, description="What may be spent: a TOML file with usd_per_day and [keys]")
+    feedback: Uri | None = Field(None, description="Folder for calls and the outcomes that feedback makes of them")
+    keep_prompts: bool = Field(False, description="Keep prompts in --feedback too, for training on them")
     traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")
 
 

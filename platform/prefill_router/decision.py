@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,8 @@ class Decision:
     input_tokens: int  # as the encoder's tokenizer counts them, with its chat template
     is_truncated: bool  # the encoder read the prompt without its middle
     router_version: str
+    propensity: float = 1.0  # with which the target was chosen: below 1 where others are explored
+    is_explored: bool = False  # chosen by chance
 
 
 def decide(
@@ -106,6 +109,20 @@ def decide_one(
     )
 
 
+def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> Decision:
+    """The decision, or in a `share` of all cases one of the targets that the policy allows, each as likely.
+
+    The propensity says how likely the target of this decision was, so that outcomes can be weighed by it.
+    """
+    names = [target for target in decision.p_correct if _limit(decision, policy, target) is None]
+    if decision.target is None or not share or not names:
+        return decision
+    is_explored = rng.random() < share
+    target = rng.choice(names) if is_explored else decision.target
+    propensity = share / len(names) + (1.0 - share) * (target == decision.target)
+    return replace(decision, target=target, propensity=propensity, is_explored=is_explored)
+
+
 def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, str]:
     """Of each target, why it was chosen or not, under the policy and the tolerance that the decision was made with."""
     allowed = [t for t in decision.p_correct if _limit(decision, policy, t) is None]
@@ -113,6 +130,8 @@ def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, s
 
     def reason(target: str) -> str:
         gives_up = best - decision.p_correct[target]
+        if target == decision.target and decision.is_explored:
+            return "explored: chosen by chance"
         if target == decision.target:
             return f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
         if (limit := _limit(decision, policy, target)) is not None:

@@ -12,12 +12,34 @@ from prefill_router import config, storage
 from prefill_router.errors import UserError
 
 
+class Upstream(config.StrictModel):
+    """Where a target answers: an API in the way of OpenAI's."""
+
+    base_url: str = Field(pattern=r"^https?://", description="As https://api.openai.com/v1")
+    model: str | None = Field(None, min_length=1, description="The target's name there [its name in the pool]")
+    key_env: str | None = Field(None, min_length=1, description="Environment variable that holds the API key")
+    responses: bool = Field(False, description="Has POST /responses too")
+    concurrency: int = Field(64, ge=1, description="Calls at a time, of each replica")
+    timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
+
+
 class Target(config.StrictModel):
     """A candidate model. Prices are USD per million tokens."""
 
     name: str = Field(min_length=1)
     input_price: float = Field(ge=0.0)
     output_price: float = Field(ge=0.0)
+    cached_input_price: float | None = Field(None, ge=0.0, description="Of input that the upstream had cached")
+    context_tokens: int | None = Field(None, ge=1, description="Of prompt and answer together")
+    tools: bool = Field(True, description="Can call tools")
+    images: bool = Field(True, description="Reads images")
+    upstream: Upstream | None = None
+
+    def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
+        """USD for an answer; `cached_tokens` are among the `input_tokens`."""
+        cached_price = self.input_price if self.cached_input_price is None else self.cached_input_price
+        full = input_tokens - cached_tokens
+        return (full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price) / 1e6
 
 
 class Pool(config.StrictModel):

@@ -34,6 +34,22 @@ OUTCOMES = pa.schema(
     ]
 )
 
+COST_USD = "cost_usd"
+PROPENSITY = "propensity"
+REQUEST_ID = "request_id"
+AT = "at"
+
+# Outcomes of requests that were answered; a pair stands as often as it was graded, a request once.
+FEEDBACK = pa.schema(
+    [
+        *OUTCOMES,
+        pa.field(COST_USD, pa.float64()),
+        pa.field(PROPENSITY, pa.float64(), nullable=False),
+        pa.field(REQUEST_ID, pa.string(), nullable=False),
+        pa.field(AT, pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
 # Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
 QUARANTINE = pa.schema(
     [

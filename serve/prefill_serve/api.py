@@ -22,6 +22,9 @@ from starlette.types import ASGIApp
 from prefill_router.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gate import Gate, Refusal, phrase
+from prefill_serve.gateway.ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
+from prefill_serve.gateway.proxy import NoUpstream
+from prefill_serve.gateway.routes import gateway_routes
 from prefill_serve.http import (
     BatchItem,
     BatchRequest,
@@ -45,18 +48,24 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
     429: {"model": ErrorResponse, "description": "Too busy", "headers": {"Retry-After": _RETRY}},
+    502: {"model": ErrorResponse, "description": "No upstream answered"},
+    504: {"model": ErrorResponse, "description": "No upstream answered in time"},
     503: {"model": ErrorResponse, "description": "Nothing serves yet", "headers": {"Retry-After": _RETRY}},
 }
 _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     TooLong: (413, "prompt_too_long"),
     UnknownTarget: (404, "model_not_found"),
     NoTarget: (409, "no_target"),
+    NoUpstream: (404, "no_upstream"),
+    NoFeedback: (404, "no_feedback"),
+    UnknownRequest: (404, "request_not_found"),
+    OtherFeedback: (409, "other_feedback"),
 }
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
 
-def create_api(endpoint: Endpoint) -> ASGIApp:
-    """The API around an endpoint, behind its gate."""
+def create_api(endpoint: Endpoint, ledger: Ledger) -> ASGIApp:
+    """The API around an endpoint, behind its gate. The ledger is what the gateway remembers."""
     api = FastAPI(
         title="prefill-router",
         version=version("prefill-router"),
@@ -70,7 +79,7 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
     @api.post("/v1/route", response_model=RouteResponse, responses=_ERRORS, tags=["routing"])
     async def route(request: RouteRequest, http: Request) -> Response:
         """The target for one prompt: the cheapest that is good enough, under the request's constraints."""
-        return _json(await endpoint.route(request, http.state.request_id))
+        return _json(await endpoint.route(request, http.state.request_id, http.state.holder))
 
     @api.post("/v1/route/batch", response_model=BatchResponse, responses=_ERRORS, tags=["routing"])
     async def route_batch(batch: BatchRequest, http: Request) -> Response:
@@ -81,9 +90,8 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
 
         async def item(index: int, request: RouteRequest) -> BatchItem:
             try:
-                return BatchItem(
-                    index=index, response=await endpoint.route(request, f"{http.state.request_id}-{index}")
-                )
+                request_id = f"{http.state.request_id}-{index}"
+                return BatchItem(index=index, response=await endpoint.route(request, request_id, http.state.holder))
             except (UserError, Overloaded) as error:
                 refusal = refusal_of(error)
                 detail = ErrorDetail(**refusal.body["error"])
@@ -114,6 +122,7 @@ def create_api(endpoint: Endpoint) -> ASGIApp:
         """200 once a real forward pass has run, 503 before."""
         return await health()
 
+    api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
     _describe(api)
     return Gate(api, endpoint)
 
@@ -127,6 +136,9 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(
             503, "no router serves yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
         )
+    if isinstance(error, LedgerAway):
+        message = "the ledger does not answer now: try again in a few seconds"
+        return Refusal(503, message, "ledger_away", headers={"retry-after": "2"})
     if isinstance(error, UserError):
         status, code = _OF_USERS.get(type(error), (400, "invalid_request"))
         return Refusal(status, str(error), code)
@@ -152,7 +164,7 @@ def _add_errors(api: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
         return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response
 
-    for kind in (UserError, Overloaded, NotReady, Exception):
+    for kind in (UserError, Overloaded, NotReady, LedgerAway, Exception):
         api.add_exception_handler(kind, on_error)
     api.add_exception_handler(RequestValidationError, on_invalid)
     api.add_exception_handler(HTTPException, on_http)

@@ -14,12 +14,15 @@ from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from prefill_router.config import StrictModel, validate
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
+from prefill_serve.gateway.ledger import LocalLedger
+from prefill_serve.gateway.shared import RemoteLedger, SharedLedger
 from prefill_serve.settings import Settings
 from prefill_serve.traces import export_traces
 
@@ -74,8 +77,12 @@ def build_app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if _num_gpus() >= args.most_replicas else 0},
     )
     # Without it serve.run takes every deployment for new code, and replaces replicas that only new settings concern.
-    deployment._version = hashlib.sha256(fixed.encode()).hexdigest()[:16]
-    return deployment.bind(threads, args.traces, settings)  # type: ignore[no-any-return]
+    deployment._version = hashlib.sha256(f"{fixed}{args.gateway is None}".encode()).hexdigest()[:16]
+    if args.gateway is None:
+        return deployment.bind(threads, args.traces, settings)  # type: ignore[no-any-return]
+    ledger = SharedLedger.options(user_config=args.gateway.ledger.model_dump())  # type: ignore[attr-defined]
+    ledger._version = "1"
+    return deployment.bind(threads, args.traces, settings, ledger.bind())  # type: ignore[no-any-return]
 
 
 def _num_gpus() -> float:
@@ -95,12 +102,15 @@ def _num_gpus() -> float:
 class Replica:
     """Encoder and heads in one process, behind the HTTP API."""
 
-    def __init__(self, threads: int, traces: str | None, first: dict[str, Any]) -> None:
+    def __init__(
+        self, threads: int, traces: str | None, first: dict[str, Any], ledger: DeploymentHandle[Any] | None = None
+    ) -> None:
         torch.set_num_threads(1)  # of all threads but the engine's own
         if traces is not None:
             export_traces(traces)
         self.endpoint = Endpoint(threads)
         self.first = first
+        self.ledger = LocalLedger() if ledger is None else RemoteLedger(ledger)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over settings. Bad ones are refused, and what served before goes on, or what was served first."""
@@ -119,4 +129,4 @@ class Replica:
         await asyncio.wait_for(self.endpoint.check(), CHECK_TIMEOUT_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_api(self.endpoint)
+        return create_api(self.endpoint, self.ledger)

@@ -7,12 +7,14 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from random import SystemRandom
 
 from prefill_router.corpus import Prompt, content_digest
-from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain
+from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain, explore
 from prefill_router.errors import UserError
 from prefill_serve.engine import Estimate, Head, Reading, Times
-from prefill_serve.http import Drift, Metadata, RouteRequest, RouteResponse, Timings
+from prefill_serve.http import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
 from prefill_serve.metrics import Metrics
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
@@ -21,6 +23,7 @@ from prefill_serve.traces import tracer
 log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request id, in Serve's own files
 
 RECORD_AFTER_S = 0.005  # what is counted and logged of a request waits until its answer has gone
+_DICE = SystemRandom()  # which a fork does not repeat
 STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
 
 
@@ -51,6 +54,7 @@ class Endpoint:
         self.metrics = Metrics()
         self.serving: Serving | None = None
         self.refused: str | None = None  # why the latest settings were not taken over
+        self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # told what `route` decides
         self._configuring = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
         # Tasks, so that equal prompts that come at once are read once.
@@ -95,12 +99,24 @@ class Endpoint:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    async def route(self, request: RouteRequest, request_id: str) -> RouteResponse:
+    async def route(self, request: RouteRequest, request_id: str, holder: str = "") -> RouteResponse:
         """The target for one prompt: the cheapest that is good enough, under the request's constraints.
 
         Raises UserError for a request that cannot be met, or one of its kinds here; Overloaded where it would wait for
         too long.
         """
+        routing = await self.read(request)
+        decision = routing.decide(routing.policy)
+        if decision.target is None:
+            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
+        answer = routing.response(decision, request_id, explained=request.explain)
+        _record(self.record, routing, decision, request_id)
+        if self.on_routed is not None:
+            _record(self.on_routed, routing, decision, request_id, holder)
+        return answer
+
+    async def read(self, request: RouteRequest) -> Routing:
+        """A prompt as the router that serves at the moment reads it. Raises what `route` does, but for NoTarget."""
         serving = self.now
         question = request.question_of(serving.settings.limits.messages)
         policy = request.policy()
@@ -118,39 +134,29 @@ class Endpoint:
             self.metrics.prompts.inc(1, tags={"source": "cache"})
         # Shielded: a caller that hangs up does not take the reading from others who wait for it.
         reading = await asyncio.shield(cached)
-        (estimate, *_) = reading.estimates
-        decision, is_stranger = self._decide(serving, head, reading, policy)
-        if decision.target is None:
-            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
-        role = _role(serving, head)
-        tolerance = head.tolerance if policy.tolerance is None else policy.tolerance
-        metadata = Metadata(
-            encoder=serving.engine.encoder.name,
-            input_tokens=decision.input_tokens,
-            is_truncated=decision.is_truncated,
-            tolerance=tolerance,
-            is_canary=role == "canary",
-            is_cached=is_cached,
-            noted=question.noted,
-            drift=_drift(estimate, is_stranger),
-            timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if is_cached else reading.times),
-        )
-        answer = RouteResponse(
-            selected_model=decision.target,
-            model_names=list(decision.p_correct),
-            confidences=list(decision.p_correct.values()),
-            costs=list(decision.expected_cost_usd.values()),
-            metadata=metadata,
-            p_correct=decision.p_correct,
-            expected_cost_usd=decision.expected_cost_usd,
-            expected_output_tokens=decision.expected_output_tokens,
-            router_version=decision.router_version,
-            request_id=request_id,
-            explanation=explain(decision, policy, tolerance) if request.explain else None,
-        )
-        _record(self.metrics.decided, decision, estimate, role, is_stranger)
-        _record(self._log, serving, request_id, answer, question.prompt, policy, reading)
-        return answer
+        return Routing(serving, head, question, policy, reading, is_cached)
+
+    def record(self, routing: Routing, decision: Decision, request_id: str) -> None:
+        """Counts and logs a decision."""
+        assert decision.target is not None
+        role, reading, settings = routing.role, routing.reading, routing.serving.settings
+        self.metrics.decided(decision, reading.estimates[0], role, routing.is_stranger)
+        fields: dict[str, object] = {
+            "route_id": request_id,
+            "target": decision.target,
+            "p_correct": decision.p_correct[decision.target],
+            "expected_cost_usd": decision.expected_cost_usd[decision.target],
+            "router_version": decision.router_version,
+            "input_tokens": decision.input_tokens,
+            "is_cached": routing.is_cached,
+        }
+        if settings.log_prompts:
+            fields["prompt"] = routing.question.prompt
+        if routing.serving.shadow is not None and len(reading.estimates) > 1:
+            shadow = _decision(routing.serving.shadow, reading, reading.estimates[1].prediction, routing.policy)
+            self.metrics.shadow.inc(1, tags={"agrees": str(shadow.target == decision.target).lower()})
+            fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
+        log.info("routed", extra=fields)
 
     async def check(self) -> None:
         """A prompt through tokenizer, queue, encoder and heads, past the cache. Raises what goes wrong on the way."""
@@ -187,39 +193,68 @@ class Endpoint:
         task.add_done_callback(forget_failure)
         return task
 
-    def _decide(self, serving: Serving, head: Head, reading: Reading, policy: Policy) -> tuple[Decision, bool]:
-        """The decision, and whether the prompt is unlike those of training."""
-        (estimate, *_) = reading.estimates
-        safe = serving.settings.safe
-        beyond = STRANGER if safe is None else safe.beyond
-        is_stranger = estimate.percentile is not None and estimate.percentile >= beyond
-        if is_stranger and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
-            safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
-            decision = _decision(head, reading, estimate.prediction, safely)
-            if decision.target is not None:
-                return decision, True
-        return _decision(head, reading, estimate.prediction, policy), is_stranger
 
-    def _log(
-        self, serving: Serving, request_id: str, answer: RouteResponse, prompt: object, policy: Policy, reading: Reading
-    ) -> None:
-        fields: dict[str, object] = {
-            "route_id": request_id,
-            "target": answer.selected_model,
-            "p_correct": answer.p_correct[answer.selected_model],
-            "expected_cost_usd": answer.expected_cost_usd[answer.selected_model],
-            "router_version": answer.router_version,
-            "input_tokens": answer.metadata.input_tokens,
-            "is_cached": answer.metadata.is_cached,
-        }
-        if serving.settings.log_prompts:
-            fields["prompt"] = prompt
-        if serving.shadow is not None and len(reading.estimates) > 1:
-            shadow = _decision(serving.shadow, reading, reading.estimates[1].prediction, policy)
-            agrees = shadow.target == answer.selected_model
-            self.metrics.shadow.inc(1, tags={"agrees": str(agrees).lower()})
-            fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
-        log.info("routed", extra=fields)
+@dataclass(frozen=True)
+class Routing:
+    """A prompt that has been read, by what served at that moment, and not yet decided."""
+
+    serving: Serving
+    head: Head
+    question: Question
+    policy: Policy
+    reading: Reading
+    is_cached: bool
+
+    @property
+    def role(self) -> str:
+        return _role(self.serving, self.head)
+
+    @property
+    def is_stranger(self) -> bool:
+        """Is the prompt unlike those of training?"""
+        safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
+        return percentile is not None and percentile >= (STRANGER if safe is None else safe.beyond)
+
+    def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
+        """The decision under a policy: of a stranger the safe target, where there is one and the policy allows it."""
+        safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
+        if self.is_stranger and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
+            safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
+            decision = _decision(self.head, self.reading, prediction, safely)
+            if decision.target is not None:
+                return decision
+        decision = _decision(self.head, self.reading, prediction, policy)
+        return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _DICE)
+
+    def response(self, decision: Decision, request_id: str, *, explained: bool) -> RouteResponse:
+        """What a caller is told."""
+        assert decision.target is not None
+        tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
+        metadata = Metadata(
+            encoder=self.serving.engine.encoder.name,
+            input_tokens=decision.input_tokens,
+            is_truncated=decision.is_truncated,
+            tolerance=tolerance,
+            propensity=decision.propensity,
+            is_canary=self.role == "canary",
+            is_cached=self.is_cached,
+            noted=self.question.noted,
+            drift=_drift(self.reading.estimates[0], self.is_stranger),
+            timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if self.is_cached else self.reading.times),
+        )
+        return RouteResponse(
+            selected_model=decision.target,
+            model_names=list(decision.p_correct),
+            confidences=list(decision.p_correct.values()),
+            costs=list(decision.expected_cost_usd.values()),
+            metadata=metadata,
+            p_correct=decision.p_correct,
+            expected_cost_usd=decision.expected_cost_usd,
+            expected_output_tokens=decision.expected_output_tokens,
+            router_version=decision.router_version,
+            request_id=request_id,
+            explanation=explain(decision, self.policy, tolerance) if explained else None,
+        )
 
 
 def _record(record: Callable[..., None], *args: object) -> None:

@@ -59,7 +59,8 @@ class Gate:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["holder"] = request_id, ""
         status = 500
 
         async def send_with_id(message: Message) -> None:
@@ -71,7 +72,7 @@ class Gate:
 
         with tracer.start_as_current_span("request") as span:
             try:
-                self._check_key(scope["path"], headers)
+                state["holder"] = self._holder(scope["path"], headers)
                 await self.app(scope, self._bounded(headers, receive), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
@@ -82,17 +83,18 @@ class Gate:
                 if status >= 400:
                     log.warning("refused", extra={"route_id": request_id, "status": status, "route": route})
 
-    def _check_key(self, path: str, headers: Headers) -> None:
-        """Every key is compared, each in constant time, so that the time tells nothing of them."""
+    def _holder(self, path: str, headers: Headers) -> str:
+        """Whose key it is. Every key is compared, each in constant time, so that the time tells nothing of them."""
         serving = self.endpoint.serving
         if serving is None or serving.settings.open or path.startswith(OPEN_PATHS):
-            return
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"
-        matches = [hmac.compare_digest(given, known) for known in serving.settings.keys.values()]
-        if scheme.lower() != "bearer" or not any(matches):
+        matches = [name for name, known in serving.settings.keys.items() if hmac.compare_digest(given, known)]
+        if scheme.lower() != "bearer" or not matches:
             message = "no valid key: send the header Authorization: Bearer KEY"
             raise Refusal(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return matches[0]
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         """Raises Refusal from `receive` once the body is longer than allowed, at once where its header says so."""

@@ -164,6 +164,7 @@ class Metadata(StrictModel):
     input_tokens: int = Field(description="Of the whole prompt, as the encoder's tokenizer counts them")
     is_truncated: bool = Field(description="The encoder read the prompt without its middle, as in training")
     tolerance: float = Field(description="What the decision was made with")
+    propensity: float = Field(description="With which the target was chosen: below 1 where others are explored")
     is_canary: bool
     is_cached: bool
     noted: dict[str, int] = Field(description="Parts of messages that are no text, which nobody read")

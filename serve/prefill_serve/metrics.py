@@ -9,7 +9,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from prefill_router.decision import Decision
 from prefill_serve.engine import Estimate, Reading
 
-_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 _SHARES = [i / 20 for i in range(1, 21)]
 _TOKENS = [16.0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 _DISTANCES = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0]
@@ -19,21 +19,21 @@ class Metrics:
     """One of each a process; every name begins with `prefill_router_`."""
 
     def __init__(self) -> None:
-        self.requests = _counter("requests", "HTTP requests by route and status", "route", "status")
-        self.request_seconds = _histogram("request_seconds", "From the request's head to its answer", _SECONDS, "route")
-        self.phase_seconds = _histogram("phase_seconds", "tokenize, queue, encode, head", _SECONDS, "phase")
-        self.batch_tokens = _histogram("batch_tokens", "Tokens that a prompt's batch held", _TOKENS)
-        self.batch_fill = _histogram("batch_fill", "Of what a batch may hold", _SHARES)
+        self.requests = counter("requests", "HTTP requests by route and status", "route", "status")
+        self.request_seconds = histogram("request_seconds", "From the request's head to its answer", SECONDS, "route")
+        self.phase_seconds = histogram("phase_seconds", "tokenize, queue, encode, head", SECONDS, "phase")
+        self.batch_tokens = histogram("batch_tokens", "Tokens that a prompt's batch held", _TOKENS)
+        self.batch_fill = histogram("batch_fill", "Of what a batch may hold", _SHARES)
         self.queued_tokens = Gauge("prefill_router_queued_tokens", "Tokens of the prompts that wait")
-        self.prompts = _counter("prompts", "Prompts by where their estimates came from", "source")
-        self.truncated = _counter("truncated_prompts", "Prompts whose middle the encoder did not read")
-        self.routed = _counter("routed", "Decisions by target, and by router or canary", "target", "role")
-        self.expected_cost = _counter("expected_cost_usd", "Of the chosen targets' answers", "target")
-        self.p_correct = _histogram("p_correct", "Of the chosen target", _SHARES, "role")
-        self.distance = _histogram("drift_distance", "From the training prompts, 1 for an ordinary one", _DISTANCES)
-        self.strangers = _counter("out_of_distribution", "Prompts unlike those of training")
-        self.shadow = _counter("shadow", "Shadow's choices: the same target or another", "agrees")
-        self.settings = _counter("settings", "Settings that were taken over or refused", "outcome")
+        self.prompts = counter("prompts", "Prompts by where their estimates came from", "source")
+        self.truncated = counter("truncated_prompts", "Prompts whose middle the encoder did not read")
+        self.routed = counter("routed", "Decisions by target, and by router or canary", "target", "role")
+        self.expected_cost = counter("expected_cost_usd", "Of the chosen targets' answers", "target")
+        self.p_correct = histogram("p_correct", "Of the chosen target", _SHARES, "role")
+        self.distance = histogram("drift_distance", "From the training prompts, 1 for an ordinary one", _DISTANCES)
+        self.strangers = counter("out_of_distribution", "Prompts unlike those of training")
+        self.shadow = counter("shadow", "Shadow's choices: the same target or another", "agrees")
+        self.settings = counter("settings", "Settings that were taken over or refused", "outcome")
         self.router = Gauge("prefill_router_info", "1 for the routers that serve", tag_keys=("version", "role"))
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -62,10 +62,11 @@ class Metrics:
             self.strangers.inc(1)
 
 
-def _counter(name: str, description: str, *tags: str) -> Counter:
+def counter(name: str, description: str, *tags: str) -> Counter:
+    """A counter of this package, with its labels."""
     # Ray's exporter ends a counter's name in _total.
     return Counter(f"prefill_router_{name}", description=description, tag_keys=tags)
 
 
-def _histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:
+def histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:
     return Histogram(f"prefill_router_{name}", description=description, boundaries=boundaries, tag_keys=tags)

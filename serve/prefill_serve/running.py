@@ -15,9 +15,11 @@ import httpx
 import ray
 from ray import serve as ray_serve
 
+from prefill_router import storage
 from prefill_router.config import ServeConfig, load_toml, validate
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
+from prefill_router.pool import load_pool
 from prefill_serve.app import AppArgs, build_app
 from prefill_serve.serving import Serving
 
@@ -77,6 +79,8 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
             "batch": config.max_batch,
             "wait_s": config.max_wait_s,
         },
+        "gateway": _gateway(config),
+        "explore": config.explore,
         "cached_prompts": config.cached_prompts,
         "log_prompts": config.log_prompts,
         "revision": revision,
@@ -93,6 +97,23 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
             "downscale_delay_s": config.downscale_delay_s,
         }
     return validate(AppArgs, arguments, config.keys or "serve")
+
+
+def _gateway(config: ServeConfig) -> dict[str, Any] | None:
+    """Settings of the gateway; none where there is nobody to answer and nothing to remember."""
+    has_upstreams = config.pool and any(target.upstream for target in load_pool(config.pool).targets)
+    if not has_upstreams and not config.feedback:
+        return None
+    return {
+        "default_target": config.default_target,
+        "route_timeout_s": config.route_timeout_s,
+        "stick_margin": config.stick_margin,
+        "ledger": {
+            "folder": config.feedback and storage.absolute(config.feedback),
+            "keep_prompts": config.keep_prompts,
+            "budgets": load_toml(config.budgets) if config.budgets else {},
+        },
+    }
 
 
 def _is_loopback(host: str) -> bool:

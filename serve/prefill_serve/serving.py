@@ -65,7 +65,16 @@ def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:
             raise UserError(f"{role}: reads from another encoder than the router, and cannot serve beside it")
     if settings.safe and settings.safe.target not in primary.router.pool.target_names:
         raise UserError(f'safe: target "{settings.safe.target}" is not in the pool')
+    _check_default(settings, primary)
     return primary, canary, shadow
+
+
+def _check_default(settings: Settings, primary: Head) -> None:
+    """Raises UserError where what should answer if routing fails could not."""
+    default = settings.gateway.default_target if settings.gateway is not None else None
+    able = [target.name for target in primary.router.pool.targets if target.upstream is not None]
+    if default is not None and default not in able:
+        raise UserError(f'default_target: "{default}" must be one of the targets with an upstream: {", ".join(able)}')
 
 
 def _head(settings: Settings, uri: str) -> Head:

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints, model_validator
 
 from prefill_router.config import StrictModel
+from prefill_serve.gateway.ledger import LedgerSettings
 
 Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -38,6 +39,15 @@ class Limits(StrictModel):
     wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
 
 
+class GatewaySettings(StrictModel):
+    """How calls are answered, where targets of the pool have upstreams."""
+
+    default_target: str | None = Field(None, description="Serves where routing fails [the cheapest]")
+    route_timeout_s: float = Field(1.0, gt=0.0, description="After this the default target serves")
+    stick_margin: float = Field(0.05, ge=0.0, le=1.0, description="More P(correct) that moves a conversation")
+    ledger: LedgerSettings = LedgerSettings()
+
+
 class Settings(StrictModel):
     router: str = Field(min_length=1, description="Router artifact that `train` wrote, or a kept baseline")
     pool: str | None = Field(None, description="Pool file (#name): other prices, or fewer targets, than the router's")
@@ -45,9 +55,11 @@ class Settings(StrictModel):
     canary: Canary | None = None
     shadow: str | None = Field(None, description="A router that is asked and logged, and whose answer is not used")
     safe: SafeTarget | None = None
+    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
     keys: dict[str, Hash] = Field(default_factory=dict, description="Bearer keys' SHA-256, by the name of their holder")
     open: bool = Field(False, description="Answer without a key: only where none but the machine's own reach it")
     limits: Limits = Limits()
+    gateway: GatewaySettings | None = Field(None, description="Answer calls too, by the upstreams of the pool")
     cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
     log_prompts: bool = Field(False, description="Write prompts into the log")
     revision: int = Field(0, description="Another one makes replicas read the same artifacts and files anew")

@@ -9,13 +9,14 @@ from starlette.testclient import TestClient
 
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
+from prefill_serve.gateway.ledger import LocalLedger
 from served import Api
 
 
 @pytest.fixture(scope="module")
 def served(router: str) -> Iterator[Api]:
     endpoint = Endpoint()
-    with TestClient(create_api(endpoint), raise_server_exceptions=False) as client:
+    with TestClient(create_api(endpoint, LocalLedger()), raise_server_exceptions=False) as client:
         yield Api(client, endpoint)
 
 

@@ -364,7 +364,7 @@ def test_an_engine_closes_once_its_last_prompt_is_done(router: str) -> None:
 
 def test_prompts_are_logged_only_when_asked_for(api: Api, router: str, caplog: pytest.LogCaptureFixture) -> None:
     secret = "what is ninety nine of the old town"
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", "ray.serve"):
         api.post({"prompt": secret})
         api.post({"prompt": secret, "models": ["nobody"]})
         api.post({"prompt": secret, "oops": 1})

@@ -1,0 +1,175 @@
+"""Money: what calls cost and were expected to, what any single target would have cost, and who has spent a budget."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pydantic import Field
+
+from prefill_router.config import StrictModel
+from prefill_serve.gateway.served import Served
+
+
+class Budgets(StrictModel):
+    """USD a day, in UTC. What is under way when a budget ends is answered."""
+
+    usd_per_day: float | None = Field(None, ge=0.0, description="Of all together")
+    keys: dict[str, float] = Field(default_factory=dict, description="Of single keys, by the name of their holder")
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Once spent [1: the cheapest target]")
+
+
+class TargetStats(StrictModel):
+    """Of one target."""
+
+    answered: int
+    failed: int = Field(description="Calls that it did not answer, and others made up for or not")
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    actual_cost_usd: float = Field(description="By the upstream's usage and the pool's prices")
+    expected_cost_usd: float = Field(description="Of the same answers, before they were made")
+
+
+class Saving(StrictModel):
+    """What the routed calls would have been expected to cost, had one target answered all."""
+
+    target: str
+    expected_cost_usd: float
+    saved_usd: float = Field(description="Less what the calls were expected to cost as they were routed")
+
+
+class Stats(StrictModel):
+    """Since the oldest call that is remembered."""
+
+    since: datetime | None
+    calls: int
+    answered: int
+    failed: int
+    cancelled: int = Field(description="By the caller, before the end")
+    by_default: int = Field(description="Answered without a routing decision, which failed or came too late")
+    unmetered: int = Field(description="Answered by upstreams that told no usage: their cost is unknown")
+    actual_cost_usd: float
+    expected_cost_usd: float = Field(description="Of answers that were routed and metered")
+    metered_cost_usd: float = Field(description="Actual cost of the same answers")
+    against_dearest: Saving | None
+    against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
+    targets: dict[str, TargetStats]
+    spent_today_usd: dict[str, float] = Field(description="By the name of the key's holder")
+    feedback: int = Field(description="Outcomes that were recorded")
+
+
+@dataclass
+class _Sums:
+    answered: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    actual_usd: float = 0.0
+    expected_usd: float = 0.0
+
+
+@dataclass
+class Accounts:
+    """Sums over calls. A call is booked once."""
+
+    since: datetime | None = None
+    ends: Counter[str] = field(default_factory=Counter)
+    by_default: int = 0
+    unmetered: int = 0
+    expected_usd: float = 0.0
+    metered_usd: float = 0.0
+    routed_usd: float = 0.0
+    _targets: defaultdict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    _would_cost: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _p_correct: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _day: str = ""
+    _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def book(self, served: Served) -> None:
+        self.since = min(self.since or served.at, served.at)
+        self.ends[served.end] += 1
+        for target in served.failed:
+            self._targets[target].failed += 1
+        if served.target is None or served.end == "routed":
+            return
+        sums = self._targets[served.target]
+        if served.usage is not None:
+            sums.input_tokens += served.usage.input_tokens
+            sums.output_tokens += served.usage.output_tokens
+            sums.cached_tokens += served.usage.cached_tokens
+        sums.actual_usd += served.cost_usd or 0.0
+        self._spend(served)
+        if served.end == "answered":
+            sums.answered += 1
+            self.by_default += not served.p_correct and not served.is_pinned
+            self.unmetered += served.cost_usd is None
+            if served.p_correct:
+                self._compare(served, sums, served.expected_cost_usd[served.target])
+
+    def _compare(self, served: Served, sums: _Sums, expected_usd: float) -> None:
+        """An answer beside what was expected of it, and of the other targets."""
+        self.routed_usd += expected_usd
+        for target, p in served.p_correct.items():
+            self._p_correct[target] += p
+            self._would_cost[target] += served.expected_cost_usd[target]
+        if served.cost_usd is not None:
+            self.expected_usd += expected_usd
+            self.metered_usd += served.cost_usd
+            sums.expected_usd += expected_usd
+
+    def _spend(self, served: Served) -> None:
+        if (day := served.at.astimezone(UTC).date().isoformat()) > self._day:
+            self._day = day
+            self._spent.clear()
+        if day == self._day:
+            self._spent[served.holder] += served.cost_usd or 0.0
+
+    def spent_today(self, now: datetime) -> dict[str, float]:
+        return dict(self._spent) if now.astimezone(UTC).date().isoformat() == self._day else {}
+
+    def is_spent(self, budgets: Budgets, holder: str, now: datetime) -> bool:
+        """Has this holder, or have all together, used up what they have for today?"""
+        spent, own = self.spent_today(now), budgets.keys.get(holder)
+        is_total_spent = budgets.usd_per_day is not None and sum(spent.values()) >= budgets.usd_per_day
+        return is_total_spent or (own is not None and spent.get(holder, 0.0) >= own)
+
+    def stats(self, now: datetime, num_feedback: int) -> Stats:
+        targets = {
+            name: TargetStats(
+                answered=sums.answered,
+                failed=sums.failed,
+                input_tokens=sums.input_tokens,
+                output_tokens=sums.output_tokens,
+                cached_tokens=sums.cached_tokens,
+                actual_cost_usd=sums.actual_usd,
+                expected_cost_usd=sums.expected_usd,
+            )
+            for name, sums in sorted(self._targets.items())
+        }
+        return Stats(
+            since=self.since,
+            calls=self.ends.total(),
+            answered=self.ends["answered"],
+            failed=self.ends["failed"],
+            cancelled=self.ends["cancelled"],
+            by_default=self.by_default,
+            unmetered=self.unmetered,
+            actual_cost_usd=sum(sums.actual_usd for sums in self._targets.values()),
+            expected_cost_usd=self.expected_usd,
+            metered_cost_usd=self.metered_usd,
+            against_dearest=self._against(self._would_cost),
+            against_best_single=self._against(self._p_correct),
+            targets=targets,
+            spent_today_usd=self.spent_today(now),
+            feedback=num_feedback,
+        )
+
+    def _against(self, measure: dict[str, float]) -> Saving | None:
+        if not measure:
+            return None
+        target = max(measure, key=measure.__getitem__)
+        would_usd = self._would_cost[target]
+        return Saving(target=target, expected_cost_usd=would_usd, saved_usd=would_usd - self.routed_usd)

@@ -1,0 +1,289 @@
+"""Calls as clients make them and upstreams understand them: OpenAI's chat completions and responses.
+
+A call is read as little as possible: what decides the way is taken out, the model is renamed, all else passes through.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import ValidationError
+
+from prefill_router.errors import UserError
+from prefill_router.pool import Target
+from prefill_serve.gateway.events import data_of
+from prefill_serve.gateway.served import Usage
+from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body
+
+_ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
+_IMAGES = ("image_url", "input_image", "image")
+_UNSAID = "the upstream failed"
+# Most events have none of it, and need not be parsed.
+_NOTED_IN_CHAT = re.compile(rb'"usage"\s*:\s*\{|"error"|\[DONE\]')
+_NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
+
+Body = dict[str, Any]
+
+
+class Note(NamedTuple):
+    """What an event of a stream tells the gateway."""
+
+    usage: Usage | None = None
+    error: str | None = None
+    is_last: bool = False  # an answer that ends after it ends as it should
+    is_for_caller: bool = True
+    answer_id: str | None = None  # by which the upstream may keep the answer
+
+
+class Needs(NamedTuple):
+    """What a target must be able to do."""
+
+    tools: bool
+    images: bool
+    output_tokens: int  # that the caller reserves, 0 where it sets no limit
+
+
+@dataclass(frozen=True)
+class Call(ABC):
+    """One call, with its body as it came."""
+
+    body: Body
+
+    path: ClassVar[str]  # below an upstream's base URL
+
+    @classmethod
+    def read(cls, raw: bytes) -> Call:
+        """Raises UserError for what is no JSON object."""
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise UserError("the body is no JSON") from None
+        if not isinstance(body, dict):
+            raise UserError("the body must be a JSON object")
+        call = cls(body)
+        if not isinstance(body.get("model", ""), str):
+            raise UserError("model: must be a string")
+        if not isinstance(body.get("stream", False), bool | None):
+            raise UserError("stream: must be true or false")
+        return call
+
+    @property
+    def pinned(self) -> str | None:
+        """The target that the caller names; None leaves the choice to the router."""
+        model = self.body.get("model", ROUTED_NAMES[0])
+        return None if model in ROUTED_NAMES else str(model)
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    @abstractmethod
+    def messages(self) -> list[Body]:
+        """What was said so far. Raises UserError where the body has no such thing."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs: ...
+
+    @property
+    def continues(self) -> str | None:
+        """The id of an answer that an upstream keeps, and that this call goes on from."""
+        return None
+
+    @property
+    def question(self) -> RouteRequest:
+        """What the router is asked. Raises UserError where it would not understand what was said."""
+        return self._question(messages=self.messages)
+
+    @property
+    def allowed(self) -> list[str] | None:
+        """The targets that the caller leaves to choose from. Raises UserError for wishes that make no sense."""
+        return self._question(prompt="?").models
+
+    def _question(self, **said: Any) -> RouteRequest:
+        wishes = {name: self.body[name] for name in _ROUTER_FIELDS if self.body.get(name) is not None}
+        try:
+            return RouteRequest.model_validate({**said, **wishes})
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise UserError(f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}") from None
+
+    def for_upstream(self, target: Target) -> bytes:
+        """The body that the target's upstream gets."""
+        body = {name: value for name, value in self.body.items() if name not in _ROUTER_FIELDS}
+        assert target.upstream is not None
+        return json.dumps({**body, "model": target.upstream.model or target.name}).encode()
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def usage(self, answer: Body) -> Usage | None:
+        """Of a whole answer."""
+
+    @abstractmethod
+    def answer_id(self, answer: Body) -> str | None:
+        """By which an upstream keeps a whole answer, so that another call can go on from it."""
+
+    def error(self, answer: Body) -> str | None:
+        """What went wrong, where an answer says that something did."""
+        return _message(answer.get("error"))
+
+    @abstractmethod
+    def note(self, event: bytes) -> Note | None:
+        """What an event tells the gateway; None of most, which are only for the caller."""
+
+    @abstractmethod
+    def error_event(self, message: str, code: str) -> bytes:
+        """How a stream ends that breaks off."""
+
+
+class ChatCall(Call):
+    """POST /v1/chat/completions."""
+
+    path = "/chat/completions"
+
+    @property
+    def messages(self) -> list[Body]:
+        return _objects(self.body.get("messages"), "messages")
+
+    @property
+    def needs(self) -> Needs:
+        has_tools = any(self.body.get(name) for name in ("tools", "functions"))
+        reserved = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        contents = [message.get("content") for message in self.messages]
+        return Needs(has_tools, _has_image(contents), reserved if isinstance(reserved, int) else 0)
+
+    @property
+    def _wants_usage(self) -> bool:
+        options = self.body.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
+    def for_upstream(self, target: Target) -> bytes:
+        if not self.is_stream or self._wants_usage:
+            return super().for_upstream(target)
+        options = self.body.get("stream_options")
+        given = options if isinstance(options, dict) else {}
+        return ChatCall({**self.body, "stream_options": {**given, "include_usage": True}}).for_upstream(target)
+
+    def usage(self, answer: Body) -> Usage | None:
+        return _usage(answer.get("usage"), "prompt_tokens", "completion_tokens", "prompt_tokens_details")
+
+    def answer_id(self, answer: Body) -> str | None:  # noqa: ARG002 - chat completions are not gone on from
+        return None
+
+    def note(self, event: bytes) -> Note | None:
+        if not _NOTED_IN_CHAT.search(event):
+            return None
+        data = data_of(event)
+        if data.strip() == b"[DONE]":
+            return Note(is_last=True)
+        body = json_object(data)
+        usage = self.usage(body)
+        is_for_caller = usage is None or self._wants_usage or bool(body.get("choices"))
+        return Note(usage, self.error(body), is_for_caller=is_for_caller)
+
+    def error_event(self, message: str, code: str) -> bytes:
+        return b"data: %b\n\n" % json.dumps(error_body(502, message, code)).encode()
+
+
+class ResponsesCall(Call):
+    """POST /v1/responses."""
+
+    path = "/responses"
+
+    @property
+    def messages(self) -> list[Body]:
+        given = self.body.get("input")
+        instructions = self.body.get("instructions")
+        before = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
+        if isinstance(given, str):
+            return [*before, {"role": "user", "content": given}]
+        return [*before, *(_as_message(item) for item in _objects(given, "input"))]
+
+    @property
+    def needs(self) -> Needs:
+        reserved = self.body.get("max_output_tokens")
+        contents = [message.get("content") for message in self.messages]
+        return Needs(bool(self.body.get("tools")), _has_image(contents), reserved if isinstance(reserved, int) else 0)
+
+    @property
+    def continues(self) -> str | None:
+        given = self.body.get("previous_response_id")
+        return given if isinstance(given, str) else None
+
+    def usage(self, answer: Body) -> Usage | None:
+        return _usage(answer.get("usage"), "input_tokens", "output_tokens", "input_tokens_details")
+
+    def answer_id(self, answer: Body) -> str | None:
+        given = answer.get("id")
+        return given if isinstance(given, str) else None
+
+    def note(self, event: bytes) -> Note | None:
+        if not _NOTED_IN_RESPONSES.search(event):
+            return None
+        body = json_object(data_of(event))
+        kind, response = body.get("type"), body.get("response")
+        answer = response if isinstance(response, dict) else {}
+        if kind in ("response.completed", "response.incomplete"):
+            return Note(self.usage(answer), is_last=True, answer_id=self.answer_id(answer))
+        if kind == "response.failed":
+            return Note(self.usage(answer), self.error(answer) or _UNSAID)
+        if kind == "error":
+            return Note(error=_message(body.get("error") or body.get("message") or _UNSAID))
+        return Note(error=self.error(body)) if kind is None else None
+
+    def error_event(self, message: str, code: str) -> bytes:
+        event = {"type": "error", "code": code, "message": message, "param": None}
+        return b"event: error\ndata: %b\n\n" % json.dumps(event).encode()
+
+
+def json_object(data: bytes) -> Body:
+    """The JSON object that bytes hold; an empty one where they hold none."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _objects(given: Any, name: str) -> list[Body]:
+    if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
+        raise UserError(f"{name}: must be a list of at least one object")
+    return given
+
+
+def _as_message(item: Body) -> Body:
+    """An item of a response's input as a message, so that the router reads it."""
+    kind = item.get("type", "message")
+    if kind == "function_call_output":
+        output = item.get("output")
+        return {"role": "tool", "content": output if isinstance(output, str) else json.dumps(output)}
+    if kind != "message":
+        return {"role": "assistant", "content": "", "tool_calls": [item]}
+    return {"role": item.get("role", "user"), "content": item.get("content")}
+
+
+def _has_image(contents: list[Any]) -> bool:
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in _IMAGES for part in parts)
+
+
+def _usage(given: Any, input_name: str, output_name: str, details_name: str) -> Usage | None:
+    if not isinstance(given, dict):
+        return None
+    details = given.get(details_name)
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    numbers = [n for n in (given.get(input_name), given.get(output_name), cached or 0) if isinstance(n, int) and n >= 0]
+    return Usage(*numbers) if len(numbers) == len(Usage._fields) else None
+
+
+def _message(error: Any) -> str | None:
+    if not error:
+        return None
+    said = error.get("message") if isinstance(error, dict) else error
+    return str(said or _UNSAID)

@@ -1,0 +1,320 @@
+"""What outlives a call: conversations, money, and decisions until their feedback comes. One for all replicas.
+
+With a folder, all of it is kept there: a journal of calls, and the outcomes that feedback makes of them, which `train`
+and `evaluate` read. Feedback is on the disk, or in the object store, before it is acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+
+from prefill_router import storage
+from prefill_router.config import StrictModel
+from prefill_router.errors import UserError
+from prefill_router.schema import (
+    AT,
+    CORRECT,
+    COST_USD,
+    FEEDBACK,
+    MESSAGES,
+    OUTPUT_TOKENS,
+    PROMPT,
+    PROMPT_ID,
+    PROPENSITY,
+    REQUEST_ID,
+    TARGET,
+)
+from prefill_serve.gateway.accounts import Accounts, Budgets, Stats
+from prefill_serve.gateway.conversations import Conversations, Key
+from prefill_serve.gateway.segments import Segments
+from prefill_serve.gateway.served import Served
+
+log = logging.getLogger("ray.serve")
+
+_REMEMBERED = 200_000  # calls
+_KEPT = timedelta(days=7)  # a call in the journal, and so the time for its feedback
+_JOURNAL_S = 1.0
+_PATIENCE_S = 1.0  # for the record of a call whose caller is quick with its feedback
+
+Row = dict[str, Any]
+
+
+class UnknownRequest(UserError):  # noqa: N818 - an answer, not a fault
+    """Feedback on a request that nobody remembers."""
+
+
+class OtherFeedback(UserError):  # noqa: N818 - an answer, not a fault
+    """A request has had other feedback, which stands."""
+
+
+class LedgerAway(Exception):  # noqa: N818 - a state, not a fault
+    """The ledger's process does not answer; another one is on its way."""
+
+
+class NoFeedback(UserError):  # noqa: N818 - an answer, not a fault
+    """There is no folder for feedback."""
+
+
+class Feedback(StrictModel):
+    """Whether the answer to a request was right."""
+
+    request_id: str = Field(min_length=1, description="Of the answer: its header x-request-id")
+    correct: bool | None = Field(None, description="Was it right; or give a score")
+    score: float | None = Field(None, ge=0.0, le=1.0, description="How right it was")
+    output_tokens: int | None = Field(None, ge=0, lt=1 << 31, description="Its length [what the upstream said]")
+
+    @model_validator(mode="after")
+    def _one(self) -> Feedback:
+        if (self.correct is None) == (self.score is None):
+            raise ValueError("give exactly one of correct and score")
+        return self
+
+    @property
+    def value(self) -> float:
+        return self.score if self.score is not None else float(bool(self.correct))
+
+
+class Standing(NamedTuple):
+    """What the past says of a call."""
+
+    target: str | None = None  # of its conversation
+    is_spent: bool = False
+
+
+class LedgerSettings(StrictModel):
+    folder: str | None = Field(None, min_length=1, description="For the journal, the outcomes and the prompts")
+    keep_prompts: bool = Field(False, description="Keep the prompts too, so that a router can be trained on them")
+    budgets: Budgets = Budgets()
+
+
+class Ledger(Protocol):
+    """As LocalLedger; where it is another process, calls may fail or take long."""
+
+    async def open(self, holder: str, keys: Sequence[Key]) -> Standing: ...
+    async def record(self, served: Served, keys: Sequence[Key]) -> None: ...
+    async def feedback(self, given: Feedback, holder: str) -> bool: ...
+    async def stats(self) -> Stats: ...
+
+
+class LocalLedger:
+    """A ledger in this process, on one event loop."""
+
+    def __init__(self) -> None:
+        self.settings = LedgerSettings()
+        self.accounts, self.conversations = Accounts(), Conversations()
+        self._calls: OrderedDict[str, Served] = OrderedDict()
+        self._feedback: dict[str, _Given] = {}
+        self._folder: _Folder | None = None
+        self._unsaved: list[Served] = []
+        self._pending: list[tuple[_Given, Served]] = []
+        self._committing, self._journaling = asyncio.Lock(), asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def configure(self, settings: LedgerSettings) -> None:
+        """Takes over settings; a folder is read first, and what it holds counts as if it had happened here."""
+        if settings.folder is not None and settings.folder != self.settings.folder:
+            folder = _Folder(settings.folder)
+            calls, outcomes = await asyncio.to_thread(folder.read, _now() - _KEPT)
+            for served in calls:
+                self._take(served)
+            for row in outcomes:
+                given = _Given(row[CORRECT], row[OUTPUT_TOKENS], asyncio.get_running_loop().create_future())
+                given.written.set_result(None)
+                self._feedback.setdefault(row[REQUEST_ID], given)
+            self._folder = folder
+        self.settings = settings
+
+    async def open(self, holder: str, keys: Sequence[Key]) -> Standing:
+        is_spent = self.accounts.is_spent(self.settings.budgets, holder, _now())
+        return Standing(self.conversations.target(keys), is_spent)
+
+    async def record(self, served: Served, keys: Sequence[Key]) -> None:
+        if served.target is not None and served.end != "routed":
+            self.conversations.keep(keys, served.target)
+        self._take(served)
+        if self._folder is not None:
+            self._unsaved.append(served)
+            if len(self._unsaved) == 1:
+                self._tasks.add(task := asyncio.create_task(self._save_soon()))
+                task.add_done_callback(self._tasks.discard)
+
+    async def feedback(self, given: Feedback, holder: str) -> bool:
+        """Records an outcome, and says whether it is new. It is kept for good once this returns.
+
+        Raises UserError where there is no folder, no such call, or other feedback on it.
+        """
+        if self._folder is None:
+            raise NoFeedback("feedback is not recorded here: start the endpoint with --feedback FOLDER")
+        served = await self._find(given.request_id)
+        # What others asked is nobody's business.
+        if served is None or served.holder != holder or served.target is None or served.prompt_id is None:
+            raise UnknownRequest(f'request "{given.request_id}": is not known, or too old, or was not answered')
+        length = given.output_tokens
+        if length is None and served.usage is not None:
+            length = served.usage.output_tokens
+        known = self._feedback.get(given.request_id)
+        if known is not None:
+            if (known.value, known.output_tokens) != (_float32(given.value), length):
+                raise OtherFeedback(f'request "{given.request_id}": has other feedback, which stands')
+            await asyncio.shield(known.written)
+            return False
+        new = _Given(_float32(given.value), length, asyncio.get_running_loop().create_future())
+        self._feedback[given.request_id] = new
+        self._pending.append((new, served))
+        self._tasks.add(task := asyncio.create_task(self._commit()))
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(new.written)
+        return True
+
+    async def stats(self) -> Stats:
+        return self.accounts.stats(_now(), len(self._feedback))
+
+    async def close(self) -> None:
+        """Saves what has not been."""
+        await self._save()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take(self, served: Served) -> None:
+        self.accounts.book(served)
+        self._calls[served.request_id] = served
+        if len(self._calls) > _REMEMBERED:
+            self._calls.popitem(last=False)
+
+    async def _find(self, request_id: str) -> Served | None:
+        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        while request_id not in self._calls and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        return self._calls.get(request_id)
+
+    async def _commit(self) -> None:
+        """Writes all feedback that waits, as one file: while it does, more can gather for the next."""
+        async with self._committing:
+            batch, self._pending = self._pending, []
+            if not batch:
+                return
+            assert self._folder is not None
+            try:
+                await asyncio.to_thread(self._folder.write_outcomes, batch)
+            except Exception as error:
+                log.exception("feedback was not written")
+                for given, served in batch:
+                    self._feedback.pop(served.request_id, None)
+                    given.written.set_exception(error)
+                    given.written.exception()  # its callers may have gone
+                return
+            for given, _ in batch:
+                given.written.set_result(None)
+
+    async def _save_soon(self) -> None:
+        await asyncio.sleep(_JOURNAL_S)
+        await self._save()
+
+    async def _save(self) -> None:
+        async with self._journaling:
+            calls, self._unsaved = self._unsaved, []
+            if calls and self._folder is not None:
+                try:
+                    await asyncio.to_thread(self._folder.write_calls, calls)
+                except Exception:
+                    log.exception("calls were not written to the journal")
+
+
+class _Given:
+    """Feedback on a call; `written` is done once it is kept."""
+
+    def __init__(self, value: float, output_tokens: int | None, written: asyncio.Future[None]) -> None:
+        self.value, self.output_tokens, self.written = value, output_tokens, written
+
+
+class _Folder:
+    """The ledger's folder: journal/, outcomes/ and prompts/."""
+
+    def __init__(self, uri: str) -> None:
+        self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
+        self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_table)
+        self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_table)
+        self._kept_prompts: set[str | None] = set()
+
+    def read(self, since: datetime) -> tuple[list[Served], list[Row]]:
+        """Calls since a time and all outcomes, each once."""
+        self.journal.forget(since)
+        self._kept_prompts = {row[PROMPT_ID] for row in self.prompts.read()}
+        calls = {served.request_id: served for served in self.journal.read() if served.at >= since}
+        outcomes = {row[REQUEST_ID]: row for row in self.outcomes.read()}
+        return list(calls.values()), list(outcomes.values())
+
+    def write_calls(self, calls: Sequence[Served]) -> None:
+        self.journal.write(calls, _now())
+        self.journal.merge(_now())
+
+    def write_outcomes(self, batch: Sequence[tuple[_Given, Served]]) -> None:
+        prompts = {served.prompt_id: served.prompt for _, served in batch if served.prompt is not None}
+        new = {key: prompt for key, prompt in prompts.items() if key not in self._kept_prompts}
+        if new:  # before the outcomes: none should be without its prompt
+            self.prompts.write([{PROMPT_ID: key, PROMPT: prompt} for key, prompt in new.items()], _now())
+            self._kept_prompts |= new.keys()
+        self.outcomes.write([_outcome(given, served) for given, served in batch], _now())
+        self.outcomes.merge(_now())
+
+
+def _outcome(given: _Given, served: Served) -> Row:
+    return {
+        PROMPT_ID: served.prompt_id,
+        TARGET: served.target,
+        CORRECT: given.value,
+        OUTPUT_TOKENS: given.output_tokens,
+        COST_USD: served.cost_usd,
+        PROPENSITY: served.propensity,
+        REQUEST_ID: served.request_id,
+        AT: served.at,
+    }
+
+
+def _encode_calls(calls: Sequence[Served]) -> bytes:
+    return "".join(f"{served.to_json()}\n" for served in calls).encode()
+
+
+def _decode_calls(data: bytes) -> list[Served]:
+    return [Served.from_json(line) for line in data.splitlines()]
+
+
+def _encode_outcomes(rows: Sequence[Row]) -> bytes:
+    unique = {row[REQUEST_ID]: row for row in rows}
+    return storage.encode_parquet(pa.Table.from_pylist(list(unique.values()), schema=FEEDBACK))
+
+
+def _encode_prompts(rows: Sequence[Row]) -> bytes:
+    text = [row[PROMPT] if isinstance(row[PROMPT], str) else None for row in rows]
+    messages = [row[PROMPT] if not isinstance(row[PROMPT], str) else None for row in rows]
+    table = pa.table(
+        {
+            PROMPT_ID: pa.array([row[PROMPT_ID] for row in rows], pa.string()),
+            PROMPT: pa.array(text, pa.string()),
+            MESSAGES: pa.array(messages, pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        }
+    )
+    return storage.encode_parquet(table)
+
+
+def _decode_table(data: bytes) -> list[Row]:
+    rows: list[Row] = pq.read_table(BytesIO(data)).to_pylist()
+    return rows
+
+
+def _float32(value: float) -> float:
+    """As the outcomes hold it."""
+    return float(pa.scalar(value, pa.float32()).as_py())
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,29 @@
+"""What operators watch of the gateway, beside the endpoint's own metrics."""
+
+from __future__ import annotations
+
+from prefill_serve.gateway.served import Served
+from prefill_serve.metrics import SECONDS, counter, histogram
+
+
+class GatewayMetrics:
+    """One of each a process; every name begins with `prefill_router_`."""
+
+    def __init__(self) -> None:
+        self.calls = counter("calls", "Calls by how they ended and by the target", "end", "target")
+        self.failures = counter("upstream_failures", "Upstreams that gave no answer", "target", "reason")
+        self.defaults = counter("default_served", "Calls without a routing decision, by why", "reason")
+        self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")
+        self.cost = counter("actual_cost_usd", "By upstreams' usage and the pool's prices", "target")
+        self.tokens = counter("upstream_tokens", "By upstreams' usage", "target", "kind")
+        self.first_seconds = histogram("first_event_seconds", "From the call to the answer's first event", SECONDS)
+
+    def ended(self, served: Served) -> None:
+        target = served.target or "none"
+        self.calls.inc(1, tags={"end": served.end, "target": target})
+        if served.cost_usd:
+            self.cost.inc(served.cost_usd, tags={"target": target})
+        if served.usage is not None:
+            for kind, tokens in served.usage._asdict().items():
+                if tokens:
+                    self.tokens.inc(tokens, tags={"target": target, "kind": kind.removesuffix("_tokens")})

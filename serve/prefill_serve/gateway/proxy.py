@@ -1,0 +1,312 @@
+"""A call's way: to the target that the router chooses, to the next where that one fails, and back to the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import httpx
+from starlette.responses import Response, StreamingResponse
+
+from prefill_router.corpus import content_hash
+from prefill_router.decision import Decision
+from prefill_router.errors import UserError
+from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
+from prefill_serve.gate import Refusal
+from prefill_serve.gateway.calls import Body, Call
+from prefill_serve.gateway.conversations import Key, answer_key, keys_of
+from prefill_serve.gateway.ledger import Ledger, Standing
+from prefill_serve.gateway.metrics import GatewayMetrics
+from prefill_serve.gateway.plan import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
+from prefill_serve.gateway.served import End, Served, Usage
+from prefill_serve.gateway.upstream import Channel, Failed, Refused, Stream
+from prefill_serve.settings import GatewaySettings
+
+log = logging.getLogger("ray.serve")
+
+_WAIT = (429, 503)
+LEDGER_S = 0.25  # what the past may say of a call, it says within this time
+_MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+
+
+class NoUpstream(UserError):  # noqa: N818 - an answer, not a fault
+    """No target of the pool has an upstream."""
+
+
+class Caller(NamedTuple):
+    """Who calls: the holder of the key, the request's id, and the caller's own id of the conversation."""
+
+    holder: str
+    request_id: str
+    session: str | None = None
+
+
+@dataclass
+class _Passage:
+    """A call under way."""
+
+    call: Call
+    caller: Caller
+    plan: Plan
+    channels: dict[str, Channel]  # by target
+    keys: list[Key]  # of its conversation
+    started: float
+    choice: Choice | None = None
+    failed: list[str] = field(default_factory=list)
+
+    def next(self) -> Channel | None:
+        """The way to the next target to ask: of those that can take the call, one that is ready where there is one."""
+        able = [
+            name
+            for name, channel in self.channels.items()
+            if name not in self.failed and can_take(channel.target, self.call, self.plan.input_tokens)
+        ]
+        ready = [name for name in able if self.channels[name].is_ready]
+        self.choice = self.plan.choose(ready) or self.plan.choose(able)
+        return None if self.choice is None else self.channels[self.choice.target]
+
+
+class Proxy:
+    """Answers calls with what the endpoint serves at the moment. Belongs to one event loop."""
+
+    def __init__(self, endpoint: Endpoint, ledger: Ledger) -> None:
+        self.endpoint, self.ledger, self.metrics = endpoint, ledger, GatewayMetrics()
+        # Each channel has its own limit of calls.
+        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=256))
+        self._channels: dict[str, Channel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def answer(self, call: Call, caller: Caller) -> Response:
+        """The answer of a target's upstream, whole or as a stream.
+
+        Raises UserError for a call that no target can take, Refusal where no upstream gave an answer.
+        """
+        started = perf_counter()
+        channels = self._current_channels()
+        plan, keys = await self._plan(call, caller, channels)
+        passage = _Passage(call, caller, plan, channels, keys, started)
+        try:
+            answered = await self._ask(passage)
+        except Refused as refused:
+            self._record(passage, "refused")
+            return Response(refused.content, refused.status, _headers(passage), "application/json")
+        except Refusal:
+            self._record(passage, "failed")
+            raise
+        except asyncio.CancelledError:
+            self._record(passage, "cancelled")
+            raise
+        self.metrics.first_seconds.observe(perf_counter() - started)
+        assert passage.choice is not None
+        if isinstance(answered, Stream):
+            headers = {**_headers(passage), "cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(self._relay(passage, answered), 200, headers, "text/event-stream")
+        if (answer_id := call.answer_id(answered)) is not None:
+            passage.keys.append(answer_key(caller.holder, answer_id))
+        self._record(passage, "answered", passage.choice.target, call.usage(answered))
+        content = json.dumps({**answered, "model": passage.choice.target})
+        return Response(content, 200, _headers(passage), "application/json")
+
+    # --- there ---------------------------------------------------------------------------------------------------
+
+    def _current_channels(self) -> dict[str, Channel]:
+        """By target. One whose target has changed is made anew."""
+        if self.endpoint.now.settings.gateway is None:
+            return {}
+        targets = self.endpoint.now.primary.router.pool.targets
+        known = self._channels
+        self._channels = {
+            target.name: known[target.name]
+            if target.name in known and known[target.name].target == target
+            else Channel(target, self._http)
+            for target in targets
+            if target.upstream is not None
+        }
+        return self._channels
+
+    async def _plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
+        if not channels:
+            raise NoUpstream("this endpoint routes, and does not answer: give it a pool whose targets have upstreams")
+        if call.pinned is not None:
+            if call.pinned not in channels:
+                raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
+            return Fixed([call.pinned], guessed_tokens(call)), []
+        earlier, here = keys_of(call, caller.holder, caller.session)
+        past = asyncio.create_task(self._past(caller, earlier))
+        return await self._routed(call, caller, past), [here]
+
+    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[Standing]) -> Plan:
+        settings = self._settings
+        allowed = call.allowed
+        try:
+            async with asyncio.timeout(settings.route_timeout_s):
+                routing = await self.endpoint.read(call.question)
+        except UnknownTarget:
+            raise
+        except Exception as error:  # whatever it is: the caller wants an answer
+            return self._unrouted(call, caller, allowed, error)
+        standing = await past
+        if call.continues is not None and standing.target is not None:
+            return Fixed([standing.target], routing.reading.input_tokens)
+        if standing.is_spent:
+            thrifty = settings.ledger.budgets.tolerance
+            policy = replace(routing.policy, tolerance=1.0 if thrifty is None else thrifty)
+            return Routed(routing, policy, None, settings.stick_margin)
+        return Routed(routing, routing.policy, standing.target, settings.stick_margin)
+
+    def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> Fixed:
+        """The default target first."""
+        reason = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        self.metrics.defaults.inc(1, tags={"reason": reason})
+        log.warning("not routed", extra={"route_id": caller.request_id, "reason": str(error) or reason})
+        targets = self.endpoint.now.primary.router.pool.targets
+        order = default_order(targets, self._settings.default_target, allowed)
+        return Fixed(order, guessed_tokens(call))
+
+    async def _past(self, caller: Caller, keys: list[Key]) -> Standing:
+        """Without a ledger, or where it takes too long, a call has no past."""
+        try:
+            async with asyncio.timeout(LEDGER_S):
+                return await self.ledger.open(caller.holder, keys)
+        except Exception:
+            log.warning("the ledger does not answer", exc_info=True)
+            return Standing()
+
+    async def _ask(self, passage: _Passage) -> Body | Stream:
+        """The answer of the first target that has one."""
+        failure: Failed | None = None
+        while (channel := passage.next()) is not None:
+            try:
+                return await (channel.stream(passage.call) if passage.call.is_stream else channel.answer(passage.call))
+            except Failed as failed:
+                failure = failed
+                passage.failed.append(channel.target.name)
+                self.metrics.failures.inc(1, tags={"target": channel.target.name, "reason": failed.reason})
+                fields = {"route_id": passage.caller.request_id, "reason": str(failed)}
+                log.warning("upstream failed", extra=fields)
+        if failure is None:
+            raise NoTarget("no target can take this call and meets its constraints")
+        after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
+        raise Refusal(failure.status, f"no upstream answered; the last: {failure}", "upstream_failed", headers=after)
+
+    # --- and back ------------------------------------------------------------------------------------------------
+
+    async def _relay(self, passage: _Passage, stream: Stream) -> AsyncIterator[bytes]:
+        """The answer's events under the target's name. One that breaks off ends with an error event."""
+        assert passage.choice is not None
+        rename = _Renaming(passage.choice.target)
+        end: End = "cancelled"
+        try:
+            async for piece in stream.pieces():
+                yield rename(piece)
+            end = "answered"
+        except Failed as failed:
+            end = "failed"
+            yield passage.call.error_event(str(failed), "upstream_failed")
+        finally:
+            if stream.answer_id is not None:
+                passage.keys.append(answer_key(passage.caller.holder, stream.answer_id))
+            self._record(passage, end, passage.choice.target, stream.usage)
+            self._spawn(stream.close())  # not here: a caller that has gone cancels whatever is awaited
+
+    def _record(self, passage: _Passage, end: End, target: str | None = None, usage: Usage | None = None) -> None:
+        """What became of a call; `target` is the one that answered, or began to."""
+        call, caller, plan = passage.call, passage.caller, passage.plan
+        routing = plan.routing if isinstance(plan, Routed) else None
+        decision = passage.choice.decision if passage.choice is not None else None
+        cost_usd = None
+        if target is not None and usage is not None:
+            cost_usd = passage.channels[target].target.cost(*usage)
+        served = Served(
+            request_id=caller.request_id,
+            holder=caller.holder,
+            at=datetime.now(UTC),
+            end=end,
+            target=target,
+            failed=passage.failed,
+            is_pinned=call.pinned is not None,
+            usage=usage,
+            cost_usd=cost_usd,
+        )
+        self.metrics.ended(served)
+        if routing is not None and decision is not None and target is not None:
+            self.endpoint.record(routing, decision, caller.request_id)
+        self._note(_with_estimates(served, routing, decision, self._keeps_prompts), passage.keys)
+
+    def note_routed(self, routing: Routing, decision: Decision, request_id: str, holder: str) -> None:
+        """A decision that was asked for alone: there may be feedback on it."""
+        served = Served(request_id, holder, datetime.now(UTC), "routed", decision.target)
+        self._note(_with_estimates(served, routing, decision, self._keeps_prompts), [])
+
+    @property
+    def _settings(self) -> GatewaySettings:
+        return self.endpoint.now.settings.gateway or GatewaySettings()
+
+    @property
+    def _keeps_prompts(self) -> bool:
+        return self._settings.ledger.keep_prompts
+
+    def _note(self, served: Served, keys: list[Key]) -> None:
+        async def note() -> None:
+            try:
+                await self.ledger.record(served, keys)
+            except Exception:
+                log.exception("the ledger did not take a call", extra={"route_id": served.request_id})
+
+        self._spawn(note())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(task := asyncio.ensure_future(work))
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Renaming:
+    """Puts the target's name where the upstream says what its model is called."""
+
+    def __init__(self, target: str) -> None:
+        self._new = b'"model":' + json.dumps(target).encode()
+        self._old: bytes | None = None
+
+    def __call__(self, piece: bytes) -> bytes:
+        if self._old is None:
+            found = _MODEL.search(piece)
+            if found is None:
+                return piece
+            self._old = found.group()
+        # In a text its quotes would be escaped, so that this can only be the key.
+        return piece.replace(self._old, self._new)
+
+
+def _headers(passage: _Passage) -> dict[str, str]:
+    """What the answer's head says of the decision."""
+    choice = passage.choice
+    if choice is None:
+        return {}
+    headers = {"x-router-selected-model": choice.target.encode("ascii", "backslashreplace").decode()}
+    if choice.decision is not None:
+        headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
+        headers["x-router-version"] = choice.decision.router_version
+    return headers
+
+
+def _with_estimates(served: Served, routing: Routing | None, decision: Decision | None, keeps_prompts: bool) -> Served:
+    if routing is None or decision is None:
+        return served
+    prompt = routing.question.prompt
+    return replace(
+        served,
+        prompt_id=content_hash(prompt),
+        prompt=prompt if keeps_prompts else None,
+        p_correct=decision.p_correct,
+        expected_cost_usd=decision.expected_cost_usd,
+        propensity=decision.propensity,
+        router_version=decision.router_version,
+    )

@@ -1,0 +1,62 @@
+"""Rows that are kept: in files that are whole or absent, of which many small ones become one.
+
+Where a process dies between writing the one and removing the many, rows lie twice: readers tell them by their ids.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Generic, TypeVar
+
+from prefill_router import storage
+
+Row = TypeVar("Row")
+_TIME = "%Y%m%dT%H%M%S"
+MOST_FILES = 64
+SMALL_BYTES = 4 << 20
+
+
+class Segments(Generic[Row]):
+    """A folder of files that are named by when they were written. One process at a time writes."""
+
+    def __init__(
+        self,
+        uri: str,
+        suffix: str,
+        encode: Callable[[Sequence[Row]], bytes],
+        decode: Callable[[bytes], list[Row]],
+    ) -> None:
+        self.uri, self.suffix = uri, suffix
+        self._encode, self._decode = encode, decode
+
+    def write(self, rows: Sequence[Row], at: datetime) -> None:
+        """On the disk, or in the object store, once it returns."""
+        name = f"{at.strftime(_TIME)}-{uuid.uuid4().hex[:12]}{self.suffix}"
+        storage.write_bytes(storage.join(self.uri, name), self._encode(rows))
+
+    def read(self) -> Iterator[Row]:
+        """All rows, the oldest file first."""
+        names = self._names()
+        for data in storage.read_many([storage.join(self.uri, name) for name in names]):
+            yield from self._decode(data)
+
+    def merge(self, at: datetime) -> None:
+        """Makes one file of many small ones, where there are many."""
+        uris = [storage.join(self.uri, name) for name in self._names()]
+        uris = [uri for uri in uris if storage.size_bytes(uri) < SMALL_BYTES] if len(uris) >= MOST_FILES else []
+        if len(uris) < MOST_FILES:
+            return
+        self.write([row for data in storage.read_many(uris) for row in self._decode(data)], at)
+        for uri in uris:
+            storage.remove(uri)
+
+    def forget(self, before: datetime) -> None:
+        """Removes the files that were written before."""
+        for name in self._names():
+            if name < before.strftime(_TIME):
+                storage.remove(storage.join(self.uri, name))
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.list_names(self.uri) if name.endswith(self.suffix)]

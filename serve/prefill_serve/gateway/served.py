@@ -1,0 +1,49 @@
+"""What became of one call: the record that stats, budgets, conversations and feedback are made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+
+# refused: the upstream did not take the call; cancelled: the caller hung up; routed: a decision alone was asked for
+End = Literal["answered", "failed", "refused", "cancelled", "routed"]
+
+
+class Usage(NamedTuple):
+    """Tokens that an upstream bills; the cached ones are among the input."""
+
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request, once it has ended. Estimates are of all targets, and empty where none were made."""
+
+    request_id: str
+    holder: str  # of the key, "" without one
+    at: datetime
+    end: End
+    target: str | None = None  # that answered, or began to
+    failed: list[str] = field(default_factory=list)  # targets that were asked in vain
+    is_pinned: bool = False
+    prompt_id: str | None = None
+    prompt: Any = None  # only where prompts are kept
+    p_correct: dict[str, float] = field(default_factory=dict)
+    expected_cost_usd: dict[str, float] = field(default_factory=dict)
+    propensity: float = 1.0
+    router_version: str | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"at": self.at.isoformat()})
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Served:
+        served = cls(**json.loads(line))
+        usage = Usage(*served.usage) if served.usage is not None else None
+        return replace(served, at=datetime.fromisoformat(str(served.at)), usage=usage)

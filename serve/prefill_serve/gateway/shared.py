@@ -1,0 +1,65 @@
+"""The ledger as a deployment of its own: one for all replicas of the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from prefill_router.config import validate
+from prefill_serve.gateway.accounts import Stats
+from prefill_serve.gateway.conversations import Key
+from prefill_serve.gateway.ledger import Feedback, LedgerAway, LedgerSettings, LocalLedger, Standing
+from prefill_serve.gateway.served import Served
+
+_TIMEOUT_S = 10.0
+
+
+@serve.deployment(
+    name="Ledger",
+    max_ongoing_requests=10_000,
+    graceful_shutdown_timeout_s=10.0,
+    logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
+    ray_actor_options={"num_cpus": 0},
+)
+class SharedLedger(LocalLedger):
+    """What `RemoteLedger` speaks to."""
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self.configure(validate(LedgerSettings, user_config, "ledger"))
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+class RemoteLedger:
+    """The ledger as a replica has it. Calls raise what the ledger does, and LedgerAway."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def open(self, holder: str, keys: Sequence[Key]) -> Standing:
+        return await self._call("open", holder, keys)  # type: ignore[no-any-return]
+
+    async def record(self, served: Served, keys: Sequence[Key]) -> None:
+        await self._call("record", served, keys)
+
+    async def feedback(self, given: Feedback, holder: str) -> bool:
+        return await self._call("feedback", given, holder)  # type: ignore[no-any-return]
+
+    async def stats(self) -> Stats:
+        return await self._call("stats")  # type: ignore[no-any-return]
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await getattr(self._handle, method).remote(*arguments)
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayError, TimeoutError) as error:
+            raise LedgerAway(str(error)) from error

@@ -1,0 +1,219 @@
+"""The way to one target: its upstream is called, watched, and left alone when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+
+import httpx
+
+from prefill_router.pool import Target
+from prefill_serve.gateway.breaker import Breaker
+from prefill_serve.gateway.calls import Body, Call, json_object
+from prefill_serve.gateway.events import EventSplitter, data_of
+from prefill_serve.gateway.served import Usage
+
+CONNECT_S = 5.0
+_END_S = 0.1
+_PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may
+# The caller's own mistakes, of which any other target would say the same; but another may have a longer context.
+_CALLERS_OWN = (400, 405, 409, 413, 415, 422)
+_TOO_LONG = b"context_length_exceeded"
+
+
+class Failed(Exception):  # noqa: N818 - others make up for it
+    """An upstream gave no answer that can be used; `reason` is short, for labels."""
+
+    def __init__(self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.reason, self.status, self.retry_after_s = reason, status, retry_after_s
+
+
+class Refused(Exception):  # noqa: N818 - an answer
+    """What an upstream answers to a mistake of the caller's."""
+
+    def __init__(self, status: int, content: bytes) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.content = status, content
+
+
+class Stream:
+    """An answer that comes in pieces, of which the first has come and is no error. It must be closed."""
+
+    def __init__(self, channel: Channel, call: Call, response: httpx.Response) -> None:
+        self.usage: Usage | None = None
+        self.answer_id: str | None = None
+        self._channel, self._call, self._response = channel, call, response
+        self._splitter, self._is_whole = EventSplitter(), False
+        self._pieces = response.aiter_raw()
+        self._first: list[bytes] = []
+        self._failure: Failed | None = None
+
+    async def begin(self) -> None:
+        """Raises Failed where the stream begins with an error, with nothing, or not in time."""
+        while not self._first:
+            self._first = [event for event in await self._next_events() if data_of(event)]
+        if not data_of(self._first[0]).startswith(b"{"):
+            raise self._channel.failure("malformed", "streamed what is no JSON")
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """What the caller gets, as it comes. Raises Failed where it breaks off, or says that the answer failed."""
+        yield b"".join(self._first)
+        while not self._is_whole:
+            yield b"".join(await self._next_events())
+        with suppress(httpx.HTTPError, TimeoutError):  # the connection can serve again once all has been read
+            async with asyncio.timeout(_END_S):
+                await anext(self._pieces, None)
+
+    async def close(self) -> None:
+        await self._response.aclose()
+        self._channel.leave()
+
+    async def _next_events(self) -> list[bytes]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            async with asyncio.timeout(self._channel.upstream.timeout_s):
+                piece = await anext(self._pieces, None)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise self._channel.failure_of(error) from None
+        if piece is None:
+            raise self._channel.failure("cut", "ended its stream before the answer was whole")
+        return list(self._for_caller(self._splitter.feed(piece)))
+
+    def _for_caller(self, events: list[bytes]) -> Iterator[bytes]:
+        """Those that the caller gets; what comes before an error is not lost."""
+        for event in events:
+            note = self._call.note(event)
+            if note is not None:
+                self.usage = note.usage or self.usage
+                self.answer_id = note.answer_id or self.answer_id
+                self._is_whole |= note.is_last
+                if note.error is not None:
+                    self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
+                    self._is_whole = False
+                    return
+            if note is None or note.is_for_caller:
+                yield event
+
+
+class Channel:
+    """One target's upstream, for one event loop. Calls raise Failed or Refused."""
+
+    def __init__(self, target: Target, http: httpx.AsyncClient) -> None:
+        assert target.upstream is not None
+        self.target, self.upstream, self.http = target, target.upstream, http
+        self.breaker = Breaker()
+        self._places = asyncio.Semaphore(self.upstream.concurrency)
+
+    @property
+    def is_ready(self) -> bool:
+        """Would a call go out at once?"""
+        return not self.breaker.is_open and not self._places.locked()
+
+    async def answer(self, call: Call) -> Body:
+        """The whole answer to a call."""
+        response = await self._send(call)
+        try:
+            async with asyncio.timeout(self.upstream.timeout_s):
+                body = json_object(await response.aread())
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise self.failure_of(error) from None
+        finally:
+            await response.aclose()
+            self.leave()
+        if not body:
+            raise self.failure("malformed", "answered with what is no JSON object")
+        if (said := call.error(body)) is not None:
+            raise self.failure("error", f"answered 200 with an error: {said}")
+        self.breaker.succeed()
+        return body
+
+    async def stream(self, call: Call) -> Stream:
+        """The answer to a call, once its first event has come."""
+        stream = Stream(self, call, await self._send(call))
+        try:
+            async with asyncio.timeout(self.upstream.timeout_s):
+                await stream.begin()
+        except BaseException as error:
+            await stream.close()
+            if isinstance(error, TimeoutError):
+                raise self.failure_of(error) from None
+            raise
+        self.breaker.succeed()
+        return stream
+
+    async def _send(self, call: Call) -> httpx.Response:
+        """The head of an answer with status 200; whoever gets it holds a place, and leaves it."""
+        await self._take_place()
+        self.breaker.begin()
+        request = self.http.build_request(
+            "POST",
+            f"{self.upstream.base_url.rstrip('/')}{call.path}",
+            content=call.for_upstream(self.target),
+            headers=self._headers,
+            timeout=httpx.Timeout(self.upstream.timeout_s, connect=CONNECT_S),
+        )
+        try:
+            async with asyncio.timeout(self.upstream.timeout_s):
+                response = await self.http.send(request, stream=True)
+                if response.status_code == httpx.codes.OK:
+                    return response
+                content = await response.aread()
+                await response.aclose()
+        except BaseException as error:
+            self.leave()
+            if isinstance(error, httpx.HTTPError | TimeoutError):
+                raise self.failure_of(error) from None
+            raise
+        self.leave()
+        raise self._status_failure(response, content)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self.upstream.key_env is not None:
+            headers["authorization"] = f"Bearer {os.environ.get(self.upstream.key_env, '')}"
+        return headers
+
+    async def _take_place(self) -> None:
+        try:
+            async with asyncio.timeout(_PLACE_S):
+                await self._places.acquire()
+        except TimeoutError:
+            most = self.upstream.concurrency
+            raise Failed("full", f"{self.target.name}: has {most} calls, as many as it may", 429, _PLACE_S) from None
+
+    def leave(self) -> None:
+        self._places.release()
+
+    # --- failures ------------------------------------------------------------------------------------------------
+
+    def failure(self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0) -> Failed:
+        """A failure, which the breaker has counted."""
+        self.breaker.fail(retry_after_s)
+        return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s)
+
+    def failure_of(self, error: httpx.HTTPError | TimeoutError) -> Failed:
+        if isinstance(error, TimeoutError | httpx.TimeoutException):
+            return self.failure("timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
+        return self.failure("connection", f"broke off: {type(error).__name__}")
+
+    def _status_failure(self, response: httpx.Response, content: bytes) -> Failed | Refused:
+        status = response.status_code
+        if status in _CALLERS_OWN:
+            self.breaker.succeed()  # it works, and says what it does not take
+            if _TOO_LONG in content:
+                return Failed("too_long", f"{self.target.name}: its context is too short", status)
+            return Refused(status, content)
+        error = json_object(content).get("error")
+        said = error.get("message") if isinstance(error, dict) else error
+        after = response.headers.get("retry-after", "")
+        return self.failure(
+            f"status_{status}",
+            f"answered {status}" + (f": {said}" if said else ""),
+            status if status in (429, 503, 504) else 502,
+            float(after) if after.isdecimal() else 0.0,
+        )
