@@ -20,7 +20,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from loopback import LoopbackServer, reset
+from loopback import LoopbackServer, Lost, reset
 from prefill_router import storage
 
 # They belong to one connection, and each side of the proxy has its own.
@@ -107,7 +107,7 @@ class FaultProxy(LoopbackServer):
         self.log.append(entry)
         try:
             response = await self._answer(request, fault)
-        except _Lost:
+        except Lost:
             reset(request)
             return web.Response()  # goes nowhere
         entry.status = response.status
@@ -118,13 +118,13 @@ class FaultProxy(LoopbackServer):
         if fault == "black_hole":
             await asyncio.Event().wait()
         if fault == "reset_before":
-            raise _Lost
+            raise Lost
         body = await request.read()
         if fault in _ERRORS:
             return _error(*_ERRORS[fault])
         response = await self._ask_upstream(request, body)
         if fault == "reset_after":
-            raise _Lost
+            raise Lost
         if fault == "cut_body":
             return await _send_half(request, response)
         return response
@@ -139,10 +139,6 @@ class FaultProxy(LoopbackServer):
             if request.method == "HEAD":
                 response.headers["Content-Length"] = answer.headers.get("Content-Length", "0")
             return response
-
-
-class _Lost(Exception):  # noqa: N818
-    """The connection is to be reset."""
 
 
 def _any_request(_method: str, _path: str) -> bool:
@@ -168,7 +164,7 @@ def _error(status: int, code: str, message: str) -> web.Response:
 async def _send_half(request: web.Request, whole: web.Response) -> web.StreamResponse:
     body = whole.body if isinstance(whole.body, bytes) and request.method != "HEAD" else b""
     if not body:
-        raise _Lost
+        raise Lost
     cut = web.StreamResponse(status=whole.status, headers=whole.headers)
     cut.content_length = len(body)
     await cut.prepare(request)

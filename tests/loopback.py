@@ -11,6 +11,10 @@ from typing import Self
 from aiohttp import web
 
 
+class Lost(Exception):  # noqa: N818
+    """Raised where the connection is to be reset."""
+
+
 class LoopbackServer:
     """Serves `app()` on a free port while it is a context; its handlers are cancelled when their client leaves."""
 

@@ -126,7 +126,7 @@ def read_chat(body: Json) -> Prompt:
         tools={} if choice == "none" else tools,
         must_call=_must_call(choice, choice["function"]["name"] if isinstance(choice, dict) else None, tools),
         schema=_wanted_schema(body.get("response_format"), "json_schema"),
-        max_tokens=body.get("max_completion_tokens", body.get("max_tokens")),
+        max_tokens=_limit(body, "max_completion_tokens", "max_tokens"),
         n=body.get("n") or 1,
     )
 
@@ -150,7 +150,7 @@ def read_responses(body: Json) -> Prompt:
         tools={} if choice == "none" else tools,
         must_call=_must_call(choice, choice.get("name") if isinstance(choice, dict) else None, tools),
         schema=_wanted_schema((body.get("text") or {}).get("format"), None),
-        max_tokens=body.get("max_output_tokens"),
+        max_tokens=_limit(body, "max_output_tokens"),
     )
 
 
@@ -359,7 +359,19 @@ def _text(content: Any) -> str:
     """The text of a message's content, which may be in parts."""
     if isinstance(content, list):
         return " ".join(part["text"] for part in content if "text" in part)
+    if not isinstance(content, str | None):
+        raise BadRequest("Invalid type for 'content'.", None, "invalid_type")
     return content or ""
+
+
+def _limit(body: Json, *names: str) -> int | None:
+    """The first of these numbers of tokens that is given."""
+    name = next((name for name in names if body.get(name) is not None), None)
+    if name is None:
+        return None
+    if not isinstance(body[name], int) or body[name] < 1:
+        raise BadRequest(f"'{name}' must be an integer of at least 1.", name, "integer_below_min_value")
+    return int(body[name])
 
 
 def _must_call(choice: Any, name: str | None, tools: Mapping[str, Json]) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from aiohttp import web
 
-from loopback import LoopbackServer, reset
+from loopback import LoopbackServer, Lost, reset
 from openai_protocol import (
     BadRequest,
     ChatReply,
@@ -140,7 +140,7 @@ class Upstream(LoopbackServer):
         """`models` are those it lists; one that it does not list is answered by the first, and the answer says so."""
         super().__init__()
         self.name, self.key, self.models = name, key, tuple(models)
-        self.first_byte_s = 0.0  # may be set any time, as the next three
+        self.first_byte_s = 0.0  # before any head; it may be set any time, as the next three
         self.between_chunks_s = 0.0
         self.slow_s = 1.0
         self.retry_after_s = 1
@@ -186,7 +186,7 @@ class Upstream(LoopbackServer):
                 call.status = response.status
                 await response.prepare(request)
             await response.write_eof()
-        except _Lost:
+        except Lost:
             reset(request)
             return web.Response()  # goes nowhere
         except (asyncio.CancelledError, ConnectionError):
@@ -231,7 +231,7 @@ class Upstream(LoopbackServer):
         if call.fault is Fault.HANG:
             await asyncio.Event().wait()
         if call.fault is Fault.RESET:
-            raise _Lost
+            raise Lost
         if call.fault is Fault.EMPTY:
             return web.Response(content_type="text/event-stream" if prompt.stream else "application/json")
         reply = self._reply(call, prompt)
@@ -266,7 +266,7 @@ class Upstream(LoopbackServer):
 
     async def _break_off(self, fault: Fault, response: web.StreamResponse, next_event: Event, error: Event) -> None:
         if fault is Fault.RESET_MIDWAY:
-            raise _Lost
+            raise Lost
         if fault is Fault.STALL:
             await asyncio.Event().wait()
         if fault is Fault.ERROR_MIDWAY:
@@ -292,7 +292,7 @@ class Upstream(LoopbackServer):
         call.status = response.status
         await response.write(body[:half])
         if fault is Fault.RESET_MIDWAY:
-            raise _Lost
+            raise Lost
         await (asyncio.sleep(self.slow_s) if fault is Fault.SLOW_CHUNKS else asyncio.Event().wait())
         await response.write(body[half:])
         return response
@@ -332,10 +332,6 @@ class Upstream(LoopbackServer):
                 cached = tokens
             self._prefixes.add(key)
         return cached
-
-
-class _Lost(Exception):  # noqa: N818
-    """The connection is to be reset."""
 
 
 def _error_of(fault: Fault) -> Json:

@@ -257,6 +257,8 @@ def test_a_wrong_key_is_refused(upstream: Upstream) -> None:
         ({"messages": []}, "model", "missing_required_parameter"),
         ({"model": "tiny", "messages": "hi"}, "messages", "invalid_type"),
         ({"model": "tiny", "messages": [{}]}, None, None),
+        ({"model": "tiny", "messages": [{"role": "user", "content": 5}]}, None, "invalid_type"),
+        ({"model": "tiny", "messages": [], "max_tokens": 0}, "max_tokens", "integer_below_min_value"),
         ({"model": "tiny", "messages": [], "stream_options": {}}, "stream_options", None),
         ([], None, None),
     ],
