@@ -9,11 +9,8 @@ import asyncio
 import io
 import os
 import random
-import socket
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -23,6 +20,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from loopback import LoopbackServer, Lost, reset
 from prefill_router import storage
 
 # They belong to one connection, and each side of the proxy has its own.
@@ -67,31 +65,17 @@ class Request:
     status: int = 0  # of the answer; 0 where there was none, or not yet
 
 
-class FaultProxy:
-    """Runs in a thread of this process while it is a context. `faults`, `only` and `latency_s` may be set any time."""
+class FaultProxy(LoopbackServer):
+    """`faults`, `only` and `latency_s` may be set any time."""
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
+        super().__init__()
         self.upstream = upstream
-        self.url = ""
         self.faults = Faults()
         self.only: Callable[[str, str], bool] = _any_request  # which requests, by method and path, may meet a fault
         self.latency_s = 0.0  # of every request
         self.log: list[Request] = []
         self._rng = random.Random(seed)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
-
-    def __enter__(self) -> FaultProxy:
-        self._thread.start()
-        port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
-        self.url = f"http://127.0.0.1:{port}"
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def requests(self, method: str, prefix: str = "") -> list[Request]:
         """Those to keys that begin with `prefix`, raw as in a URL; a listing is a GET of the empty key."""
@@ -106,18 +90,16 @@ class FaultProxy:
     def faulted(self) -> list[Request]:
         return [request for request in self.log if request.fault]
 
-    async def _start(self) -> int:
-        self._client = aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(limit=0))
+    async def app(self) -> web.Application:
         app = web.Application(client_max_size=0)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return int(self._runner.addresses[0][1])
+        app.cleanup_ctx.append(self._with_client)
+        return app
 
-    async def _stop(self) -> None:
-        await self._runner.cleanup()
-        await self._client.close()
+    async def _with_client(self, _app: web.Application) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(auto_decompress=False, connector=connector) as self._client:
+            yield
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         fault = self.faults.draw(self._rng) if self.only(request.method, request.raw_path) else ""
@@ -125,8 +107,8 @@ class FaultProxy:
         self.log.append(entry)
         try:
             response = await self._answer(request, fault)
-        except _Lost:
-            _reset(request)
+        except Lost:
+            reset(request)
             return web.Response()  # goes nowhere
         entry.status = response.status
         return response
@@ -136,13 +118,13 @@ class FaultProxy:
         if fault == "black_hole":
             await asyncio.Event().wait()
         if fault == "reset_before":
-            raise _Lost
+            raise Lost
         body = await request.read()
         if fault in _ERRORS:
             return _error(*_ERRORS[fault])
         response = await self._ask_upstream(request, body)
         if fault == "reset_after":
-            raise _Lost
+            raise Lost
         if fault == "cut_body":
             return await _send_half(request, response)
         return response
@@ -157,10 +139,6 @@ class FaultProxy:
             if request.method == "HEAD":
                 response.headers["Content-Length"] = answer.headers.get("Content-Length", "0")
             return response
-
-
-class _Lost(Exception):  # noqa: N818
-    """The connection is to be reset."""
 
 
 def _any_request(_method: str, _path: str) -> bool:
@@ -183,17 +161,10 @@ def _error(status: int, code: str, message: str) -> web.Response:
     return web.Response(status=status, body=body.encode(), content_type="application/xml")
 
 
-def _reset(request: web.Request) -> None:
-    if request.transport is not None:  # None where the client was faster
-        no_linger = struct.pack("ii", 1, 0)  # then the end is a reset instead of an orderly one
-        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-        request.transport.abort()
-
-
 async def _send_half(request: web.Request, whole: web.Response) -> web.StreamResponse:
     body = whole.body if isinstance(whole.body, bytes) and request.method != "HEAD" else b""
     if not body:
-        raise _Lost
+        raise Lost
     cut = web.StreamResponse(status=whole.status, headers=whole.headers)
     cut.content_length = len(body)
     await cut.prepare(request)

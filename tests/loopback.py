@@ -1,0 +1,54 @@
+"""An aiohttp server in a thread of this process, for stand-ins that must reset connections and see who leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import threading
+from typing import Self
+
+from aiohttp import web
+
+
+class Lost(Exception):  # noqa: N818
+    """Raised where the connection is to be reset."""
+
+
+class LoopbackServer:
+    """Serves `app()` on a free port while it is a context; its handlers are cancelled when their client leaves."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=type(self).__name__, daemon=True)
+
+    async def app(self) -> web.Application:
+        """Made in the server's loop."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> int:
+        self._runner = web.AppRunner(await self.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        return int(self._runner.addresses[0][1])
+
+
+def reset(request: web.Request) -> None:
+    """Ends the request's connection with a reset; what the handler returns then goes nowhere."""
+    if request.transport is not None:  # None where the client was faster
+        no_linger = struct.pack("ii", 1, 0)  # then the end is a reset instead of an orderly one
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        request.transport.abort()
