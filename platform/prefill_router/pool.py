@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from prefill_router import config, storage
 from prefill_router.errors import UserError
@@ -19,7 +19,7 @@ class Upstream(config.StrictModel):
     model: str | None = Field(None, min_length=1, description="The target's name there [its name in the pool]")
     key_env: str | None = Field(None, min_length=1, description="Environment variable that holds the API key")
     responses: bool = Field(False, description="Has POST /responses too")
-    concurrency: int = Field(64, ge=1, description="Calls at a time, of each replica")
+    concurrency: int = Field(256, ge=1, description="Calls at a time, of each replica")
     timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
 
 
@@ -34,6 +34,11 @@ class Target(config.StrictModel):
     tools: bool = Field(True, description="Can call tools")
     images: bool = Field(True, description="Reads images")
     upstream: Upstream | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As it was written: an artifact's version is of its content, which new fields must not change."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
     def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
         """USD for an answer; `cached_tokens` are among the `input_tokens`."""

@@ -64,7 +64,7 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
 
-def create_api(endpoint: Endpoint, ledger: Ledger) -> ASGIApp:
+def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = True) -> ASGIApp:
     """The API around an endpoint, behind its gate. The ledger is what the gateway remembers."""
     api = FastAPI(
         title="prefill-router",
@@ -124,7 +124,7 @@ def create_api(endpoint: Endpoint, ledger: Ledger) -> ASGIApp:
 
     api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
     _describe(api)
-    return Gate(api, endpoint)
+    return Gate(api, endpoint, names_requests=names_requests)
 
 
 def refusal_of(error: Exception) -> Refusal:

@@ -129,4 +129,4 @@ class Replica:
         await asyncio.wait_for(self.endpoint.check(), CHECK_TIMEOUT_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_api(self.endpoint, self.ledger)
+        return create_api(self.endpoint, self.ledger, names_requests=False)  # Serve does

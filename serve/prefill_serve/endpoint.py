@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -115,7 +116,7 @@ class Endpoint:
             _record(self.on_routed, routing, decision, request_id, holder)
         return answer
 
-    async def read(self, request: RouteRequest) -> Routing:
+    async def read(self, request: RouteRequest, max_wait_s: float = math.inf) -> Routing:
         """A prompt as the router that serves at the moment reads it. Raises what `route` does, but for NoTarget."""
         serving = self.now
         question = request.question_of(serving.settings.limits.messages)
@@ -128,7 +129,7 @@ class Endpoint:
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
         if cached is None:
-            cached = self._remember(key, asyncio.create_task(self._read(serving, asked, question.prompt)))
+            cached = self._remember(key, asyncio.create_task(self._read(serving, asked, question.prompt, max_wait_s)))
         else:
             self._readings.move_to_end(key)
             self.metrics.prompts.inc(1, tags={"source": "cache"})
@@ -164,16 +165,17 @@ class Endpoint:
         tokens, _ = await serving.engine.tokenize("Hello.")
         await serving.engine.read(tokens, serving.heads)
 
-    async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt) -> Reading:
+    async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> Reading:
         limits, engine = serving.settings.limits, serving.engine
-        engine.lanes.admit(limits.wait_s)  # a refusal should cost nothing, not even tokens
+        max_wait_s = min(max_wait_s, limits.wait_s)
+        engine.lanes.admit(max_wait_s)  # a refusal should cost nothing, not even tokens
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
         if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
             raise TooLong(f"the prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
         with tracer.start_as_current_span("read") as span:
             try:
-                reading = await engine.read(tokens, asked, limits.wait_s, tokenize_s)
+                reading = await engine.read(tokens, asked, max_wait_s, tokenize_s)
             finally:
                 self.metrics.queued_tokens.set(engine.lanes.queued_tokens)
             span.set_attributes({f"{phase}_s": seconds for phase, seconds in reading.times._asdict().items()})

@@ -26,7 +26,7 @@ from prefill_serve.traces import tracer
 log = logging.getLogger("ray.serve")
 
 OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs")  # no key is asked for: probes, and what anyone may know
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 
 class Refusal(HTTPException):
@@ -47,8 +47,9 @@ class Refusal(HTTPException):
 class Gate:
     """ASGI middleware around the API of an endpoint."""
 
-    def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
-        self.app, self.endpoint = app, endpoint
+    def __init__(self, app: ASGIApp, endpoint: Endpoint, *, names_requests: bool = True) -> None:
+        """`names_requests`: answers have the request's id among their headers, which a server may do itself."""
+        self.app, self.endpoint, self.names_requests = app, endpoint, names_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +68,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                if self.names_requests:
+                    message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
         with tracer.start_as_current_span("request") as span:

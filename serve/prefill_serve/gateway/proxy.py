@@ -21,6 +21,7 @@ from prefill_router.decision import Decision
 from prefill_router.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
 from prefill_serve.gate import Refusal
+from prefill_serve.gateway.accounts import Budgets
 from prefill_serve.gateway.calls import Body, Call
 from prefill_serve.gateway.conversations import Key, answer_key, keys_of
 from prefill_serve.gateway.ledger import Ledger, Standing
@@ -148,7 +149,7 @@ class Proxy:
         allowed = call.allowed
         try:
             async with asyncio.timeout(settings.route_timeout_s):
-                routing = await self.endpoint.read(call.question)
+                routing = await self.endpoint.read(call.question, settings.route_timeout_s)
         except UnknownTarget:
             raise
         except Exception as error:  # whatever it is: the caller wants an answer
@@ -173,6 +174,8 @@ class Proxy:
 
     async def _past(self, caller: Caller, keys: list[Key]) -> Standing:
         """Without a ledger, or where it takes too long, a call has no past."""
+        if not keys and self._settings.ledger.budgets == Budgets():
+            return Standing()
         try:
             async with asyncio.timeout(LEDGER_S):
                 return await self.ledger.open(caller.holder, keys)
@@ -192,6 +195,8 @@ class Proxy:
                 self.metrics.failures.inc(1, tags={"target": channel.target.name, "reason": failed.reason})
                 fields = {"route_id": passage.caller.request_id, "reason": str(failed)}
                 log.warning("upstream failed", extra=fields)
+        if failure is not None and failure.refusal is not None:
+            raise failure.refusal
         if failure is None:
             raise NoTarget("no target can take this call and meets its constraints")
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}

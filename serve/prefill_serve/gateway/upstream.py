@@ -26,9 +26,17 @@ _TOO_LONG = b"context_length_exceeded"
 class Failed(Exception):  # noqa: N818 - others make up for it
     """An upstream gave no answer that can be used; `reason` is short, for labels."""
 
-    def __init__(self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        status: int = 502,
+        retry_after_s: float = 0.0,
+        refusal: Refused | None = None,
+    ) -> None:
+        """`refusal` is what the upstream said, where the caller should hear it if no other target helps."""
         super().__init__(message)
-        self.reason, self.status, self.retry_after_s = reason, status, retry_after_s
+        self.reason, self.status, self.retry_after_s, self.refusal = reason, status, retry_after_s, refusal
 
 
 class Refused(Exception):  # noqa: N818 - an answer
@@ -205,9 +213,10 @@ class Channel:
         status = response.status_code
         if status in _CALLERS_OWN:
             self.breaker.succeed()  # it works, and says what it does not take
+            refused = Refused(status, content)
             if _TOO_LONG in content:
-                return Failed("too_long", f"{self.target.name}: its context is too short", status)
-            return Refused(status, content)
+                return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
+            return refused
         error = json_object(content).get("error")
         said = error.get("message") if isinstance(error, dict) else error
         after = response.headers.get("retry-after", "")
