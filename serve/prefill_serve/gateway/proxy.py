@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import httpx
+from httpx_aiohttp import AiohttpTransport
 from starlette.responses import Response, StreamingResponse
 
 from prefill_router.corpus import content_hash
@@ -80,8 +81,8 @@ class Proxy:
 
     def __init__(self, endpoint: Endpoint, ledger: Ledger) -> None:
         self.endpoint, self.ledger, self.metrics = endpoint, ledger, GatewayMetrics()
-        # Each channel has its own limit of calls.
-        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=256))
+        # 0 is no limit: each channel has its own.
+        self._http = httpx.AsyncClient(transport=AiohttpTransport(limits=httpx.Limits(max_connections=0)))
         self._channels: dict[str, Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -115,6 +116,10 @@ class Proxy:
         self._record(passage, "answered", passage.choice.target, call.usage(answered))
         content = json.dumps({**answered, "model": passage.choice.target})
         return Response(content, 200, _headers(passage), "application/json")
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._http.aclose()
 
     # --- there ---------------------------------------------------------------------------------------------------
 

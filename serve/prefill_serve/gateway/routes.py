@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field
 
 from prefill_router.config import StrictModel
@@ -58,8 +58,15 @@ class Recorded(StrictModel):
 
 def gateway_routes(endpoint: Endpoint, ledger: Ledger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """Routes around an endpoint; `errors` documents how they refuse."""
-    routes, proxy = APIRouter(), Proxy(endpoint, ledger)
+    proxy = Proxy(endpoint, ledger)
     endpoint.on_routed = proxy.note_routed
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await proxy.close()
+
+    routes = APIRouter(lifespan=lifespan)
 
     async def answer(call: Call, http: Request) -> Response:
         caller = Caller(http.state.holder, http.state.request_id, http.headers.get(_SESSION))

@@ -205,9 +205,9 @@ class Channel:
         return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s)
 
     def failure_of(self, error: httpx.HTTPError | TimeoutError) -> Failed:
-        if isinstance(error, TimeoutError | httpx.TimeoutException):
+        if isinstance(error, TimeoutError | httpx.ReadTimeout):  # not those of the transport, which calls more so
             return self.failure("timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
-        return self.failure("connection", f"broke off: {type(error).__name__}")
+        return self.failure("connection", "the connection failed")
 
     def _status_failure(self, response: httpx.Response, content: bytes) -> Failed | Refused:
         status = response.status_code
