@@ -122,7 +122,10 @@ class LocalLedger:
 
     async def configure(self, settings: LedgerSettings) -> None:
         """Takes over settings; a folder is read first, and what it holds counts as if it had happened here."""
-        if settings.folder is not None and settings.folder != self.settings.folder:
+        if settings.folder != self.settings.folder:
+            await self._save()
+            self._folder = None
+        if settings.folder is not None and self._folder is None:
             folder = _Folder(settings.folder)
             calls, outcomes = await asyncio.to_thread(folder.read, _now() - _KEPT)
             for served in calls:

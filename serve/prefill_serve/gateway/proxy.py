@@ -203,7 +203,7 @@ class Proxy:
         if failure is not None and failure.refusal is not None:
             raise failure.refusal
         if failure is None:
-            raise NoTarget("no target can take this call and meets its constraints")
+            raise NoTarget("no target can take this call under its max_cost_usd, min_p_correct and models")
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
         raise Refusal(failure.status, f"no upstream answered; the last: {failure}", "upstream_failed", headers=after)
 

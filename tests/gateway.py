@@ -1,0 +1,102 @@
+"""A gateway as clients see it: on a socket, in a thread of this process, before upstreams that fail as told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import openai
+import uvicorn
+
+from prefill_serve.api import create_api
+from prefill_serve.endpoint import Endpoint
+from prefill_serve.gateway.ledger import LocalLedger
+from prefill_serve.settings import Settings
+from upstream import Upstream
+
+PRICES = {"big": 2.0, "mid": 0.5, "small": 0.1}
+
+
+def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapping[str, Any]) -> str:
+    """A pool file in which each target has its upstream; `of_targets` says more of some."""
+    lines = []
+    for name, upstream in upstreams.items():
+        way = {"base_url": upstream.url, "model": f"{name}-1", "responses": True, "timeout_s": 2.0}
+        more = {**of_targets.get(name, {})}
+        way |= more.pop("upstream", {})
+        fields = {"name": name, "input_price": PRICES[name], "output_price": 4 * PRICES[name], **more}
+        lines += ["[[pool]]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
+        lines += [f"upstream = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in way.items())} }}"]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+class Gateway:
+    """Serves while it is a context; `settings` are the endpoint's."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings.model_validate({"open": True, "gateway": {}, **settings})
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20.0)
+        self.http = httpx.Client(base_url=self.url, timeout=20.0)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="Gateway", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._run(self._start())
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._server.should_exit = True
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self.http.close()
+
+    async def _start(self) -> None:
+        self.endpoint, self.ledger = Endpoint(), LocalLedger()
+        await self._configure(self.settings)
+        config = uvicorn.Config(create_api(self.endpoint, self.ledger), port=self.port, log_level="error")
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self._server.serve())
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+
+    async def _stop(self) -> None:
+        await self._serving
+        await self.endpoint.now.engine.close()
+        await self.ledger.close()
+
+    def configure(self, **settings: Any) -> None:
+        """Other settings, but for those that are not named."""
+        self.settings = Settings.model_validate({**self.settings.model_dump(), **settings})
+        self._run(self._configure(self.settings))
+
+    async def _configure(self, settings: Settings) -> None:
+        assert settings.gateway is not None
+        await self.ledger.configure(settings.gateway.ledger)
+        await self.endpoint.configure(settings)
+
+    def _run(self, work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    # --- what tests ask ------------------------------------------------------------------------------------------
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.http.post(path, json=body, **options)
+
+    def chat(self, text: str, **fields: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **fields})
+
+    def stats(self) -> Any:
+        return self.http.get("/v1/stats").raise_for_status().json()
