@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway import Gateway, write_pool
 from upstream import Upstream
 
 EXAMPLES = Path(__file__).parents[2] / "serve" / "examples"
@@ -17,10 +19,13 @@ KEY = "sk-example"
 
 
 @pytest.fixture(scope="module")
-def server_url() -> Iterator[str]:
-    """What the examples ask, with the key `KEY`."""
-    with Upstream("small", key=KEY) as upstream:
-        yield upstream.url
+def server_url(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A gateway that wants a key, before a single upstream."""
+    keys = {"ann": f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"}
+    with Upstream("small", models=("small-1",)) as upstream:
+        pool = write_pool(tmp_path_factory.mktemp("examples") / "pool.toml", {"small": upstream})
+        with Gateway(router=router, pool=pool, open=False, keys=keys) as gateway:
+            yield f"{gateway.url}/v1"
 
 
 def run(example: str, url: str) -> str:
@@ -42,23 +47,23 @@ def run(example: str, url: str) -> str:
 def test_openai_client(server_url: str) -> None:
     assert run("openai_client.py", server_url).splitlines() == [
         "small: What is 17 * 23?",
-        "by tiny",
+        "by small",
         "small: Count to three.",
-        "by tiny",
+        "by small",
         "calls get_weather {'city': 'small: How is it in Oslo? Use get_weather.'}",
         "small: 4 degrees and rain",
     ]
 
 
 def test_litellm_client(server_url: str) -> None:
-    lines = ["small: What is 17 * 23?", "by tiny", "small: Count to three."]
+    lines = ["small: What is 17 * 23?", "by small", "small: Count to three."]
     assert run("litellm_client.py", server_url).splitlines() == lines
 
 
 def test_langchain_model(server_url: str) -> None:
     assert run("langchain_model.py", server_url).splitlines() == [
         "small: What is 17 * 23?",
-        "by tiny",
+        "by small",
         "small: Count to three.",
         "calls get_weather {'city': 'small: How is it in Oslo? Use get_weather.'}",
     ]
@@ -67,7 +72,7 @@ def test_langchain_model(server_url: str) -> None:
 def test_curl(server_url: str) -> None:
     printed = run("curl.sh", server_url)
     assert printed.startswith("HTTP/1.1 200 OK")
-    assert '"content":"small: What is 17 * 23?"' in printed
-    assert '"model":"tiny"' in printed
+    assert '"content": "small: What is 17 * 23?"' in printed
+    assert '"model": "small"' in printed
     assert '"delta":{"content":"three."}' in printed
     assert printed.rstrip().endswith("data: [DONE]")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,70 +19,9 @@ import pytest
 from prefill_router.config import load_toml
 from prefill_router.router import Router
 from prefill_serve.client import RouteError, RouterClient
+from serving import Serve, serving, wait_until
 
 QUESTION = "what is one plus two"
-
-
-class Serve:
-    """A running `prefill-router serve`."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process, self.port, self.url = process, port, f"http://127.0.0.1:{port}"
-        self.said: list[str] = []
-        self.listener = threading.Thread(target=self._listen)
-        self.listener.start()
-
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            for line in stderr:
-                self.said.append(line.strip())
-
-    def processes(self, name: str) -> list[psutil.Process]:
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        found = []
-        for process in tree:
-            try:
-                if name in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def replicas(self) -> set[int]:
-        return {process.pid for process in self.processes("ray::ServeReplica")}
-
-    def reload(self, answer: str) -> None:
-        before = len(self.said)
-        self.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: any(answer in line for line in self.said[before:]), f"{answer} among {self.said}")
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-
-
-@contextmanager
-def serving(router: str, **flags: Any) -> Iterator[Serve]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "prefill_jobs", "serve", "--router", router, "--port", str(port)]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    serve = Serve(process, port)
-    try:
-        wait_until(lambda: any("serve: POST" in line for line in serve.said) or process.poll() is not None, "ready")
-        assert process.poll() is None, serve.said
-        yield serve
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        serve.listener.join(60)
 
 
 @contextmanager

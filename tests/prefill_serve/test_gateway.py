@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -473,3 +477,63 @@ def test_exploring_asks_every_target_and_says_how_likely_it_was(
     share = sum(a["selected_model"] == usual for a in answers) / len(answers)
     assert 0.4 < share < 0.8
     assert {a["selected_model"] for a in answers} == set(PRICES)
+
+
+# --- all of it at once -------------------------------------------------------------------------------------------
+
+MIXED = 2_000
+KINDS = ("plain", "stream", "tool", "streamed tool", "response", "json")
+
+
+def _ask(gateway: Gateway, number: int) -> str:
+    """One call by OpenAI's own client, and what came of it."""
+    dice = random.Random(number)
+    kind, model = dice.choice(KINDS), dice.choice(["auto", "auto", "big"])
+    text = f"{number} what is {dice.randrange(9)} plus two" + (" call weather" if "tool" in kind else "")
+    chat: Any = gateway.client.chat.completions
+    said = {"model": model, "messages": [_user(text)]}
+    try:
+        if kind == "plain":
+            assert chat.create(**said).choices[0].message.content.endswith(text)
+        elif kind == "stream":
+            assert "".join(c.choices[0].delta.content or "" for c in chat.create(**said, stream=True)).endswith(text)
+        elif kind == "tool":
+            assert chat.create(**said, tools=TOOLS).choices[0].message.tool_calls[0].function.name == "weather"
+        elif kind == "streamed tool":
+            assert list(chat.create(**said, tools=TOOLS, stream=True))[-1].choices[0].finish_reason == "tool_calls"
+        elif kind == "json":
+            json.loads(chat.create(**said, response_format={"type": "json_object"}).choices[0].message.content)
+        else:
+            assert gateway.client.responses.create(model=model, input=text).output_text.endswith(text)
+    except openai.APIStatusError as error:
+        return f"{error.status_code} {error.code}"
+    except openai.APIError as error:
+        return f"broke off: {error.code}"
+    return "answered"
+
+
+def test_mixed_calls_are_answered_or_fail_as_documented_and_are_counted_once(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    _configure(gateway, upstreams, tmp_path, {name: {"upstream": {"timeout_s": 0.6}} for name in PRICES})
+    faults = [*BEFORE_AN_ANSWER, *MIDWAY]
+    faults.remove(Fault.STALL)  # which takes as long as a hang
+    for seed, upstream in enumerate(upstreams.values()):
+        upstream.faults(*faults, rate=0.2, seed=seed)
+    before = gateway.stats()
+    with ThreadPoolExecutor(24) as callers:
+        ends = Counter(callers.map(partial(_ask, gateway), range(MIXED)))
+    time.sleep(0.2)
+    after = gateway.stats()
+    failures = {f"{status} upstream_failed" for status in (429, 502, 503, 504)}
+    assert set(ends) <= failures | {"answered", "400 context_length_exceeded", "broke off: upstream_failed"}
+    assert ends["answered"] > 0.9 * MIXED
+    assert after["answered"] - before["answered"] == ends["answered"]
+    assert after["failed"] - before["failed"] + _refused(after) - _refused(before) == MIXED - ends["answered"]
+    for name, upstream in upstreams.items():
+        answered = sum(call.wait().fault is None for call in upstream.completions)
+        assert after["targets"][name]["answered"] - before["targets"][name]["answered"] == answered
+
+
+def _refused(stats: Any) -> int:
+    return int(stats["calls"] - stats["answered"] - stats["failed"] - stats["cancelled"])
