@@ -158,20 +158,20 @@ class LocalLedger:
         """
         if self._folder is None:
             raise NoFeedback("feedback is not recorded here: start the endpoint with --feedback FOLDER")
-        served = await self._find(given.request_id)
-        # What others asked is nobody's business.
-        if served is None or served.holder != holder or served.target is None or served.prompt_id is None:
-            raise UnknownRequest(f'request "{given.request_id}": is not known, or too old, or was not answered')
-        length = given.output_tokens
-        if length is None and served.usage is not None:
-            length = served.usage.output_tokens
+        value, length = _float32(given.value), given.output_tokens
         known = self._feedback.get(given.request_id)
-        if known is not None:
-            if (known.value, known.output_tokens) != (_float32(given.value), length):
+        if known is not None:  # of a call that may be forgotten by now
+            if value != known.value or length not in (None, known.output_tokens):
                 raise OtherFeedback(f'request "{given.request_id}": has other feedback, which stands')
             await asyncio.shield(known.written)
             return False
-        new = _Given(_float32(given.value), length, asyncio.get_running_loop().create_future())
+        served = await self._find(given.request_id)
+        # What others asked is nobody's business.
+        if served is None or served.holder != holder or served.target is None or served.prompt_id is None:
+            raise UnknownRequest(f'request "{given.request_id}": is not known, or too old, or had no answer')
+        if length is None and served.usage is not None:
+            length = served.usage.output_tokens
+        new = _Given(value, length, asyncio.get_running_loop().create_future())
         self._feedback[given.request_id] = new
         self._pending.append((new, served))
         self._tasks.add(task := asyncio.create_task(self._commit()))

@@ -17,7 +17,7 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 from starlette.responses import Response, StreamingResponse
 
-from prefill_router.corpus import content_hash
+from prefill_router.corpus import Prompt, content_hash
 from prefill_router.decision import Decision
 from prefill_router.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
@@ -216,8 +216,9 @@ class Proxy:
         end: End = "cancelled"
         try:
             async for piece in stream.pieces():
+                if stream.is_whole:  # whether or not the caller waits for the connection's end
+                    end = "answered"
                 yield rename(piece)
-            end = "answered"
         except Failed as failed:
             end = "failed"
             yield passage.call.error_event(str(failed), "upstream_failed")
@@ -249,20 +250,39 @@ class Proxy:
         self.metrics.ended(served)
         if routing is not None and decision is not None and target is not None:
             self.endpoint.record(routing, decision, caller.request_id)
-        self._note(_with_estimates(served, routing, decision, self._keeps_prompts), passage.keys)
+        prompt = routing.question.prompt if routing is not None else self._prompt(call)
+        self._note(self._described(served, prompt, decision), passage.keys)
+
+    def _prompt(self, call: Call) -> Prompt | None:
+        """What was asked without the router; None where it would not have understood."""
+        try:
+            return call.question.question_of(self.endpoint.now.settings.limits.messages).prompt
+        except UserError:
+            return None
+
+    def _described(self, served: Served, prompt: Prompt | None, decision: Decision | None) -> Served:
+        """With its prompt, and with what was estimated."""
+        if prompt is not None:
+            kept = prompt if self._settings.ledger.keep_prompts else None
+            served = replace(served, prompt_id=content_hash(prompt), prompt=kept)
+        if decision is None:
+            return served
+        return replace(
+            served,
+            p_correct=decision.p_correct,
+            expected_cost_usd=decision.expected_cost_usd,
+            propensity=decision.propensity,
+            router_version=decision.router_version,
+        )
 
     def note_routed(self, routing: Routing, decision: Decision, request_id: str, holder: str) -> None:
         """A decision that was asked for alone: there may be feedback on it."""
         served = Served(request_id, holder, datetime.now(UTC), "routed", decision.target)
-        self._note(_with_estimates(served, routing, decision, self._keeps_prompts), [])
+        self._note(self._described(served, routing.question.prompt, decision), [])
 
     @property
     def _settings(self) -> GatewaySettings:
         return self.endpoint.now.settings.gateway or GatewaySettings()
-
-    @property
-    def _keeps_prompts(self) -> bool:
-        return self._settings.ledger.keep_prompts
 
     def _note(self, served: Served, keys: list[Key]) -> None:
         async def note() -> None:
@@ -305,18 +325,3 @@ def _headers(passage: _Passage) -> dict[str, str]:
         headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
         headers["x-router-version"] = choice.decision.router_version
     return headers
-
-
-def _with_estimates(served: Served, routing: Routing | None, decision: Decision | None, keeps_prompts: bool) -> Served:
-    if routing is None or decision is None:
-        return served
-    prompt = routing.question.prompt
-    return replace(
-        served,
-        prompt_id=content_hash(prompt),
-        prompt=prompt if keeps_prompts else None,
-        p_correct=decision.p_correct,
-        expected_cost_usd=decision.expected_cost_usd,
-        propensity=decision.propensity,
-        router_version=decision.router_version,
-    )

@@ -54,7 +54,7 @@ class Stream:
         self.usage: Usage | None = None
         self.answer_id: str | None = None
         self._channel, self._call, self._response = channel, call, response
-        self._splitter, self._is_whole = EventSplitter(), False
+        self._splitter, self.is_whole = EventSplitter(), False
         self._pieces = response.aiter_raw()
         self._first: list[bytes] = []
         self._failure: Failed | None = None
@@ -69,13 +69,14 @@ class Stream:
     async def pieces(self) -> AsyncIterator[bytes]:
         """What the caller gets, as it comes. Raises Failed where it breaks off, or says that the answer failed."""
         yield b"".join(self._first)
-        while not self._is_whole:
+        while not self.is_whole:
             yield b"".join(await self._next_events())
-        with suppress(httpx.HTTPError, TimeoutError):  # the connection can serve again once all has been read
-            async with asyncio.timeout(_END_S):
-                await anext(self._pieces, None)
 
     async def close(self) -> None:
+        if self.is_whole:  # the connection can serve again once all has been read
+            with suppress(httpx.HTTPError, TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    await anext(self._pieces, None)
         await self._response.aclose()
         self._channel.leave()
 
@@ -98,10 +99,10 @@ class Stream:
             if note is not None:
                 self.usage = note.usage or self.usage
                 self.answer_id = note.answer_id or self.answer_id
-                self._is_whole |= note.is_last
+                self.is_whole |= note.is_last
                 if note.error is not None:
                     self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
-                    self._is_whole = False
+                    self.is_whole = False
                     return
             if note is None or note.is_for_caller:
                 yield event

@@ -1,0 +1,128 @@
+"""The gateway as `prefill-router serve` runs it: its replicas share a ledger, and processes are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from gateway import write_pool
+from serving import Serve, serving, wait_until
+from upstream import Upstream
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with ExitStack() as stack:
+        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+        yield write_pool(tmp_path_factory.mktemp("upstreams") / "pool.toml", upstreams)
+
+
+class Critics:
+    """Callers that ask, and say of each answer whether it was right; what was acknowledged is remembered."""
+
+    def __init__(self, url: str, threads: int = 4) -> None:
+        self.url = url
+        self.acknowledged: dict[str, bool] = {}
+        self.answers: Counter[Any] = Counter()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._criticize, args=(number,)) for number in range(threads)]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Critics]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join()
+
+    def _criticize(self, number: int) -> None:
+        with httpx.Client(base_url=self.url, timeout=30) as client:
+            for turn in range(1_000_000):
+                if self._stop.is_set():
+                    return
+                body = {"messages": [{"role": "user", "content": f"what is {turn % 50} plus {number}"}]}
+                with suppress(httpx.TransportError):
+                    answer = client.post("/v1/chat/completions", json=body)
+                    self.answers["call", answer.status_code] += 1
+                    if answer.status_code != 200:
+                        continue
+                    given = {"request_id": answer.headers["x-request-id"], "correct": turn % 3 == 0}
+                    said = client.post("/v1/feedback", json=given)
+                    self.answers["feedback", said.status_code] += 1
+                    if said.status_code == 200:
+                        self.acknowledged[given["request_id"]] = given["correct"]
+
+
+def outcomes(folder: Path) -> dict[str, bool]:
+    rows = pq.read_table(folder / "outcomes").to_pylist()
+    found = {row["request_id"]: row["correct"] == 1.0 for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def kill_all(serve: Serve) -> None:
+    processes = psutil.Process(serve.process.pid).children(recursive=True)
+    for process in [*processes, psutil.Process(serve.process.pid)]:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes, 30)
+
+
+def test_feedback_survives_the_death_of_every_process(router: str, pool: str, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"pool": pool, "feedback": tmp_path / "kept", "replicas": 2, "threads": 1}
+    with serving(router, **flags) as serve, Critics(serve.url).at_work() as critics:
+        wait_until(lambda: len(critics.acknowledged) > 40, "feedback")
+        for process in serve.processes("ray::ServeReplica:prefill-router:Ledger"):
+            process.send_signal(signal.SIGKILL)
+        killed_at = len(critics.acknowledged)
+        wait_until(lambda: len(critics.acknowledged) > killed_at + 40, "feedback after the ledger was killed")
+        assert {status for kind, status in critics.answers if kind == "call"} == {200}
+        os.kill(next(iter(serve.replicas())), signal.SIGKILL)
+        time.sleep(1.0)
+        kill_all(serve)
+    assert critics.acknowledged.items() <= outcomes(tmp_path / "kept").items()
+    with serving(router, **flags) as serve:
+        early = list(critics.acknowledged.items())[:20]
+        for request_id, correct in early:  # known again, and not counted twice
+            given = {"request_id": request_id, "correct": correct}
+            assert httpx.post(f"{serve.url}/v1/feedback", json=given).json()["is_new"] is False
+        stats = httpx.get(f"{serve.url}/v1/stats").json()
+        assert stats["feedback"] == len(outcomes(tmp_path / "kept"))
+        assert stats["answered"] >= len(early)
+    assert critics.acknowledged.items() <= outcomes(tmp_path / "kept").items()
+
+
+def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_path: Path) -> None:
+    budgets = tmp_path / "budgets.toml"
+    budgets.write_text("usd_per_day = 1000.0\n")
+    with serving(router, pool=pool, replicas=2, threads=1, budgets=budgets, stick_margin=1.0) as serve:
+        wait_until(lambda: len(serve.replicas()) >= 3, "two replicas and a ledger")
+
+        def ask(messages: list[Any], **fields: Any) -> str:
+            answer = httpx.post(f"{serve.url}/v1/chat/completions", json={"messages": messages, **fields}, timeout=30)
+            return answer.raise_for_status().headers["x-router-selected-model"]
+
+        said = [{"role": "user", "content": "what is one plus two"}]
+        assert ask(said, models=["big"]) == "big"
+        follow_up = [*said, {"role": "assistant", "content": "Three."}, {"role": "user", "content": "commit it"}]
+        assert {ask(follow_up, tolerance=1.0) for _ in range(12)} == {"big"}  # whichever replica is asked
+        budgets.write_text("usd_per_day = 0.0\n")
+        serve.reload("took over")
+        wait_until(lambda: ask(follow_up, tolerance=0.0) == "small", "a spent budget")
+        counted = httpx.get(f"{serve.url}/v1/stats").json()["answered"]
+        assert counted >= 14
