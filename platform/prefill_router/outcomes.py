@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from prefill_router import storage
 from prefill_router.errors import UserError
-from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, TARGET
+from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, REQUEST_ID, TARGET
 from prefill_router.split import prompt_hashes
 
 _BATCH_ROWS = 1 << 17
@@ -89,28 +89,58 @@ class Outcomes:
 def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
     """The outcomes of `targets` at `uri`, a Parquet file or a folder of them, which is read twice, in pieces.
 
-    Raises UserError for a missing column, a `correct` outside [0, 1], a pair that stands twice, and a target without
-    a single outcome.
+    In feedback (`schema.FEEDBACK`) a pair may stand often, and counts as the mean of its rows; a request counts once.
+    Raises UserError for a missing column, a `correct` outside [0, 1], a pair that stands twice elsewhere, and a target
+    without a single outcome.
     """
     keys, others = _graded_keys(uri, targets)
-    correct = np.full((len(keys), len(targets)), np.nan, np.float32)
-    output_tokens = np.full_like(correct, np.nan)
-    num_rows = 0
-    for batch in _graded_batches(uri, targets):
-        _check_values(batch.table, uri)
-        pairs = np.searchsorted(keys, batch.keys), batch.targets
-        correct[pairs] = batch.table[CORRECT].to_numpy()
-        output_tokens[pairs] = batch.table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
-        num_rows += len(batch.keys)
-    graded = ~np.isnan(correct)
-    if graded.sum() != num_rows:
-        _raise_repeated(uri, targets, keys)
-    is_graded_T = np.asarray(graded.any(0))
+    fill = _mean_of_pairs if is_feedback(uri) else _pairs
+    answers = fill(uri, targets, keys)
+    is_graded_T = np.asarray((~np.isnan(answers.correct)).any(0))
     for target, is_graded in zip(targets, is_graded_T, strict=True):
         if not is_graded:
             names = _some(others | set(np.array(targets)[is_graded_T].tolist()))
             raise UserError(f'{uri}: target "{target}" of the pool has no outcome; it grades {names}')
-    return Outcomes(uri, list(targets), keys, correct, output_tokens, len(others))
+    return Outcomes(uri, list(targets), keys, *answers, len(others))
+
+
+def is_feedback(uri: str) -> bool:
+    """Are these outcomes of requests, of which a pair may have many?"""
+    (first, *_) = _files(uri)
+    with storage.open_parquet(first) as file:
+        return REQUEST_ID in file.schema_arrow.names
+
+
+def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
+    """Outcomes that stand once."""
+    correct = np.full((len(keys), len(targets)), np.nan, np.float32)
+    output_tokens = np.full_like(correct, np.nan)
+    num_rows = 0
+    for batch in _graded_batches(uri, targets):
+        pairs = np.searchsorted(keys, batch.keys), batch.targets
+        correct[pairs], output_tokens[pairs] = _values(batch.table, uri)
+        num_rows += len(batch.keys)
+    if (~np.isnan(correct)).sum() != num_rows:
+        _raise_repeated(uri, targets, keys)
+    return Answers(correct, output_tokens)
+
+
+def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
+    """Outcomes that may stand often."""
+    sums, counts = (np.zeros((2, len(keys), len(targets)), dtype) for dtype in (np.float32, np.uint32))
+    for batch in _graded_batches(uri, targets):
+        pairs = np.searchsorted(keys, batch.keys), batch.targets
+        for total, count, values in zip(sums, counts, _values(batch.table, uri), strict=True):
+            np.add.at(total, pairs, np.nan_to_num(values))
+            np.add.at(count, pairs, ~np.isnan(values))
+    with np.errstate(invalid="ignore"):
+        return Answers(*(total / count.astype(np.float32) for total, count in zip(sums, counts, strict=True)))
+
+
+def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`correct` and `output_tokens`; NaN where there is no length."""
+    _check_values(table, uri)
+    return table[CORRECT].to_numpy(), table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
 
 
 def target_names(uri: str) -> list[str]:
@@ -153,24 +183,39 @@ def _some(names: set[str]) -> str:
 
 
 def _tables(uri: str) -> Iterator[pa.Table]:
-    """Graded rows in the form of schema.OUTCOMES, in pieces."""
+    """Graded rows in the form of schema.OUTCOMES, in pieces. Of the rows of one request the first counts."""
+    requests: set[int] = set()
+    for file in _files(uri):
+        yield from _pieces(file, requests)
+
+
+def _files(uri: str) -> list[str]:
     storage.require(uri, "outcomes")
     files = storage.list_files(uri, [".parquet"])
     if not files:
         raise UserError(f"{uri}: holds no Parquet file of outcomes")
-    for file in files:
-        yield from _pieces(file)
+    return files
 
 
-def _pieces(uri: str) -> Iterator[pa.Table]:
+def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
     with storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
         for required in (PROMPT_ID, TARGET, CORRECT):
             if required not in names:
                 raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
-        wanted = [name for name in OUTCOMES.names if name in names]
+        wanted = [name for name in (*OUTCOMES.names, REQUEST_ID) if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
-            yield _normalised(pa.Table.from_batches([batch]), uri)
+            table = pa.Table.from_batches([batch])
+            yield _normalised(_first_of_requests(table, requests) if REQUEST_ID in names else table, uri)
+
+
+def _first_of_requests(table: pa.Table, requests: set[int]) -> pa.Table:
+    """The rows of requests that are not known yet, by their hashes; those are known from now on."""
+    is_new = np.zeros(len(table), bool)
+    for i, request in enumerate(prompt_hashes(table[REQUEST_ID].to_pylist()).tolist()):
+        is_new[i] = request not in requests
+        requests.add(request)
+    return table.filter(pa.array(is_new))
 
 
 def _normalised(table: pa.Table, uri: str) -> pa.Table:

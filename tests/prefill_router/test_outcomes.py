@@ -175,3 +175,18 @@ def test_missing_outcomes_are_an_error(tmp_path: Path) -> None:
         load_outcomes(str(tmp_path / "nowhere"), ["big"])
     with pytest.raises(UserError, match="holds no Parquet file of outcomes"):
         load_outcomes(str(tmp_path), ["big"])
+
+
+def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_once(tmp_path: Path) -> None:
+    rows = {
+        "prompt_id": ["p", "p", "p", "q", "q"],
+        "target": ["big", "big", "big", "small", "small"],
+        "correct": pa.array([1.0, 0.0, 0.5, 1.0, 0.0], pa.float32()),
+        "output_tokens": pa.array([10, None, 30, 5, 5], pa.int32()),
+        "request_id": ["a", "b", "c", "d", "d"],
+    }
+    write(tmp_path / "1.parquet", **rows)
+    write(tmp_path / "2.parquet", **rows)  # what a merge that died has left
+    outcomes = load_outcomes(str(tmp_path), ["big", "small"]).align(["p", "q"])
+    np.testing.assert_allclose(outcomes.correct, [[0.5, NAN], [NAN, 1.0]])
+    np.testing.assert_allclose(outcomes.output_tokens, [[20.0, NAN], [NAN, 5.0]])
