@@ -134,7 +134,8 @@ def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -
             np.add.at(total, pairs, np.nan_to_num(values))
             np.add.at(count, pairs, ~np.isnan(values))
     with np.errstate(invalid="ignore"):
-        return Answers(*(total / count.astype(np.float32) for total, count in zip(sums, counts, strict=True)))
+        correct, output_tokens = (np.asarray(sums / counts, np.float32)[i] for i in range(2))
+    return Answers(correct, output_tokens)
 
 
 def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
