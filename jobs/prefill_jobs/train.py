@@ -27,10 +27,10 @@ from prefill_router.calibration import fit_calibration
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
-from prefill_router.evaluation import finite
+from prefill_router.evaluation import finite, thinned
 from prefill_router.kernel import MAX_LANDMARKS, KernelMachine, fit_kernel
 from prefill_router.length import log_lengths, median_logs, spread
-from prefill_router.metrics import best_tolerance, score_routing
+from prefill_router.metrics import Scorer, best_tolerance
 from prefill_router.outcomes import target_names
 from prefill_router.pool import load_pool
 from prefill_router.projection import Projection, fit_projection
@@ -200,9 +200,13 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
     tolerance = best_tolerance(correct, p_correct, expected, paid)
     scores: dict[str, Any] = {}
     if not np.isnan(correct).any(1).all():
-        scores = asdict(score_routing(correct, p_correct, expected, tolerance, paid))
+        scorer = Scorer(correct, p_correct, expected, tolerance, paid)
+        scores = asdict(scorer.scores())
         scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
         del scores["ece"]  # of the prompts that calibration was fitted on
+        scores["curve"] = thinned(scorer.curve()).tolist()  # tolerance, cost, accuracy
+        singles = np.concatenate(scorer.singles(np.ones((1, len(correct)), int))).T
+        scores["singles"] = dict(zip(router.pool.target_names, singles.tolist(), strict=True))  # cost, accuracy
     return replace(
         router,
         kernel_weight=weight,

@@ -198,7 +198,7 @@ def evaluate(
         calibration=_calibration(
             trial.correct, router.p_correct, router.p_correct if p_uncalibrated is None else p_uncalibrated
         ),
-        risk_coverage=_thinned(risk_coverage_curve(reached, confidence)).tolist(),
+        risk_coverage=thinned(risk_coverage_curve(reached, confidence)).tolist(),
         length_error_tokens=_mean_error(held_out.output_tokens, router.expected_output_tokens),
         length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
         num_draws=num_draws,
@@ -260,12 +260,12 @@ class _Trial:
             scores=scorer.scores(),
             intervals={name: _interval(values) for name, values in headlines.items()},
             router_less_this={name: _interval(values) for name, values in differences.items()},
-            curve=_thinned(scorer.curve()[::-1, 1:]).tolist(),
+            curve=thinned(scorer.curve()[::-1, 1:]).tolist(),
         )
 
     def band(self) -> list[list[float]]:
         """Points (cost, low accuracy, high accuracy) along the router's curve, by ascending cost."""
-        tolerances = _thinned(self._router.curve()[:, 0], _BAND_POINTS)
+        tolerances = thinned(self._router.curve()[:, 0], _BAND_POINTS)
         costs, accuracies = self._router.points_at(tolerances, self._draws)
         ends = [_interval(values) for values in accuracies.T]
         return sorted([float(cost), end.low, end.high] for cost, end in zip(costs[0], ends, strict=True))
@@ -356,7 +356,8 @@ def _medians(lengths: Array) -> Array:
     return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
-def _thinned(rows: Array, num_rows: int = _CURVE_POINTS) -> Array:
+def thinned(rows: Array, num_rows: int = _CURVE_POINTS) -> Array:
+    """At most so many rows, evenly chosen, the first and the last among them."""
     if len(rows) <= num_rows:
         return rows
     return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, num_rows).round().astype(int))])

@@ -36,6 +36,7 @@ from prefill_serve.http import (
     RouteResponse,
 )
 from prefill_serve.lanes import Overloaded
+from prefill_serve.playground import playground_routes
 
 log = logging.getLogger("ray.serve")
 
@@ -123,6 +124,7 @@ def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = Tru
         return await health()
 
     api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
+    api.include_router(playground_routes(endpoint, _ERRORS))
     _describe(api)
     return Gate(api, endpoint, names_requests=names_requests)
 

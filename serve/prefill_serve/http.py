@@ -224,6 +224,40 @@ class Health(StrictModel):
     refused: str | None = Field(None, description="Why the latest settings were not taken over, if they were not")
 
 
+class ServedTarget(StrictModel):
+    name: str
+    input_price: float = Field(description="USD per million tokens")
+    output_price: float = Field(description="USD per million tokens")
+    can_answer: bool = Field(description="Calls may go there")
+
+
+class CurvePoint(StrictModel):
+    """What the router's choices are worth from this tolerance on, on its validation prompts."""
+
+    tolerance: float
+    cost_usd: float = Field(description="Mean, of a prompt")
+    accuracy: float
+
+
+class SinglePoint(StrictModel):
+    """What one target for all prompts is worth, on the same prompts."""
+
+    target: str
+    cost_usd: float = Field(description="Mean, of a prompt")
+    accuracy: float
+
+
+class RouterCard(StrictModel):
+    """The router that serves, and what it was worth when it was trained, at the prices of that time."""
+
+    router_version: str
+    encoder: str
+    tolerance: float
+    targets: list[ServedTarget]
+    curve: list[CurvePoint] = Field(description="By ascending tolerance; empty where it was not recorded")
+    singles: list[SinglePoint]
+
+
 def error_type(status: int) -> str:
     """The `type` that the OpenAI API gives errors of a status."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}

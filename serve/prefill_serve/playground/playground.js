@@ -1,0 +1,286 @@
+// The playground: asks the endpoint what it would do, and shows it. Nothing is stored but the key, for this tab.
+
+const $ = (id) => document.getElementById(id);
+const conversation = $("conversation");
+let card = null; // what GET /v1/router says
+let asking = null; // the AbortController of the routing request under way
+let answering = null; // that of the answer
+
+// --- requests -------------------------------------------------------------------------------------------------------
+
+function headers() {
+  const key = $("key").value.trim();
+  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+}
+
+// The response; throws an Error whose message can be shown.
+async function request(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: headers() });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The endpoint does not answer. Is it running?");
+  }
+  if (response.ok) return response;
+  const said = await response.json().catch(() => null);
+  const message = said?.error?.message ?? response.statusText;
+  const help = { 401: " Enter a key above.", 429: " It is busy; type on to try again." }[response.status] ?? "";
+  throw new Error(`${response.status}: ${message}.${help}`.replace("..", "."));
+}
+
+function messages() {
+  return [...conversation.children]
+    .map((item) => ({ role: item.querySelector("select").value, content: item.querySelector("textarea").value }))
+    .filter((message) => message.content.trim());
+}
+
+function show(element, text) {
+  element.textContent = text;
+  element.hidden = !text;
+}
+
+// --- routing --------------------------------------------------------------------------------------------------------
+
+async function route() {
+  asking?.abort();
+  const said = messages();
+  if (!said.length) {
+    $("targets").hidden = true;
+    show($("problem"), "");
+    show($("timing"), "");
+    $("decision").textContent = "Type a prompt.";
+    return;
+  }
+  const mine = (asking = new AbortController());
+  const body = JSON.stringify({ messages: said, tolerance: Number($("tolerance").value), explain: true });
+  const started = performance.now();
+  try {
+    const response = await request("v1/route", { method: "POST", body, signal: mine.signal });
+    const answer = await response.json();
+    if (mine !== asking) return;
+    show($("problem"), "");
+    showDecision(answer, performance.now() - started);
+  } catch (error) {
+    if (error.name !== "AbortError" && mine === asking) show($("problem"), error.message);
+  }
+}
+
+function later(action, milliseconds) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(action, milliseconds);
+  };
+}
+
+const percent = (p) => `${(100 * p).toFixed(1)} %`;
+// Of a thousand prompts: one costs too little to be read.
+const usd = (cost) => `$${(1000 * cost).toLocaleString("en", { maximumSignificantDigits: 2 })}`;
+
+function showDecision(answer, milliseconds) {
+  const chosen = answer.selected_model;
+  const small = document.createElement("small");
+  small.textContent =
+    `P(correct) ${percent(answer.p_correct[chosen])}, ${usd(answer.expected_cost_usd[chosen])} for a thousand like it`;
+  $("decision").replaceChildren(chosen, small);
+  const byChance = [...answer.model_names].sort((a, b) => answer.p_correct[b] - answer.p_correct[a]);
+  $("targets").tBodies[0].replaceChildren(...byChance.map((name) => targetRow(name, answer)));
+  $("targets").hidden = false;
+  const { input_tokens: tokens, drift, is_cached: isCached } = answer.metadata;
+  const strange = drift?.is_out_of_distribution ? " Unlike the prompts of training: trust it less." : "";
+  $("timing").textContent =
+    `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", known before" : ""}.${strange}`;
+  $("timing").hidden = false;
+}
+
+function targetRow(name, answer) {
+  const row = document.createElement("tr");
+  row.className = name === answer.selected_model ? "chosen" : "";
+  const head = row.appendChild(document.createElement("th"));
+  head.scope = "row";
+  const why = document.createElement("small");
+  why.textContent = answer.explanation?.[name] ?? "";
+  head.append(name, why);
+  const p = row.insertCell();
+  p.className = "p";
+  p.append(percent(answer.p_correct[name]), bar(answer.p_correct[name]));
+  for (const text of [usd(answer.expected_cost_usd[name]), answer.expected_output_tokens[name].toFixed(0)]) {
+    const cell = row.insertCell();
+    cell.className = "number";
+    cell.textContent = text;
+  }
+  return row;
+}
+
+function svg(name, attributes, text = "") {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.textContent = text;
+  return element;
+}
+
+function bar(share) {
+  const box = svg("svg", { viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" });
+  box.append(svg("rect", { class: "track", width: 100, height: 6 }));
+  box.append(svg("rect", { class: "value", width: 100 * share, height: 6 }));
+  return box;
+}
+
+// --- the curve ------------------------------------------------------------------------------------------------------
+
+function drawCurve() {
+  const picture = $("curve");
+  const title = svg("title", { id: "curve-title" }, "Accuracy against cost");
+  if (!card?.curve.length) {
+    picture.replaceChildren(title);
+    picture.setAttribute("viewBox", "0 0 560 8");
+    $("curve-text").textContent = card ? "This router's curve was not recorded: train it again to see it." : "";
+    return;
+  }
+  const singles = card.singles.filter((single) => single.cost_usd > 0);
+  const points = [...card.curve, ...singles];
+  const [low, high] = [Math.min, Math.max].map((of) => of(...points.map((point) => point.accuracy)));
+  const most = Math.max(...points.map((point) => point.cost_usd));
+  const x = (point) => 52 + (470 * point.cost_usd) / most;
+  const y = (point) => 270 - (240 * (point.accuracy - low)) / (high - low || 1);
+  const at = Number($("tolerance").value);
+  const here = card.curve.findLast((point) => point.tolerance <= at) ?? card.curve[0];
+  const line = card.curve.map((point) => `${x(point).toFixed(1)},${y(point).toFixed(1)}`).join(" ");
+  picture.replaceChildren(
+    title,
+    svg("path", { class: "axis", d: "M52 20V280H540", fill: "none" }),
+    svg("text", { x: 44, y: 34, "text-anchor": "end" }, (100 * high).toFixed(0)),
+    svg("text", { x: 44, y: 274, "text-anchor": "end" }, (100 * low).toFixed(0)),
+    svg("text", { x: 52, y: 14 }, "% right"),
+    svg("text", { x: 540, y: 300, "text-anchor": "end" }, `${usd(most)} for 1,000 prompts`),
+    ...singles.flatMap((single) => singleMark(single, x(single), y(single))),
+    svg("polyline", { class: "line", points: line }),
+    svg("circle", { class: "here", cx: x(here), cy: y(here), r: 8 }),
+  );
+  const best = singles.reduce((a, b) => (b.accuracy > a.accuracy ? b : a), singles[0]);
+  const beside = best
+    ? ` Always ${best.target}: ${percent(best.accuracy)} right for ${usd(best.cost_usd)}.`
+    : "";
+  $("curve-text").textContent =
+    `At tolerance ${at.toFixed(3)}: ${percent(here.accuracy)} right for ${usd(here.cost_usd)} a thousand ` +
+    `prompts, on the prompts that the router was validated on.${beside}`;
+}
+
+function singleMark(single, x, y) {
+  const isRight = x > 300;
+  const place = { x: x + (isRight ? -8 : 8), y: y + 16, "text-anchor": isRight ? "end" : "start" };
+  return [svg("circle", { class: "single", cx: x, cy: y, r: 4 }), svg("text", place, single.target)];
+}
+
+// --- the answer -----------------------------------------------------------------------------------------------------
+
+async function send() {
+  const said = messages();
+  if (!said.length) return;
+  answering = new AbortController();
+  $("send").disabled = $("add").disabled = true;
+  $("stop").hidden = false;
+  $("answer").textContent = $("served").textContent = "";
+  $("answer").setAttribute("aria-busy", "true");
+  show($("broken"), "");
+  const body = JSON.stringify({
+    model: "auto", messages: said, stream: true, tolerance: Number($("tolerance").value),
+  });
+  try {
+    const response = await request("v1/chat/completions", { method: "POST", body, signal: answering.signal });
+    const p = response.headers.get("x-router-p-correct");
+    const by = response.headers.get("x-router-selected-model");
+    $("served").textContent = `${by}${p ? `, P(correct) ${percent(Number(p))}` : ""}`;
+    await readEvents(response.body);
+  } catch (error) {
+    if (error.name !== "AbortError") show($("broken"), error.message);
+  } finally {
+    $("send").disabled = $("add").disabled = false;
+    $("stop").hidden = true;
+    $("answer").setAttribute("aria-busy", "false");
+  }
+}
+
+async function readEvents(stream) {
+  let rest = "";
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The answer broke off.");
+    const events = (rest + value).split(/\r?\n\r?\n/);
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: ?/gm, "");
+      if (data === "[DONE]") return;
+      if (!data.startsWith("{")) continue;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Error(`The answer broke off: ${chunk.error.message}`);
+      $("answer").append(chunk.choices?.[0]?.delta?.content ?? "");
+    }
+  }
+}
+
+// --- the page -------------------------------------------------------------------------------------------------------
+
+function addMessage(role = "user") {
+  const item = $("message").content.cloneNode(true).firstElementChild;
+  item.querySelector("select").value = role;
+  item.querySelector(".remove").addEventListener("click", () => {
+    item.remove();
+    if (!conversation.children.length) addMessage();
+    conversation.querySelector("textarea").focus();
+    route();
+  });
+  conversation.append(item);
+  return item;
+}
+
+async function start() {
+  try {
+    card = await (await request("v1/router")).json();
+    show($("problem"), "");
+  } catch (error) {
+    show($("problem"), error.message);
+    return;
+  }
+  $("router").textContent = `${card.targets.length} targets · ${card.encoder} · version ${card.router_version}`;
+  $("tolerance").value = card.tolerance;
+  showTolerance();
+  $("answering").hidden = !card.targets.some((target) => target.can_answer);
+  route();
+}
+
+function showTolerance() {
+  $("tolerance-value").textContent = Number($("tolerance").value).toFixed(3);
+  drawCurve();
+}
+
+$("key").value = sessionStorage.getItem("key") ?? "";
+$("key").form.addEventListener("submit", (event) => event.preventDefault());
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", $("key").value);
+  start();
+});
+const routeSoon = later(route, 200);
+conversation.addEventListener("input", routeSoon);
+$("tolerance").addEventListener("input", () => {
+  showTolerance();
+  route();
+});
+$("add").addEventListener("click", () => {
+  const roles = [...conversation.querySelectorAll("select")].map((select) => select.value);
+  addMessage(roles.at(-1) === "user" ? "assistant" : "user").querySelector("textarea").focus();
+});
+$("clear").addEventListener("click", () => {
+  answering?.abort();
+  conversation.replaceChildren();
+  addMessage().querySelector("textarea").focus();
+  $("answer").textContent = $("served").textContent = "";
+  show($("broken"), "");
+  route();
+});
+$("send").addEventListener("click", send);
+$("stop").addEventListener("click", () => answering?.abort());
+addMessage();
+start();

@@ -1,0 +1,172 @@
+"""The playground in a real browser, as one uses it with mouse, keyboard, phone and screen reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from browsers import CHROMIUM
+from gateway import Gateway, write_pool
+from upstream import Fault, Upstream
+
+pytestmark = pytest.mark.browser
+
+# The router thinks more of big here, but not much more.
+ASKED = "what is the name of the old town"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def upstreams() -> Iterator[dict[str, Upstream]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+
+
+@pytest.fixture(scope="module")
+def gateway(router: str, upstreams: dict[str, Upstream], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    pool = write_pool(tmp_path_factory.mktemp("playground") / "pool.toml", upstreams)
+    with Gateway(router=router, pool=pool) as gateway:
+        yield gateway
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request: pytest.FixtureRequest, browser: Browser, gateway: Gateway) -> Iterator[Page]:
+    """The playground in a window of that width; nothing in it may fail, or ask another host."""
+    page = browser.new_page(viewport={"width": request.param, "height": 900})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request", lambda asked: None if asked.url.startswith((gateway.url, "data:")) else problems.append(asked.url)
+    )
+    page.goto(f"{gateway.url}/")
+    expect(page.locator("#router")).to_contain_text("2 targets")
+    yield page
+    page.close()
+    assert not problems
+
+
+def ask(page: Page, text: str = ASKED) -> None:
+    page.get_by_label("Text").last.fill(text)
+    expect(page.locator("tr.chosen")).to_be_visible()
+
+
+def chosen(page: Page) -> str:
+    return page.locator("tr.chosen th").inner_text().split("\n")[0]
+
+
+def test_it_shows_what_the_endpoint_says(page: Page, gateway: Gateway) -> None:
+    ask(page)
+    body = {
+        "messages": [{"role": "user", "content": ASKED}],
+        "tolerance": float(page.locator("#tolerance").input_value()),
+    }
+    answer = gateway.post("/v1/route", body).json()
+    expect(page.locator("#decision")).to_contain_text(answer["selected_model"])
+    assert chosen(page) == answer["selected_model"]
+    for name, p in answer["p_correct"].items():
+        expect(page.get_by_role("row", name=name)).to_contain_text(f"{100 * p:.1f} %")
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]  # type: ignore[index]
+
+
+def test_the_choice_follows_the_tolerance(page: Page, gateway: Gateway) -> None:
+    slider = page.get_by_role("slider", name="Tolerance")
+    slider.fill("0")
+    ask(page)
+    strict = gateway.post("/v1/route", {"messages": [{"role": "user", "content": ASKED}], "tolerance": 0.0}).json()
+    best, other = strict["selected_model"], next(n for n in strict["model_names"] if n != strict["selected_model"])
+    assert strict["costs"][strict["model_names"].index(other)] < strict["costs"][strict["model_names"].index(best)]
+    expect(page.locator("#decision")).to_contain_text(best)
+    before = page.locator("#curve-text").inner_text()
+    slider.focus()
+    page.keyboard.press("End")
+    expect(page.locator("#decision")).to_contain_text(other)
+    assert "At tolerance 1.000" in page.locator("#curve-text").inner_text() != before
+    page.keyboard.press("Home")
+    expect(page.locator("#decision")).to_contain_text(best)
+
+
+def test_a_conversation_is_read_whole(page: Page) -> None:
+    ask(page)
+    page.get_by_role("button", name="Add a message").click()
+    assert page.get_by_label("Role").last.input_value() == "assistant"
+    page.keyboard.type("It is called so.")  # the new message has the focus
+    with page.expect_request("**/v1/route") as sent:
+        page.keyboard.type(" Indeed.")
+    told = sent.value.post_data_json["messages"]
+    assert [message["role"] for message in told] == ["user", "assistant"]
+    page.get_by_role("button", name="Remove this message").last.click()
+    expect(page.get_by_label("Text")).to_have_count(1)
+    page.get_by_role("button", name="Start anew").click()
+    expect(page.locator("#decision")).to_have_text("Type a prompt.")
+
+
+def test_an_answer_streams_and_one_that_breaks_off_says_so(page: Page, upstreams: dict[str, Upstream]) -> None:
+    ask(page)
+    target = chosen(page)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#answer")).to_have_text(f"{target}: {ASKED}")
+    expect(page.locator("#served")).to_contain_text(f"{target}, P(correct)")
+    upstreams[target].faults(Fault.ERROR_MIDWAY)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#broken")).to_contain_text("The answer broke off")
+    for upstream in upstreams.values():
+        upstream.faults(Fault.ERROR)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#broken")).to_contain_text("502")
+    upstreams[target].faults(Fault.STALL)
+    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    expect(page.locator("#broken")).to_be_hidden()
+
+
+def test_an_error_is_readable(page: Page) -> None:
+    refused = json.dumps({"error": {"message": "the endpoint is busy: try again in 2 s", "code": "overloaded"}})
+    page.route("**/v1/route", lambda route: route.fulfill(status=429, body=refused, content_type="application/json"))
+    page.get_by_label("Text").fill(ASKED)
+    expect(page.locator("#problem")).to_contain_text("the endpoint is busy")
+    page.unroute("**/v1/route")
+    page.route("**/v1/route", lambda route: route.abort())
+    page.get_by_label("Text").fill(f"{ASKED}?")
+    expect(page.locator("#problem")).to_contain_text("does not answer")
+    page.unroute("**/v1/route")
+    page.get_by_label("Text").fill(ASKED)
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(page: Page, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    ask(page)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#answer")).to_contain_text(ASKED)
+    page.locator("summary").click()
+    found = Axe().run(page).response["violations"]
+    assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
+
+
+def test_the_page_is_open_and_runs_no_script_but_its_own(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.configure(open=False, keys={"ann": "sha256:" + "0" * 64})
+    try:
+        for path in ("/", "/playground.js", "/playground.css"):
+            answer = httpx.get(gateway.url + path)
+            assert answer.status_code == 200
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert httpx.get(f"{gateway.url}/v1/router").status_code == 401
+    finally:
+        gateway.configure(open=True, keys={})
