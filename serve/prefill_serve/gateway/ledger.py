@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from prefill_router import storage
 from prefill_router.config import StrictModel
@@ -65,8 +65,19 @@ class NoFeedback(UserError):  # noqa: N818 - an answer, not a fault
     """There is no folder for feedback."""
 
 
+_GIVEN = {"not": {"type": "null"}}
+_ONE_WAY: list[Any] = [
+    {"required": [way], "properties": {way: _GIVEN, other: {"type": "null"}}}
+    for way, other in (("correct", "score"), ("score", "correct"))
+]
+
+
 class Feedback(StrictModel):
     """Whether the answer to a request was right."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": _ONE_WAY, "examples": [{"request_id": "route-3f2a", "correct": True}]}
+    )
 
     request_id: str = Field(min_length=1, description="Of the answer: its header x-request-id")
     correct: bool | None = Field(None, description="Was it right; or give a score")

@@ -109,7 +109,16 @@ def gateway_routes(endpoint: Endpoint, ledger: Ledger, errors: dict[int | str, d
 
 
 def _body(required: str) -> dict[str, Any]:
-    schema = {"type": "object", "required": [required], "properties": {"model": {"type": "string"}}}
+    """What of a call is read here; the rest is the upstream's to judge."""
+    fields = {
+        "model": {"type": "string", "default": ROUTED_NAMES[0], "description": "Or a target's name"},
+        "stream": {"type": ["boolean", "null"]},
+        "tolerance": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "models": {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        "max_cost_usd": {"type": ["number", "null"], "minimum": 0},
+        "min_p_correct": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+    }
+    schema = {"type": "object", "required": [required], "properties": fields}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
