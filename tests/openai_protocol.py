@@ -127,7 +127,7 @@ def read_chat(body: Json) -> Prompt:
         must_call=_must_call(choice, choice["function"]["name"] if isinstance(choice, dict) else None, tools),
         schema=_wanted_schema(body.get("response_format"), "json_schema"),
         max_tokens=_limit(body, "max_completion_tokens", "max_tokens"),
-        n=body.get("n") or 1,
+        n=_choices(body),
     )
 
 
@@ -372,6 +372,13 @@ def _limit(body: Json, *names: str) -> int | None:
     if not isinstance(body[name], int) or body[name] < 1:
         raise BadRequest(f"'{name}' must be an integer of at least 1.", name, "integer_below_min_value")
     return int(body[name])
+
+
+def _choices(body: Json) -> int:
+    n = body.get("n")
+    if n is not None and (not isinstance(n, int) or not 1 <= n <= 128):
+        raise BadRequest("'n' must be an integer from 1 to 128.", "n")
+    return n or 1
 
 
 def _must_call(choice: Any, name: str | None, tools: Mapping[str, Json]) -> str | None:

@@ -57,6 +57,11 @@ class Pool(config.StrictModel):
     def target_names(self) -> list[str]:
         return [target.name for target in self.targets]
 
+    @property
+    def prices(self) -> dict[str, tuple[float, float]]:
+        """USD per million input and output tokens, by target."""
+        return {target.name: (target.input_price, target.output_price) for target in self.targets}
+
     def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
         """Expected cost (N, T) in USD of prompts with `input_tokens` (N,) and expected `output_tokens` (N, T).
 

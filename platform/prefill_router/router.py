@@ -118,9 +118,14 @@ class Router:
         if unknown := [name for name in pool.target_names if name not in known]:
             raise UserError(f'target "{unknown[0]}" is not one of the router\'s: {", ".join(known)}')
         own = [known[name] for name in pool.target_names]
+        training = dict(self.training)
+        if pool.prices != self.pool.prices and "validation" in training:
+            kept = {name: value for name, value in training["validation"].items() if name not in ("curve", "singles")}
+            training["validation"] = kept  # what it was worth held at those prices
         return replace(
             self,
             pool=pool,
+            training=training,
             trunk=self.trunk.of_outputs(own),
             kernel=self.kernel.of_outputs([*own, *(len(known) + t for t in own)]),
             length_spread=self.length_spread[own],

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from browsers import CHROMIUM
 from gateway import Gateway, write_pool
+from prefill_router.router import Router
 from upstream import Fault, Upstream
 
 pytestmark = pytest.mark.browser
@@ -39,7 +40,10 @@ def upstreams() -> Iterator[dict[str, Upstream]]:
 
 @pytest.fixture(scope="module")
 def gateway(router: str, upstreams: dict[str, Upstream], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    pool = write_pool(tmp_path_factory.mktemp("playground") / "pool.toml", upstreams)
+    prices = {
+        t.name: {"input_price": t.input_price, "output_price": t.output_price} for t in Router.load(router).pool.targets
+    }
+    pool = write_pool(tmp_path_factory.mktemp("playground") / "pool.toml", upstreams, **prices)
     with Gateway(router=router, pool=pool) as gateway:
         yield gateway
 
