@@ -188,8 +188,15 @@ def _evaluate(config: Any) -> None:
     import numpy as np
 
     from prefill_jobs.evaluate import evaluate
-    from prefill_router.report import against_baselines, headline, metric_rows
+    from prefill_jobs.from_log import evaluate_log
+    from prefill_router.outcomes import is_feedback
+    from prefill_router.report import against_baselines, headline, metric_rows, policy_rows
 
+    if is_feedback(config.outcomes):
+        for row in policy_rows(evaluate_log(config)):
+            typer.echo("  ".join(row))
+        typer.echo(f"report: {config.out}/log.json")
+        return
     evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))

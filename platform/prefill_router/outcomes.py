@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_router import storage
+from prefill_router.counterfactual import Log
 from prefill_router.errors import UserError
-from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, REQUEST_ID, TARGET
+from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, PROPENSITY, REQUEST_ID, TARGET
 from prefill_router.split import prompt_hashes
 
 _BATCH_ROWS = 1 << 17
@@ -142,6 +143,28 @@ def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.
     """`correct` and `output_tokens`; NaN where there is no length."""
     _check_values(table, uri)
     return table[CORRECT].to_numpy(), table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
+
+
+def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
+    """The requests of feedback that `targets` answered, with the hashes of their prompts (N,).
+
+    Raises UserError where there is none, or propensities are missing.
+    """
+    requests: set[int] = set()
+    wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID]
+    tables = []
+    for file in _files(uri):
+        with storage.open_parquet(file) as parquet:
+            if missing := [name for name in wanted if name not in parquet.schema_arrow.names]:
+                raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
+            table = _first_of_requests(parquet.read(wanted), requests)
+        is_known = pc.is_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
+        tables.append(table.filter(pc.and_(is_known, pc.is_valid(table[CORRECT]))))
+    table = pa.concat_tables(tables)
+    keys = prompt_hashes(table[PROMPT_ID].to_pylist())
+    chosen = np.asarray(pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string())), np.int64)
+    reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
+    return keys, Log(chosen, reward, propensity, keys)
 
 
 def target_names(uri: str) -> list[str]:

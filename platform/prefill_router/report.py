@@ -9,6 +9,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from prefill_router import figures, storage
+from prefill_router.counterfactual import PolicyValue
 from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.probe import LayerProbe
@@ -104,6 +105,22 @@ _METRICS: list[tuple[str, str, str]] = [
     ("MDP-AUCCC (what routing adds)", "mdp_auccc", ".4f"),
     ("PDP-AUCCC (what it leaves)", "pdp_auccc", ".4f"),
 ]
+
+
+def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
+    """Counterfactual values as text, a row each, below a head."""
+    head = ("policy", "doubly robust", "IPS", "self-normalised", "support", "worth requests")
+    rows = [
+        (
+            value.policy,
+            *(_in_words(figure, "%") for figure in (value.doubly_robust, value.ips, value.snips)),
+            shown(value.support, "%"),
+            shown(value.effective_requests, ".0f"),
+        )
+        for value in values
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
 
 
 def paired_rows(standing: Standing) -> list[tuple[str, str]]:

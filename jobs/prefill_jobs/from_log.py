@@ -1,0 +1,59 @@
+"""`evaluate` on feedback: what the router, and each target for all, would have been worth on the requests of a log."""
+
+# N requests, T targets
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+
+from prefill_jobs import cluster
+from prefill_jobs.graded import GradedStore
+from prefill_jobs.leakage import held_out
+from prefill_jobs.predict import predict_graded
+from prefill_router import storage
+from prefill_router.config import EvaluateConfig
+from prefill_router.counterfactual import PolicyValue, policy_value
+from prefill_router.errors import UserError
+from prefill_router.evaluation import finite
+from prefill_router.outcomes import load_log
+from prefill_router.policy import choose
+from prefill_router.router import Router
+from prefill_router.units import of_corpus
+
+
+def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
+    """Writes log.json to `config.out`: the values of policies, the router first. Only prompts new to it count.
+
+    Raises UserError where the log has no request on a prompt that is in the store and was not trained on.
+    """
+    router = Router.load(config.router)
+    units = None if config.corpus is None else of_corpus(config.corpus)
+    graded = GradedStore.open(
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+    )
+    cluster.connect()
+    predicted = predict_graded(router, graded)
+    is_new = held_out([router], predicted.keys, graded.units, drop=config.drop_leaked)
+    keys, log = load_log(config.outcomes, router.pool.target_names)
+    order = np.argsort(predicted.keys)
+    place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]
+    is_counted = (predicted.keys[place] == keys) & is_new[place]
+    if not is_counted.any():
+        raise UserError(f"{config.outcomes}: no request is on a prompt of the store that is new to the router")
+    place, log = place[is_counted], log[is_counted]
+    p_correct, lengths = (values[place] for values in predicted.prediction)
+    expected = router.pool.expected_cost(predicted.num_tokens[place], lengths)
+    policies = {"router": choose(p_correct, expected, router.default_tolerance)}
+    policies |= {f"always {name}": np.full(len(place), t) for t, name in enumerate(router.pool.target_names)}
+    values = [policy_value(name, log, choice, p_correct, config.draws) for name, choice in policies.items()]
+    told = {
+        "router": router.version,
+        "requests": len(place),
+        "explored": float((log.propensity < 1.0).mean()),
+        "mean_reward_of_the_log": float(log.reward.mean()),
+        "policies": [asdict(value) for value in values],
+    }
+    storage.write_json(storage.join(config.out, "log.json"), finite(told))
+    return values
