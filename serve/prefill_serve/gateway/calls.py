@@ -246,7 +246,7 @@ def json_object(data: bytes) -> Body:
     """The JSON object that bytes hold; an empty one where they hold none."""
     try:
         body = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -262,7 +262,7 @@ def _as_message(item: Body) -> Body:
     kind = item.get("type", "message")
     if kind == "function_call_output":
         output = item.get("output")
-        return {"role": "tool", "content": output if isinstance(output, str) else json.dumps(output)}
+        return {"role": "tool", "content": output if isinstance(output, str | list) else json.dumps(output)}
     if kind != "message":
         return {"role": "assistant", "content": "", "tool_calls": [item]}
     return {"role": item.get("role", "user"), "content": item.get("content")}

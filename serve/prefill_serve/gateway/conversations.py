@@ -23,7 +23,7 @@ def keys_of(call: Call, holder: str, session: str | None) -> tuple[list[Key], Ke
     """
     if call.continues is not None:
         return [answer_key(holder, call.continues)], _key(holder, "next", call.continues)
-    if session is not None:
+    if session:  # an empty header is none
         key = _key(holder, "session", session)
         return [key], key
     digest = hashlib.sha256(_key(holder, "said", ""))

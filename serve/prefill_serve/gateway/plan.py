@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefill_router.decision import Decision, Policy
 from prefill_router.pool import Target
@@ -86,6 +86,11 @@ def can_take(target: Target, call: Call, input_tokens: int) -> bool:
 
 
 def guessed_tokens(call: Call) -> int:
-    """Tokens of a call that no tokenizer has seen."""
-    texts = [str(message.get("content") or "") for message in call.messages]
-    return sum(map(len, texts)) // _CHARACTERS_A_TOKEN
+    """Tokens of a call that no tokenizer has seen, images not among them."""
+    return sum(_num_characters(message.get("content")) for message in call.messages) // _CHARACTERS_A_TOKEN
+
+
+def _num_characters(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(_num_characters(part.get("text")) for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0
