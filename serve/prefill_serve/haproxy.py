@@ -37,8 +37,8 @@ _UNAVAILABLE = {
 def environment() -> dict[str, str]:
     """What makes Serve put HAProxy before the replicas, with files in a folder of its own.
 
-    A request that a dying replica did not answer goes to another one: routing has no effects, so that twice is as good
-    as once.
+    A request that a dying replica did not answer goes to another one: an upstream may be asked twice then, which is
+    better than no answer. One that takes long is never sent again: answers of upstreams do.
     """
     ports = _free_ports()
     # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
@@ -58,10 +58,10 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[-2]),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-1]),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "10",
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "30",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "600",  # an upstream's own limit comes first
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",

@@ -56,7 +56,7 @@ class Stats(StrictModel):
     against_dearest: Saving | None
     against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
     targets: dict[str, TargetStats]
-    spent_today_usd: dict[str, float] = Field(description="By the name of the key's holder")
+    spent_today_usd: float = Field(description="By the key that asks")
     feedback: int = Field(description="Outcomes that were recorded")
 
 
@@ -136,7 +136,8 @@ class Accounts:
         is_total_spent = budgets.usd_per_day is not None and sum(spent.values()) >= budgets.usd_per_day
         return is_total_spent or (own is not None and spent.get(holder, 0.0) >= own)
 
-    def stats(self, now: datetime, num_feedback: int) -> Stats:
+    def stats(self, now: datetime, holder: str, num_feedback: int) -> Stats:
+        """What `holder` is told; what others spend is nobody's business."""
         targets = {
             name: TargetStats(
                 answered=sums.answered,
@@ -163,7 +164,7 @@ class Accounts:
             against_dearest=self._against(self._would_cost),
             against_best_single=self._against(self._p_correct),
             targets=targets,
-            spent_today_usd=self.spent_today(now),
+            spent_today_usd=self.spent_today(now).get(holder, 0.0),
             feedback=num_feedback,
         )
 

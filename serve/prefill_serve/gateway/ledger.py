@@ -114,7 +114,7 @@ class Ledger(Protocol):
     async def open(self, holder: str, keys: Sequence[Key]) -> Standing: ...
     async def record(self, served: Served, keys: Sequence[Key]) -> None: ...
     async def feedback(self, given: Feedback, holder: str) -> bool: ...
-    async def stats(self) -> Stats: ...
+    async def stats(self, holder: str) -> Stats: ...
 
 
 class LocalLedger:
@@ -190,8 +190,8 @@ class LocalLedger:
         await asyncio.shield(new.written)
         return True
 
-    async def stats(self) -> Stats:
-        return self.accounts.stats(_now(), len(self._feedback))
+    async def stats(self, holder: str) -> Stats:
+        return self.accounts.stats(_now(), holder, len(self._feedback))
 
     async def close(self) -> None:
         """Saves what has not been."""

@@ -96,9 +96,9 @@ def gateway_routes(endpoint: Endpoint, ledger: Ledger, errors: dict[int | str, d
         return ModelList(data=[Model(id=name) for name in [*ROUTED_NAMES, *names]])
 
     @routes.get("/v1/stats", responses=errors, tags=["gateway"])
-    async def stats() -> Stats:
+    async def stats(http: Request) -> Stats:
         """What calls cost, were expected to cost, and would have cost on one target."""
-        return await ledger.stats()
+        return await ledger.stats(http.state.holder)
 
     @routes.post("/v1/feedback", responses=errors, tags=["gateway"])
     async def feedback(given: Feedback, http: Request) -> Recorded:

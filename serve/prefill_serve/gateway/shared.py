@@ -52,8 +52,8 @@ class RemoteLedger:
     async def feedback(self, given: Feedback, holder: str) -> bool:
         return await self._call("feedback", given, holder)  # type: ignore[no-any-return]
 
-    async def stats(self) -> Stats:
-        return await self._call("stats")  # type: ignore[no-any-return]
+    async def stats(self, holder: str) -> Stats:
+        return await self._call("stats", holder)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:
