@@ -37,7 +37,7 @@ OUTCOMES = pa.schema(
 COST_USD = "cost_usd"
 PROPENSITY = "propensity"
 REQUEST_ID = "request_id"
-AT = "at"
+AT = "answered_at"
 
 # Outcomes of requests that were answered; a pair stands as often as it was graded, a request once.
 FEEDBACK = pa.schema(

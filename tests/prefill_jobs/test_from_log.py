@@ -40,7 +40,7 @@ def feedback(small_data: Path, tmp_path: Path) -> str:
                     "correct": answers[target],
                     "propensity": 0.75 if target == "small" else 0.25,
                     "request_id": f"{prompt_id}-{turn}",
-                    "at": datetime(2026, 11, 25, tzinfo=UTC),
+                    "answered_at": datetime(2026, 11, 25, tzinfo=UTC),
                 }
             )
     (tmp_path / "outcomes").mkdir()

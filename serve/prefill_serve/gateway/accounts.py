@@ -96,6 +96,7 @@ class Accounts:
         if served.target is None or served.end == "routed":
             return
         sums = self._targets[served.target]
+        sums.failed += served.end == "failed"
         if served.usage is not None:
             sums.input_tokens += served.usage.input_tokens
             sums.output_tokens += served.usage.output_tokens

@@ -140,7 +140,8 @@ class LocalLedger:
             folder = _Folder(settings.folder)
             calls, outcomes = await asyncio.to_thread(folder.read, _now() - _KEPT)
             for served in calls:
-                self._take(served)
+                if served.request_id not in self._calls:
+                    self._take(served)
             for row in outcomes:
                 given = _Given(row[CORRECT], row[OUTPUT_TOKENS], asyncio.get_running_loop().create_future())
                 given.written.set_result(None)
@@ -269,7 +270,7 @@ class _Folder:
 
     def write_calls(self, calls: Sequence[Served]) -> None:
         self.journal.write(calls, _now())
-        self.journal.merge(_now())
+        _tidy(self.journal)
 
     def write_outcomes(self, batch: Sequence[tuple[_Given, Served]]) -> None:
         prompts = {served.prompt_id: served.prompt for _, served in batch if served.prompt is not None}
@@ -278,7 +279,15 @@ class _Folder:
             self.prompts.write([{PROMPT_ID: key, PROMPT: prompt} for key, prompt in new.items()], _now())
             self._kept_prompts |= new.keys()
         self.outcomes.write([_outcome(given, served) for given, served in batch], _now())
-        self.outcomes.merge(_now())
+        _tidy(self.outcomes)
+
+
+def _tidy(segments: Segments[Any]) -> None:
+    """What was written is kept, whether or not this succeeds."""
+    try:
+        segments.merge(_now())
+    except Exception:
+        log.exception("small files were not made one", extra={"folder": segments.uri})
 
 
 def _outcome(given: _Given, served: Served) -> Row:
