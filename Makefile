@@ -12,7 +12,7 @@ demo: .venv/demo
 	$(BIN)/prefill-router demo
 
 test: lint
-	$(BIN)/pytest --quiet
+	$(BIN)/pytest --quiet --durations=30
 
 lint: .venv/dev
 	$(BIN)/ruff check .

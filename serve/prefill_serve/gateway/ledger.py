@@ -44,6 +44,7 @@ log = logging.getLogger("ray.serve")
 _REMEMBERED = 200_000  # calls
 _KEPT = timedelta(days=7)  # a call in the journal, and so the time for its feedback
 _JOURNAL_S = 1.0
+_UNSAVED = 10_000  # calls that are kept where the journal cannot be written
 _PATIENCE_S = 1.0  # for the record of a call whose caller is quick with its feedback
 
 Row = dict[str, Any]
@@ -129,6 +130,7 @@ class LocalLedger:
         self._unsaved: list[Served] = []
         self._pending: list[tuple[_Given, Served]] = []
         self._committing, self._journaling = asyncio.Lock(), asyncio.Lock()
+        self._saver: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def configure(self, settings: LedgerSettings) -> None:
@@ -159,9 +161,8 @@ class LocalLedger:
         self._take(served)
         if self._folder is not None:
             self._unsaved.append(served)
-            if len(self._unsaved) == 1:
-                self._tasks.add(task := asyncio.create_task(self._save_soon()))
-                task.add_done_callback(self._tasks.discard)
+            if self._saver is None or self._saver.done():
+                self._saver = asyncio.create_task(self._save_soon())
 
     async def feedback(self, given: Feedback, holder: str) -> bool:
         """Records an outcome, and says whether it is new. It is kept for good once this returns.
@@ -186,7 +187,7 @@ class LocalLedger:
         new = _Given(value, length, asyncio.get_running_loop().create_future())
         self._feedback[given.request_id] = new
         self._pending.append((new, served))
-        self._tasks.add(task := asyncio.create_task(self._commit()))
+        self._tasks.add(task := asyncio.create_task(self._commit(self._folder)))
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(new.written)
         return True
@@ -211,15 +212,14 @@ class LocalLedger:
             await asyncio.sleep(0.02)
         return self._calls.get(request_id)
 
-    async def _commit(self) -> None:
+    async def _commit(self, folder: _Folder) -> None:
         """Writes all feedback that waits, as one file: while it does, more can gather for the next."""
         async with self._committing:
             batch, self._pending = self._pending, []
             if not batch:
                 return
-            assert self._folder is not None
             try:
-                await asyncio.to_thread(self._folder.write_outcomes, batch)
+                await asyncio.to_thread(folder.write_outcomes, batch)
             except Exception as error:
                 log.exception("feedback was not written")
                 for given, served in batch:
@@ -231,8 +231,9 @@ class LocalLedger:
                 given.written.set_result(None)
 
     async def _save_soon(self) -> None:
-        await asyncio.sleep(_JOURNAL_S)
-        await self._save()
+        while self._unsaved and self._folder is not None:  # more may come while it is saved
+            await asyncio.sleep(_JOURNAL_S)
+            await self._save()
 
     async def _save(self) -> None:
         async with self._journaling:
@@ -241,7 +242,8 @@ class LocalLedger:
                 try:
                     await asyncio.to_thread(self._folder.write_calls, calls)
                 except Exception:
-                    log.exception("calls were not written to the journal")
+                    log.exception("calls were not written to the journal: they go with the next ones")
+                    self._unsaved = [*calls, *self._unsaved][-_UNSAVED:]
 
 
 class _Given:
@@ -257,7 +259,7 @@ class _Folder:
     def __init__(self, uri: str) -> None:
         self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
         self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_table)
-        self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_table)
+        self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
         self._kept_prompts: set[str | None] = set()
 
     def read(self, since: datetime) -> tuple[list[Served], list[Row]]:
@@ -278,6 +280,7 @@ class _Folder:
         if new:  # before the outcomes: none should be without its prompt
             self.prompts.write([{PROMPT_ID: key, PROMPT: prompt} for key, prompt in new.items()], _now())
             self._kept_prompts |= new.keys()
+            _tidy(self.prompts)
         self.outcomes.write([_outcome(given, served) for given, served in batch], _now())
         _tidy(self.outcomes)
 
@@ -332,6 +335,10 @@ def _encode_prompts(rows: Sequence[Row]) -> bytes:
 def _decode_table(data: bytes) -> list[Row]:
     rows: list[Row] = pq.read_table(BytesIO(data)).to_pylist()
     return rows
+
+
+def _decode_prompts(data: bytes) -> list[Row]:
+    return [{PROMPT_ID: row[PROMPT_ID], PROMPT: row[PROMPT] or row[MESSAGES]} for row in _decode_table(data)]
 
 
 def _float32(value: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 import httpx
 
@@ -74,11 +74,10 @@ class Stream:
 
     async def close(self) -> None:
         if self.is_whole:  # the connection can serve again once all has been read
-            with suppress(httpx.HTTPError, TimeoutError):
+            with suppress(Exception):
                 async with asyncio.timeout(_END_S):
                     await anext(self._pieces, None)
-        await self._response.aclose()
-        self._channel.leave()
+        await self._channel.release(self._response)
 
     async def _next_events(self) -> list[bytes]:
         if self._failure is not None:
@@ -86,8 +85,8 @@ class Stream:
         try:
             async with asyncio.timeout(self._channel.upstream.timeout_s):
                 piece = await anext(self._pieces, None)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise self._channel.failure_of(error) from None
+        except Exception as error:
+            raise self._channel.failure_of(error) from error
         if piece is None:
             raise self._channel.failure("cut", "ended its stream before the answer was whole")
         return list(self._for_caller(self._splitter.feed(piece)))
@@ -99,7 +98,9 @@ class Stream:
             if note is not None:
                 self.usage = note.usage or self.usage
                 self.answer_id = note.answer_id or self.answer_id
-                self.is_whole |= note.is_last
+                if note.is_last:
+                    self.is_whole = True
+                    self._channel.breaker.succeed()
                 if note.error is not None:
                     self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
                     self.is_whole = False
@@ -124,15 +125,12 @@ class Channel:
 
     async def answer(self, call: Call) -> Body:
         """The whole answer to a call."""
-        response = await self._send(call)
-        try:
-            async with asyncio.timeout(self.upstream.timeout_s):
+        async with self._in_time():
+            response = await self._send(call)
+            try:
                 body = json_object(await response.aread())
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise self.failure_of(error) from None
-        finally:
-            await response.aclose()
-            self.leave()
+            finally:
+                await self.release(response)
         if not body:
             raise self.failure("malformed", "answered with what is no JSON object")
         if (said := call.error(body)) is not None:
@@ -142,43 +140,50 @@ class Channel:
 
     async def stream(self, call: Call) -> Stream:
         """The answer to a call, once its first event has come."""
-        stream = Stream(self, call, await self._send(call))
+        async with self._in_time():
+            stream = Stream(self, call, await self._send(call))
+            try:
+                await stream.begin()
+            except BaseException:
+                await stream.close()
+                raise
+            return stream
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Whatever goes wrong inside is a failure of the upstream, and so is what takes too long."""
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
-                await stream.begin()
-        except BaseException as error:
-            await stream.close()
-            if isinstance(error, TimeoutError):
-                raise self.failure_of(error) from None
+                yield
+        except (Failed, Refused):
             raise
-        self.breaker.succeed()
-        return stream
+        except Exception as error:
+            raise self.failure_of(error) from error
 
     async def _send(self, call: Call) -> httpx.Response:
-        """The head of an answer with status 200; whoever gets it holds a place, and leaves it."""
+        """The head of an answer with status 200; whoever gets it holds a place, and releases it."""
         await self._take_place()
-        self.breaker.begin()
-        request = self.http.build_request(
-            "POST",
-            f"{self.upstream.base_url.rstrip('/')}{call.path}",
-            content=call.for_upstream(self.target),
-            headers=self._headers,
-            timeout=httpx.Timeout(self.upstream.timeout_s, connect=CONNECT_S),
-        )
+        response = None
         try:
-            async with asyncio.timeout(self.upstream.timeout_s):
-                response = await self.http.send(request, stream=True)
-                if response.status_code == httpx.codes.OK:
-                    return response
-                content = await response.aread()
-                await response.aclose()
-        except BaseException as error:
-            self.leave()
-            if isinstance(error, httpx.HTTPError | TimeoutError):
-                raise self.failure_of(error) from None
+            self.breaker.begin()
+            url = f"{self.upstream.base_url.rstrip('/')}{call.path}"
+            timeout = httpx.Timeout(self.upstream.timeout_s, connect=CONNECT_S)
+            content = call.for_upstream(self.target)
+            request = self.http.build_request("POST", url, content=content, headers=self._headers, timeout=timeout)
+            response = await self.http.send(request, stream=True)
+            if response.status_code == httpx.codes.OK:
+                return response
+            raise self._status_failure(response, await response.aread())
+        except BaseException:
+            await self.release(response)
             raise
-        self.leave()
-        raise self._status_failure(response, content)
+
+    async def release(self, response: httpx.Response | None) -> None:
+        """Gives back a place, and what else an answer holds."""
+        self._places.release()
+        if response is not None:
+            with suppress(Exception):
+                await response.aclose()
 
     @property
     def _headers(self) -> dict[str, str]:
@@ -195,9 +200,6 @@ class Channel:
             most = self.upstream.concurrency
             raise Failed("full", f"{self.target.name}: has {most} calls, as many as it may", 429, _PLACE_S) from None
 
-    def leave(self) -> None:
-        self._places.release()
-
     # --- failures ------------------------------------------------------------------------------------------------
 
     def failure(self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0) -> Failed:
@@ -205,7 +207,7 @@ class Channel:
         self.breaker.fail(retry_after_s)
         return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s)
 
-    def failure_of(self, error: httpx.HTTPError | TimeoutError) -> Failed:
+    def failure_of(self, error: Exception) -> Failed:
         if isinstance(error, TimeoutError | httpx.ReadTimeout):  # not those of the transport, which calls more so
             return self.failure("timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure("connection", "the connection failed")

@@ -109,9 +109,8 @@ def test_an_outcome_tells_what_it_takes_to_weigh_it(tmp_path: Path) -> None:
 
     run(scenario)
     with duckdb.connect() as db:
-        rows = db.execute(
-            f"select correct, output_tokens, cost_usd, propensity, epoch(answered_at) from '{tmp_path}/outcomes/*'"
-        )
+        columns = "correct, output_tokens, cost_usd, propensity, epoch(answered_at)"
+        rows = db.execute(f"select {columns} from '{tmp_path}/outcomes/*.parquet'")
         assert rows.fetchall() == [(0.5, 7, 0.25, 0.05, pytest.approx(call.at.timestamp()))]
 
 
