@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 from httpx_aiohttp import AiohttpTransport
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from prefill_router.corpus import Prompt, content_hash
 from prefill_router.decision import Decision
@@ -110,7 +111,7 @@ class Proxy:
         assert passage.choice is not None
         if isinstance(answered, Stream):
             headers = {**_headers(passage), "cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(self._relay(passage, answered), 200, headers, "text/event-stream")
+            return _Relay(passage, answered, headers, self._finish)
         if (answer_id := call.answer_id(answered)) is not None:
             passage.keys.append(answer_key(caller.holder, answer_id))
         self._record(passage, "answered", passage.choice.target, call.usage(answered))
@@ -209,24 +210,13 @@ class Proxy:
 
     # --- and back ------------------------------------------------------------------------------------------------
 
-    async def _relay(self, passage: _Passage, stream: Stream) -> AsyncIterator[bytes]:
-        """The answer's events under the target's name. One that breaks off ends with an error event."""
+    def _finish(self, passage: _Passage, stream: Stream, end: End) -> None:
+        """Once a stream has been relayed, or its caller has gone."""
         assert passage.choice is not None
-        rename = _Renaming(passage.choice.target)
-        end: End = "cancelled"
-        try:
-            async for piece in stream.pieces():
-                if stream.is_whole:  # whether or not the caller waits for the connection's end
-                    end = "answered"
-                yield rename(piece)
-        except Failed as failed:
-            end = "failed"
-            yield passage.call.error_event(str(failed), "upstream_failed")
-        finally:
-            if stream.answer_id is not None:
-                passage.keys.append(answer_key(passage.caller.holder, stream.answer_id))
-            self._record(passage, end, passage.choice.target, stream.usage)
-            self._spawn(stream.close())  # not here: a caller that has gone cancels whatever is awaited
+        if stream.answer_id is not None:
+            passage.keys.append(answer_key(passage.caller.holder, stream.answer_id))
+        self._record(passage, end, passage.choice.target, stream.usage)
+        self._spawn(stream.close())  # on its own: a caller that has gone cancels whatever is awaited here
 
     def _record(self, passage: _Passage, end: End, target: str | None = None, usage: Usage | None = None) -> None:
         """What became of a call; `target` is the one that answered, or began to."""
@@ -296,6 +286,39 @@ class Proxy:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(task := asyncio.ensure_future(work))
         task.add_done_callback(self._tasks.discard)
+
+
+class _Relay(StreamingResponse):
+    """An answer's events under the target's name. One that breaks off ends with an error event."""
+
+    def __init__(
+        self,
+        passage: _Passage,
+        stream: Stream,
+        headers: dict[str, str],
+        finish: Callable[[_Passage, Stream, End], None],
+    ) -> None:
+        self._passage, self._stream, self._finish = passage, stream, finish
+        self._end: End = "cancelled"
+        super().__init__(self._events(), 200, headers, "text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # also where the caller has gone before the first event
+            self._finish(self._passage, self._stream, self._end)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        assert self._passage.choice is not None
+        rename = _Renaming(self._passage.choice.target)
+        try:
+            async for piece in self._stream.pieces():
+                if self._stream.is_whole:  # whether or not the caller waits for the connection's end
+                    self._end = "answered"
+                yield rename(piece)
+        except Failed as failed:
+            self._end = "failed"
+            yield self._passage.call.error_event(str(failed), "upstream_failed")
 
 
 class _Renaming:
