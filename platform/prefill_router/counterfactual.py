@@ -26,7 +26,7 @@ Array = NDArray[Any]
 class Log:
     """Requests, what answered them, and how likely that was."""
 
-    chosen: Array  # (N,) target
+    chosen: Array  # (N,) target; -1 is one that no policy here can choose
     reward: Array  # (N,) in [0, 1]
     propensity: Array  # (N,) in (0, 1]
     clusters: Array | None = None  # (N,) requests with the same prompt share one

@@ -146,7 +146,7 @@ def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
-    """The requests of feedback that `targets` answered, with the hashes of their prompts (N,).
+    """The requests of feedback, with the hashes of their prompts (N,); -1 stands for a target that is not of these.
 
     Raises UserError where there is none, or propensities are missing.
     """
@@ -158,11 +158,11 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
             if missing := [name for name in wanted if name not in parquet.schema_arrow.names]:
                 raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
             table = _first_of_requests(parquet.read(wanted), requests)
-        is_known = pc.is_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
-        tables.append(table.filter(pc.and_(is_known, pc.is_valid(table[CORRECT]))))
+        tables.append(table.filter(pc.is_valid(table[CORRECT])))
     table = pa.concat_tables(tables)
     keys = prompt_hashes(table[PROMPT_ID].to_pylist())
-    chosen = np.asarray(pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string())), np.int64)
+    index = pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
+    chosen = np.asarray(pc.fill_null(index, -1), np.int64)
     reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
     return keys, Log(chosen, reward, propensity, keys)
 

@@ -68,6 +68,13 @@ def test_a_policy_of_which_the_log_says_nothing_has_no_support() -> None:
     assert value.doubly_robust.value == value.model == pytest.approx(0.25)  # the model's word alone
 
 
+def test_requests_of_other_targets_count_as_not_chosen() -> None:
+    chosen = np.array([0, 0, -1, -1])
+    value = policy_value("always", Log(chosen, np.ones(4), np.full(4, 0.5)), np.zeros(4, int), np.full((4, 1), 0.5))
+    assert value.ips.value == pytest.approx(1.0)
+    assert value.support == 1.0
+
+
 @pytest.mark.parametrize("propensity", [0.0, -0.1, 1.5, float("nan")])
 def test_propensities_must_be_probabilities(propensity: float) -> None:
     with pytest.raises(UserError, match="propensities"):

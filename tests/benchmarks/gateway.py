@@ -1,0 +1,178 @@
+"""What the gateway adds to a call, and how many streams it carries at once.
+
+    python tests/benchmarks/gateway.py --router ROUTER --prompts prompts.parquet
+
+Each prompt is asked in turn of `/v1/route`, the upstream itself and the gateway, and of both as streams, up to their
+first event; a mark before it keeps its prefix from being known. Then `--streams` begin at once, directly and through
+the gateway. The upstream is that of the tests, in a process of its own. One JSON line last goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from prefill_router.console import say
+from prefill_router.router import Router
+from serving import serving
+from upstream import Upstream
+
+MS = 1e3
+NUM_WORDS = 60
+CHAT = "/v1/chat/completions"
+
+
+def serve_upstream(told: Connection, between_chunks_s: float) -> None:
+    with Upstream("upstream", models=("model",)) as upstream:
+        upstream.between_chunks_s = between_chunks_s
+        told.send(upstream.url)
+        told.recv()
+
+
+@contextlib.contextmanager
+def upstream(between_chunks_s: float) -> Iterator[str]:
+    """The base URL of one in another process."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve_upstream, args=(there, between_chunks_s))
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send(None)
+        process.join()
+
+
+def port_of(url: str) -> int:
+    return int(url.split("//")[1].split("/")[0].split(":")[1])
+
+
+def write_pool(router: Router, url: str, folder: Path) -> str:
+    lines = []
+    for target in router.pool.targets:
+        lines += ["[[pool]]", f"name = {json.dumps(target.name)}", f"input_price = {target.input_price}"]
+        lines += [f"output_price = {target.output_price}", f'upstream = {{ base_url = "{url}", model = "model" }}']
+    path = folder / "pool.toml"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def asked_ms(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> float:
+    """Until the whole answer has come, or the first event of a stream."""
+    time.sleep(0.02)  # the threads of the last call spin for a while
+    started = time.perf_counter()
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    content = response.read1(1) if body.get("stream") else response.read()
+    taken_ms = (time.perf_counter() - started) * MS
+    assert response.status == 200, content
+    response.read()
+    return taken_ms
+
+
+def added(gateway: str, url: str, prompts: Sequence[str]) -> dict[str, float]:
+    """Medians over prompts, and of what each call through the gateway took beside its parts."""
+    ours, theirs = (http.client.HTTPConnection("127.0.0.1", port_of(u)) for u in (gateway, url))
+    rows = []
+    for prompt in prompts:
+
+        def messages(prompt: str = prompt) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"[{random.getrandbits(40):x}] {prompt}"}]
+
+        rows.append(
+            [
+                asked_ms(ours, "/v1/route", {"messages": messages()}),
+                asked_ms(theirs, CHAT, {"model": "model", "messages": messages()}),
+                asked_ms(ours, CHAT, {"messages": messages()}),
+                asked_ms(theirs, CHAT, {"model": "model", "messages": messages(), "stream": True}),
+                asked_ms(ours, CHAT, {"messages": messages(), "stream": True}),
+            ]
+        )
+    route, direct, whole, direct_first, first = np.array(rows[5:]).T
+    return {
+        "route_ms": float(np.median(route)),
+        "whole_over_route_ms": float(np.median(whole - direct - route)),
+        "first_event_over_route_ms": float(np.median(first - direct_first - route)),
+    }
+
+
+async def one_stream(port: int, body: dict[str, Any]) -> tuple[float, int]:
+    """Seconds until the first event, and how many words came."""
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    told, first_s = b"", 0.0
+    while piece := await reader.read(1 << 16):
+        told += piece
+        first_s = first_s or (time.perf_counter() - started if b"data:" in told else 0.0)
+    writer.close()
+    assert told.count(b"[DONE]") == 1, told[:500]
+    return first_s, told.count(b'"content":"w')
+
+
+def streams(url: str, model: str, number: int) -> dict[str, float]:
+    words = " ".join(f"w{i}" for i in range(NUM_WORDS))
+
+    async def all_at_once() -> list[tuple[float, int]]:
+        bodies = [
+            {"model": model, "stream": True, "messages": [{"role": "user", "content": f"{i} {words}"}]}
+            for i in range(number)
+        ]
+        return await asyncio.gather(*(one_stream(port_of(url), body) for body in bodies))
+
+    started = time.perf_counter()
+    ended = asyncio.run(all_at_once())
+    return {
+        "first_event_p50_ms": float(np.median([first_s for first_s, _ in ended])) * MS,
+        "seconds": time.perf_counter() - started,
+        "events_lost": number * NUM_WORDS - sum(words for _, words in ended),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--router", required=True)
+    parser.add_argument("--prompts", required=True, help="Parquet with a column prompt")
+    parser.add_argument("--calls", type=int, default=155, help="prompts, of which five are warm-up")
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args(arguments)
+    router = Router.load(options.router)
+    prompts = pq.read_table(options.prompts, columns=["prompt"])["prompt"].to_pylist()
+    random.Random(0).shuffle(prompts)
+    report: dict[str, Any] = {"benchmark": "gateway"}
+    with tempfile.TemporaryDirectory() as folder:
+        with upstream(0.0) as url, serving(options.router, pool=write_pool(router, url, Path(folder))) as served:
+            report["added"] = added(served.url, url, prompts[: options.calls])
+            say(json.dumps(report["added"]))
+        with upstream(0.05) as url, serving(options.router, pool=write_pool(router, url, Path(folder))) as served:
+            report["streams"] = []
+            for _ in range(options.rounds):
+                ways = {"direct": (url, "model"), "pinned": (served.url, router.pool.target_names[0])}
+                ways["routed"] = (served.url, "auto")
+                told = {way: streams(*at, options.streams) for way, at in ways.items()}
+                report["streams"].append(told)
+                say(json.dumps(told))
+    print(json.dumps(report))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
