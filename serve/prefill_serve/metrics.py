@@ -1,4 +1,4 @@
-"""What operators watch, as Prometheus has it from Ray's exporter; Ray adds application, deployment and replica."""
+"""What operators watch, as Prometheus has it from Ray's exporter; Ray adds the node and the worker."""
 
 from __future__ import annotations
 
