@@ -111,9 +111,9 @@ class Endpoint:
         if decision.target is None:
             raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
         answer = routing.response(decision, request_id, explained=request.explain)
-        _record(self.record, routing, decision, request_id)
+        _later(self.record, routing, decision, request_id)
         if self.on_routed is not None:
-            _record(self.on_routed, routing, decision, request_id, holder)
+            _later(self.on_routed, routing, decision, request_id, holder)
         return answer
 
     async def read(self, request: RouteRequest, max_wait_s: float = math.inf) -> Routing:
@@ -179,7 +179,7 @@ class Endpoint:
             finally:
                 self.metrics.queued_tokens.set(engine.lanes.queued_tokens)
             span.set_attributes({f"{phase}_s": seconds for phase, seconds in reading.times._asdict().items()})
-        _record(self.metrics.read, reading, engine.lanes.budget_tokens)
+        _later(self.metrics.read, reading, engine.lanes.budget_tokens)
         return reading
 
     def _remember(self, key: _Key, task: asyncio.Task[Reading]) -> asyncio.Task[Reading]:
@@ -259,7 +259,8 @@ class Routing:
         )
 
 
-def _record(record: Callable[..., None], *args: object) -> None:
+def _later(record: Callable[..., None], *args: object) -> None:
+    """Counts or logs once the answer has gone."""
     asyncio.get_running_loop().call_later(RECORD_AFTER_S, record, *args)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsers import CHROMIUM
 from gateway import Gateway, write_pool
 from prefill_router.router import Router
 from upstream import Fault, Upstream
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.browser
 
 # The router thinks more of big here, but not much more.
 ASKED = "what is the name of the old town"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

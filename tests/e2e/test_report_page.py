@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route
 
-from browsers import CHROMIUM
 from prefill_router.evaluation import Contender, HeldOut, evaluate, oracle
 from prefill_router.pool import Pool, Target
 from prefill_router.report import render_html
@@ -17,15 +16,6 @@ from prefill_router.report import render_html
 pytestmark = pytest.mark.browser
 
 NAMES = ("a-provider/a-model-with-a-rather-long-name-2026-11-25", "medium", "small")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ValidationError
@@ -147,11 +148,11 @@ class ChatCall(Call):
 
     path = "/chat/completions"
 
-    @property
+    @cached_property
     def messages(self) -> list[Body]:
         return _objects(self.body.get("messages"), "messages")
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         has_tools = any(self.body.get(name) for name in ("tools", "functions"))
         reserved = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
@@ -196,7 +197,7 @@ class ResponsesCall(Call):
 
     path = "/responses"
 
-    @property
+    @cached_property
     def messages(self) -> list[Body]:
         given = self.body.get("input")
         instructions = self.body.get("instructions")
@@ -205,7 +206,7 @@ class ResponsesCall(Call):
             return [*before, {"role": "user", "content": given}]
         return [*before, *(_as_message(item) for item in _objects(given, "input"))]
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         reserved = self.body.get("max_output_tokens")
         contents = [message.get("content") for message in self.messages]

@@ -61,7 +61,6 @@ class _Passage:
     plan: Plan
     channels: dict[str, Channel]  # by target
     keys: list[Key]  # of its conversation
-    started: float
     choice: Choice | None = None
     failed: list[str] = field(default_factory=list)
 
@@ -95,7 +94,7 @@ class Proxy:
         started = perf_counter()
         channels = self._current_channels()
         plan, keys = await self._plan(call, caller, channels)
-        passage = _Passage(call, caller, plan, channels, keys, started)
+        passage = _Passage(call, caller, plan, channels, keys)
         try:
             answered = await self._ask(passage)
         except Refused as refused:
