@@ -75,6 +75,10 @@ def outcomes(folder: Path) -> dict[str, bool]:
     return found
 
 
+def journaled(folder: Path) -> list[str]:
+    return [line for file in sorted(folder.glob("journal/*.jsonl")) for line in file.read_text().splitlines()]
+
+
 def kill_all(serve: Serve) -> None:
     processes = psutil.Process(serve.process.pid).children(recursive=True)
     for process in [*processes, psutil.Process(serve.process.pid)]:
@@ -86,7 +90,8 @@ def kill_all(serve: Serve) -> None:
 def test_feedback_survives_the_death_of_every_process(router: str, pool: str, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"pool": pool, "feedback": tmp_path / "kept", "replicas": 2, "threads": 1}
     with serving(router, **flags) as serve, Critics(serve.url).at_work() as critics:
-        wait_until(lambda: len(critics.acknowledged) > 40, "feedback")
+        # The journal comes a second after the calls.
+        wait_until(lambda: len(critics.acknowledged) > 40 and len(journaled(tmp_path / "kept")) > 20, "feedback")
         for process in serve.processes("ray::ServeReplica:prefill-router:Ledger"):
             process.send_signal(signal.SIGKILL)
         killed_at = len(critics.acknowledged)
