@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -15,8 +16,21 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 
 def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path.write_bytes(packed(path, text.encode() if isinstance(text, str) else text))
     return path
+
+
+def packed(path: Path, data: bytes) -> bytes:
+    """Data as a file of this name holds them."""
+    if path.suffix == ".gz":
+        half = len(data) // 2  # in two members, as logs that were appended to
+        return gzip.compress(data[:half]) + gzip.compress(data[half:])
+    if path.suffix == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return data
 
 
 def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
@@ -42,7 +56,7 @@ def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_id
     records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if path.suffix == ".parquet":
         return write_parquet(path, {k: pa.array(v, pa.string()) for k, v in columns.items()}, row_group_size=3)
-    if path.suffix == ".jsonl":
+    if ".jsonl" in path.suffixes:
         return write(path, "\ufeff\n" + "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in records))
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\r\n\r\n").writerow(columns)

@@ -14,16 +14,18 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 
-from prefill_router import storage
-from prefill_router.errors import UserError
+from prefill_router import logged, storage
+from prefill_router.compressed import COMPRESSED, open_bytes
+from prefill_router.errors import UnfitError, UserError, shown
 from prefill_router.schema import MESSAGES, PROMPT, PROMPT_ID
 
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+_FORMATS = (".parquet", ".jsonl", ".csv")
+SUFFIXES = (*_FORMATS, *(text + packed for text in _FORMATS[1:] for packed in COMPRESSED))
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 _ROLES: tuple[str, ...] = get_args(Role)
 MAX_PROMPT_BYTES = 1 << 20
@@ -38,6 +40,7 @@ class Row(NamedTuple):
     prompt_id: str
     prompt: Prompt
     id_is_hash: bool
+    extras: tuple[Any, ...] = ()  # of the columns that were asked for, None where a row has none
 
     @property
     def content_digest(self) -> bytes:
@@ -92,8 +95,17 @@ _BUFFER_BYTES = 1 << 20
 _COLUMNS = (PROMPT_ID, PROMPT, MESSAGES)
 _ABSENT: Any = object()  # a column that the file, or a key that the row does not have
 
-Fields = tuple[Any, Any, Any]  # prompt_id, prompt, messages
+Fields = tuple[Any, ...]  # prompt_id, prompt, messages, and what else was asked for
 Record = tuple[int, int, Fields | str]  # row, byte offset, and the fields or why there are none
+
+
+def files(uri: str) -> list[str]:
+    """The file at `uri`, or those of a corpus at any depth below it, sorted; what `_` or `.` begins is left out."""
+    return [file for file in storage.find_files(uri) if file == uri or _belongs(file.removeprefix(uri))]
+
+
+def _belongs(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES) and not any(part.startswith("_") for part in path.split("/"))
 
 
 def read(
@@ -102,8 +114,12 @@ def read(
     num_rows: int | None = None,
     offset: int = 0,
     max_prompt_bytes: int = MAX_PROMPT_BYTES,
+    extras: Sequence[str] = (),
 ) -> Iterator[tuple[int, int, Row | BadRow]]:
     """Yields (row, offset, what it holds) for every row of one file from `first_row` on, which begins at `offset`.
+
+    A line of JSON may also be a request to an OpenAI-style endpoint (see `logged`). `extras` names further columns, or
+    keys of JSON objects as `metadata.team`, whose values the rows carry.
 
     A row is good where `messages` holds a conversation or, where it is null or absent, `prompt` holds text; where its
     prompt_id, if the corpus gives any, is a string; and where none of them is empty, has more than `max_prompt_bytes`
@@ -112,20 +128,21 @@ def read(
     Raises UserError where the file as a whole cannot be read: another format than its suffix says, no column with
     prompts, a CSV whose quotes do not match.
     """
-    suffix = "." + uri.rpartition(".")[2].lower()
-    if suffix not in _READERS:
+    suffix = next((suffix for suffix in SUFFIXES if uri.lower().endswith(suffix)), None)
+    if suffix is None:
         raise UserError(f"{uri}: a corpus is one of {', '.join(SUFFIXES)}")
     # Escapes may make a prompt six times as long, and other fields stand beside it.
     max_line_bytes = 16 * max(max_prompt_bytes, MAX_PROMPT_BYTES)
-    records = _READERS[suffix](uri, first_row, offset, max_line_bytes)
+    columns = (*_COLUMNS, *extras)
+    records = _READERS["." + suffix.split(".")[1]](uri, columns, first_row, offset, max_line_bytes)
     for row, position, fields in itertools.islice(records, num_rows):
         yield row, position, _checked(fields, uri, row, max_prompt_bytes)
 
 
-def _read_parquet(uri: str, first_row: int, _offset: int, _max_line_bytes: int) -> Iterator[Record]:
+def _read_parquet(uri: str, names: Sequence[str], first_row: int, _o: int, _m: int) -> Iterator[Record]:
     with storage.open_parquet(uri) as file:
         _check_columns(uri, file.schema_arrow.names)
-        columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        columns = [name for name in names if name in file.schema_arrow.names]
         ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=np.int64)
         group = int(np.searchsorted(ends, first_row, side="right"))
         skip = first_row - int(ends[group - 1] if group else 0)
@@ -134,8 +151,8 @@ def _read_parquet(uri: str, first_row: int, _offset: int, _max_line_bytes: int) 
             for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=columns):
                 unread = batch.slice(min(skip, len(batch)))
                 skip -= len(batch) - len(unread)
-                for fields in zip(*(column_values(unread, name) for name in _COLUMNS), strict=True):
-                    yield row, 0, cast(Fields, fields)
+                for fields in zip(*(column_values(unread, name) for name in names), strict=True):
+                    yield row, 0, fields
                     row += 1
 
 
@@ -161,17 +178,13 @@ def _value(scalar: pa.Scalar) -> Any:
         return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.StringScalar) else _NOT_UTF8
 
 
-def _open_lines(uri: str) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, storage.open_input(uri)), _BUFFER_BYTES)
-
-
 def decoded(line: bytes, offset: int) -> str:
     """Bytes that are not UTF-8 become lone surrogates, which no prompt may hold."""
     return line.decode("utf-8" if offset else "utf-8-sig", "surrogateescape")
 
 
-def _read_jsonl(uri: str, first_row: int, offset: int, max_line_bytes: int) -> Iterator[Record]:
-    with _open_lines(uri) as stream:
+def _read_jsonl(uri: str, names: Sequence[str], first_row: int, offset: int, max_line_bytes: int) -> Iterator[Record]:
+    with open_bytes(uri) as stream:
         stream.seek(offset)
         row = first_row
         for position, line in bounded_lines(stream, offset, max_line_bytes):
@@ -179,7 +192,7 @@ def _read_jsonl(uri: str, first_row: int, offset: int, max_line_bytes: int) -> I
                 yield row, position, f"the line must have less than {max_line_bytes:,} bytes"
                 row += 1
             elif text := decoded(line, position).strip():
-                yield row, position, _json_fields(text)
+                yield row, position, _json_fields(text, names)
                 row += 1
 
 
@@ -197,11 +210,26 @@ def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Ite
 _JSON = json.JSONDecoder()
 
 
-def _json_fields(text: str) -> Fields | str:
+def _json_fields(text: str, names: Sequence[str]) -> Fields | str:
     fields = json_object(text, f"a JSON object with {PROMPT} or {MESSAGES}")
     if isinstance(fields, str):
         return fields
-    return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT)
+    extras = (_at(fields, name) for name in names[len(_COLUMNS) :])
+    if not logged.is_request(fields):
+        return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT), *extras
+    try:
+        prompt, messages, _ = logged.prompt_of(fields)
+    except UnfitError as problem:
+        return str(problem)
+    return fields.get(PROMPT_ID, _ABSENT), prompt, messages, *extras
+
+
+def _at(fields: dict[str, Any], name: str) -> Any:
+    """A value by its key, by the keys that lead to it, as `metadata.team`, or by what a request's log calls it."""
+    value: Any = fields
+    for key in [name] if name in fields else name.split("."):
+        value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
+    return logged.extra(fields, name) if value is _ABSENT else value
 
 
 def json_object(text: str, what: str = "a JSON object") -> dict[str, Any] | str:
@@ -230,9 +258,9 @@ class _CsvLines:
             yield decoded(line, start)
 
 
-def _read_csv(uri: str, first_row: int, offset: int, _max_line_bytes: int) -> Iterator[Record]:
+def _read_csv(uri: str, names: Sequence[str], first_row: int, offset: int, _m: int) -> Iterator[Record]:
     csv.field_size_limit(1 << 28)  # prompts may be long, but a quote that is left open takes in the rest of the file
-    with _open_lines(uri) as stream:
+    with open_bytes(uri) as stream:
         lines = _CsvLines(stream)
         reader = csv.reader(lines, strict=True)
         try:
@@ -240,7 +268,7 @@ def _read_csv(uri: str, first_row: int, offset: int, _max_line_bytes: int) -> It
             if header is None:
                 return
             _check_columns(uri, header)
-            places = [header.index(name) if name in header else None for name in _COLUMNS]
+            places = [header.index(name) if name in header else None for name in names]
             if offset:
                 stream.seek(offset)
                 lines = _CsvLines(stream)
@@ -258,8 +286,7 @@ def _read_csv(uri: str, first_row: int, offset: int, _max_line_bytes: int) -> It
 def _csv_fields(values: list[str], places: list[int | None], num_columns: int) -> Fields | str:
     if len(values) != num_columns:
         return f"has {len(values)} values, but the header names {num_columns}: quote a prompt that holds a comma"
-    prompt_id, prompt, messages = [_ABSENT if place is None else values[place] or None for place in places]
-    return prompt_id, prompt, messages
+    return tuple(_ABSENT if place is None else values[place] or None for place in places)
 
 
 def _check_columns(uri: str, names: Sequence[str]) -> None:
@@ -270,7 +297,7 @@ def _check_columns(uri: str, names: Sequence[str]) -> None:
             raise UserError(f"{uri}: has {names.count(name)} columns {name}, must have one")
 
 
-_READERS: dict[str, Callable[[str, int, int, int], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[str, Sequence[str], int, int, int], Iterator[Record]]] = {
     ".parquet": _read_parquet,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -280,18 +307,15 @@ _READERS: dict[str, Callable[[str, int, int, int], Iterator[Record]]] = {
 # --- what a row must hold ----------------------------------------------------------------------------------------
 
 
-class UnfitError(ValueError):
-    """Why a value cannot stand in a row: the key, the value and what it must be."""
-
-
 def _checked(fields: Fields | str, uri: str, row: int, max_bytes: int) -> Row | BadRow:
     if isinstance(fields, str):
         return BadRow(uri, row, None, fields)
     try:
         prompt = _prompt(fields[1], fields[2], max_bytes)
+        extras = tuple(None if value is _ABSENT else value for value in fields[3:])
         if fields[0] is _ABSENT:
-            return Row(content_hash(prompt), prompt, True)
-        return Row(fit_text(fields[0], PROMPT_ID, max_bytes), prompt, False)
+            return Row(content_hash(prompt), prompt, True, extras)
+        return Row(fit_text(fields[0], PROMPT_ID, max_bytes), prompt, False, extras)
     except UnfitError as problem:
         return BadRow(uri, row, _readable_id(fields[0], max_bytes), str(problem))
 
@@ -382,10 +406,3 @@ def _message(value: object, key: str) -> Message:
     if not isinstance(content, str):
         raise UnfitError(f"{key}.content = {shown(content)}, must be a string")
     return {"role": role, "content": content}
-
-
-def shown(value: object) -> str:
-    """A value as JSON, cut to 60 characters; of a gigantic or deeply nested one no more is written."""
-    short = value[:60] if isinstance(value, str) else value
-    text = "".join(itertools.islice(json.JSONEncoder(default=str).iterencode(short), 61))
-    return text if len(text) <= 60 else text[:57] + "..."

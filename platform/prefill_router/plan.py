@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.corpus import MAX_PROMPT_BYTES, SUFFIXES, BadRow, Row, id_digest, read, shown
-from prefill_router.errors import UserError
+from prefill_router.corpus import MAX_PROMPT_BYTES, SUFFIXES, BadRow, Row, files, id_digest, read
+from prefill_router.errors import UserError, shown
 from prefill_router.schema import PROMPT_ID
 
 Keys = NDArray[np.uint64]  # (n, 3), a row each: 64 bits of its prompt_id, 128 bits of its prompt
@@ -213,7 +213,7 @@ def _scan(uri: str, shard_rows: int, limit: int | None, max_prompt_bytes: int) -
     keys = bytearray()
     bad: list[BadRow] = []
     num_rows = 0
-    for file in storage.list_files(uri, SUFFIXES):
+    for file in files(uri):
         rows = read(file, num_rows=None if limit is None else limit - num_rows, max_prompt_bytes=max_prompt_bytes)
         while block := list(itertools.islice(rows, shard_rows)):
             first_row, offset, _ = block[0]

@@ -19,7 +19,9 @@ PROMPT = "prompt"
 MESSAGES = "messages"
 TARGET = "target"
 CORRECT = "correct"
+INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
+MODEL = "model"
 NUM_TOKENS = "num_tokens"
 
 Pooling = Literal["last", "mean"]

@@ -15,16 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 from numpy.typing import NDArray
 
 from prefill_router import corpus, storage
 from prefill_router.corpus import Prompt, Row
 from prefill_router.errors import UserError
 from prefill_router.ledger import Ledger
-from prefill_router.schema import PROMPT_ID
 from prefill_router.split import Keys, prompt_hashes
 
 Kind = Literal["content", "text", "similarity"]
@@ -106,7 +102,7 @@ def text_hash(prompt: Prompt) -> int:
 
 def _text_hashes(uri: str) -> Iterator[tuple[int, int]]:
     storage.require(uri, "corpus")
-    for file in storage.list_files(uri, corpus.SUFFIXES):
+    for file in corpus.files(uri):
         for _, _, row in corpus.read(file):
             if isinstance(row, Row):
                 yield corpus.prompt_hash(row.prompt_id), text_hash(row.prompt)
@@ -114,27 +110,16 @@ def _text_hashes(uri: str) -> Iterator[tuple[int, int]]:
 
 def _of_categories(uri: str, wanted: Sequence[str], column: str) -> Keys:
     """The hashes of the prompts in these categories."""
-    tables = [_table(file, [PROMPT_ID, column]) for file in storage.list_files(uri, corpus.SUFFIXES)]
-    table = pa.concat_tables(tables)
-    categories = np.array([str(value) for value in table[column].to_pylist()])
+    rows = (row for file in corpus.files(uri) for _, _, row in corpus.read(file, extras=[column]))
+    good = (row for row in rows if isinstance(row, Row) and row.extras[0] is not None)
+    of_prompts = {row.prompt_id: str(row.extras[0]) for row in good}
+    known = sorted(set(of_prompts.values()))
+    if not known:
+        raise UserError(f"{uri}: column {column} is missing, by which prompts are to be held out")
     for name in wanted:
-        if name not in categories:
-            raise UserError(f'{uri}: no prompt has {column} "{name}"; it has {", ".join(sorted(set(categories))[:20])}')
-    return prompt_hashes(table[PROMPT_ID].filter(pa.array(np.isin(categories, wanted))).to_pylist())
-
-
-def _table(uri: str, columns: list[str]) -> pa.Table:
-    if uri.endswith(".parquet"):
-        with storage.open_parquet(uri) as file:
-            names = file.schema_arrow.names
-            table = file.read(columns=[name for name in columns if name in names])
-    else:
-        with storage.open_input(uri) as stream:
-            table = (pa.csv.read_csv if uri.endswith(".csv") else pa.json.read_json)(stream)
-    for name in columns:
-        if name not in table.column_names:
-            raise UserError(f"{uri}: column {name} is missing, by which prompts are to be held out")
-    return table.select(columns).cast(pa.schema([(name, pa.string()) for name in columns]))
+        if name not in known:
+            raise UserError(f'{uri}: no prompt has {column} "{name}"; it has {", ".join(known[:20])}')
+    return prompt_hashes([prompt_id for prompt_id, name in of_prompts.items() if name in wanted])
 
 
 def _components(vectors: NDArray[Any], likeness: float, units: Keys) -> NDArray[np.int64]:

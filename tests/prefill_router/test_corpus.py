@@ -333,7 +333,7 @@ def test_check_messages_is_for_callers_that_have_no_row() -> None:
 # --- files that cannot be read -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.bz2", "a.parquet.gz"])
 def test_an_unknown_format_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"a corpus is one of \.parquet, \.jsonl, \.csv"):
         read(write(tmp_path / name, "prompt\nx\n"))
@@ -364,3 +364,48 @@ def test_a_column_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 def test_a_csv_whose_quotes_do_not_match_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"a\.csv: near byte \d+: not CSV"):
         read(write(tmp_path / "a.csv", text))
+
+
+def test_a_log_of_requests_is_read_as_it_is(tmp_path: Path) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "name a river"}]}]}
+    lines = [
+        {"request": chat, "response": {"usage": {"prompt_tokens": 9, "completion_tokens": 3}}, "team": {"name": "a"}},
+        {"custom_id": "c1", "body": {"model": "n", "input": "name a lake", "instructions": "be brief"}},
+        {"input": "name a sea", "team.name": "b"},
+        {"request": {"model": "m"}},
+        {"prompt_id": "p", "prompt": "a prompt of a corpus"},
+    ]
+    path = write_jsonl(tmp_path / "log.jsonl", *lines)
+    rows = read(path, extras=["model", "input_tokens", "output_tokens", "team.name"])
+    assert [getattr(row, "prompt", None) for row in rows] == [
+        [{"role": "user", "content": "name a river"}],
+        "name a lake",
+        "name a sea",
+        None,
+        "a prompt of a corpus",
+    ]
+    assert [getattr(row, "extras", None) for row in rows] == [
+        ("m", 9, 3, "a"),
+        ("n", None, None, None),
+        (None, None, None, "b"),
+        None,
+        (None, None, None, None),
+    ]
+    assert isinstance(rows[3], BadRow)
+    assert rows[3].reason == "holds no request: it has none of messages, input and prompt"
+
+
+def test_files_of_a_partitioned_corpus_are_found_at_any_depth(tmp_path: Path) -> None:
+    for name in ("day=2/b.csv.gz", "day=1/a.jsonl.zst", "c.parquet", "_logs/d.jsonl", ".e.jsonl", "f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [file.removeprefix(f"{tmp_path}/") for file in corpus.files(str(tmp_path))]
+    assert found == ["c.parquet", "day=1/a.jsonl.zst", "day=2/b.csv.gz"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.zst"])
+def test_a_packed_file_that_is_damaged_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = write_rows(tmp_path / f"corpus{suffix}", [(f"p{i}", f"prompt {i}" * 50) for i in range(200)])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="cannot be decompressed"):
+        read(path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prefill_router import storage
+from prefill_router.compressed import COMPRESSED
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import Format
-from prefill_router.ingest.text import COMPRESSED
 
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt")
 

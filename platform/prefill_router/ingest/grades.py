@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from prefill_router.corpus import UnfitError, fit_text, shown
+from prefill_router.corpus import fit_text
+from prefill_router.errors import UnfitError, shown
 from prefill_router.ingest.records import Answer
 from prefill_router.schema import CORRECT, OUTPUT_TOKENS, TARGET
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from prefill_router.corpus import BadRow, UnfitError, shown
+from prefill_router.corpus import BadRow
+from prefill_router.errors import UnfitError, shown
 from prefill_router.ingest.records import (
     CATEGORY,
     LETTERS,

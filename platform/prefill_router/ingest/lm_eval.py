@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefill_router import storage
-from prefill_router.corpus import BadRow, shown
-from prefill_router.errors import UserError
+from prefill_router.corpus import BadRow
+from prefill_router.errors import UserError, shown
 from prefill_router.ingest.grades import is_grade
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
 from prefill_router.ingest.text import Fields, read_jsonl

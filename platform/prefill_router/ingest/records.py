@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow, shown
+from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow
+from prefill_router.errors import shown
 
 CATEGORY = pa.field("category", pa.string())  # the benchmark, task or subject that a prompt is from
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

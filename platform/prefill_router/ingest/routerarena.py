@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prefill_router.corpus import BadRow, shown
-from prefill_router.errors import UserError
+from prefill_router.compressed import COMPRESSED, open_bytes
+from prefill_router.corpus import BadRow
+from prefill_router.errors import UserError, shown
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import COMPRESSED, Fields, open_bytes, read_json, read_jsonl
+from prefill_router.ingest.text import Fields, read_json, read_jsonl
 
 _PREDICTION = ("global index", "prompt", "prediction", "generated_result", "cost", "accuracy", "for_optimality")
 _CACHED = (

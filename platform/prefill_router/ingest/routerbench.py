@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from prefill_router import storage
+from prefill_router.compressed import is_failure_of_storage
 from prefill_router.corpus import BadRow, column_values
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import Fields, check_unique, is_failure_of_storage, open_csv, require_columns
+from prefill_router.ingest.text import Fields, check_unique, open_csv, require_columns
 
 _USED = ("sample_id", "prompt", "eval_name")
 _KNOWN = ("oracle_model_to_route_to",)

@@ -18,14 +18,12 @@ from prefill_router.console import say
 from prefill_router.corpus import (
     BadRow,
     Prompt,
-    UnfitError,
     content_digest,
     fit_messages,
     fit_prompt,
     fit_text,
-    shown,
 )
-from prefill_router.errors import UserError
+from prefill_router.errors import UnfitError, UserError, shown
 from prefill_router.ingest.grades import Grade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record

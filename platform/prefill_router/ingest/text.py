@@ -8,54 +8,22 @@ from __future__ import annotations
 
 import codecs
 import csv
-import errno
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple, NoReturn, cast
+from typing import IO, Any, NamedTuple, NoReturn
 
-import pyarrow as pa
-
-from prefill_router import storage
+from prefill_router.compressed import open_bytes
 from prefill_router.corpus import bounded_lines, decoded, json_object
 from prefill_router.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
 _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 17
 _JSON = json.JSONDecoder()
 _AFTER_VALUE = tuple(" \t\r\n,:]}")
 
 Fields = dict[str, Any]
-
-
-@contextmanager
-def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
-    """A file's bytes, decompressed where its name ends in .gz or .zst. Raises UserError where that fails."""
-    with storage.open_input(uri) as raw:
-        try:
-            yield io.BufferedReader(cast(io.RawIOBase, _decompressed(uri, raw)), _BUFFER_BYTES)
-        except (EOFError, zlib.error, OSError) as error:
-            if is_failure_of_storage(error):
-                raise
-            raise UserError(f"{uri}: cannot be decompressed: {error}") from None
-
-
-def is_failure_of_storage(error: BaseException) -> bool:
-    """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
-    that lead before the beginning of a file one that says that the argument is invalid."""
-    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-
-
-def _decompressed(uri: str, raw: IO[bytes]) -> object:
-    if uri.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if uri.lower().endswith(".zst"):
-        return pa.CompressedInputStream(raw, "zstd")
-    return raw
 
 
 # --- CSV ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""Files that are read as they are, or decompressed where their name ends in .gz or .zst."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import pyarrow as pa
+
+from prefill_router import storage
+from prefill_router.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+_BUFFER_BYTES = 1 << 20
+
+
+@contextmanager
+def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
+    """A file's bytes, as a stream that can be moved forward. Raises UserError where they cannot be decompressed."""
+    with storage.open_input(uri) as raw:
+        try:
+            yield io.BufferedReader(cast(io.RawIOBase, _decompressed(uri, raw)), _BUFFER_BYTES)
+        except (EOFError, zlib.error, OSError) as error:
+            if is_failure_of_storage(error):
+                raise
+            raise UserError(f"{uri}: cannot be decompressed: {error}") from None
+
+
+def is_failure_of_storage(error: BaseException) -> bool:
+    """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
+    that lead before the beginning of a file one that says that the argument is invalid."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def _decompressed(uri: str, raw: IO[bytes]) -> object:
+    if uri.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if uri.lower().endswith(".zst"):
+        return _Forward(pa.CompressedInputStream(raw, "zstd"))
+    return raw
+
+
+class _Forward(io.RawIOBase):
+    """A stream without places, given some: those ahead are reached by reading."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._position = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        if whence == io.SEEK_END or offset < self._position:
+            raise io.UnsupportedOperation("a compressed stream moves forward only")
+        while self._position < offset and (data := self._stream.read(min(offset - self._position, _BUFFER_BYTES))):
+            self._position += len(data)
+        return self._position
