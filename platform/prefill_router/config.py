@@ -321,7 +321,7 @@ class ServeConfig(StrictModel):
     replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")
     max_replicas: int | None = Field(None, ge=1, description="At most so many, as load asks [--replicas]")
     to_zero: bool = Field(False, description="No replica while nobody asks; the next request waits for one")
-    target_ongoing: float = Field(8.0, gt=0.0, description="Requests at a time that a replica should have")
+    target_work_s: float = Field(0.5, gt=0.0, description="Seconds of work that a replica should have at a time")
     upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must ask for more replicas")
     downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must ask for fewer")
     threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")

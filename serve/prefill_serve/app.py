@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
@@ -23,6 +23,7 @@ from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.ledger import LocalLedger
 from prefill_serve.gateway.shared import RemoteLedger, SharedLedger
+from prefill_serve.scaling import WORK_S, ByWork
 from prefill_serve.settings import Settings
 from prefill_serve.traces import export_traces
 
@@ -31,13 +32,19 @@ CHECK_TIMEOUT_S = 10.0
 
 
 class Autoscaling(StrictModel):
-    """How many replicas, by the requests that each has at a time."""
+    """How many replicas, by the work that waits for each."""
 
     min_replicas: int = Field(1, ge=0, description="0 lets an idle endpoint use nothing; its next request waits")
     max_replicas: int = Field(ge=1)
-    target_ongoing_requests: float = Field(8.0, gt=0.0, description="Of a replica; more bring up another")
+    target_work_s: float = Field(0.5, gt=0.0, description="Of a replica; more brings up another")
     upscale_delay_s: float = Field(5.0, ge=0.0)
     downscale_delay_s: float = Field(60.0, ge=0.0)
+
+    def config(self) -> AutoscalingConfig:
+        policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+            policy_function=ByWork, policy_kwargs={"target_work_s": self.target_work_s}
+        )
+        return AutoscalingConfig(**self.model_dump(exclude={"target_work_s"}), policy=policy)
 
 
 class AppArgs(Settings):
@@ -70,7 +77,7 @@ def build_app(args: AppArgs) -> Application:
     fixed = args.model_dump_json(include=set(AppArgs.model_fields) - set(Settings.model_fields))
     scale: dict[str, Any] = {"num_replicas": args.replicas}
     if args.autoscaling is not None:
-        scale = {"autoscaling_config": AutoscalingConfig(**args.autoscaling.model_dump())}
+        scale = {"autoscaling_config": args.autoscaling.config()}
     deployment = Replica.options(  # type: ignore[attr-defined]
         **scale,
         user_config=settings,
@@ -123,6 +130,11 @@ class Replica:
                 refused = self.endpoint.refused
                 await self.endpoint.configure(validate(Settings, self.first, "settings"))
                 self.endpoint.refused = refused
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `ByWork` is told."""
+        serving = self.endpoint.serving
+        return {WORK_S: serving.engine.lanes.work_s if serving is not None else 0.0}
 
     async def check_health(self) -> None:
         """A prompt through the whole path: a replica that is stuck is replaced."""

@@ -75,6 +75,11 @@ class Lanes(Generic[In, Out]):
         return self._done_tokens / self._lane_seconds * self.num_lanes if self._lane_seconds else math.inf
 
     @property
+    def work_s(self) -> float:
+        """How long all lanes will have to do."""
+        return (self.queued_tokens + self._running_tokens) / self.tokens_per_s
+
+    @property
     def expected_wait_s(self) -> float:
         """How long what is submitted now would be in the queue."""
         ahead = self.queued_tokens + self._running_tokens if self._num_free == 0 else self.queued_tokens
@@ -108,6 +113,7 @@ class Lanes(Generic[In, Out]):
             if taken:
                 num_lanes = self.num_lanes if is_alone else 1
                 self._num_free -= num_lanes
+                self._running_tokens += sum(waiting.num_tokens for waiting in taken)
                 self._running.add(task := asyncio.ensure_future(self._run(taken, num_lanes)))
                 task.add_done_callback(self._finish)
 
@@ -129,7 +135,6 @@ class Lanes(Generic[In, Out]):
 
     async def _run(self, taken: list[_Waiting[In, Out]], num_lanes: int) -> None:
         num_tokens = sum(waiting.num_tokens for waiting in taken)
-        self._running_tokens += num_tokens
         started = perf_counter()
         batch = Batch([w.item for w in taken], num_tokens, [started - w.since for w in taken])
         try:

@@ -92,7 +92,7 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
         arguments["autoscaling"] = {
             "min_replicas": 0 if config.to_zero else config.replicas,
             "max_replicas": most,
-            "target_ongoing_requests": config.target_ongoing,
+            "target_work_s": config.target_work_s,
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
         }
