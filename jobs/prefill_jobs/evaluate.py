@@ -26,6 +26,7 @@ from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
 from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle
 from prefill_router.evaluation import evaluate as score
+from prefill_router.length import median_tokens
 from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part
 from prefill_router.units import Units, of_corpus
@@ -53,6 +54,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         _joined(trial.router_as_contender() for trial in trials),
         [_joined(rivals) for rivals in zip(*(trial.rivals(config.keep_baselines) for trial in trials), strict=True)],
         p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
+        median_output_tokens=np.concatenate([trial.medians for trial in trials]),
         num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
         num_draws=config.draws,
         about=_about(config, router, graded),
@@ -124,6 +126,10 @@ class Trial:
     def prompts(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
         return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
+
+    @property
+    def medians(self) -> NDArray[np.float32]:
+        return median_tokens(self.predicted.estimates.log_lengths[self.is_held_out])
 
     def router_as_contender(self) -> Contender:
         p_correct, expected_output_tokens = (values[self.is_held_out] for values in self.predicted.prediction)

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
@@ -24,7 +23,7 @@ from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.extension import combined, extended
 from prefill_router.kernel import KernelMachine
-from prefill_router.length import spread
+from prefill_router.length import mean_scale, spread
 from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.router import Router
 from prefill_router.split import Part
@@ -70,12 +69,14 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
                 f"{MIN_OUTCOMES} are wanted, and a few hundred are better"
             )
     kernel = _extended_kernel(router.kernel, predicted)
+    logs = kernel(predicted.features)[:, -len(new) :]
     router = replace(
         router,
         pool=router.pool.model_copy(update={"targets": (*router.pool.targets, *new)}),
         trunk=extended(router.trunk, torch.from_numpy(predicted.features), torch.from_numpy(predicted.correct)),
         kernel=kernel,
-        length_spread=_extended_spread(router, kernel, predicted),
+        length_spread=np.concatenate([router.length_spread, spread(predicted.output_tokens, logs)]),
+        length_scale=np.concatenate([router.length_scale, mean_scale(predicted.output_tokens, logs)]),
         calibration=router.calibration.with_more(len(new)),
         training_prompts=np.union1d(router.training_prompts, predicted.keys),
         training_units=np.union1d(router.training_units, graded.units.of(predicted.keys)),
@@ -91,13 +92,6 @@ def _extended_kernel(machine: KernelMachine, predicted: GradedPrediction) -> Ker
     more_p = combined(p, predicted.features, predicted.correct)
     more_logs = combined(logs, predicted.features, np.log1p(predicted.output_tokens))
     return p.joined(more_p).joined(logs).joined(more_logs)
-
-
-def _extended_spread(router: Router, kernel: KernelMachine, predicted: GradedPrediction) -> NDArray[np.float32]:
-    assert predicted.features is not None
-    num_new = predicted.output_tokens.shape[1]
-    logs = kernel(predicted.features)[:, -num_new:]
-    return np.concatenate([router.length_spread, spread(predicted.output_tokens, logs)])
 
 
 def _names(names: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.evaluation import finite, thinned
 from prefill_router.kernel import MAX_LANDMARKS, KernelMachine, fit_kernel
-from prefill_router.length import log_lengths, median_logs, spread
+from prefill_router.length import log_lengths, mean_scale, mean_tokens, median_logs, spread
 from prefill_router.metrics import Scorer, best_tolerance
 from prefill_router.outcomes import target_names
 from prefill_router.pool import load_pool
@@ -103,6 +103,7 @@ def _fitted(config: TrainConfig, split: Split) -> Router:
         kernel=_kernel_machine(training, projections, is_fitted=recipe.kernel),
         kernel_weight=0.0,
         length_spread=np.zeros(num_targets, np.float32),
+        length_scale=np.ones(num_targets, np.float32),
         default_tolerance=0.0,
         split=split,
         training_prompts=np.sort(task.graded.graded_keys),
@@ -194,7 +195,8 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
     if recipe.calibrate:
         calibration = fit_calibration(p_correct, correct)
         p_correct = calibration(p_correct)
-    expected_tokens = predicted.prediction.expected_output_tokens
+    scale = mean_scale(predicted.output_tokens, estimates.log_lengths)
+    expected_tokens = mean_tokens(estimates.log_lengths, scale)
     tokens = np.where(np.isnan(predicted.output_tokens), expected_tokens, predicted.output_tokens)
     expected, paid = (router.pool.expected_cost(predicted.num_tokens, t) for t in (expected_tokens, tokens))
     tolerance = best_tolerance(correct, p_correct, expected, paid)
@@ -211,6 +213,7 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
         router,
         kernel_weight=weight,
         length_spread=spread(predicted.output_tokens, estimates.log_lengths),
+        length_scale=scale,
         calibration=calibration,
         default_tolerance=tolerance,
         training={**router.training, "validation": finite(scores)},

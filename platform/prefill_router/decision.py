@@ -19,7 +19,7 @@ from prefill_router.pool import Pool
 
 
 class Prediction(NamedTuple):
-    """P(correct) (N, T) and the expected (median) length of each target's answer (N, T), in tokens; or (T,) of one."""
+    """P(correct) (N, T) and the expected (mean) length of each target's answer (N, T), in tokens; or (T,) of one."""
 
     p_correct: NDArray[np.float32]
     expected_output_tokens: NDArray[np.float32]

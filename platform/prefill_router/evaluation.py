@@ -139,7 +139,7 @@ class Evaluation:
     target_cost: list[float]
     calibration: Calibration
     risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
-    length_error_tokens: float  # mean absolute error of the expected output tokens
+    length_error_tokens: float  # mean absolute error of the router's median lengths
     length_error_median_rule_tokens: float  # the same, of each target's median length
     num_draws: int
     about: dict[str, str] = field(default_factory=dict)  # data, split and versions, for people
@@ -164,12 +164,14 @@ def evaluate(
     baselines: Sequence[Contender] = (),
     *,
     p_uncalibrated: Array | None = None,
+    median_output_tokens: Array | None = None,
     num_seen: int = 0,
     num_draws: int = NUM_DRAWS,
     about: dict[str, str] | None = None,
 ) -> Evaluation:
     """Scores a router and its rivals. Targets are chosen by expected cost; costs are counted from the real lengths.
 
+    `p_uncalibrated` and `median_output_tokens` (N, T) are the router's, where they differ from what it chooses by.
     Where an answer's length is unknown, the router's expected length counts. Where outcomes are missing, complete
     prompts stand for those that are as difficult by the router's word (`completeness_weights`). Raises UserError where
     nothing is held out, or no prompt has an outcome of every target.
@@ -181,6 +183,7 @@ def evaluate(
     complete = np.flatnonzero(~np.isnan(trial.correct).any(1))
     reached, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
     target_cost, target_accuracy = trial.singles()
+    medians = router.expected_output_tokens if median_output_tokens is None else median_output_tokens
     return Evaluation(
         pool=pool.name,
         targets=pool.target_names,
@@ -199,7 +202,7 @@ def evaluate(
             trial.correct, router.p_correct, router.p_correct if p_uncalibrated is None else p_uncalibrated
         ),
         risk_coverage=thinned(risk_coverage_curve(reached, confidence)).tolist(),
-        length_error_tokens=_mean_error(held_out.output_tokens, router.expected_output_tokens),
+        length_error_tokens=_mean_error(held_out.output_tokens, medians),
         length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
         num_draws=num_draws,
         about=about or {},

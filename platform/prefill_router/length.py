@@ -1,7 +1,7 @@
 """How long a target's answer to a prompt will be: what the price of output tokens is multiplied by.
 
-log(1 + output tokens) is taken to be normal: what is predicted is its mean, and with it the median length, which has
-the least absolute error. The spread about it is a target's own.
+log(1 + output tokens) is predicted, and with it the median length, which has the least absolute error. Costs need the
+mean, which a few very long answers raise: the factor between the two is a target's own, and so is the spread.
 """
 
 # N prompts, T targets
@@ -45,6 +45,22 @@ def spread(output_tokens: Array, logs: Array) -> Array:
 def median_tokens(logs: Array) -> Array:
     """Output tokens (N, T) of predicted logs (N, T), at least 1; an answer exceeds them half of the time."""
     return np.asarray(np.maximum(np.expm1(np.minimum(logs, _MAX_LOG)), 1.0), np.float32)
+
+
+def mean_scale(output_tokens: Array, logs: Array) -> Array:
+    """What 1 + the median is multiplied by (T,) for the mean, so that predicted lengths (N, T) sum to the known ones.
+
+    1 where none is known. Source: Duan, "Smearing estimate" (1983), as the ratio of the sums.
+    """
+    known = ~np.isnan(output_tokens)
+    actual = np.where(known, 1.0 + output_tokens, 0.0).sum(0)
+    predicted = np.where(known, np.exp(np.minimum(logs, _MAX_LOG)), 0.0).sum(0)
+    return np.asarray(np.where(actual > 0.0, actual / np.maximum(predicted, 1.0), 1.0), np.float32)
+
+
+def mean_tokens(logs: Array, scale: Array) -> Array:
+    """The output tokens (N, T) that are expected, at least 1, of predicted logs (N, T) and a scale (T,)."""
+    return np.asarray(np.maximum(np.exp(np.minimum(logs, _MAX_LOG)) * scale - 1.0, 1.0), np.float32)
 
 
 def quantile_tokens(logs: Array, spread: Array, q: float) -> Array:

@@ -31,7 +31,7 @@ from prefill_router.drift import TrainingDistance
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
 from prefill_router.errors import UserError
 from prefill_router.kernel import KernelMachine
-from prefill_router.length import median_tokens, quantile_tokens
+from prefill_router.length import mean_tokens, quantile_tokens
 from prefill_router.pool import Pool
 from prefill_router.projection import Projection
 from prefill_router.schema import ActivationColumn
@@ -78,6 +78,7 @@ class Router:
     kernel: KernelMachine  # of P(correct), then of log(1 + output tokens)
     kernel_weight: float  # of its P(correct) beside the trunk's, in [0, 1]
     length_spread: NDArray[np.float32]  # (T,) standard deviation of log(1 + output tokens)
+    length_scale: NDArray[np.float32]  # (T,) mean lengths as a multiple of the medians, see `length.mean_scale`
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
     # Sorted: the units of those prompts, of the kind that `split` says.
@@ -129,6 +130,7 @@ class Router:
             trunk=self.trunk.of_outputs(own),
             kernel=self.kernel.of_outputs([*own, *(len(known) + t for t in own)]),
             length_spread=self.length_spread[own],
+            length_scale=self.length_scale[own],
             calibration=self.calibration.of_targets(own),
         )
 
@@ -155,14 +157,16 @@ class Router:
 
     def prediction(self, estimates: Estimates) -> Prediction:
         """What the router says, given what its parts do."""
-        return Prediction(self.calibration(self.uncalibrated(estimates)), median_tokens(estimates.log_lengths))
+        return Prediction(
+            self.calibration(self.uncalibrated(estimates)), mean_tokens(estimates.log_lengths, self.length_scale)
+        )
 
     def predict_features(self, features: NDArray[np.float32]) -> Prediction:
         """The prediction for features (N, F)."""
         return self.prediction(self.estimates(features))
 
     def predict_length(self, prompts: Sequence[Prompt], q: float) -> NDArray[np.float32]:
-        """The output tokens (N, T) that an answer exceeds with probability 1 - q; at 0.5 those that are expected."""
+        """The output tokens (N, T) that an answer exceeds with probability 1 - q."""
         encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
         logs = self.estimates(self.features(encoded)).log_lengths
         return quantile_tokens(logs, self.length_spread, q)
@@ -273,7 +277,7 @@ class Router:
         tensors |= {f"trunk.{name}": value.numpy() for name, value in self.trunk.state_dict().items()}
         tensors |= {f"kernel.{name}": value for name, value in self.kernel.tensors().items()}
         tensors |= {f"calibration.{name}": value for name, value in self.calibration.tensors().items()}
-        return tensors | {"length_spread": self.length_spread}
+        return tensors | {"length_spread": self.length_spread, "length_scale": self.length_scale}
 
     def _check_tensors(self) -> None:
         """Raises ValueError for a tensor that does not fit the encoder, the pool or the others, or is not finite."""
@@ -286,6 +290,7 @@ class Router:
             "kernel.coefficients": (num_landmarks, 2 * num_targets),
             "kernel.mean": (2 * num_targets,),
             "length_spread": (num_targets,),
+            "length_scale": (num_targets,),
             "calibration.kinds": (num_targets,),
             "training_prompts": (self.training_prompts.size,),
             "training_units": (self.training_units.size,),
@@ -322,6 +327,7 @@ class Router:
             kernel=KernelMachine.from_tensors(_part(tensors, "kernel")),
             kernel_weight=manifest.kernel_weight,
             length_spread=tensors["length_spread"],
+            length_scale=tensors["length_scale"],
             default_tolerance=manifest.default_tolerance,
             training_prompts=tensors["training_prompts"],
             training_units=tensors["training_units"],

@@ -77,6 +77,7 @@ def build_router(encoder: PrefillEncoder) -> Router:
         kernel=kernel,
         kernel_weight=0.25,
         length_spread=np.array([0.5, 0.3], np.float32),
+        length_scale=np.array([1.25, 1.0], np.float32),
         default_tolerance=0.05,
         training_prompts=np.array([3, 5, 8], np.uint64),
         training={"recipe": "random", "metrics": {"validation_losses": [0.5, 0.25]}},

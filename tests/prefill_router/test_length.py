@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from prefill_router.length import (
     UNKNOWN_LENGTH_TOKENS,
     log_lengths,
+    mean_scale,
+    mean_tokens,
     median_logs,
     median_tokens,
     quantile_tokens,
@@ -64,6 +66,15 @@ def test_as_many_answers_as_said_are_below_a_quantile() -> None:
     for q in (0.1, 0.5, 0.9):
         below = (tokens <= quantile_tokens(logs, spread(tokens, logs), q)).mean(0)
         np.testing.assert_allclose(below, q, atol=0.03)
+
+
+def test_means_sum_to_the_known_lengths() -> None:
+    tokens = lengths(4000)
+    logs = np.broadcast_to(np.array([4.0, 5.0, 6.0], np.float32), tokens.shape)
+    scale = mean_scale(tokens, logs)
+    np.testing.assert_allclose(mean_tokens(logs, scale)[0], np.nanmean(tokens, 0), rtol=1e-4)
+    np.testing.assert_allclose(scale, np.exp(np.array([0.3, 0.6, 1.0]) ** 2 / 2), rtol=0.1)  # of a normal logarithm
+    np.testing.assert_array_equal(mean_scale(np.full((3, 1), NAN, np.float32), np.zeros((3, 1), np.float32)), [1.0])
 
 
 @settings(deadline=None)

@@ -93,7 +93,8 @@ def test_a_prediction_is_the_formula(tiny_router: Router, tiny_encoder: PrefillE
     log_odds = 0.75 * np.log(p_trunk / (1 - p_trunk)) + 0.25 * np.log(p_kernel / (1 - p_kernel))
     predicted = tiny_router.predict(PROMPTS)
     np.testing.assert_allclose(predicted.p_correct, 1 / (1 + np.exp(-log_odds)), rtol=1e-3)
-    np.testing.assert_allclose(predicted.expected_output_tokens, np.maximum(np.exp(logs) - 1.0, 1.0), rtol=1e-3)
+    means = np.maximum(np.exp(logs) * np.array([1.25, 1.0]) - 1.0, 1.0)
+    np.testing.assert_allclose(predicted.expected_output_tokens, means, rtol=1e-3)
     for values in predicted:
         assert values.shape == (len(PROMPTS), 2)
         assert values.dtype == np.float32
@@ -356,6 +357,7 @@ def changed_tensor(router: Router, name: str, change: Callable[[NDArray[Any]], N
         ("kernel.landmarks", "has shape"),
         ("kernel.coefficients", "has shape"),
         ("kernel.mean", r"kernel\.mean has shape \(3,\), must be \(4,\)"),
+        ("length_scale", r"length_scale has shape \(1,\), must be \(2,\)"),
         ("length_spread", r"length_spread has shape \(1,\), must be \(2,\)"),
         ("calibration.kinds", r"must be \(T,\), \(T, Q\), \(T, Q\)"),
     ],
