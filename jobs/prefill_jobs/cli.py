@@ -225,9 +225,9 @@ def _label(config: Any) -> None:
     from prefill_jobs.label import label
 
     manifest = label(config)
-    counts = ", ".join(f"{target} {count:,}" for target, count in manifest["decisions"].items())
-    typer.echo(f"{config.out}: {manifest['rows']:,} decisions: {counts}")
-    _say_truncated(manifest["num_truncated"])
+    counts = ", ".join(f"{target} {count:,}" for target, count in manifest.decisions.items())
+    typer.echo(f"{config.out}: {manifest.lines:,} decisions: {counts}")
+    typer.echo(f"report: {config.out}/report.html")
 
 
 def _say_truncated(count: int) -> None:

@@ -11,23 +11,22 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from prefill_jobs import cluster
-from prefill_jobs.extractor import Attempts, Done, ExtractShard, Request, Task
+from prefill_jobs.extractor import Done, ExtractShard, Request, Task
 from prefill_jobs.progress import Progress
+from prefill_jobs.reader import Attempts
 from prefill_jobs.summary import ExtractSummary
 from prefill_router import checkpoint, ledger, shards, storage
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
-from prefill_router.corpus import BadRow
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
 from prefill_router.lease import Lease
 from prefill_router.ledger import Commit, Ledger, shard_name
 from prefill_router.plan import CorpusPlan, Repeats, Shard, plan, row_keys
-from prefill_router.schema import POOLINGS, QUARANTINE, Pooling
+from prefill_router.schema import POOLINGS, Pooling
 
 _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
 
@@ -38,7 +37,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if storage.is_file(config.out):
         raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
     planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
-    _check_bad(planned.bad, planned, config)
+    planned.check_bad(planned.bad, config.max_bad_fraction)
     with Lease.acquire(config.out, "extract") as lease:
         extraction = _Extraction(config, planned, layers, pooling, lease)
         with cluster.connected():
@@ -138,7 +137,7 @@ class _Extraction:
         parts: list[Shard | Repeats] = [*self.plan.shards, *self.plan.repeats]
         records = [self.records[rows.digest] for rows in parts]
         bad = [*self.plan.bad, *(refused.to_bad_row() for record in records for refused in record.refused)]
-        _check_bad(bad, self.plan, self.config)
+        self.plan.check_bad(bad, self.config.max_bad_fraction)
         assert self.encoder is not None
         manifest = Manifest(
             encoder=self.encoder,
@@ -146,7 +145,7 @@ class _Extraction:
             corpus=self.config.corpus,
             is_sample=self.config.limit is not None,
             shards=[record.shard for record in records if record.file is not None],
-            quarantine=_write_quarantine(self.config.out, bad),
+            quarantine=shards.write_quarantine(self.config.out, bad),
         )
         self.lease.check()
         write_manifest(self.config.out, manifest)
@@ -154,15 +153,6 @@ class _Extraction:
         summary.finish(manifest)
         storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
         return summary
-
-
-def _check_bad(bad: Sequence[BadRow], planned: CorpusPlan, config: ExtractConfig) -> None:
-    """Raises UserError where more of the corpus is bad than the user allows, before or after the encoder saw it."""
-    if len(bad) > config.max_bad_fraction * planned.num_rows or len(bad) == planned.num_rows:
-        raise UserError(
-            f"{len(bad):,} of {planned.num_rows:,} rows are bad, more than --max-bad-fraction "
-            f"{config.max_bad_fraction:g} allows; {bad[0].message}"
-        )
 
 
 def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:
@@ -183,15 +173,6 @@ def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned:
 def _as_values(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """(n, 3) keys as n values that numpy can compare."""
     return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
-
-
-def _write_quarantine(out: str, bad: Sequence[BadRow]) -> shards.ShardFile | None:
-    name = "quarantine/rows.parquet"
-    if not bad:
-        storage.remove(storage.join(out, name))
-        return None
-    columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
-    return shards.write_named(out, name, pa.table([list(c) for c in columns], schema=QUARANTINE))
 
 
 def parse_layers(text: str) -> Literal["all"] | list[int]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import threading
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,22 +12,15 @@ from typing import Any, Literal
 import ray
 import torch
 
+from prefill_jobs.reader import SafeReader, begin
 from prefill_router import ledger
-from prefill_router.corpus import Prompt
 from prefill_router.draft import Draft
-from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder, Reading
-from prefill_router.errors import UserError
+from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.hardware import measured_peak_flops
-from prefill_router.isolation import IsolatedEncoder
 from prefill_router.ledger import Commit
 from prefill_router.plan import Repeats, Shard
 from prefill_router.schema import POOLINGS, ActivationColumn, Pooling
 from prefill_router.work import Work
-
-log = logging.getLogger(__name__)
-
-_ATTEMPTS_IN_PLACE = 2  # then a shard's prompts are suspected of what befell the worker
-_MOST_ATTEMPTS = 20  # then the job is stopped
 
 
 @dataclass(frozen=True)
@@ -70,18 +61,6 @@ class Request:
         return sorted(wanted, key=lambda column: (POOLINGS.index(column.pooling), column.layer))
 
 
-@ray.remote(num_cpus=0)
-class Attempts:
-    """How often each shard was begun, remembered by a process that outlives those that do the work."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def begin(self, digest: str) -> int:
-        self.counts[digest] += 1
-        return self.counts[digest]
-
-
 class ExtractShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
@@ -97,9 +76,7 @@ class ExtractShard:
         return {"digest": row["digest"], "done": pickle.dumps(done)}
 
     def extract(self, task: Task) -> Done:
-        attempt: int = ray.get(self.attempts.begin.remote(task.rows.digest))
-        if attempt > _MOST_ATTEMPTS:
-            raise UserError(f"a worker ended {attempt - 1} times over one shard: see Ray's logs for what ends it")
+        attempt = begin(self.attempts, task.rows.digest)
         with self._loading:
             columns, _ = self.columns, self.peak_flops  # which is measured while nothing else is under way
         record = ledger.find(self.request.out, ledger.shard_name(task.rows.digest, [c.name for c in columns]))
@@ -132,48 +109,18 @@ class ExtractShard:
         return measured_peak_flops(self.encoder.device, self.encoder.dtype)
 
     @cached_property
-    def isolated(self) -> IsolatedEncoder:
-        return IsolatedEncoder(self.request.encoder, self.threads)
+    def reader(self) -> SafeReader:
+        return SafeReader(self.encoder, self.threads)
 
     def _encode(self, draft: Draft, attempt: int) -> Work:
         """Computes what the draft misses."""
         work = Work()
         for rows, columns in draft.missing():
-            reading, refused = self._read([draft.prompts[i] for i in rows], columns, attempt)
+            reading, refused = self.reader.read([draft.prompts[i] for i in rows], columns, attempt)
             work += reading.work
             draft.refused.update({rows[i]: reason for i, reason in refused.items()})
             draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
         return work
-
-    def _read(
-        self, prompts: list[Prompt], columns: list[ActivationColumn], attempt: int
-    ) -> tuple[Reading, dict[int, str]]:
-        """Reads all prompts but those that can't be, which come back by their place, with the reason."""
-        if attempt <= _ATTEMPTS_IN_PLACE:
-            try:
-                return self._read_here(prompts, columns)
-            except (UserError, OSError):
-                raise
-            except Exception:  # out of memory, or what else a prompt may do to a kernel
-                log.exception("a shard failed in the encoder: its prompts are tried in another process")
-        try:
-            return self.isolated.read_survivors(prompts, columns)
-        finally:
-            self.isolated.close()
-
-    def _read_here(self, prompts: list[Prompt], columns: list[ActivationColumn]) -> tuple[Reading, dict[int, str]]:
-        try:
-            return self.encoder.read(prompts, columns), {}
-        except UserError:
-            refused = {i: reason for i, prompt in enumerate(prompts) if (reason := self._refusal(prompt))}
-            return self.encoder.read([p for i, p in enumerate(prompts) if i not in refused], columns), refused
-
-    def _refusal(self, prompt: Prompt) -> str | None:
-        try:
-            self.encoder.tokenize([prompt])
-        except UserError as error:
-            return str(error)
-        return None
 
     def _done(self, record: Commit, work: Work, num_copied: int, attempt: int, *, is_new: bool) -> Done:
         return Done(

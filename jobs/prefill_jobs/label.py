@@ -1,81 +1,367 @@
-"""`label`: a query log in, a decision for every prompt out."""
+"""`label`: a query log in, a decision for every line out, and what the log costs.
+
+Plan the log, let the encoder read each prompt once that no earlier run has read, spend the budget if there is one, and
+decide for every line. Estimates are kept by what a prompt holds, decisions by where a line stands.
+"""
+
+# N lines, M estimates
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
 from prefill_jobs import cluster
+from prefill_jobs.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
+from prefill_jobs.estimator import Estimated, EstimateShard, EstimateTask
 from prefill_jobs.progress import Progress
-from prefill_router import artifact, shards, storage
+from prefill_jobs.reader import Attempts
+from prefill_router import artifact, checkpoint, shards, storage
+from prefill_router.allocation import Allocation, Totals, solve
 from prefill_router.baselines.router import BaselineRouter
-from prefill_router.config import LabelConfig
+from prefill_router.choice import Choice
+from prefill_router.config import LabelConfig, StrictModel, validate
+from prefill_router.console import say
+from prefill_router.corpus import BadRow, files
 from prefill_router.decision import Policy
-from prefill_router.plan import Shard, plan, read_shard
+from prefill_router.errors import UserError
+from prefill_router.estimates import ContentIndex, Contents, contents_of, first_occurrences
+from prefill_router.label_report import LabelReport, write_report
+from prefill_router.lease import Lease
+from prefill_router.plan import CorpusPlan, plan
+from prefill_router.pool import load_pool
 from prefill_router.router import Router
-from prefill_router.schema import decisions
 from prefill_router.shards import ShardFile
-from prefill_router.work import Work
+from prefill_router.tally import Tally
+
+_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+_READERS = 32
+_ESTIMATES, _DECISIONS = "estimates", "decisions"
 
 
-def label(config: LabelConfig) -> dict[str, Any]:
-    """Writes the decisions of a query log to `config.out` and returns their manifest, which is written last."""
+class LogFile(StrictModel):
+    """A file of the log that has been decided."""
+
+    uri: str
+    bytes: int
+
+
+class LabelManifest(StrictModel):
+    """manifest.json: what was decided, written last."""
+
+    format: int = 2
+    router_version: str
+    settings: dict[str, Any] = Field(description="What the decisions hang on")
+    inputs: list[LogFile]
+    files: list[ShardFile]
+    lines: int
+    repeated: int = Field(description="Lines whose prompt stands earlier: computed once")
+    computed: int = Field(description="Prompts that the encoder read in the latest run")
+    quarantined: int
+    decisions: dict[str, int]
+
+
+def label(config: LabelConfig) -> LabelManifest:
+    """Writes decisions and their report to `config.out`, and last the manifest, which it returns.
+
+    Raises UserError where the log cannot be read, an output of another kind lies there, or a budget is too small.
+    """
     router = artifact.load(config.router)
-    planned = plan(config.log, config.shard_rows, config.limit, keep_repeats=True)
-    planned.require_all_good()
-    shards.claim_output(config.out, overwrite=config.overwrite)
-    cluster.connect()
-    arguments = {"config": config, "threads": cluster.threads_per_worker(config.workers)}
-    progress = Progress("label", planned.num_rows)
-    committed: list[ShardFile] = []
-    counts: dict[str, int] = {}
-    num_truncated = 0
-    items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(planned.shards)]
-    resources = cluster.encoder_resources(config.workers)
-    for row in cluster.map_rows(items, LabelShard, fn_constructor_kwargs=arguments, **resources):
-        committed.append(ShardFile.model_validate_json(row["shard"]))
-        for target in row["chosen"]:
-            counts[target] = counts.get(target, 0) + 1
-        num_truncated += row["num_truncated"]
-        progress.add(committed[-1].rows, Work(tokens=row["num_tokens"]))
-    manifest = {
-        "format": 1,
-        "router_version": router.version,
-        "rows": planned.num_rows,
-        "num_truncated": num_truncated,
-        "decisions": dict(sorted(counts.items())),
-        "shards": [s.model_dump() for s in sorted(committed, key=lambda s: s.name)],
-    }
-    storage.write_json(storage.join(config.out, shards.MANIFEST), manifest)
-    return manifest
+    choice = _choice(config, router)
+    if storage.is_file(config.out):
+        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    with Lease.acquire(config.out, "label") as lease:
+        before = _before(config, router, choice)
+        inputs = _new_files(config, before)
+        if before is not None and not inputs:
+            say(f"label: {config.log} holds no new file")
+            return before
+        names = [file.uri for file in inputs]
+        planned = plan(
+            config.log, config.shard_rows, config.limit, config.max_prompt_bytes, keep_repeats=True, only=names
+        )
+        planned.check_bad(planned.bad, config.max_bad_fraction)
+        with cluster.connected():
+            return _Labelling(config, router, choice, planned, inputs, before, lease).run()
 
 
-class LabelShard:
-    """Routes one shard of a log and writes its decisions. Router and encoder are loaded at the first shard and kept."""
+class _Labelling:
+    def __init__(
+        self,
+        config: LabelConfig,
+        router: Router | BaselineRouter,
+        choice: Choice,
+        planned: CorpusPlan,
+        inputs: list[LogFile],
+        before: LabelManifest | None,
+        lease: Lease,
+    ) -> None:
+        self.config, self.router, self.choice, self.plan = config, router, choice, planned
+        self.inputs, self.before, self.lease = inputs, before, lease
+        self.estimates = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
+        self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
 
-    def __init__(self, config: LabelConfig, threads: int) -> None:
-        self.config = config
-        torch.set_num_threads(threads)
+    def run(self) -> LabelManifest:
+        computed = self._estimate()
+        held = Held.read(self.estimates)
+        places = held.index.find(self._contents)
+        allocation = self._allocate(held, places)
+        decided = self._decide(held, places, replace(self.choice, allocation=allocation))
+        bad = self.plan.in_order([*self.plan.bad, *decided.bad])
+        self.plan.check_bad(bad, self.config.max_bad_fraction)
+        self.lease.check()
+        return self._finish(decided, bad, computed, allocation)
+
+    @property
+    def _contents(self) -> Contents:
+        return self.plan.keys[:, 1:]
+
+    def _estimate(self) -> int:
+        """Lets the encoder read what no run has read before; returns how many prompts."""
+        known = Held.read(self.estimates).index.find(self._contents) >= 0
+        wanted = first_occurrences(self._contents)
+        num_prompts, num_known = int(wanted.sum()), int((wanted & known).sum())
+        wanted &= ~known
+        tasks, start = [], 0
+        for shard in self.plan.shards:
+            rows = np.flatnonzero(wanted[start : start + shard.rows])
+            start += shard.rows
+            if len(rows):
+                tasks.append(EstimateTask(shard, rows))
+        self._say(num_prompts)
+        progress = Progress("label", num_prompts)
+        progress.skip(num_known)
+        if not tasks:
+            return 0
+        if isinstance(self.router, Router):
+            # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+            cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
+        workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
+        arguments = {
+            "router": storage.absolute(self.config.router),
+            "out": self.estimates,
+            "max_prompt_bytes": self.config.max_prompt_bytes,
+            "threads": cluster.threads_per_worker(workers),
+            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
+        }
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        options = cluster.encoder_resources(workers, self.config.gpus_per_worker, _CALLS)
+        peaks: dict[str, float] = {}
+        for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
+            self.lease.check()
+            done: Estimated = pickle.loads(row["done"])
+            peaks[done.worker] = done.peak_flops
+            progress.add(done.num_prompts, done.work, sum(peaks.values()))
+        return int(wanted.sum())
+
+    def _say(self, num_prompts: int) -> None:
+        num_lines = self.plan.num_rows - len(self.plan.bad)
+        if num_lines > num_prompts:
+            say(f"label: {num_lines - num_prompts:,} of {num_lines:,} lines repeat a prompt: they are computed once")
+        if self.plan.bad:
+            say(f"label: {len(self.plan.bad):,} lines are bad and go to the quarantine; {self.plan.bad[0].message}")
+
+    def _allocate(self, held: Held, places: NDArray[np.int64]) -> Allocation | None:
+        """How the budget is spent, where there is one: a few passes over the estimates of the log's prompts."""
+        if self.config.budget_usd is None:
+            return None
+        weights = held.by_object(np.bincount(places, minlength=len(held.owners)))
+        items = [{"object": name, "weights": pickle.dumps(counts)} for name, counts in weights.items() if counts.any()]
+
+        def evaluate(prices: NDArray[np.float64]) -> Totals:
+            arguments = {"uri": self.estimates, "choice": self.choice, "prices": prices}
+            found = [pickle.loads(row["totals"]) for row in cluster.map_rows(items, total_object, fn_kwargs=arguments)]
+            return Totals(*(np.sum(values, axis=0) for values in zip(*found, strict=True)))
+
+        typical = self.choice.pool.expected_cost(np.array([1000]), np.full((1, len(self.choice.pool.targets)), 500.0))
+        return solve(self.config.budget_usd, float(typical.mean()), evaluate)
+
+    def _decide(self, held: Held, places: NDArray[np.int64], choice: Choice) -> Decided:
+        context = DecideContext(
+            log=storage.absolute(self.config.log),
+            out=self.decisions,
+            estimates=self.estimates,
+            choice=choice,
+            router_version=self.router.version,
+            max_prompt_bytes=self.config.max_prompt_bytes,
+            by=_names(self.config.by),
+            time=self.config.time,
+            partition_by=_names(self.config.partition_by) or None,
+        )
+        items, start = [], 0
+        for shard in self.plan.shards:
+            objects = held.names_of(places[start : start + shard.rows])
+            located = replace(shard, uri=storage.absolute(shard.uri))
+            items.append({"task": pickle.dumps(DecideTask(located, start, objects))})
+            start += shard.rows
+        if self.before is None:  # whatever lies there is of an earlier run, or of one that did not finish
+            storage.remove(storage.join(self.config.out, shards.MANIFEST))
+            storage.remove(self.decisions)
+        whole = Decided([], Tally(), [])
+        for row in cluster.map_rows(items, decide_shard, fn_kwargs={"context": context}):
+            part: Decided = pickle.loads(row["decided"])
+            whole.files.extend(part.files)
+            whole.bad.extend(part.bad)
+            whole.tally.merge(part.tally)
+        return whole
+
+    def _finish(
+        self, decided: Decided, bad: Sequence[BadRow], computed: int, allocation: Allocation | None
+    ) -> LabelManifest:
+        before, config, out = self.before, self.config, self.config.out
+        tally = decided.tally if before is None else LabelReport.read(out).tally.merge(decided.tally)
+        names = self.choice.pool.target_names
+        shards.write_quarantine(out, bad)
+        report = LabelReport(
+            router_version=self.router.version,
+            pool=self.choice.pool,
+            tolerance=self.choice.tolerance,
+            allocation=allocation,
+            tally=tally,
+            num_quarantined=len(bad) + (before.quarantined if before else 0),
+            about={"Log": config.log, "Router": config.router},
+        )
+        write_report(out, report)
+        everything = tally.everything
+        counts = {name: int(count) for name, count in zip(names, everything["chosen"], strict=True) if count}
+        if undecided := int(everything["lines"] - everything["chosen"].sum()):
+            counts["none"] = undecided
+        files = sorted([*(before.files if before else []), *decided.files], key=lambda file: file.name)
+        manifest = LabelManifest(
+            router_version=self.router.version,
+            settings=_settings(config, self.choice),
+            inputs=[*(before.inputs if before else []), *self.inputs],
+            files=files,
+            lines=int(everything["lines"]),
+            repeated=self.plan.num_repeated + (before.repeated if before else 0),
+            computed=computed,
+            quarantined=report.num_quarantined,
+            decisions=counts,
+        )
+        self.lease.check()
+        storage.write_json(storage.join(out, shards.MANIFEST), manifest.model_dump())
+        _tidy(self.decisions, {file.name for file in files})
+        return manifest
+
+
+@dataclass(frozen=True)
+class Held:
+    """The prompts whose estimates lie at an output, object by object."""
+
+    names: list[str]
+    contents: Contents  # (M, 2)
+    owners: NDArray[np.int64]  # (M,) places among the names, ascending
+
+    @classmethod
+    def read(cls, uri: str) -> Held:
+        names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
+
+        def contents(name: str) -> Contents:
+            return contents_of(storage.read_table(storage.join(uri, name), ["content"])["content"].to_pylist())
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            parts = list(readers.map(contents, names))
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return cls(names, np.concatenate([np.zeros((0, 2), np.uint64), *parts]), owners)
 
     @cached_property
-    def router(self) -> Router | BaselineRouter:
-        return artifact.load(self.config.router)
+    def index(self) -> ContentIndex:
+        return ContentIndex(self.contents)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows = read_shard(Shard.from_json(item["shard"]))
-        tokens = self.router.encoder.tokenize([row.prompt for row in rows])
-        policy = Policy(self.config.tolerance, None, self.config.max_cost, self.config.min_p)
-        decided = self.router.decide(tokens, [policy] * len(rows))
-        records = [{"prompt_id": row.prompt_id, **asdict(d)} for row, d in zip(rows, decided, strict=True)]
-        table = pa.Table.from_pylist(records, schema=decisions(self.router.pool.target_names))
-        written = shards.write_shard(self.config.out, item["index"], table)
-        return {
-            "shard": written.model_dump_json(),
-            "chosen": [d.target or "none" for d in decided],
-            "num_tokens": int(tokens.num_tokens.sum()),
-            "num_truncated": tokens.num_truncated,
-        }
+    def names_of(self, places: NDArray[np.int64]) -> tuple[str, ...]:
+        """The objects that hold these of the M estimates."""
+        return tuple(self.names[i] for i in np.unique(self.owners[places]))
+
+    def by_object(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Values (M,) of the estimates, in the order of each object."""
+        ends = np.searchsorted(self.owners, np.arange(1, len(self.names)))
+        return dict(zip(self.names, np.split(values, ends), strict=True))
+
+
+def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
+    pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
+    known = {name: t for t, name in enumerate(router.pool.target_names)}
+    if config.budget_usd is not None and config.tolerance is not None:
+        raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
+    for column in _names(config.partition_by):
+        if column == DAY and config.time is None:
+            raise UserError("partition_by = day, but no --time names the column that tells it")
+        if column != DAY and column not in _names(config.by):
+            raise UserError(f"partition_by: {column} must be day, or one of the columns of --by")
+    return Choice(
+        pool=pool,
+        outputs=tuple(known[name] for name in pool.target_names),
+        tolerance=router.default_tolerance if config.tolerance is None else config.tolerance,
+        allowed=Policy(allowed=_names(config.targets) or None).mask(pool),
+        max_cost_usd=config.max_cost,
+        min_p_correct=config.min_p,
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _settings(config: LabelConfig, choice: Choice) -> dict[str, Any]:
+    """What must not change from one run to an incremental one."""
+    return {
+        "pool": choice.pool.model_dump(mode="json"),
+        "tolerance": None if config.budget_usd is not None else choice.tolerance,
+        "allowed": choice.allowed.tolist(),
+        **config.model_dump(include={"log", "max_cost", "min_p", "by", "time", "partition_by"}),
+    }
+
+
+def _before(config: LabelConfig, router: Router | BaselineRouter, choice: Choice) -> LabelManifest | None:
+    """The finished run that this one adds to. Raises UserError where one lies there that is not to be touched."""
+    path = storage.join(config.out, shards.MANIFEST)
+    finished = storage.exists(path)
+    if not config.incremental:
+        if finished and not config.overwrite:
+            raise UserError(
+                f"{config.out}: already holds decisions: add those of new files with --incremental, or decide "
+                "anew with --overwrite"
+            )
+        return None
+    if not finished:
+        return None
+    before = validate(LabelManifest, storage.read_json(path), path)
+    settings = _settings(config, choice)
+    changed = [name for name, value in settings.items() if before.settings.get(name) != value]
+    if before.router_version != router.version:
+        changed.insert(0, "router")
+    if changed:
+        raise UserError(
+            f"{config.out}: was decided with another {changed[0]}: incremental runs go on as the first began; decide "
+            "anew with --overwrite"
+        )
+    return before
+
+
+def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFile]:
+    """The log's files that are not decided yet. Raises UserError where one that is has changed."""
+    storage.require(config.log, "log")
+    known = {file.uri: file.bytes for file in before.inputs} if before is not None else {}
+    new = []
+    for uri in files(config.log):
+        size = storage.size_bytes(uri)
+        if known.get(uri, size) != size:
+            raise UserError(f"{uri}: has changed since it was decided: decide anew with --overwrite")
+        if uri not in known:
+            new.append(LogFile(uri=uri, bytes=size))
+    return new
+
+
+def _tidy(uri: str, keep: set[str]) -> None:
+    """Removes what runs left that did not finish."""
+    for file in storage.find_files(uri):
+        if file.removeprefix(uri).strip("/") not in keep:
+            storage.remove(file)

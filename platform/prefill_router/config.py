@@ -291,18 +291,38 @@ class CompareConfig(StrictModel):
 
 
 class LabelConfig(StrictModel):
-    """Route a query log offline: a decision for every prompt."""
+    """Route a query log offline: a decision for every line, and a report of what the log costs.
+
+    What the router says of a prompt is kept: other prices, another tolerance or a budget read no prompt again.
+    """
 
     router: RouterUri
-    log: Uri = Field(description="Query log, in any format that `extract --corpus` reads")
-    out: Uri = Field(description="Folder for the decisions (Parquet) and their manifest")
+    log: Uri = Field(
+        description="Query log: Parquet, JSONL or CSV, .gz or .zst, a file or a folder of any depth; column prompt or "
+        "messages, or requests to an OpenAI-style endpoint as they are"
+    )
+    out: Uri = Field(description="Folder for decisions/, report.html and report.json")
+    pool: Uri | None = Field(None, description="Other prices, or fewer targets, than the router's: as for `train`")
     tolerance: Tolerance = None
+    budget_usd: float | None = Field(
+        None, gt=0.0, description="In place of a tolerance: what all lines may be expected to cost, spent for the best"
+    )
+    targets: str | None = Field(None, description="Only these targets, as small,large")
     max_cost: float | None = Field(None, ge=0.0, description="No decision may be expected to cost more, USD")
     min_p: float | None = Field(None, ge=0.0, le=1.0, description="No decision may have a lower P(correct)")
-    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
-    shard_rows: int = Field(1024, ge=1, description="Prompts in one object of the output")
-    workers: int = Field(1, ge=1, description="Encoder actors; each takes a GPU, or its share of the machine's cores")
-    overwrite: Overwrite = False
+    by: str | None = Field(None, description="Columns that the report tells apart, as team,metadata.country")
+    time: str | None = Field(None, description="Column with the time of a line; the report tells days apart")
+    partition_by: str | None = Field(None, description="day, or columns of --by: folders of decisions/ [the log's]")
+    incremental: bool = Field(False, description="Add decisions for the files that are new since the last run")
+    limit: int | None = Field(None, ge=1, description="Only the first N lines")
+    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
+    max_bad_fraction: float = Field(
+        0.5, ge=0.0, le=1.0, description="Stop where more of the lines than this are bad; fewer are quarantined"
+    )
+    shard_rows: int = Field(1024, ge=1, description="Lines in one object of the output")
+    workers: Workers = None
+    gpus_per_worker: float = Field(1.0, gt=0.0, description="GPUs of an actor; several may share one")
+    overwrite: bool = Field(False, description="Decide anew; what the router said of the prompts is kept")
 
 
 class ServeConfig(StrictModel):

@@ -105,11 +105,16 @@ class Tokens:
 
 
 class Reading(NamedTuple):
-    """Prompts that were read: their columns as of `PrefillEncoder.encode`, the work, and whose middle was cut (N,)."""
+    """Prompts that were read: their columns as of `PrefillEncoder.encode`, the work, and their lengths uncut."""
 
     encoded: dict[str, NDArray[Any]]
     work: Work
-    is_truncated: NDArray[np.bool_]
+    full_lengths: NDArray[np.int32]  # (N,)
+
+    @property
+    def is_truncated(self) -> NDArray[np.bool_]:
+        """(N,): was the prompt's middle cut?"""
+        return np.asarray(self.encoded[NUM_TOKENS] < self.full_lengths)
 
 
 class PrefillEncoder:
@@ -190,7 +195,7 @@ class PrefillEncoder:
     def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> Reading:
         """Tokenises and runs the prefill: `encode` for jobs, which count what it logs."""
         tokens = self.tokenize(prompts)
-        return Reading(*self.forward(tokens, columns), tokens.is_truncated)
+        return Reading(*self.forward(tokens, columns), tokens.full_lengths)
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model's own chat template renders it, ending in the generation prompt.

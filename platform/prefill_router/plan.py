@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -44,6 +44,12 @@ class Shard:
     def rows(self) -> int:
         return self.num_rows - len(self.left_out)
 
+    @property
+    def places(self) -> list[int]:
+        """The rows that stay, as they are counted in the file."""
+        left_out = set(self.left_out)
+        return [self.first_row + row for row in range(self.num_rows) if row not in left_out]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -74,10 +80,18 @@ class CorpusPlan:
     num_repeated: int  # rows whose prompt stands earlier, whether they are left out or not
     keys: Keys  # of the rows in shards, in their order, as `row_keys` gives them
 
-    def require_all_good(self) -> None:
-        """For a job that must not leave out a row. Raises UserError that names the first bad one."""
-        if self.bad:
-            raise UserError(self.bad[0].message)
+    def in_order(self, bad: Sequence[BadRow]) -> list[BadRow]:
+        """Bad rows in the order of the corpus."""
+        order = {uri: i for i, uri in enumerate(dict.fromkeys(shard.uri for shard in self.shards))}
+        return sorted(bad, key=lambda row: (order.get(row.uri, len(order)), row.uri, row.row))
+
+    def check_bad(self, bad: Sequence[BadRow], max_fraction: float) -> None:
+        """Raises UserError where more of the corpus is bad than the user allows, before or after it was encoded."""
+        if len(bad) > max_fraction * self.num_rows or len(bad) == self.num_rows:
+            raise UserError(
+                f"{len(bad):,} of {self.num_rows:,} rows are bad, more than --max-bad-fraction "
+                f"{max_fraction:g} allows; {bad[0].message}"
+            )
 
 
 def plan(
@@ -87,6 +101,7 @@ def plan(
     max_prompt_bytes: int = MAX_PROMPT_BYTES,
     *,
     keep_repeats: bool = False,
+    only: Sequence[str] | None = None,
 ) -> CorpusPlan:
     """Reads the first `limit` rows of a corpus through once and cuts each file into runs of `shard_rows` rows.
 
@@ -94,14 +109,14 @@ def plan(
     stands twice makes the later row bad; only an id that is the hash of its content, which a row gets that was given
     none, may come again with that content.
 
-    Bad rows count in a run and in `limit`, so that a row that turns bad moves no other. Where a row is looked for
-    again, to name its id, its file is read a second time.
+    Of the corpus' files those in `only` are read. Bad rows count in a run and in `limit`, so that a row that turns bad
+    moves no other. Where a row is looked for again, to name its id, its file is read a second time.
 
     Memory: 24 bytes a row, 10 more while repeats are looked for, and the ids of rows that are bad or repeated. Raises
     UserError for a corpus that is missing, is empty or holds no good row.
     """
     storage.require(uri, "corpus")
-    scan = _scan(uri, shard_rows, limit, max_prompt_bytes)
+    scan = _scan(files(uri) if only is None else only, shard_rows, limit, max_prompt_bytes)
     if not scan.runs:
         raise UserError(f"{uri}: the corpus is empty: it holds no prompt in {', '.join(SUFFIXES)} files")
     if not len(scan.keys):
@@ -124,9 +139,13 @@ def plan(
     )
 
 
-def read_shard(shard: Shard, max_prompt_bytes: int = MAX_PROMPT_BYTES) -> list[Row]:
-    """The rows that stay in a shard. Raises UserError where the file is not the one that was planned."""
-    rows = [row for _, _, row in read(shard.uri, shard.first_row, shard.num_rows, shard.offset, max_prompt_bytes)]
+def read_shard(shard: Shard, max_prompt_bytes: int = MAX_PROMPT_BYTES, extras: Sequence[str] = ()) -> list[Row]:
+    """The rows that stay in a shard, with the values of the columns `extras`.
+
+    Raises UserError where the file is not the one that was planned.
+    """
+    place = shard.first_row, shard.num_rows, shard.offset
+    rows = [row for _, _, row in read(shard.uri, *place, max_prompt_bytes, extras)]
     left_out = set(shard.left_out)
     kept = [row for i, row in enumerate(rows) if i not in left_out]
     good = [row for row in kept if isinstance(row, Row)]
@@ -208,12 +227,12 @@ class _Scan:
         return sorted(bad, key=lambda row: (order[row.uri], row.row))
 
 
-def _scan(uri: str, shard_rows: int, limit: int | None, max_prompt_bytes: int) -> _Scan:
+def _scan(uris: Sequence[str], shard_rows: int, limit: int | None, max_prompt_bytes: int) -> _Scan:
     runs: list[_Run] = []
     keys = bytearray()
     bad: list[BadRow] = []
     num_rows = 0
-    for file in files(uri):
+    for file in uris:
         rows = read(file, num_rows=None if limit is None else limit - num_rows, max_prompt_bytes=max_prompt_bytes)
         while block := list(itertools.islice(rows, shard_rows)):
             first_row, offset, _ = block[0]

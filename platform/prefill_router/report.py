@@ -14,7 +14,7 @@ from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.probe import LayerProbe
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 Cell = str | tuple[str, str]  # a figure, or a figure and its interval
@@ -32,7 +32,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
     }
     if probes:
         plots["probe"] = lambda width: figures.probe_figure(probes, width)
-    return _TEMPLATES.get_template("report.html").render(
+    return TEMPLATES.get_template("report.html").render(
         e=evaluation,
         notice=notice,
         headline=headline(evaluation),

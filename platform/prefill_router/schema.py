@@ -103,16 +103,40 @@ def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Sch
     )
 
 
-def decisions(targets: Sequence[str]) -> pa.Schema:
-    """One routed prompt a row; `target` is null where no target met the constraints."""
+def estimates(num_targets: int) -> pa.Schema:
+    """What a router says of prompts, by their content; `reason` where one could not be read."""
+    vector = pa.list_(pa.field("element", pa.float32(), nullable=False), num_targets)
+    return pa.schema(
+        [
+            pa.field("content", pa.binary(16), nullable=False),
+            pa.field(INPUT_TOKENS, pa.int32(), nullable=False),
+            pa.field("is_truncated", pa.bool_(), nullable=False),
+            pa.field("p_correct", vector, nullable=False),
+            pa.field(OUTPUT_TOKENS, vector, nullable=False),
+            pa.field("percentile", pa.float32()),
+            pa.field("reason", pa.string()),
+        ]
+    )
+
+
+def decisions(targets: Sequence[str], extras: Sequence[str] = ()) -> pa.Schema:
+    """One line of a log a row, of the file and the row (from 0) where it stands, with the columns asked for as text.
+
+    `target` is null where no target met the constraints.
+    """
     per_target = pa.struct([pa.field(t, pa.float32()) for t in targets])
     return pa.schema(
         [
             pa.field(PROMPT_ID, pa.string(), nullable=False),
+            pa.field("file", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
             pa.field(TARGET, pa.string()),
+            pa.field(INPUT_TOKENS, pa.int32(), nullable=False),
             pa.field("p_correct", per_target),
             pa.field("expected_output_tokens", per_target),
             pa.field("expected_cost_usd", per_target),
+            pa.field("percentile", pa.float32()),
             pa.field("router_version", pa.string(), nullable=False),
+            *(pa.field(name, pa.string()) for name in extras),
         ]
     )

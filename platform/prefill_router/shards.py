@@ -10,7 +10,9 @@ import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.config import StrictModel
+from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
+from prefill_router.schema import QUARANTINE
 
 MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(r"part-(\d{6,}|[0-9a-f]{32})\.parquet")
@@ -35,6 +37,16 @@ def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
     data = storage.encode_parquet(table)
     storage.write_bytes(storage.join(uri, name), data)
     return _described(name, len(table), data)
+
+
+def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
+    """Writes what was left out, and why; where nothing was, what an earlier run left goes."""
+    name = "quarantine/rows.parquet"
+    if not bad:
+        storage.remove(storage.join(uri, name))
+        return None
+    columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
+    return write_named(uri, name, pa.table([list(c) for c in columns], schema=QUARANTINE))
 
 
 def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:

@@ -13,6 +13,7 @@ from random import SystemRandom
 
 from prefill_router.corpus import Prompt, content_digest
 from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain, explore
+from prefill_router.drift import STRANGER
 from prefill_router.errors import UserError
 from prefill_serve.engine import Estimate, Head, Reading, Times
 from prefill_serve.http import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
@@ -25,7 +26,6 @@ log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request 
 
 RECORD_AFTER_S = 0.005  # what is counted and logged of a request waits until its answer has gone
 _DICE = SystemRandom()  # which a fork does not repeat
-STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
 
 
 _Key = tuple[tuple[str, ...], bytes]  # the heads that were asked, and the prompt's content

@@ -1,4 +1,4 @@
-"""`prefill-router extract` as a process of its own, with its own Ray: it can be watched, and killed at any time."""
+"""A job of `prefill-router` as a process of its own, with its own Ray: it can be watched, and killed at any time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ REPOSITORY = Path(__file__).parents[2]
 _SOURCES = [str(REPOSITORY / root) for root in ("platform", "jobs", "serve")]
 
 
-class ExtractJob:
-    def __init__(self, log: Path, *, saboteur: bool = False, slow_s: float = 0.0, **options: object) -> None:
+class Job:
+    command: str
+
+    def __init__(self, log: Path, /, *, saboteur: bool = False, slow_s: float = 0.0, **options: object) -> None:
         paths = [*([str(Path(__file__).parent / "saboteur")] if saboteur else []), *_SOURCES]
-        arguments = [sys.executable, "-m", "prefill_jobs", "extract"]
+        arguments = [sys.executable, "-m", "prefill_jobs", self.command]
         for key, value in options.items():
             arguments += [f"--{key.replace('_', '-')}", str(value)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SABOTEUR_SLOW_S": str(slow_s)}
@@ -58,6 +60,14 @@ class ExtractJob:
     def pss_bytes(self) -> int:
         """Memory of the family; what processes share counts once."""
         return sum(_pss_bytes(pid) for pid in self.family())
+
+
+class ExtractJob(Job):
+    command = "extract"
+
+
+class LabelJob(Job):
+    command = "label"
 
 
 def _parents() -> Iterator[tuple[int, int]]:

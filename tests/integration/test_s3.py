@@ -36,7 +36,8 @@ def test_the_jobs_read_and_write_a_bucket(
 
     label = command("label", router=f"{root}/router", log=corpus, out=f"{root}/decisions")
     assert label.status == 0, label.err
-    (tmp_path / "decisions.parquet").write_bytes(storage.read_bytes(f"{root}/decisions/part-000000.parquet"))
+    (decided,) = storage.find_files(f"{root}/decisions/decisions")
+    (tmp_path / "decisions.parquet").write_bytes(storage.read_bytes(decided))
     rows = duckdb.sql(f"select target, count(*) from '{tmp_path}/decisions.parquet' group by target").fetchall()
     assert sum(count for _, count in rows) == 240
     assert {target for target, _ in rows} <= {"big", "small"}

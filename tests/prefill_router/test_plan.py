@@ -282,8 +282,9 @@ def test_an_id_that_stands_twice_makes_the_later_row_bad(tmp_path: Path) -> None
     assert planned.bad[0] == BadRow(uri, 1, "p3", 'prompt_id "p3" stands more than once; ids must be unique')
     assert [bad.row for bad in planned.bad] == [1, 2]
     assert planned.num_repeated == 0
-    with pytest.raises(UserError, match=r'b\.jsonl: row 2: prompt_id "p3" stands more than once'):
-        planned.require_all_good()
+    planned.check_bad(planned.bad, 0.5)
+    with pytest.raises(UserError, match=r'2 of 8 rows are bad.*b\.jsonl: row 2: prompt_id "p3" stands more than once'):
+        planned.check_bad(planned.bad, 0.2)
 
 
 def test_a_hash_that_another_row_was_given_as_its_id_makes_the_later_row_bad(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""The actor of `label`: the prompts of a shard in, an object with what the router says of them out."""
+
+# N prompts
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefill_jobs.reader import SafeReader, begin
+from prefill_router import artifact, shards
+from prefill_router.baselines.router import BaselineRouter
+from prefill_router.corpus import Prompt
+from prefill_router.encoder import PrefillEncoder
+from prefill_router.estimates import PromptEstimates, contents_of
+from prefill_router.hardware import measured_peak_flops
+from prefill_router.plan import Shard, read_shard
+from prefill_router.router import Router
+from prefill_router.work import Work
+
+_NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
+
+
+@dataclass(frozen=True)
+class EstimateTask:
+    """Some rows of a shard, counted among those that stay in it."""
+
+    shard: Shard
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What came of a task."""
+
+    num_prompts: int
+    work: Work
+    worker: str
+    peak_flops: float
+
+
+class EstimateShard:
+    """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
+
+    def __init__(self, router: str, out: str, max_prompt_bytes: int, threads: int, attempts: Any) -> None:
+        self.uri, self.out, self.max_prompt_bytes, self.attempts = router, out, max_prompt_bytes, attempts
+        self.threads = min(threads, os.cpu_count() or 1)
+        self._loading = threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(self.threads)  # of the thread that calls
+        task: EstimateTask = pickle.loads(row["task"])
+        attempt = begin(self.attempts, task.shard.digest)
+        with self._loading:
+            _ = self.reader, self.peak_flops  # which is measured while nothing else is under way
+        rows = read_shard(task.shard, self.max_prompt_bytes)
+        wanted = [rows[i] for i in task.rows]
+        contents = contents_of([row.content_digest for row in wanted])
+        estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
+        work = self._fill(estimates, [row.prompt for row in wanted], attempt)
+        shards.create_shard(self.out, hashlib.sha256(contents.tobytes()).hexdigest()[:32], estimates.to_table())
+        return {"done": pickle.dumps(Estimated(len(wanted), work, str(os.getpid()), self.peak_flops))}
+
+    @cached_property
+    def router(self) -> Router | BaselineRouter:
+        return artifact.load(self.uri)
+
+    @cached_property
+    def reader(self) -> SafeReader | None:
+        encoder = self.router.encoder
+        return SafeReader(encoder, self.threads) if isinstance(encoder, PrefillEncoder) else None
+
+    @cached_property
+    def peak_flops(self) -> float:
+        encoder = self.router.encoder
+        return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
+
+    def _fill(self, estimates: PromptEstimates, prompts: Sequence[Prompt], attempt: int) -> Work:
+        router = self.router
+        if isinstance(router, BaselineRouter):
+            tokens = router.encoder.tokenize(prompts)
+            _put(estimates, np.arange(len(prompts)), tokens.full_lengths, tokens.is_truncated)
+            _predict(estimates, np.arange(len(prompts)), *router.predict_tokens(tokens))
+            return Work(prompts=len(prompts), tokens=int(tokens.num_tokens.sum()))
+        assert self.reader is not None
+        reading, refused = self.reader.read(prompts, router.columns, attempt)
+        kept = np.array([i for i in range(len(prompts)) if i not in refused], np.int64)
+        estimates.reasons[list(refused)] = list(refused.values())
+        _put(estimates, kept, reading.full_lengths, reading.is_truncated)
+        features = router.features(reading.encoded)
+        _predict(estimates, kept, *router.predict_features(features))
+        if router.distance is not None:
+            estimates.percentile[kept] = router.distance.percentile(router.distance(features))
+        return reading.work
+
+
+def _put(estimates: PromptEstimates, rows: NDArray[Any], lengths: NDArray[Any], is_truncated: NDArray[Any]) -> None:
+    estimates.input_tokens[rows] = lengths
+    estimates.is_truncated[rows] = is_truncated
+
+
+def _predict(estimates: PromptEstimates, rows: NDArray[Any], p: NDArray[Any], output_tokens: NDArray[Any]) -> None:
+    is_finite = np.isfinite(p).all(1) & np.isfinite(output_tokens).all(1)
+    estimates.reasons[rows[~is_finite]] = _NOT_FINITE
+    estimates.p_correct[rows] = np.where(is_finite[:, None], p, 0.0)
+    estimates.output_tokens[rows] = np.where(is_finite[:, None], output_tokens, 0.0)

@@ -1,0 +1,66 @@
+"""Labelling while its processes are killed: every line is decided once, and no prompt is read twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from chaos.job import LabelJob
+from corpora import write_jsonl
+from prefill_jobs.label import label
+from prefill_router.config import LabelConfig, validate
+from tiny import random_prompts
+
+KILLS = 2
+
+
+def decisions(out: Path) -> list[dict[str, Any]]:
+    rows = [row for file in (out / "decisions").rglob("*.parquet") for row in pq.ParquetFile(file).read().to_pylist()]
+    return sorted(rows, key=lambda row: (row["file"], row["row"]))
+
+
+def num_estimated(out: Path) -> int:
+    return sum(pq.ParquetFile(file).metadata.num_rows for file in (out / "estimates").rglob("part-*.parquet"))
+
+
+def kill_all(job: LabelJob) -> None:
+    for pid in job.family():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.end(20)
+
+
+def test_a_log_is_decided_once_though_the_job_is_killed(router: str, tmp_path: Path) -> None:
+    prompts = random_prompts(160)
+    lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeat one
+    write_jsonl(tmp_path / "log.jsonl", *({"prompt": prompt} for prompt in lines))
+    options: dict[str, Any] = {
+        "router": router,
+        "log": str(tmp_path / "log.jsonl"),
+        "shard_rows": 16,
+        "budget_usd": 0.01,
+    }
+    label(validate(LabelConfig, {**options, "out": str(tmp_path / "calm")}, "calm"))
+
+    out = tmp_path / "out"
+    seen = 0
+    for kill in range(KILLS):
+        job = LabelJob(tmp_path / f"{kill}.log", saboteur=True, slow_s=0.7, **options, out=out)
+        while num_estimated(out) <= seen and job.process.poll() is None:
+            time.sleep(0.1)
+        assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
+        kill_all(job)
+        assert not (out / "manifest.json").exists()
+        seen = num_estimated(out)
+        assert 0 < seen < len(set(prompts))
+    assert label(validate(LabelConfig, {**options, "out": str(out)}, "last")).computed == len(set(prompts)) - seen
+    assert num_estimated(out) == len(set(prompts))
+    assert decisions(out) == decisions(tmp_path / "calm")
+    assert [row["row"] for row in decisions(out)] == list(range(len(lines)))
