@@ -21,7 +21,7 @@ from prefill_router.errors import UserError
 from prefill_router.graders.grade import Grade, Row, missing, short
 
 F = TypeVar("F", bound=Callable[..., Grade])
-Check = Callable[[Mapping[str, Any]], None]
+Check = Callable[[Mapping[str, Any]], object]
 
 _GRADERS: dict[str, Callable[..., Grade]] = {}
 _CHECKS: dict[str, Check] = {}
