@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -64,4 +65,4 @@ def python_of(answer: str) -> str:
     if not blocks:
         return answer
     python = [b.text for b in blocks if b.language in _PYTHON] or [b.text for b in blocks if not b.language]
-    return "\n".join(text for text in python if not re.match(r"\s*>>> ", text))
+    return "\n".join(textwrap.dedent(text) for text in python if not re.match(r"\s*>>> ", text))

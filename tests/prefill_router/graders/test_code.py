@@ -75,7 +75,7 @@ def test_a_machine_that_cannot_confine_is_an_error_before_any_answer(monkeypatch
         ("```python\nx = 1", "x = 1"),
         ("~~~python\ns = '''\n```\n'''\n~~~", "s = '''\n```\n'''\n"),
         ("```python\nx = 1\n```\n```bash\nls\n```\n```\n1\n```", "x = 1\n"),
-        ("- so:\n   ```python\nx = 1\n   ```", "x = 1\n"),
+        ("- so:\n   ```python\n   x = 1\n   ```", "x = 1\n"),
     ],
 )
 def test_python_is_taken_out_of_fences(answer: str, code: str) -> None:
