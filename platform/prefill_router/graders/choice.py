@@ -23,7 +23,7 @@ from prefill_router.graders.text import normalize
 _OPEN, _CLOSE = r"[*_`$\"'“‘\s]{0,12}", r"[*_`$\"'”’]{0,6}"
 _LETTER = (
     _OPEN + r"(?:\\text\{|\\mathrm\{)?"
-    r"(?:[(\[]\s?(?P<set>[A-Za-z])\s?[)\]]|(?P<bare>[A-Z])(?![\w'’])|(?P<low>[b-z])(?=[\s*]{0,6}(?:[.)]|$)))"
+    r"(?:[(\[]\s?(?P<set>[A-Za-z])\s?[)\]]|(?P<bare>(?!I\s+[a-z])[A-Z])(?![\w'’])|(?P<low>[a-z])(?=[\s*]{0,6}(?:[.)]|$)))"
 )
 _STATED = re.compile(
     r"(?i:\b(?:answer|choice|option|solution)\b[^.\n]{0,20}?(?:\bis|\bwould be|\bshould be|:|=)"
@@ -37,8 +37,9 @@ _IS_ANSWER = re.compile(
     re.MULTILINE,
 )
 _SET_APART = re.compile(
-    r"[(\[](?P<set>[A-Za-z])[)\]]|\*\*\(?(?P<bold>[A-Za-z])[).:]?\)?(?:\*\*|(?=\s))"
-    r"|^[ \t]{0,8}(?P<line>[A-Z])(?:[).:](?=\s|$)|[ \t]{0,8}$)",
+    r"[(\[](?P<set>[A-Za-z])[)\]]|\*\*(?P<bold>[A-Za-z])(?:\*\*|[).:](?=\s|\*\*))"
+    r"|^[ \t]{0,8}(?P<line>[A-Z])(?:[).:](?=\s|$)|[ \t]{0,8}$)"
+    r"|\b(?i:so|thus|therefore|hence|is)\b,?[ \t]{1,3}(?P<end>[A-Z])[.!]?[ \t]{0,8}$",
     re.MULTILINE,
 )
 _REJECTED_AFTER = re.compile(

@@ -107,9 +107,11 @@ class Sandbox:
         return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **{name: (value, value) for name, value in same.items()}}
 
     def _verdict(self, run: _Run, stopped: Stopped | None, returned: int, cpu_s: float, secret: bytes) -> Verdict:
+        if stopped is not None and not run.report:  # the machine is at fault, not the code, which had not begun
+            return Verdict("killed", f"not started within {self.wall_s:g} s", "", cpu_s)
         output = run.output[: self.output_bytes].decode(errors="replace")
         status, detail = stopped or _reported(bytes(run.report), secret) or self._ending(returned, cpu_s)
-        if status == "unconfined" or (stopped is None and not run.report):
+        if status == "unconfined" or not run.report:
             raise UserError(f"the sandbox did not start: {detail} {output}".rstrip())
         assert status in get_args(Status)
         return Verdict(status, detail, output, cpu_s)  # type: ignore[arg-type]

@@ -58,6 +58,11 @@ def test_a_letter_is_found_however_it_is_set(form: str) -> None:
         "The answer is not A. The answer is C.",
         "the answer is c",
         "(c)",
+        "Rome lies south, Paris west, so C.",
+        "It lies east. Therefore, C",
+        "**C. Berlin**",
+        "**A guess**: I say (C)",
+        "Answer: I think so.\n(C)",
         "c",
         "A) Rome\nB) Paris\nC) Berlin\n\nThe answer is C) Berlin",
         "Berlin",
@@ -94,6 +99,9 @@ def test_an_ambiguous_answer_says_so() -> None:
 
 def test_words_are_no_letters() -> None:
     assert score("A dog barks. I think so.", "A") == 0.0
+    assert score("**A thought**", "A") == 0.0
+    assert score("The answer is a.", "A") == 1.0
+    assert score("The answer is a riddle.", "A") == 0.0
     assert score("The answer is a big dog", "D") == 1.0
     assert score("The answer is A big dog", "A") == 0.0
 
