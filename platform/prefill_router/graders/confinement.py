@@ -111,18 +111,19 @@ _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # no owner of a file, who would be sen
 
 
 @functools.cache
-def lacking() -> tuple[str, ...]:
-    """The protections that this machine has not, each with the reason; none where a process can be confined."""
+def lacking() -> Mapping[str, str]:
+    """The protections that this machine has not, with the reason; none where a process can be confined."""
     if sys.platform != "linux":
-        return tuple(f"{name} (only Linux has it)" for name in PROTECTIONS)
-    lacks = []
+        return dict.fromkeys(PROTECTIONS, "only Linux has it")
+    lacks = {}
     if (abi := landlock_abi()) < _LANDLOCK_ABI:
-        lacks.append(f"landlock (version {abi}, must be at least {_LANDLOCK_ABI}: Linux 6.2 with landlock enabled)")
-    if platform.machine() not in _MACHINES:
-        lacks.append(f"seccomp (not written for {platform.machine()})")
-    elif not _has_seccomp(_MACHINES[platform.machine()]):
-        lacks.append("seccomp (the kernel has no filters)")
-    return tuple(lacks)
+        lacks["landlock"] = f"version {abi}, must be at least {_LANDLOCK_ABI}: Linux 6.2 with landlock enabled"
+    machine = _MACHINES.get(platform.machine())
+    if machine is None:
+        lacks["seccomp"] = f"not written for {platform.machine()}"
+    elif not _has_seccomp(machine):
+        lacks["seccomp"] = "the kernel has no filters"
+    return lacks
 
 
 def landlock_abi() -> int:

@@ -209,7 +209,7 @@ def main() -> None:
     try:
         Confinement(request).put_on()
     except Exception as error:
-        report.end("unconfined", f"{type(error).__name__}: {error}")
+        report.end("broken", f"{type(error).__name__}: {error}")
     report.started()
     judge(report, request)
 

@@ -21,12 +21,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from prefill_router.errors import UserError
 from prefill_router.graders import confinement
 
 Status = Literal["passed", "failed", "ended", "timeout", "memory", "output", "files", "broken", "killed"]
+Stopped = tuple[Status, str]
+_REPORTED: tuple[Status, ...] = ("passed", "failed", "memory", "broken")
+_STARTED = b"+"
 _HARNESS = str(Path(__file__).with_name("harness.py"))
 _LOOK_EVERY_S = 0.05
 _ENDS_WITHIN_S = 0.001
@@ -68,9 +71,10 @@ class Sandbox:
     def __post_init__(self) -> None:
         lacks = confinement.lacking()
         if lacks and not self.unconfined:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in lacks.items())
             raise UserError(
-                f"code cannot be run safely here: the machine lacks {', '.join(lacks)}; grade on another machine, or "
-                "accept that a model's code runs with your rights by unconfined = true"
+                f"code cannot be run safely here: the machine lacks {reasons}; grade on another machine, or accept "
+                "that a model's code runs with your rights by unconfined = true"
             )
 
     def run(self, code: str, tests: str, entry_point: str | None = None) -> Verdict:
@@ -85,14 +89,13 @@ class Sandbox:
         return self._verdict(run, stopped, returned, cpu_s, secret)
 
     def _confinement(self, folder: str) -> dict[str, Any]:
-        lacks = {lack.partition(" ")[0] for lack in confinement.lacking()}
-        has_landlock, has_seccomp = "landlock" not in lacks, "seccomp" not in lacks
+        lacks = confinement.lacking()
         return {
             "parent": os.getpid(),
             "limits": self._limits(),
             "paths": [(folder, confinement.SCRATCH), *confinement.readable_paths(self.site_packages)],
-            "landlock": confinement.landlock_attributes() if has_landlock else b"",
-            "seccomp": confinement.seccomp_program() if has_seccomp else b"",
+            "landlock": b"" if "landlock" in lacks else confinement.landlock_attributes(),
+            "seccomp": b"" if "seccomp" in lacks else confinement.seccomp_program(),
             "packages": confinement.package_paths() if self.site_packages else [],
         }
 
@@ -110,13 +113,14 @@ class Sandbox:
         if stopped is not None and not run.report:  # the machine is at fault, not the code, which had not begun
             return Verdict("killed", f"not started within {self.wall_s:g} s", "", cpu_s)
         output = run.output[: self.output_bytes].decode(errors="replace")
-        status, detail = stopped or _reported(bytes(run.report), secret) or self._ending(returned, cpu_s)
-        if status == "unconfined" or not run.report:
-            raise UserError(f"the sandbox did not start: {detail} {output}".rstrip())
-        assert status in get_args(Status)
-        return Verdict(status, detail, output, cpu_s)  # type: ignore[arg-type]
+        if not run.report.startswith(_STARTED):
+            _, reason = _reported(bytes(run.report), secret) or self._ending(returned, cpu_s)
+            raise UserError(f"the sandbox did not start: {reason} {output}".rstrip())
+        said = _reported(bytes(run.report.removeprefix(_STARTED)), secret)
+        status, detail = stopped or said or self._ending(returned, cpu_s)
+        return Verdict(status, detail, output, cpu_s)
 
-    def _ending(self, returned: int, cpu_s: float) -> tuple[str, str]:
+    def _ending(self, returned: int, cpu_s: float) -> Stopped:
         """What became of a process that said nothing."""
         if returned >= 0:
             return "ended", f"exit status {returned} before the tests were through"
@@ -126,14 +130,12 @@ class Sandbox:
         return "killed" if name == "SIGKILL" else "ended", f"{name} before the tests were through"
 
 
-Stopped = tuple[Status, str]
-
-
-def _reported(report: bytes, secret: bytes) -> tuple[str, str] | None:
-    said, _, rest = report.removeprefix(b"+").partition(b"\0")
-    if not secrets.compare_digest(said, secret):
-        return None
+def _reported(report: bytes, secret: bytes) -> Stopped | None:
+    """What the harness says; None for what is said by another, or in other words."""
+    said, _, rest = report.partition(b"\0")
     status, _, detail = rest.decode(errors="replace").partition("\0")
+    if not secrets.compare_digest(said, secret) or status not in _REPORTED:
+        return None
     return status, detail
 
 
