@@ -1,0 +1,13 @@
+"""Whether an answer is right: graders, which make outcomes of the answers of targets.
+
+A grader is a function of an answer and the prompt's row, found by name with `load_grader`. What it cannot grade it
+calls missing, never wrong.
+"""
+
+from prefill_router.graders import choice, code, gym, json_schema, judge, numeric, text
+from prefill_router.graders.grade import Grade
+from prefill_router.graders.judge import Ask, Message, Reply
+from prefill_router.graders.registry import Grader, grader, grader_names, load_grader
+
+__all__ = ["Ask", "Grade", "Grader", "Message", "Reply", "grader", "grader_names", "load_grader"]
+__all__ += ["choice", "code", "gym", "json_schema", "judge", "numeric", "text"]  # imported for the names they register

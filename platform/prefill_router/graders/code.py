@@ -1,0 +1,68 @@
+"""The grader of Python code: what an answer defines is run with the row's tests, in a sandbox."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from prefill_router.graders.fences import fences
+from prefill_router.graders.grade import Grade, Row, is_absent, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.registry import grader
+from prefill_router.graders.sandbox import MIB, Sandbox
+
+_PYTHON = ("python", "py", "python3")
+_UNGRADED = ("broken", "killed")
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    Sandbox(unconfined=options["unconfined"])
+
+
+@grader("code", check=_check)
+def code(
+    answer: str,
+    row: Row,
+    *,
+    tests: str = "tests",
+    entry_point: str = "entry_point",
+    setup: str = "setup",
+    cpu_s: Annotated[int, Field(ge=1)] = 5,
+    wall_s: Annotated[float, Field(gt=0.0)] = 15.0,
+    memory_mib: Annotated[int, Field(ge=64)] = 512,
+    unconfined: bool = False,
+    site_packages: bool = False,
+) -> Grade:
+    """1 where all tests pass: asserts, functions named test_…, or `check(candidate)` with the row's `entry_point`.
+
+    `tests` is a column of Python source, or a list of it; the source in `setup`, if there is any, runs before the
+    answer's. Tests that cannot run grade nothing. Raises UserError on a machine that cannot confine the code, unless
+    that is accepted by `unconfined`.
+    """
+    given = [str(test) for test in references(row, tests)]
+    if not given:
+        return no_reference(tests)
+    name = None if is_absent(row.get(entry_point)) else str(row[entry_point])
+    before = "" if is_absent(row.get(setup)) else f"{row[setup]}\n"
+    memory_bytes = memory_mib * MIB
+    sandbox = Sandbox(cpu_s, wall_s, memory_bytes, unconfined=unconfined, site_packages=site_packages)
+    verdict = sandbox.run(before + python_of(answer), "\n".join(given), name)
+    if verdict.status == "passed":
+        return right("passed the tests")
+    reason = f"{verdict.status}: {short(verdict.detail, 200)}"
+    return missing(reason) if verdict.status in _UNGRADED else wrong(reason)
+
+
+def python_of(answer: str) -> str:
+    """The answer's Python blocks in their order, so that a later one mends an earlier; all of it where it has no block.
+
+    Blocks that name no language count where none names Python. Prompts of a session (>>>) are no code.
+    """
+    blocks = fences(answer)
+    if not blocks:
+        return answer
+    python = [b.text for b in blocks if b.language in _PYTHON] or [b.text for b in blocks if not b.language]
+    return "\n".join(textwrap.dedent(text) for text in python if not re.match(r"\s*>>> ", text))

@@ -1,0 +1,77 @@
+"""The grader of reasoning-gym's tasks: each data set has a verifier of its own, which may give part of a point.
+
+Some verifiers evaluate what they read, as Python or by sympy, which comes to the same: an answer could be a program.
+To those, only what is harmless gets through; see `harmless.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefill_router.errors import UserError
+from prefill_router.graders.grade import Grade, Row, missing, nested, no_reference, references, short, wrong
+from prefill_router.graders.harmless import is_harmless
+from prefill_router.graders.registry import grader
+
+Verifier = Callable[[str, dict[str, Any]], float]
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_EVALUATES = {"sympy": re.compile(r"\bparse_expr\(answer"), "python": re.compile(r"\beval\(answer")}
+
+
+def _check(_: Mapping[str, Any]) -> None:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError("grader reasoning_gym: reasoning-gym is not installed; pip install 'prefill-router[demo]'")
+
+
+@grader("reasoning_gym", check=_check)
+def reasoning_gym(
+    answer: str, row: Row, *, reference: str = "reference", metadata: str = "metadata", dataset: str | None = None
+) -> Grade:
+    """The score of the row's verifier, by `source_dataset` in its metadata or the one `dataset` of all rows.
+
+    What stands in the answer's last <answer> tag is verified, else all of it. An answer that a verifier cannot read is
+    wrong, unless it cannot read the reference either.
+    """
+    wanted = references(row, reference)
+    if not wanted or not references(row, metadata):
+        return no_reference(metadata if wanted else reference)
+    facts = nested(row[metadata])
+    name = dataset or facts.get("source_dataset")
+    try:
+        verifier, language = _verifier(name)
+    except ValueError as error:
+        return missing(short(error))
+    said = (_TAGGED.findall(answer) or [answer])[-1].strip()
+    if language is not None and not is_harmless(said, language):
+        return wrong(f"{name} would evaluate {short(said)}")
+    return _verified(verifier, said, {**row, "answer": str(wanted[0]), "metadata": facts}, name)
+
+
+def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -> Grade:
+    try:
+        score = float(verifier(said, entry))
+    except Exception as error:  # a verifier that fails has read the answer, or the entry: the reference tells which
+        try:
+            verifier(entry["answer"], entry)
+        except Exception:
+            return missing(f"{name} cannot verify its own answer: {type(error).__name__}: {short(error)}")
+        return wrong(f"{name} cannot read it: {type(error).__name__}: {short(error)}")
+    return Grade(min(max(score, 0.0), 1.0), f"{name}: {score:g}")
+
+
+@functools.cache
+def _verifier(name: str | None) -> tuple[Verifier, str | None]:
+    """A data set's verifier, and as what it evaluates an answer, if it does. Raises ValueError for an unknown name."""
+    from reasoning_gym import get_score_answer_fn
+
+    if not isinstance(name, str):
+        raise ValueError("the metadata names no source_dataset")
+    verifier = get_score_answer_fn(name)
+    source = inspect.getsource(verifier)
+    return verifier, next((language for language, pattern in _EVALUATES.items() if pattern.search(source)), None)

@@ -1,0 +1,234 @@
+"""The program that runs an answer's code and a row's tests, in a process that it first confines.
+
+It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. How the
+tests went goes over a pipe, behind a secret that waits unread in another pipe until they are through, so that neither
+what the code prints nor how it ends says that it passed. Code and tests do share a process, and code that is written
+against this very file can find the pipes and forge a verdict, or return objects that equal everything. What is held
+off is what models do of themselves: print a verdict, leave early, replace a builtin.
+"""
+
+from __future__ import annotations
+
+import _ast
+import builtins
+import ctypes
+import marshal
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from os import O_RDONLY, O_RDWR, _exit, close, dup, dup2, getppid, read, write
+from os import open as open_fd
+from types import CodeType, ModuleType
+from typing import Any
+
+# Functions below look here first: what the code replaces in `builtins` stays what it is, in this file and in the tests.
+BUILTINS: dict[str, Any] = dict(vars(builtins))
+globals()["__builtins__"] = BUILTINS
+
+_SET_PDEATHSIG, _SET_NO_NEW_PRIVS, _SET_SECCOMP = 1, 38, 22
+_SIGKILL, _O_PATH, _FILTER = 9, 0o10000000, 2
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
+_CAPABILITY_VERSION = 0x20080522
+_MOST_DETAIL = 1000  # characters
+_SOLUTION = "solution"  # as what module the code runs
+
+Names = dict[str, Any]
+
+
+class Confinement:
+    """What the parent asked for, put on this process, not to be taken off again. Raises OSError where that fails."""
+
+    def __init__(self, request: Names) -> None:
+        self.request = request
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def put_on(self) -> None:
+        self._check("prctl", self.libc.prctl(_SET_PDEATHSIG, _SIGKILL, 0, 0, 0))
+        if getppid() != self.request["parent"]:
+            _exit(1)
+        for name, limit in self.request["limits"].items():
+            resource.setrlimit(getattr(resource, name), limit)
+        self._check("prctl", self.libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        if self.request["landlock"]:
+            self._restrict_files()
+        self._drop_capabilities()
+        if self.request["seccomp"]:
+            self._filter_calls()
+
+    def _restrict_files(self) -> None:
+        attributes = self.request["landlock"]
+        ruleset = self.libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+        self._check("landlock", ruleset)
+        for path, access in self.request["paths"]:
+            self._allow(ruleset, path, access)
+        self._check("landlock", self.libc.syscall(_RESTRICT_SELF, ruleset, 0))
+        close(ruleset)
+
+    def _allow(self, ruleset: int, path: str, access: int) -> None:
+        fd = open_fd(path, O_RDONLY | _O_PATH)
+        rule = access.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
+        self._check(f"landlock: {path}", self.libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
+        close(fd)
+
+    def _drop_capabilities(self) -> None:
+        """Root without its powers: it may not raise its limits again, and reads what its owner may read."""
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+        self._check("capset", self.libc.capset(header, (ctypes.c_uint32 * 6)()))
+
+    def _filter_calls(self) -> None:
+        class Program(ctypes.Structure):
+            _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+        instructions = self.request["seccomp"]
+        program = Program(len(instructions) // 8, instructions)
+        self._check("seccomp", self.libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0))
+
+    @staticmethod
+    def _check(what: str, returned: int) -> None:
+        if returned < 0:
+            raise OSError(ctypes.get_errno(), what)
+
+
+class Report:
+    """The pipe to the parent, and the one that the secret waits in. The first thing said is the last."""
+
+    def __init__(self, out: int, secret: int) -> None:
+        self.out, self.secret = out, secret
+
+    def started(self) -> None:
+        write(self.out, b"+")
+
+    def end(self, status: str, detail: str = "") -> None:
+        text = f"{status}\0{detail[:_MOST_DETAIL]}".encode(errors="replace")
+        write(self.out, read(self.secret, 64) + b"\0" + text)
+        _exit(0)
+
+
+class Tests:
+    """A row's tests, compiled before the code is seen: asserts, a `check(candidate)`, or functions named test_…"""
+
+    def __init__(self, source: str, entry_point: str | None) -> None:
+        """Raises ValueError for tests that test nothing, SyntaxError and ImportError for ones that cannot run."""
+        self.entry_point, self.lines = entry_point, source.splitlines()
+        self.code = compile(source, "<tests>", "exec", dont_inherit=True)
+        tree: Any = compile(source, "<tests>", "exec", flags=_ast.PyCF_ONLY_AST, dont_inherit=True)
+        functions = [node.name for node in tree.body if isinstance(node, _ast.FunctionDef)]
+        calls_check = any(_is_call_of_check(node) for node in tree.body)
+        self.functions = [name for name in functions if name.startswith("test_")]
+        self.has_check = "check" in functions and not calls_check
+        if self.has_check and entry_point is None:
+            raise ValueError("the tests define check(candidate), and the row has no entry_point")
+        if not (self.functions or self.has_check or calls_check or any(map(_asserts, tree.body))):
+            raise ValueError("the tests have no assert, no check(candidate) and no function test_…")
+        for module in _imports(tree):
+            __import__(module)
+
+    def run(self, solution: Names) -> None:
+        """Raises what the first test that fails raises. The tests see the code's names, and builtins of their own."""
+        names = {**self._needed(solution), "__builtins__": dict(BUILTINS)}
+        names["__name__"] = "tests"
+        if self.entry_point is not None and self.entry_point not in solution:
+            raise NameError(f"the code defines no {self.entry_point}")
+        candidate = names.get(self.entry_point or "")
+        exec(self.code, names)
+        for name in self.functions:
+            names[name]()
+        if self.has_check:
+            names["check"](candidate)
+
+    def _needed(self, solution: Names) -> Names:
+        """The code's names, but for those of builtins, unless these are all of it that the tests use."""
+        used = {name for name in _names(self.code) if name in solution and not name.startswith("__")}
+        hidden = {name for name in used if name in BUILTINS}
+        if used == hidden:
+            hidden = set()
+        return {name: value for name, value in solution.items() if name not in hidden - {self.entry_point}}
+
+
+def _is_call_of_check(node: _ast.AST) -> bool:
+    call = node.value if isinstance(node, _ast.Expr) else None
+    return isinstance(call, _ast.Call) and isinstance(call.func, _ast.Name) and call.func.id == "check"
+
+
+def _asserts(node: _ast.AST) -> bool:
+    """Is there an assert that runs with the statement?"""
+    if isinstance(node, _ast.FunctionDef | _ast.AsyncFunctionDef | _ast.ClassDef | _ast.Lambda):
+        return False
+    bodies = [getattr(node, name, None) or [] for name in ("body", "orelse", "finalbody")]
+    return isinstance(node, _ast.Assert) or any(_asserts(child) for body in bodies for child in body)
+
+
+def _imports(tree: _ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, _ast.Import):
+            yield from (alias.name for alias in node.names if alias.name != _SOLUTION)
+        elif isinstance(node, _ast.ImportFrom) and node.module not in (None, _SOLUTION):
+            yield str(node.module)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _describe(error: BaseException, lines: list[str]) -> str:
+    """What was raised, and the line of the tests that it came through. Code may raise what cannot be printed."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except BaseException:
+        text = "an error that cannot be printed"
+    step, at = error.__traceback__, 0
+    while step is not None:
+        at = step.tb_lineno if step.tb_frame.f_code.co_filename == "<tests>" else at
+        step = step.tb_next
+    return f"{text} at test line {at}: {lines[at - 1].strip()}" if 0 < at <= len(lines) else text
+
+
+def _attempt(report: Report, step: Callable[[], object], lines: list[str]) -> None:
+    try:
+        step()
+    except MemoryError:
+        report.end("memory", "MemoryError")
+    except BaseException as error:
+        report.end("failed", _describe(error, lines))
+
+
+def main() -> None:
+    report_fd = int(sys.argv[1])
+    size = int.from_bytes(read(0, 8), "little")
+    data = b""
+    while len(data) < size:
+        data += read(0, size - len(data))
+    request = marshal.loads(data)
+    report = Report(report_fd, dup(0))
+    null = open_fd("/dev/null", O_RDWR)
+    dup2(null, 0)
+    close(null)
+    try:
+        Confinement(request).put_on()
+    except Exception as error:
+        report.end("broken", f"{type(error).__name__}: {error}")
+    report.started()
+    judge(report, request)
+
+
+def judge(report: Report, request: Names) -> None:
+    sys.path += request["packages"]
+    try:
+        tests = Tests(request["tests"], request["entry_point"])
+    except Exception as error:
+        report.end("broken", _describe(error, []))
+    module = ModuleType(_SOLUTION)
+    sys.modules[_SOLUTION] = sys.modules["__main__"] = module
+    solution = vars(module)
+    solution["__builtins__"] = builtins
+    run: Callable[..., None] = exec
+    _attempt(report, lambda: run(compile(request["code"], "<answer>", "exec", dont_inherit=True), solution), [])
+    _attempt(report, lambda: tests.run(solution), tests.lines)
+    report.end("passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The grader of answers in JSON: finds it, in a code fence or in a sentence, and checks it against a schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import regex
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.validators import extend, validator_for
+from pydantic import AfterValidator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from prefill_router.graders.fences import fences
+from prefill_router.graders.grade import Grade, Row, missing, nested, no_reference, references, right, short, wrong
+from prefill_router.graders.registry import grader
+
+_PATTERN_S = 1.0  # for one string; a pattern may backtrack for ever
+_NOTHING = object()
+
+
+def checked_schema(schema: Any) -> Any:
+    """Raises ValueError for what is no schema."""
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"is no JSON schema: {error.message}") from None
+    return schema
+
+
+@grader("json_schema")
+def json_schema(
+    answer: str,
+    row: Row,
+    *,
+    schema: Annotated[dict[str, Any] | None, AfterValidator(lambda s: s if s is None else checked_schema(s))] = None,
+    column: str = "schema",
+) -> Grade:
+    """One `schema` for all rows, or one of each row in a `column`, as JSON text or as it is.
+
+    Nothing is fetched: a schema that refers to another file grades nothing.
+    """
+    if schema is None:
+        if not references(row, column):
+            return no_reference(column)
+        try:
+            schema = checked_schema(nested(row[column]))
+        except ValueError as error:
+            return missing(f"{column} {short(error)}")
+    value = find_json(answer)
+    if value is _NOTHING:
+        return wrong("no JSON in the answer")
+    try:
+        fault = best_match(_validator(schema).iter_errors(value))
+    except (Unresolvable, TimeoutError, regex.error) as error:
+        return missing(f"the schema cannot be checked: {short(error)}")
+    return right("meets the schema") if fault is None else wrong(f"{fault.json_path}: {short(fault.message)}")
+
+
+def _pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not regex.search(pattern, value, timeout=_PATTERN_S):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """Of the draft that the schema names, with an empty registry, since the default one asks the network."""
+    return extend(validator_for(schema, default=Draft202012Validator), {"pattern": _pattern})(
+        schema, registry=Registry()
+    )
+
+
+def find_json(answer: str) -> Any:
+    """The whole answer, else the last fence that is JSON, else the last object or array that the text holds."""
+    for text in [answer, *(fence.text for fence in reversed(fences(answer)))]:
+        try:
+            return json.loads(text, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            continue
+    return _last_inside(answer)
+
+
+def _last_inside(answer: str) -> Any:
+    decoder, found, at, tries = json.JSONDecoder(parse_constant=_refuse), _NOTHING, 0, 0
+    while (match := regex.search(r"[{\[]", answer, pos=at)) and tries < 1000:
+        tries += 1
+        try:
+            found, at = decoder.raw_decode(answer, match.start())
+        except (ValueError, RecursionError):
+            at = match.start() + 1
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

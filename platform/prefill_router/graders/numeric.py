@@ -1,0 +1,142 @@
+"""The grader of numbers: finds the one that an answer settles on, and compares it within tolerances.
+
+Numbers are decimals, so that an exponent of a thousand million takes no memory and no digit of a long integer is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Context, Decimal, localcontext
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from prefill_router.graders.boxes import last_box
+from prefill_router.graders.grade import Grade, Row, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.registry import grader
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"""(?<![\w.])(?:(?<![)\]}}%])(?P<sign>[-+]))?(?:(?:[$€£¥]|USD|EUR)\s?)?(?P<inner>[-+])?
+    (?:\\[dt]?frac\{{(?P<top>-?[\d.]+)\}}\{{(?P<bottom>-?[\d.]+)\}}
+      |(?:(?P<whole>\d+)\s)?(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/])
+      |(?P<digits>{_DIGITS})
+       (?:[eE](?P<e>[-+]?\d{{1,9}})(?!\w)|\s?(?:×|\*|x|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{{?(?P<power>[-+]?\d{{1,9}})\}}?)?
+    )(?P<percent>\s?(?:%|percent\b))?""",
+    re.VERBOSE,
+)
+_MARK = re.compile(r"####|\banswer\s*(?:is|was|=|:)+|^[ \t]{0,8}answer\b", re.IGNORECASE | re.MULTILINE)
+_PLAIN = str.maketrans({"−": "-", "–": "-", "﹣": "-", "，": ",", "％": "%", "\u00a0": " ", "\u202f": " "})
+_LATEX = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{[^{}]*\}|\\[,;!: ]|\^\s*\{?\\circ\}?|\\left|\\right")
+_SUM = re.compile(r"[\d\s.,+*/×÷()^$\\{}%-]*=")  # what stands before an equals sign is no result
+_CONTEXT = Context(prec=60, traps=[])
+
+
+class Number(NamedTuple):
+    value: Decimal  # a percentage as it is written, 50 of 50 %
+    is_percent: bool = False
+
+
+@grader("numeric")
+def numeric(
+    answer: str,
+    row: Row,
+    *,
+    reference: str = "reference",
+    absolute: Annotated[float, Field(ge=0.0)] = 0.0,
+    relative: Annotated[float | None, Field(ge=0.0)] = None,
+) -> Grade:
+    """Equal within `absolute`, or within `relative` times the reference: 1e-9 unless it is given, 0 for whole numbers.
+
+    A percentage beside a bare number may mean either 50 or 0.5, and both are taken.
+    """
+    wanted = [number for r in references(row, reference) if (number := find_number(_text(r)))]
+    if not references(row, reference):
+        return no_reference(reference)
+    if not wanted:
+        return missing(f"the reference {short(row[reference])} is no number")
+    said = find_number(answer)
+    if said is None:
+        return wrong("no number in the answer")
+    if any(_is_near(said, number, absolute, relative) for number in wanted):
+        return right(f"{said.value:g}")
+    return wrong(f"{short(f'{said.value:g}')} is not {short(f'{wanted[0].value:g}')}")
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _is_near(said: Number, wanted: Number, absolute: float, relative: float | None) -> bool:
+    with localcontext(_CONTEXT):
+        values = [said.value]
+        if said.is_percent != wanted.is_percent:
+            values.append(said.value / 100 if said.is_percent else said.value * 100)
+        return any(abs(value - wanted.value) <= _tolerance(value, wanted.value, absolute, relative) for value in values)
+
+
+def _tolerance(value: Decimal, wanted: Decimal, absolute: float, relative: float | None) -> Decimal:
+    if relative is None:
+        relative = 0.0 if _is_whole(value) and _is_whole(wanted) else 1e-9
+    return max(Decimal(absolute), Decimal(relative) * abs(wanted))
+
+
+def _is_whole(value: Decimal) -> bool:
+    return value.as_tuple().exponent == 0  # as it is written: 1e23 and 5.0 are measured
+
+
+def find_number(text: str) -> Number | None:
+    """The number in the last box, else what follows the last "####" or "answer is", else the last number of all.
+
+    After a mark, the first number of its line counts, or the result where it begins a sum, as in 3 + 4 = 7.
+    """
+    text = text.translate(_PLAIN)
+    box, marks = last_box(text), list(_MARK.finditer(text))
+    if box is not None and not (marks and marks[-1].start() > box.end and _numbers(text[marks[-1].end() :])):
+        return _only(box.content)
+    ends = [*(mark.start() for mark in marks[1:]), len(text)][: len(marks)]
+    for mark, end in zip(reversed(marks), reversed(ends), strict=True):
+        if found := _stated(text[mark.end() : end]):
+            return found
+    found_anywhere = _numbers(_LATEX.sub(" ", text))
+    return found_anywhere[-1] if found_anywhere else None
+
+
+def _stated(text: str) -> Number | None:
+    for line in _LATEX.sub(" ", text).splitlines():
+        numbers = list(_NUMBER.finditer(_unescaped(line)))
+        while len(numbers) > 1 and _SUM.match(_unescaped(line), numbers[0].end()):
+            numbers.pop(0)
+        if numbers and (number := _value(numbers[0])):
+            return number
+    return None
+
+
+def _only(content: str) -> Number | None:
+    """The one number in a box, which may name a variable and a unit; None for an expression."""
+    content = _unescaped(_LATEX.sub(" ", content)).rpartition("=")[2]
+    numbers = list(_NUMBER.finditer(content))
+    if len(numbers) != 1 or "\\" in content.replace(numbers[0][0], ""):
+        return None
+    return _value(numbers[0])
+
+
+def _numbers(text: str) -> list[Number]:
+    return [number for match in _NUMBER.finditer(_unescaped(text)) if (number := _value(match))]
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\%", "%").replace("\\$", "$")
+
+
+def _value(match: re.Match[str]) -> Number | None:
+    with localcontext(_CONTEXT):
+        if match["top"]:
+            value = Decimal(match["top"]) / Decimal(match["bottom"])
+        elif match["over"]:
+            value = Decimal(match["whole"] or 0) + Decimal(match["over"]) / Decimal(match["under"])
+        else:
+            exponent = match["e"] or match["power"] or "0"
+            value = Decimal(match["digits"].replace(",", "")).scaleb(int(exponent))
+        value = -value if "-" in ((match["sign"] or "") + (match["inner"] or "")) else value
+        return Number(value, match["percent"] is not None) if value.is_finite() else None

@@ -1,0 +1,115 @@
+"""Graders by name: ours, and a user's own as `package.module:function`.
+
+A grader is a function of an answer and its row; its further parameters are options, and their types are what a recipe's
+options are checked against, once, before any answer is graded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, create_model
+
+from prefill_router.config import StrictModel, validate
+from prefill_router.errors import UserError
+from prefill_router.graders.grade import Grade, Row, missing, short
+
+F = TypeVar("F", bound=Callable[..., Grade])
+Check = Callable[[Mapping[str, Any]], object]
+
+_GRADERS: dict[str, Callable[..., Grade]] = {}
+_CHECKS: dict[str, Check] = {}
+
+
+def grader(name: str, check: Check | None = None) -> Callable[[F], F]:
+    """Registers a function by name. `check` gets the options when it is loaded, to raise UserError for what lacks."""
+
+    def register(function: F) -> F:
+        assert name not in _GRADERS, f"two graders are named {name}"
+        _GRADERS[name] = function
+        if check is not None:
+            _CHECKS[name] = check
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A grader with its options. It pickles wherever its function and options do."""
+
+    spec: str
+    function: Callable[..., Grade]
+    options: Mapping[str, Any]
+
+    def __call__(self, answer: str, row: Row) -> Grade:
+        """The grade of one answer. A grader that raises could not grade; a UserError is raised, as for all rows.
+
+        Raises UserError where a user's function returns no Grade, or a score beyond [0, 1].
+        """
+        try:
+            grade = self.function(answer, row, **self.options)
+        except UserError:
+            raise
+        except Exception as error:  # what a user's function, or a verifier, may raise is not known
+            return missing(f"{self.spec} raised {type(error).__name__}: {short(error)}")
+        if not isinstance(grade, Grade) or not (grade.score is None or 0.0 <= grade.score <= 1.0):
+            raise UserError(f"grader {self.spec} returned {short(grade)}, must be a Grade with a score from 0 to 1")
+        return grade
+
+
+def grader_names() -> list[str]:
+    return sorted(_GRADERS)
+
+
+def load_grader(spec: str, options: Mapping[str, Any] | None = None) -> Grader:
+    """The grader named `spec`. Raises UserError for an unknown name, a path that does not import and bad options."""
+    function = _imported(spec) if ":" in spec else _registered(spec)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
+        model = create_model(spec, __base__=_Options, **_fields(spec, function))
+    values = validate(model, options or {}, f"grader {spec}")
+    checked = {name: getattr(values, name) for name in model.model_fields}
+    if spec in _CHECKS:
+        _CHECKS[spec](checked)
+    return Grader(spec, function, checked)
+
+
+class _Options(StrictModel):
+    # A judge is a callable, and names like `schema` are no attributes that anybody asks of these models.
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+
+def _registered(name: str) -> Callable[..., Grade]:
+    if name in _GRADERS:
+        return _GRADERS[name]
+    close = difflib.get_close_matches(name, _GRADERS, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(grader_names())}, or package.module:function"
+    raise UserError(f'unknown grader "{name}", {hint}')
+
+
+def _imported(spec: str) -> Callable[..., Grade]:
+    module_name, _, attribute = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f'grader "{spec}": {error}; expected package.module:function') from None
+    if not callable(function):
+        raise UserError(f'grader "{spec}" is a {type(function).__name__}, must be a function of an answer and a row')
+    return function  # type: ignore[no-any-return]
+
+
+def _fields(spec: str, function: Callable[..., Grade]) -> dict[str, Any]:
+    """The options of a function as fields of a model: its parameters after the answer and the row."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if len([p for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) < 2:
+        raise UserError(f'grader "{spec}": its first two parameters must be the answer and the row')
+    hints = get_type_hints(function, include_extras=True)
+    options = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in options}

@@ -1,0 +1,256 @@
+"""Runs code that a model wrote, against tests, in a process that can do nothing but compute.
+
+It has a folder of its own that is removed, a budget of time, memory, files and output, and no network, no other
+processes and no other files; see `confinement` for how, and `harness` for what happens inside, and what a code that is
+written against it could still do. On a machine that cannot confine a process nothing is run, unless that is accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import math
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from prefill_router.errors import UserError
+from prefill_router.graders import confinement
+
+Status = Literal["passed", "failed", "ended", "timeout", "memory", "output", "files", "broken", "killed"]
+Stopped = tuple[Status, str]
+_REPORTED: tuple[Status, ...] = ("passed", "failed", "memory", "broken")
+_STARTED = b"+"
+_HARNESS = str(Path(__file__).with_name("harness.py"))
+_LOOK_EVERY_S = 0.05
+_ENDS_WITHIN_S = 0.001
+_MOST_REPORT_BYTES = 8192
+_MOST_READ_BYTES = 65536
+MIB = 1024 * 1024
+
+
+class Verdict(NamedTuple):
+    """`passed` is the only one that passes. `broken` says that the tests cannot be run, and `killed` that something
+    else than a limit ended the process; neither says anything of the code.
+    """
+
+    status: Status
+    detail: str
+    output: str
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Limits of one run. `wall_s` is larger than `cpu_s`, since others work on the machine too.
+
+    `unconfined` accepts that protections which the machine has not are done without. `site_packages` lets code import
+    what is installed beside this package. Raises UserError where a protection lacks.
+    """
+
+    cpu_s: int = 5
+    wall_s: float = 15.0
+    memory_bytes: int = 512 * MIB  # of address space
+    file_bytes: int = 16 * MIB
+    folder_bytes: int = 64 * MIB
+    num_files: int = 256
+    open_files: int = 32
+    output_bytes: int = MIB
+    unconfined: bool = False
+    site_packages: bool = False
+
+    def __post_init__(self) -> None:
+        lacks = confinement.lacking()
+        if lacks and not self.unconfined:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in lacks.items())
+            raise UserError(
+                f"code cannot be run safely here: the machine lacks {reasons}; grade on another machine, or accept "
+                "that a model's code runs with your rights by unconfined = true"
+            )
+
+    def run(self, code: str, tests: str, entry_point: str | None = None) -> Verdict:
+        """Runs `code`, then `tests` on the names that it defines. Raises UserError where the sandbox does not start."""
+        secret = secrets.token_hex(16).encode()
+        with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=self.unconfined) as folder:
+            request = {"code": code, "tests": tests, "entry_point": entry_point, **self._confinement(folder)}
+            with _started(folder) as run:
+                run.send(request, secret)
+                stopped = run.watch(self)
+                returned, cpu_s = run.end()
+        return self._verdict(run, stopped, returned, cpu_s, secret)
+
+    def _confinement(self, folder: str) -> dict[str, Any]:
+        lacks = confinement.lacking()
+        return {
+            "parent": os.getpid(),
+            "limits": self._limits(),
+            "paths": [(folder, confinement.SCRATCH), *confinement.readable_paths(self.site_packages)],
+            "landlock": b"" if "landlock" in lacks else confinement.landlock_attributes(),
+            "seccomp": b"" if "seccomp" in lacks else confinement.seccomp_program(),
+            "packages": confinement.package_paths() if self.site_packages else [],
+        }
+
+    def _limits(self) -> dict[str, tuple[int, int]]:
+        same = {
+            "RLIMIT_AS": self.memory_bytes,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_NOFILE": self.open_files,
+            "RLIMIT_CORE": 0,
+        }
+        # Code may catch the signal of the first limit, not that of the second.
+        return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **{name: (value, value) for name, value in same.items()}}
+
+    def _verdict(self, run: _Run, stopped: Stopped | None, returned: int, cpu_s: float, secret: bytes) -> Verdict:
+        if stopped is not None and not run.report:  # the machine is at fault, not the code, which had not begun
+            return Verdict("killed", f"not started within {self.wall_s:g} s", "", cpu_s)
+        output = run.output[: self.output_bytes].decode(errors="replace")
+        if not run.report.startswith(_STARTED):
+            _, reason = _reported(bytes(run.report), secret) or self._ending(returned, cpu_s)
+            raise UserError(f"the sandbox did not start: {reason} {output}".rstrip())
+        said = _reported(bytes(run.report.removeprefix(_STARTED)), secret)
+        status, detail = stopped or said or self._ending(returned, cpu_s)
+        return Verdict(status, detail, output, cpu_s)
+
+    def _ending(self, returned: int, cpu_s: float) -> Stopped:
+        """What became of a process that said nothing."""
+        if returned >= 0:
+            return "ended", f"exit status {returned} before the tests were through"
+        name = signal.Signals(-returned).name
+        if cpu_s >= self.cpu_s or name == "SIGXCPU":
+            return "timeout", f"more than {self.cpu_s} s of CPU time"
+        return "killed" if name == "SIGKILL" else "ended", f"{name} before the tests were through"
+
+
+def _reported(report: bytes, secret: bytes) -> Stopped | None:
+    """What the harness says; None for what is said by another, or in other words."""
+    said, _, rest = report.partition(b"\0")
+    status, _, detail = rest.decode(errors="replace").partition("\0")
+    if not secrets.compare_digest(said, secret) or status not in _REPORTED:
+        return None
+    return status, detail
+
+
+class _Run:
+    """A process of the harness, and what it wrote so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], report_fd: int, folder: str) -> None:
+        self.process, self.report_fd, self.folder = process, report_fd, folder
+        self.output, self.report = bytearray(), bytearray()
+        self._cpu_s = 0.0
+
+    def send(self, request: dict[str, Any], secret: bytes) -> None:
+        data = marshal.dumps(request)
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:  # its end says why
+            stdin.write(len(data).to_bytes(8, "little") + data + secret)
+
+    def watch(self, sandbox: Sandbox) -> Stopped | None:
+        """Reads until the process ends, or goes beyond a limit that the kernel does not keep."""
+        deadline = time.monotonic() + sandbox.wall_s
+        look_at = time.monotonic() + _LOOK_EVERY_S
+        with selectors.DefaultSelector() as selector:
+            for fd, into in self._pipes():
+                os.set_blocking(fd, False)
+                selector.register(fd, selectors.EVENT_READ, into)
+            while not self._has_ended():
+                self._read(selector)
+                if stopped := self._beyond(sandbox, deadline):
+                    return stopped
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + _LOOK_EVERY_S
+                    if _is_full(self.folder, sandbox):
+                        return "files", f"more than {sandbox.num_files} files or {sandbox.folder_bytes} bytes"
+            self._read(selector)
+        return self._beyond(sandbox, math.inf)
+
+    def end(self) -> tuple[int, float]:
+        """Kills what is left of the process and its group. Its exit status, and the CPU time that it took, in s."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            _, status, usage = os.wait4(self.process.pid, 0)
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self._cpu_s = usage.ru_utime + usage.ru_stime
+        return self.process.returncode, self._cpu_s
+
+    def _pipes(self) -> list[tuple[int, bytearray]]:
+        assert self.process.stdout is not None
+        return [(self.process.stdout.fileno(), self.output), (self.report_fd, self.report)]
+
+    def _has_ended(self) -> bool:
+        """Without reaping it: until then its number, and that of its group, are nobody else's."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _read(self, selector: selectors.BaseSelector) -> None:
+        """Waits for what is written, and takes it. A pipe that nobody holds any more is a process about to end."""
+        if not selector.get_map():
+            time.sleep(_ENDS_WITHIN_S)
+            return
+        for key, _ in selector.select(_LOOK_EVERY_S):
+            if data := os.read(key.fd, _MOST_READ_BYTES):
+                key.data.extend(data)
+            else:
+                selector.unregister(key.fd)
+
+    def _beyond(self, sandbox: Sandbox, deadline: float) -> Stopped | None:
+        if len(self.output) > sandbox.output_bytes:
+            return "output", f"more than {sandbox.output_bytes} bytes of output"
+        if len(self.report) > _MOST_REPORT_BYTES:
+            return "ended", "wrote into the pipe of the verdict"
+        if time.monotonic() > deadline:
+            return "timeout", f"more than {sandbox.wall_s:g} s"
+        return None
+
+
+@contextlib.contextmanager
+def _started(folder: str) -> Iterator[_Run]:
+    """A harness that waits for its request. It is killed in the end, whatever happens."""
+    report_fd, theirs = os.pipe()
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-u", "-X", "utf8", _HARNESS, str(theirs)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=confinement.environment(folder),
+            pass_fds=(theirs,),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(report_fd)
+        raise
+    finally:
+        os.close(theirs)
+    run = _Run(process, report_fd, folder)
+    try:
+        yield run
+    finally:
+        run.end()
+        os.close(report_fd)
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _is_full(folder: str, sandbox: Sandbox) -> bool:
+    """Flat, as the code makes no folders. A file that goes while it is looked at is none."""
+    num_files = num_bytes = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            num_files += 1
+            with contextlib.suppress(FileNotFoundError):
+                num_bytes += 512 * entry.stat(follow_symlinks=False).st_blocks
+            if num_files > sandbox.num_files or num_bytes > sandbox.folder_bytes:
+                return True
+    return False
