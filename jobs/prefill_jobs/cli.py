@@ -221,6 +221,18 @@ def _compare(config: Any) -> None:
     typer.echo(f"report: {config.out}/report.html")
 
 
+def _collect(config: Any) -> None:
+    from prefill_jobs.collect import collect
+
+    manifest = collect(config)
+    for target, spending in manifest.spending.items():
+        lost = f", and at most ${spending.lost_usd:,.4f} on calls that brought none" if spending.lost_usd else ""
+        typer.echo(f"{target}: {spending.answers:,} answers for ${spending.cost_usd:,.4f}{lost}")
+    typer.echo(
+        f"{config.out}: {manifest.outcomes:,} outcomes, {manifest.graded:,} graded, {manifest.missing:,} missing"
+    )
+
+
 def _label(config: Any) -> None:
     from prefill_jobs.label import label
 
@@ -244,5 +256,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "inspect": _inspect,
     "evaluate": _evaluate,
     "compare": _compare,
+    "collect": _collect,
     "label": _label,
 }

@@ -201,3 +201,13 @@ def encoder_resources(workers: int, gpus_per_worker: float = 1.0, calls_per_work
     if _total("GPU") > 0:
         return {"compute": strategy, "num_gpus": gpus_per_worker}
     return {"compute": strategy, "num_cpus": cpus_per_worker(workers)}
+
+
+def caller_resources(workers: int, calls_per_worker: int) -> dict[str, Any]:
+    """Options of `Dataset.map` for actors that wait for others, and hardly need a CPU."""
+    strategy = ray.data.ActorPoolStrategy(
+        size=workers,
+        max_tasks_in_flight_per_actor=2 * calls_per_worker,
+        max_concurrent_calls_per_actor=calls_per_worker,
+    )
+    return {"compute": strategy, "num_cpus": 0.1}

@@ -15,13 +15,13 @@ _LINE_EVERY_S = 10.0
 class Progress:
     """Counts what is done of `total` rows and says so on stderr."""
 
-    def __init__(self, task: str, total: int) -> None:
-        self.task, self.total = task, total
+    def __init__(self, task: str, total: int, unit: str = "prompts") -> None:
+        self.task, self.total, self.unit = task, total, unit
         self.rows = self.skipped = 0
         self.work = Work()
         self.peak_flops = 0.0
         self.started = self.said = time.monotonic()
-        self._say(f"{task}: {total:,} prompts")
+        self._say(f"{task}: {total:,} {unit}")
 
     def skip(self, rows: int) -> None:
         """Rows that were done before; they say nothing of the time that the others take."""
@@ -44,7 +44,7 @@ class Progress:
             self._say(self._line(max(now - self.started, 1e-9)))
 
     def _line(self, elapsed_s: float) -> str:
-        parts = [f"{self.task}: {self.rows + self.skipped:,}/{self.total:,} prompts"]
+        parts = [f"{self.task}: {self.rows + self.skipped:,}/{self.total:,} {self.unit}"]
         if self.skipped:
             parts.append(f"{self.skipped:,} done before")
         if self.work.tokens:

@@ -290,6 +290,30 @@ class CompareConfig(StrictModel):
     draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
 
 
+class CollectConfig(StrictModel):
+    """Ask targets every prompt of a corpus, and grade what they answer: outcomes that `train` learns from.
+
+    A call that brings no answer is missing, never wrong. What was paid for is kept, and is not paid for again.
+    """
+
+    corpus: Uri = Field(description="Prompts, as for `extract`, with the columns that the grader needs")
+    pool: PoolUri
+    out: Uri = Field(description="Folder for answers/, outcomes/ and manifest.json")
+    targets: str | None = Field(None, description="Only these targets of the pool, as small,large")
+    grader: str | None = Field(None, description="exact, choice, numeric, code ..., or package.module:function")
+    grader_options: Uri | None = Field(None, description="TOML file of the grader's options")
+    regrade: bool = Field(False, description="Grade the answers that are there, and ask nothing")
+    budget_usd: float | None = Field(None, ge=0.0, description="What all runs into --out may cost together, at most")
+    budget_tokens: int | None = Field(None, ge=0, description="The same in tokens, of prompts and answers")
+    max_output_tokens: int = Field(1024, ge=1, description="Of an answer")
+    temperature: float | None = Field(None, ge=0.0, description="[the upstream's]")
+    seed: int | None = Field(None, description="Of the answers, where upstreams take one")
+    attempts: int = Field(6, ge=1, description="At a call, in one run")
+    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
+    shard_rows: int = Field(256, ge=1, description="Prompts in one object of the output")
+    workers: int = Field(1, ge=1, description="Actors that ask, which share the targets' limits")
+
+
 class LabelConfig(StrictModel):
     """Route a query log offline: a decision for every line, and a report of what the log costs.
 
@@ -399,6 +423,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "inspect": InspectConfig,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "collect": CollectConfig,
     "label": LabelConfig,
     "serve": ServeConfig,
     "key": KeyConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,15 @@ from prefill_router import config, storage
 from prefill_router.errors import UserError
 
 
-class Upstream(config.StrictModel):
+class _AsWritten(config.StrictModel):
+    """Is written as it was read: an artifact's version is of its content, which new fields must not change."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+
+class Upstream(_AsWritten):
     """Where a target answers: an API in the way of OpenAI's."""
 
     base_url: str = Field(pattern=r"^https?://", description="As https://api.openai.com/v1")
@@ -20,10 +28,15 @@ class Upstream(config.StrictModel):
     key_env: str | None = Field(None, min_length=1, description="Environment variable that holds the API key")
     responses: bool = Field(False, description="Has POST /responses too")
     concurrency: int = Field(256, ge=1, description="Calls at a time, of each replica")
+    requests_per_minute: float | None = Field(None, gt=0.0, description="That `collect` begins")
+    tokens_per_minute: float | None = Field(None, gt=0.0, description="Of prompts and answers, that `collect` asks for")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the limit of an answer's tokens is called there"
+    )
     timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
 
 
-class Target(config.StrictModel):
+class Target(_AsWritten):
     """A candidate model. Prices are USD per million tokens."""
 
     name: str = Field(min_length=1)
@@ -34,11 +47,6 @@ class Target(config.StrictModel):
     tools: bool = Field(True, description="Can call tools")
     images: bool = Field(True, description="Reads images")
     upstream: Upstream | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As it was written: an artifact's version is of its content, which new fields must not change."""
-        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
     def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
         """USD for an answer; `cached_tokens` are among the `input_tokens`."""

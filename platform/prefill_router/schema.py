@@ -52,6 +52,27 @@ FEEDBACK = pa.schema(
     ]
 )
 
+# What targets said, as `collect` was told: all that grading and paying need. A call without an answer has a reason.
+ANSWERS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field(TARGET, pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field(INPUT_TOKENS, pa.int32()),
+        pa.field(OUTPUT_TOKENS, pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("latency_s", pa.float32()),
+        pa.field(COST_USD, pa.float64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("lost_usd", pa.float64(), nullable=False),  # on attempts that may have been paid for in vain
+        pa.field("lost_tokens", pa.int64(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
 # Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
 QUARANTINE = pa.schema(
     [

@@ -70,6 +70,10 @@ class LabelJob(Job):
     command = "label"
 
 
+class CollectJob(Job):
+    command = "collect"
+
+
 def _parents() -> Iterator[tuple[int, int]]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():

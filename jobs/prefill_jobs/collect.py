@@ -1,0 +1,274 @@
+"""`collect`: a corpus and a pool in, the targets' answers and their outcomes out.
+
+What earlier runs left is taken in, then every call that has no answer is made within the limits and the budget, then
+all answers are graded. Answers are kept by what was asked, so that grading costs nothing and nothing is paid for twice.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from prefill_jobs import cluster
+from prefill_jobs.collector import (
+    ROW_COLUMNS,
+    AskedShard,
+    AskShard,
+    AskTask,
+    GradeTask,
+    PurseActor,
+    grade_shard,
+)
+from prefill_jobs.progress import Progress
+from prefill_router import config as configs
+from prefill_router import storage
+from prefill_router.collection.answers import ShardPlace, load_states, write_states
+from prefill_router.collection.calls import Asked, Spent, call_key
+from prefill_router.config import CollectConfig, StrictModel
+from prefill_router.console import say
+from prefill_router.corpus import MAX_PROMPT_BYTES
+from prefill_router.errors import UserError
+from prefill_router.estimates import first_occurrences
+from prefill_router.graders import Grader, load_grader
+from prefill_router.lease import Lease
+from prefill_router.plan import CorpusPlan, plan
+from prefill_router.pool import Pool, load_pool
+from prefill_router.schema import COST_USD, TARGET
+from prefill_router.shards import MANIFEST, ShardFile, write_quarantine
+from prefill_router.work import Work
+
+_CALLS = 4  # shards that an actor has at a time, so that its calls never run out
+_NO_LIMIT = Spent(1e15, 1 << 60)
+
+
+class Spending(StrictModel):
+    """On one target, by all runs."""
+
+    answers: int
+    cost_usd: float
+    lost_usd: float  # at most, on attempts that may have been paid for and brought no answer
+    tokens: int  # of both
+
+
+class CollectManifest(StrictModel):
+    """manifest.json, written last."""
+
+    format: int = 1
+    asked: dict[str, Any]
+    spending: dict[str, Spending]
+    missing: int  # calls without an answer
+    left_out: int  # of them for want of budget, in the latest run
+    outcomes: int
+    graded: int
+    files: list[ShardFile]
+
+
+def collect(config: CollectConfig) -> CollectManifest:
+    """Writes answers/ and outcomes/ below `config.out` and last the manifest, which it returns.
+
+    Raises UserError for a target that cannot be asked, a grader that is none, and where other calls lie at the output.
+    """
+    pool = _pool(config)
+    grader = _grader(config)
+    asked = Asked(config.max_output_tokens, config.temperature, config.seed)
+    if storage.is_file(config.out):
+        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    with Lease.acquire(config.out, "collect") as lease:
+        planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
+        with cluster.connected():
+            return _Collection(config, pool, asked, grader, planned, lease).run()
+
+
+class _Collection:
+    def __init__(
+        self,
+        config: CollectConfig,
+        pool: Pool,
+        asked: Asked,
+        grader: Grader | None,
+        planned: CorpusPlan,
+        lease: Lease,
+    ) -> None:
+        self.config, self.pool, self.asked, self.grader = config, pool, asked, grader
+        self.plan, self.lease, self.out = planned, lease, storage.absolute(config.out)
+
+    def run(self) -> CollectManifest:
+        self._take_in()
+        answered = self._answered()
+        left_out = 0 if self.config.regrade else self._ask(answered)
+        if not self.config.regrade:
+            answered = self._answered()
+        self.lease.check()
+        return self._grade(answered, left_out)
+
+    def _take_in(self) -> None:
+        """Notes that a run left which was killed become part of their shards."""
+        for name in storage.list_names(storage.join(self.out, "journal")):
+            place = ShardPlace(self.out, name)
+            write_states(place, load_states(place))
+
+    def _answered(self) -> dict[str, str]:
+        """The shard that holds the answer to each call, by the call's key."""
+        answered = {}
+        for name in self._objects():
+            table = storage.read_table(storage.join(self.out, "answers", name), ["key", "answer"])
+            is_answered = table["answer"].is_valid().to_pylist()
+            for key, has in zip(table["key"].to_pylist(), is_answered, strict=True):
+                if has:
+                    answered[key] = name.removeprefix("part-").removesuffix(".parquet")
+        return answered
+
+    def _objects(self) -> list[str]:
+        names = storage.list_names(storage.join(self.out, "answers"))
+        return [name for name in names if name.endswith(".parquet")]
+
+    def _spending(self) -> dict[str, Spending]:
+        totals: dict[str, Spending] = {}
+        for name in self._objects():
+            uri = storage.join(self.out, "answers", name)
+            for row in storage.read_table(uri, _SPENT).to_pylist():
+                before = totals.get(row[TARGET], Spending(answers=0, cost_usd=0.0, lost_usd=0.0, tokens=0))
+                totals[row[TARGET]] = Spending(
+                    answers=before.answers + (row["answer"] is not None),
+                    cost_usd=before.cost_usd + row[COST_USD],
+                    lost_usd=before.lost_usd + row["lost_usd"],
+                    tokens=before.tokens + row["tokens"] + row["lost_tokens"],
+                )
+        return dict(sorted(totals.items()))
+
+    def _ask(self, answered: dict[str, str]) -> int:
+        """Makes every call that has no answer; returns how many were left out for want of budget."""
+        tasks, num_calls = self._tasks(answered)
+        progress = Progress("collect", num_calls, unit="calls")
+        if not tasks:
+            return 0
+        left = self._budget()
+        for spending in self._spending().values():
+            left -= Spent(spending.cost_usd + spending.lost_usd, spending.tokens)
+        if left.usd < 0.0 or left.tokens < 0:
+            say("collect: the budget is used up")
+            return num_calls
+        arguments = {
+            "pool": self.pool,
+            "asked": self.asked,
+            "out": self.out,
+            "attempts": self.config.attempts,
+            "num_workers": self.config.workers,
+            "max_prompt_bytes": MAX_PROMPT_BYTES,
+            "purse": PurseActor.remote(left),  # type: ignore[attr-defined]
+        }
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        options = cluster.caller_resources(self.config.workers, _CALLS)
+        failed = left_out = 0
+        for row in cluster.map_rows(items, AskShard, fn_constructor_kwargs=arguments, **options):
+            self.lease.check()
+            done: AskedShard = pickle.loads(row["done"])
+            failed, left_out = failed + done.failed, left_out + done.left_out
+            progress.add(done.answered + done.failed + done.left_out, Work())
+        if failed:
+            say(f"collect: {failed:,} calls brought no answer: they are missing, and are made again by another run")
+        if left_out:
+            say(f"collect: {left_out:,} calls were left out: the budget is used up")
+        return left_out
+
+    def _tasks(self, answered: dict[str, str]) -> tuple[list[AskTask], int]:
+        is_first = first_occurrences(self.plan.keys[:, 1:])
+        tasks, num_calls, start = [], 0, 0
+        for shard in self.plan.shards:
+            rows = np.flatnonzero(is_first[start : start + shard.rows])
+            contents = self.plan.keys[start + rows, 1:]
+            start += shard.rows
+            keys = [
+                call_key(np.ascontiguousarray(content).tobytes().hex(), target.name, self.asked)
+                for content in contents
+                for target in self.pool.targets
+            ]
+            missing = sum(key not in answered for key in keys)
+            if missing:
+                elsewhere = frozenset(key for key in keys if answered.get(key, shard.digest) != shard.digest)
+                tasks.append(AskTask(shard, tuple(rows.tolist()), elsewhere))
+                num_calls += missing
+        return tasks, num_calls
+
+    def _budget(self) -> Spent:
+        usd, tokens = self.config.budget_usd, self.config.budget_tokens
+        return Spent(_NO_LIMIT.usd if usd is None else usd, _NO_LIMIT.tokens if tokens is None else tokens)
+
+    def _grade(self, answered: dict[str, str], left_out: int) -> CollectManifest:
+        columns = tuple(dict.fromkeys([*ROW_COLUMNS, *_named(self.grader)]))
+        arguments = {
+            "out": self.out,
+            "targets": self.pool.targets,
+            "asked": self.asked,
+            "grader": self.grader,
+            "columns": columns,
+            "max_prompt_bytes": MAX_PROMPT_BYTES,
+        }
+        items, num_calls, start = [], 0, 0
+        for shard in self.plan.shards:
+            contents = np.ascontiguousarray(self.plan.keys[start : start + shard.rows, 1:])
+            start += shard.rows
+            keys = [
+                call_key(content.tobytes().hex(), target.name, self.asked)
+                for content in contents
+                for target in self.pool.targets
+            ]
+            num_calls += len(keys)
+            sources = tuple(sorted({answered[key] for key in keys if key in answered}))
+            if sources:
+                items.append({"task": pickle.dumps(GradeTask(shard, sources))})
+        found = list(cluster.map_rows(items, grade_shard, fn_kwargs=arguments)) if items else []
+        files = sorted((pickle.loads(row["file"]) for row in found if row["outcomes"]), key=lambda file: file.name)
+        write_quarantine(self.config.out, self.plan.bad)
+        outcomes = sum(row["outcomes"] for row in found)
+        manifest = CollectManifest(
+            asked=asdict(self.asked),
+            spending=self._spending(),
+            missing=num_calls - outcomes,
+            left_out=left_out,
+            outcomes=outcomes,
+            graded=sum(row["graded"] for row in found),
+            files=files,
+        )
+        self.lease.check()
+        storage.write_json(storage.join(self.config.out, MANIFEST), manifest.model_dump())
+        keep = {file.name for file in files}
+        for name in storage.list_names(storage.join(self.out, "outcomes")):
+            if name not in keep:
+                storage.remove(storage.join(self.out, "outcomes", name))
+        return manifest
+
+
+_SPENT = [TARGET, "answer", COST_USD, "lost_usd", "tokens", "lost_tokens"]
+
+
+def _pool(config: CollectConfig) -> Pool:
+    """The targets that are to be asked. Raises UserError for one that cannot be."""
+    pool = load_pool(config.pool)
+    names = [name.strip() for name in config.targets.split(",")] if config.targets else pool.target_names
+    if unknown := [name for name in names if name not in pool.target_names]:
+        raise UserError(f'targets: "{unknown[0]}" is not in the pool: {", ".join(pool.target_names)}')
+    targets = tuple(target for target in pool.targets if target.name in names)
+    for target in targets:
+        if target.upstream is None and not config.regrade:
+            raise UserError(
+                f'{config.pool}: target "{target.name}" has no upstream to ask: give it one, or leave it out'
+            )
+    return pool.model_copy(update={"targets": targets})
+
+
+def _grader(config: CollectConfig) -> Grader | None:
+    if config.grader is None:
+        if config.regrade:
+            raise UserError("regrade: give the --grader that answers are to be graded with")
+        return None
+    options = configs.load_toml(config.grader_options) if config.grader_options else {}
+    return load_grader(config.grader, options)
+
+
+def _named(grader: Grader | None) -> list[str]:
+    """The columns that a grader's options may name."""
+    return [] if grader is None else [value for value in grader.options.values() if isinstance(value, str)]

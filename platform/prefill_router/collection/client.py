@@ -1,0 +1,104 @@
+"""Asks an upstream once: its answer, or what went wrong, whether that may be paid for, and when to try again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from time import monotonic
+
+import httpx
+from httpx_aiohttp import HttpxAiohttpClient
+
+from prefill_router.collection.calls import Answer, Call, parse_answer
+
+_CONNECT_S = 10.0
+_LONGEST_S = 120.0  # that is waited before another attempt
+_PASSING = {408, 409, 425, 429}  # and 5xx
+_NO_QUOTA = "insufficient_quota"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """There is no answer. `may_be_paid` where the upstream may have made one that did not arrive."""
+
+    reason: str
+    is_final: bool = False  # no use to try again
+    may_be_paid: bool = False
+    retry_after_s: float | None = None
+
+
+def http_client() -> httpx.AsyncClient:
+    """For the calls of one event loop, which `Limits` keeps from being too many."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
+    return HttpxAiohttpClient(limits=limits)
+
+
+async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
+    """One attempt at a call."""
+    upstream = call.target.upstream
+    assert upstream is not None
+    headers = {"content-type": "application/json", "accept-encoding": "identity", "idempotency-key": call.key}
+    if upstream.key_env is not None:
+        headers["authorization"] = f"Bearer {os.environ.get(upstream.key_env, '')}"
+    url = f"{upstream.base_url.rstrip('/')}/chat/completions"
+    timeout = httpx.Timeout(upstream.timeout_s, connect=_CONNECT_S)
+    started_s = monotonic()
+    try:
+        async with asyncio.timeout(upstream.timeout_s):
+            response = await http.post(url, content=call.body(), headers=headers, timeout=timeout)
+    except httpx.ConnectError:
+        return Miss("no connection")
+    except (TimeoutError, httpx.TimeoutException):
+        return Miss(f"no answer within {upstream.timeout_s:g} s", may_be_paid=True)
+    except (httpx.HTTPError, OSError) as error:
+        return Miss(f"the connection failed: {type(error).__name__}", may_be_paid=True)
+    return _read(response, monotonic() - started_s)
+
+
+def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
+    """How long to wait after attempt number `attempt`, from 1: as the upstream says, or at random up to a bound that
+    doubles, so that those who failed together do not come again together."""
+    if miss.retry_after_s is not None:
+        return min(miss.retry_after_s * (1.0 + 0.1 * rng.random()), _LONGEST_S)
+    return rng.random() * min(0.5 * 2.0**attempt, _LONGEST_S)
+
+
+def _read(response: httpx.Response, latency_s: float) -> Answer | Miss:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if response.status_code != httpx.codes.OK:
+        return _refusal(response, body)
+    if not isinstance(body, dict):
+        return Miss("answered 200 with what is no JSON", may_be_paid=True)
+    if body.get("error"):
+        return Miss("answered 200 with an error", may_be_paid=True)
+    answer = parse_answer(body, latency_s)
+    return answer if answer is not None else Miss("answered 200 without a choice", may_be_paid=True)
+
+
+def _refusal(response: httpx.Response, body: object) -> Miss:
+    status = response.status_code
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    is_passing = (status in _PASSING or status >= 500) and code != _NO_QUOTA
+    reason = f"status {status}" + (f" {code}" if isinstance(code, str) else "")
+    return Miss(reason, is_final=not is_passing, retry_after_s=_seconds(response.headers.get("retry-after")))
+
+
+def _seconds(value: str | None) -> float | None:
+    """A Retry-After, in seconds or as a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        then = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (then.astimezone(UTC) - datetime.now(UTC)).total_seconds())

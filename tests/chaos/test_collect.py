@@ -1,0 +1,62 @@
+"""Collecting while all of its processes are killed: every outcome right, and no answer paid for twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from chaos.job import CollectJob
+from collected import answered, asked_twice, billed_usd, is_right, outcomes, write_pool_of, write_prompts
+from prefill_jobs.collect import collect
+from prefill_router.config import CollectConfig
+from upstream import Fault, Upstream
+
+KILLS = 3
+NUM_PROMPTS = 120
+
+
+def kill_all(job: CollectJob) -> None:
+    for pid in job.family():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.end(20)
+
+
+def test_no_answer_is_paid_for_twice_though_the_job_is_killed(local_ray: None, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+        for upstream in upstreams.values():
+            upstream.retry_after_s, upstream.first_byte_s = 0, 0.1
+            upstream.faults(Fault.RATE_LIMIT, Fault.ERROR, Fault.CUT, Fault.HANG, rate=0.15)
+        concurrency = 4
+        pool = write_pool_of(tmp_path / "pool.toml", upstreams, concurrency=concurrency, requests_per_minute=1200.0)
+        corpus, budget = write_prompts(tmp_path / "corpus.jsonl", NUM_PROMPTS), 0.2
+        options: dict[str, Any] = {
+            "corpus": str(corpus),
+            "pool": pool,
+            "out": str(tmp_path / "out"),
+            "grader": "exact",
+            "max_output_tokens": 50,
+            "shard_rows": 30,
+            "budget_usd": budget,
+        }
+        for kill in range(KILLS):
+            seen = len(answered(upstreams["small"]))
+            job = CollectJob(tmp_path / f"{kill}.log", **options)
+            while len(answered(upstreams["small"])) < seen + 20 and job.process.poll() is None:
+                time.sleep(0.05)
+            assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
+            kill_all(job)
+        manifest = collect(CollectConfig(**options, attempts=12))
+        assert (manifest.outcomes, manifest.missing) == (2 * NUM_PROMPTS, 0)
+        found = outcomes(tmp_path / "out")
+        assert all((row["correct"] == 1.0) == is_right(row["prompt_id"], row["target"]) for row in found)
+        # Only what was under way at a kill is asked again, for nobody can know whether it was answered.
+        for upstream in upstreams.values():
+            assert len(asked_twice(upstream)) <= KILLS * concurrency
+        spent = sum(spending.cost_usd + spending.lost_usd for spending in manifest.spending.values())
+        assert billed_usd(pool, upstreams) <= spent <= budget

@@ -1,0 +1,167 @@
+"""`collect` against upstreams that fail as they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collected import asked_twice, billed_usd, is_right, outcomes, write_pool_of, write_prompts
+from prefill_jobs.collect import CollectManifest, collect
+from prefill_router.config import CollectConfig
+from prefill_router.errors import UserError
+from upstream import Fault, Upstream
+
+
+@pytest.fixture
+def upstreams(local_ray: None) -> Iterator[dict[str, Upstream]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+
+
+def collected(folder: Path, pool: str, **options: Any) -> CollectManifest:
+    corpus = folder / "corpus.jsonl"
+    given = {"grader": "exact", "max_output_tokens": 50, **options}
+    return collect(CollectConfig(corpus=str(corpus), pool=pool, out=str(folder / "out"), **given))
+
+
+def test_every_outcome_is_right_whatever_the_upstreams_do(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 60)
+    for upstream in upstreams.values():
+        upstream.retry_after_s, upstream.slow_s = 0, 0.3
+        faults = (Fault.RATE_LIMIT, Fault.ERROR, Fault.HANG, Fault.CUT, Fault.SLOW_HEAD, Fault.RESET, Fault.NOT_JSON)
+        upstream.faults(*faults, Fault.ERROR_FIRST, Fault.EMPTY, Fault.STALL, rate=0.3)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    manifest = collected(tmp_path, pool, attempts=12)
+    found = outcomes(tmp_path / "out")
+    assert (manifest.outcomes, manifest.graded, manifest.missing) == (120, 120, 0)
+    assert len({(row["prompt_id"], row["target"]) for row in found}) == len(found) == 120
+    assert all((row["correct"] == 1.0) == is_right(row["prompt_id"], row["target"]) for row in found)
+    assert all(row["output_tokens"] > 0 for row in found)
+    assert not any(asked_twice(upstream) for upstream in upstreams.values())
+    said = sum(spending.cost_usd for spending in manifest.spending.values())
+    lost = sum(spending.lost_usd for spending in manifest.spending.values())
+    assert said <= billed_usd(pool, upstreams) <= said + lost
+
+    for upstream in upstreams.values():
+        upstream.calls.clear()
+    again = collected(tmp_path, pool, regrade=True, grader="regex", grader_options=str(regex_options(tmp_path)))
+    assert (again.outcomes, again.graded) == (120, 120)
+    assert {row["correct"] for row in outcomes(tmp_path / "out")} == {1.0}
+    assert collected(tmp_path, pool).spending == manifest.spending
+    assert not upstreams["big"].calls
+
+
+def regex_options(folder: Path) -> Path:
+    path = folder / "grader.toml"
+    path.write_text('pattern = "what is .*"\nreference = "prompt"\n')
+    return path
+
+
+def test_a_budget_is_never_exceeded_and_more_of_it_goes_on(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 80)
+    for upstream in upstreams.values():
+        upstream.retry_after_s = 0
+        upstream.faults(Fault.CUT, Fault.ERROR, Fault.RESET_MIDWAY, rate=0.2)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    budget = 0.005
+    first = collected(tmp_path, pool, budget_usd=budget)
+    assert first.left_out > 0
+    assert 0 < first.outcomes < 160
+    spent = sum(spending.cost_usd + spending.lost_usd for spending in first.spending.values())
+    assert billed_usd(pool, upstreams) <= spent <= budget
+    assert spent > 0.8 * budget
+    second = collected(tmp_path, pool, budget_usd=budget)
+    assert billed_usd(pool, upstreams) <= budget
+    assert second.outcomes >= first.outcomes
+    last = collected(tmp_path, pool, budget_usd=10.0, attempts=12)
+    assert (last.outcomes, last.missing, last.left_out) == (160, 0, 0)
+    assert not any(asked_twice(upstream) for upstream in upstreams.values())
+    with_tokens = collected(tmp_path, pool, budget_tokens=1)
+    assert with_tokens.outcomes == 160
+
+
+def test_a_call_that_fails_is_missing_and_is_made_again(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 10)
+    upstreams["small"].faults(Fault.NOT_FOUND, rate=1.0)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    manifest = collected(tmp_path, pool)
+    assert (manifest.outcomes, manifest.missing) == (10, 10)
+    assert len(upstreams["small"].completions) == 10  # no use to try again at once
+    assert {row["target"] for row in outcomes(tmp_path / "out")} == {"big"}
+    upstreams["small"].faults()
+    assert collected(tmp_path, pool).outcomes == 20
+    assert len(upstreams["big"].completions) == 10
+
+
+def test_rate_limits_hold(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 40)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams, requests_per_minute=600.0, concurrency=3)
+    for upstream in upstreams.values():
+        upstream.first_byte_s = 0.05
+    collected(tmp_path, pool)
+    for upstream in upstreams.values():
+        came = sorted(call.came_s for call in upstream.completions)
+        assert len(came) == 40
+        for first, eleventh in zip(came, came[11:], strict=False):
+            assert eleventh - first > 0.95, "more than ten calls within a second"
+        moments = [(call.came_s, 1) for call in upstream.completions]
+        moments += [(call.came_s + call.took_s, -1) for call in upstream.completions]
+        num_open = 0
+        for _, change in sorted(moments):
+            num_open += change
+            assert num_open <= 3
+
+
+def test_a_pause_that_an_upstream_asks_for_is_made(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 20)
+    upstreams["small"].faults(None, None, Fault.RATE_LIMIT)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams, concurrency=1)
+    assert collected(tmp_path, pool, targets="small").missing == 0
+    calls = upstreams["small"].completions
+    refused = next(i for i, call in enumerate(calls) if call.status == 429)
+    assert calls[refused + 1].came_s - calls[refused].came_s > 0.95
+
+
+def test_a_corpus_that_grew_and_repeats_pays_for_new_prompts_alone(
+    upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    write_prompts(tmp_path / "corpus.jsonl", 10)
+    collected(tmp_path, pool, shard_rows=8)
+    text = write_prompts(tmp_path / "corpus.jsonl", 14).read_text()
+    (tmp_path / "corpus.jsonl").write_text(text + text.splitlines()[0].replace('"p0"', '"p0-again"') + "\n")
+    manifest = collected(tmp_path, pool, shard_rows=8)
+    assert (manifest.outcomes, manifest.missing) == (30, 0)
+    assert len(upstreams["big"].completions) == 14
+    assert {row["prompt_id"] for row in outcomes(tmp_path / "out")} >= {"p0", "p0-again", "p13"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "huge"}, 'targets: "huge" is not in the pool: big, small'),
+        ({"grader": "exat"}, 'unknown grader "exat", did you mean "exact"?'),
+        ({"grader": None, "regrade": True}, "give the --grader"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    upstreams: dict[str, Upstream], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 2)
+    with pytest.raises(UserError) as refused:
+        collected(tmp_path, write_pool_of(tmp_path / "pool.toml", upstreams), **options)
+    assert message in str(refused.value)
+
+
+def test_a_target_that_cannot_be_asked_is_one_line(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 2)
+    pool = Path(write_pool_of(tmp_path / "pool.toml", upstreams, key_env="NO_SUCH_KEY_AT_ALL"))
+    with pytest.raises(UserError, match='target "big": the environment of the workers has no NO_SUCH_KEY_AT_ALL'):
+        collected(tmp_path, str(pool))
+    pool.write_text('[[pool]]\nname = "big"\ninput_price = 1.0\noutput_price = 1.0\n')
+    with pytest.raises(UserError, match='target "big" has no upstream'):
+        collected(tmp_path, str(pool))
