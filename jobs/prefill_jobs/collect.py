@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.collector import (
@@ -22,20 +24,22 @@ from prefill_jobs.collector import (
     PurseActor,
     grade_shard,
 )
+from prefill_jobs.estimation import Estimation, Held
 from prefill_jobs.progress import Progress
+from prefill_router import artifact, storage
 from prefill_router import config as configs
-from prefill_router import storage
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Asked, Spent, call_key
 from prefill_router.config import CollectConfig, StrictModel
 from prefill_router.console import say
 from prefill_router.corpus import MAX_PROMPT_BYTES
 from prefill_router.errors import UserError
-from prefill_router.estimates import first_occurrences
+from prefill_router.estimates import Contents, PromptEstimates, first_occurrences
 from prefill_router.graders import Grader, load_grader
 from prefill_router.lease import Lease
-from prefill_router.plan import CorpusPlan, plan
+from prefill_router.plan import CorpusPlan, plan, read_shard
 from prefill_router.pool import Pool, load_pool
+from prefill_router.sampling import active, at_random, stratified
 from prefill_router.schema import COST_USD, TARGET
 from prefill_router.shards import MANIFEST, ShardFile, write_quarantine
 from prefill_router.work import Work
@@ -71,8 +75,9 @@ def collect(config: CollectConfig) -> CollectManifest:
 
     Raises UserError for a target that cannot be asked, a grader that is none, and where other calls lie at the output.
     """
-    pool = _pool(config)
-    grader = _grader(config)
+    pool, grader = _pool(config), _grader(config)
+    if config.sample_by == "active" and config.sample is not None and config.router is None:
+        raise UserError("sample_by = active, but no --router says where it can hardly choose")
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
     if storage.is_file(config.out):
         raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
@@ -98,11 +103,67 @@ class _Collection:
     def run(self) -> CollectManifest:
         self._take_in()
         answered = self._answered()
-        left_out = 0 if self.config.regrade else self._ask(answered)
+        wanted = self._wanted(answered)
+        left_out = 0
         if not self.config.regrade:
+            left_out = self._ask(answered, wanted)
             answered = self._answered()
         self.lease.check()
-        return self._grade(answered, left_out)
+        return self._grade(answered, wanted, left_out)
+
+    @property
+    def _contents(self) -> Contents:
+        return np.ascontiguousarray(self.plan.keys[:, 1:])
+
+    def _keys(self, content: NDArray[np.uint64]) -> list[str]:
+        """The calls of one prompt, a target each."""
+        digest = content.tobytes().hex()
+        return [call_key(digest, target.name, self.asked) for target in self.pool.targets]
+
+    def _wanted(self, answered: dict[str, str]) -> NDArray[np.bool_]:
+        """Which rows (N,) of the corpus are asked: the first of each content, or a sample of these."""
+        contents, size = self._contents, self.config.sample
+        wanted = first_occurrences(contents)
+        if size is None:
+            return wanted
+        rows = np.flatnonzero(wanted)
+        is_asked = np.array([any(key in answered for key in self._keys(contents[row])) for row in rows], np.bool_)
+        kept, others = rows[is_asked], rows[~is_asked]
+        drawn = others[self._draw(others, max(0, size - len(kept)))]
+        wanted[:] = False
+        wanted[kept] = wanted[drawn] = True
+        return wanted
+
+    def _draw(self, rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """The places of `size` of these rows."""
+        contents = self._contents[rows]
+        if self.config.sample_by == "random":
+            return at_random(contents, size)
+        if self.config.sample_by == "stratified":
+            return stratified(contents, [self._strata[row] for row in rows], size)
+        return active(contents, self._p_correct(contents), size)
+
+    @cached_property
+    def _strata(self) -> list[str]:
+        """Of each row (N,)."""
+        shards = (read_shard(shard, extras=[self.config.stratum]) for shard in self.plan.shards)
+        strata = [row.extras[0] for rows in shards for row in rows]
+        if all(value is None for value in strata):
+            raise UserError(f"{self.config.corpus}: has no column {self.config.stratum}: name one with --stratum")
+        return [str(value) for value in strata]
+
+    def _p_correct(self, contents: Contents) -> NDArray[np.float32]:
+        """What the router says (N, T) of prompts, and the targets that it knows of those to be asked."""
+        assert self.config.router is not None
+        router = artifact.load(self.config.router)
+        uri = storage.join(self.out, "estimates", router.version)
+        Estimation(router, self.config.router, uri).run(self.plan, self.lease, "sample")
+        held = Held.read(uri)
+        p = np.concatenate([PromptEstimates.load(uri, name).p_correct for name in held.names])
+        known = [t for t, name in enumerate(router.pool.target_names) if name in self.pool.target_names]
+        if not known:
+            raise UserError(f"{self.config.router}: knows none of the targets that are to be asked")
+        return p[held.index.find(contents)][:, known]
 
     def _take_in(self) -> None:
         """Notes that a run left which was killed become part of their shards."""
@@ -139,9 +200,9 @@ class _Collection:
                 )
         return dict(sorted(totals.items()))
 
-    def _ask(self, answered: dict[str, str]) -> int:
+    def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
         """Makes every call that has no answer; returns how many were left out for want of budget."""
-        tasks, num_calls = self._tasks(answered)
+        tasks, num_calls = self._tasks(answered, wanted)
         progress = Progress("collect", num_calls, unit="calls")
         if not tasks:
             return 0
@@ -174,18 +235,12 @@ class _Collection:
             say(f"collect: {left_out:,} calls were left out: the budget is used up")
         return left_out
 
-    def _tasks(self, answered: dict[str, str]) -> tuple[list[AskTask], int]:
-        is_first = first_occurrences(self.plan.keys[:, 1:])
+    def _tasks(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> tuple[list[AskTask], int]:
         tasks, num_calls, start = [], 0, 0
         for shard in self.plan.shards:
-            rows = np.flatnonzero(is_first[start : start + shard.rows])
-            contents = self.plan.keys[start + rows, 1:]
+            rows = np.flatnonzero(wanted[start : start + shard.rows])
+            keys = [key for content in self._contents[start + rows] for key in self._keys(content)]
             start += shard.rows
-            keys = [
-                call_key(np.ascontiguousarray(content).tobytes().hex(), target.name, self.asked)
-                for content in contents
-                for target in self.pool.targets
-            ]
             missing = sum(key not in answered for key in keys)
             if missing:
                 elsewhere = frozenset(key for key in keys if answered.get(key, shard.digest) != shard.digest)
@@ -197,7 +252,7 @@ class _Collection:
         usd, tokens = self.config.budget_usd, self.config.budget_tokens
         return Spent(_NO_LIMIT.usd if usd is None else usd, _NO_LIMIT.tokens if tokens is None else tokens)
 
-    def _grade(self, answered: dict[str, str], left_out: int) -> CollectManifest:
+    def _grade(self, answered: dict[str, str], wanted: NDArray[np.bool_], left_out: int) -> CollectManifest:
         columns = tuple(dict.fromkeys([*ROW_COLUMNS, *_named(self.grader)]))
         arguments = {
             "out": self.out,
@@ -207,16 +262,13 @@ class _Collection:
             "columns": columns,
             "max_prompt_bytes": MAX_PROMPT_BYTES,
         }
-        items, num_calls, start = [], 0, 0
+        items, start, num_missing = [], 0, 0
         for shard in self.plan.shards:
-            contents = np.ascontiguousarray(self.plan.keys[start : start + shard.rows, 1:])
+            rows = slice(start, start + shard.rows)
             start += shard.rows
-            keys = [
-                call_key(content.tobytes().hex(), target.name, self.asked)
-                for content in contents
-                for target in self.pool.targets
-            ]
-            num_calls += len(keys)
+            keys = [key for content in self._contents[rows] for key in self._keys(content)]
+            asked = [key for content in self._contents[rows][wanted[rows]] for key in self._keys(content)]
+            num_missing += sum(key not in answered for key in asked)
             sources = tuple(sorted({answered[key] for key in keys if key in answered}))
             if sources:
                 items.append({"task": pickle.dumps(GradeTask(shard, sources))})
@@ -227,7 +279,7 @@ class _Collection:
         manifest = CollectManifest(
             asked=asdict(self.asked),
             spending=self._spending(),
-            missing=num_calls - outcomes,
+            missing=num_missing,
             left_out=left_out,
             outcomes=outcomes,
             graded=sum(row["graded"] for row in found),

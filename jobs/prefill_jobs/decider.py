@@ -120,7 +120,7 @@ def _estimates_of(rows: Sequence[Row], task: DecideTask, context: DecideContext)
 
 @lru_cache(maxsize=_CACHED_OBJECTS)
 def _load(uri: str, name: str) -> PromptEstimates:
-    return PromptEstimates.from_table(storage.read_table(storage.join(uri, name)))
+    return PromptEstimates.load(uri, name)
 
 
 def _columns(rows: Sequence[Row], context: DecideContext) -> dict[str, list[str]]:

@@ -4,15 +4,11 @@ Plan the log, let the encoder read each prompt once that no earlier run has read
 decide for every line. Estimates are kept by what a prompt holds, decisions by where a line stands.
 """
 
-# N lines, M estimates
-
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +17,8 @@ from pydantic import Field
 
 from prefill_jobs import cluster
 from prefill_jobs.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
-from prefill_jobs.estimator import Estimated, EstimateShard, EstimateTask
-from prefill_jobs.progress import Progress
-from prefill_jobs.reader import Attempts
-from prefill_router import artifact, checkpoint, shards, storage
+from prefill_jobs.estimation import Estimation, Held
+from prefill_router import artifact, shards, storage
 from prefill_router.allocation import Allocation, Totals, solve
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
@@ -33,7 +27,7 @@ from prefill_router.console import say
 from prefill_router.corpus import BadRow, files
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
-from prefill_router.estimates import ContentIndex, Contents, contents_of, first_occurrences
+from prefill_router.estimates import Contents
 from prefill_router.label_report import LabelReport, write_report
 from prefill_router.lease import Lease
 from prefill_router.plan import CorpusPlan, plan
@@ -42,8 +36,6 @@ from prefill_router.router import Router
 from prefill_router.shards import ShardFile
 from prefill_router.tally import Tally
 
-_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
-_READERS = 32
 _ESTIMATES, _DECISIONS = "estimates", "decisions"
 
 
@@ -110,7 +102,8 @@ class _Labelling:
         self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
 
     def run(self) -> LabelManifest:
-        computed = self._estimate()
+        self._say()
+        computed = self.estimation.run(self.plan, self.lease, "label")
         held = Held.read(self.estimates)
         places = held.index.find(self._contents)
         allocation = self._allocate(held, places)
@@ -121,53 +114,22 @@ class _Labelling:
         return self._finish(decided, bad, computed, allocation)
 
     @property
-    def _contents(self) -> Contents:
-        return self.plan.keys[:, 1:]
+    def estimation(self) -> Estimation:
+        """What the router is to say of the log."""
+        config = self.config
+        sizes = config.workers, config.gpus_per_worker, config.max_prompt_bytes
+        return Estimation(self.router, config.router, self.estimates, *sizes)
 
-    def _estimate(self) -> int:
-        """Lets the encoder read what no run has read before; returns how many prompts."""
-        known = Held.read(self.estimates).index.find(self._contents) >= 0
-        wanted = first_occurrences(self._contents)
-        num_prompts, num_known = int(wanted.sum()), int((wanted & known).sum())
-        wanted &= ~known
-        tasks, start = [], 0
-        for shard in self.plan.shards:
-            rows = np.flatnonzero(wanted[start : start + shard.rows])
-            start += shard.rows
-            if len(rows):
-                tasks.append(EstimateTask(shard, rows))
-        self._say(num_prompts)
-        progress = Progress("label", num_prompts)
-        progress.skip(num_known)
-        if not tasks:
-            return 0
-        if isinstance(self.router, Router):
-            # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
-            cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
-        workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
-        arguments = {
-            "router": storage.absolute(self.config.router),
-            "out": self.estimates,
-            "max_prompt_bytes": self.config.max_prompt_bytes,
-            "threads": cluster.threads_per_worker(workers),
-            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
-        }
-        items = [{"task": pickle.dumps(task)} for task in tasks]
-        options = cluster.encoder_resources(workers, self.config.gpus_per_worker, _CALLS)
-        peaks: dict[str, float] = {}
-        for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
-            self.lease.check()
-            done: Estimated = pickle.loads(row["done"])
-            peaks[done.worker] = done.peak_flops
-            progress.add(done.num_prompts, done.work, sum(peaks.values()))
-        return int(wanted.sum())
-
-    def _say(self, num_prompts: int) -> None:
-        num_lines = self.plan.num_rows - len(self.plan.bad)
-        if num_lines > num_prompts:
-            say(f"label: {num_lines - num_prompts:,} of {num_lines:,} lines repeat a prompt: they are computed once")
+    def _say(self) -> None:
+        num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
+        if repeated:
+            say(f"label: {repeated:,} of {num_lines:,} lines repeat a prompt: they are computed once")
         if self.plan.bad:
             say(f"label: {len(self.plan.bad):,} lines are bad and go to the quarantine; {self.plan.bad[0].message}")
+
+    @property
+    def _contents(self) -> Contents:
+        return self.plan.keys[:, 1:]
 
     def _allocate(self, held: Held, places: NDArray[np.int64]) -> Allocation | None:
         """How the budget is spent, where there is one: a few passes over the estimates of the log's prompts."""
@@ -250,40 +212,6 @@ class _Labelling:
         storage.write_json(storage.join(out, shards.MANIFEST), manifest.model_dump())
         _tidy(self.decisions, {file.name for file in files})
         return manifest
-
-
-@dataclass(frozen=True)
-class Held:
-    """The prompts whose estimates lie at an output, object by object."""
-
-    names: list[str]
-    contents: Contents  # (M, 2)
-    owners: NDArray[np.int64]  # (M,) places among the names, ascending
-
-    @classmethod
-    def read(cls, uri: str) -> Held:
-        names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
-
-        def contents(name: str) -> Contents:
-            return contents_of(storage.read_table(storage.join(uri, name), ["content"])["content"].to_pylist())
-
-        with ThreadPoolExecutor(_READERS) as readers:
-            parts = list(readers.map(contents, names))
-        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        return cls(names, np.concatenate([np.zeros((0, 2), np.uint64), *parts]), owners)
-
-    @cached_property
-    def index(self) -> ContentIndex:
-        return ContentIndex(self.contents)
-
-    def names_of(self, places: NDArray[np.int64]) -> tuple[str, ...]:
-        """The objects that hold these of the M estimates."""
-        return tuple(self.names[i] for i in np.unique(self.owners[places]))
-
-    def by_object(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Values (M,) of the estimates, in the order of each object."""
-        ends = np.searchsorted(self.owners, np.arange(1, len(self.names)))
-        return dict(zip(self.names, np.split(values, ends), strict=True))
 
 
 def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:

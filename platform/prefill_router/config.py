@@ -309,6 +309,14 @@ class CollectConfig(StrictModel):
     temperature: float | None = Field(None, ge=0.0, description="[the upstream's]")
     seed: int | None = Field(None, description="Of the answers, where upstreams take one")
     attempts: int = Field(6, ge=1, description="At a call, in one run")
+    sample: int | None = Field(
+        None, ge=1, description="Ask only N prompts, those among them that have been asked before"
+    )
+    sample_by: Literal["random", "stratified", "active"] = Field(
+        "random", description="random; stratified: as many of each --stratum; active: where --router can hardly choose"
+    )
+    stratum: str = Field("category", description="Column of the corpus that tells kinds of prompts apart")
+    router: Uri | None = Field(None, description="Router that active sampling asks")
     limit: int | None = Field(None, ge=1, description="Only the first N prompts")
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the output")
     workers: int = Field(1, ge=1, description="Actors that ask, which share the targets' limits")

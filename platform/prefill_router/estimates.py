@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from prefill_router import storage
 from prefill_router.schema import estimates as schema
 
 Contents = NDArray[np.uint64]  # (N, 2): the content digest of each prompt
@@ -70,6 +71,11 @@ class PromptEstimates(NamedTuple):
         ]
         wanted = schema(num_targets)
         return pa.table([a.cast(f.type) for a, f in zip(columns, wanted, strict=True)], schema=wanted)
+
+    @classmethod
+    def load(cls, uri: str, name: str) -> PromptEstimates:
+        """Those of one object of a folder."""
+        return cls.from_table(storage.read_table(storage.join(uri, name)))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> PromptEstimates:

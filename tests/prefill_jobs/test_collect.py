@@ -165,3 +165,26 @@ def test_a_target_that_cannot_be_asked_is_one_line(upstreams: dict[str, Upstream
     pool.write_text('[[pool]]\nname = "big"\ninput_price = 1.0\noutput_price = 1.0\n')
     with pytest.raises(UserError, match='target "big" has no upstream'):
         collected(tmp_path, str(pool))
+
+
+def asked(upstream: Upstream) -> set[str]:
+    return {call.body["messages"][-1]["content"] for call in upstream.completions}
+
+
+def test_a_sample_grows_and_keeps_what_was_asked(upstreams: dict[str, Upstream], router: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 60)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    first = collected(tmp_path, pool, sample=10)
+    assert (first.outcomes, first.missing) == (20, 0)
+    drawn = asked(upstreams["big"])
+    assert len(drawn) == 10
+    second = collected(tmp_path, pool, sample=25, sample_by="active", router=router)
+    assert (second.outcomes, second.missing) == (50, 0)
+    assert drawn < asked(upstreams["big"])
+    assert len(upstreams["big"].completions) == len(asked(upstreams["big"])) == 25
+    with pytest.raises(UserError, match="sample_by = active, but no --router"):
+        collected(tmp_path, pool, sample=30, sample_by="active")
+    with pytest.raises(UserError, match="has no column category: name one with --stratum"):
+        collected(tmp_path, pool, sample=30, sample_by="stratified")
+    third = collected(tmp_path, pool, sample=30, sample_by="stratified", stratum="reference")
+    assert third.outcomes == 60

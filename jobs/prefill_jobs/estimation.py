@@ -1,0 +1,117 @@
+"""Estimates of a corpus: the encoder reads each prompt once that no run has read, and what the router says is kept."""
+
+# N rows of the corpus, M estimates
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs import cluster
+from prefill_jobs.estimator import Estimated, EstimateShard, EstimateTask
+from prefill_jobs.progress import Progress
+from prefill_jobs.reader import Attempts
+from prefill_router import checkpoint, storage
+from prefill_router.baselines.router import BaselineRouter
+from prefill_router.corpus import MAX_PROMPT_BYTES
+from prefill_router.estimates import ContentIndex, Contents, contents_of, first_occurrences
+from prefill_router.lease import Lease
+from prefill_router.plan import CorpusPlan
+from prefill_router.router import Router
+
+_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+_READERS = 32
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """What a router is to say of a corpus, and where that is kept."""
+
+    router: Router | BaselineRouter
+    router_uri: str
+    out: str  # of this router alone
+    workers: int | None = None  # as many as the cluster has room for
+    gpus_per_worker: float = 1.0
+    max_prompt_bytes: int = MAX_PROMPT_BYTES
+
+    def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
+        """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
+        contents = planned.keys[:, 1:]
+        known = Held.read(self.out).index.find(contents) >= 0
+        wanted = first_occurrences(contents)
+        progress = Progress(task, int(wanted.sum()))
+        progress.skip(int((wanted & known).sum()))
+        tasks = _tasks(planned, wanted & ~known)
+        if not tasks:
+            return 0
+        if isinstance(self.router, Router):
+            # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+            cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
+        workers = self.workers or cluster.num_workers(self.gpus_per_worker)
+        arguments = {
+            "router": storage.absolute(self.router_uri),
+            "out": self.out,
+            "max_prompt_bytes": self.max_prompt_bytes,
+            "threads": cluster.threads_per_worker(workers),
+            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
+        }
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        options = cluster.encoder_resources(workers, self.gpus_per_worker, _CALLS)
+        peaks: dict[str, float] = {}
+        for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
+            lease.check()
+            done: Estimated = pickle.loads(row["done"])
+            peaks[done.worker] = done.peak_flops
+            progress.add(done.num_prompts, done.work, sum(peaks.values()))
+        return sum(len(task.rows) for task in tasks)
+
+
+def _tasks(planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
+    """The shards with rows (N,) that are wanted."""
+    tasks, start = [], 0
+    for shard in planned.shards:
+        rows = np.flatnonzero(wanted[start : start + shard.rows])
+        start += shard.rows
+        if len(rows):
+            tasks.append(EstimateTask(shard, rows))
+    return tasks
+
+
+@dataclass(frozen=True)
+class Held:
+    """The prompts whose estimates lie at an output, object by object."""
+
+    names: list[str]
+    contents: Contents  # (M, 2)
+    owners: NDArray[np.int64]  # (M,) places among the names, ascending
+
+    @classmethod
+    def read(cls, uri: str) -> Held:
+        names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
+
+        def contents(name: str) -> Contents:
+            return contents_of(storage.read_table(storage.join(uri, name), ["content"])["content"].to_pylist())
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            parts = list(readers.map(contents, names))
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return cls(names, np.concatenate([np.zeros((0, 2), np.uint64), *parts]), owners)
+
+    @cached_property
+    def index(self) -> ContentIndex:
+        return ContentIndex(self.contents)
+
+    def names_of(self, places: NDArray[np.int64]) -> tuple[str, ...]:
+        """The objects that hold these of the M estimates."""
+        return tuple(self.names[i] for i in np.unique(self.owners[places]))
+
+    def by_object(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Values (M,) of the estimates, in the order of each object."""
+        ends = np.searchsorted(self.owners, np.arange(1, len(self.names)))
+        return dict(zip(self.names, np.split(values, ends), strict=True))
