@@ -7,7 +7,9 @@ all answers are graded. Answers are kept by what was asked, so that grading cost
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,16 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
-from prefill_jobs.collector import (
-    ROW_COLUMNS,
-    AskedShard,
-    AskShard,
-    AskTask,
-    GradeTask,
-    PurseActor,
-    grade_shard,
-)
+from prefill_jobs.collector import AskedShard, AskShard, AskTask, PurseActor
 from prefill_jobs.estimation import Estimation, Held
+from prefill_jobs.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
 from prefill_jobs.progress import Progress
 from prefill_router import artifact, storage
 from prefill_router import config as configs
@@ -38,13 +33,14 @@ from prefill_router.estimates import Contents, PromptEstimates, first_occurrence
 from prefill_router.graders import Grader, load_grader
 from prefill_router.lease import Lease
 from prefill_router.plan import CorpusPlan, plan, read_shard
-from prefill_router.pool import Pool, load_pool
+from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.sampling import active, at_random, stratified
 from prefill_router.schema import COST_USD, TARGET
 from prefill_router.shards import MANIFEST, ShardFile, write_quarantine
 from prefill_router.work import Work
 
 _CALLS = 4  # shards that an actor has at a time, so that its calls never run out
+_JUDGEMENTS = 2  # of an answer: the reference stands before it, and behind it
 _NO_LIMIT = Spent(1e15, 1 << 60)
 
 
@@ -73,9 +69,9 @@ class CollectManifest(StrictModel):
 def collect(config: CollectConfig) -> CollectManifest:
     """Writes answers/ and outcomes/ below `config.out` and last the manifest, which it returns.
 
-    Raises UserError for a target that cannot be asked, a grader that is none, and where other calls lie at the output.
+    Raises UserError for a target that cannot be asked, and a grader that is none.
     """
-    pool, grader = _pool(config), _grader(config)
+    pool, grader, judge = _pool(config), _grader(config), _judge(config)
     if config.sample_by == "active" and config.sample is not None and config.router is None:
         raise UserError("sample_by = active, but no --router says where it can hardly choose")
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
@@ -84,7 +80,7 @@ def collect(config: CollectConfig) -> CollectManifest:
     with Lease.acquire(config.out, "collect") as lease:
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
         with cluster.connected():
-            return _Collection(config, pool, asked, grader, planned, lease).run()
+            return _Collection(config, pool, asked, grader, judge, planned, lease).run()
 
 
 class _Collection:
@@ -94,10 +90,11 @@ class _Collection:
         pool: Pool,
         asked: Asked,
         grader: Grader | None,
+        judge: Target | None,
         planned: CorpusPlan,
         lease: Lease,
     ) -> None:
-        self.config, self.pool, self.asked, self.grader = config, pool, asked, grader
+        self.config, self.pool, self.asked, self.grader, self.judge = config, pool, asked, grader, judge
         self.plan, self.lease, self.out = planned, lease, storage.absolute(config.out)
 
     def run(self) -> CollectManifest:
@@ -108,8 +105,13 @@ class _Collection:
         if not self.config.regrade:
             left_out = self._ask(answered, wanted)
             answered = self._answered()
+        tasks = self._grade_tasks(answered)
+        grading = self._grading(answered)
+        if self.judge is not None:
+            left_out += self._judge(tasks, grading)
+            grading = replace(grading, answered=self._answered())
         self.lease.check()
-        return self._grade(answered, wanted, left_out)
+        return self._grade(tasks, grading, self._num_missing(answered, wanted), left_out)
 
     @property
     def _contents(self) -> Contents:
@@ -203,36 +205,52 @@ class _Collection:
     def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
         """Makes every call that has no answer; returns how many were left out for want of budget."""
         tasks, num_calls = self._tasks(answered, wanted)
-        progress = Progress("collect", num_calls, unit="calls")
+        return self._make(AskShard, tasks, self.pool, self.asked, "collect", num_calls)
+
+    def _judge(self, tasks: Sequence[GradeTask], grading: Grading) -> int:
+        """Asks the judge about every answer; returns how many calls were left out for want of budget."""
+        assert self.judge is not None
+        pool = self.pool.model_copy(update={"targets": (self.judge,)})
+        num_calls = _JUDGEMENTS * len(grading.targets) * sum(task.shard.rows for task in tasks)
+        return self._make(JudgeShard, tasks, pool, JUDGE_ASKED, "judge", num_calls, grading=grading)
+
+    def _make(
+        self, worker: type, tasks: Sequence[Any], pool: Pool, asked: Asked, what: str, num_calls: int, **more: Any
+    ) -> int:
+        """Lets workers make the calls of tasks; returns how many were left out for want of budget."""
+        progress = Progress(what, num_calls, unit="calls")
         if not tasks:
             return 0
         left = self._budget()
         for spending in self._spending().values():
             left -= Spent(spending.cost_usd + spending.lost_usd, spending.tokens)
-        if left.usd < 0.0 or left.tokens < 0:
-            say("collect: the budget is used up")
-            return num_calls
         arguments = {
-            "pool": self.pool,
-            "asked": self.asked,
+            "pool": pool,
+            "asked": asked,
             "out": self.out,
             "attempts": self.config.attempts,
             "num_workers": self.config.workers,
             "max_prompt_bytes": MAX_PROMPT_BYTES,
             "purse": PurseActor.remote(left),  # type: ignore[attr-defined]
+            **more,
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = cluster.caller_resources(self.config.workers, _CALLS)
-        failed = left_out = 0
-        for row in cluster.map_rows(items, AskShard, fn_constructor_kwargs=arguments, **options):
+        left_out, reasons = 0, Counter[str]()
+        for row in cluster.map_rows(items, worker, fn_constructor_kwargs=arguments, **options):
             self.lease.check()
             done: AskedShard = pickle.loads(row["done"])
-            failed, left_out = failed + done.failed, left_out + done.left_out
+            left_out += done.left_out
+            reasons.update(done.reasons)
             progress.add(done.answered + done.failed + done.left_out, Work())
-        if failed:
-            say(f"collect: {failed:,} calls brought no answer: they are missing, and are made again by another run")
+        if reasons:
+            (most_often, _), *_ = reasons.most_common(1)
+            say(
+                f"{what}: {reasons.total():,} calls brought no answer (most often {most_often}): they are missing, "
+                "and are made again by another run"
+            )
         if left_out:
-            say(f"collect: {left_out:,} calls were left out: the budget is used up")
+            say(f"{what}: {left_out:,} calls were left out: the budget is used up")
         return left_out
 
     def _tasks(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> tuple[list[AskTask], int]:
@@ -252,26 +270,35 @@ class _Collection:
         usd, tokens = self.config.budget_usd, self.config.budget_tokens
         return Spent(_NO_LIMIT.usd if usd is None else usd, _NO_LIMIT.tokens if tokens is None else tokens)
 
-    def _grade(self, answered: dict[str, str], wanted: NDArray[np.bool_], left_out: int) -> CollectManifest:
-        columns = tuple(dict.fromkeys([*ROW_COLUMNS, *_named(self.grader)]))
-        arguments = {
-            "out": self.out,
-            "targets": self.pool.targets,
-            "asked": self.asked,
-            "grader": self.grader,
-            "columns": columns,
-            "max_prompt_bytes": MAX_PROMPT_BYTES,
-        }
-        items, start, num_missing = [], 0, 0
+    def _num_missing(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
+        return sum(key not in answered for content in self._contents[wanted] for key in self._keys(content))
+
+    def _grade_tasks(self, answered: dict[str, str]) -> list[GradeTask]:
+        """The shards with answers to any of their prompts, repeated ones too."""
+        tasks, start = [], 0
         for shard in self.plan.shards:
-            rows = slice(start, start + shard.rows)
-            start += shard.rows
-            keys = [key for content in self._contents[rows] for key in self._keys(content)]
-            asked = [key for content in self._contents[rows][wanted[rows]] for key in self._keys(content)]
-            num_missing += sum(key not in answered for key in asked)
+            keys = (key for content in self._contents[start : start + shard.rows] for key in self._keys(content))
             sources = tuple(sorted({answered[key] for key in keys if key in answered}))
+            start += shard.rows
             if sources:
-                items.append({"task": pickle.dumps(GradeTask(shard, sources))})
+                tasks.append(GradeTask(shard, sources))
+        return tasks
+
+    def _grading(self, answered: dict[str, str]) -> Grading:
+        return Grading(
+            out=self.out,
+            targets=self.pool.targets,
+            asked=self.asked,
+            grader=self.grader,
+            columns=tuple(dict.fromkeys([*ROW_COLUMNS, *_named(self.grader)])),
+            max_prompt_bytes=MAX_PROMPT_BYTES,
+            judge=self.judge,
+            answered=answered if self.judge is not None else {},
+        )
+
+    def _grade(self, tasks: Sequence[GradeTask], grading: Grading, num_missing: int, left_out: int) -> CollectManifest:
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        arguments = {"grading": grading}
         found = list(cluster.map_rows(items, grade_shard, fn_kwargs=arguments)) if items else []
         files = sorted((pickle.loads(row["file"]) for row in found if row["outcomes"]), key=lambda file: file.name)
         write_quarantine(self.config.out, self.plan.bad)
@@ -318,7 +345,18 @@ def _grader(config: CollectConfig) -> Grader | None:
             raise UserError("regrade: give the --grader that answers are to be graded with")
         return None
     options = configs.load_toml(config.grader_options) if config.grader_options else {}
-    return load_grader(config.grader, options)
+    if config.grader == "judge" and config.judge is None:
+        raise UserError("grader = judge, but no --judge names the target of the pool that judges")
+    return load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})})
+
+
+def _judge(config: CollectConfig) -> Target | None:
+    if config.judge is None:
+        return None
+    judge = next((target for target in load_pool(config.pool).targets if target.name == config.judge), None)
+    if judge is None or judge.upstream is None:
+        raise UserError(f'judge = "{config.judge}", must be a target of {config.pool} with an upstream')
+    return judge
 
 
 def _named(grader: Grader | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The actor of `collect`: calls of a shard out, their answers kept; and the task that grades them."""
+"""The actor of `collect`: the calls of a shard go out, and their answers are kept."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ import os
 import pickle
 import random
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import httpx
-import pyarrow as pa
 import ray
 
-from prefill_router import shards, storage
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
-from prefill_router.collection.calls import Answer, Asked, Call, Spent, call_key
+from prefill_router.collection.calls import Answer, Asked, Call, Spent
 from prefill_router.collection.client import Miss, ask, backoff_s, http_client
-from prefill_router.collection.journal import CallState, Journal
+from prefill_router.collection.journal import Journal
 from prefill_router.collection.limits import Limits
 from prefill_router.collection.purse import Allowance, Purse
-from prefill_router.corpus import Row
 from prefill_router.errors import UserError
-from prefill_router.graders import Grader
 from prefill_router.plan import Shard, read_shard
 from prefill_router.pool import Pool, Target
-from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
-from prefill_router.shards import ShardFile
 
-# What graders read of a row where their options name no other column.
-ROW_COLUMNS = ("reference", "choices", "tests", "entry_point", "setup", "metadata", "schema")
+_LEFT_OUT = Miss("left out: the budget is used up")
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class AskedShard:
     answered: int = 0
     failed: int = 0
     left_out: int = 0  # for want of budget
-    attempts: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)  # of those that failed, with the target's name
 
 
 @ray.remote(num_cpus=0)
@@ -78,23 +72,28 @@ class AskShard:
         return http_client()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        task: AskTask = pickle.loads(row["task"])
         for target in self.pool.targets:
             _check_key(target)
-        done = asyncio.run_coroutine_threadsafe(self._ask_shard(task), self._loop).result()
-        return {"done": pickle.dumps(done)}
+        return {"done": pickle.dumps(self._start(row["task"]))}
+
+    def _start(self, pickled: bytes) -> AskedShard:
+        task: AskTask = pickle.loads(pickled)
+        return asyncio.run_coroutine_threadsafe(self._ask_shard(task), self._loop).result()
 
     async def _ask_shard(self, task: AskTask) -> AskedShard:
         rows = await asyncio.to_thread(read_shard, task.shard, self.max_prompt_bytes)
         place = ShardPlace(self.out, task.shard.digest)
-        states = await asyncio.to_thread(load_states, place)
-        wanted = [
-            call
+        calls = (
+            Call(rows[i].prompt_id, rows[i].prompt, target, self.asked)
             for i in task.rows
             for target in self.pool.targets
-            if (call := Call(rows[i].prompt_id, rows[i].prompt, target, self.asked)).key not in task.elsewhere
-            and (states.get(call.key) is None or states[call.key].answer is None)
-        ]
+        )
+        return await self._make([call for call in calls if call.key not in task.elsewhere], place)
+
+    async def _make(self, calls: Sequence[Call], place: ShardPlace) -> AskedShard:
+        """Makes those calls that have no answer at their place."""
+        states = await asyncio.to_thread(load_states, place)
+        wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
         if not wanted:
             return AskedShard()
         journal = Journal(place.journal)
@@ -102,25 +101,30 @@ class AskShard:
         await self._allowance.give_back()
         states = await asyncio.to_thread(load_states, place)
         await asyncio.to_thread(write_states, place, states)
-        answered = sum(call.key in states and states[call.key].answer is not None for call in wanted)
-        left_out = sum(count == 0 for count in tried)
-        return AskedShard(answered, len(wanted) - answered - left_out, left_out, sum(tried))
+        misses = [(call.target.name, miss) for call, miss in zip(wanted, tried, strict=True) if miss is not None]
+        reasons = Counter(f"{name}: {miss.reason}" for name, miss in misses if miss is not _LEFT_OUT)
+        num_failed = reasons.total()
+        return AskedShard(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
 
-    async def _ask(self, call: Call, journal: Journal) -> int:
-        """Asks until there is an answer, or no use in asking; returns how many attempts were made."""
-        limits = self._limits[call.target.name]
-        for attempt in range(1, self.attempts + 1):
+    async def _ask(self, call: Call, journal: Journal) -> Miss | None:
+        """Asks until there is an answer, or no use in asking; then returns why."""
+        limits, miss = self._limits[call.target.name], _LEFT_OUT
+        for attempt in range(self.attempts):
+            if attempt > 0:
+                wait_s = backoff_s(attempt, miss, self._rng)
+                if miss.retry_after_s is not None:
+                    limits.hold(wait_s)  # for all of the target's calls
+                await asyncio.sleep(wait_s)
             async with limits.place(call.worst.tokens):
                 if not await self._allowance.reserve(call.worst):
-                    return attempt - 1
+                    break
                 found = await self._attempt(call, journal)
-            if isinstance(found, Answer) or found.is_final or attempt == self.attempts:
-                return attempt
-            wait_s = backoff_s(attempt, found, self._rng)
-            if found.retry_after_s is not None:
-                limits.hold(wait_s)  # for all of the target's calls
-            await asyncio.sleep(wait_s)
-        raise AssertionError("the last attempt returns")
+            if isinstance(found, Answer):
+                return None
+            miss = found
+            if miss.is_final:
+                break
+        return miss
 
     async def _attempt(self, call: Call, journal: Journal) -> Answer | Miss:
         """One attempt, of which both ends are noted."""
@@ -147,55 +151,3 @@ def _check_key(target: Target) -> None:
     name = target.upstream.key_env if target.upstream is not None else None
     if name is not None and not os.environ.get(name):
         raise UserError(f'target "{target.name}": the environment of the workers has no {name}, which holds its key')
-
-
-@dataclass(frozen=True)
-class GradeTask:
-    shard: Shard
-    sources: tuple[str, ...]  # the names of shards that hold answers to its prompts
-
-
-def grade_shard(
-    item: dict[str, Any],
-    out: str,
-    targets: tuple[Target, ...],
-    asked: Asked,
-    grader: Grader | None,
-    columns: tuple[str, ...],
-    max_prompt_bytes: int,
-) -> dict[str, Any]:
-    """Writes the outcomes of a shard, of every answer that there is to its prompts."""
-    task: GradeTask = pickle.loads(item["task"])
-    rows = read_shard(task.shard, max_prompt_bytes, columns)
-    states: dict[str, CallState] = {}
-    for name in task.sources:
-        states |= load_states(ShardPlace(out, name))
-    outcomes, num_graded = [], 0
-    for row in rows:
-        for target in targets:
-            state = states.get(call_key(row.content_digest.hex(), target.name, asked))
-            if state is None or state.answer is None:
-                continue
-            score = _grade(grader, state.answer, row, columns)
-            num_graded += score is not None
-            outcomes.append(
-                {
-                    PROMPT_ID: row.prompt_id,
-                    TARGET: target.name,
-                    CORRECT: score,
-                    OUTPUT_TOKENS: state.answer.output_tokens,
-                }
-            )
-    written: ShardFile | None = None
-    if outcomes:
-        table = pa.Table.from_pylist(outcomes, schema=OUTCOMES)
-        written = shards.write_named(storage.join(out, "outcomes"), f"part-{task.shard.digest}.parquet", table)
-    return {"file": pickle.dumps(written), "outcomes": len(outcomes), "graded": num_graded}
-
-
-def _grade(grader: Grader | None, answer: Answer, row: Row, columns: tuple[str, ...]) -> float | None:
-    if grader is None:
-        return None
-    fields: Mapping[str, Any] = dict(zip(columns, row.extras, strict=True))
-    known = {name: value for name, value in fields.items() if value is not None}
-    return grader(answer.text, {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}).score

@@ -59,6 +59,7 @@ class LabelManifest(StrictModel):
     computed: int = Field(description="Prompts that the encoder read in the latest run")
     quarantined: int
     decisions: dict[str, int]
+    tally: list[dict[str, Any]] = Field(description="What the report is made of, to which later runs add")
 
 
 def label(config: LabelConfig) -> LabelManifest:
@@ -179,8 +180,9 @@ class _Labelling:
         self, decided: Decided, bad: Sequence[BadRow], computed: int, allocation: Allocation | None
     ) -> LabelManifest:
         before, config, out = self.before, self.config, self.config.out
-        tally = decided.tally if before is None else LabelReport.read(out).tally.merge(decided.tally)
+        tally = decided.tally if before is None else Tally.from_json(before.tally).merge(decided.tally)
         names = self.choice.pool.target_names
+        bad = [*self._bad_before(), *bad]
         shards.write_quarantine(out, bad)
         report = LabelReport(
             router_version=self.router.version,
@@ -188,7 +190,7 @@ class _Labelling:
             tolerance=self.choice.tolerance,
             allocation=allocation,
             tally=tally,
-            num_quarantined=len(bad) + (before.quarantined if before else 0),
+            num_quarantined=len(bad),
             about={"Log": config.log, "Router": config.router},
         )
         write_report(out, report)
@@ -205,18 +207,26 @@ class _Labelling:
             lines=int(everything["lines"]),
             repeated=self.plan.num_repeated + (before.repeated if before else 0),
             computed=computed,
-            quarantined=report.num_quarantined,
+            quarantined=len(bad),
             decisions=counts,
+            tally=tally.to_json(),
         )
         self.lease.check()
         storage.write_json(storage.join(out, shards.MANIFEST), manifest.model_dump())
         _tidy(self.decisions, {file.name for file in files})
         return manifest
 
+    def _bad_before(self) -> list[BadRow]:
+        """The lines of the files decided before that are in quarantine."""
+        known = {file.uri for file in self.before.inputs} if self.before is not None else set()
+        return [row for row in shards.read_quarantine(self.config.out) if row.uri in known]
+
 
 def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
     pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
     known = {name: t for t, name in enumerate(router.pool.target_names)}
+    if config.incremental and config.limit is not None:
+        raise UserError("incremental and limit: a file that is decided is decided whole: leave one of them out")
     if config.budget_usd is not None and config.tolerance is not None:
         raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
     for column in _names(config.partition_by):

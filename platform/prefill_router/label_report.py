@@ -13,7 +13,6 @@ import numpy as np
 from prefill_router import storage
 from prefill_router.about import versions
 from prefill_router.allocation import Allocation
-from prefill_router.config import validate
 from prefill_router.pool import Pool
 from prefill_router.report import TEMPLATES, shown
 from prefill_router.tally import EVERYTHING, TOLERANCES, Sums, Tally
@@ -43,22 +42,6 @@ class LabelReport:
             "segments": self.tally.to_json(),
             "about": {**self.about, "Versions": versions()},
         }
-
-    @classmethod
-    def read(cls, uri: str) -> LabelReport:
-        """The report that lies at an output."""
-        path = storage.join(uri, "report.json")
-        content = storage.read_json(path)
-        allocation = content["allocation"]
-        return cls(
-            router_version=content["router_version"],
-            pool=validate(Pool, content["pool"], path),
-            tolerance=content["tolerance"],
-            allocation=allocation and Allocation(**{name: allocation[name] for name in Allocation._fields}),
-            tally=Tally.from_json(content["segments"]),
-            num_quarantined=content["num_quarantined"],
-            about=content["about"],
-        )
 
 
 def write_report(uri: str, report: LabelReport) -> None:

@@ -15,6 +15,7 @@ from prefill_router.errors import UserError
 from prefill_router.schema import QUARANTINE
 
 MANIFEST = "manifest.json"
+_QUARANTINE = "quarantine/rows.parquet"
 _SHARD_NAME = re.compile(r"part-(\d{6,}|[0-9a-f]{32})\.parquet")
 
 
@@ -41,12 +42,19 @@ def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
 
 def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
     """Writes what was left out, and why; where nothing was, what an earlier run left goes."""
-    name = "quarantine/rows.parquet"
     if not bad:
-        storage.remove(storage.join(uri, name))
+        storage.remove(storage.join(uri, _QUARANTINE))
         return None
     columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
-    return write_named(uri, name, pa.table([list(c) for c in columns], schema=QUARANTINE))
+    return write_named(uri, _QUARANTINE, pa.table([list(c) for c in columns], schema=QUARANTINE))
+
+
+def read_quarantine(uri: str) -> list[BadRow]:
+    """What `write_quarantine` wrote."""
+    path = storage.join(uri, _QUARANTINE)
+    if not storage.exists(path):
+        return []
+    return [BadRow(*row.values()) for row in storage.read_table(path).to_pylist()]
 
 
 def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:

@@ -40,10 +40,10 @@ def test_from_a_file_of_prompts_to_decisions(
     assert report["router"]["mdp_auccc"] > 0.02
     assert report["router"]["saving_at_best_single"] > 0.0
 
-    label = command("label", router=tmp_path / "router", log=small_data / "corpus.parquet", out=tmp_path / "decisions")
+    label = command("label", router=tmp_path / "router", log=small_data / "corpus.parquet", out=tmp_path / "labels")
     assert label.status == 0
     ((rows, versions),) = duckdb.sql(
-        f"select count(*), count(distinct router_version) from '{tmp_path}/decisions/*.parquet'"
+        f"select count(*), count(distinct router_version) from '{tmp_path}/labels/decisions/*.parquet'"
     ).fetchall()
     assert (rows, versions) == (240, 1)
 

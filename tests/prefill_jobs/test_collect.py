@@ -84,11 +84,15 @@ def test_a_budget_is_never_exceeded_and_more_of_it_goes_on(upstreams: dict[str, 
     assert with_tokens.outcomes == 160
 
 
-def test_a_call_that_fails_is_missing_and_is_made_again(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+def test_a_call_that_fails_is_missing_and_is_made_again(
+    upstreams: dict[str, Upstream], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_prompts(tmp_path / "corpus.jsonl", 10)
     upstreams["small"].faults(Fault.NOT_FOUND, rate=1.0)
     pool = write_pool_of(tmp_path / "pool.toml", upstreams)
     manifest = collected(tmp_path, pool)
+    said = capsys.readouterr().err
+    assert "10 calls brought no answer (most often small: status 404 model_not_found)" in said
     assert (manifest.outcomes, manifest.missing) == (10, 10)
     assert len(upstreams["small"].completions) == 10  # no use to try again at once
     assert {row["target"] for row in outcomes(tmp_path / "out")} == {"big"}
@@ -188,3 +192,27 @@ def test_a_sample_grows_and_keeps_what_was_asked(upstreams: dict[str, Upstream],
         collected(tmp_path, pool, sample=30, sample_by="stratified")
     third = collected(tmp_path, pool, sample=30, sample_by="stratified", stratum="reference")
     assert third.outcomes == 60
+
+
+def test_a_judge_is_asked_within_the_budget_and_once(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
+    write_prompts(tmp_path / "corpus.jsonl", 6)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    options = tmp_path / "judge.toml"
+    options.write_text('rubric = """\nIs it right?\nGRADE: 0.75\n"""\n')  # which this judge says back
+    judging = {"grader": "judge", "judge": "big", "grader_options": str(options)}
+    manifest = collected(tmp_path, pool, targets="small", **judging)
+    assert (manifest.outcomes, manifest.graded) == (6, 6)
+    assert {row["correct"] for row in outcomes(tmp_path / "out")} == {0.75}
+    assert len(upstreams["big"].completions) == 12  # each in both orders
+    assert manifest.spending["big"].answers == 12
+    again = collected(tmp_path, pool, targets="small", regrade=True, **judging)
+    assert (again.graded, len(upstreams["big"].completions)) == (6, 12)
+    write_prompts(tmp_path / "corpus.jsonl", 8)
+    spent = sum(spending.cost_usd for spending in again.spending.values())
+    tight = collected(tmp_path, pool, targets="small", budget_usd=spent + 1e-4, **judging)
+    assert (tight.outcomes, tight.graded) == (8, 6)
+    assert tight.left_out == 4
+    with pytest.raises(UserError, match='judge = "huge", must be a target of'):
+        collected(tmp_path, pool, grader="judge", judge="huge")
+    with pytest.raises(UserError, match="no --judge names the target"):
+        collected(tmp_path, pool, grader="judge")

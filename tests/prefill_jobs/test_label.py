@@ -127,13 +127,13 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
 
 def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    write_log(log / "a.jsonl", [{"prompt": f"what is one plus {i}"} for i in range(6)])
+    write_log(log / "a.jsonl", [*({"prompt": f"what is one plus {i}"} for i in range(6)), {"prompt": ""}])
     assert labelled(router, log, incremental=True).computed == 6
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "decisions").iterdir()}
     assert labelled(router, log, incremental=True).computed == 6  # the manifest of before: there was nothing new
-    write_log(log / "b.jsonl", [{"prompt": f"what is one plus {i}"} for i in range(4, 9)])
+    write_log(log / "b.jsonl", [*({"prompt": f"what is one plus {i}"} for i in range(4, 9)), {"prompt": 7}])
     manifest = labelled(router, log, incremental=True)
-    assert (manifest.lines, manifest.computed, len(manifest.inputs)) == (11, 3, 2)
+    assert (manifest.lines, manifest.computed, len(manifest.inputs), manifest.quarantined) == (11, 3, 2, 2)
     assert [(row["file"], row["row"]) for row in decisions(log)] == [
         *(("a.jsonl", i) for i in range(6)),
         *(("b.jsonl", i) for i in range(5)),
@@ -170,6 +170,7 @@ def test_a_kept_baseline_labels_too(router: str, log: Path, tmp_path: Path) -> N
     ("options", "message"),
     [
         ({"budget_usd": 1.0, "tolerance": 0.1}, "give one of them"),
+        ({"incremental": True, "limit": 3}, "a file that is decided is decided whole"),
         ({"targets": "huge"}, 'target "huge" is not in the pool'),
         ({"partition_by": "day"}, "no --time names the column"),
         ({"partition_by": "team"}, "must be day, or one of the columns of --by"),
