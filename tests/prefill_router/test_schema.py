@@ -53,15 +53,19 @@ def test_duckdb_reads_decisions(tmp_path: Path) -> None:
     rows = [
         {
             "prompt_id": prompt_id,
+            "file": "log.jsonl",
+            "row": row,
             "target": target,
+            "input_tokens": 12,
             "p_correct": per_target,
             "expected_output_tokens": per_target,
             "expected_cost_usd": per_target,
             "router_version": "v",
+            "team": "blue",
         }
-        for prompt_id, target in (("a", "big"), ("b", None))
+        for row, (prompt_id, target) in enumerate([("a", "big"), ("b", None)])
     ]
-    table = pa.Table.from_pylist(rows, schema=schema.decisions(["big", "small-1.5"]))
+    table = pa.Table.from_pylist(rows, schema=schema.decisions(["big", "small-1.5"], ["team"]))
     path.write_bytes(storage.encode_parquet(table))
     query = f"""select prompt_id, target, p_correct['small-1.5'], typeof(p_correct.big) from '{path}'"""
     assert duckdb.execute(query).fetchall() == [("a", "big", 0.25, "FLOAT"), ("b", None, 0.25, "FLOAT")]
