@@ -16,7 +16,7 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 
 def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(packed(path, text.encode() if isinstance(text, str) else text))
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
@@ -57,8 +57,9 @@ def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_id
     if path.suffix == ".parquet":
         return write_parquet(path, {k: pa.array(v, pa.string()) for k, v in columns.items()}, row_group_size=3)
     if ".jsonl" in path.suffixes:
-        return write(path, "\ufeff\n" + "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in records))
+        text = "\ufeff\n" + "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+        return write(path, packed(path, text.encode()))
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\r\n\r\n").writerow(columns)
     csv.writer(stream, lineterminator="\r\n\n").writerows(record.values() for record in records)
-    return write(path, "\ufeff" + stream.getvalue())
+    return write(path, packed(path, ("\ufeff" + stream.getvalue()).encode()))

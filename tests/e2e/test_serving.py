@@ -135,7 +135,7 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
     assert (made.status, command("key", "ann", keys=keys).status) == (0, 1)
     key = made.out.strip()
     assert key not in keys.read_text()
-    scaling = {"max_replicas": 2, "target_work_s": 0.2, "upscale_delay_s": 1, "downscale_delay_s": 3}
+    scaling = {"max_replicas": 2, "target_work_s": 0.005, "upscale_delay_s": 1, "downscale_delay_s": 3}
     with serving(router, keys=keys, threads=1, cached_prompts=0, **scaling) as serve:
         with RouterClient(serve.url) as stranger, pytest.raises(RouteError) as refused:
             stranger.route(QUESTION)

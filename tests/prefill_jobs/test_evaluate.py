@@ -179,9 +179,9 @@ def test_baselines_on_embeddings_are_compared_kept_and_served(
 
     log = str(small_data / "corpus.parquet")
     manifest = label(LabelConfig(router=str(kept), log=log, out=str(tmp_path / "decisions"), limit=50))
-    assert manifest["rows"] == 50
-    assert manifest["router_version"] == BaselineRouter.load(str(kept)).version
-    assert set(manifest["decisions"]) <= {"big", "small"}
+    assert manifest.lines == 50
+    assert manifest.router_version == BaselineRouter.load(str(kept)).version
+    assert set(manifest.decisions) <= {"big", "small"}
 
 
 def test_activations_of_another_encoder_are_refused(

