@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
@@ -25,18 +26,18 @@ from prefill_router import artifact, storage
 from prefill_router import config as configs
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Asked, Spent, call_key
-from prefill_router.config import CollectConfig, StrictModel
+from prefill_router.config import CollectConfig, StrictModel, names_in
 from prefill_router.console import say
 from prefill_router.corpus import MAX_PROMPT_BYTES
 from prefill_router.errors import UserError
-from prefill_router.estimates import Contents, PromptEstimates, first_occurrences
+from prefill_router.estimates import Contents, PromptEstimates
 from prefill_router.graders import Grader, load_grader
 from prefill_router.lease import Lease
 from prefill_router.plan import CorpusPlan, plan, read_shard
 from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.sampling import active, at_random, stratified
 from prefill_router.schema import COST_USD, TARGET
-from prefill_router.shards import MANIFEST, ShardFile, write_quarantine
+from prefill_router.shards import MANIFEST, ShardFile, remove_shards, write_quarantine
 from prefill_router.work import Work
 
 _CALLS = 4  # shards that an actor has at a time, so that its calls never run out
@@ -75,8 +76,7 @@ def collect(config: CollectConfig) -> CollectManifest:
     if config.sample_by == "active" and config.sample is not None and config.router is None:
         raise UserError("sample_by = active, but no --router says where it can hardly choose")
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
-    if storage.is_file(config.out):
-        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    storage.refuse_file(config.out)
     with Lease.acquire(config.out, "collect") as lease:
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
         with cluster.connected():
@@ -113,7 +113,7 @@ class _Collection:
         self.lease.check()
         return self._grade(tasks, grading, self._num_missing(answered, wanted), left_out)
 
-    @property
+    @cached_property
     def _contents(self) -> Contents:
         return np.ascontiguousarray(self.plan.keys[:, 1:])
 
@@ -125,14 +125,13 @@ class _Collection:
     def _wanted(self, answered: dict[str, str]) -> NDArray[np.bool_]:
         """Which rows (N,) of the corpus are asked: the first of each content, or a sample of these."""
         contents, size = self._contents, self.config.sample
-        wanted = first_occurrences(contents)
         if size is None:
-            return wanted
-        rows = np.flatnonzero(wanted)
+            return self.plan.is_first
+        rows = np.flatnonzero(self.plan.is_first)
         is_asked = np.array([any(key in answered for key in self._keys(contents[row])) for row in rows], np.bool_)
         kept, others = rows[is_asked], rows[~is_asked]
         drawn = others[self._draw(others, max(0, size - len(kept)))]
-        wanted[:] = False
+        wanted = np.zeros(len(contents), np.bool_)
         wanted[kept] = wanted[drawn] = True
         return wanted
 
@@ -189,18 +188,21 @@ class _Collection:
         return [name for name in names if name.endswith(".parquet")]
 
     def _spending(self) -> dict[str, Spending]:
-        totals: dict[str, Spending] = {}
-        for name in self._objects():
-            uri = storage.join(self.out, "answers", name)
-            for row in storage.read_table(uri, _SPENT).to_pylist():
-                before = totals.get(row[TARGET], Spending(answers=0, cost_usd=0.0, lost_usd=0.0, tokens=0))
-                totals[row[TARGET]] = Spending(
-                    answers=before.answers + (row["answer"] is not None),
-                    cost_usd=before.cost_usd + row[COST_USD],
-                    lost_usd=before.lost_usd + row["lost_usd"],
-                    tokens=before.tokens + row["tokens"] + row["lost_tokens"],
-                )
-        return dict(sorted(totals.items()))
+        uris = [storage.join(self.out, "answers", name) for name in self._objects()]
+        tables = [storage.read_table(uri, _SPENT) for uri in uris]
+        if not tables:
+            return {}
+        wanted = [("answer", "count"), *((name, "sum") for name in _SPENT[2:])]
+        sums = pa.concat_tables(tables).group_by(TARGET).aggregate(wanted)
+        return {
+            row[TARGET]: Spending(
+                answers=row["answer_count"],
+                cost_usd=row[f"{COST_USD}_sum"],
+                lost_usd=row["lost_usd_sum"],
+                tokens=row["tokens_sum"] + row["lost_tokens_sum"],
+            )
+            for row in sums.sort_by(TARGET).to_pylist()
+        }
 
     def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
         """Makes every call that has no answer; returns how many were left out for want of budget."""
@@ -254,11 +256,10 @@ class _Collection:
         return left_out
 
     def _tasks(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> tuple[list[AskTask], int]:
-        tasks, num_calls, start = [], 0, 0
-        for shard in self.plan.shards:
-            rows = np.flatnonzero(wanted[start : start + shard.rows])
-            keys = [key for content in self._contents[start + rows] for key in self._keys(content)]
-            start += shard.rows
+        tasks, num_calls = [], 0
+        for shard, span in self.plan.spans():
+            rows = np.flatnonzero(wanted[span])
+            keys = [key for content in self._contents[span][rows] for key in self._keys(content)]
             missing = sum(key not in answered for key in keys)
             if missing:
                 elsewhere = frozenset(key for key in keys if answered.get(key, shard.digest) != shard.digest)
@@ -275,11 +276,10 @@ class _Collection:
 
     def _grade_tasks(self, answered: dict[str, str]) -> list[GradeTask]:
         """The shards with answers to any of their prompts, repeated ones too."""
-        tasks, start = [], 0
-        for shard in self.plan.shards:
-            keys = (key for content in self._contents[start : start + shard.rows] for key in self._keys(content))
+        tasks = []
+        for shard, rows in self.plan.spans():
+            keys = (key for content in self._contents[rows] for key in self._keys(content))
             sources = tuple(sorted({answered[key] for key in keys if key in answered}))
-            start += shard.rows
             if sources:
                 tasks.append(GradeTask(shard, sources))
         return tasks
@@ -314,10 +314,7 @@ class _Collection:
         )
         self.lease.check()
         storage.write_json(storage.join(self.config.out, MANIFEST), manifest.model_dump())
-        keep = {file.name for file in files}
-        for name in storage.list_names(storage.join(self.out, "outcomes")):
-            if name not in keep:
-                storage.remove(storage.join(self.out, "outcomes", name))
+        remove_shards(storage.join(self.out, "outcomes"), keep={file.name for file in files})
         return manifest
 
 
@@ -327,7 +324,7 @@ _SPENT = [TARGET, "answer", COST_USD, "lost_usd", "tokens", "lost_tokens"]
 def _pool(config: CollectConfig) -> Pool:
     """The targets that are to be asked. Raises UserError for one that cannot be."""
     pool = load_pool(config.pool)
-    names = [name.strip() for name in config.targets.split(",")] if config.targets else pool.target_names
+    names = names_in(config.targets) or pool.target_names
     if unknown := [name for name in names if name not in pool.target_names]:
         raise UserError(f'targets: "{unknown[0]}" is not in the pool: {", ".join(pool.target_names)}')
     targets = tuple(target for target in pool.targets if target.name in names)

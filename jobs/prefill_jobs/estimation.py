@@ -20,7 +20,7 @@ from prefill_jobs.reader import Attempts
 from prefill_router import checkpoint, storage
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.corpus import MAX_PROMPT_BYTES
-from prefill_router.estimates import ContentIndex, Contents, contents_of, first_occurrences
+from prefill_router.estimates import ContentIndex, Contents, contents_of
 from prefill_router.lease import Lease
 from prefill_router.plan import CorpusPlan
 from prefill_router.router import Router
@@ -44,7 +44,7 @@ class Estimation:
         """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
         contents = planned.keys[:, 1:]
         known = Held.read(self.out).index.find(contents) >= 0
-        wanted = first_occurrences(contents)
+        wanted = planned.is_first
         progress = Progress(task, int(wanted.sum()))
         progress.skip(int((wanted & known).sum()))
         tasks = _tasks(planned, wanted & ~known)
@@ -74,13 +74,8 @@ class Estimation:
 
 def _tasks(planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
     """The shards with rows (N,) that are wanted."""
-    tasks, start = [], 0
-    for shard in planned.shards:
-        rows = np.flatnonzero(wanted[start : start + shard.rows])
-        start += shard.rows
-        if len(rows):
-            tasks.append(EstimateTask(shard, rows))
-    return tasks
+    tasks = (EstimateTask(shard, np.flatnonzero(wanted[rows])) for shard, rows in planned.spans())
+    return [task for task in tasks if len(task.rows)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 
@@ -55,6 +56,7 @@ class EstimateShard:
     def __init__(self, router: str, out: str, max_prompt_bytes: int, threads: int, attempts: Any) -> None:
         self.uri, self.out, self.max_prompt_bytes, self.attempts = router, out, max_prompt_bytes, attempts
         self.threads = min(threads, os.cpu_count() or 1)
+        self.worker = ray.get_runtime_context().get_actor_id() or ""
         self._loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class EstimateShard:
         estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
         work = self._fill(estimates, [row.prompt for row in wanted], attempt)
         shards.create_shard(self.out, hashlib.sha256(contents.tobytes()).hexdigest()[:32], estimates.to_table())
-        return {"done": pickle.dumps(Estimated(len(wanted), work, str(os.getpid()), self.peak_flops))}
+        return {"done": pickle.dumps(Estimated(len(wanted), work, self.worker, self.peak_flops))}
 
     @cached_property
     def router(self) -> Router | BaselineRouter:

@@ -34,8 +34,7 @@ _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, o
 def extract(config: ExtractConfig) -> ExtractSummary:
     """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
-    if storage.is_file(config.out):
-        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    storage.refuse_file(config.out)
     planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
     planned.check_bad(planned.bad, config.max_bad_fraction)
     with Lease.acquire(config.out, "extract") as lease:
@@ -82,10 +81,9 @@ class _Extraction:
 
     def _tasks(self) -> list[Task]:
         """The shards that are not done, each with the finished ones that hold some of its prompts."""
-        tasks, start = [], 0
-        for shard in self.plan.shards:
-            keys = self.plan.keys[start : start + shard.rows]
-            start += shard.rows
+        tasks = []
+        for shard, rows in self.plan.spans():
+            keys = self.plan.keys[rows]
             sources = self.ledger.sources(keys) if self.ledger.commits and self._record(shard.digest) is None else []
             tasks.append(Task(shard, tuple(sources)))
         return tasks

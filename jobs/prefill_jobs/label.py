@@ -22,7 +22,7 @@ from prefill_router import artifact, shards, storage
 from prefill_router.allocation import Allocation, Totals, solve
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
-from prefill_router.config import LabelConfig, StrictModel, validate
+from prefill_router.config import LabelConfig, StrictModel, names_in, validate
 from prefill_router.console import say
 from prefill_router.corpus import BadRow, files
 from prefill_router.decision import Policy
@@ -30,7 +30,7 @@ from prefill_router.errors import UserError
 from prefill_router.estimates import Contents
 from prefill_router.label_report import LabelReport, write_report
 from prefill_router.lease import Lease
-from prefill_router.plan import CorpusPlan, plan
+from prefill_router.plan import CorpusPlan, in_order, plan
 from prefill_router.pool import load_pool
 from prefill_router.router import Router
 from prefill_router.shards import ShardFile
@@ -69,8 +69,7 @@ def label(config: LabelConfig) -> LabelManifest:
     """
     router = artifact.load(config.router)
     choice = _choice(config, router)
-    if storage.is_file(config.out):
-        raise UserError(f"{config.out}: is a file: an output is a folder, choose another --out")
+    storage.refuse_file(config.out)
     with Lease.acquire(config.out, "label") as lease:
         before = _before(config, router, choice)
         inputs = _new_files(config, before)
@@ -109,7 +108,7 @@ class _Labelling:
         places = held.index.find(self._contents)
         allocation = self._allocate(held, places)
         decided = self._decide(held, places, replace(self.choice, allocation=allocation))
-        bad = self.plan.in_order([*self.plan.bad, *decided.bad])
+        bad = in_order([*self.plan.bad, *decided.bad])
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         self.lease.check()
         return self._finish(decided, bad, computed, allocation)
@@ -155,19 +154,18 @@ class _Labelling:
             choice=choice,
             router_version=self.router.version,
             max_prompt_bytes=self.config.max_prompt_bytes,
-            by=_names(self.config.by),
+            by=names_in(self.config.by),
             time=self.config.time,
-            partition_by=_names(self.config.partition_by) or None,
+            partition_by=names_in(self.config.partition_by) or None,
         )
-        items, start = [], 0
-        for shard in self.plan.shards:
-            objects = held.names_of(places[start : start + shard.rows])
+        items = []
+        for shard, rows in self.plan.spans():
             located = replace(shard, uri=storage.absolute(shard.uri))
-            items.append({"task": pickle.dumps(DecideTask(located, start, objects))})
-            start += shard.rows
+            task = DecideTask(located, rows.start, held.names_of(places[rows]))
+            items.append({"task": pickle.dumps(task)})
         if self.before is None:  # whatever lies there is of an earlier run, or of one that did not finish
             storage.remove(storage.join(self.config.out, shards.MANIFEST))
-            storage.remove(self.decisions)
+            shards.remove_shards(self.decisions, at_any_depth=True)
         whole = Decided([], Tally(), [])
         for row in cluster.map_rows(items, decide_shard, fn_kwargs={"context": context}):
             part: Decided = pickle.loads(row["decided"])
@@ -213,7 +211,7 @@ class _Labelling:
         )
         self.lease.check()
         storage.write_json(storage.join(out, shards.MANIFEST), manifest.model_dump())
-        _tidy(self.decisions, {file.name for file in files})
+        shards.remove_shards(self.decisions, keep={file.name for file in files}, at_any_depth=True)
         return manifest
 
     def _bad_before(self) -> list[BadRow]:
@@ -229,23 +227,19 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
         raise UserError("incremental and limit: a file that is decided is decided whole: leave one of them out")
     if config.budget_usd is not None and config.tolerance is not None:
         raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
-    for column in _names(config.partition_by):
+    for column in names_in(config.partition_by):
         if column == DAY and config.time is None:
             raise UserError("partition_by = day, but no --time names the column that tells it")
-        if column != DAY and column not in _names(config.by):
+        if column != DAY and column not in names_in(config.by):
             raise UserError(f"partition_by: {column} must be day, or one of the columns of --by")
     return Choice(
         pool=pool,
         outputs=tuple(known[name] for name in pool.target_names),
         tolerance=router.default_tolerance if config.tolerance is None else config.tolerance,
-        allowed=Policy(allowed=_names(config.targets) or None).mask(pool),
+        allowed=Policy(allowed=names_in(config.targets) or None).mask(pool),
         max_cost_usd=config.max_cost,
         min_p_correct=config.min_p,
     )
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def _settings(config: LabelConfig, choice: Choice) -> dict[str, Any]:
@@ -296,10 +290,3 @@ def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFil
         if uri not in known:
             new.append(LogFile(uri=uri, bytes=size))
     return new
-
-
-def _tidy(uri: str, keep: set[str]) -> None:
-    """Removes what runs left that did not finish."""
-    for file in storage.find_files(uri):
-        if file.removeprefix(uri).strip("/") not in keep:
-            storage.remove(file)

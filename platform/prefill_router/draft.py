@@ -49,8 +49,7 @@ class Draft:
         contents = [row.content_digest.hex() for row in rows]
         draft = cls(shard.digest, [row.prompt_id for row in rows], contents, columns)
         draft.prompts = [row.prompt for row in rows]
-        kept = (row for row in range(shard.num_rows) if row not in set(shard.left_out))
-        draft.places = {i: (shard.uri, shard.first_row + row) for i, row in enumerate(kept)}
+        draft.places = {i: (shard.uri, place) for i, place in enumerate(shard.places)}
         return draft
 
     @classmethod

@@ -118,11 +118,3 @@ class ContentIndex:
             if not is_other.any():
                 return np.where(agrees, self._order[at], -1)
             places = places + is_other
-
-
-def first_occurrences(contents: Contents) -> NDArray[np.bool_]:
-    """Which rows (N,) are the first with their content."""
-    order = np.lexsort((contents[:, 1], contents[:, 0]))  # stable: the first stays first
-    is_first = np.ones(len(contents), np.bool_)
-    is_first[order[1:]] = (contents[order[1:]] != contents[order[:-1]]).any(axis=1)
-    return is_first

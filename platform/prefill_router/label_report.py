@@ -54,7 +54,6 @@ def render_html(report: LabelReport) -> str:
     """The report as one page that fetches nothing."""
     return TEMPLATES.get_template("label.html").render(
         r=report,
-        sums=report.tally.everything,
         headline=headline(report),
         budget=_budget(report),
         used=_used(report),

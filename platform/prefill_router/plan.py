@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -79,11 +79,14 @@ class CorpusPlan:
     num_rows: int  # all that were read, bad ones too
     num_repeated: int  # rows whose prompt stands earlier, whether they are left out or not
     keys: Keys  # of the rows in shards, in their order, as `row_keys` gives them
+    is_first: NDArray[np.bool_]  # of the same rows: does none before it hold the same prompt?
 
-    def in_order(self, bad: Sequence[BadRow]) -> list[BadRow]:
-        """Bad rows in the order of the corpus."""
-        order = {uri: i for i, uri in enumerate(dict.fromkeys(shard.uri for shard in self.shards))}
-        return sorted(bad, key=lambda row: (order.get(row.uri, len(order)), row.uri, row.row))
+    def spans(self) -> Iterator[tuple[Shard, slice]]:
+        """Each shard with the places of its rows among the keys."""
+        start = 0
+        for shard in self.shards:
+            yield shard, slice(start, start + shard.rows)
+            start += shard.rows
 
     def check_bad(self, bad: Sequence[BadRow], max_fraction: float) -> None:
         """Raises UserError where more of the corpus is bad than the user allows, before or after it was encoded."""
@@ -112,7 +115,7 @@ def plan(
     Of the corpus' files those in `only` are read. Bad rows count in a run and in `limit`, so that a row that turns bad
     moves no other. Where a row is looked for again, to name its id, its file is read a second time.
 
-    Memory: 24 bytes a row, 10 more while repeats are looked for, and the ids of rows that are bad or repeated. Raises
+    Memory: 25 bytes a row, 10 more while repeats are looked for, and the ids of rows that are bad or repeated. Raises
     UserError for a corpus that is missing, is empty or holds no good row.
     """
     storage.require(uri, "corpus")
@@ -125,16 +128,19 @@ def plan(
     clashes = _clashes(scan)
     kept[list(clashes)] = False
     repeated, firsts = _repeated(scan.keys, kept)
+    is_first = np.ones(len(scan.keys), np.bool_)
+    is_first[repeated] = False
     if not keep_repeats:
-        kept[repeated] = False
+        kept &= is_first
     shards, shard_of_run = _cut(scan, kept)
     sources = shard_of_run[scan.runs_of(firsts)]
     return CorpusPlan(
         shards=shards,
         repeats=[] if keep_repeats else _repeats(scan, repeated, sources, shard_rows),
-        bad=scan.in_order([*scan.bad, *clashes.values()]),
+        bad=in_order([*scan.bad, *clashes.values()]),
         num_rows=scan.num_rows,
         num_repeated=len(repeated),
+        is_first=is_first[kept],
         keys=_compacted(scan.keys, kept),  # last, for it moves them
     )
 
@@ -220,11 +226,6 @@ class _Scan:
     def runs_of(self, positions: Positions) -> NDArray[np.int64]:
         """The index of the run that holds each position."""
         return np.searchsorted(self._starts, positions, side="right") - 1
-
-    def in_order(self, bad: list[BadRow]) -> list[BadRow]:
-        """Bad rows in the order of the corpus."""
-        order = {uri: i for i, uri in enumerate(dict.fromkeys(run.uri for run in self.runs))}
-        return sorted(bad, key=lambda row: (order[row.uri], row.row))
 
 
 def _scan(uris: Sequence[str], shard_rows: int, limit: int | None, max_prompt_bytes: int) -> _Scan:
@@ -314,6 +315,11 @@ def _clashes(scan: _Scan) -> dict[int, BadRow]:
             clashes[position] = _clash(scan, position, prompt_id)
         contents.setdefault(prompt_id, content)
     return clashes
+
+
+def in_order(bad: Iterable[BadRow]) -> list[BadRow]:
+    """Bad rows in the order of the corpus, whose files are sorted."""
+    return sorted(bad, key=lambda row: (row.uri, row.row))
 
 
 def _clash(scan: _Scan, position: int, prompt_id: str) -> BadRow:

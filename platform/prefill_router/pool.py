@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,17 @@ class Upstream(_AsWritten):
         "max_tokens", description="What the limit of an answer's tokens is called there"
     )
     timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
+
+    def url(self, path: str) -> str:
+        return f"{self.base_url.rstrip('/')}{path}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request with a JSON body, with the key that the environment holds at the moment."""
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self.key_env is not None:
+            headers["authorization"] = f"Bearer {os.environ.get(self.key_env, '')}"
+        return headers
 
 
 class Target(_AsWritten):

@@ -88,25 +88,14 @@ def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
     return table
 
 
-def claim_output(uri: str, *, overwrite: bool) -> None:
-    """Clears what an unfinished run left at `uri` and, with `overwrite`, a finished one, its manifest first.
-
-    Only our manifests and shards are ever deleted. Raises UserError where a finished output is not to be replaced, or
-    where a file lies at `uri`.
-    """
-    if not storage.exists(uri):
-        return
-    if storage.is_file(uri):
-        raise UserError(f"{uri}: is a file: an output is a folder, choose another --out")
-    manifest = storage.join(uri, MANIFEST)
-    if storage.exists(manifest) and not overwrite:
-        raise UserError(f"{uri}: already holds an output: choose another --out, or replace it with --overwrite")
-    storage.remove(manifest)
-    remove_shards(uri)
-
-
-def remove_shards(uri: str, keep: Collection[str] = ()) -> None:
-    """Deletes the shards directly below `uri`, except the files named in `keep`."""
-    for name in storage.list_names(uri):
-        if _SHARD_NAME.fullmatch(name) and name not in keep:
+def remove_shards(uri: str, keep: Collection[str] = (), *, at_any_depth: bool = False) -> None:
+    """Deletes the shards directly below `uri`, or at any depth, except those named in `keep`, and nothing else."""
+    names = _names_below(uri) if at_any_depth else storage.list_names(uri)
+    for name in names:
+        if _SHARD_NAME.fullmatch(storage.name(name)) and name not in keep:
             storage.remove(storage.join(uri, name))
+
+
+def _names_below(uri: str) -> list[str]:
+    found = storage.find_files(uri) if storage.exists(uri) else []
+    return [path.removeprefix(uri).strip("/") for path in found]

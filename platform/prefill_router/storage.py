@@ -88,6 +88,12 @@ def _is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
         return False
 
 
+def refuse_file(uri: str) -> None:
+    """Raises UserError where a file lies at the place of an output."""
+    if is_file(uri):
+        raise UserError(f"{uri}: is a file: an output is a folder, choose another --out")
+
+
 def size_bytes(uri: str) -> int:
     fs, path = resolve(uri)
     return int(fs.size(path))

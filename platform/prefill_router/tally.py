@@ -128,37 +128,40 @@ def day_of(value: object) -> str:
 
 
 def _sums(lines: Lines) -> dict[str, NDArray[np.float64]]:
-    num_targets = lines.p_correct.shape[1]
-    rows = np.flatnonzero(lines.chosen != NO_TARGET)
-    places = rows, lines.chosen[rows]
+    num_targets, chosen = lines.p_correct.shape[1], lines.chosen
     is_known, is_paid = ~np.isnan(lines.percentile), ~np.isnan(lines.used_cost_usd)
-    used = np.flatnonzero((lines.used != NO_TARGET) & is_paid)
+    used = np.where(is_paid, lines.used, NO_TARGET)
+    instead = np.where(used != NO_TARGET, chosen, NO_TARGET)
     sums: dict[str, Any] = {
         "lines": len(lines.chosen),
         "input_tokens": lines.input_tokens.sum(),
         "cost_usd": lines.cost_usd.sum(0),
         "correct": lines.p_correct.sum(0),
-        "chosen": np.bincount(lines.chosen[rows], minlength=num_targets),
-        "chosen_cost_usd": lines.cost_usd[places].sum(),
-        "chosen_correct": lines.p_correct[places].sum(),
+        "chosen": np.bincount(chosen[chosen != NO_TARGET], minlength=num_targets),
+        "chosen_cost_usd": _picked(lines.cost_usd, chosen),
+        "chosen_correct": _picked(lines.p_correct, chosen),
         "placed": is_known.sum(),
         "strangers": (lines.percentile[is_known] >= STRANGER).sum(),
         "percentile": lines.percentile[is_known].sum(dtype=np.float64),
-        "used": np.bincount(lines.used[used], minlength=num_targets),
-        "used_cost_usd": lines.used_cost_usd[used].sum(),
-        "used_correct": lines.p_correct[used, lines.used[used]].sum(),
-        "used_expected_cost_usd": lines.cost_usd[used, lines.used[used]].sum(),
-        "instead_cost_usd": lines.cost_usd[used, lines.chosen[used]][lines.chosen[used] != NO_TARGET].sum(),
-        "instead_correct": lines.p_correct[used, lines.chosen[used]][lines.chosen[used] != NO_TARGET].sum(),
+        "used": np.bincount(used[used != NO_TARGET], minlength=num_targets),
+        "used_cost_usd": lines.used_cost_usd[used != NO_TARGET].sum(),
+        "used_correct": _picked(lines.p_correct, used),
+        "used_expected_cost_usd": _picked(lines.cost_usd, used),
+        "instead_cost_usd": _picked(lines.cost_usd, instead),
+        "instead_correct": _picked(lines.p_correct, instead),
     }
     return {name: np.asarray(value, np.float64) for name, value in sums.items()}
 
 
 def _at_tolerances(lines: Lines, eligible: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
-    cost, correct = [], []
-    for tolerance in TOLERANCES:
-        chosen = choose(lines.p_correct, lines.cost_usd, tolerance, eligible)
-        rows = np.flatnonzero(chosen != NO_TARGET)
-        cost.append(lines.cost_usd[rows, chosen[rows]].sum())
-        correct.append(lines.p_correct[rows, chosen[rows]].sum())
-    return {"tolerance_cost_usd": np.array(cost), "tolerance_correct": np.array(correct)}
+    choices = [choose(lines.p_correct, lines.cost_usd, tolerance, eligible) for tolerance in TOLERANCES]
+    return {
+        "tolerance_cost_usd": np.array([_picked(lines.cost_usd, chosen) for chosen in choices]),
+        "tolerance_correct": np.array([_picked(lines.p_correct, chosen) for chosen in choices]),
+    }
+
+
+def _picked(values: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """The sum of values (N, T) of one target (N,) each, but for lines that have none."""
+    rows = np.flatnonzero(targets != NO_TARGET)
+    return float(values[rows, targets[rows]].sum())

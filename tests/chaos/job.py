@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,6 +45,13 @@ class Job:
         """The driver alone, at once; its Ray has to notice."""
         self.process.send_signal(signal.SIGKILL)
         self.end(10)
+
+    def kill_all(self) -> None:
+        """The driver and all that belongs to it, at once."""
+        for pid in self.family():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.end(20)
 
     def workers(self) -> list[int]:
         """The processes of its encoder actors."""

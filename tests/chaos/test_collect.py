@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,6 @@ from upstream import Fault, Upstream
 
 KILLS = 3
 NUM_PROMPTS = 120
-
-
-def kill_all(job: CollectJob) -> None:
-    for pid in job.family():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    job.end(20)
 
 
 def test_no_answer_is_paid_for_twice_though_the_job_is_killed(local_ray: None, tmp_path: Path) -> None:
@@ -50,7 +41,7 @@ def test_no_answer_is_paid_for_twice_though_the_job_is_killed(local_ray: None, t
             while len(answered(upstreams["small"])) < seen + 20 and job.process.poll() is None:
                 time.sleep(0.05)
             assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
-            kill_all(job)
+            job.kill_all()
         manifest = collect(CollectConfig(**options, attempts=12))
         assert (manifest.outcomes, manifest.missing) == (2 * NUM_PROMPTS, 0)
         found = outcomes(tmp_path / "out")

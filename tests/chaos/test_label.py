@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,6 @@ def num_estimated(out: Path) -> int:
     return sum(pq.ParquetFile(file).metadata.num_rows for file in (out / "estimates").rglob("part-*.parquet"))
 
 
-def kill_all(job: LabelJob) -> None:
-    for pid in job.family():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    job.end(20)
-
-
 def test_a_log_is_decided_once_though_the_job_is_killed(router: str, tmp_path: Path) -> None:
     prompts = random_prompts(160)
     lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeat one
@@ -56,7 +46,7 @@ def test_a_log_is_decided_once_though_the_job_is_killed(router: str, tmp_path: P
         while num_estimated(out) <= seen and job.process.poll() is None:
             time.sleep(0.1)
         assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
-        kill_all(job)
+        job.kill_all()
         assert not (out / "manifest.json").exists()
         seen = num_estimated(out)
         assert 0 < seen < len(set(prompts))

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_router.estimates import ContentIndex, PromptEstimates, contents_of, first_occurrences
+from prefill_router.estimates import ContentIndex, PromptEstimates, contents_of
 
 HALVES = st.integers(0, 3)  # so that many agree in one half, and some in both
 CONTENTS = st.lists(st.tuples(HALVES, HALVES), max_size=30)
@@ -24,12 +24,6 @@ def test_contents_are_found_exactly(known: list[tuple[int, int]], wanted: list[t
     for pair, place in zip(wanted, places, strict=True):
         assert (place == -1) == (pair not in known)
         assert place == -1 or known[place] == pair
-
-
-@given(CONTENTS)
-def test_first_occurrences_are_those_that_nothing_equal_precedes(pairs: list[tuple[int, int]]) -> None:
-    found = first_occurrences(as_array(pairs)).tolist()
-    assert found == [pair not in pairs[:i] for i, pair in enumerate(pairs)]
 
 
 def test_estimates_are_read_as_they_were_written() -> None:

@@ -104,7 +104,11 @@ def test_every_row_is_in_a_shard_in_the_repeats_or_bad(
         planned = plan(folder, shard_rows)
         rows = rows_of(planned)
         all_good = plan(folder, shard_rows, keep_repeats=True)
-        assert len(rows_of(all_good)) == len(outcome.kept) + len(outcome.repeats)
+        contents = [row.content_digest for row in rows_of(all_good)]
+        assert len(contents) == len(outcome.kept) + len(outcome.repeats)
+        assert all_good.is_first.tolist() == [content not in contents[:i] for i, content in enumerate(contents)]
+        assert planned.is_first.all()
+        assert len(planned.is_first) == len(rows)
     assert planned.num_rows == sum(len(records) for _, records, _ in files)
     assert [(row.prompt_id, row.content_digest.hex()) for row in rows] == outcome.kept
     assert [(bad.uri, bad.row) for bad in planned.bad] == outcome.bad
@@ -125,6 +129,8 @@ def test_what_a_plan_says_of_its_parts_is_so(files: list[tuple[str, list[Record]
     kept = [row for part in rows for row in part]
     contents = [row.content_digest.hex() for row in kept]
     np.testing.assert_array_equal(planned.keys, row_keys([row.prompt_id for row in kept], contents))
+    spans = [kept[span] for shard, span in planned.spans()]
+    assert spans == rows
     for shard, part in zip(planned.shards, rows, strict=True):
         assert shard.rows == len(part) > 0
         assert shard.digest == digest_of([r.prompt_id for r in part], [r.content_digest.hex() for r in part])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +8,7 @@ import pytest
 
 from prefill_router import storage
 from prefill_router.errors import UserError
-from prefill_router.shards import MANIFEST, claim_output, read_shard, write_shard
+from prefill_router.shards import read_shard, remove_shards, write_shard
 
 TABLE = pa.table({"a": [1, 2, 3], "b": ["x", "y", "z"]})
 
@@ -71,61 +70,33 @@ def test_a_shard_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
         read_shard(str(tmp_path), shard, ["a"])
 
 
-# --- claim_output ------------------------------------------------------------------------------------------------
+# --- remove_shards -----------------------------------------------------------------------------------------------
 
 
-def test_a_new_output_may_be_claimed(root: str) -> None:
-    claim_output(storage.join(root, "new"), overwrite=False)
-    claim_output(storage.join(root, "new"), overwrite=True)
-    assert not storage.exists(storage.join(root, "new", MANIFEST))
-
-
-def test_what_an_unfinished_run_left_is_cleared(root: str) -> None:
-    for index in range(3):
-        write_shard(root, index, TABLE)
-    put(root, "notes.txt")
-    claim_output(root, overwrite=False)
-    assert left(root) == ["notes.txt"]
-
-
-def test_a_finished_output_is_refused(root: str) -> None:
-    shard = write_shard(root, 0, TABLE)
-    put(root, MANIFEST)
-    with pytest.raises(UserError, match=f"{root}: already holds an output: choose another --out, or .*--overwrite"):
-        claim_output(root, overwrite=False)
-    assert left(root) == [MANIFEST, shard.name]
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_only_manifests_and_shards_are_ever_deleted(root: str, finished: bool) -> None:
+@pytest.mark.parametrize("at_any_depth", [False, True])
+def test_only_shards_that_are_not_kept_are_ever_deleted(root: str, at_any_depth: bool) -> None:
     """Spark, too, calls its files part-..."""
     foreign = ["mine.parquet", "notes.txt", "part-00000-1b2c-c000.snappy.parquet", "part-of-speech.parquet"]
-    put(root, *foreign, "folder/part-000000.parquet", *([MANIFEST] if finished else []))
+    put(root, *foreign, "folder/part-000000.parquet", "folder/part-000001.parquet", "folder/notes.txt")
     write_shard(root, 0, TABLE)
-    claim_output(root, overwrite=True)
-    assert left(root) == foreign
-    assert storage.exists(storage.join(root, "folder", "part-000000.parquet"))
+    kept = write_shard(root, 1, TABLE)
+    remove_shards(root, keep=[kept.name, "folder/part-000001.parquet"], at_any_depth=at_any_depth)
+    assert left(root) == sorted([*foreign, kept.name])
+    assert storage.exists(storage.join(root, "folder", "part-000000.parquet")) is not at_any_depth
+    assert storage.exists(storage.join(root, "folder", "part-000001.parquet"))
+    assert storage.exists(storage.join(root, "folder", "notes.txt"))
 
 
-def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a claim that is cut short leaves an unfinished output, never a manifest that names what is gone."""
-    write_shard(str(tmp_path), 0, TABLE)
-    put(str(tmp_path), MANIFEST)
-    remove, removed = storage.remove, []
-
-    def record(uri: str) -> None:
-        removed.append(storage.name(uri))
-        remove(uri)
-
-    monkeypatch.setattr(storage, "remove", record)
-    claim_output(str(tmp_path), overwrite=True)
-    assert removed == [MANIFEST, "part-000000.parquet"]
+def test_where_there_is_no_folder_nothing_is_removed(root: str) -> None:
+    for at_any_depth in (False, True):
+        remove_shards(storage.join(root, "none"), at_any_depth=at_any_depth)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_at_the_place_of_an_output_is_kept(tmp_path: Path, overwrite: bool) -> None:
+def test_a_file_at_the_place_of_an_output_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "part-of-mine.parquet"
     path.write_text("mine")
-    with suppress(UserError):
-        claim_output(str(path), overwrite=overwrite)
+    with pytest.raises(UserError, match="is a file: an output is a folder"):
+        storage.refuse_file(str(path))
+    storage.refuse_file(str(tmp_path))
+    storage.refuse_file(str(tmp_path / "new"))
     assert path.read_text() == "mine"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prefill_router import storage
 from prefill_router.collection.calls import Answer, Spent
@@ -40,11 +38,10 @@ def load_states(place: ShardPlace) -> dict[str, CallState]:
     states: dict[str, CallState] = {}
     taken: list[str] = []
     if storage.exists(place.object):
-        table = pq.read_table(io.BytesIO(storage.read_bytes(place.object)))
+        table = storage.read_table(place.object)
         taken = (table.schema.metadata or {}).get(_NOTES, b"").decode().split()
         states = {row["key"]: _state(row) for row in table.to_pylist()}
-    noted, _ = read_states(place.journal, taken)
-    for key, state in noted.items():
+    for key, state in read_states(place.journal, taken).items():
         states[key] = merged(states[key], state) if key in states else state
     return states
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,10 +40,7 @@ async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
     """One attempt at a call."""
     upstream = call.target.upstream
     assert upstream is not None
-    headers = {"content-type": "application/json", "accept-encoding": "identity", "idempotency-key": call.key}
-    if upstream.key_env is not None:
-        headers["authorization"] = f"Bearer {os.environ.get(upstream.key_env, '')}"
-    url = f"{upstream.base_url.rstrip('/')}/chat/completions"
+    url, headers = upstream.url("/chat/completions"), {**upstream.headers, "idempotency-key": call.key}
     timeout = httpx.Timeout(upstream.timeout_s, connect=_CONNECT_S)
     started_s = monotonic()
     try:

@@ -32,8 +32,8 @@ class CallState:
     reason: str | None = None  # why the latest attempt brought none
 
 
-def read_states(uri: str, ignored: Iterable[str] = ()) -> tuple[dict[str, CallState], list[str]]:
-    """The state of each call, by its key, that the notes of a shard tell of, and the names of their files."""
+def read_states(uri: str, ignored: Iterable[str] = ()) -> dict[str, CallState]:
+    """The state of each call, by its key, that the notes of a shard tell of, but for those in the files `ignored`."""
     names = [name for name in storage.list_names(uri) if name.endswith(_SUFFIX) and name not in set(ignored)]
     notes = [
         json.loads(line)
@@ -49,7 +49,7 @@ def read_states(uri: str, ignored: Iterable[str] = ()) -> tuple[dict[str, CallSt
                 note,
                 ends.get(note["attempt"]),
             )
-    return states, names
+    return states
 
 
 def _apply(state: CallState, begin: dict[str, Any], end: dict[str, Any] | None) -> None:

@@ -4,9 +4,10 @@ A grader is a function of an answer and the prompt's row, found by name with `lo
 calls missing, never wrong.
 """
 
+from prefill_router.corpus import Message
 from prefill_router.graders import choice, code, gym, json_schema, judge, numeric, text
 from prefill_router.graders.grade import Grade
-from prefill_router.graders.judge import Ask, Message, Reply
+from prefill_router.graders.judge import Ask, Reply
 from prefill_router.graders.registry import Grader, grader, grader_names, load_grader
 
 __all__ = ["Ask", "Grade", "Grader", "Message", "Reply", "grader", "grader_names", "load_grader"]

@@ -27,9 +27,8 @@ _HANDLED_FILES = {3: (1 << 15) - 1, 5: (1 << 16) - 1}  # from that version on
 _HANDLED_NET, _SCOPED = {4: 0b11}, {6: 0b11}
 
 _READ = _READ_FILE | _READ_DIR
-SCRATCH = (
-    _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
-)  # files, no folders: a tree could be too deep to remove
+# Files, no folders: a tree could be too deep to remove.
+SCRATCH = _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
 
 # seccomp, from linux/seccomp.h, linux/filter.h and linux/audit.h.
 _GET_ACTION_AVAIL, _RET_ERRNO, _RET_ALLOW, _RET_KILL = 2, 0x00050000, 0x7FFF0000, 0x80000000
@@ -54,41 +53,11 @@ _MACHINES = {
         0xC000003E,
         317,
         [
-            *(
-                0,
-                1,
-                3,
-                4,
-                5,
-                6,
-                7,
-                8,
-                9,
-                10,
-                11,
-                12,
-                13,
-                14,
-                15,
-                17,
-                18,
-                19,
-                20,
-                21,
-                22,
-                23,
-                24,
-                25,
-                28,
-                32,
-                33,
-                34,
-                35,
-            ),
+            *(0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 25, 28, 32, 33, 34),
             *(36, 37, 38, 39, 40, 44, 45, 48, 51, 55, 60, 63, 73, 74, 75, 77, 79, 80, 81, 82, 85, 87, 95, 96, 97, 98),
             *(99, 100, 102, 104, 107, 108, 110, 111, 115, 121, 124, 131, 158, 186, 201, 202, 204, 217, 218, 219, 221),
             *(228, 229, 230, 231, 232, 233, 257, 262, 263, 264, 269, 270, 271, 273, 274, 281, 290, 291, 292, 293, 309),
-            *(2, 316, 318, 324, 332, 334, 436, 439),
+            *(2, 35, 316, 318, 324, 332, 334, 436, 439),
         ],
         {"clone": 56, "clone3": 435, "ioctl": 16, "fcntl": 72, "prlimit64": 302, "socketpair": 53},
     ),

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
+from prefill_router.corpus import Message
 from prefill_router.errors import UserError
 from prefill_router.graders.grade import Grade, Row, is_absent, no_reference, references, short
 from prefill_router.graders.registry import grader
@@ -28,8 +29,6 @@ _SET = r"[ \t*_`]{0,8}"
 _GRADE = re.compile(
     rf"^{_SET}GRADE{_SET}[:=]{_SET}(\d+(?:\.\d+)?|\.\d+)(?:[ \t]?/[ \t]?1)?[ \t*_`.]*$", re.IGNORECASE | re.MULTILINE
 )
-
-Message = dict[str, str]
 
 
 class Reply(NamedTuple):

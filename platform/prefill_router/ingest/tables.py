@@ -213,8 +213,7 @@ def claim(out: str, *, overwrite: bool) -> None:
 
     Only what `ingest` writes is ever deleted.
     """
-    if storage.is_file(out):
-        raise UserError(f"{out}: is a file: an output is a folder, choose another --out")
+    storage.refuse_file(out)
     folders = (CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER)
     held = [name for name in folders if storage.list_names(storage.join(out, name))]
     held += [SUMMARY] if storage.exists(storage.join(out, SUMMARY)) else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 
@@ -166,10 +165,10 @@ class Channel:
         response = None
         try:
             self.breaker.begin()
-            url = f"{self.upstream.base_url.rstrip('/')}{call.path}"
+            url, headers = self.upstream.url(call.path), self.upstream.headers
             timeout = httpx.Timeout(self.upstream.timeout_s, connect=CONNECT_S)
             content = call.for_upstream(self.target)
-            request = self.http.build_request("POST", url, content=content, headers=self._headers, timeout=timeout)
+            request = self.http.build_request("POST", url, content=content, headers=headers, timeout=timeout)
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
                 return response
@@ -184,13 +183,6 @@ class Channel:
         if response is not None:
             with suppress(Exception):
                 await response.aclose()
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if self.upstream.key_env is not None:
-            headers["authorization"] = f"Bearer {os.environ.get(self.upstream.key_env, '')}"
-        return headers
 
     async def _take_place(self) -> None:
         try:
