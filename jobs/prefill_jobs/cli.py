@@ -193,6 +193,12 @@ def _label(config: Any) -> None:
     typer.echo(f"report: {config.out}/report.html")
 
 
+def _pipeline(config: Any) -> None:
+    from prefill_jobs.pipeline import pipeline
+
+    pipeline(config)
+
+
 def _say_truncated(count: int) -> None:
     if count:
         typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")
@@ -209,5 +215,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "compare": _compare,
     "collect": _collect,
     "label": _label,
+    "pipeline": _pipeline,
 }
 _HERE = ("demo", "inspect")  # make no use of a cluster

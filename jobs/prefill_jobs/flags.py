@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from prefill_router.config import POSITIONAL, StrictModel, load_command, must_be_given, schema_extra, validate
+from prefill_router.config import (
+    CONFIG_FILE,
+    POSITIONAL,
+    StrictModel,
+    load_command,
+    must_be_given,
+    schema_extra,
+    validate,
+)
 
 _CONFIG_HELP = "TOML file with a table for each command; flags win over it"
 
@@ -53,6 +61,8 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 
 def _merge(table: str, model: type[StrictModel], flags: Mapping[str, Any], uri: str | None) -> StrictModel:
+    own_file = next((key for key, field in model.model_fields.items() if schema_extra(field).get(CONFIG_FILE)), None)
+    uri = uri or (flags[own_file] if own_file else None)
     given = {key: flags[key] for key in model.model_fields if flags[key] not in (None, [])}
     values = {**(load_command(uri, table) if uri else {}), **given}
     for key in model.model_fields:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import ray
 import requests
+from ray.cluster_utils import Cluster as RayCluster
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
 
@@ -38,7 +38,8 @@ LOCAL = "local"
 _REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest
 _POLL_S = 0.5
 _PATIENCE_S = 120.0  # with a head that does not answer
-logging.getLogger("ray.dashboard").setLevel(logging.ERROR)  # it tells of uploads and closed connections
+for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+    logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)  # they tell of uploads and closed connections
 _AWAY = (ConnectionError, requests.RequestException, aiohttp.ClientError, TimeoutError)
 
 
@@ -229,11 +230,13 @@ def local_head() -> Iterator[str]:
     os.environ.pop("RAY_ADDRESS", None)
     # A job's `python`, and the `pip` that installs its wheel, are to be those of this process.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with silent_stderr():
-        context = ray.init("local", include_dashboard=True, logging_level=logging.ERROR, log_to_driver=False)
-    say(f"submit: a Ray head on this machine, {context.dashboard_url}")
+    head = RayCluster()
     try:
-        yield f"http://{context.dashboard_url}"
+        with silent_stderr():
+            # Ports that are free: another Ray may have the usual ones, and a head without its agent takes no job.
+            node = head.add_node(include_dashboard=True, dashboard_port=0, dashboard_agent_listen_port=0)
+        say(f"submit: a Ray head on this machine, {node.webui_url}")
+        yield f"http://{node.webui_url}"
     finally:
         with silent_stderr():
-            ray.shutdown()
+            head.shutdown()  # type: ignore[no-untyped-call]

@@ -38,6 +38,7 @@ M = TypeVar("M", bound=BaseModel)
 
 REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
 POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
+CONFIG_FILE = "config_file"  # in a field's schema: it is the TOML file of the command itself
 SHIPPED = "shipped"  # in a field's schema: a small file, which goes to a cluster with the job that is submitted
 
 
@@ -429,6 +430,30 @@ class ServeConfig(StrictModel):
     traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")
 
 
+class PipelineConfig(StrictModel):
+    """From a corpus and outcomes to a published router: extract a sample, probe, extract, train, evaluate, publish.
+
+    Only what is out of date is run. A router that is not as good as the published one does not take its place. Tables
+    of the same file, as [extract] and [train], set what those commands' flags do.
+    """
+
+    file: Uri | None = Field(
+        None,
+        description="TOML file with a table [pipeline], and others for its steps; flags win over it",
+        json_schema_extra={POSITIONAL: True, SHIPPED: True, CONFIG_FILE: True},
+    )
+    corpus: Uri = Field(description="Prompts, as for `extract`")
+    outcomes: OutcomesUri
+    pool: PoolUri
+    out: Uri = Field(description="Folder for sample/, probe/, activations/, router/, report/ and gate/")
+    publish: Uri = Field(description="Where the router goes that serves")
+    encoder: Encoder = DEFAULT_ENCODER
+    sample: int = Field(2000, ge=2, description="Prompts that all layers are extracted of, to choose among them")
+    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts that the gate judges by")
+    plan: bool = Field(False, description="Print what would run, and what it would cost, and run nothing")
+    accept: bool = Field(False, description="Publish whatever the gate says, as after outcomes were graded anew")
+
+
 class SubmitConfig(StrictModel):
     """Where a job runs that is submitted, and what goes with it."""
 
@@ -486,6 +511,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "compare": CompareConfig,
     "collect": CollectConfig,
     "label": LabelConfig,
+    "pipeline": PipelineConfig,
     "submit": SubmitConfig,
     "serve": ServeConfig,
     "key": KeyConfig,

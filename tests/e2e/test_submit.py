@@ -20,7 +20,7 @@ from prefill_router.schema import ActivationColumn
 from tiny import random_prompts
 
 NUM_PROMPTS, SHARD_ROWS = 1600, 4
-NODE = {"num_cpus": 2, "object_store_memory": 120_000_000}
+NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_listen_port": 0}
 FAST_HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
