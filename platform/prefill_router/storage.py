@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -271,6 +272,10 @@ def remove(uri: str) -> None:
     if _is_file(fs, path):
         with suppress(FileNotFoundError):  # another was faster
             fs.rm_file(path)
+    elif isinstance(fs, LocalFileSystem):
+        # fsspec's asks for the working directory, which Ray's raylets of one machine may have put anew.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
     elif fs.exists(path):
         fs.rm(path, recursive=True)
         if fs.exists(path):  # S3 deletes a thousand at once, and its errors of single ones are not passed on
