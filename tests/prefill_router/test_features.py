@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from prefill_router import shards, storage
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
-from prefill_router.features import ActivationShard, ActivationStore, Manifest, to_table, write_manifest
+from prefill_router.features import ActivationStore, Manifest, to_table, write_manifest
 from prefill_router.schema import ActivationColumn
+from prefill_router.shard_list import ActivationShard
 
 NAMES = ["last_001", "mean_001"]
 LAST, MEAN = (ActivationColumn.parse(name) for name in NAMES)
