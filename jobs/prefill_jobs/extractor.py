@@ -74,7 +74,7 @@ class ExtractShard:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(self.threads)  # of the thread that calls
         done = self.extract(pickle.loads(row["task"]))
-        return {"digest": row["digest"], "done": pickle.dumps(done)}
+        return {"done": pickle.dumps(done)}
 
     def extract(self, task: Task) -> Done:
         attempt = begin(self.attempts, task.rows.digest)

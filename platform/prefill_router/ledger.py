@@ -140,9 +140,10 @@ class Ledger:
         files = self.records["file"].filter(stays).drop_null().to_pylist()
         parts = np.split(stays, self._ends)
         kept = [segment.keep(part) for segment, part in zip(self._segments, parts[:-1], strict=True)]
+        before = {segment.digest for segment in self._segments}
         self._segments = [segment for segment in kept if segment is not None]
+        segments.remove(_segments_path(self.uri), before - {segment.digest for segment in self._segments})
         self._alone = [record for record, stay in zip(self._alone, parts[-1], strict=True) if stay]
-        segments.remove_orphans(_segments_path(self.uri))
         names = set(_names_alone(self.uri)) - {record.name for record in self._alone}
         storage.remove_many([_commit_path(self.uri, name) for name in sorted(names)])
         shards.remove_shards(self.uri, keep=set(files))

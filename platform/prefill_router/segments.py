@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -46,16 +46,25 @@ class Segment:
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum(self.records["rows"].to_numpy())
 
-    @property
+    @cached_property
     def _keys_path(self) -> str:
         return storage.join(self.uri, self.digest + _KEYS)
 
     def read_keys(self) -> list[Keys]:
         """The keys (n, 3) of each shard."""
-        data = storage.read_bytes(self._keys_path)
+        data = self._read(0, int(self._ends[-1]))
         if hashlib.sha256(data).hexdigest().encode() != self.records.schema.metadata[_KEYS_SHA256]:
             raise _damaged(self._keys_path)
         return np.split(_as_keys(data), self._ends[:-1])
+
+    def _read(self, start: int, end: int) -> bytes:
+        try:
+            data = storage.read_range(self._keys_path, _KEY_BYTES * start, _KEY_BYTES * end)
+        except FileNotFoundError:
+            raise _damaged(self._keys_path) from None
+        if len(data) != _KEY_BYTES * (end - start):
+            raise _damaged(self._keys_path)
+        return data
 
     def find(self, name: str) -> Commit | None:
         """One record with its keys. The segment must have been read with all columns."""
@@ -64,20 +73,14 @@ class Segment:
             return None
         end = int(self._ends[row])
         start = end - self.records["rows"][row].as_py()
-        data = storage.read_range(self._keys_path, _KEY_BYTES * start, _KEY_BYTES * end)
-        return commits.from_table(self.records, row, _as_keys(data))
+        return commits.from_table(self.records, row, _as_keys(self._read(start, end)))
 
     def keep(self, stays: NDArray[np.bool_]) -> Segment | None:
-        """A segment of those records that stay, which is written before this one is deleted."""
-        if stays.all():
-            return self
-        kept = None
-        if stays.any():
-            keys = [keys for keys, stay in zip(self.read_keys(), stays, strict=True) if stay]
-            kept = write(self.uri, read(self.uri, self.digest).records.filter(stays), keys)
-        storage.remove(storage.join(self.uri, self.digest + _RECORDS))  # before its keys, without which it is damaged
-        storage.remove(self._keys_path)
-        return kept
+        """A segment of those records that stay: this one where all do, or one that is written now."""
+        if stays.all() or not stays.any():
+            return self if stays.all() else None
+        keys = [keys for keys, stay in zip(self.read_keys(), stays, strict=True) if stay]
+        return write(self.uri, read(self.uri, self.digest).records.filter(stays), keys)
 
 
 def write(uri: str, records: pa.Table, keys: Sequence[Keys]) -> Segment:
@@ -109,11 +112,12 @@ def read(uri: str, digest: str) -> Segment:
     return _parse(uri, digest, storage.read_bytes(storage.join(uri, digest + _RECORDS)), COMMITS.names)
 
 
-def remove_orphans(uri: str) -> None:
-    """Deletes keys whose records a writer that died did not write."""
+def remove(uri: str, digests: Collection[str]) -> None:
+    """Deletes segments, and keys whose records a writer that died did not write, or did delete."""
+    storage.remove_many([storage.join(uri, digest + _RECORDS) for digest in digests])
     names = storage.list_names(uri)
-    alone = {n.removesuffix(_KEYS) for n in names if n.endswith(_KEYS)} - {n.removesuffix(_RECORDS) for n in names}
-    storage.remove_many([storage.join(uri, digest + _KEYS) for digest in sorted(alone)])
+    orphans = {n.removesuffix(_KEYS) for n in names if n.endswith(_KEYS)} - {n.removesuffix(_RECORDS) for n in names}
+    storage.remove_many([storage.join(uri, digest + _KEYS) for digest in sorted(orphans)])
 
 
 def _parse(uri: str, digest: str, data: bytes, columns: Sequence[str]) -> Segment:
