@@ -92,9 +92,9 @@ class _Extraction:
         return [Task(spans[i][0], sources.of(i, self.plan.keys[spans[i][1]])) for i in pending]
 
     def _repeat_tasks(self, pending: Sequence[int]) -> list[Task]:
-        positions = self._positions(self.plan.shards)
+        places = self.ledger.places(self._positions(self.plan.shards))
         repeats = [self.plan.repeats[i] for i in pending]
-        return [Task(r, tuple(self.ledger.place(positions[i]) for i in dict.fromkeys(r.sources))) for r in repeats]
+        return [Task(rows, tuple(places[i] for i in dict.fromkeys(rows.sources))) for rows in repeats]
 
     def _names(self, parts: Sequence[Shard | Repeats]) -> list[str]:
         assert self.encoder is not None
@@ -115,7 +115,7 @@ class _Extraction:
         """Has those parts done that the ledger does not know."""
         positions = self._positions(parts)
         done = self.ledger.records.take(positions[positions >= 0])
-        num_rows, num_refused = pc.sum(done["rows"]).as_py() or 0, sum(1 for _ in bad_rows(done))
+        num_rows, num_refused = pc.sum(done["rows"], min_count=0).as_py(), sum(1 for _ in bad_rows(done))
         summary.reuse(num_rows, num_refused)
         progress.skip(num_rows + num_refused)
         pending = np.flatnonzero(positions < 0).tolist()

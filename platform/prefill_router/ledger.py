@@ -93,12 +93,11 @@ class Ledger:
         found = pc.index_in(pa.array(values, pa.string()), value_set=self.records[column].combine_chunks())
         return np.asarray(found.fill_null(-1), np.int64)
 
-    def place(self, position: int) -> Place:
-        index = int(np.searchsorted(self._ends, position, side="right"))
-        if index == len(self._segments):
-            return Place(self._alone[position - self._start(index)].name, None)
-        segment = self._segments[index]
-        return Place(segment.records["name"][position - self._start(index)].as_py(), segment.digest)
+    def places(self, positions: NDArray[np.int64]) -> list[Place]:
+        names = self.records["name"].take(positions).to_pylist()
+        digests = [*(segment.digest for segment in self._segments), None]
+        of_segments = np.searchsorted(self._ends, positions, side="right").tolist()
+        return [Place(name, digests[index]) for name, index in zip(names, of_segments, strict=True)]
 
     def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Keys]]:
         """Some records' positions, in ascending order, with their keys (n, 3). A segment's are read together."""
@@ -132,6 +131,7 @@ class Ledger:
     def tidy(self, keep: Sequence[str]) -> None:
         """Removes the records and objects that a finished store does not need: its readers do not know of them.
 
+        Where many records lie alone, as those of an earlier version do, they are gathered.
         Segments that came since the ledger was opened are another writer's, and stay.
         """
         stays = np.zeros(len(self), np.bool_)
@@ -147,6 +147,8 @@ class Ledger:
         names = set(_names_alone(self.uri)) - {record.name for record in self._alone}
         storage.remove_many([_commit_path(self.uri, name) for name in sorted(names)])
         shards.remove_shards(self.uri, keep=set(files))
+        if len(self._alone) >= SEGMENT_RECORDS:
+            self.gather()
 
     @property
     def _ends(self) -> NDArray[np.int64]:

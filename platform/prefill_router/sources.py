@@ -32,7 +32,11 @@ class Sources:
         Under whatever id: 64 bits of a prompt are compared.
         """
         own = [int(positions[index]) for positions in self._own if positions[index] >= 0]
-        return tuple(self.ledger.place(position) for position in [*own, *self._strangers_with(keys)])
+        return tuple(self._places[position] for position in [*own, *self._strangers_with(keys)])
+
+    @cached_property
+    def _places(self) -> list[Place]:
+        return self.ledger.places(np.arange(len(self.ledger)))
 
     def _strangers_with(self, keys: Keys) -> list[int]:
         contents, owners = self._contents

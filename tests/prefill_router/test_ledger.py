@@ -59,7 +59,7 @@ def gathered(uri: str, records: Iterable[Commit]) -> Ledger:
 def held(uri: str) -> list[Commit]:
     """Every record that lies at `uri`, as an actor reads it."""
     opened = Ledger.open(uri)
-    return [ledger.read(uri, opened.place(position)) for position in range(len(opened))]
+    return [ledger.read(uri, place) for place in opened.places(np.arange(len(opened)))]
 
 
 def by_name(records: Iterable[Commit]) -> list[Commit]:
@@ -243,7 +243,7 @@ def test_a_ledger_that_is_gathered_while_it_is_opened_is_whole(root: str, monkey
 
 def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
     opened = entered(root, RECORDS)
-    places = [opened.place(position) for position in range(10)]
+    places = opened.places(np.arange(10))
     assert {place.segment for place in places} == {None}
     opened.gather()
     assert [ledger.read(root, place) for place in places] == RECORDS
@@ -281,7 +281,7 @@ def test_damaged_keys_are_an_error_where_they_are_wanted(root: str) -> None:
     storage.write_bytes(path, storage.read_bytes(path)[:-25])
     last = max(i for i, each in enumerate(RECORDS) if each.rows)
     with pytest.raises(UserError, match=r"\.keys: is damaged"):
-        ledger.read(root, opened.place(last))
+        ledger.read(root, *opened.places(np.array([last])))
 
 
 @pytest.mark.parametrize(
@@ -316,6 +316,15 @@ def test_only_segments_with_dropped_records_are_written_again(root: str) -> None
     assert files == {each.file.name for each in keep if each.file}
     opened.tidy([])
     assert in_segments(root) == alone(root) == []
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_many_records_that_an_earlier_version_left_alone_are_gathered_in_the_end(root: str) -> None:
+    for each in RECORDS:
+        ledger.commit(root, each)
+    Ledger.open(root).tidy([each.name for each in RECORDS])
+    assert alone(root) == []
+    assert by_name(held(root)) == by_name(RECORDS)
 
 
 def test_clear_leaves_nothing(root: str) -> None:
