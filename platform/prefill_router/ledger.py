@@ -11,6 +11,7 @@ they trust the manifest, which is written when all is done.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -85,8 +86,8 @@ class Ledger:
     @property
     def column_sets(self) -> list[list[str]]:
         """The different columns that shards have."""
-        columns = pc.unique(self.records["columns"].cast(pa.string()))
-        return [text.split(",") for text in columns.to_pylist()]
+        chunks = (chunk.unique().to_pylist() for chunk in self.records["columns"].chunks)
+        return [text.split(",") for text in dict.fromkeys(itertools.chain.from_iterable(chunks))]
 
     def positions(self, values: pa.Array | Sequence[str], column: str = "name") -> NDArray[np.int64]:
         """The position of the record with each name, or another value that stands once; -1 where there is none."""
@@ -177,7 +178,10 @@ def _parse(data: bytes, path: str) -> Commit:
 
 
 def find(uri: str, name: str) -> Commit | None:
-    """The record of one shard, where it lies alone. What lies in a segment the driver knows, and hands to nobody."""
+    """The record of one shard, where it lies alone. What lies in a segment the driver knows, and hands to nobody.
+
+    A second writer, who does not know that segment, finds the object, leaves it as it is, and enters it once more.
+    """
     path = _commit_path(uri, name)
     try:
         return _parse(storage.read_bytes(path), path)
