@@ -84,9 +84,9 @@ def _extract(config: Any) -> None:
 
     summary = extract(config)
     manifest = summary.manifest
-    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    num_tokens = manifest.shards.total("num_tokens")
     typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
-    _say_truncated(sum(shard.num_truncated for shard in manifest.shards))
+    _say_truncated(manifest.shards.total("num_truncated"))
     typer.echo(json.dumps(summary.to_dict()))
 
 

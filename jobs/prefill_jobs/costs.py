@@ -73,7 +73,7 @@ def _missing(config: ExtractConfig, columns: list[ActivationColumn]) -> int:
 def _mean_tokens(config: ExtractConfig, sample: str | None) -> float:
     held = read_manifest(sample) if sample is not None else None
     if held is not None and held.rows:
-        return sum(shard.num_tokens for shard in held.shards) / held.rows
+        return held.shards.total("num_tokens") / held.rows
     rows = itertools.islice(read(files(config.corpus)[0]), _ROWS_LOOKED_AT)
     sizes = [len(str(row.prompt).encode()) for _, _, row in rows if isinstance(row, Row)]
     return max(1.0, sum(sizes) / max(1, len(sizes)) / _BYTES_PER_TOKEN)

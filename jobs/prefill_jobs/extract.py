@@ -7,10 +7,13 @@ prompt, and commit them all in one manifest.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.extractor import Done, ExtractShard, Request, Task
@@ -18,15 +21,18 @@ from prefill_jobs.progress import Progress
 from prefill_jobs.reader import Attempts
 from prefill_jobs.summary import ExtractSummary
 from prefill_router import checkpoint, ledger, shards, storage
+from prefill_router.commits import bad_rows, shard_name
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
 from prefill_router.lease import Lease
-from prefill_router.ledger import Commit, Ledger, shard_name
-from prefill_router.plan import CorpusPlan, Repeats, Shard, plan, row_keys
+from prefill_router.ledger import Ledger
+from prefill_router.plan import CorpusPlan, Repeats, Shard, plan
 from prefill_router.schema import POOLINGS, Pooling
+from prefill_router.shard_list import ShardList
+from prefill_router.sources import Sources
 
 _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
 
@@ -62,8 +68,8 @@ class _Extraction:
         spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
         also = [] if before is None else before.columns
         self.request = Request(spec, layers, pooling, also, config.out, config.max_prompt_bytes)
-        self.records: dict[str, Commit] = {}  # by the digest of the rows
         self.encoder = self.ledger.encoder
+        self.parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
 
     def run(self) -> ExtractSummary:
         # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
@@ -76,8 +82,8 @@ class _Extraction:
             say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one: they are computed once")
         if self.plan.bad:
             say(f"extract: {len(self.plan.bad):,} rows are bad and go to the quarantine; {self.plan.bad[0].message}")
-        self._do(self._tasks(), progress, summary)
-        self._do(self._repeat_tasks(), progress, summary)
+        self._do(self.plan.shards, self._shard_tasks, progress, summary)
+        self._do(self.plan.repeats, self._repeat_tasks, progress, summary)
         return self._finish(summary)
 
     @property
@@ -85,35 +91,40 @@ class _Extraction:
         config = self.config
         return cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
 
-    def _tasks(self) -> list[Task]:
-        """The shards that are not done, each with the finished ones that hold some of its prompts."""
-        tasks = []
-        for shard, rows in self.plan.spans():
-            keys = self.plan.keys[rows]
-            sources = self.ledger.sources(keys) if self.ledger.commits and self._record(shard.digest) is None else []
-            tasks.append(Task(shard, tuple(sources)))
-        return tasks
+    def _shard_tasks(self, pending: Sequence[int]) -> list[Task]:
+        """Shards, each with the finished ones that hold some of its prompts."""
+        sources = Sources(self.ledger, [part.digest for part in self.parts])
+        spans = list(self.plan.spans())
+        return [Task(spans[i][0], sources.of(i, self.plan.keys[spans[i][1]])) for i in pending]
 
-    def _repeat_tasks(self) -> list[Task]:
-        names = {i: self.records[shard.digest].name for i, shard in enumerate(self.plan.shards)}
-        return [Task(repeats, tuple(dict.fromkeys(names[i] for i in repeats.sources))) for repeats in self.plan.repeats]
+    def _repeat_tasks(self, pending: Sequence[int]) -> list[Task]:
+        places = self.ledger.places(self._positions(self.plan.shards))
+        repeats = [self.plan.repeats[i] for i in pending]
+        return [Task(rows, tuple(places[i] for i in dict.fromkeys(rows.sources))) for rows in repeats]
 
-    def _record(self, digest: str) -> Commit | None:
-        if self.encoder is None:
-            return None
-        names = [column.name for column in self.request.columns(self.encoder)]
-        return self.ledger.commits.get(shard_name(digest, names))
+    def _names(self, parts: Sequence[Shard | Repeats]) -> list[str]:
+        assert self.encoder is not None
+        columns = [column.name for column in self.request.columns(self.encoder)]
+        return [shard_name(part.digest, columns) for part in parts]
 
-    def _do(self, tasks: Sequence[Task], progress: Progress, summary: ExtractSummary) -> None:
-        pending = []
-        for task in tasks:
-            record = self._record(task.rows.digest)
-            if record is None:
-                pending.append(task)
-            else:
-                self.records[task.rows.digest] = record
-                summary.reuse(record)
-                progress.skip(len(record.row_keys) + len(record.refused))
+    def _positions(self, parts: Sequence[Shard | Repeats]) -> NDArray[np.int64]:
+        """Of their records in the ledger; -1 where there is none."""
+        return np.full(len(parts), -1) if self.encoder is None else self.ledger.positions(self._names(parts))
+
+    def _do(
+        self,
+        parts: Sequence[Shard | Repeats],
+        to_tasks: Callable[[Sequence[int]], list[Task]],
+        progress: Progress,
+        summary: ExtractSummary,
+    ) -> None:
+        """Has those parts done that the ledger does not know."""
+        positions = self._positions(parts)
+        done = self.ledger.records.take(positions[positions >= 0])
+        num_rows, num_refused = pc.sum(done["rows"], min_count=0).as_py(), sum(1 for _ in bad_rows(done))
+        summary.reuse(num_rows, num_refused)
+        progress.skip(num_rows + num_refused)
+        pending = np.flatnonzero(positions < 0).tolist()
         if not pending:
             return
         arguments = {
@@ -121,17 +132,17 @@ class _Extraction:
             "threads": cluster.threads_per_worker(self.workers),
             "attempts": Attempts.remote(),  # type: ignore[attr-defined]
         }
-        items = [{"digest": task.rows.digest, "task": pickle.dumps(task)} for task in pending]
+        items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
         options = self.actors.options(_CALLS)
         for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
-            done: Done = pickle.loads(row["done"])
+            finished: Done = pickle.loads(row["done"])
             self.lease.check()
-            self._check_encoder(done.encoder)
-            self.records[row["digest"]] = done.record
-            summary.add(done)
-            rows = len(done.record.row_keys) + len(done.record.refused)
-            progress.add(rows, done.work, summary.peak_flops, done.num_retries)
-            progress.quarantine(len(done.record.refused))
+            self._check_encoder(finished.encoder)
+            self.ledger.add(finished.record)
+            summary.add(finished)
+            num_refused = len(finished.record.refused)
+            progress.add(finished.record.rows + num_refused, finished.work, summary.peak_flops, finished.num_retries)
+            progress.quarantine(num_refused)
 
     def _check_encoder(self, encoder: EncoderIdentity) -> None:
         if self.encoder is None:
@@ -140,9 +151,8 @@ class _Extraction:
             raise UserError("the workers' encoders differ (weights, tokenizer or dtype): give every node the same")
 
     def _finish(self, summary: ExtractSummary) -> ExtractSummary:
-        parts: list[Shard | Repeats] = [*self.plan.shards, *self.plan.repeats]
-        records = [self.records[rows.digest] for rows in parts]
-        bad = [*self.plan.bad, *(refused.to_bad_row() for record in records for refused in record.refused)]
+        records = self.ledger.records.take(self._positions(self.parts))
+        bad = [*self.plan.bad, *bad_rows(records)]
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         assert self.encoder is not None
         manifest = Manifest(
@@ -150,12 +160,12 @@ class _Extraction:
             columns=[column.name for column in self.request.columns(self.encoder)],
             corpus=self.config.corpus,
             is_sample=self.config.limit is not None,
-            shards=[record.shard for record in records if record.file is not None],
+            shards=ShardList(records.filter(pc.is_valid(records["file"]))),
             quarantine=shards.write_quarantine(self.config.out, bad),
         )
         self.lease.check()
         write_manifest(self.config.out, manifest)
-        ledger.tidy(self.config.out, records)
+        self.ledger.tidy(self._names(self.parts))
         summary.finish(manifest)
         storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
         return summary
@@ -163,22 +173,27 @@ class _Extraction:
 
 def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:
     """Raises UserError where a finished store holds rows that the corpus now lacks: a run only ever adds."""
-    repeats = (row_keys(r.prompt_ids, r.contents) for r in planned.repeats)
-    stays = _as_values(np.concatenate([planned.keys, *repeats]))
-    records = {record.file.name: record for record in entries.commits.values() if record.file}
-    for shard in before.shards:
-        record = records.get(shard.file.name)
-        lost = shard.file.rows if record is None else int((~np.isin(_as_values(record.row_keys), stays)).sum())
-        if lost:
+    parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
+    stay = pa.array(shards.file_name(shard_name(part.digest, before.columns)) for part in parts)
+    others = before.shards.table.filter(pc.invert(pc.is_in(before.shards.table["file"], value_set=stay)))
+    if not len(others):
+        return
+    positions = entries.positions(others["file"].combine_chunks(), "file")
+    lost = _num_lost(entries, positions[positions >= 0], planned)
+    for file, rows, position in zip(others["file"].to_pylist(), others["rows"].to_pylist(), positions, strict=True):
+        if num_lost := lost.get(position, rows):
             raise UserError(
-                f"{out}: holds {lost:,} rows of shard {shard.file.name} that this corpus has not, or has otherwise "
+                f"{out}: holds {num_lost:,} rows of shard {file} that this corpus has not, or has otherwise "
                 f"({before.corpus} was extracted): choose another --out, or replace it with --overwrite"
             )
 
 
-def _as_values(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(n, 3) keys as n values that numpy can compare."""
-    return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
+def _num_lost(entries: Ledger, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
+    """How many rows of each of these records the corpus lacks."""
+    held = dict(entries.keys(positions))
+    is_lost = ~planned.has(np.concatenate([np.zeros((0, 3), np.uint64), *held.values()]))
+    parts = np.split(is_lost, np.cumsum([len(keys) for keys in held.values()]))
+    return {position: int(part.sum()) for position, part in zip(held, parts, strict=False)}
 
 
 def parse_layers(text: str) -> Literal["all"] | list[int]:

@@ -14,10 +14,11 @@ import torch
 
 from prefill_jobs.reader import SafeReader, begin
 from prefill_router import ledger
+from prefill_router.commits import Commit, shard_name
 from prefill_router.draft import Draft
 from prefill_router.encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.hardware import measured_peak_flops
-from prefill_router.ledger import Commit
+from prefill_router.ledger import Place
 from prefill_router.plan import Repeats, Shard
 from prefill_router.schema import POOLINGS, ActivationColumn, Pooling
 from prefill_router.work import Work
@@ -28,7 +29,7 @@ class Task:
     """A shard to do, and the finished shards that hold some of what it wants."""
 
     rows: Shard | Repeats
-    sources: tuple[str, ...] = ()
+    sources: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ class ExtractShard:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(self.threads)  # of the thread that calls
         done = self.extract(pickle.loads(row["task"]))
-        return {"digest": row["digest"], "done": pickle.dumps(done)}
+        return {"done": pickle.dumps(done)}
 
     def extract(self, task: Task) -> Done:
         attempt = begin(self.attempts, task.rows.digest)
         with self._loading:
             columns, _ = self.columns, self.peak_flops  # which is measured while nothing else is under way
-        record = ledger.find(self.request.out, ledger.shard_name(task.rows.digest, [c.name for c in columns]))
+        record = ledger.find(self.request.out, shard_name(task.rows.digest, [c.name for c in columns]))
         if record is not None:
-            return self._done(record, Work(), len(record.row_keys), attempt, is_new=False)
+            return self._done(record, Work(), record.rows, attempt, is_new=False)
         draft = self._draft(task.rows, columns)
         for source in task.sources:
             draft.copy(self.request.out, source)

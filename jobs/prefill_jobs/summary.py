@@ -8,7 +8,6 @@ from typing import Any
 
 from prefill_jobs.extractor import Done
 from prefill_router.features import Manifest
-from prefill_router.ledger import Commit
 from prefill_router.work import Work
 
 
@@ -30,16 +29,16 @@ class ExtractSummary:
         """FLOP/s that the workers seen so far can reach together."""
         return sum(self._peaks.values())
 
-    def reuse(self, record: Commit) -> None:
-        """A shard that an earlier run left done."""
-        self.num_reused += len(record.row_keys)
-        self.num_quarantined += len(record.refused)
+    def reuse(self, num_rows: int, num_refused: int) -> None:
+        """What an earlier run left done."""
+        self.num_reused += num_rows
+        self.num_quarantined += num_refused
 
     def add(self, done: Done) -> None:
         self._peaks[done.worker] = done.peak_flops
         self.num_retries += done.num_retries
         if not done.is_new:
-            self.reuse(done.record)
+            self.reuse(done.record.rows, len(done.record.refused))
             return
         self.num_shards_computed += 1
         self.work += done.work
@@ -51,7 +50,6 @@ class ExtractSummary:
 
     def to_dict(self) -> Mapping[str, Any]:
         """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine."""
-        files = [shard.file for shard in self.manifest.shards]
         mean_peak = self.peak_flops / max(1, len(self._peaks))
         return {
             "prompts": self.manifest.rows,
@@ -69,9 +67,9 @@ class ExtractSummary:
             "encoder_seconds": round(self.work.seconds, 3),
             "peak_flops": self.peak_flops,
             "mfu": round(self.work.flops / self.work.seconds / mean_peak, 4) if self.work.seconds else None,
-            "shards": len(files),
+            "shards": len(self.manifest.shards),
             "shards_computed": self.num_shards_computed,
-            "bytes": sum(file.bytes for file in files),
+            "bytes": self.manifest.shards.total("bytes"),
             "retries": self.num_retries,
             "workers": self.workers,
         }

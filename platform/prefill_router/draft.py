@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router import ledger, shards
+from prefill_router.commits import Commit, Refused, shard_name
 from prefill_router.corpus import Prompt
 from prefill_router.encoder import Reading
-from prefill_router.errors import UserError
 from prefill_router.features import from_table, to_table
-from prefill_router.ledger import Commit, Refused
+from prefill_router.ledger import Place
 from prefill_router.plan import Repeats, Shard, read_shard, row_keys
 from prefill_router.schema import NUM_TOKENS, ActivationColumn
 
@@ -31,7 +31,7 @@ class Draft:
     ) -> None:
         self.prompt_ids, self.contents, self.columns = list(prompt_ids), list(contents), list(columns)
         self.names = [column.name for column in columns]
-        self.name = ledger.shard_name(digest, self.names)
+        self.name = shard_name(digest, self.names)
         self.prompts: list[Prompt] = []
         self.places: dict[int, tuple[str, int]] = {}  # file and row of a row
         self.refused: dict[int, str] = {}  # rows that will not be in the shard, and why
@@ -77,11 +77,9 @@ class Draft:
         is_finite = np.all([np.isfinite(values).all(1) for values in columns], axis=0)
         self.refused.update({row: _NOT_FINITE for row, fine in zip(rows, is_finite, strict=True) if not fine})
 
-    def copy(self, out: str, source: str) -> None:
+    def copy(self, out: str, source: Place) -> None:
         """Takes over, bit for bit, what a finished shard holds of these prompts."""
-        record = ledger.find(out, source)
-        if record is None:
-            raise UserError(f"{out}: the record of shard {source} is gone: start extract again")
+        record = ledger.read(out, source)
         if not self.prompts:  # then what the source could not read can't be read here
             self._copy_refusals(record)
         pairs = [(i, row) for i, content in enumerate(record.contents) for row in self._rows_of.get(content, ())]

@@ -19,15 +19,11 @@ from prefill_router import config, shards, storage
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
 from prefill_router.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
+from prefill_router.shard_list import ShardList
 from prefill_router.shards import ShardFile
 
-
-class ActivationShard(config.StrictModel):
-    """A committed shard and what the encoder saw in it."""
-
-    file: ShardFile
-    num_tokens: int
-    num_truncated: int  # prompts that were cut to max_tokens
+_LISTS = "shards"  # the folder of the lists that are too long for a manifest
+MAX_LISTED = 10_000  # shards that the manifest itself lists, in 3 MB
 
 
 class Manifest(config.StrictModel):
@@ -36,12 +32,12 @@ class Manifest(config.StrictModel):
     columns: list[str]
     corpus: str
     is_sample: bool  # extracted with --limit: the corpus may hold more prompts
-    shards: list[ActivationShard]
+    shards: ShardList
     quarantine: ShardFile | None = None  # the rows that could not be encoded, and why
 
     @property
     def rows(self) -> int:
-        return sum(shard.file.rows for shard in self.shards)
+        return self.shards.total("rows")
 
 
 def to_table(prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]]) -> pa.Table:
@@ -68,14 +64,38 @@ def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Commits a store: only now is there anything for a reader."""
-    storage.write_json(storage.join(uri, shards.MANIFEST), manifest.model_dump())
+    """Commits a store: only now is there anything for a reader. A long list of shards is an object, written before."""
+    file = None
+    if len(manifest.shards) > MAX_LISTED:
+        file = shards.write_addressed(uri, _LISTS, manifest.shards.table)
+    listed = manifest.model_dump()["shards"] if file is None else file.model_dump()
+    header = manifest.model_dump(exclude={"shards"})
+    storage.write_json(storage.join(uri, shards.MANIFEST), {**header, "shards": listed})
+    _remove_lists(uri, keep=file)
 
 
 def read_manifest(uri: str) -> Manifest | None:
     """None where no finished extraction lies."""
     path = storage.join(uri, shards.MANIFEST)
-    return config.validate(Manifest, storage.read_json(path), path) if storage.exists(path) else None
+    if not storage.exists(path):
+        return None
+    content = storage.read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("shards"), dict):
+        file = config.validate(ShardFile, content["shards"], path)
+        content["shards"] = ShardList(shards.read_addressed(uri, file))
+    return config.validate(Manifest, content, path)
+
+
+def remove_manifest(uri: str) -> None:
+    """Makes a store unfinished."""
+    storage.remove(storage.join(uri, shards.MANIFEST))
+    _remove_lists(uri, keep=None)
+
+
+def _remove_lists(uri: str, keep: ShardFile | None) -> None:
+    folder = storage.join(uri, _LISTS)
+    paths = [storage.join(folder, name) for name in storage.list_names(folder)]
+    storage.remove_many([path for path in paths if keep is None or path != storage.join(uri, keep.name)])
 
 
 @dataclass(frozen=True)

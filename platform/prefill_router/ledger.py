@@ -1,114 +1,173 @@
 """The ledger of an extraction: a record for each shard that is done. What it names is never computed again.
 
-Shards are named by what they hold, and both objects and records are only ever created, never changed. So a restart
-redoes nothing, a corpus that grew or layers that were added cost what is new, and two writers cannot harm each other.
-Readers do not come here: they trust the manifest, which is written when all is done.
+Shards are named by what they hold, and both objects and records are only ever created where there is none. So a
+restart redoes nothing, a corpus that grew or layers that were added cost what is new, and two writers cannot harm each
+other. An actor enters a shard as a small object of its own, and the driver gathers these in segments: whatever kills
+it, a record lies in one or the other, or in both, where it is one record. Readers of activations do not come here:
+they trust the manifest, which is written when all is done.
 """
 
 # n rows of a shard
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from prefill_router import config, shards, storage
-from prefill_router.corpus import BadRow
+from prefill_router import commits, config, features, segments, shards, storage
+from prefill_router.commits import Commit
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
-from prefill_router.features import ActivationShard
 from prefill_router.plan import Keys
+from prefill_router.segments import Segment
+
+SEGMENT_RECORDS = 4096  # that lie alone before they are gathered
 
 _COMMITS = "commits"
+_SEGMENTS = "segments"
 _ENCODER = "encoder.json"
+_ATTEMPTS = 5  # to open a ledger that a writer gathers meanwhile
 
 
-class Refused(config.StrictModel):
-    """A row that the encoder could not read, with the digest of its prompt."""
-
-    uri: str
-    row: int
-    prompt_id: str
-    content: str
-    reason: str
-
-    def to_bad_row(self) -> BadRow:
-        return BadRow(self.uri, self.row, self.prompt_id, self.reason)
-
-
-class Commit(config.StrictModel):
-    """One shard that is done: its object, and which rows that holds."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record lay when it was looked for: in a segment, or alone."""
 
     name: str
-    file: shards.ShardFile | None  # None where no row could be read
-    columns: list[str]
-    num_tokens: int
-    truncated: list[int]  # rows, counted in the shard
-    keys: str  # base64 of (n, 3) uint64, as `plan.row_keys` gives them
-    refused: list[Refused]
-
-    @property
-    def row_keys(self) -> Keys:
-        return np.frombuffer(base64.b64decode(self.keys), "<u8").reshape(-1, 3)
-
-    @staticmethod
-    def encode_keys(keys: Keys) -> str:
-        return base64.b64encode(keys.tobytes()).decode()
-
-    @property
-    def contents(self) -> list[str]:
-        """The digest of each row's prompt, in hex."""
-        return [key.tobytes().hex() for key in np.ascontiguousarray(self.row_keys[:, 1:])]
-
-    @property
-    def shard(self) -> ActivationShard:
-        assert self.file is not None
-        return ActivationShard(file=self.file, num_tokens=self.num_tokens, num_truncated=len(self.truncated))
-
-
-def shard_name(digest: str, columns: Iterable[str]) -> str:
-    """The name of a shard: of its rows, by the plan's digest of them, and its columns."""
-    return hashlib.sha256("\n".join([digest, *columns]).encode()).hexdigest()[:32]
+    segment: str | None
 
 
 class Ledger:
-    """The records at an output, as they were when it was opened."""
+    """The records at an output, as they were when it was opened, and what was added since.
 
-    def __init__(self, uri: str, encoder: EncoderIdentity | None, commits: dict[str, Commit]) -> None:
-        self.uri, self.encoder, self.commits = uri, encoder, commits
+    A record has a position, which it keeps: those in segments come first, then those that lie alone. A million take
+    about 0.3 GB, without the keys, which stay where they are until they are asked for.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        encoder: EncoderIdentity | None,
+        gathered: list[Segment],
+        alone: list[Commit],
+        left: Sequence[str] = (),
+    ) -> None:
+        self.uri, self.encoder = uri, encoder
+        self._segments, self._alone = gathered, alone
+        self._left = list(left)  # names of records that lie alone though a segment holds them
 
     @classmethod
     def open(cls, uri: str) -> Ledger:
-        folder = storage.join(uri, _COMMITS)
-        paths = [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".json")]
-        commits = (_parse(data, path) for data, path in zip(storage.read_many(paths), paths, strict=True))
         path = storage.join(uri, _ENCODER)
         encoder = config.validate(EncoderIdentity, storage.read_json(path), path) if storage.exists(path) else None
-        return cls(uri, encoder, {commit.name: commit for commit in commits})
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return cls(uri, encoder, *_read_all(uri))
+            except FileNotFoundError:  # what was listed has been gathered since
+                continue
+        return cls(uri, encoder, *_read_all(uri))
 
-    def sources(self, keys: Keys) -> list[str]:
-        """The shards that seem to hold prompts of `keys`, under whatever id: 64 bits of a prompt are compared."""
-        contents, owners = self._contents
-        starts, ends = (np.searchsorted(contents, keys[:, 1], side) for side in ("left", "right"))
-        is_held = starts < ends
-        held = (owners[a:b] for a, b in zip(starts[is_held], ends[is_held], strict=True))
-        names = list(self.commits)
-        return [names[i] for i in np.unique(np.concatenate([np.zeros(0, np.int64), *held]))]
+    def __len__(self) -> int:
+        return sum(len(segment.records) for segment in self._segments) + len(self._alone)
 
-    @cached_property
-    def _contents(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """64 bits of each prompt, sorted, and the position of the shard that holds it."""
-        parts = [commit.row_keys[:, 1] for commit in self.commits.values()]
-        contents = np.concatenate([np.zeros(0, np.uint64), *parts])
-        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        order = np.argsort(contents, kind="stable")
-        return contents[order], owners[order]
+    @property
+    def records(self) -> pa.Table:
+        """A row a record, by position, of the columns `segments.LISTED`."""
+        alone = commits.to_table(self._alone).select(segments.LISTED)
+        return pa.concat_tables([*(segment.records for segment in self._segments), alone])
+
+    @property
+    def column_sets(self) -> list[list[str]]:
+        """The different columns that shards have."""
+        chunks = (chunk.unique().to_pylist() for chunk in self.records["columns"].chunks)
+        return [text.split(",") for text in dict.fromkeys(itertools.chain.from_iterable(chunks))]
+
+    def positions(self, values: pa.Array | Sequence[str], column: str = "name") -> NDArray[np.int64]:
+        """The position of the record with each name, or another value that stands once; -1 where there is none."""
+        found = pc.index_in(pa.array(values, pa.string()), value_set=self.records[column].combine_chunks())
+        return np.asarray(found.fill_null(-1), np.int64)
+
+    def places(self, positions: NDArray[np.int64]) -> list[Place]:
+        names = self.records["name"].take(positions).to_pylist()
+        digests = [*(segment.digest for segment in self._segments), None]
+        of_segments = np.searchsorted(self._ends, positions, side="right").tolist()
+        return [Place(name, digests[index]) for name, index in zip(names, of_segments, strict=True)]
+
+    def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Keys]]:
+        """Some records' positions, in ascending order, with their keys (n, 3). A segment's are read together."""
+        of_segments = np.searchsorted(self._ends, np.sort(positions), side="right")
+        for index in np.unique(of_segments).tolist():
+            start = self._start(index)
+            if index < len(self._segments):
+                held: Sequence[Keys] = self._segments[index].read_keys()
+            else:
+                held = [record.row_keys for record in self._alone]
+            for position in np.sort(positions)[of_segments == index].tolist():
+                yield position, held[position - start]
+
+    def add(self, record: Commit) -> None:
+        """Takes a record that lies alone, and gathers where there are many."""
+        self._alone.append(record)
+        if len(self._alone) >= SEGMENT_RECORDS:
+            self.gather()
+
+    def gather(self) -> None:
+        """Moves the records that lie alone into segments."""
+        while self._alone:
+            part = self._alone[:SEGMENT_RECORDS]
+            keys = [record.row_keys for record in part]
+            self._segments.append(segments.write(_segments_path(self.uri), commits.to_table(part), keys))
+            self._left += [record.name for record in part]
+            del self._alone[:SEGMENT_RECORDS]
+        storage.remove_many([_commit_path(self.uri, name) for name in self._left])
+        self._left = []
+
+    def tidy(self, keep: Sequence[str]) -> None:
+        """Removes the records and objects that a finished store does not need: its readers do not know of them.
+
+        Where many records lie alone, as those of an earlier version do, they are gathered.
+        Segments that came since the ledger was opened are another writer's, and stay.
+        """
+        stays = np.zeros(len(self), np.bool_)
+        positions = self.positions(keep)
+        stays[positions[positions >= 0]] = True
+        files = self.records["file"].filter(stays).drop_null().to_pylist()
+        parts = np.split(stays, self._ends)
+        kept = [segment.keep(part) for segment, part in zip(self._segments, parts[:-1], strict=True)]
+        before = {segment.digest for segment in self._segments}
+        self._segments = [segment for segment in kept if segment is not None]
+        segments.remove(_segments_path(self.uri), before - {segment.digest for segment in self._segments})
+        self._alone = [record for record, stay in zip(self._alone, parts[-1], strict=True) if stay]
+        names = set(_names_alone(self.uri)) - {record.name for record in self._alone}
+        storage.remove_many([_commit_path(self.uri, name) for name in sorted(names)])
+        shards.remove_shards(self.uri, keep=set(files))
+        if len(self._alone) >= SEGMENT_RECORDS:
+            self.gather()
+
+    @property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum([len(segment.records) for segment in self._segments], dtype=np.int64)
+
+    def _start(self, index: int) -> int:
+        return int(self._ends[index - 1]) if index else 0
+
+
+def _read_all(uri: str) -> tuple[list[Segment], list[Commit], list[str]]:
+    """The segments, the records that lie alone, and the names of those that do so though a segment holds them."""
+    names = _names_alone(uri)  # first, so that what is gathered meanwhile is found in a segment
+    gathered = segments.read_all(_segments_path(uri))
+    held = pa.concat_tables([segments.NONE, *(segment.records for segment in gathered)])["name"]
+    is_held = pc.is_in(pa.array(names, pa.string()), value_set=held.combine_chunks()).to_pylist()
+    paths = [_commit_path(uri, name) for name, is_in in zip(names, is_held, strict=True) if not is_in]
+    alone = [_parse(data, path) for data, path in zip(storage.read_many(paths), paths, strict=True)]
+    return gathered, alone, [name for name, is_in in zip(names, is_held, strict=True) if is_in]
 
 
 def _parse(data: bytes, path: str) -> Commit:
@@ -119,7 +178,10 @@ def _parse(data: bytes, path: str) -> Commit:
 
 
 def find(uri: str, name: str) -> Commit | None:
-    """The record of one shard, where it is done."""
+    """The record of one shard, where it lies alone. What lies in a segment the driver knows, and hands to nobody.
+
+    A second writer, who does not know that segment, finds the object, leaves it as it is, and enters it once more.
+    """
     path = _commit_path(uri, name)
     try:
         return _parse(storage.read_bytes(path), path)
@@ -127,12 +189,23 @@ def find(uri: str, name: str) -> Commit | None:
         return None
 
 
+def read(uri: str, place: Place) -> Commit:
+    """The record at a place, or in a segment where it was gathered since."""
+    if place.segment is None and (record := find(uri, place.name)):
+        return record
+    folder = _segments_path(uri)
+    for digest in [place.segment] if place.segment else segments.list_digests(folder):
+        if record := segments.read(folder, digest).find(place.name):
+            return record
+    raise UserError(f"{uri}: the record of shard {place.name} is gone: start extract again")
+
+
 def commit(uri: str, record: Commit) -> Commit:
     """Enters a shard whose object lies whole. Where another was faster, its record stands and is returned."""
     path = _commit_path(uri, record.name)
     if storage.create_bytes(path, record.model_dump_json().encode()):
         return record
-    return _parse(storage.read_bytes(path), path)
+    return find(uri, record.name) or record  # it is gone where it has been gathered
 
 
 def claim_encoder(uri: str, identity: EncoderIdentity) -> None:
@@ -150,21 +223,20 @@ def claim_encoder(uri: str, identity: EncoderIdentity) -> None:
 
 def clear(uri: str) -> None:
     """Deletes an extraction, its manifest first, and nothing that is not ours."""
-    storage.remove(storage.join(uri, shards.MANIFEST))
+    features.remove_manifest(uri)
     storage.remove(storage.join(uri, _COMMITS))
     storage.remove(storage.join(uri, _ENCODER))
     shards.remove_shards(uri)
 
 
-def tidy(uri: str, keep: Sequence[Commit]) -> None:
-    """Removes the records and objects that a finished store does not need: its readers do not know of them."""
-    names = {record.name for record in keep}
-    folder = storage.join(uri, _COMMITS)
-    for file in storage.list_names(folder):
-        if file.removesuffix(".json") not in names:
-            storage.remove(storage.join(folder, file))
-    shards.remove_shards(uri, keep={record.file.name for record in keep if record.file})
+def _names_alone(uri: str) -> list[str]:
+    names = storage.list_names(storage.join(uri, _COMMITS))
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def _commit_path(uri: str, name: str) -> str:
     return storage.join(uri, _COMMITS, f"{name}.json")
+
+
+def _segments_path(uri: str) -> str:
+    return storage.join(uri, _COMMITS, _SEGMENTS)

@@ -88,6 +88,14 @@ class CorpusPlan:
             yield shard, slice(start, start + shard.rows)
             start += shard.rows
 
+    def has(self, keys: Keys) -> NDArray[np.bool_]:
+        """Which rows (n, 3) stand in the corpus, in a shard or repeated, with the same id and prompt."""
+        ids = np.sort(keys[:, 0])
+        blocks = (self.keys[start : start + _BLOCK] for start in range(0, len(self.keys), _BLOCK))
+        alike = [block[_is_in(block[:, 0], ids)] for block in blocks]  # of many, the few that may be the same
+        repeats = (row_keys(repeats.prompt_ids, repeats.contents) for repeats in self.repeats)
+        return np.isin(_as_values(keys), _as_values(np.concatenate([keys[:0], *alike, *repeats])))
+
     def check_bad(self, bad: Sequence[BadRow], max_fraction: float) -> None:
         """Raises UserError where more of the corpus is bad than the user allows, before or after it was encoded."""
         if len(bad) > max_fraction * self.num_rows or len(bad) == self.num_rows:
@@ -174,6 +182,11 @@ def _keys_of(rows: Iterable[Row]) -> Keys:
 
 def _as_keys(data: bytes | bytearray) -> Keys:
     return np.frombuffer(data, "<u8").reshape(-1, 3)
+
+
+def _as_values(keys: Keys) -> NDArray[np.void]:
+    """(n, 3) keys as n values that numpy can compare."""
+    return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
 
 
 def _digest(keys: Keys) -> str:

@@ -6,18 +6,22 @@ where the body of an answer breaks off.
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from aiohttp import ClientError as HttpError
 from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 from botocore.exceptions import ConnectionError as NotConnected
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from s3fs.core import S3File, set_custom_error_handler
 
 STALL_S = 5.0  # after which an upload of which the store takes nothing more is broken off
+_MAX_DELETED = 1000  # S3's limit for one request
+_PAUSE_S = 0.1  # the first; as s3fs has it
 _MAX_PUT_BYTES = 5 * 2**30  # S3's limit for one plain PUT
 _TRANSIENT_STATUSES = {500, 502, 503, 504}
 # The first two: another conditional write or a deletion was under way, so that this one was not decided.
@@ -70,6 +74,23 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 return False
             raise
         return True
+
+    async def _remove_many(self, paths: Sequence[str]) -> None:
+        """Deletes objects of one bucket, a thousand a request. Those that the store did not delete are asked again."""
+        for start in range(0, len(paths), _MAX_DELETED):
+            places = [self.split_path(path) for path in paths[start : start + _MAX_DELETED]]
+            bucket, keys = places[0][0], [key for _, key, _ in places]
+            for attempt in range(self.retries):
+                objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+                errors = (await self._call_s3("delete_objects", Bucket=bucket, Delete=objects)).get("Errors", [])
+                keys = [error["Key"] for error in errors]
+                if not keys:
+                    break
+                await asyncio.sleep(_PAUSE_S * 1.7**attempt)
+            else:
+                raise OSError(f"s3://{bucket}/{keys[0]}: could not be deleted: {errors[0].get('Code')}")
+
+    remove_many = sync_wrapper(_remove_many)
 
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
         with _os_errors(options.get("Bucket"), options.get("Key") or options.get("Prefix")):

@@ -73,6 +73,39 @@ ANSWERS = pa.schema(
     ]
 )
 
+# The shards of a store, as its manifest names them.
+SHARDS = pa.schema(
+    [
+        pa.field("file", pa.string()),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field(NUM_TOKENS, pa.int64(), nullable=False),
+        pa.field("num_truncated", pa.int64(), nullable=False),
+    ]
+)
+
+_REFUSED = pa.struct(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+# Shards that are done. There is no file where no row could be read; `columns` are joined by commas.
+COMMITS = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        *SHARDS,
+        pa.field("columns", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("truncated", pa.list_(pa.int32()), nullable=False),
+        pa.field("refused", pa.list_(_REFUSED), nullable=False),
+    ]
+)
+
 # Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
 QUARANTINE = pa.schema(
     [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Collection, Sequence
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prefill_router import storage
 from prefill_router.config import StrictModel
@@ -57,16 +59,39 @@ def read_quarantine(uri: str) -> list[BadRow]:
     return [BadRow(*row.values()) for row in storage.read_table(path).to_pylist()]
 
 
+def file_name(name: str) -> str:
+    """The file that `create_shard` writes."""
+    return f"part-{name}.parquet"
+
+
 def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
     """Writes the shard that `name` (32 hex digits) stands for, unless it lies there already: then it is left as it is.
 
     Objects are whole and named by what they hold, so that one which a writer left before it died is as good.
     """
-    name = f"part-{name}.parquet"
+    name = file_name(name)
     data = storage.encode_parquet(table)
     if not storage.create_bytes(storage.join(uri, name), data):
         data = storage.read_bytes(storage.join(uri, name))
     return _described(name, len(table), data)
+
+
+def write_addressed(uri: str, folder: str, table: pa.Table) -> ShardFile:
+    """Writes a table into a folder below `uri` under the name that its bytes give it, unless it lies there."""
+    data = storage.encode_parquet(table)
+    name = f"{folder}/{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    storage.create_bytes(storage.join(uri, name), data)
+    return _described(name, len(table), data)
+
+
+def read_addressed(uri: str, file: ShardFile) -> pa.Table:
+    """What `write_addressed` wrote. Raises UserError where it is gone or damaged."""
+    path = storage.join(uri, file.name)
+    storage.require(path, "list of shards, though the manifest names it")
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise UserError(f"{path}: its checksum is not the one in {MANIFEST}: it is not what was written")
+    return pq.read_table(io.BytesIO(data))
 
 
 def _described(name: str, rows: int, data: bytes) -> ShardFile:
@@ -91,9 +116,8 @@ def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
 def remove_shards(uri: str, keep: Collection[str] = (), *, at_any_depth: bool = False) -> None:
     """Deletes the shards directly below `uri`, or at any depth, except those named in `keep`, and nothing else."""
     names = _names_below(uri) if at_any_depth else storage.list_names(uri)
-    for name in names:
-        if _SHARD_NAME.fullmatch(storage.name(name)) and name not in keep:
-            storage.remove(storage.join(uri, name))
+    ours = [name for name in names if _SHARD_NAME.fullmatch(storage.name(name)) and name not in keep]
+    storage.remove_many([storage.join(uri, name) for name in ours])
 
 
 def _names_below(uri: str) -> list[str]:

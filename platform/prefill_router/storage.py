@@ -156,6 +156,12 @@ def read_bytes(uri: str) -> bytes:
     return bytes(fs.cat_file(path))
 
 
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The bytes [start, end) of an object."""
+    fs, path = resolve(uri)
+    return bytes(fs.cat_file(path, start=start, end=end)) if start < end else b""
+
+
 def read_many(uris: Sequence[str]) -> list[bytes]:
     """The objects at `uris`, in that order, read concurrently: over a network, small ones are mostly waited for."""
     places = [resolve(uri) for uri in uris]
@@ -252,11 +258,11 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns=None if columns is None else list(columns))
 
 
-def encode_parquet(table: pa.Table) -> bytes:
-    """A table as the bytes of one Parquet file."""
+def encode_parquet(table: pa.Table, dictionaries: Sequence[str] = ()) -> bytes:
+    """A table as the bytes of one Parquet file, the columns `dictionaries` as such."""
     sink = io.BytesIO()
     # Dictionaries never pay for activations, and cost a pass over them.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    pq.write_table(table, sink, compression="zstd", use_dictionary=list(dictionaries))
     return sink.getvalue()
 
 
@@ -280,3 +286,16 @@ def remove(uri: str) -> None:
         fs.rm(path, recursive=True)
         if fs.exists(path):  # S3 deletes a thousand at once, and its errors of single ones are not passed on
             raise OSError(f"{uri}: not all of it could be deleted")
+
+
+def remove_many(uris: Sequence[str]) -> None:
+    """Deletes files that lie at one place, S3's by the thousand; those that are gone are passed over."""
+    places = [resolve(uri) for uri in uris]
+    if not places:
+        return
+    fs = places[0][0]
+    if not isinstance(fs, LocalFileSystem):
+        fs.remove_many([path for _, path in places])
+        return
+    for _, path in places:
+        Path(path).unlink(missing_ok=True)

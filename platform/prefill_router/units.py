@@ -70,7 +70,8 @@ class Units:
 
 def of_store(uri: str) -> Units:
     """By the prompts' exact content, as the ledger of an activation store has it."""
-    records = [commit.row_keys for commit in Ledger.open(uri).commits.values()]
+    ledger = Ledger.open(uri)
+    records = [keys for _, keys in ledger.keys(np.arange(len(ledger)))]
     rows = np.concatenate([np.zeros((0, 3), np.uint64), *records])
     keys, first = np.unique(rows[:, 0], return_index=True)
     return Units("content", keys, rows[first, 1])

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from prefill_router import shards
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
-from prefill_router.features import ActivationShard, Manifest, to_table, write_manifest
+from prefill_router.features import Manifest, to_table, write_manifest
 from prefill_router.schema import OUTCOMES, ActivationColumn
+from prefill_router.shard_list import ActivationShard
 
 COLUMNS = [ActivationColumn("last", 1), ActivationColumn("mean", 1)]
 TARGETS = ["small", "medium", "large", "huge"]

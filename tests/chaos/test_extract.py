@@ -26,7 +26,8 @@ FAULTS = Faults(error_500=0.03, slow_down=0.03, reset_before=0.02, reset_after=0
 
 
 def num_committed(proxy: FaultProxy) -> int:
-    return len({request.path for request in proxy.puts("chaos/commits/") if request.status == 200})
+    paths = {request.path for request in proxy.puts("chaos/commits/") if request.status == 200}
+    return sum("/segments/" not in path for path in paths)
 
 
 class Killer:
@@ -94,6 +95,8 @@ def test_the_store_equals_the_undisturbed_one_bit_for_bit(
         assert storage.read_bytes(f"{out}/{name}") == (calm / name).read_bytes()
     kept = {shard.file.name for shard in store.manifest.shards}
     assert {name for name in storage.list_names(out) if name.startswith("part-")} == kept
+    assert len(storage.list_names(f"{out}/commits/segments")) >= 10  # two objects of each 8 records
+    assert len([name for name in storage.list_names(f"{out}/commits") if name.endswith(".json")]) < 8
     assert_nothing_was_computed_twice(faulty_s3)
 
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -137,6 +138,42 @@ def test_a_conflict_decides_nothing(faulty_s3: FaultProxy, root: str) -> None:
     faulty_s3.faults, faulty_s3.only = Faults(conflict=1.0), once("PUT")
     assert storage.create_bytes(storage.join(root, "a"), b"mine") is True
     assert [request.status for request in faulty_s3.puts()] == [409, 200]
+
+
+def test_many_are_deleted_by_the_thousand(faulty_s3: FaultProxy, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_MAX_DELETED", 3)
+    uris = [storage.join(root, str(i)) for i in range(8)]
+    for uri in uris:
+        storage.write_bytes(uri, b"x")
+    faulty_s3.faults, faulty_s3.only = Faults(slow_down=1.0), once("POST")
+    storage.remove_many(uris)
+    assert storage.list_names(root) == []
+    assert [request.status for request in faulty_s3.requests("POST")] == [503, 200, 200, 200]
+
+
+def test_what_the_store_did_not_delete_is_asked_again(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand deletions in one request, each can fail alone, while the answer is a success."""
+    uris = [storage.join(root, str(i)) for i in range(4)]
+    call, asked = s3.S3._call_s3, []
+    spared = {"0", "3"}
+
+    async def sparing(self: s3.S3, method: str, *arguments: object, **options: Any) -> Any:
+        if method != "delete_objects":
+            return await call(self, method, *arguments, **options)
+        keys = [entry["Key"] for entry in options["Delete"]["Objects"]]
+        asked.append([storage.name(key) for key in keys])
+        errors = [{"Key": key, "Code": "InternalError"} for key in keys if storage.name(key) in spared]
+        if len(asked) == 2:
+            spared.clear()
+        return {"Errors": errors}
+
+    monkeypatch.setattr(s3.S3, "_call_s3", sparing)
+    storage.remove_many(uris)
+    assert asked == [["0", "1", "2", "3"], ["0", "3"], ["0", "3"]]
+    spared.add("1")
+    monkeypatch.setattr(s3.S3, "retries", 3)
+    with pytest.raises(OSError, match=f"{uris[1]}: could not be deleted: InternalError"):
+        storage.remove_many(uris)
 
 
 # --- what does not pass ------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from prefill_router import shards, storage
+from prefill_router import features, shards, storage
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
-from prefill_router.features import ActivationShard, ActivationStore, Manifest, to_table, write_manifest
+from prefill_router.features import ActivationStore, Manifest, to_table, write_manifest
 from prefill_router.schema import ActivationColumn
+from prefill_router.shard_list import ActivationShard
 
 NAMES = ["last_001", "mean_001"]
 LAST, MEAN = (ActivationColumn.parse(name) for name in NAMES)
@@ -129,6 +130,46 @@ def test_a_store_of_another_format_is_an_error(tmp_path: Path) -> None:
     storage.write_json(path, {**storage.read_json(path), "format": 2})
     with pytest.raises(UserError, match=r"manifest\.json: format = 2, must be 1"):
         ActivationStore.open(str(tmp_path))
+
+
+def test_a_long_list_of_shards_is_an_object_that_the_manifest_names(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_LISTED", 2)
+    write_store(root, [1, 2, 3])
+    listed = storage.read_json(storage.join(root, shards.MANIFEST))["shards"]
+    store = ActivationStore.open(root)
+    assert [shard.file.rows for shard in store.manifest.shards] == [1, 2, 3]
+    assert store.prompt_ids(2).to_pylist() == ["s2-0", "s2-1", "s2-2"]
+    assert storage.list_names(storage.join(root, "shards")) == [storage.name(listed["name"])]
+
+    write_store(root, [1, 2, 4])
+    assert storage.list_names(storage.join(root, "shards")) != [storage.name(listed["name"])]
+    assert ActivationStore.open(root).manifest.rows == 7
+    write_store(root, [5, 1])
+    assert storage.list_names(storage.join(root, "shards")) == []
+    assert ActivationStore.open(root).manifest.rows == 6
+
+
+def test_a_long_list_within_a_manifest_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions wrote it."""
+    write_store(str(tmp_path), [1, 2, 3])
+    monkeypatch.setattr(features, "MAX_LISTED", 2)
+    assert ActivationStore.open(str(tmp_path)).manifest.rows == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", None])
+def test_a_damaged_list_of_shards_is_one_line(root: str, damage: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_LISTED", 0)
+    write_store(root, [1])
+    (name,) = storage.list_names(storage.join(root, "shards"))
+    path = storage.join(root, "shards", name)
+    storage.remove(path)
+    expected = "no such list of shards, though the manifest names it"
+    if damage is not None:
+        storage.write_bytes(path, damage)
+        expected = "its checksum is not the one in manifest.json: it is not what was written"
+    with pytest.raises(UserError) as error:
+        ActivationStore.open(root)
+    assert str(error.value) == f"{path}: {expected}"
 
 
 def test_a_shard_that_is_gone_is_an_error(tmp_path: Path) -> None:

@@ -129,6 +129,11 @@ def test_what_a_plan_says_of_its_parts_is_so(files: list[tuple[str, list[Record]
     kept = [row for part in rows for row in part]
     contents = [row.content_digest.hex() for row in kept]
     np.testing.assert_array_equal(planned.keys, row_keys([row.prompt_id for row in kept], contents))
+    repeated = [row_keys(part.prompt_ids, part.contents) for part in planned.repeats]
+    there = np.concatenate([planned.keys, *repeated])
+    assert planned.has(there).all()
+    others = there ^ np.array([0, 0, 1], np.uint64)
+    assert planned.has(np.concatenate([others, there])).tolist() == [False] * len(there) + [True] * len(there)
     spans = [kept[span] for shard, span in planned.spans()]
     assert spans == rows
     for shard, part in zip(planned.shards, rows, strict=True):

@@ -70,6 +70,25 @@ def test_remove_takes_a_file_a_folder_or_nothing(root: str) -> None:
     assert not storage.exists(storage.join(root, "c.txt"))
 
 
+def test_remove_many_takes_files_and_passes_over_what_is_gone(root: str) -> None:
+    uris = [storage.join(root, name) for name in ("a", "b/[c]*", "d")]
+    for uri in uris:
+        storage.write_bytes(uri, b"x")
+    storage.remove_many([uris[0], storage.join(root, "missing"), uris[1]])
+    assert [storage.exists(uri) for uri in uris] == [False, False, True]
+    storage.remove_many([])
+
+
+def test_read_range_gives_the_bytes_from_start_to_end(root: str) -> None:
+    uri = storage.join(root, "digits")
+    storage.write_bytes(uri, b"0123456789")
+    assert [storage.read_range(uri, *bounds) for bounds in ((0, 10), (3, 5), (9, 10), (4, 4))] == [
+        b"0123456789", b"34", b"9", b""
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(storage.join(root, "missing"), 0, 1)
+
+
 def test_open_input_is_seekable(root: str) -> None:
     uri = storage.join(root, "text")
     storage.write_bytes(uri, b"one\ntwo\n")

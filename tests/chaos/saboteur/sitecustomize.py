@@ -1,7 +1,7 @@
 """Runs at the start of every Python that has this folder on PYTHONPATH, Ray's workers and their children too.
 
 It makes the encoder slow by SABOTEUR_SLOW_S, so that there is time to kill who uses it, and lets a prompt that holds
-the word SABOTAGE end its process, as one that takes all memory does.
+the word SABOTAGE end its process, as one that takes all memory does. Ledgers gather their records in small segments.
 """
 
 from __future__ import annotations
@@ -10,41 +10,51 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_TARGET = "prefill_router.encoder"
 
-
-class _Sabotage(MetaPathFinder, Loader):
+class _Sabotage(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, _target: Any = None) -> ModuleSpec | None:
-        if name != _TARGET:
+        if name not in _SABOTAGES:
             return None
         spec = PathFinder.find_spec(name, path)
         assert spec is not None
         assert spec.loader is not None
-        self.loader, spec.loader = spec.loader, self
+        spec.loader = _Loader(spec.loader, _SABOTAGES[name])
         return spec
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader, sabotage: Callable[[Any], None]) -> None:
+        self.loader, self.sabotage = loader, sabotage
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        encoder: Any = module.PrefillEncoder  # type: ignore[attr-defined]
-        encoder.read = _sabotaged(encoder.read)
+        self.sabotage(module)
 
 
-def _sabotaged(read: Any) -> Any:
+def _slow_down(encoder: Any) -> None:
+    read = encoder.PrefillEncoder.read
+
     def sabotaged(self: Any, prompts: Any, columns: Any) -> Any:
         if any("SABOTAGE" in str(prompt) for prompt in prompts):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("SABOTEUR_SLOW_S", "0")))
         return read(self, prompts, columns)
 
-    return sabotaged
+    encoder.PrefillEncoder.read = sabotaged
 
 
+def _gather_often(ledger: Any) -> None:
+    ledger.SEGMENT_RECORDS = 8
+
+
+_SABOTAGES = {"prefill_router.encoder": _slow_down, "prefill_router.ledger": _gather_often}
 sys.meta_path.insert(0, _Sabotage())
