@@ -4,7 +4,7 @@ Of a segment, the records are a Parquet object that is named by its checksum. Th
 more room and are seldom wanted, lie beside it, 24 bytes a row: those of one shard can be read alone, and none need be.
 """
 
-# n rows of a shard, N of all shards of a segment
+# n rows of a shard
 
 from __future__ import annotations
 

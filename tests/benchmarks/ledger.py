@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +40,9 @@ from prefill_router.s3 import S3
 from prefill_router.schema import activation_columns
 from prefill_router.shard_list import ShardList
 from prefill_router.sources import Sources
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from s3 import s3_bucket
 
 COLUMNS = [column.name for column in activation_columns(range(31), ("last", "mean"))]
