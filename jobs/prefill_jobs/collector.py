@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import ray
 
+from prefill_jobs.metrics import CollectMetrics
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Answer, Asked, Call, Spent
 from prefill_router.collection.client import Miss, ask, backoff_s, http_client
@@ -66,6 +67,7 @@ class AskShard:
         self._limits = {target.name: Limits(target, num_workers) for target in pool.targets}
         self._allowance = Allowance(self._draw, self._give_back)
         self._rng = random.Random()
+        self._metrics = CollectMetrics()
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
@@ -136,6 +138,7 @@ class AskShard:
         else:
             spent, lost = Spent(), call.worst if found.may_be_paid else Spent()
             await journal.end(name, None, spent, lost, found.reason)
+        self._metrics.attempt(call.target.name, (spent + lost).usd, is_answered=isinstance(found, Answer))
         await self._allowance.settle(call.worst, spent + lost)
         return found
 

@@ -68,7 +68,8 @@ class Estimation:
             lease.check()
             done: Estimated = pickle.loads(row["done"])
             peaks[done.worker] = done.peak_flops
-            progress.add(done.num_prompts, done.work, sum(peaks.values()))
+            progress.add(done.num_prompts, done.work, sum(peaks.values()), done.num_retries)
+            progress.quarantine(done.num_refused)
         return sum(len(task.rows) for task in tasks)
 
 

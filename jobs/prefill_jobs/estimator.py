@@ -45,6 +45,8 @@ class Estimated:
     """What came of a task."""
 
     num_prompts: int
+    num_refused: int  # of them
+    num_retries: int
     work: Work
     worker: str
     peak_flops: float
@@ -70,8 +72,11 @@ class EstimateShard:
         contents = contents_of([row.content_digest for row in wanted])
         estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
         work = self._fill(estimates, [row.prompt for row in wanted], attempt)
+        num_refused = sum(reason is not None for reason in estimates.reasons)
         shards.create_shard(self.out, hashlib.sha256(contents.tobytes()).hexdigest()[:32], estimates.to_table())
-        return {"done": pickle.dumps(Estimated(len(wanted), work, self.worker, self.peak_flops))}
+        return {
+            "done": pickle.dumps(Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, self.peak_flops))
+        }
 
     @cached_property
     def router(self) -> Router | BaselineRouter:

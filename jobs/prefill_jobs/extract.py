@@ -71,6 +71,7 @@ class _Extraction:
         self.workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
+        progress.quarantine(len(self.plan.bad))
         if self.plan.num_repeated:
             say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one: they are computed once")
         if self.plan.bad:
@@ -123,7 +124,9 @@ class _Extraction:
             self._check_encoder(done.encoder)
             self.records[row["digest"]] = done.record
             summary.add(done)
-            progress.add(len(done.record.row_keys) + len(done.record.refused), done.work, summary.peak_flops)
+            rows = len(done.record.row_keys) + len(done.record.refused)
+            progress.add(rows, done.work, summary.peak_flops, done.num_retries)
+            progress.quarantine(len(done.record.refused))
 
     def _check_encoder(self, encoder: EncoderIdentity) -> None:
         if self.encoder is None:

@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
+from prefill_jobs.metrics import TrainMetrics
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.feed import Feed, Rows
@@ -131,15 +132,17 @@ def _fit_worker(config: dict[str, Any]) -> None:
         trainer = task.trainer(device)
         if checkpoint := ray.train.get_checkpoint():
             _load_checkpoint(checkpoint, trainer)
-        fit(feed, trainer, task.seed, lambda rows_per_s: _report(trainer, rows_per_s))
+        metrics = TrainMetrics()
+        fit(feed, trainer, task.seed, lambda rows_per_s: _report(trainer, rows_per_s, metrics))
 
 
-def _report(trainer: Trainer, rows_per_s: float) -> None:
+def _report(trainer: Trainer, rows_per_s: float, metrics: TrainMetrics) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
             safetensors.torch.save_file(trainer.state(), Path(folder) / _STATE)
             checkpoint = Checkpoint.from_directory(folder)
+            metrics.epoch(trainer.epoch, float(trainer.best_losses.mean()))
         ray.train.report({"rows_per_s": rows_per_s}, checkpoint=checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""What long work says on stderr: one line in place on a terminal, a line now and then elsewhere."""
+"""What long work says: on stderr one line in place on a terminal, a line now and then elsewhere; and its metrics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from datetime import timedelta
 
+from prefill_jobs.metrics import JobMetrics
 from prefill_router.console import say
 from prefill_router.work import Work
 
@@ -13,35 +14,50 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts what is done of `total` rows and says so on stderr."""
+    """Counts what is done of `total` rows, and says so."""
 
     def __init__(self, task: str, total: int, unit: str = "prompts") -> None:
         self.task, self.total, self.unit = task, total, unit
         self.rows = self.skipped = 0
         self.work = Work()
         self.peak_flops = 0.0
+        self.metrics = JobMetrics(task)
+        self.metrics.begin(total)
         self.started = self.said = time.monotonic()
         self._say(f"{task}: {total:,} {unit}")
 
     def skip(self, rows: int) -> None:
         """Rows that were done before; they say nothing of the time that the others take."""
         self.skipped += rows
+        self.metrics.reuse(rows)
         self._say_when_due()
 
-    def add(self, rows: int, work: Work, peak_flops: float = 0.0) -> None:
+    def add(self, rows: int, work: Work, peak_flops: float = 0.0, retries: int = 0) -> None:
         """`peak_flops` is the FLOP/s that the machines at work can reach together."""
         self.rows, self.work, self.peak_flops = self.rows + rows, self.work + work, peak_flops
+        self.metrics.commit(rows, work.tokens, retries)
+        if peak_flops:
+            self.metrics.compute(self.work, self.work.flops / self.elapsed_s / peak_flops)
         self._say_when_due()
+
+    def quarantine(self, rows: int) -> None:
+        """Rows that could not be read, which are not among those that are done."""
+        self.metrics.quarantine(rows)
+
+    @property
+    def elapsed_s(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
 
     @property
     def is_complete(self) -> bool:
         return self.rows + self.skipped >= self.total
 
     def _say_when_due(self) -> None:
+        self.metrics.remain(max(0, self.total - self.rows - self.skipped))
         now = time.monotonic()
         if sys.stderr.isatty() or now - self.said >= _LINE_EVERY_S or self.is_complete:
             self.said = now
-            self._say(self._line(max(now - self.started, 1e-9)))
+            self._say(self._line(self.elapsed_s))
 
     def _line(self, elapsed_s: float) -> str:
         parts = [f"{self.task}: {self.rows + self.skipped:,}/{self.total:,} {self.unit}"]

@@ -24,7 +24,7 @@ class Metrics:
         self.phase_seconds = histogram("phase_seconds", "tokenize, queue, encode, head", SECONDS, "phase")
         self.batch_tokens = histogram("batch_tokens", "Tokens that a prompt's batch held", _TOKENS)
         self.batch_fill = histogram("batch_fill", "Of what a batch may hold", _SHARES)
-        self.queued_tokens = Gauge("prefill_router_queued_tokens", "Tokens of the prompts that wait")
+        self.queued_tokens = gauge("queued_tokens", "Tokens of the prompts that wait")
         self.prompts = counter("prompts", "Prompts by where their estimates came from", "source")
         self.truncated = counter("truncated_prompts", "Prompts whose middle the encoder did not read")
         self.routed = counter("routed", "Decisions by target, and by router or canary", "target", "role")
@@ -34,7 +34,7 @@ class Metrics:
         self.strangers = counter("out_of_distribution", "Prompts unlike those of training")
         self.shadow = counter("shadow", "Shadow's choices: the same target or another", "agrees")
         self.settings = counter("settings", "Settings that were taken over or refused", "outcome")
-        self.router = Gauge("prefill_router_info", "1 for the routers that serve", tag_keys=("version", "role"))
+        self.router = gauge("info", "1 for the routers that serve", "version", "role")
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self.requests.inc(1, tags={"route": route, "status": str(status)})
@@ -66,6 +66,10 @@ def counter(name: str, description: str, *tags: str) -> Counter:
     """A counter of this package, with its labels."""
     # Ray's exporter ends a counter's name in _total.
     return Counter(f"prefill_router_{name}", description=description, tag_keys=tags)
+
+
+def gauge(name: str, description: str, *tags: str) -> Gauge:
+    return Gauge(f"prefill_router_{name}", description=description, tag_keys=tags)
 
 
 def histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:

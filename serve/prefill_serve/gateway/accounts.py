@@ -11,6 +11,8 @@ from pydantic import Field
 from prefill_router.config import StrictModel
 from prefill_serve.gateway.served import Served
 
+EVERYONE = "all"
+
 
 class Budgets(StrictModel):
     """USD a day, in UTC. What is under way when a budget ends is answered."""
@@ -137,6 +139,14 @@ class Accounts:
         is_total_spent = budgets.usd_per_day is not None and sum(spent.values()) >= budgets.usd_per_day
         return is_total_spent or (own is not None and spent.get(holder, 0.0) >= own)
 
+    def shares(self, budgets: Budgets, now: datetime) -> dict[str, float]:
+        """How much of its budget each holder that has one has spent today, and all together."""
+        spent = self.spent_today(now)
+        shares = {holder: _share(spent.get(holder, 0.0), usd) for holder, usd in budgets.keys.items()}
+        if budgets.usd_per_day is not None:
+            shares[EVERYONE] = _share(sum(spent.values()), budgets.usd_per_day)
+        return shares
+
     def stats(self, now: datetime, holder: str, num_feedback: int) -> Stats:
         """What `holder` is told; what others spend is nobody's business."""
         targets = {
@@ -175,3 +185,7 @@ class Accounts:
         target = max(measure, key=measure.__getitem__)
         would_usd = self._would_cost[target]
         return Saving(target=target, expected_cost_usd=would_usd, saved_usd=would_usd - self.routed_usd)
+
+
+def _share(spent_usd: float, budget_usd: float) -> float:
+    return spent_usd / budget_usd if budget_usd > 0.0 else 1.0

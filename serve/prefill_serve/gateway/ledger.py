@@ -36,6 +36,7 @@ from prefill_router.schema import (
 )
 from prefill_serve.gateway.accounts import Accounts, Budgets, Stats
 from prefill_serve.gateway.conversations import Conversations, Key
+from prefill_serve.gateway.metrics import BudgetMetrics
 from prefill_serve.gateway.segments import Segments
 from prefill_serve.gateway.served import Served
 
@@ -123,7 +124,7 @@ class LocalLedger:
 
     def __init__(self) -> None:
         self.settings = LedgerSettings()
-        self.accounts, self.conversations = Accounts(), Conversations()
+        self.accounts, self.conversations, self.metrics = Accounts(), Conversations(), BudgetMetrics()
         self._calls: OrderedDict[str, Served] = OrderedDict()
         self._feedback: dict[str, _Given] = {}
         self._folder: _Folder | None = None
@@ -150,6 +151,7 @@ class LocalLedger:
                 self._feedback.setdefault(row[REQUEST_ID], given)
             self._folder = folder
         self.settings = settings
+        self.metrics.spent(self.accounts.shares(settings.budgets, _now()))
 
     async def open(self, holder: str, keys: Sequence[Key]) -> Standing:
         is_spent = self.accounts.is_spent(self.settings.budgets, holder, _now())
@@ -159,6 +161,7 @@ class LocalLedger:
         if served.target is not None and served.end != "routed":
             self.conversations.keep(keys, served.target)
         self._take(served)
+        self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
         if self._folder is not None:
             self._unsaved.append(served)
             if self._saver is None or self._saver.done():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prefill_serve.gateway.served import Served
-from prefill_serve.metrics import SECONDS, counter, histogram
+from prefill_serve.metrics import SECONDS, counter, gauge, histogram
 
 
 class GatewayMetrics:
@@ -13,6 +15,7 @@ class GatewayMetrics:
         self.calls = counter("calls", "Calls by how they ended and by the target", "end", "target")
         self.failures = counter("upstream_failures", "Upstreams that gave no answer", "target", "reason")
         self.defaults = counter("default_served", "Calls without a routing decision, by why", "reason")
+        self.breaker = gauge("breaker_open", "1 where the latest call left the upstream alone for a while", "target")
         self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")
         self.cost = counter("actual_cost_usd", "By upstreams' usage and the pool's prices", "target")
         self.tokens = counter("upstream_tokens", "By upstreams' usage", "target", "kind")
@@ -27,3 +30,14 @@ class GatewayMetrics:
             for kind, tokens in served.usage._asdict().items():
                 if tokens:
                     self.tokens.inc(tokens, tags={"target": target, "kind": kind.removesuffix("_tokens")})
+
+
+class BudgetMetrics:
+    """Of the one process that keeps the accounts."""
+
+    def __init__(self) -> None:
+        self._share = gauge("budget_spent_share", "Of today's budget, by the key that has one; all: of all keys", "key")
+
+    def spent(self, shares: Mapping[str, float]) -> None:
+        for key, share in shares.items():
+            self._share.set(share, tags={"key": key})

@@ -200,6 +200,9 @@ class Proxy:
                 self.metrics.failures.inc(1, tags={"target": channel.target.name, "reason": failed.reason})
                 fields = {"route_id": passage.caller.request_id, "reason": str(failed)}
                 log.warning("upstream failed", extra=fields)
+            finally:
+                is_open = channel.breaker.is_open
+                self.metrics.breaker.set(float(is_open), tags={"target": channel.target.name})
         if failure is not None and failure.refusal is not None:
             raise failure.refusal
         if failure is None:
