@@ -1,35 +1,35 @@
 """The `prefill-router` command. Every flag is a field of its command's config, which is where its help comes from.
 
-Exit status: 0; 1 with one line that says what to do; 2 for usage.
+Exit status: 0; 1 with one line that says what to do; 2 for usage; of a submitted job that fails, its own.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from botocore.exceptions import BotoCoreError
-from pydantic.fields import FieldInfo
 
-from prefill_router.config import COMMANDS, POSITIONAL, StrictModel, load_command, must_be_given, schema_extra, validate
+from prefill_jobs.flags import Read, add_command
+from prefill_jobs.request import require_secrets
+from prefill_jobs.submitting import add_submit
+from prefill_router.config import COMMANDS
 from prefill_router.errors import UserError
-
-_CONFIG_HELP = "TOML file with a table for each command; flags win over it"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line, of the process by default; a user's error is one line on stderr and status 1."""
     try:
+        require_secrets()
         build_app()(arguments)
     except (UserError, OSError, BotoCoreError) as error:
         sys.stderr.write(f"prefill-router: {' '.join(str(error).split())}\n")
-        sys.exit(1)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
 def build_app() -> typer.Typer:
@@ -41,13 +41,11 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, run in _JOBS.items():
-        _add(app, name, partial(_run_job, run))
+        add_command(app, name, {name: COMMANDS[name]}, partial(_run_job, run))
+    add_submit(app, [name for name in _JOBS if name not in _HERE])
     for entry in entry_points(group="prefill_router.commands"):
-        _add(app, entry.name, partial(_run_entry, entry))
+        add_command(app, entry.name, {entry.name: COMMANDS[entry.name]}, partial(_run_entry, entry))
     return app
-
-
-Read = Callable[[], Any]  # a command's config, from its flags and from its file as it is now
 
 
 def _run_job(run: Callable[[Any], None], read: Read) -> None:
@@ -56,53 +54,6 @@ def _run_job(run: Callable[[Any], None], read: Read) -> None:
 
 def _run_entry(entry: EntryPoint, read: Read) -> None:
     entry.load()(read)
-
-
-def _add(app: typer.Typer, name: str, run: Callable[[Read], None]) -> None:
-    """Adds a command whose flags are the fields of its config model."""
-    model = COMMANDS[name]
-
-    def command(**flags: Any) -> None:
-        run(partial(_merge, name, model, flags))
-
-    parameters = [_flag(field_name, field) for field_name, field in model.model_fields.items()]
-    parameters.append(_parameter("config", str, typer.Option("--config", help=_CONFIG_HELP, show_default=False)))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name, help=inspect.getdoc(model))(command)
-
-
-def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind = next(
-        (t for t in (bool, int, float) if t in (field.annotation, *getattr(field.annotation, "__args__", ()))), str
-    )
-    note = " [required]" if field.is_required() else ""
-    if field.default and not field.is_required():
-        note = f" [default: {field.default}]"
-    if schema_extra(field).get(POSITIONAL):
-        is_list = getattr(field.annotation, "__origin__", None) is tuple
-        return _parameter(
-            name, list[str] if is_list else kind, typer.Argument(help=field.description, show_default=False)
-        )
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=f"{field.description}{note}".replace("[", r"\["), show_default=False
-    )
-    return _parameter(name, kind, option)
-
-
-def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _merge(name: str, model: type[StrictModel], flags: dict[str, Any]) -> StrictModel:
-    given = {key: value for key, value in flags.items() if value is not None}
-    uri = given.pop("config", None)
-    values = {**(load_command(uri, name) if uri else {}), **given}
-    for key in model.model_fields:
-        if must_be_given(model, key, values):
-            raise typer.BadParameter(f"give it, or set {key} under [{name}] in --config", param_hint=f"--{key}")
-    return validate(model, values, name)
 
 
 # --- what each command prints ------------------------------------------------------------------------------------
@@ -242,6 +193,12 @@ def _label(config: Any) -> None:
     typer.echo(f"report: {config.out}/report.html")
 
 
+def _pipeline(config: Any) -> None:
+    from prefill_jobs.pipeline import pipeline
+
+    pipeline(config)
+
+
 def _say_truncated(count: int) -> None:
     if count:
         typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")
@@ -258,4 +215,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "compare": _compare,
     "collect": _collect,
     "label": _label,
+    "pipeline": _pipeline,
 }
+_HERE = ("demo", "inspect")  # make no use of a cluster

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,18 +22,23 @@ from prefill_router.errors import UserError
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine; nothing where Ray already runs."""
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        set_environment()
         address = os.environ.get("RAY_ADDRESS")
         with silent_stderr():
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def set_environment() -> None:
+    """What a Ray that starts here should know, unless the environment says otherwise: no reports, loopback alone."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 @contextmanager
@@ -129,12 +135,54 @@ def _total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
 
-def num_workers(gpus_per_worker: float = 1.0) -> int:
-    """As many encoder actors as the cluster has room for now: by its GPUs, or one a node that has none."""
-    gpus = _total("GPU")
-    if gpus >= gpus_per_worker:
-        return int(gpus // gpus_per_worker)
-    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Actors:
+    """How many encoder actors a job wants, and of what shape."""
+
+    most: int | None = None  # as many as the cluster has room for when the job begins
+    gpus: float = 1.0  # of each, where there are any
+    accelerator: str | None = None  # which GPUs; actors wait for them where the cluster has none yet
+    memory_gib: float | None = None  # that Ray keeps for each
+
+    @property
+    def use_gpus(self) -> bool:
+        return self.accelerator is not None or _total("GPU") >= self.gpus
+
+    @property
+    def number(self) -> int:
+        """By the cluster's GPUs now, or one a node that has none."""
+        if self.most is not None:
+            return self.most
+        if self.use_gpus:
+            return max(1, int(_total("GPU") // self.gpus))
+        return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+    def options(self, calls: int) -> dict[str, Any]:
+        """Options of `Dataset.map` for up to so many actors, with `calls` items at a time each.
+
+        The first actor is enough to begin; the others join as the cluster has or gets room for them. Each is handed few
+        items ahead, so that nothing heaps up before a slow one.
+        """
+        number = self.number
+        there = int(_total("GPU") // self.gpus) if self.use_gpus else number
+        options: dict[str, Any] = {
+            "compute": ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=number,
+                initial_size=min(number, max(1, there)),
+                max_tasks_in_flight_per_actor=2 * calls,
+                max_concurrent_calls_per_actor=calls,
+            )
+        }
+        if self.use_gpus:
+            options["num_gpus"] = self.gpus
+        else:
+            options["num_cpus"] = cpus_per_worker(number)
+        if self.accelerator is not None:
+            options["accelerator_type"] = self.accelerator
+        if self.memory_gib is not None:
+            options["memory"] = int(self.memory_gib * 2**30)
+        return options
 
 
 def on_every_node(function: Callable[..., None], *arguments: Any) -> None:
@@ -183,24 +231,6 @@ def num_cpus() -> int:
 
 def num_gpus() -> int:
     return int(_total("GPU"))
-
-
-def encoder_resources(workers: int, gpus_per_worker: float = 1.0, calls_per_worker: int = 1) -> dict[str, Any]:
-    """Options of `Dataset.map` for up to `workers` encoder actors: GPUs where there are any, otherwise their CPUs.
-
-    The first actor is enough to begin; the others join as the cluster has or gets room for them. Each is handed few
-    items ahead, so that nothing heaps up before a slow one.
-    """
-    strategy = ray.data.ActorPoolStrategy(
-        min_size=1,
-        max_size=workers,
-        initial_size=min(workers, num_workers(gpus_per_worker)) if _total("GPU") else workers,
-        max_tasks_in_flight_per_actor=2 * calls_per_worker,
-        max_concurrent_calls_per_actor=calls_per_worker,
-    )
-    if _total("GPU") > 0:
-        return {"compute": strategy, "num_gpus": gpus_per_worker}
-    return {"compute": strategy, "num_cpus": cpus_per_worker(workers)}
 
 
 def caller_resources(workers: int, calls_per_worker: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     arguments["threads"] = cluster.threads_per_worker(1)  # type: ignore[assignment]
     progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
     written: dict[int, ShardFile] = {}
-    for row in cluster.map_rows(items, EmbedShard, fn_constructor_kwargs=arguments, **cluster.encoder_resources(1)):
+    for row in cluster.map_rows(items, EmbedShard, fn_constructor_kwargs=arguments, **cluster.Actors(1).options(1)):
         written[int(row["index"])] = ShardFile.model_validate_json(row["file"])
         progress.add(written[int(row["index"])].rows, Work(tokens=row["num_tokens"]))
     files = [written[i] for i in sorted(written)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,8 +36,7 @@ class Estimation:
     router: Router | BaselineRouter
     router_uri: str
     out: str  # of this router alone
-    workers: int | None = None  # as many as the cluster has room for
-    gpus_per_worker: float = 1.0
+    actors: cluster.Actors = field(default_factory=cluster.Actors)
     max_prompt_bytes: int = MAX_PROMPT_BYTES
 
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
@@ -53,16 +52,15 @@ class Estimation:
         if isinstance(self.router, Router):
             # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
             cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
-        workers = self.workers or cluster.num_workers(self.gpus_per_worker)
         arguments = {
             "router": storage.absolute(self.router_uri),
             "out": self.out,
             "max_prompt_bytes": self.max_prompt_bytes,
-            "threads": cluster.threads_per_worker(workers),
+            "threads": cluster.threads_per_worker(self.actors.number),
             "attempts": Attempts.remote(),  # type: ignore[attr-defined]
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
-        options = cluster.encoder_resources(workers, self.gpus_per_worker, _CALLS)
+        options = self.actors.options(_CALLS)
         peaks: dict[str, float] = {}
         for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
             lease.check()

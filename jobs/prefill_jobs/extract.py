@@ -68,7 +68,7 @@ class _Extraction:
     def run(self) -> ExtractSummary:
         # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
         cluster.on_every_node(checkpoint.fetch, self.config.encoder)
-        self.workers = self.config.workers or cluster.num_workers(self.config.gpus_per_worker)
+        self.workers = self.actors.number
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
         progress.quarantine(len(self.plan.bad))
@@ -79,6 +79,11 @@ class _Extraction:
         self._do(self._tasks(), progress, summary)
         self._do(self._repeat_tasks(), progress, summary)
         return self._finish(summary)
+
+    @property
+    def actors(self) -> cluster.Actors:
+        config = self.config
+        return cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
 
     def _tasks(self) -> list[Task]:
         """The shards that are not done, each with the finished ones that hold some of its prompts."""
@@ -117,7 +122,7 @@ class _Extraction:
             "attempts": Attempts.remote(),  # type: ignore[attr-defined]
         }
         items = [{"digest": task.rows.digest, "task": pickle.dumps(task)} for task in pending]
-        options = cluster.encoder_resources(self.workers, self.config.gpus_per_worker, _CALLS)
+        options = self.actors.options(_CALLS)
         for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
             done: Done = pickle.loads(row["done"])
             self.lease.check()

@@ -117,8 +117,8 @@ class _Labelling:
     def estimation(self) -> Estimation:
         """What the router is to say of the log."""
         config = self.config
-        sizes = config.workers, config.gpus_per_worker, config.max_prompt_bytes
-        return Estimation(self.router, config.router, self.estimates, *sizes)
+        actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
+        return Estimation(self.router, config.router, self.estimates, actors, config.max_prompt_bytes)
 
     def _say(self) -> None:
         num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated

@@ -27,6 +27,8 @@ from prefill_router.errors import UserError
 from prefill_router.moments import LabelledMoments, Moments
 from prefill_router.probe import LayerProbe
 from prefill_router.schema import ActivationColumn
+from prefill_router.split import Part, Split
+from prefill_router.units import Units
 
 TABLE = "probe.parquet"
 
@@ -34,9 +36,14 @@ TABLE = "probe.parquet"
 _BATCH = 8
 
 
-def run_probe(config: ProbeConfig) -> list[LayerProbe]:
-    """Probes one store an encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg."""
-    stores = _open(config)
+def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | None = None) -> list[LayerProbe]:
+    """Probes one store an encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg.
+
+    Of a split, training's outcomes alone are looked at; `units` are what it keeps together.
+    """
+    stores = _open(config, units)
+    if split is not None:
+        stores = [graded.only(split, Part.TRAIN) for graded in stores]
     cluster.connect()
     probes = [row for graded in stores for row in probe_store(graded)]
     storage.write_bytes(storage.join(config.out, TABLE), storage.encode_parquet(to_table(probes)))
@@ -45,10 +52,10 @@ def run_probe(config: ProbeConfig) -> list[LayerProbe]:
     return probes
 
 
-def _open(config: ProbeConfig) -> list[GradedStore]:
+def _open(config: ProbeConfig, units: Units | None) -> list[GradedStore]:
     """Raises UserError where two stores are of one encoder."""
     stores = [
-        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown)
+        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, units=units)
         for uri in config.activations.split(",")
     ]
     for name, count in Counter(map(_encoder, stores)).items():

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from prefill_router.errors import UserError
@@ -85,6 +85,18 @@ def fetch(source: str, revision: str | None = None) -> None:
     elif not Path(source).expanduser().is_dir():
         with _load_errors(source):
             snapshot_download(source, revision=revision, allow_patterns=_READ)
+
+
+def load_config(source: str, revision: str | None = None) -> Any:
+    """The config of what `load_causal_lm` loads, without its weights; of a hub's model that alone is downloaded."""
+    folder = Path(source).expanduser()
+    ggufs = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    if source.startswith(_PACKAGE):
+        ggufs = [_packaged_gguf(source.removeprefix(_PACKAGE))]
+    with _load_errors(source), _quiet():
+        if ggufs:
+            return AutoConfig.from_pretrained(_unpacked(ggufs[0], _sha256(ggufs[:1])))
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else source, revision=revision)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:

@@ -38,6 +38,8 @@ M = TypeVar("M", bound=BaseModel)
 
 REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
 POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
+CONFIG_FILE = "config_file"  # in a field's schema: it is the TOML file of the command itself
+SHIPPED = "shipped"  # in a field's schema: a small file, which goes to a cluster with the job that is submitted
 
 
 def must_be_given(model: type[BaseModel], key: str, given: Mapping[str, Any]) -> bool:
@@ -111,7 +113,18 @@ Encoder = Annotated[
 ]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PoolUri = Annotated[
-    Uri, Field(description="Pool of targets and prices: a TOML file, with #name where it holds several")
+    Uri,
+    Field(
+        description="Pool of targets and prices: a TOML file, with #name where it holds several",
+        json_schema_extra={SHIPPED: True},
+    ),
+]
+OtherPool = Annotated[
+    Uri | None,
+    Field(
+        description="Other prices, or fewer targets, than the router's: as for `train`",
+        json_schema_extra={SHIPPED: True},
+    ),
 ]
 ACTIVATIONS = "Activation store that `extract` wrote"
 OUTCOMES = "Graded answers (Parquet): prompt_id, target, correct, output_tokens"
@@ -137,6 +150,8 @@ Workers = Annotated[
     int | None,
     Field(ge=1, description="Encoder actors, at most [one a GPU; without GPUs, one a machine, on all its cores]"),
 ]
+Accelerator = Annotated[str | None, Field(min_length=1, description="GPU model of the actors' machines, as H100 [any]")]
+MemoryPerWorker = Annotated[float | None, Field(gt=0.0, description="GiB that Ray keeps for an actor [none kept]")]
 IgnoreUnknown = Annotated[bool, Field(description="Leave out outcomes of prompts that have no activations")]
 Overwrite = Annotated[bool, Field(description="Replace what lies at --out")]
 Tolerance = Annotated[
@@ -194,6 +209,8 @@ class ExtractConfig(StrictModel):
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
+    accelerator: Accelerator = None
+    memory_per_worker: MemoryPerWorker = None
     overwrite: Overwrite = False
 
 
@@ -293,7 +310,9 @@ class CompareConfig(StrictModel):
     activations: ActivationsUris
     outcomes: OutcomesUri
     out: Uri = Field(description="Folder for report.json and report.html")
-    pool: Uri | None = Field(None, description="Pool of targets and prices [the first router's]")
+    pool: Uri | None = Field(
+        None, description="Pool of targets and prices [the first router's]", json_schema_extra={SHIPPED: True}
+    )
     corpus: Uri | None = Field(None, description="The prompts themselves, to find those alike but for case and space")
     drop_leaked: bool = Field(False, description="Leave out held-out prompts that repeat prompts trained on")
     draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
@@ -310,7 +329,9 @@ class CollectConfig(StrictModel):
     out: Uri = Field(description="Folder for answers/, outcomes/ and manifest.json")
     targets: str | None = Field(None, description="Only these targets of the pool, as small,large")
     grader: str | None = Field(None, description="exact, choice, numeric, code ..., or package.module:function")
-    grader_options: Uri | None = Field(None, description="TOML file of the grader's options")
+    grader_options: Uri | None = Field(
+        None, description="TOML file of the grader's options", json_schema_extra={SHIPPED: True}
+    )
     judge: str | None = Field(None, description="Target of the pool that the grader judge asks, within the budget")
     regrade: bool = Field(False, description="Grade the answers that are there, and ask no target")
     budget_usd: float | None = Field(None, ge=0.0, description="What all runs into --out may cost together, at most")
@@ -344,7 +365,7 @@ class LabelConfig(StrictModel):
         "messages, or requests to an OpenAI-style endpoint as they are"
     )
     out: Uri = Field(description="Folder for decisions/, report.html and report.json")
-    pool: Uri | None = Field(None, description="Other prices, or fewer targets, than the router's: as for `train`")
+    pool: OtherPool = None
     tolerance: Tolerance = None
     budget_usd: float | None = Field(
         None, gt=0.0, description="In place of a tolerance: what all lines may be expected to cost, spent for the best"
@@ -362,6 +383,8 @@ class LabelConfig(StrictModel):
     shard_rows: int = Field(1024, ge=1, description="Lines in one object of the output")
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
+    accelerator: Accelerator = None
+    memory_per_worker: MemoryPerWorker = None
     overwrite: bool = Field(False, description="Decide anew; what the router said of the prompts is kept")
 
 
@@ -376,7 +399,7 @@ class ServeConfig(StrictModel):
     host: str = Field("127.0.0.1", description="Address to listen on; one that others can reach needs --keys")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
     keys: Uri | None = Field(None, description='Who may ask: a TOML file of NAME = "sha256:...", see the key command')
-    pool: Uri | None = Field(None, description="Other prices, or fewer targets, than the router's: as for `train`")
+    pool: OtherPool = None
     tolerance: Tolerance = None
     replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")
     max_replicas: int | None = Field(None, ge=1, description="At most so many, as load asks [--replicas]")
@@ -405,6 +428,53 @@ class ServeConfig(StrictModel):
     feedback: Uri | None = Field(None, description="Folder for calls and the outcomes that feedback makes of them")
     keep_prompts: bool = Field(False, description="Keep prompts in --feedback too, for training on them")
     traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")
+
+
+class PipelineConfig(StrictModel):
+    """From a corpus and outcomes to a published router: extract a sample, probe, extract, train, evaluate, publish.
+
+    Only what is out of date is run. A router that is not as good as the published one does not take its place. Tables
+    of the same file, as [extract] and [train], set what those commands' flags do.
+    """
+
+    file: Uri | None = Field(
+        None,
+        description="TOML file with a table [pipeline], and others for its steps; flags win over it",
+        json_schema_extra={POSITIONAL: True, SHIPPED: True, CONFIG_FILE: True},
+    )
+    corpus: Uri = Field(description="Prompts, as for `extract`")
+    outcomes: OutcomesUri
+    pool: PoolUri
+    out: Uri = Field(description="Folder for sample/, probe/, activations/, router/, report/ and gate/")
+    publish: Uri = Field(description="Where the router goes that serves")
+    encoder: Encoder = DEFAULT_ENCODER
+    sample: int = Field(2000, ge=2, description="Prompts that all layers are extracted of, to choose among them")
+    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts that the gate judges by")
+    plan: bool = Field(False, description="Print what would run, and what it would cost, and run nothing")
+    accept: bool = Field(False, description="Publish whatever the gate says, as after outcomes were graded anew")
+
+
+class SubmitConfig(StrictModel):
+    """Where a job runs that is submitted, and what goes with it."""
+
+    address: str | None = Field(
+        None,
+        min_length=1,
+        description="Dashboard of the Ray cluster, as http://host:8265; local: a Ray that starts and ends with the job "
+        "[RAY_API_SERVER_ADDRESS]",
+    )
+    submission_id: str | None = Field(
+        None, pattern=r"^[\w.-]+$", description="Name of the job; one that is known there is followed, not run again"
+    )
+    secrets: str | None = Field(
+        None, description="Variables that must be set on the cluster, as HF_TOKEN,OPENAI_API_KEY; values are never sent"
+    )
+    env: tuple[str, ...] = Field((), description="NAME=VALUE for the job's processes; may be given several times")
+    driver_cpus: float | None = Field(
+        None, gt=0.0, description="CPUs of the driver, which then runs on any node [head]"
+    )
+    driver_memory_gib: float | None = Field(None, gt=0.0, description="GiB that Ray keeps for the driver")
+    detach: bool = Field(False, description="Do not follow the job")
 
 
 class KeyConfig(StrictModel):
@@ -441,6 +511,8 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "compare": CompareConfig,
     "collect": CollectConfig,
     "label": LabelConfig,
+    "pipeline": PipelineConfig,
+    "submit": SubmitConfig,
     "serve": ServeConfig,
     "key": KeyConfig,
     "demo": DemoConfig,

@@ -125,13 +125,13 @@ class PrefillEncoder:
 
     def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.tokenizer = tokenizer
-        config = _text_config(backbone)
+        config = text_config(backbone)
         context = getattr(config, "max_position_embeddings", None)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         self.fingerprint = _fingerprint(self.spec, weights_id, config, tokenizer)
-        blocks = _find_blocks(backbone)
+        blocks = find_blocks(backbone)
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
-        self.cost = _block_cost(blocks[0], config)
+        self.cost = block_cost(blocks[0], config)
         self._short_rope_tokens = _short_rope_tokens(config) or self.spec.max_tokens
         decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
         self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
@@ -385,7 +385,7 @@ class _Results:
         self._copying = None
 
 
-def _text_config(backbone: Any) -> Any:
+def text_config(backbone: Any) -> Any:
     """The config of the language model, where the backbone has others beside it."""
     return backbone.config.get_text_config()
 
@@ -400,15 +400,15 @@ def _check_causal(backbone: Any, model: str) -> None:
         raise UserError(f"encoder {model}: is no causal LM: its tokens see the ones after them")
 
 
-def _find_blocks(backbone: nn.Module) -> nn.ModuleList:
-    depth = _text_config(backbone).num_hidden_layers
+def find_blocks(backbone: nn.Module) -> nn.ModuleList:
+    depth = text_config(backbone).num_hidden_layers
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
 
 
-def _block_cost(block: nn.Module, config: Any) -> ModelCost:
+def block_cost(block: nn.Module, config: Any) -> ModelCost:
     num_weights = sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
     return ModelCost.of_block(num_weights, config.num_attention_heads * head_size(config))
 

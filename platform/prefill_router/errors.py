@@ -9,8 +9,10 @@ import json
 class UserError(ValueError):
     """Says which input is bad, its value, and the remedy: `pool.toml: target "x": output_price = -1, must be >= 0`.
 
-    Entry points print it as a line and exit with status 1.
+    Entry points print it as a line and exit with `exit_code`.
     """
+
+    exit_code = 1
 
 
 class UnfitError(ValueError):

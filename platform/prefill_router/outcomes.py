@@ -169,7 +169,7 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
 
 def target_names(uri: str) -> list[str]:
     """The targets that the outcomes at `uri` grade, sorted."""
-    return sorted({name for table in _tables(uri) for name in pc.unique(table[TARGET]).to_pylist()})
+    return sorted({name for table in tables(uri) for name in pc.unique(table[TARGET]).to_pylist()})
 
 
 class _Batch(NamedTuple):
@@ -180,7 +180,7 @@ class _Batch(NamedTuple):
 
 def _graded_batches(uri: str, targets: Sequence[str]) -> Iterator[_Batch]:
     names = pa.array(list(targets), pa.string())
-    for table in _tables(uri):
+    for table in tables(uri):
         table = table.filter(pc.is_in(table[TARGET], value_set=names)).combine_chunks()
         ids = pc.dictionary_encode(table[PROMPT_ID].combine_chunks())
         keys = prompt_hashes(ids.dictionary.to_pylist())[np.asarray(ids.indices)]
@@ -191,7 +191,7 @@ def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], 
     """The ascending hashes of the prompts that `targets` were graded on, and the names of all other targets."""
     keys, more, num_more = np.empty(0, np.uint64), [np.empty(0, np.uint64)], 0
     names: set[str] = set()
-    for table in _tables(uri):
+    for table in tables(uri):
         names.update(pc.unique(table[TARGET]).to_pylist())
         wanted = pc.is_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
         more.append(prompt_hashes(pc.unique(table[PROMPT_ID].filter(wanted)).to_pylist()))
@@ -206,7 +206,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
 
 
-def _tables(uri: str) -> Iterator[pa.Table]:
+def tables(uri: str) -> Iterator[pa.Table]:
     """Graded rows in the form of schema.OUTCOMES, in pieces. Of the rows of one request the first counts."""
     requests: set[int] = set()
     for file in _files(uri):

@@ -137,6 +137,13 @@ def list_names(uri: str) -> list[str]:
     return sorted(n for n in names if n and not n.startswith("."))
 
 
+def stamp(uri: str) -> str:
+    """Changes whenever the object at `uri` does: of a local file its size and time, of one in S3 its ETag."""
+    fs, path = resolve(uri)
+    info = fs.info(path)
+    return f"{info['size']}:{info.get('ETag') or info['mtime']}"
+
+
 def open_input(uri: str) -> IO[bytes]:
     """A seekable binary stream."""
     fs, path = resolve(uri)

@@ -34,7 +34,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
     Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
     cluster = os.environ.get("RAY_ADDRESS")
     with silent_stderr():
-        ray.init(cluster, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # Ray has its own idea of SIGTERM, which it sets in init.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

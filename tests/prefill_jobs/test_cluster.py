@@ -33,7 +33,7 @@ def test_rows_come_back_from_tasks(local_ray: None) -> None:
 
 
 def test_rows_come_back_from_actors(local_ray: None) -> None:
-    resources = cluster.encoder_resources(2)
+    resources = cluster.Actors(2).options(1)
     rows = cluster.map_rows([{"x": x} for x in range(5)], Doubler, fn_constructor_kwargs={"offset": 1}, **resources)
     assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
 
