@@ -34,7 +34,7 @@ class BadManifest(Exception):  # noqa: N818 - a finding
 
 def load_all(text: str) -> list[Manifest]:
     """The documents of a YAML text. A key that stands twice is an error, where PyYAML would take the last one."""
-    return [document for document in yaml.load_all(text, _UniqueKeys) if document is not None]  # noqa: S506
+    return [document for document in yaml.load_all(text, _UniqueKeys) if document is not None]
 
 
 class _UniqueKeys(yaml.SafeLoader):

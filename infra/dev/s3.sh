@@ -3,6 +3,10 @@
 set -euo pipefail
 port=${PORT:-9000} bucket=${BUCKET:-prefill-router}
 
+if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+    echo "s3: port $port is taken: PORT=9001 makes it another" >&2
+    exit 1
+fi
 moto_server --host 127.0.0.1 --port "$port" > /dev/null 2>&1 &
 server=$!
 trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true' EXIT
@@ -11,7 +15,7 @@ trap 'exit 0' INT TERM
 tries=0
 until curl --silent --fail --output /dev/null --request PUT "http://127.0.0.1:$port/$bucket"; do
     if ! kill -0 "$server" 2> /dev/null || ((++tries > 150)); then
-        echo "s3: no server on port $port: is the port taken? PORT=9001 makes it another" >&2
+        echo "s3: the server does not come up: moto_server --host 127.0.0.1 --port $port says why" >&2
         exit 1
     fi
     sleep 0.2

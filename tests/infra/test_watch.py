@@ -43,7 +43,7 @@ for arguments in json.loads(sys.argv[1]):
 
 @contextmanager
 def ray_cluster() -> Iterator[Path]:
-    """The one of `make cluster`, on one node, with HAProxy; its folder. Processes that are started meanwhile join it."""
+    """That of `make cluster`, on one node, with HAProxy; its folder. Processes that are started meanwhile join it."""
     folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
     with pytest.MonkeyPatch.context() as patch:
         ours = {"NODES": "1", "CPUS": "8", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
@@ -89,14 +89,14 @@ def asking(serve: Serve) -> Iterator[None]:
 
 
 def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> None:
-    graded = ["--outcomes", f"{small_data}/outcomes.parquet", "--pool", f"{small_data}/pool.toml"]
-    store = f"{folder}/activations"
+    store, prompts = folder / "activations", write_prompts(folder / "corpus.jsonl", 30)
+    extract = {"corpus": small_data / "corpus.parquet", "encoder": tiny_model, "out": store, "shard-rows": 10}
+    train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
+    train |= {"out": folder / "router", "seeds": 4, "keep": 2}
+    collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
     jobs = [
-        ["extract", "--corpus", f"{small_data}/corpus.parquet", "--encoder", str(tiny_model), "--out", store]
-        + ["--shard-rows", "10"],
-        ["train", "--activations", store, *graded, "--out", f"{folder}/router", "--seeds", "4", "--keep", "2"],
-        ["collect", "--corpus", str(write_prompts(folder / "corpus.jsonl", 30)), "--pool", pool]
-        + ["--grader", "exact", "--out", f"{folder}/collected", "--shard-rows", "10", "--budget-usd", "1"],
+        [name, *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
+        for name, flags in {"extract": extract, "train": train, "collect": {**collect, "budget-usd": 1}}.items()
     ]
     done = subprocess.run(
         [sys.executable, "-c", _JOBS, json.dumps(jobs)], capture_output=True, text=True, env=os.environ, check=False
@@ -127,7 +127,7 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         run_jobs(tiny_model, small_data, pool, tmp_path)
         wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 20)
         asked = {name for _, panel in panels() for target in panel["targets"] for name in metrics_in(target["expr"])}
-        (alerts,) = {json.dumps(prometheus.get("/rules"))}
         without_gpus = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
         assert asked - prometheus.names() == without_gpus
+        alerts = [rule["name"] for group in prometheus.get("/rules")["groups"] for rule in group["rules"]]
         assert "NothingScraped" in alerts
