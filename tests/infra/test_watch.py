@@ -19,7 +19,6 @@ import pytest
 from collected import write_prompts
 from gateway import write_pool
 from manifests import INFRA
-from prefill_serve.haproxy import environment
 from prometheus import Prometheus, free_port, metrics_in, panels, watching
 from serving import Serve, serving, wait_until
 from upstream import Upstream
@@ -47,7 +46,7 @@ def ray_cluster() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
     with pytest.MonkeyPatch.context() as patch:
         ours = {"NODES": "1", "CPUS": "8", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
-        ours |= {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000", **environment()}
+        ours |= {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0"}
         for name, value in ours.items():
             patch.setenv(name, value)
         process = subprocess.Popen([INFRA / "dev" / "cluster.sh"], stdout=subprocess.PIPE, text=True)
@@ -75,7 +74,9 @@ def asking(serve: Serve) -> Iterator[None]:
                     return
                 fault = "[[fault:503@big]][[fault:503@small]]" if n % 5 == 0 else ""
                 client.post("/v1/route", json={"prompt": f"what is {n % 97} plus one"})
-                messages = [{"role": "user", "content": f"what is {n % 50} minus one {fault}"}]
+                # Every seventh is too long to be routed: the default target serves.
+                question = "one " * 100 if n % 7 == 0 else f"what is {n % 50} minus one {fault}"
+                messages = [{"role": "user", "content": question}]
                 session = {"x-session-id": str(n // 3)}
                 client.post("/v1/chat/completions", json={"messages": messages}, headers=session)
 
@@ -90,13 +91,16 @@ def asking(serve: Serve) -> Iterator[None]:
 
 def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> None:
     store, prompts = folder / "activations", write_prompts(folder / "corpus.jsonl", 30)
+    refused = {"prompt_id": "p30", "prompt": "what is [[fault:503@big]]", "reference": ["-"]}
+    prompts.write_text(f"{prompts.read_text()}{json.dumps(refused)}\n")
     extract = {"corpus": small_data / "corpus.parquet", "encoder": tiny_model, "out": store, "shard-rows": 10}
     train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
     train |= {"out": folder / "router", "seeds": 4, "keep": 2}
     collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
+    collect |= {"budget-usd": 1, "attempts": 2}
     jobs = [
         [name, *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
-        for name, flags in {"extract": extract, "train": train, "collect": {**collect, "budget-usd": 1}}.items()
+        for name, flags in {"extract": extract, "train": train, "collect": collect}.items()
     ]
     done = subprocess.run(
         [sys.executable, "-c", _JOBS, json.dumps(jobs)], capture_output=True, text=True, env=os.environ, check=False
@@ -121,8 +125,8 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         pool = write_pool(tmp_path / "pool.toml", upstreams)
         (tmp_path / "budgets.toml").write_text("usd_per_day = 1.0\n")
         prometheus = stack.enter_context(watching(stack.enter_context(ray_cluster()), tmp_path))
-        flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "threads": 1}
-        serve = stack.enter_context(serving(router, **flags, max_replicas=2))
+        flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
+        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
         run_jobs(tiny_model, small_data, pool, tmp_path)
         wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 20)
