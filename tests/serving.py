@@ -50,7 +50,7 @@ class Serve:
         wait_until(lambda: any(answer in line for line in self.said[before:]), f"{answer} among {self.said}")
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
