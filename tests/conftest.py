@@ -14,6 +14,8 @@ import pytest
 
 from browsers import CHROMIUM
 from command import Command
+from manifests import KUBECTL
+from prometheus import PROMETHEUS, PROMTOOL
 from s3 import s3_bucket  # noqa: F401
 from tiny import POOL_TOML, random_prompts, save_tiny_model, save_tiny_sentence_encoder
 
@@ -26,8 +28,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a GPU, or of a browser, are left out where there is none: not skipped, for nobody meant to run them."""
-    has = {"cuda": _has_cuda, "browser": lambda: CHROMIUM is not None}
+    """Tests of a GPU, or of a program, are left out where there is none: not skipped, for nobody meant to run them."""
+    has = {
+        "cuda": _has_cuda,
+        "browser": lambda: CHROMIUM is not None,
+        "kubectl": lambda: KUBECTL is not None,
+        "prometheus": lambda: PROMETHEUS is not None and PROMTOOL is not None,
+    }
     left_out = [
         i for i in items if any(i.get_closest_marker(mark) and not is_there() for mark, is_there in has.items())
     ]

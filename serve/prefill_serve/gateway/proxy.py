@@ -240,6 +240,8 @@ class Proxy:
             cost_usd=cost_usd,
         )
         self.metrics.ended(served)
+        if isinstance(plan, Routed) and plan.sticky is not None and target is not None:
+            self.metrics.moved.inc(1, tags={"outcome": "kept" if target == plan.sticky else "moved"})
         if routing is not None and decision is not None and target is not None:
             self.endpoint.record(routing, decision, caller.request_id)
         prompt = routing.question.prompt if routing is not None else self._prompt(call)

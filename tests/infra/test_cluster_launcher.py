@@ -1,0 +1,66 @@
+"""`ray up infra/cluster.yaml`, as far as Ray and AWS can be asked without a machine of theirs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from botocore.session import get_session
+from botocore.validate import ParamValidator
+
+from manifests import INFRA, ROOT, load_all
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    (config,) = load_all((INFRA / "cluster.yaml").read_text())
+    return config
+
+
+def launch(config: dict[str, Any]) -> None:
+    """What `ray up` checks first."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def test_ray_takes_it(config: dict[str, Any]) -> None:
+    launch(config)
+
+
+@pytest.mark.parametrize("path", ["max_worker", "available_node_types.gpu.min_worker", "auth.ssh_users"])
+def test_ray_refuses_what_is_misspelt(config: dict[str, Any], path: str) -> None:
+    place = config
+    *way, last = path.split(".")
+    for key in way:
+        place = place[key]
+    place[last] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        launch(config)
+
+
+def test_aws_takes_its_instances(config: dict[str, Any]) -> None:
+    """By the model of EC2's API that comes with botocore, which knows every key."""
+    shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for node_type in config["available_node_types"].values():
+        request = {**node_type["node_config"], "MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(request, shape).has_errors()
+    assert ParamValidator().validate({**request, "InstanceTyp": "g6.xlarge"}, shape).has_errors()
+
+
+def test_what_it_sends_is_what_it_starts(config: dict[str, Any]) -> None:
+    workers = config["available_node_types"]["gpu"]
+    assert workers["min_workers"] == 0
+    assert workers["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert "InstanceMarketOptions" not in config["available_node_types"]["head"]["node_config"]
+    setup = "\n".join(config["setup_commands"])
+    pinned = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert f"ray[default]=={pinned['ray']}" in setup
+    assert "dist/*.whl" in setup
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^ENCODER := (.*)$", makefile, re.MULTILINE)[1] in setup  # type: ignore[index]
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert command.startswith(". ~/.ray-env; ")

@@ -1,0 +1,112 @@
+"""`make s3` and `make cluster`: they come up, are open to this machine alone, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import pytest
+
+from manifests import INFRA, ROOT
+from prometheus import free_port
+
+
+@contextmanager
+def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], psutil.Process]]:
+    """What it tells to export, and its process; ended as by Ctrl-C."""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    command = [INFRA / "dev" / script]
+    # A new session: Ctrl-C reaches all of a terminal's processes, and here these alone.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    everything = []
+    try:
+        with process.stdout as said:
+            words = said.readline().split()
+        assert words[0] == "export"
+        tree = psutil.Process(process.pid)
+        everything = [tree, *tree.children(recursive=True)]
+        yield dict(word.split("=", 1) for word in words[1:]), tree
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        status = process.wait(60)
+    _, left = psutil.wait_procs(everything, timeout=20)
+    assert (status, left) == (0, [])
+
+
+def addresses(tree: psutil.Process) -> set[str]:
+    """On which its processes listen."""
+    return {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in (tree, *tree.children(recursive=True))
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_an_s3_server_with_a_bucket() -> None:
+    program = (
+        "from prefill_router import storage as s; s.write_bytes('s3://b-1/x', b'y'); print(s.read_bytes('s3://b-1/x'))"
+    )
+    with running("s3.sh", PORT=free_port(), BUCKET="b-1") as (exported, tree):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **exported}, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == "b'y'", done.stderr
+        assert addresses(tree) == {"127.0.0.1"}
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with running("s3.sh", PORT=(port := free_port())):
+        done = subprocess.run(
+            [INFRA / "dev" / "s3.sh"],
+            env={**os.environ, "PORT": str(port)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"port {port} is taken" in done.stderr
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # sockets want short paths
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_cluster_of_two_nodes(ray_folder: str) -> None:
+    dashboard = free_port()
+    variables = {"PORT": free_port(), "DASHBOARD_PORT": dashboard, "CPUS": 1, "RAY_TMPDIR": ray_folder}
+    program = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
+    with running("cluster.sh", **variables) as (exported, tree):
+        assert addresses(tree) == {"127.0.0.1"}
+        url = f"http://127.0.0.1:{dashboard}/api/jobs/"
+        assert httpx.get(url, timeout=30).status_code == 401
+        token = {"authorization": f"Bearer {exported['RAY_AUTH_TOKEN']}"}
+        assert httpx.get(url, headers=token, timeout=30).json() == []
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **exported}, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == "2", done.stderr
+
+
+def test_make_calls_them() -> None:
+    for target in ("s3", "cluster"):
+        done = subprocess.run(
+            ["make", "--dry-run", "--assume-old=.venv/dev", target],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.strip().endswith(f"infra/dev/{target}.sh"), done.stdout + done.stderr

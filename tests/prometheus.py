@@ -1,0 +1,87 @@
+"""A real Prometheus that watches a Ray on this machine, and what panels and alerts ask of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from manifests import INFRA
+
+PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
+DASHBOARDS = sorted((INFRA / "grafana").glob("*.json"))
+
+_QUOTED = re.compile(r'"[^"]*"')
+_NAME = re.compile(r"\b(?:ray_\w+|up\b)")
+_RUN_NAME = "ray_train_run_name"  # a label
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics that a PromQL expression names. All that we watch are Ray's, or Prometheus' own `up`."""
+    return set(_NAME.findall(_QUOTED.sub('""', expression))) - {_RUN_NAME}
+
+
+def panels() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every panel, as "dashboard: title"."""
+    for path in DASHBOARDS:
+        for panel in json.loads(path.read_text())["panels"]:
+            yield f"{path.stem}: {panel['title']}", panel
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Prometheus:
+    """One that runs; it is asked for all that happened since it was started."""
+
+    def __init__(self, port: int) -> None:
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
+        self.started = time.time()
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        answer = self.client.get(path, params=parameters)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def names(self) -> set[str]:
+        return set(self.get("/label/__name__/values"))
+
+    def has_data(self, expression: str) -> bool:
+        """Was there a number at any time?"""
+        expression = expression.replace("$__rate_interval", "10s").replace("$task", ".*")
+        found = self.get("/query_range", query=expression, start=self.started, end=time.time(), step=1)
+        return any(math.isfinite(float(value)) for series in found["result"] for _, value in series["values"])
+
+
+@contextmanager
+def watching(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
+    """Prometheus with our own config, on another Ray's folder and every second."""
+    assert PROMETHEUS is not None
+    config = (INFRA / "prometheus" / "prometheus.yml").read_text()
+    (folder / "prometheus.yml").write_text(
+        config.replace("/tmp/ray-cluster/ray/", f"{ray_folder}/").replace(" 15s", " 1s")
+    )
+    shutil.copy(INFRA / "prometheus" / "alerts.yml", folder)
+    port = free_port()
+    command = [PROMETHEUS, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"])
+    prometheus = Prometheus(port)
+    try:
+        yield prometheus
+    finally:
+        prometheus.client.close()
+        process.terminate()
+        process.wait(30)
