@@ -71,9 +71,9 @@ def watching(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
     """Prometheus with our own config, on another Ray's folder and every second."""
     assert PROMETHEUS is not None
     config = (INFRA / "prometheus" / "prometheus.yml").read_text()
-    (folder / "prometheus.yml").write_text(
-        config.replace("/tmp/ray-cluster/ray/", f"{ray_folder}/").replace(" 15s", " 1s")
-    )
+    # Not /tmp/ray: other Rays of this machine are none of ours.
+    ours = config.replace("/tmp/ray-cluster/ray/", f"{ray_folder}/").replace("- /tmp/ray/", f"- {folder}/none-")
+    (folder / "prometheus.yml").write_text(ours.replace(" 15s", " 1s"))
     shutil.copy(INFRA / "prometheus" / "alerts.yml", folder)
     port = free_port()
     command = [PROMETHEUS, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
