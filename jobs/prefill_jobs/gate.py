@@ -82,7 +82,7 @@ class Gate:
                 found.append(text)
         return found
 
-    def publish(self) -> None:
+    def publish(self) -> Router:
         """Puts the router in the published one's place, with the outcomes that its successor will be judged by."""
         router = Router.load(self.router)
         outcomes = self._outcomes() if not self.config.accept else self._given()
@@ -90,6 +90,7 @@ class Gate:
         held_out = storage.encode_parquet(outcomes.filter(pa.array(is_new)))
         storage.write_bytes(storage.join(self.config.publish, _HELD_OUT), held_out)
         router.save(self.config.publish)
+        return router
 
     def _outcomes(self) -> pa.Table:
         """Those kept with the published router, and for pairs that it does not know those that are given now."""

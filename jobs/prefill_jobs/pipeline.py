@@ -189,8 +189,7 @@ class Pipeline:
                 f"gate: the new router is worse than the published one and does not take its place: "
                 f"{'; '.join(objections)}; see {self.config.out}/gate/report.html, or publish it with --accept"
             )
-        gate.publish()
-        return f"{self.config.publish}: router {storage.name(self.train.out)} is published"
+        return f"{self.config.publish}: router {gate.publish().version}"
 
     # --- their settings ----------------------------------------------------------------------------------------------
 

@@ -153,20 +153,20 @@ class JobFailedError(UserError):
         super().__init__(f"{submission_id}: {details.status.value}{said}")
 
 
-def submit(config: StrictModel, submit: SubmitConfig) -> Submission:
+def submit(config: StrictModel, to: SubmitConfig) -> Submission:
     """Sends a job to a cluster: `config` says which, as that of the command. Returns once the cluster has taken it.
 
     A submission id that is known there is not run again: the job that has it is returned, where it is the same
     request. Raises UserError where it is another, where no cluster answers, and for a secret's value.
     """
-    request = Request.of(config, submit)
-    cluster = Cluster.at(submit.address)
-    submission = Submission(cluster, submit.submission_id or _new_id(request.job))
-    if submit.submission_id and (known := _known(submission, request)):
+    request = Request.of(config, to)
+    cluster = Cluster.at(to.address)
+    submission = Submission(cluster, to.submission_id or _new_id(request.job))
+    if to.submission_id and (known := _known(submission, request)):
         return known
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _send(cluster.client, submission.submission_id, request, submit, Path(folder))
+            _send(cluster.client, submission.submission_id, request, to, Path(folder))
         except RuntimeError as error:
             if known := _known(submission, request):  # somebody else was faster
                 return known
@@ -180,7 +180,7 @@ def submit(config: StrictModel, submit: SubmitConfig) -> Submission:
     wait=wait_fixed(_POLL_S),
     reraise=True,
 )
-def _send(client: JobSubmissionClient, name: str, request: Request, submit: SubmitConfig, folder: Path) -> None:
+def _send(client: JobSubmissionClient, name: str, request: Request, to: SubmitConfig, folder: Path) -> None:
     files = folder / "files"
     files.mkdir(exist_ok=True)
     for file, data in request.files.items():
@@ -194,8 +194,8 @@ def _send(client: JobSubmissionClient, name: str, request: Request, submit: Subm
             "env_vars": request.env,
         },
         metadata={_REQUEST: request.digest},
-        entrypoint_num_cpus=submit.driver_cpus,
-        entrypoint_memory=None if submit.driver_memory_gib is None else int(submit.driver_memory_gib * 2**30),
+        entrypoint_num_cpus=to.driver_cpus,
+        entrypoint_memory=None if to.driver_memory_gib is None else int(to.driver_memory_gib * 2**30),
     )
 
 
