@@ -151,7 +151,7 @@ def test_what_was_committed_before_a_job_died_is_kept(
 def test_a_corpus_that_grew_costs_what_is_new(
     local_ray: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_records: int
 ) -> None:
-    """Rows at a file's end, and a file that comes before the others; of records that lie alone, and of gathered ones."""
+    """Rows at a file's end, and a file that comes before the others; with records that are gathered, or lie alone."""
     monkeypatch.setattr("prefill_router.ledger.SEGMENT_RECORDS", segment_records)
     prompts = random_prompts(70, seed=7)
     corpus, out = tmp_path / "corpus", tmp_path / "out"
