@@ -124,13 +124,26 @@ def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str], arguments
     assert capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def assert_shown(out: str, name: str) -> None:
+    """Is every field of a command's config in its help?"""
+    for key, field in COMMANDS[name].model_fields.items():
+        is_argument = "positional" in (field.json_schema_extra or {})
+        assert (f"[{key}]" if is_argument else f"--{key.replace('_', '-')}") in out
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "submit"])
 def test_help_shows_every_flag(command: Command, name: str) -> None:
     result = command(name, "--help")
     assert result.status == 0
-    for key, field in COMMANDS[name].model_fields.items():
-        is_argument = (field.json_schema_extra or {}) == {"positional": True}
-        assert (f"[{key}]" if is_argument else f"--{key.replace('_', '-')}") in result.out
+    assert_shown(result.out, name)
+
+
+@pytest.mark.parametrize("name", ["extract", "train", "pipeline", "compare"])
+def test_help_of_a_submission_shows_the_jobs_flags_too(command: Command, name: str) -> None:
+    result = command("submit", name, "--help")
+    assert result.status == 0
+    assert_shown(result.out, name)
+    assert_shown(result.out, "submit")
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------
