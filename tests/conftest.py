@@ -98,7 +98,7 @@ def local_ray(s3_bucket: str) -> Iterator[None]:  # noqa: F811
 
     from prefill_jobs import cluster
 
-    ray.init(num_cpus=4, object_store_memory=200_000_000, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=4, object_store_memory=200_000_000, logging_level="ERROR", log_to_driver=False)
     cluster.connect()
     yield
     ray.shutdown()
