@@ -279,8 +279,7 @@ def _settings(config: StrictModel) -> dict[str, Any]:
 
 def _stamps(uri: str) -> dict[str, str]:
     storage.require(uri, "file or folder")
-    found = [uri] if storage.is_file(uri) else files(uri) if uri else []
-    return {file: storage.stamp(file) for file in found}
+    return {file: storage.stamp(file) for file in files(uri)}
 
 
 def _digest(uri: str, name: str = MANIFEST) -> str:

@@ -34,7 +34,6 @@ from prefill_router.config import StrictModel, SubmitConfig
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
 
-LOCAL = "local"
 _REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest
 _POLL_S = 0.5
 _PATIENCE_S = 120.0  # with a head that does not answer
