@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from prometheus import PROMETHEUS, PROMTOOL
 from s3 import s3_bucket  # noqa: F401
 from tiny import POOL_TOML, random_prompts, save_tiny_model, save_tiny_sentence_encoder
 
+# As in an activated environment: what tests start finds this Python and its programs.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads on tiny matrices only wait for each other
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -17,6 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def connect() -> None:
@@ -65,6 +70,26 @@ def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) 
     """
     guarded = _guarded_class(function) if isinstance(function, type) else functools.partial(_guarded, function)
     yield from _rows(_items(items).map(guarded, **options))
+
+
+def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """As `map`, in order: each call is a task somewhere in the cluster, twice as many at once as there are CPUs.
+
+    A single item's is made here. Raises a UserError, or an OSError as one, of any call.
+    """
+    left = iter(items)
+    first = list(itertools.islice(left, 2))
+    if len(first) < 2:
+        yield from map(function, first)
+        return
+    task = ray.remote(_caught)
+    calls = deque(task.remote(function, item) for item in (*first, *itertools.islice(left, 2 * num_cpus() - 2)))
+    while calls:
+        result, problem = ray.get(calls.popleft())
+        if problem is not None:
+            raise UserError(problem)
+        calls.extend(task.remote(function, item) for item in itertools.islice(left, 1))
+        yield result
 
 
 def merge_rows(
@@ -190,20 +215,20 @@ def on_every_node(function: Callable[..., None], *arguments: Any) -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     if len(nodes) < 2:
         return
-    task = ray.remote(num_cpus=0)(_guarded_call)
+    task = ray.remote(num_cpus=0)(_caught)
     affinities = (NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes)
     calls = [task.options(scheduling_strategy=place).remote(function, *arguments) for place in affinities]
-    for problem in ray.get(calls):
+    for _, problem in ray.get(calls):
         if problem is not None:
             raise UserError(problem)
 
 
-def _guarded_call(function: Callable[..., None], *arguments: Any) -> str | None:
+def _caught(function: Callable[..., R], *arguments: Any) -> tuple[R | None, str | None]:
+    """What it returns, or what a user can put right."""
     try:
-        function(*arguments)
+        return function(*arguments), None
     except (UserError, OSError) as error:
-        return str(error)
-    return None
+        return None, str(error)
 
 
 def cpus_per_worker(workers: int) -> float:

@@ -77,10 +77,10 @@ def collect(config: CollectConfig) -> CollectManifest:
         raise UserError("sample_by = active, but no --router says where it can hardly choose")
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
     storage.refuse_file(config.out)
-    with Lease.acquire(config.out, "collect") as lease:
-        planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True)
-        with cluster.connected():
-            return _Collection(config, pool, asked, grader, judge, planned, lease).run()
+    storage.require(config.corpus, "corpus")
+    with Lease.acquire(config.out, "collect") as lease, cluster.connected():
+        planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)
+        return _Collection(config, pool, asked, grader, judge, planned, lease).run()
 
 
 class _Collection:

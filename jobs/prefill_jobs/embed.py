@@ -57,7 +57,7 @@ class Embeddings:
 def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     """Embeds the prompts of a corpus, those that `out` does not hold already. Bad rows are left out."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
-    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True).shards
+    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=cluster.spread).shards
     items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(shards_of_corpus)]
     arguments = {"sentence_encoder": sentence_encoder, "fingerprint": fingerprint, "out": out}
     arguments["threads"] = cluster.threads_per_worker(1)  # type: ignore[assignment]

@@ -41,12 +41,12 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
     storage.refuse_file(config.out)
-    planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
-    planned.check_bad(planned.bad, config.max_bad_fraction)
-    with Lease.acquire(config.out, "extract") as lease:
-        extraction = _Extraction(config, planned, layers, pooling, lease)
-        with cluster.connected():
-            return extraction.run()
+    storage.require(config.corpus, "corpus")
+    with cluster.connected():
+        planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
+        planned.check_bad(planned.bad, config.max_bad_fraction)
+        with Lease.acquire(config.out, "extract") as lease:
+            return _Extraction(config, planned, layers, pooling, lease).run()
 
 
 class _Extraction:

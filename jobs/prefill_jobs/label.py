@@ -76,12 +76,17 @@ def label(config: LabelConfig) -> LabelManifest:
         if before is not None and not inputs:
             say(f"label: {config.log} holds no new file")
             return before
-        names = [file.uri for file in inputs]
-        planned = plan(
-            config.log, config.shard_rows, config.limit, config.max_prompt_bytes, keep_repeats=True, only=names
-        )
-        planned.check_bad(planned.bad, config.max_bad_fraction)
         with cluster.connected():
+            planned = plan(
+                config.log,
+                config.shard_rows,
+                config.limit,
+                config.max_prompt_bytes,
+                keep_repeats=True,
+                only=[file.uri for file in inputs],
+                spread=cluster.spread,
+            )
+            planned.check_bad(planned.bad, config.max_bad_fraction)
             return _Labelling(config, router, choice, planned, inputs, before, lease).run()
 
 

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from prefill_router import config, shards
 from prefill_router.corpus import BadRow
-from prefill_router.plan import Keys
+from prefill_router.keys import Keys
 from prefill_router.schema import COMMITS
 
 _KEY_CHARACTERS = 32  # in base64, of the 24 bytes of a row

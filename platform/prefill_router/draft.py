@@ -16,8 +16,9 @@ from prefill_router.commits import Commit, Refused, shard_name
 from prefill_router.corpus import Prompt
 from prefill_router.encoder import Reading
 from prefill_router.features import from_table, to_table
+from prefill_router.keys import row_keys
 from prefill_router.ledger import Place
-from prefill_router.plan import Repeats, Shard, read_shard, row_keys
+from prefill_router.plan import Repeats, Shard, read_shard
 from prefill_router.schema import NUM_TOKENS, ActivationColumn
 
 _NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"

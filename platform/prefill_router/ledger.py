@@ -25,7 +25,7 @@ from prefill_router import commits, config, features, segments, shards, storage
 from prefill_router.commits import Commit
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
-from prefill_router.plan import Keys
+from prefill_router.keys import Keys
 from prefill_router.segments import Segment
 
 SEGMENT_RECORDS = 4096  # that lie alone before they are gathered

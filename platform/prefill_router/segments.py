@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from prefill_router import commits, storage
 from prefill_router.commits import Commit
 from prefill_router.errors import UserError
-from prefill_router.plan import Keys
+from prefill_router.keys import Keys
 from prefill_router.schema import COMMITS
 
 _RECORDS, _KEYS = ".parquet", ".keys"

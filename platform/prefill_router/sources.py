@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.commits import shard_name
+from prefill_router.keys import Keys
 from prefill_router.ledger import Ledger, Place
-from prefill_router.plan import Keys
 
 
 class Sources:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from prefill_jobs import cluster
-from prefill_router.plan import Keys, plan
+from prefill_router.keys import Keys
+from prefill_router.plan import plan
 from tiny import random_prompts
 
 TOKENS_PER_PROMPT = 225

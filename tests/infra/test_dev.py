@@ -103,7 +103,7 @@ def test_a_cluster_of_two_nodes(ray_folder: str) -> None:
 def test_make_calls_them() -> None:
     for target in ("s3", "cluster"):
         done = subprocess.run(
-            ["make", "--dry-run", "--assume-old=.venv/dev", target],
+            ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/dev", target],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -44,6 +44,29 @@ def test_what_a_user_can_put_right_in_a_task_is_raised_here(local_ray: None, x: 
         list(cluster.map_rows([{"x": x}], double, fn_kwargs={"offset": 0}))
 
 
+def doubled(x: int) -> int:
+    return int(double({"x": x}, 0)["y"])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 50])
+def test_what_is_spread_comes_back_in_order(local_ray: None, number: int) -> None:
+    items = range(100, 100 + number)
+    assert list(cluster.spread(doubled, items)) == [2 * x for x in items]
+
+
+def test_what_is_spread_is_handed_out_as_it_is_taken(local_ray: None) -> None:
+    items = iter(range(100, 1000))
+    results = cluster.spread(doubled, items)
+    assert next(results) == 200
+    assert next(items) <= 100 + 2 * cluster.num_cpus() + 1
+
+
+@pytest.mark.parametrize(("x", "message"), [(13, "13 is unlucky"), (28, "No space left on device")])
+def test_what_a_user_can_put_right_in_what_is_spread_is_raised_here(local_ray: None, x: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(cluster.spread(doubled, [1, x, 2]))
+
+
 @dataclass(frozen=True)
 class Numbers:
     values: list[int]

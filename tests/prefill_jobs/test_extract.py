@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from command import Command
-from corpora import write_corpus
+from corpora import write_corpus, write_jsonl
+from prefill_jobs import cluster
 from prefill_jobs.extract import extract, parse_layers, parse_pooling
 from prefill_jobs.summary import ExtractSummary
 from prefill_router import storage
@@ -20,6 +21,7 @@ from prefill_router.encoder import PrefillEncoder
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.lease import Lease
+from prefill_router.plan import plan
 from tiny import random_prompts
 
 
@@ -301,3 +303,20 @@ def test_layers_that_are_no_list_are_refused(text: str) -> None:
 def test_poolings_that_do_not_exist_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="must be"):
         parse_pooling(text)
+
+
+def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(5):  # prompts that are repeated and bad, ids that are given, given twice, and not given
+        prompts = rng.choice(["a", "b", "c", "d", "e", "f", " "], 9)
+        ids = rng.integers(0, 200, 9)
+        rows = (
+            {"prompt": str(p)} | ({"prompt_id": f"p{n}"} if i % 2 else {}) for p, n in zip(prompts, ids, strict=True)
+        )
+        write_jsonl(tmp_path / f"{i}.jsonl", *rows)
+    here, there = plan(str(tmp_path), 2), plan(str(tmp_path), 2, spread=cluster.spread)
+    assert here.repeats
+    assert here.bad
+    assert (there.shards, there.repeats, there.bad) == (here.shards, here.repeats, here.bad)
+    np.testing.assert_array_equal(there.keys, here.keys)
+    np.testing.assert_array_equal(there.is_first, here.is_first)

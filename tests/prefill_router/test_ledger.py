@@ -11,8 +11,8 @@ import pytest
 from prefill_router import ledger, segments, shards, storage
 from prefill_router.commits import Commit, Refused, bad_rows, shard_name
 from prefill_router.errors import UserError
+from prefill_router.keys import Keys
 from prefill_router.ledger import Ledger, Place
-from prefill_router.plan import Keys
 from prefill_router.sources import Sources
 
 COLUMNS = ["last_001", "mean_003"]

@@ -18,7 +18,8 @@ from corpora import write, write_jsonl, write_parquet, write_rows
 from prefill_router import corpus, storage
 from prefill_router.corpus import BadRow, Row, content_hash
 from prefill_router.errors import UserError
-from prefill_router.plan import CorpusPlan, Shard, plan, read_shard, row_keys
+from prefill_router.keys import row_keys
+from prefill_router.plan import CorpusPlan, Shard, plan, read_shard
 
 Record = tuple[str | None, str | None]  # prompt_id, prompt
 
@@ -308,7 +309,7 @@ def test_a_hash_that_another_row_was_given_as_its_id_makes_the_later_row_bad(tmp
 
 def test_different_ids_with_the_same_64_bits_are_no_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = corpus.id_digest
-    monkeypatch.setattr("prefill_router.plan.id_digest", lambda i: real("p") if i.startswith("p") else real(i))
+    monkeypatch.setattr("prefill_router.keys.id_digest", lambda i: real("p") if i.startswith("p") else real(i))
     rows = [{"prompt_id": f"p{i}", "prompt": f"x{i}"} for i in (0, 1, 2, 1)]
     planned = plan(str(write_jsonl(tmp_path / "a.jsonl", *rows)), 2)
     assert [bad.row for bad in planned.bad] == [3]
@@ -360,7 +361,7 @@ def test_a_file_that_changes_while_it_is_planned_is_an_error(tmp_path: Path, mon
         yield from corpus.read(*arguments, **options)
         write_jsonl(path, *({"prompt": "x", "prompt_id": i} for i in "ade"))
 
-    monkeypatch.setattr("prefill_router.plan.read", read_and_change)
+    monkeypatch.setattr("prefill_router.scan.read", read_and_change)
     with pytest.raises(UserError, match=r"a\.jsonl: .*must not change under a job"):
         plan(str(path), 10)
 
