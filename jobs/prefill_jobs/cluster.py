@@ -20,6 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
 
+_FEW_AHEAD = 128  # tasks at once, of some twenty actors, that no driver is too slow for
+_ROUNDS = 8  # so many times as many tasks there are at least, for at the end all wait for the last
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -63,13 +66,23 @@ def connected() -> Iterator[None]:
 
 
 def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:
-    """Maps items (flat dicts) on Ray Data, a task each, and yields the rows that come back, as they finish.
+    """Maps items (flat dicts) on Ray Data and yields the rows that come back, as they finish.
+
+    Each is a task of its own, that can go wherever there is room. Only where many actors work on many items, some go
+    together: the driver takes in a few hundred tasks a second, which a thousand actors would wait for.
 
     `function` takes and returns a dict, or is a class of actors that do; `options` are those of `Dataset.map`.
     A UserError inside it is raised here, and so is an OSError, such as a full disk, as one.
     """
     guarded = _guarded_class(function) if isinstance(function, type) else functools.partial(_guarded, function)
-    yield from _rows(_items(items).map(guarded, **options))
+    pool = options.get("compute")
+    ahead = pool.max_size * pool.max_tasks_in_flight_per_actor if pool is not None else 1
+    yield from _rows(_items(items, task_size(len(items), ahead)).map(guarded, **options))
+
+
+def task_size(num_items: int, num_ahead: int) -> int:
+    """How many items make a task where `num_ahead` tasks are handed out at once: each actor still gets many."""
+    return max(1, min(num_ahead // _FEW_AHEAD, num_items // (_ROUNDS * num_ahead)))
 
 
 def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -112,8 +125,8 @@ def merge_rows(
         yield from _rows(parts.groupby(by).map_groups(functools.partial(_merged, by, finish), **options))
 
 
-def _items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:
-    return ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+def _items(items: Sequence[Mapping[str, Any]], task_size: int = 1) -> ray.data.Dataset:
+    return ray.data.from_items([dict(item) for item in items], override_num_blocks=-(-len(items) // task_size))
 
 
 def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

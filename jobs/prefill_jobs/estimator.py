@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_jobs.reader import SafeReader, begin
-from prefill_router import artifact, shards
+from prefill_router import artifact, shards, storage
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.corpus import Prompt
 from prefill_router.encoder import PrefillEncoder
@@ -70,10 +70,15 @@ class EstimateShard:
         rows = read_shard(task.shard, self.max_prompt_bytes)
         wanted = [rows[i] for i in task.rows]
         contents = contents_of([row.content_digest for row in wanted])
-        estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
-        work = self._fill(estimates, [row.prompt for row in wanted], attempt)
+        name = hashlib.sha256(contents.tobytes()).hexdigest()[:32]
+        file, work = shards.file_name(name), Work()
+        if attempt > 1 and storage.exists(storage.join(self.out, file)):  # the one before ended before it could say so
+            estimates = PromptEstimates.load(self.out, file)
+        else:
+            estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
+            work = self._fill(estimates, [row.prompt for row in wanted], attempt)
+            shards.create_shard(self.out, name, estimates.to_table())
         num_refused = sum(reason is not None for reason in estimates.reasons)
-        shards.create_shard(self.out, hashlib.sha256(contents.tobytes()).hexdigest()[:32], estimates.to_table())
         return {
             "done": pickle.dumps(Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, self.peak_flops))
         }

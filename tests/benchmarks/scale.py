@@ -1,7 +1,9 @@
 """How an extraction grows with its cluster: what the driver can take, and what that leaves of many GPUs.
 
-Measured here are the driver's own rates, with actors that compute nothing: planning the corpus, and taking in shards.
-From them, and from a GPU's computed rate, follows how long 10^6 to 10^9 prompts take, and what holds them up.
+Measured here are the project's own rates: reading the corpus, of one core; putting its keys together, of the driver;
+and taking in shards from actors that compute nothing, one a task and several. From them, and from a GPU's computed
+rate, follows how long 10^6 to 10^9 prompts take on up to a thousand GPUs, and what holds them up: as it is, and as it
+was when the driver read the corpus alone and every shard was a task.
 
     python tests/benchmarks/scale.py
 """
@@ -14,19 +16,48 @@ import pickle
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import ray.data
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from prefill_jobs import cluster
-from prefill_router.keys import Keys
+from prefill_router.about import versions
 from prefill_router.plan import plan
 from tiny import random_prompts
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 TOKENS_PER_PROMPT = 225
 GPU_TOKENS_PER_S = 0.5 * 989e12 / (0.88e9 / 2)  # README, At scale: a 0.6 B encoder to half of its depth
 ROWS_A_SHARD = 4096
+CORES_PER_GPU = 8  # which read the corpus
+CALLS_AHEAD = 6  # of an actor: tasks that it is handed at once
+_FILES = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A second."""
+
+    scanned: float  # rows, of a core
+    joined: float  # rows whose keys the driver puts together
+    tasks: float  # that the driver takes in, a shard each
+    grouped: float  # shards of tasks that have several
+
+    def plan_s(self, prompts: float, gpus: int) -> float:
+        return prompts / (self.scanned * CORES_PER_GPU * gpus) + prompts / self.joined
+
+    def driver_s(self, shards: float, gpus: int, group: int) -> float:
+        """Several shards a task are taken in the faster the more they are, up to what was measured."""
+        size = cluster.task_size(int(shards), CALLS_AHEAD * gpus)
+        return shards / min(self.tasks * size, self.grouped if size >= group else np.inf)
 
 
 class Instant:
@@ -39,28 +70,39 @@ class Instant:
         return {"digest": row["digest"], "done": pickle.dumps(self.record)}
 
 
-def planning_rate(num_rows: int) -> float:
-    """Rows a second that the driver reads, hashes and cuts into shards."""
+def planning_rates(num_rows: int) -> tuple[float, float]:
+    """Rows a second that a core reads, and whose keys the driver puts together."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "corpus.jsonl"
         prompts = random_prompts(1000, seed=0)
-        with path.open("w") as file:
-            file.writelines(json.dumps({"prompt": f"{i} {prompts[i % 1000]}"}) + "\n" for i in range(num_rows))
+        for part in range(_FILES):
+            with (Path(folder) / f"{part}.jsonl").open("w") as file:
+                rows = range(part, num_rows, _FILES)
+                file.writelines(json.dumps({"prompt": f"{i} {prompts[i % 1000]}"}) + "\n" for i in rows)
+        reading_s = 0.0
+
+        def timed(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+            nonlocal reading_s
+            for item in items:
+                started = time.perf_counter()
+                result = function(item)
+                reading_s += time.perf_counter() - started
+                yield result
+
         started = time.perf_counter()
-        planned: Keys = plan(str(path), ROWS_A_SHARD).keys
-        return len(planned) / (time.perf_counter() - started)
+        planned = plan(folder, ROWS_A_SHARD, spread=timed)
+        whole_s = time.perf_counter() - started
+        return len(planned.keys) / reading_s, len(planned.keys) / (whole_s - reading_s)
 
 
-def shard_rate(num_shards: int, num_rows: int) -> float:
+def shard_rate(num_shards: int, group: int) -> float:
     """Shards a second that come back to the driver through Ray Data, of actors that take no time."""
     items = [{"digest": str(i), "task": b"x" * 200} for i in range(num_shards)]
-    options = cluster.Actors(most=2).options(3)
-    rows = cluster.map_rows(items, Instant, fn_constructor_kwargs={"num_rows": num_rows}, **options)
-    first = next(rows)
-    started, num_bytes = time.perf_counter(), len(first["done"])
-    for row in rows:
-        num_bytes += len(pickle.loads(row["done"]))
-    return (num_shards - 1) / (time.perf_counter() - started)
+    blocks = ray.data.from_items(items, override_num_blocks=num_shards // group)
+    options = cluster.Actors(most=2).options(CALLS_AHEAD // 2)
+    rows = blocks.map(Instant, fn_constructor_kwargs={"num_rows": ROWS_A_SHARD}, **options).iter_rows()
+    next(rows)
+    started = time.perf_counter()
+    return sum(len(pickle.loads(row["done"])) > 0 for row in rows) / (time.perf_counter() - started)
 
 
 def tell(line: str) -> None:
@@ -69,23 +111,29 @@ def tell(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=500_000)
-    parser.add_argument("--shards", type=int, default=3_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--shards", type=int, default=2_000)
+    parser.add_argument("--group", type=int, default=8, help="shards of a task, where they are several")
     arguments = parser.parse_args()
-    rows_per_s = planning_rate(arguments.rows)
+    scanned, joined = planning_rates(arguments.rows)
     with cluster.connected():
-        shards_per_s = shard_rate(arguments.shards, ROWS_A_SHARD)
-    tell(f"planning: {rows_per_s:,.0f} rows/s; taking in shards of {ROWS_A_SHARD:,} rows: {shards_per_s:,.0f} a second")
-    tell(f"{'prompts':>14} {'GPUs':>6} {'plan s':>9} {'GPU s':>11} {'driver s':>10} {'efficiency':>10}  held up by")
+        tasks, grouped = (shard_rate(arguments.shards, group) for group in (1, arguments.group))
+    rates = Rates(scanned, joined, tasks, grouped)
+    tell(
+        f"{'prompts':>14} {'GPUs':>5} {'GPU s':>11} | {'before: plan s':>14} {'driver s':>9} {'efficiency':>10} held up by"
+    )
+    tell(f"{'':>32} | {'now: plan s':>14} {'driver s':>9} {'efficiency':>10} held up by")
     for prompts in (10**6, 10**8, 10**9):
         for gpus in (1, 8, 64, 512, 1000):
-            plan_s = prompts / rows_per_s
             gpu_s = prompts * TOKENS_PER_PROMPT / GPU_TOKENS_PER_S / gpus
-            driver_s = prompts / ROWS_A_SHARD / shards_per_s
-            whole_s = plan_s + max(gpu_s, driver_s)
-            worst = max((plan_s, "planning"), (gpu_s, "GPUs"), (driver_s, "the driver"))[1]
-            times = f"{plan_s:9,.0f} {gpu_s:11,.0f} {driver_s:10,.0f}"
-            tell(f"{prompts:14,} {gpus:6,} {times} {gpu_s / whole_s:10.0%}  {worst}")
+            shards = prompts / ROWS_A_SHARD
+            before = prompts * (1 / scanned + 1 / joined), shards / tasks
+            now = rates.plan_s(prompts, gpus), rates.driver_s(shards, gpus, arguments.group)
+            for prefix, (plan_s, driver_s) in ((f"{prompts:14,} {gpus:5,} {gpu_s:11,.0f}", before), (" " * 32, now)):
+                worst = max((plan_s, "planning"), (gpu_s, "GPUs"), (driver_s, "the driver"))[1]
+                efficiency = gpu_s / (plan_s + max(gpu_s, driver_s))
+                tell(f"{prefix} | {plan_s:14,.0f} {driver_s:9,.0f} {efficiency:10.0%} {worst}")
+    tell(json.dumps({**asdict(rates), "settings": vars(arguments), "versions": versions()}))
 
 
 if __name__ == "__main__":

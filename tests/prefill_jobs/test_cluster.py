@@ -38,6 +38,22 @@ def test_rows_come_back_from_actors(local_ray: None) -> None:
     assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
 
 
+def test_actors_that_are_many_are_handed_several_items_at_a_time() -> None:
+    assert cluster.task_size(10**6, 6 * 20) == 1  # few actors: each shard is told of as it is done
+    assert cluster.task_size(1000, 6 * 1000) == 1  # few items: none waits behind another
+    size = cluster.task_size(245_000, 6 * 1000)
+    assert size > 1
+    assert 245_000 / size >= 8 * 6 * 1000
+
+
+def test_items_that_go_together_all_come_back(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_FEW_AHEAD", 1)
+    monkeypatch.setattr(cluster, "_ROUNDS", 1)
+    resources = cluster.Actors(1).options(1)
+    rows = cluster.map_rows([{"x": x} for x in range(5)], Doubler, fn_constructor_kwargs={"offset": 1}, **resources)
+    assert sorted(row["y"] for row in rows) == [1, 3, 5, 7, 9]
+
+
 @pytest.mark.parametrize(("x", "message"), [(13, "13 is unlucky"), (28, "No space left on device")])
 def test_what_a_user_can_put_right_in_a_task_is_raised_here(local_ray: None, x: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
