@@ -44,20 +44,16 @@ _FILES = 8
 
 @dataclass(frozen=True)
 class Rates:
-    """A second."""
+    scanned: float  # rows a second, of a core
+    joined: float  # rows a second whose keys the driver puts together
+    task_s: float  # that the driver is busy with a task
+    shard_s: float  # and with each shard of it
 
-    scanned: float  # rows, of a core
-    joined: float  # rows whose keys the driver puts together
-    tasks: float  # that the driver takes in, a shard each
-    grouped: float  # shards of tasks that have several
+    def plan_s(self, prompts: int, cores: int) -> float:
+        return prompts / (self.scanned * cores) + prompts / self.joined
 
-    def plan_s(self, prompts: float, gpus: int) -> float:
-        return prompts / (self.scanned * CORES_PER_GPU * gpus) + prompts / self.joined
-
-    def driver_s(self, shards: float, gpus: int, group: int) -> float:
-        """Several shards a task are taken in the faster the more they are, up to what was measured."""
-        size = cluster.task_size(int(shards), CALLS_AHEAD * gpus)
-        return shards / min(self.tasks * size, self.grouped if size >= group else np.inf)
+    def driver_s(self, prompts: int, shards_a_task: int) -> float:
+        return prompts / ROWS_A_SHARD * (self.task_s / shards_a_task + self.shard_s)
 
 
 class Instant:
@@ -94,15 +90,16 @@ def planning_rates(num_rows: int) -> tuple[float, float]:
         return len(planned.keys) / reading_s, len(planned.keys) / (whole_s - reading_s)
 
 
-def shard_rate(num_shards: int, group: int) -> float:
-    """Shards a second that come back to the driver through Ray Data, of actors that take no time."""
+def shard_s(num_shards: int, group: int) -> float:
+    """Seconds a shard that the driver takes in through Ray Data, `group` a task, of actors that take no time."""
     items = [{"digest": str(i), "task": b"x" * 200} for i in range(num_shards)]
     blocks = ray.data.from_items(items, override_num_blocks=num_shards // group)
     options = cluster.Actors(most=2).options(CALLS_AHEAD // 2)
     rows = blocks.map(Instant, fn_constructor_kwargs={"num_rows": ROWS_A_SHARD}, **options).iter_rows()
     next(rows)
     started = time.perf_counter()
-    return sum(len(pickle.loads(row["done"])) > 0 for row in rows) / (time.perf_counter() - started)
+    num_taken = sum(len(pickle.loads(row["done"])) > 0 for row in rows)
+    return (time.perf_counter() - started) / num_taken
 
 
 def tell(line: str) -> None:
@@ -117,22 +114,22 @@ def main() -> None:
     arguments = parser.parse_args()
     scanned, joined = planning_rates(arguments.rows)
     with cluster.connected():
-        tasks, grouped = (shard_rate(arguments.shards, group) for group in (1, arguments.group))
-    rates = Rates(scanned, joined, tasks, grouped)
+        alone, grouped = (shard_s(arguments.shards, group) for group in (1, arguments.group))
+    task_s = (alone - grouped) * arguments.group / (arguments.group - 1)
+    rates = Rates(scanned, joined, task_s, alone - task_s)
     tell(
-        f"{'prompts':>14} {'GPUs':>5} {'GPU s':>11} | {'before: plan s':>14} {'driver s':>9} {'efficiency':>10} held up by"
+        f"{'prompts':>14} {'GPUs':>5} {'GPU s':>11}         {'plan s':>9} {'driver s':>9} {'efficiency':>10} held up by"
     )
-    tell(f"{'':>32} | {'now: plan s':>14} {'driver s':>9} {'efficiency':>10} held up by")
     for prompts in (10**6, 10**8, 10**9):
         for gpus in (1, 8, 64, 512, 1000):
             gpu_s = prompts * TOKENS_PER_PROMPT / GPU_TOKENS_PER_S / gpus
-            shards = prompts / ROWS_A_SHARD
-            before = prompts * (1 / scanned + 1 / joined), shards / tasks
-            now = rates.plan_s(prompts, gpus), rates.driver_s(shards, gpus, arguments.group)
-            for prefix, (plan_s, driver_s) in ((f"{prompts:14,} {gpus:5,} {gpu_s:11,.0f}", before), (" " * 32, now)):
+            size = cluster.task_size(prompts // ROWS_A_SHARD, CALLS_AHEAD * gpus)
+            for when, cores, shards_a_task in (("before", 1, 1), ("now", CORES_PER_GPU * gpus, size)):
+                plan_s, driver_s = rates.plan_s(prompts, cores), rates.driver_s(prompts, shards_a_task)
                 worst = max((plan_s, "planning"), (gpu_s, "GPUs"), (driver_s, "the driver"))[1]
                 efficiency = gpu_s / (plan_s + max(gpu_s, driver_s))
-                tell(f"{prefix} | {plan_s:14,.0f} {driver_s:9,.0f} {efficiency:10.0%} {worst}")
+                case = f"{prompts:14,} {gpus:5,} {gpu_s:11,.0f} {when:>7}"
+                tell(f"{case} {plan_s:9,.0f} {driver_s:9,.0f} {efficiency:10.0%} {worst}")
     tell(json.dumps({**asdict(rates), "settings": vars(arguments), "versions": versions()}))
 
 
