@@ -8,6 +8,7 @@ products on the CPU (several times faster than its SDPA kernel at a prompt's usu
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -15,13 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (P, K, E)
 
@@ -38,15 +32,31 @@ class Attention(Protocol):
 
 def attention_for(lengths: Sequence[int], prefix_tokens: int, device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest exact implementation for a pack of prompts with `lengths` own tokens."""
-    if device.type == "cuda" and dtype != torch.float32 and _has_varlen():
+    if device.type == "cuda" and dtype != torch.float32 and varlen_kernel() is not None:
         return VarlenAttention(lengths, prefix_tokens, device)
     if device.type == "cpu":
         return TiledAttention(lengths, prefix_tokens, device)
     return PaddedAttention(lengths, prefix_tokens, device)
 
 
-def _has_varlen() -> bool:
-    return varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+# What torch.nn.attention holds brings all of torch.compile, a quarter of a worker's start: it waits until it is used.
+
+
+@functools.cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """Torch's, where it takes fewer heads of keys than of queries."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+
+
+def _causal_at_the_end(num_queries: int, num_keys: int) -> Tensor:
+    from torch.nn.attention.bias import causal_lower_right
+
+    mask: Tensor = causal_lower_right(num_queries, num_keys)
+    return mask
 
 
 class VarlenAttention:
@@ -68,8 +78,9 @@ class VarlenAttention:
             value = torch.cat((prefix[1], value)).index_select(0, self.key_rows)
         ends = (self.query_ends, self.key_ends, self.max_query, self.max_key)
         # Where there are more keys than queries, the kernel aligns both at their ends, as a prefix wants it.
-        assert varlen_attn is not None
-        attended: Tensor = varlen_attn(query, key, value, *ends, window_size=(-1, 0), enable_gqa=True)
+        kernel = varlen_kernel()
+        assert kernel is not None
+        attended: Tensor = kernel(query, key, value, *ends, window_size=(-1, 0), enable_gqa=True)
         return attended
 
 
@@ -94,7 +105,7 @@ class PaddedAttention:
             query_BSHE.transpose(1, 2),
             key_BLKE.transpose(1, 2),
             value_BLKE.transpose(1, 2),
-            attn_mask=causal_lower_right(num_queries, num_keys) if num_keys > num_queries else None,
+            attn_mask=_causal_at_the_end(num_queries, num_keys) if num_keys > num_queries else None,
             is_causal=num_keys == num_queries,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -84,7 +84,7 @@ def kernel_by_definition(
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", kernel_by_definition)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel_by_definition)
 
 
 def attended(kind: Any, inputs: Inputs, lengths: Sequence[int]) -> Tensor:

@@ -67,7 +67,7 @@ def test_the_kernel_is_causal_softmax_of_each_prompt(
     kind: Any, dtype: torch.dtype, heads: tuple[int, int], prefix_tokens: int, head_size: int
 ) -> None:
     """Of which VarlenAttention takes for granted that more keys than queries are aligned at their ends."""
-    if kind is VarlenAttention and not attention._has_varlen():
+    if kind is VarlenAttention and attention.varlen_kernel() is None:
         pytest.skip("this torch has no variable-length kernel with grouped heads")
     num_heads, num_groups = heads
     for lengths in ([1], [63], [64], [65], [3, 1, 65, 64, 63, 130], [1000, 5]):
@@ -89,7 +89,7 @@ def test_the_kernel_is_causal_softmax_of_each_prompt(
 
 
 def test_the_kernel_is_used_where_it_can_be() -> None:
-    kind = VarlenAttention if attention._has_varlen() else PaddedAttention
+    kind = VarlenAttention if attention.varlen_kernel() else PaddedAttention
     assert type(attention_for([3, 5], 0, CUDA, torch.bfloat16)) is kind
     assert type(attention_for([3, 5], 0, CUDA, torch.float32)) is PaddedAttention
 
