@@ -95,7 +95,7 @@ def shard_s(num_shards: int, group: int) -> float:
     items = [{"digest": str(i), "task": b"x" * 200} for i in range(num_shards)]
     blocks = ray.data.from_items(items, override_num_blocks=num_shards // group)
     options = cluster.Actors(most=2).options(CALLS_AHEAD // 2)
-    rows = blocks.map(Instant, fn_constructor_kwargs={"num_rows": ROWS_A_SHARD}, **options).iter_rows()
+    rows = iter(blocks.map(Instant, fn_constructor_kwargs={"num_rows": ROWS_A_SHARD}, **options).iter_rows())
     next(rows)
     started = time.perf_counter()
     num_taken = sum(len(pickle.loads(row["done"])) > 0 for row in rows)
