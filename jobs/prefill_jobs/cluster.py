@@ -117,12 +117,14 @@ def merge_rows(
     Those of items that agree in `by` are merged where they lie in the cluster; what `finish` makes of `by` and their
     merge is a row that is yielded. Where no two items agree, that is one task.
     """
-    if len({item[by] for item in items}) == len(items):
+    names = {item[by] for item in items}
+    if len(names) == len(items):
         alone = functools.partial(_guarded, lambda item: finish(item[by], function(item)))
         yield from _rows(_items(items).map(alone, **options))
     else:
         parts = _items(items).map(functools.partial(_part, by, function), **options)
-        yield from _rows(parts.groupby(by).map_groups(functools.partial(_merged, by, finish), **options))
+        groups = parts.groupby(by, num_partitions=len(names))  # by default some hundreds, most of them of nothing
+        yield from _rows(groups.map_groups(functools.partial(_merged, by, finish), **options))
 
 
 def _items(items: Sequence[Mapping[str, Any]], task_size: int = 1) -> ray.data.Dataset:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def limited(name: str, share: float) -> Iterator[Path]:
     try:
         yield group
     finally:
-        deadline = time.monotonic() + 30
-        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        while left := (group / "cgroup.procs").read_text().split():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.1)
         group.rmdir()
 
@@ -63,10 +66,11 @@ def raylets(number: int, share: float) -> Iterator[str]:
     with ExitStack() as stack:
         groups = [stack.enter_context(limited(str(i), share)) for i in range(number)]
         cluster = Cluster()
-        stack.callback(cluster.shutdown)
-        cluster.add_node(num_cpus=0, object_store_memory=200_000_000)
+        head = cluster.add_node(num_cpus=0, object_store_memory=200_000_000)
+        stack.callback(cluster.remove_node, head, allow_graceful=False)
         for group in groups:
             node = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+            stack.callback(cluster.remove_node, node, allow_graceful=False)
             raylet = node.all_processes["raylet"][0].process
             put_into(group, psutil.Process(raylet.pid))
         yield cluster.address
