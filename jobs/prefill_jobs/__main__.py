@@ -1,4 +1,4 @@
-"""`python -m prefill_jobs` is `prefill-router`; so is a submitted job, which first looks for its secrets."""
+"""`python -m prefill_jobs` is `prefill-router`: what a submitted job runs, whose Python may have no scripts by it."""
 
 from prefill_jobs.cli import main
 

@@ -41,13 +41,11 @@ class Checkpoint:
 
 def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Checkpoint:
     """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
-    if source.startswith(_PACKAGE):
-        return _load_gguf(_packaged_gguf(source.removeprefix(_PACKAGE)), dtype)
+    if gguf := _gguf(source):
+        weights_id = _sha256([gguf])
+        return _load_directory(_unpacked(gguf, weights_id), dtype, weights_id)
     path = Path(source).expanduser()
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if ggufs and not (path / "config.json").exists():
-            return _load_gguf(ggufs[0], dtype)
         return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise UserError(f"encoder {source}: no such directory")
@@ -80,7 +78,7 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
 def fetch(source: str, revision: str | None = None) -> None:
     """Brings what `load_causal_lm` reads onto this machine, once for all its processes."""
     if source.startswith(_PACKAGE):
-        gguf = _packaged_gguf(source.removeprefix(_PACKAGE))
+        gguf = _packaged_gguf(source)
         _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
         with _load_errors(source):
@@ -89,19 +87,11 @@ def fetch(source: str, revision: str | None = None) -> None:
 
 def load_config(source: str, revision: str | None = None) -> Any:
     """The config of what `load_causal_lm` loads, without its weights; of a hub's model that alone is downloaded."""
-    folder = Path(source).expanduser()
-    ggufs = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
-    if source.startswith(_PACKAGE):
-        ggufs = [_packaged_gguf(source.removeprefix(_PACKAGE))]
+    gguf, folder = _gguf(source), Path(source).expanduser()
     with _load_errors(source), _quiet():
-        if ggufs:
-            return AutoConfig.from_pretrained(_unpacked(ggufs[0], _sha256(ggufs[:1])))
+        if gguf is not None:
+            return AutoConfig.from_pretrained(_unpacked(gguf, _sha256([gguf])))
         return AutoConfig.from_pretrained(folder if folder.is_dir() else source, revision=revision)
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> Checkpoint:
-    weights_id = _sha256([path])
-    return _load_directory(_unpacked(path, weights_id), dtype, weights_id)
 
 
 def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoint:
@@ -125,11 +115,19 @@ def _load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
 
 
-def _packaged_gguf(package: str) -> Path:
-    files = sorted(_package_folder(package).glob("*.gguf"))
-    if not files:
-        raise UserError(f"encoder {_PACKAGE}{package}: the package carries no .gguf file")
-    return files[0]
+def _gguf(source: str) -> Path | None:
+    """The GGUF that `source` stands for, if it does: a package's, or that of a directory that has no config.json."""
+    if source.startswith(_PACKAGE):
+        return _packaged_gguf(source)
+    folder = Path(source).expanduser()
+    return None if (folder / "config.json").exists() else min(folder.glob("*.gguf"), default=None)
+
+
+def _packaged_gguf(source: str) -> Path:
+    file = min(_package_folder(source.removeprefix(_PACKAGE)).glob("*.gguf"), default=None)
+    if file is None:
+        raise UserError(f"encoder {source}: the package carries no .gguf file")
+    return file
 
 
 def _packaged_model(source: str) -> Path:

@@ -11,8 +11,6 @@ from pydantic import Field
 from prefill_router.config import StrictModel
 from prefill_serve.gateway.served import Served
 
-EVERYONE = "all"
-
 
 class Budgets(StrictModel):
     """USD a day, in UTC. What is under way when a budget ends is answered."""
@@ -135,16 +133,15 @@ class Accounts:
 
     def is_spent(self, budgets: Budgets, holder: str, now: datetime) -> bool:
         """Has this holder, or have all together, used up what they have for today?"""
-        spent, own = self.spent_today(now), budgets.keys.get(holder)
-        is_total_spent = budgets.usd_per_day is not None and sum(spent.values()) >= budgets.usd_per_day
-        return is_total_spent or (own is not None and spent.get(holder, 0.0) >= own)
+        shares = self.shares(budgets, now)
+        return any(shares.get(who, 0.0) >= 1.0 for who in (None, holder))
 
-    def shares(self, budgets: Budgets, now: datetime) -> dict[str, float]:
-        """How much of its budget each holder that has one has spent today, and all together."""
+    def shares(self, budgets: Budgets, now: datetime) -> dict[str | None, float]:
+        """How much of its budget each holder that has one has spent today; under None, all together."""
         spent = self.spent_today(now)
-        shares = {holder: _share(spent.get(holder, 0.0), usd) for holder, usd in budgets.keys.items()}
+        shares: dict[str | None, float] = {who: _share(spent.get(who, 0.0), usd) for who, usd in budgets.keys.items()}
         if budgets.usd_per_day is not None:
-            shares[EVERYONE] = _share(sum(spent.values()), budgets.usd_per_day)
+            shares[None] = _share(sum(spent.values()), budgets.usd_per_day)
         return shares
 
     def stats(self, now: datetime, holder: str, num_feedback: int) -> Stats:

@@ -38,6 +38,7 @@ class BudgetMetrics:
     def __init__(self) -> None:
         self._share = gauge("budget_spent_share", "Of today's budget, by the key that has one; all: of all keys", "key")
 
-    def spent(self, shares: Mapping[str, float]) -> None:
+    def spent(self, shares: Mapping[str | None, float]) -> None:
+        """Of all together under the key `all`."""
         for key, share in shares.items():
-            self._share.set(share, tags={"key": key})
+            self._share.set(share, tags={"key": key or "all"})
