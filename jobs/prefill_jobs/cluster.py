@@ -47,6 +47,8 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray ends a worker after an idle second, and to start another takes longer than most stages of a job on one machine
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[Path]:
     """That of `make cluster`, on one node, with HAProxy; its folder. Processes that are started meanwhile join it."""
     folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
     with pytest.MonkeyPatch.context() as patch:
-        ours = {"NODES": "1", "CPUS": "8", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
+        ours = {"NODES": "1", "CPUS": "4", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
         ours |= {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0"}
         for name, value in ours.items():
             patch.setenv(name, value)
@@ -134,7 +134,7 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         (tmp_path / "budgets.toml").write_text("usd_per_day = 1.0\n")
         prometheus = stack.enter_context(watching(stack.enter_context(ray_cluster()), tmp_path))
         flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
-        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
+        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=1))
         stack.enter_context(asking(serve))
         run_jobs(tiny_model, small_data, pool, tmp_path)
         wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 60)
