@@ -57,6 +57,8 @@ def real_cluster() -> Iterator[RealCluster]:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # which `serve` sets where it runs: those of another Ray
             patch.delenv(name, raising=False)
+        # Raylets of one machine keep a job's wheel in one place, and each removes it when its last worker ends.
+        patch.delenv("RAY_idle_worker_killing_time_threshold_ms")
         for name, value in FAST_HEALTH.items():
             patch.setenv(name, value)
         cluster = RealCluster()
