@@ -227,6 +227,12 @@ class Actors:
         return options
 
 
+def beside_driver(actor: Any) -> Any:
+    """The class of an actor that remembers for a job, on the driver's own node: no other takes it along as it goes."""
+    node = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
 def on_every_node(function: Callable[..., None], *arguments: Any) -> None:
     """Runs a function once on each machine of the cluster, and waits. A single machine has no need of it."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -233,7 +233,7 @@ class _Collection:
             "attempts": self.config.attempts,
             "num_workers": self.config.workers,
             "max_prompt_bytes": MAX_PROMPT_BYTES,
-            "purse": PurseActor.remote(left),  # type: ignore[attr-defined]
+            "purse": cluster.beside_driver(PurseActor).remote(left),
             **more,
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]

@@ -57,7 +57,7 @@ class Estimation:
             "out": self.out,
             "max_prompt_bytes": self.max_prompt_bytes,
             "threads": cluster.threads_per_worker(self.actors.number),
-            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
+            "attempts": cluster.beside_driver(Attempts).remote(),
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = self.actors.options(_CALLS)

@@ -130,7 +130,7 @@ class _Extraction:
         arguments = {
             "request": self.request,
             "threads": cluster.threads_per_worker(self.workers),
-            "attempts": Attempts.remote(),  # type: ignore[attr-defined]
+            "attempts": cluster.beside_driver(Attempts).remote(),
         }
         items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
         options = self.actors.options(_CALLS)

@@ -37,12 +37,14 @@ class RealCluster:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster()
+        self._cluster, self._num_added = Cluster(), 0
         head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
         self.address = f"http://{head.webui_url}"
 
     def add(self) -> Any:
-        return self._cluster.add_node(**NODE)
+        self._num_added += 1
+        # As on a machine of its own: raylets that install a job's wheel in one place undo each other's work.
+        return self._cluster.add_node(**NODE, runtime_env_dir_name=f"runtime_resources_{self._num_added}")
 
     def kill(self, node: Any) -> None:
         self._cluster.remove_node(node, allow_graceful=False)
@@ -57,8 +59,6 @@ def real_cluster() -> Iterator[RealCluster]:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # which `serve` sets where it runs: those of another Ray
             patch.delenv(name, raising=False)
-        # Raylets of one machine keep a job's wheel in one place, and each removes it when its last worker ends.
-        patch.delenv("RAY_idle_worker_killing_time_threshold_ms")
         for name, value in FAST_HEALTH.items():
             patch.setenv(name, value)
         cluster = RealCluster()

@@ -100,10 +100,16 @@ def asking(serve: Serve) -> Iterator[None]:
 def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> None:
     store, prompts = folder / "activations", write_prompts(folder / "corpus.jsonl", 30)
     refused = {"prompt_id": "p30", "prompt": "what is [[fault:503@big]]", "reference": ["-"]}
-    prompts.write_text(f"{prompts.read_text()}{json.dumps(refused)}\n")
-    extract = {"corpus": small_data / "corpus.parquet", "encoder": tiny_model, "out": store, "shard-rows": 10}
+    prompts.write_text(f"{json.dumps(refused)}\n{prompts.read_text()}")
+    extract = {
+        "corpus": small_data / "corpus.parquet",
+        "encoder": tiny_model,
+        "out": store,
+        "shard-rows": 10,
+        "workers": 2,
+    }
     train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
-    train |= {"out": folder / "router", "seeds": 4, "keep": 2}
+    train |= {"out": folder / "router", "seeds": 4, "keep": 2, "workers": 2}
     collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
     collect |= {"budget-usd": 1, "attempts": 2}
     jobs = [
@@ -130,11 +136,12 @@ def nothing_in(prometheus: Prometheus) -> list[str]:
 def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        pool = write_pool(tmp_path / "pool.toml", upstreams)
+        paced = {"upstream": {"requests_per_minute": 90}}  # a rate wants two looks at a job while it lasts
+        pool = write_pool(tmp_path / "pool.toml", upstreams, big=paced, small=paced)
         (tmp_path / "budgets.toml").write_text("usd_per_day = 1.0\n")
         prometheus = stack.enter_context(watching(stack.enter_context(ray_cluster()), tmp_path))
         flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
-        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=1))
+        serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
         run_jobs(tiny_model, small_data, pool, tmp_path)
         wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 60)
