@@ -33,7 +33,6 @@ _GROUPS = Path("/sys/fs/cgroup/cpu")
 _PERIOD_US = 20_000
 _SHARD_ROWS = 20
 _WORDS = ("river", "lake", "sum", "prime", "number", "ocean", "proof", "cell", "atom", "law", "price", "tax", "king")
-_JOB = "import sys; from prefill_jobs.cli import main; main(sys.argv[1:])"
 
 
 @contextmanager
@@ -89,20 +88,12 @@ def measure(number: int, arguments: argparse.Namespace) -> dict[str, float]:
         folder = Path(name)
         num_prompts = number * arguments.prompts
         write_corpus(folder / "corpus.jsonl", num_prompts)
-        command = [
-            sys.executable,
-            "-c",
-            _JOB,
-            "extract",
-            "--corpus",
-            folder / "corpus.jsonl",
-            "--out",
-            folder / "store",
-        ]
+        command = [sys.executable, "-m", "prefill_jobs", "extract", "--corpus", folder / "corpus.jsonl"]
+        command += ["--out", folder / "store"]
         command += ["--encoder", arguments.encoder, "--layers", arguments.layers, "--shard-rows", _SHARD_ROWS]
         command += ["--workers", number]
         started = time.monotonic()
-        subprocess.run([*map(str, command)], env={**os.environ, "RAY_ADDRESS": address}, check=True, timeout=900)
+        subprocess.run(list(map(str, command)), env={**os.environ, "RAY_ADDRESS": address}, check=True, timeout=900)
         job_s = time.monotonic() - started
         times = sorted(path.stat().st_mtime for path in (folder / "store").rglob("part-*.parquet"))
         assert len(times) == -(-num_prompts // _SHARD_ROWS)

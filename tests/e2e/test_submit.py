@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,11 @@ def commits(out: Path) -> int:
     return len(list(folder.glob("*.json"))) if folder.exists() else 0
 
 
-def wait_for(done: Callable[[], int], number: int, process: subprocess.Popen[str]) -> None:
+def wait_for_commits(out: Path, number: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while done() < number:
+    while commits(out) < number:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{done()} of {number} after two minutes"
+        assert time.monotonic() < deadline, f"{commits(out)} shards after two minutes"
         time.sleep(0.05)
 
 
@@ -117,9 +117,9 @@ def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     options += ["--shard-rows", SHARD_ROWS, "--workers", 3]
     second = real_cluster.add()
     process = submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "disturbed")
-    wait_for(lambda: commits(elsewhere / "disturbed"), 40, process)
+    wait_for_commits(elsewhere / "disturbed", 40, process)
     real_cluster.kill(second)
-    wait_for(lambda: commits(elsewhere / "disturbed"), 120, process)
+    wait_for_commits(elsewhere / "disturbed", 120, process)
     third = real_cluster.add()
     out = ended(process)
     assert f"{NUM_PROMPTS:,} prompts" in out
@@ -189,7 +189,7 @@ def test_a_job_that_fails_or_is_stopped_says_so_by_its_status(
 
     long = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--shard-rows", 1, "--layers", "1"]
     process = submitted(real_cluster, elsewhere, *long, "--out", elsewhere / "long", "--submission-id", "long")
-    wait_for(lambda: commits(elsewhere / "long"), 5, process)
+    wait_for_commits(elsewhere / "long", 5, process)
     assert "STOPPED" in ended(submitted(real_cluster, elsewhere, "stop", "long"))
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
