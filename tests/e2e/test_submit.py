@@ -54,7 +54,6 @@ class RealCluster:
 @pytest.fixture(scope="module")
 def real_cluster() -> Iterator[RealCluster]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # which `serve` sets where it runs: those of another Ray
             patch.delenv(name, raising=False)
         for name, value in FAST_HEALTH.items():
