@@ -12,7 +12,7 @@ demo: .venv/demo
 	$(BIN)/prefill-router demo
 
 test: lint
-	$(BIN)/pytest --quiet --durations=30
+	$(BIN)/pytest --quiet --durations=30 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefill_router.features import ActivationStore
+from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
 from tiny import random_prompts
 
 NUM_PROMPTS, SHARD_ROWS = 1600, 4
+PROMPTS = ["what is one plus two", "name a river in that old town"]
 NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_listen_port": 0}
 FAST_HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -36,7 +38,7 @@ class RealCluster:
         from ray.cluster_utils import Cluster
 
         self._cluster, self._num_added = Cluster(), 0
-        head = self._cluster.add_node(**NODE, include_dashboard=True, dashboard_port=0)
+        head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
         self.address = f"http://{head.webui_url}"
 
     def add(self) -> Any:
@@ -81,6 +83,12 @@ def submitted(cluster: RealCluster, folder: Path, *arguments: object, **popen: A
     )
 
 
+def undisturbed(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The same job on a Ray of its own."""
+    command = [sys.executable, "-m", "prefill_jobs", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def ended(process: subprocess.Popen[str], timeout_s: float = 240.0) -> str:
     out, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, out
@@ -92,12 +100,16 @@ def commits(out: Path) -> int:
     return len(list(folder.glob("*.json"))) if folder.exists() else 0
 
 
-def wait_for_commits(out: Path, number: int, process: subprocess.Popen[str]) -> None:
+def wait_for(done: Callable[[], int], number: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while commits(out) < number:
+    while done() < number:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{commits(out)} shards after two minutes"
+        assert time.monotonic() < deadline, f"{done()} of {number} after two minutes"
         time.sleep(0.05)
+
+
+def files_below(folder: Path, pattern: str) -> int:
+    return sum(1 for _ in folder.rglob(pattern)) if folder.exists() else 0
 
 
 def activations(out: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -109,6 +121,12 @@ def activations(out: Path) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+def decisions(out: Path) -> dict[int, str]:
+    """The target of each line."""
+    table = pq.read_table(out / "decisions")
+    return dict(zip(table["row"].to_pylist(), table["target"].to_pylist(), strict=True))
+
+
 def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
 ) -> None:
@@ -116,9 +134,9 @@ def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     options += ["--shard-rows", SHARD_ROWS, "--workers", 3]
     second = real_cluster.add()
     process = submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "disturbed")
-    wait_for_commits(elsewhere / "disturbed", 40, process)
+    wait_for(lambda: commits(elsewhere / "disturbed"), 40, process)
     real_cluster.kill(second)
-    wait_for_commits(elsewhere / "disturbed", 120, process)
+    wait_for(lambda: commits(elsewhere / "disturbed"), 120, process)
     third = real_cluster.add()
     out = ended(process)
     assert f"{NUM_PROMPTS:,} prompts" in out
@@ -131,28 +149,35 @@ def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     real_cluster.kill(third)
 
 
-def test_the_road_goes_through_the_cluster(
+def test_training_and_labelling_are_as_undisturbed_while_raylets_come_and_go(
     real_cluster: RealCluster, small_data: Path, tiny_model: Path, elsewhere: Path
 ) -> None:
+    node, out, pool = real_cluster.add(), elsewhere / "road", small_data / "pool.toml"
+    extract = ["extract", "--corpus", small_data / "corpus.parquet", "--encoder", tiny_model, "--shard-rows", 50]
+    ended(submitted(real_cluster, elsewhere, *extract, "--out", out / "activations"))
+
+    graded = ["--activations", out / "activations", "--outcomes", small_data / "outcomes.parquet"]
+    train = ["train", *graded, "--pool", pool, "--workers", 2, "--seeds", 4, "--keep", 2]
+    process = submitted(real_cluster, elsewhere, *train, "--out", out / "router")
+    wait_for(lambda: files_below(out / "router" / "_runs", "state.safetensors"), 1, process)
+    real_cluster.kill(node)  # with both workers: the head has no room for them
     node = real_cluster.add()
-    out, data = elsewhere / "road", small_data
-    pool = f"{data / 'pool.toml'}"
-    ended(
-        submitted(
-            *(real_cluster, elsewhere, "extract", "--corpus", data / "corpus.parquet", "--encoder", tiny_model),
-            *("--out", out / "activations", "--shard-rows", 50, "--submission-id", "road.1"),
-        )
-    )
-    train = ["train", "--activations", out / "activations", "--outcomes", data / "outcomes.parquet", "--pool", pool]
-    said = ended(submitted(real_cluster, elsewhere, *train, "--out", out / "router", "--workers", 2, "--max-epochs", 3))
-    assert "router" in said
-    ended(
-        submitted(
-            *(real_cluster, elsewhere, "label", "--router", out / "router", "--log", data / "corpus.parquet"),
-            *("--out", out / "labels", "--pool", pool),
-        )
-    )
-    assert len(pq.read_table(out / "labels" / "decisions")) == 240
+    assert "router" in ended(process)
+    ended(undisturbed(elsewhere, *train, "--out", out / "quiet-router"))
+    learnt, expected = (Router.load(str(out / name)).predict(PROMPTS) for name in ("router", "quiet-router"))
+    for ours, theirs in zip(learnt, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+    label = ["label", "--router", out / "quiet-router", "--log", small_data / "corpus.parquet", "--shard-rows", 2]
+    process = submitted(real_cluster, elsewhere, *label, "--workers", 2, "--out", out / "labels")
+    wait_for(lambda: files_below(out / "labels" / "estimates", "part-*.parquet"), 20, process)
+    real_cluster.kill(node)
+    node = real_cluster.add()
+    ended(process)
+    ended(undisturbed(elsewhere, *label, "--out", out / "quiet-labels"))
+    labelled, quiet = (decisions(out / name) for name in ("labels", "quiet-labels"))
+    assert len(labelled) == 240
+    assert labelled == quiet
     real_cluster.kill(node)
 
 
@@ -188,7 +213,7 @@ def test_a_job_that_fails_or_is_stopped_says_so_by_its_status(
 
     long = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--shard-rows", 1, "--layers", "1"]
     process = submitted(real_cluster, elsewhere, *long, "--out", elsewhere / "long", "--submission-id", "long")
-    wait_for_commits(elsewhere / "long", 5, process)
+    wait_for(lambda: commits(elsewhere / "long"), 5, process)
     assert "STOPPED" in ended(submitted(real_cluster, elsewhere, "stop", "long"))
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
