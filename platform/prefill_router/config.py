@@ -408,6 +408,7 @@ class ServeConfig(StrictModel):
     upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must ask for more replicas")
     downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must ask for fewer")
     threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
+    gpus: float | None = Field(None, ge=0.0, description="GPUs of a replica [1 if the cluster has them for all now]")
     canary: Uri | None = Field(None, description="A second router, which answers --canary-share of the prompts")
     canary_share: float = Field(0.05, gt=0.0, lt=1.0, description="Share of the prompts that the canary answers")
     shadow: Uri | None = Field(None, description="A router that is asked and logged, and whose answer is not used")

@@ -53,6 +53,7 @@ class AppArgs(Settings):
     replicas: int = Field(1, ge=1, description="Copies of encoder and head, where they are not scaled")
     autoscaling: Autoscaling | None = None
     threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
+    gpus: float | None = Field(None, ge=0.0, description="GPUs of a replica [1 if the cluster has them for all now]")
     traces: str | None = Field(None, description="OTLP collector, as http://localhost:4318/v1/traces")
 
     @model_validator(mode="after")
@@ -71,8 +72,9 @@ class AppArgs(Settings):
 
 
 def build_app(args: AppArgs) -> Application:
-    """The endpoint as an application. Each replica takes a GPU where the cluster has enough."""
+    """The endpoint as an application. For a cluster that brings up nodes as replicas want them, say `gpus`."""
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.most_replicas)
+    gpus = args.gpus if args.gpus is not None else float(_num_gpus() >= args.most_replicas)
     settings = args.settings.model_dump()
     fixed = args.model_dump_json(include=set(AppArgs.model_fields) - set(Settings.model_fields))
     scale: dict[str, Any] = {"num_replicas": args.replicas}
@@ -81,7 +83,7 @@ def build_app(args: AppArgs) -> Application:
     deployment = Replica.options(  # type: ignore[attr-defined]
         **scale,
         user_config=settings,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if _num_gpus() >= args.most_replicas else 0},
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
     )
     # Without it serve.run takes every deployment for new code, and replaces replicas that only new settings concern.
     deployment._version = hashlib.sha256(f"{fixed}{args.gateway is None}".encode()).hexdigest()[:16]

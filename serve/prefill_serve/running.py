@@ -86,6 +86,7 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
         "revision": revision,
         "replicas": config.replicas,
         "threads": config.threads,
+        "gpus": config.gpus,
         "traces": config.traces,
     }
     if config.to_zero or most > config.replicas:
