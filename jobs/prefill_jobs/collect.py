@@ -23,10 +23,9 @@ from prefill_jobs.estimation import Estimation, Held
 from prefill_jobs.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
 from prefill_jobs.progress import Progress
 from prefill_router import artifact, storage
-from prefill_router import config as configs
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Asked, Spent, call_key
-from prefill_router.config import CollectConfig, StrictModel, names_in
+from prefill_router.config import CollectConfig, names_in
 from prefill_router.console import say
 from prefill_router.corpus import MAX_PROMPT_BYTES
 from prefill_router.errors import UserError
@@ -38,6 +37,7 @@ from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.sampling import active, at_random, stratified
 from prefill_router.schema import COST_USD, TARGET
 from prefill_router.shards import MANIFEST, ShardFile, remove_shards, write_quarantine
+from prefill_router.strict import StrictModel, load_toml
 from prefill_router.work import Work
 
 _CALLS = 4  # shards that an actor has at a time, so that its calls never run out
@@ -341,7 +341,7 @@ def _grader(config: CollectConfig) -> Grader | None:
         if config.regrade:
             raise UserError("regrade: give the --grader that answers are to be graded with")
         return None
-    options = configs.load_toml(config.grader_options) if config.grader_options else {}
+    options = load_toml(config.grader_options) if config.grader_options else {}
     if config.grader == "judge" and config.judge is None:
         raise UserError("grader = judge, but no --judge names the target of the pool that judges")
     return load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})})

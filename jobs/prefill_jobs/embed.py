@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.progress import Progress
-from prefill_router import config, shards, storage
+from prefill_router import shards, storage, strict
 from prefill_router.plan import Shard, plan, read_shard
 from prefill_router.schema import NUM_TOKENS, PROMPT_ID
 from prefill_router.sentences import SentenceEncoder
@@ -28,7 +28,7 @@ EMBEDDING = "embedding"
 _SHARD_ROWS = 512
 
 
-class Manifest(config.StrictModel):
+class Manifest(strict.StrictModel):
     """Commits the embeddings of a corpus."""
 
     sentence_encoder: str
@@ -75,7 +75,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
 def load_embeddings(uri: str) -> Embeddings:
     path = storage.join(uri, shards.MANIFEST)
     storage.require(path, "embeddings")
-    manifest = config.validate(Manifest, storage.read_json(path), path)
+    manifest = strict.validate(Manifest, storage.read_json(path), path)
     columns = (PROMPT_ID, NUM_TOKENS, EMBEDDING)
     table = pa.concat_tables([shards.read_shard(uri, file, columns) for file in manifest.shards]).combine_chunks()
     keys = prompt_hashes(table[PROMPT_ID].to_pylist())

@@ -10,15 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from prefill_router.config import (
-    CONFIG_FILE,
-    POSITIONAL,
-    StrictModel,
-    load_command,
-    must_be_given,
-    schema_extra,
-    validate,
-)
+from prefill_router.config import CONFIG_FILE, POSITIONAL, load_command, must_be_given, schema_extra
+from prefill_router.strict import StrictModel, validate
 
 _CONFIG_HELP = "TOML file with a table for each command; flags win over it"
 

@@ -22,7 +22,7 @@ from prefill_router import artifact, shards, storage
 from prefill_router.allocation import Allocation, Totals, solve
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
-from prefill_router.config import LabelConfig, StrictModel, names_in, validate
+from prefill_router.config import LabelConfig, names_in
 from prefill_router.console import say
 from prefill_router.corpus import BadRow, files
 from prefill_router.decision import Policy
@@ -34,6 +34,7 @@ from prefill_router.plan import CorpusPlan, in_order, plan
 from prefill_router.pool import load_pool
 from prefill_router.router import Router
 from prefill_router.shards import ShardFile
+from prefill_router.strict import StrictModel, validate
 from prefill_router.tally import Tally
 
 _ESTIMATES, _DECISIONS = "estimates", "decisions"

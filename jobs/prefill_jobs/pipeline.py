@@ -25,16 +25,7 @@ from prefill_jobs.probe import load_probes, run_probe
 from prefill_jobs.train import train
 from prefill_jobs.units import split_of, units_of
 from prefill_router import storage
-from prefill_router.config import (
-    EvaluateConfig,
-    ExtractConfig,
-    PipelineConfig,
-    ProbeConfig,
-    StrictModel,
-    TrainConfig,
-    load_command,
-    validate,
-)
+from prefill_router.config import EvaluateConfig, ExtractConfig, PipelineConfig, ProbeConfig, TrainConfig, load_command
 from prefill_router.console import say
 from prefill_router.corpus import files
 from prefill_router.errors import UserError
@@ -43,6 +34,7 @@ from prefill_router.probe import joint_columns
 from prefill_router.router import MANIFEST as ROUTER
 from prefill_router.shards import MANIFEST
 from prefill_router.split import Part
+from prefill_router.strict import StrictModel, validate
 
 C = TypeVar("C", bound=StrictModel)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from prefill_router import storage
-from prefill_router.config import COMMANDS, POSITIONAL, SHIPPED, StrictModel, SubmitConfig, names_in, schema_extra
+from prefill_router.config import COMMANDS, POSITIONAL, SHIPPED, SubmitConfig, names_in, schema_extra
 from prefill_router.errors import UserError
+from prefill_router.strict import StrictModel
 
 SECRETS = "PREFILL_ROUTER_SECRETS"  # names the variables that the job must find where it runs
 _SOUNDS_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)

@@ -30,9 +30,10 @@ from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_f
 from prefill_jobs import cluster
 from prefill_jobs.request import Request
 from prefill_jobs.wheel import write_wheel
-from prefill_router.config import StrictModel, SubmitConfig
+from prefill_router.config import SubmitConfig
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
+from prefill_router.strict import StrictModel
 
 _REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest
 _POLL_S = 0.5

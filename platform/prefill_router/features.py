@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prefill_router import config, shards, storage
+from prefill_router import shards, storage, strict
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
 from prefill_router.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
@@ -26,7 +26,7 @@ _LISTS = "shards"  # the folder of the lists that are too long for a manifest
 MAX_LISTED = 10_000  # shards that the manifest itself lists, in 3 MB
 
 
-class Manifest(config.StrictModel):
+class Manifest(strict.StrictModel):
     format: Literal[1] = 1
     encoder: EncoderIdentity
     columns: list[str]
@@ -81,9 +81,9 @@ def read_manifest(uri: str) -> Manifest | None:
         return None
     content = storage.read_json(path)
     if isinstance(content, dict) and isinstance(content.get("shards"), dict):
-        file = config.validate(ShardFile, content["shards"], path)
+        file = strict.validate(ShardFile, content["shards"], path)
         content["shards"] = ShardList(shards.read_addressed(uri, file))
-    return config.validate(Manifest, content, path)
+    return strict.validate(Manifest, content, path)
 
 
 def remove_manifest(uri: str) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pydantic import AwareDatetime
 
-from prefill_router import config, storage
+from prefill_router import storage, strict
 from prefill_router.errors import UserError
 
 RENEW_S = 10.0
@@ -33,7 +33,7 @@ EXPIRES_S = 60.0
 _FOLDER = "_lease"
 
 
-class Holder(config.StrictModel):
+class Holder(strict.StrictModel):
     """The record: who holds the lease, and when it was last alive."""
 
     id: str
@@ -203,7 +203,7 @@ def _path(uri: str, number: int) -> str:
 
 def _read(uri: str, number: int) -> Holder:
     path = _path(uri, number)
-    return config.validate(Holder, storage.read_json(path), path)
+    return strict.validate(Holder, storage.read_json(path), path)
 
 
 def _write(uri: str, number: int, holder: Holder) -> None:

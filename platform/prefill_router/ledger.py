@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from prefill_router import commits, config, features, segments, shards, storage
+from prefill_router import commits, features, segments, shards, storage, strict
 from prefill_router.commits import Commit
 from prefill_router.encoder import EncoderIdentity
 from prefill_router.errors import UserError
@@ -66,7 +66,7 @@ class Ledger:
     @classmethod
     def open(cls, uri: str) -> Ledger:
         path = storage.join(uri, _ENCODER)
-        encoder = config.validate(EncoderIdentity, storage.read_json(path), path) if storage.exists(path) else None
+        encoder = strict.validate(EncoderIdentity, storage.read_json(path), path) if storage.exists(path) else None
         for _ in range(_ATTEMPTS - 1):
             try:
                 return cls(uri, encoder, *_read_all(uri))
@@ -213,7 +213,7 @@ def claim_encoder(uri: str, identity: EncoderIdentity) -> None:
     path = storage.join(uri, _ENCODER)
     if storage.create_bytes(path, identity.model_dump_json().encode()):
         return
-    stored = config.validate(EncoderIdentity, storage.read_json(path), path)
+    stored = strict.validate(EncoderIdentity, storage.read_json(path), path)
     if stored.fingerprint != identity.fingerprint:
         raise UserError(
             f"{uri}: holds activations of another encoder ({stored.spec.model}, or the same with other weights, "

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from prefill_router import config, storage
+from prefill_router import storage, strict
 from prefill_router.errors import UserError
 
 
-class _AsWritten(config.StrictModel):
+class _AsWritten(strict.StrictModel):
     """Is written as it was read: an artifact's version is of its content, which new fields must not change."""
 
     @model_serializer(mode="wrap")
@@ -67,7 +67,7 @@ class Target(_AsWritten):
         return (full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price) / 1e6
 
 
-class Pool(config.StrictModel):
+class Pool(strict.StrictModel):
     """Targets in the order of the file, which breaks ties."""
 
     name: str
@@ -98,7 +98,7 @@ def load_pool(uri: str) -> Pool:
     Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
     """
     path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
-    pools = config.load_toml(path)
+    pools = strict.load_toml(path)
     if not pools:
         raise UserError(f"{path}: holds no pool: list its targets as [[NAME]] tables")
     if not name and len(pools) != 1:
@@ -120,4 +120,4 @@ def _target(entry: Any, path: str, pool: str, index: int) -> Target:
     if not isinstance(entry, dict):
         raise UserError(f"{path}: {pool}[{index}] = {entry!r}, must be a table with name, input_price and output_price")
     label = f'target "{entry["name"]}"' if "name" in entry else f"{pool}[{index}]"
-    return config.validate(Target, entry, f"{path}: {label}")
+    return strict.validate(Target, entry, f"{path}: {label}")

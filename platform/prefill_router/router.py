@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
 
-from prefill_router import config, storage
+from prefill_router import storage, strict
 from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
@@ -51,7 +51,7 @@ class Estimates(NamedTuple):
     log_lengths: NDArray[np.float32]  # of 1 + output tokens
 
 
-class RouterManifest(config.StrictModel):
+class RouterManifest(strict.StrictModel):
     """router.json."""
 
     format: Literal[1]
@@ -251,7 +251,7 @@ class Router:
         data = storage.read_json(path)
         if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
             raise UserError(f"{path}: format {data['format']} is newer than this release reads ({FORMAT}): upgrade")
-        manifest = config.validate(RouterManifest, data, path)
+        manifest = strict.validate(RouterManifest, data, path)
         weights_uri = storage.join(uri, manifest.weights)
         storage.require(weights_uri, "weights file, though router.json names it")
         weights = storage.read_bytes(weights_uri)

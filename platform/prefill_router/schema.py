@@ -26,6 +26,7 @@ NUM_TOKENS = "num_tokens"
 
 Pooling = Literal["last", "mean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+MeanOver = Literal["all", "after_first"]
 
 OUTCOMES = pa.schema(
     [

@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from prefill_router import config
+from prefill_router import strict
 from prefill_router.schema import SHARDS
 from prefill_router.shards import ShardFile
 
 _BLOCK = 1 << 14  # shards that are made into models at a time
 
 
-class ActivationShard(config.StrictModel):
+class ActivationShard(strict.StrictModel):
     """A committed shard and what the encoder saw in it."""
 
     file: ShardFile

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefill_router import storage
-from prefill_router.config import StrictModel
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
 from prefill_router.schema import QUARANTINE
+from prefill_router.strict import StrictModel
 
 MANIFEST = "manifest.json"
 _QUARANTINE = "quarantine/rows.parquet"

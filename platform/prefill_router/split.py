@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from prefill_router.config import Fraction, StrictModel
 from prefill_router.corpus import prompt_hash
+from prefill_router.strict import Fraction, StrictModel
 
 Keys = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or of units
 

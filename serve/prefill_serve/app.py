@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from prefill_router.config import StrictModel, validate
+from prefill_router.strict import StrictModel, validate
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.ledger import LocalLedger

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import typer
 
 from prefill_router import storage
-from prefill_router.config import KeyConfig, ServeConfig, load_toml
+from prefill_router.config import KeyConfig, ServeConfig
 from prefill_router.errors import UserError
+from prefill_router.strict import load_toml
 from prefill_serve.haproxy import environment
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from prefill_router.config import StrictModel
 from prefill_router.corpus import Prompt, Role, fit_messages, fit_prompt
 from prefill_router.decision import Policy
 from prefill_router.errors import UnfitError, UserError
 from prefill_router.logged import TEXT_PARTS
+from prefill_router.strict import StrictModel
 
 ROUTED_NAMES = ("auto", "routed")  # as `model`, they leave the choice to the router
 

@@ -16,10 +16,11 @@ import ray
 from ray import serve as ray_serve
 
 from prefill_router import storage
-from prefill_router.config import ServeConfig, load_toml, validate
+from prefill_router.config import ServeConfig
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
 from prefill_router.pool import load_pool
+from prefill_router.strict import load_toml, validate
 from prefill_serve.app import AppArgs, build_app
 from prefill_serve.serving import Serving
 

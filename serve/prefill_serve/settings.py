@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from prefill_router.config import StrictModel
+from prefill_router.strict import StrictModel
 from prefill_serve.gateway.ledger import LedgerSettings
 
 Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]

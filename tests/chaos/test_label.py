@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from chaos.job import LabelJob
 from corpora import write_jsonl
 from prefill_jobs.label import label
-from prefill_router.config import LabelConfig, validate
+from prefill_router.config import LabelConfig
+from prefill_router.strict import validate
 from tiny import random_prompts
 
 KILLS = 2

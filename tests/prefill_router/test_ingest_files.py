@@ -16,9 +16,10 @@ import pytest
 from corpora import write, write_jsonl
 from ingested import FIXTURES, ingest
 from prefill_router import storage
-from prefill_router.config import IngestConfig, validate
+from prefill_router.config import IngestConfig
 from prefill_router.errors import UserError
 from prefill_router.ingest import FORMATS, mmlu_pro, parts
+from prefill_router.strict import validate
 
 HEADER = "question,model,isCorrect,output_tokens\n"
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
 
-from prefill_router import config, storage
+from prefill_router import storage, strict
 from prefill_router.baselines import BASELINES
 from prefill_router.baselines.base import Baseline
 from prefill_router.corpus import Prompt
@@ -33,7 +33,7 @@ from prefill_router.sentences import SentenceEncoder
 MANIFEST = "baseline.json"
 
 
-class BaselineManifest(config.StrictModel):
+class BaselineManifest(strict.StrictModel):
     """baseline.json."""
 
     format: Literal[1]
@@ -136,7 +136,7 @@ class BaselineRouter:
         """Raises UserError where no baseline lies at `uri`, or it is damaged."""
         path = storage.join(uri, MANIFEST)
         storage.require(path, "baseline")
-        manifest = config.validate(BaselineManifest, storage.read_json(path), path)
+        manifest = strict.validate(BaselineManifest, storage.read_json(path), path)
         weights = storage.read_bytes(storage.join(uri, manifest.weights))
         if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
             raise UserError(f"{uri}: the checksum of {manifest.weights} is not the one in {MANIFEST}: it is damaged")

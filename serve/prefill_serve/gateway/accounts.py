@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from prefill_router.config import StrictModel
+from prefill_router.strict import StrictModel
 from prefill_serve.gateway.served import Served
 
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, model_validator
 
 from prefill_router import storage
-from prefill_router.config import StrictModel
 from prefill_router.errors import UserError
 from prefill_router.schema import (
     AT,
@@ -34,6 +33,7 @@ from prefill_router.schema import (
     REQUEST_ID,
     TARGET,
 )
+from prefill_router.strict import StrictModel
 from prefill_serve.gateway.accounts import Accounts, Budgets, Stats
 from prefill_serve.gateway.conversations import Conversations, Key
 from prefill_serve.gateway.metrics import BudgetMetrics

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field
 
-from prefill_router.config import StrictModel
+from prefill_router.strict import StrictModel
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.accounts import Stats
 from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall

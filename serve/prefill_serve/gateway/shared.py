@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from prefill_router.config import validate
+from prefill_router.strict import validate
 from prefill_serve.gateway.accounts import Stats
 from prefill_serve.gateway.conversations import Key
 from prefill_serve.gateway.ledger import Feedback, LedgerAway, LedgerSettings, LocalLedger, Standing
