@@ -181,18 +181,13 @@ def submit(config: StrictModel, to: SubmitConfig) -> Submission:
     reraise=True,
 )
 def _send(client: JobSubmissionClient, name: str, request: Request, to: SubmitConfig, folder: Path) -> None:
-    files = folder / "files"
-    files.mkdir(exist_ok=True)
+    write_wheel(folder)
     for file, data in request.files.items():
-        (files / file).write_bytes(data)
+        (folder / file).write_bytes(data)
     client.submit_job(
         entrypoint=request.entrypoint,
         submission_id=name,
-        runtime_env={
-            "working_dir": str(files),
-            "py_modules": [str(write_wheel(folder))],
-            "env_vars": request.env,
-        },
+        runtime_env={"working_dir": str(folder), "env_vars": request.env},
         metadata={_REQUEST: request.digest},
         entrypoint_num_cpus=to.driver_cpus,
         entrypoint_memory=None if to.driver_memory_gib is None else int(to.driver_memory_gib * 2**30),
@@ -228,7 +223,7 @@ def local_head() -> Iterator[str]:
     """
     cluster.set_environment()
     os.environ.pop("RAY_ADDRESS", None)
-    # A job's `python`, and the `pip` that installs its wheel, are to be those of this process.
+    # A job's `python` is to be that of this process.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     head = RayCluster()
     try:

@@ -1,14 +1,12 @@
-"""The code that runs here as a wheel, for a cluster whose image may hold another version of it.
+"""The code that runs here, as a wheel that is unpacked: for a cluster whose image may hold another version of it.
 
-It names no requirements, which Ray would install on every node with it: those are the image's. A cluster caches wheels
-by their file names, so that the version ends in a digest of what the wheel holds.
+It goes along in a job's working directory. A wheel that is still packed Ray installs by pip, on each node, and two
+workers that want it at once on a node that is new undo each other's work, for good.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import distribution
@@ -16,27 +14,25 @@ from pathlib import Path
 
 DISTRIBUTION = "prefill-router"
 _PACKAGES = ("prefill_router", "prefill_jobs", "prefill_serve")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can tell: the same code is the same file
 
 
-def write_wheel(folder: Path) -> Path:
-    """Writes the packages, as they are imported here, as a wheel in `folder`, and returns its path."""
+def write_wheel(folder: Path) -> str:
+    """Lays out the packages in `folder`, as they are imported here, and returns their version.
+
+    The version ends in a digest of the code. Requirements are the image's: none are named.
+    """
     files = dict(_sources())
     digest = hashlib.sha256(b"".join(name.encode() + data for name, data in files.items())).hexdigest()[:12]
-    version = f"{distribution(DISTRIBUTION).version}+{digest}"
-    stem = f"{DISTRIBUTION.replace('-', '_')}-{version}"
-    info = f"{stem}.dist-info"
+    ours = distribution(DISTRIBUTION)
+    version = f"{ours.version}+{digest}"
+    info = f"{DISTRIBUTION.replace('-', '_')}-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n".encode()
-    files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: prefill-router\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    files[f"{info}/entry_points.txt"] = (distribution(DISTRIBUTION).read_text("entry_points.txt") or "").encode()
-    files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
-    path = folder / f"{stem}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
-    return path
+    files[f"{info}/entry_points.txt"] = (ours.read_text("entry_points.txt") or "").encode()
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return version
 
 
 def _sources() -> Iterator[tuple[str, bytes]]:
@@ -46,13 +42,3 @@ def _sources() -> Iterator[tuple[str, bytes]]:
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield f"{package}/{path.relative_to(root).as_posix()}", path.read_bytes()
-
-
-def _record(files: dict[str, bytes], own: str) -> bytes:
-    """The name, hash and size of each file, as PEP 376 has them; the record's own line is without."""
-    lines = [f"{name},sha256={_hash(data)},{len(data)}" for name, data in files.items()]
-    return "\n".join([*lines, f"{own},,", ""]).encode()
-
-
-def _hash(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

@@ -20,7 +20,7 @@ from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
 from tiny import random_prompts
 
-NUM_PROMPTS, SHARD_ROWS = 1600, 4
+NUM_PROMPTS, SHARD_ROWS = 1000, 4
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_listen_port": 0}
 FAST_HEALTH = {
@@ -37,14 +37,12 @@ class RealCluster:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster, self._num_added = Cluster(), 0
+        self._cluster = Cluster()
         head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
         self.address = f"http://{head.webui_url}"
 
     def add(self) -> Any:
-        self._num_added += 1
-        # As on a machine of its own: raylets that install a job's wheel in one place undo each other's work.
-        return self._cluster.add_node(**NODE, runtime_env_dir_name=f"runtime_resources_{self._num_added}")
+        return self._cluster.add_node(**NODE)
 
     def kill(self, node: Any) -> None:
         self._cluster.remove_node(node, allow_graceful=False)

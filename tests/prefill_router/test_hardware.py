@@ -50,5 +50,5 @@ def test_the_peak_is_of_the_type_that_was_asked_for(monkeypatch: pytest.MonkeyPa
         return [0.5, 0.25, 1.0][len(products) - 1]
 
     monkeypatch.setattr("prefill_router.hardware._product_s", record)
-    assert measured_peak_flops(torch.device("cpu"), torch.bfloat16, repeats=3) == 2 * 2048**3 / 0.25
+    assert measured_peak_flops(torch.device("cpu"), torch.bfloat16, repeats=3) == 2 * 1024**3 / 0.25
     assert products == [(torch.bfloat16, "cpu")] * 3
