@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # how often each node's agent looks at all its processes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -102,7 +104,8 @@ def local_ray(s3_bucket: str) -> Iterator[None]:  # noqa: F811
 
     from prefill_jobs import cluster
 
-    ray.init("local", num_cpus=4, object_store_memory=200_000_000, logging_level="ERROR", log_to_driver=False)
+    quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    ray.init("local", num_cpus=4, object_store_memory=200_000_000, **quiet)
     cluster.connect()
     yield
     ray.shutdown()

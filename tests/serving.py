@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import psutil
 
 
@@ -41,6 +42,13 @@ class Serve:
                 continue
         return found
 
+    def answers(self) -> bool:
+        try:
+            httpx.get(f"{self.url}/health", timeout=1)
+            return True
+        except httpx.TransportError:
+            return False
+
     def replicas(self) -> set[int]:
         return {process.pid for process in self.processes("ray::ServeReplica")}
 
@@ -59,6 +67,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -
 
 @contextmanager
 def serving(router: str, **flags: Any) -> Iterator[Serve]:
+    """Serves meanwhile. One that is told to end at last, and was not killed, ends well and leaves no port behind."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -72,6 +81,8 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
         assert process.poll() is None, serve.said
         yield serve
     finally:
+        was_killed = process.poll() is not None
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         serve.listener.join(60)
+    assert was_killed or (process.returncode == 0 and not serve.answers()), serve.said

@@ -24,8 +24,8 @@ head = {**node, "gcs_server_port": port, "include_dashboard": True, "dashboard_p
 cluster = Cluster()
 try:
     cluster.add_node(**head)
-    for _ in range(1, nodes):
-        cluster.add_node(**node)
+    for number in range(1, nodes):  # a raylet that starts empties the folder where it keeps jobs' code
+        cluster.add_node(**node, runtime_env_dir_name=f"runtime_resources_{number}")
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     print(f"export RAY_ADDRESS={cluster.address}", *(f"{name}={os.environ[name]}" for name in names))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chaos.job import ExtractJob
+from command import Command
 from corpora import write_corpus
 from faults import FaultProxy, Faults
 from prefill_router import storage
@@ -56,7 +57,7 @@ def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> No
         is_last = attempt == DRIVER_KILLS
         # Some die while they still start, others in the midst of their shards.
         until = None if is_last else num_committed(proxy) + rng.choice([0, 1, 2, 3])
-        started, patience_s = time.monotonic(), 10 + 10 * rng.random()
+        started, patience_s = time.monotonic(), 5 + 10 * rng.random()
         while job.process.poll() is None:
             time.sleep(0.2)
             killer.strike(job)
@@ -129,7 +130,9 @@ def ids_of(path: Path) -> list[str]:
     return ids
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+    local_ray: None, command: Command, tiny_model: Path, tmp_path: Path
+) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", random_prompts(200, seed=8))
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -137,12 +140,11 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tiny_model: Path, tmp_
         pytest.fail("this test mounts a small file system: run it as root, or deselect it")
     try:
         options = {"corpus": corpus, "encoder": tiny_model, "shard_rows": 20, "out": disk / "out"}
-        job = ExtractJob(tmp_path / "log", **options)
-        job.end(120)
-        assert job.process.returncode == 1
-        assert "No space left on device" in job.log.read_text().splitlines()[-1]
+        full = command("extract", **options)
+        assert full.status == 1
+        assert "No space left on device" in full.err.splitlines()[-1]
         os.system(f"mount -o remount,size=64m {disk}")
-        summary = json.loads(ExtractJob(tmp_path / "log", **options).wait(120).splitlines()[-1])
+        summary = json.loads(command("extract", **options).out.splitlines()[-1])
         assert summary["prompts"] == 200
         assert summary["reused"] > 0
     finally:

@@ -37,12 +37,14 @@ class RealCluster:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster()
+        self._cluster, self._num_added = Cluster(), 0
         head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
         self.address = f"http://{head.webui_url}"
 
     def add(self) -> Any:
-        return self._cluster.add_node(**NODE)
+        self._num_added += 1
+        # As on a machine of its own: a raylet that starts empties the folder where it keeps jobs' code.
+        return self._cluster.add_node(**NODE, runtime_env_dir_name=f"runtime_resources_{self._num_added}")
 
     def kill(self, node: Any) -> None:
         self._cluster.remove_node(node, allow_graceful=False)

@@ -54,7 +54,8 @@ def ray_cluster() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
     with pytest.MonkeyPatch.context() as patch:
         ours = {"NODES": "1", "CPUS": "4", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
-        ours |= {"RAY_TMPDIR": str(folder), "RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0"}
+        ours |= {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+        ours |= {"RAY_metrics_report_interval_ms": "1000", "REPORTER_UPDATE_INTERVAL_MS": "2000"}
         for name, value in ours.items():
             patch.setenv(name, value)
         process = subprocess.Popen([INFRA / "dev" / "cluster.sh"], stdout=subprocess.PIPE, text=True)
