@@ -105,7 +105,7 @@ def local_ray(s3_bucket: str) -> Iterator[None]:  # noqa: F811
     from prefill_jobs import cluster
 
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init("local", num_cpus=4, object_store_memory=200_000_000, **quiet)
+    ray.init("local", num_cpus=2, object_store_memory=200_000_000, **quiet)
     cluster.connect()
     yield
     ray.shutdown()
