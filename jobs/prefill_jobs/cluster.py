@@ -32,7 +32,7 @@ def connect() -> None:
     if not ray.is_initialized():
         set_environment()
         address = os.environ.get("RAY_ADDRESS")
-        options = {} if address else {"include_dashboard": False}  # nobody would know where it is
+        options: dict[str, Any] = {} if address else {"include_dashboard": False}  # nobody would know where it is
         with silent_stderr():
             ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
     context = ray.data.DataContext.get_current()
