@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from time import perf_counter
 
-from starlette.datastructures import Headers
+from opentelemetry import propagate
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,7 +74,8 @@ class Gate:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with tracer.start_as_current_span("request") as span:
+        with tracer.start_as_current_span("request", propagate.extract(headers)) as span:
+            propagate.inject(MutableHeaders(scope=scope))  # FastAPI takes its spans' parent from there
             try:
                 state["holder"] = self._holder(scope["path"], headers)
                 await self.app(scope, self._bounded(headers, receive), send_with_id)
