@@ -58,7 +58,7 @@ class Serve:
         wait_until(lambda: any(answer in line for line in self.said[before:]), f"{answer} among {self.said}")
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -83,6 +83,6 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
     finally:
         was_killed = process.poll() is not None
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        serve.listener.join(60)
+        process.wait(120)
+        serve.listener.join(120)
     assert was_killed or (process.returncode == 0 and not serve.answers()), serve.said

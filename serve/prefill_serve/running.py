@@ -25,7 +25,7 @@ from prefill_serve.app import AppArgs, build_app
 from prefill_serve.serving import Serving
 
 _APP = "prefill-router"
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 300.0
 
 
 def run(read: Callable[[], ServeConfig]) -> None:

@@ -44,14 +44,14 @@ class Job:
     def kill(self) -> None:
         """The driver alone, at once; its Ray has to notice."""
         self.process.send_signal(signal.SIGKILL)
-        self.end(10)
+        self.end(60)
 
     def kill_all(self) -> None:
         """The driver and all that belongs to it, at once."""
         for pid in self.family():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.end(20)
+        self.end(60)
 
     def workers(self) -> list[int]:
         """The processes of its encoder actors."""

@@ -64,9 +64,9 @@ def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> No
             if until is not None and num_committed(proxy) >= until and time.monotonic() - started > patience_s:
                 job.kill()
         if is_last:
-            job.wait(10)
+            job.wait(60)
         elif job.process.returncode != -signal.SIGKILL:
-            job.end(10)  # it gave up by itself
+            job.end(60)  # it gave up by itself
     assert killer.kills == WORKER_KILLS, "the job was done before every worker was killed: make it longer"
 
 
@@ -77,7 +77,7 @@ def test_the_store_equals_the_undisturbed_one_bit_for_bit(
     corpus = write_corpus(tmp_path / "corpus.jsonl", [*prompts, *prompts[:40], ""])
     options = {"corpus": corpus, "encoder": tiny_model, "shard_rows": 12, "workers": 2, "layers": "1,3"}
     calm = tmp_path / "calm"
-    ExtractJob(tmp_path / "calm.log", **options, out=calm).wait(200)
+    ExtractJob(tmp_path / "calm.log", **options, out=calm).wait(600)
 
     faulty_s3.only = lambda _method, path: "/chaos/" in path
     faulty_s3.faults = FAULTS
@@ -116,7 +116,7 @@ def test_a_prompt_that_ends_its_process_is_quarantined(tiny_model: Path, tmp_pat
     job = ExtractJob(
         tmp_path / "log", saboteur=True, corpus=corpus, encoder=tiny_model, shard_rows=8, layers="1", out=out
     )
-    summary = json.loads(job.wait(400).splitlines()[-1])
+    summary = json.loads(job.wait(600).splitlines()[-1])
     assert (summary["prompts"], summary["quarantined"]) == (19, 1)
     assert summary["retries"] >= 2
     rows = duckdb.sql(f"select row, prompt_id, reason from '{out}/quarantine/*.parquet'").fetchall()

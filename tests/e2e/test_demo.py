@@ -26,7 +26,7 @@ def test_it_ends_with_a_report_and_three_decisions(tiny_model: Path, tmp_path: P
         ],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
         cwd=tmp_path,
     )

@@ -18,7 +18,7 @@ def peak_bytes(num_prompts: int, tiny_model: Path, folder: Path) -> int:
     while job.process.poll() is None:
         peak = max(peak, job.pss_bytes())
         time.sleep(0.5)
-    job.wait(10)
+    job.wait(60)
     return peak
 
 

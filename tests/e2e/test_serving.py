@@ -164,7 +164,7 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
 def test_a_killed_command_leaves_no_port_behind(router: str) -> None:
     with serving(router) as serve:
         serve.process.kill()
-        serve.process.wait(10)
+        serve.process.wait(60)
         wait_until(lambda: not serve.answers(), "a port that nobody holds")
 
 

@@ -38,7 +38,7 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
     finally:
         os.killpg(process.pid, signal.SIGINT)
         status = process.wait(60)
-    _, left = psutil.wait_procs(everything, timeout=20)
+    _, left = psutil.wait_procs(everything, timeout=60)
     assert (status, left) == (0, [])
 
 

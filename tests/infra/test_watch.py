@@ -66,7 +66,7 @@ def ray_cluster() -> Iterator[Path]:
             yield folder / "ray"
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(120)
             process.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -145,7 +145,7 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
         run_jobs(tiny_model, small_data, pool, tmp_path)
-        wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 60)
+        wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 180)
         asked = {name for _, panel in panels() for target in panel["targets"] for name in metrics_in(target["expr"])}
         assert asked - prometheus.names() <= WITHOUT_GPUS | DID_NOT_HAPPEN
         alerts = [rule["name"] for group in prometheus.get("/rules")["groups"] for rule in group["rules"]]

@@ -26,7 +26,7 @@ from prefill_router.graders.sandbox import Sandbox, Verdict
 needs_confinement = pytest.mark.skipif(bool(confinement.lacking()), reason=f"lacks {confinement.lacking()}")
 pytestmark = needs_confinement
 
-SMALL = Sandbox(cpu_s=1, wall_s=1.5, memory_bytes=200 * 2**20, num_files=20, folder_bytes=2**20, output_bytes=20_000)
+SMALL = Sandbox(cpu_s=1, wall_s=4, memory_bytes=200 * 2**20, num_files=20, folder_bytes=2**20, output_bytes=20_000)
 RIGHT = "def f(x):\n    return x + 1\n"
 INTO_PIPES = "for fd in range(3, 1000):\n    try: os.write(fd, b'{}')\n    except OSError: pass"
 TESTS = "assert f(1) == 2\nassert f(-1) == 0"
@@ -151,10 +151,10 @@ def test_the_entry_point_must_be_defined() -> None:
 )
 def test_what_takes_too_much_is_stopped(code: str, status: str) -> None:
     start = time.monotonic()
-    sandbox = replace(SMALL, wall_s=0.7) if "sleep" in code else SMALL
+    sandbox = replace(SMALL, wall_s=2) if "sleep" in code else SMALL
     verdict = run(f"{code}\n{RIGHT}" if "def f" not in code else code, sandbox=sandbox)
     assert verdict.status == status, verdict
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 20.0
     assert len(verdict.output) <= SMALL.output_bytes
 
 
@@ -296,7 +296,7 @@ def test_cheats_do_not_pass(code: str) -> None:
 
 def test_what_is_written_into_the_verdicts_pipe_is_no_verdict() -> None:
     code = f"import os, time\n{INTO_PIPES.format('x' * 9000)}\ntime.sleep(60)"
-    assert run(code, sandbox=replace(SMALL, wall_s=0.7)).status == "ended"
+    assert run(code, sandbox=replace(SMALL, wall_s=2)).status == "ended"
 
 
 def test_what_is_written_against_the_harness_itself_is_not_held_off() -> None:
