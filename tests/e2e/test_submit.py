@@ -15,9 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from prefill_jobs.label import label
+from prefill_router.config import LabelConfig
 from prefill_router.features import ActivationStore
 from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
+from prefill_router.strict import validate
 from tiny import random_prompts
 
 NUM_PROMPTS, SHARD_ROWS = 1000, 4
@@ -84,12 +87,6 @@ def submitted(cluster: RealCluster, folder: Path, *arguments: object, **popen: A
     )
 
 
-def undisturbed(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The same job on a Ray of its own."""
-    command = [sys.executable, "-m", "prefill_jobs", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def ended(process: subprocess.Popen[str], timeout_s: float = 600.0) -> str:
     out, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, out
@@ -113,12 +110,12 @@ def files_below(folder: Path, pattern: str) -> int:
     return sum(1 for _ in folder.rglob(pattern)) if folder.exists() else 0
 
 
-def activations(out: Path) -> dict[str, np.ndarray[Any, Any]]:
+def encoded(out: Path) -> dict[str, np.ndarray[Any, Any]]:
     store = ActivationStore.open(str(out))
     found = {}
     for shard in range(store.num_shards):
-        ids, encoded = store.read(shard, [ActivationColumn.parse("last_001")])
-        found.update(zip(ids.to_pylist(), encoded["last_001"], strict=True))
+        ids, columns = store.read(shard, [ActivationColumn.parse("last_001")])
+        found.update(zip(ids.to_pylist(), columns["last_001"], strict=True))
     return found
 
 
@@ -144,38 +141,35 @@ def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     summary = json.loads((elsewhere / "disturbed" / "summary.json").read_text())
     assert summary["prompts"] == NUM_PROMPTS
     ended(submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "quiet"))
-    disturbed, quiet = activations(elsewhere / "disturbed"), activations(elsewhere / "quiet")
+    disturbed, quiet = encoded(elsewhere / "disturbed"), encoded(elsewhere / "quiet")
     assert disturbed.keys() == quiet.keys()
     assert all(np.allclose(disturbed[i], quiet[i], atol=2e-3) for i in quiet)
     real_cluster.kill(third)
 
 
 def test_training_and_labelling_are_as_undisturbed_while_raylets_come_and_go(
-    real_cluster: RealCluster, small_data: Path, tiny_model: Path, elsewhere: Path
+    real_cluster: RealCluster, small_data: Path, activations: str, router: str, elsewhere: Path
 ) -> None:
-    node, out, pool = real_cluster.add(), elsewhere / "road", small_data / "pool.toml"
-    extract = ["extract", "--corpus", small_data / "corpus.parquet", "--encoder", tiny_model, "--shard-rows", 50]
-    ended(submitted(real_cluster, elsewhere, *extract, "--out", out / "activations"))
-
-    graded = ["--activations", out / "activations", "--outcomes", small_data / "outcomes.parquet"]
-    train = ["train", *graded, "--pool", pool, "--workers", 2, "--seeds", 4, "--keep", 2]
+    node, out = real_cluster.add(), elsewhere / "road"
+    graded = ["--activations", activations, "--outcomes", small_data / "outcomes.parquet"]
+    train = ["train", *graded, "--pool", small_data / "pool.toml", "--workers", 2, "--seeds", 4, "--keep", 2]
     process = submitted(real_cluster, elsewhere, *train, "--out", out / "router")
     wait_for(lambda: files_below(out / "router" / "_runs", "state.safetensors"), 1, process)
     real_cluster.kill(node)  # with both workers: the head has no room for them
     node = real_cluster.add()
     assert "router" in ended(process)
-    ended(undisturbed(elsewhere, *train, "--out", out / "quiet-router"))
-    learnt, expected = (Router.load(str(out / name)).predict(PROMPTS) for name in ("router", "quiet-router"))
+    learnt, expected = (Router.load(str(uri)).predict(PROMPTS) for uri in (out / "router", router))
     for ours, theirs in zip(learnt, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
-    label = ["label", "--router", out / "quiet-router", "--log", small_data / "corpus.parquet", "--shard-rows", 2]
-    process = submitted(real_cluster, elsewhere, *label, "--workers", 2, "--out", out / "labels")
+    log = {"router": router, "log": str(small_data / "corpus.parquet"), "shard_rows": 2}
+    options = (word for key, value in log.items() for word in (f"--{key.replace('_', '-')}", value))
+    process = submitted(real_cluster, elsewhere, "label", *options, "--workers", 2, "--out", out / "labels")
     wait_for(lambda: files_below(out / "labels" / "estimates", "part-*.parquet"), 20, process)
     real_cluster.kill(node)
     node = real_cluster.add()
     ended(process)
-    ended(undisturbed(elsewhere, *label, "--out", out / "quiet-labels"))
+    label(validate(LabelConfig, {**log, "out": str(out / "quiet-labels")}, "quiet"))
     labelled, quiet = (decisions(out / name) for name in ("labels", "quiet-labels"))
     assert len(labelled) == 240
     assert labelled == quiet
