@@ -29,8 +29,8 @@ NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_list
 FAST_HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # of workers that were sent to a node before it was known as dead
 }
 
