@@ -31,7 +31,6 @@ FAST_HEALTH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # of workers that were sent to a node before it was known as dead
 }
 
 
