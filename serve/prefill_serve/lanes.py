@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -115,11 +116,7 @@ class Lanes(Generic[In, Out]):
                 self._num_free -= num_lanes
                 self._running_tokens += sum(waiting.num_tokens for waiting in taken)
                 self._running.add(task := asyncio.ensure_future(self._run(taken, num_lanes)))
-                task.add_done_callback(self._finish)
-
-    def _finish(self, task: asyncio.Future[None]) -> None:
-        self._running.discard(task)
-        self._dispatch()
+                task.add_done_callback(self._running.discard)
 
     def _take(self, share: int) -> list[_Waiting[In, Out]]:
         """The next in the queue, up to a share of its tokens, but for those that nobody waits for any more."""
@@ -142,16 +139,15 @@ class Lanes(Generic[In, Out]):
             results = await asyncio.get_running_loop().run_in_executor(threads, self.work, batch)
             self._done_tokens = _MEMORY * self._done_tokens + num_tokens
             self._lane_seconds = _MEMORY * self._lane_seconds + num_lanes * (perf_counter() - started)
-            for waiting, result in zip(taken, results, strict=True):
-                if not waiting.done.done():
-                    waiting.done.set_result(result)
+            answers = [partial(w.done.set_result, result) for w, result in zip(taken, results, strict=True)]
         except Exception as error:
-            for waiting in taken:
-                if not waiting.done.done():
-                    waiting.done.set_exception(error)
-        finally:
-            self._num_free += num_lanes
-            self._running_tokens -= num_tokens
+            answers = [partial(w.done.set_exception, error) for w in taken]
+        self._num_free += num_lanes
+        self._running_tokens -= num_tokens
+        self._dispatch()  # before anyone is answered: a lane should not stand still meanwhile
+        for waiting, answer in zip(taken, answers, strict=True):
+            if not waiting.done.done():
+                answer()
 
 
 def _threads(count: int, cores: int) -> ThreadPoolExecutor:
