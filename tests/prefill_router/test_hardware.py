@@ -12,13 +12,44 @@ from prefill_router.hardware import measured_peak_flops, preferred_dtype
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def test_the_cpus_dtype_is_what_its_flags_say() -> None:
+def test_the_cpus_dtype_is_what_its_flags_and_its_maker_say() -> None:
     """Where the kernel tells; elsewhere it is one of the two."""
     dtype = preferred_dtype("cpu")
     if platform.machine() == "x86_64" and CPUINFO.exists():
-        flags = CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split()
-        assert dtype == ("bfloat16" if {"avx512_bf16", "amx_bf16", "amx_tile"} & set(flags) else "float32")
+        text = CPUINFO.read_text()
+        flags = set(text.partition("flags")[2].partition("\n")[0].split())
+        is_fast = "amx_tile" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in text)
+        assert dtype == ("bfloat16" if is_fast else "float32")
     assert dtype in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "has_avx512_bf16", "maker", "dtype"),
+    [
+        (True, True, "GenuineIntel", "bfloat16"),
+        (False, True, "GenuineIntel", "float32"),
+        (False, True, "AuthenticAMD", "bfloat16"),
+        (False, False, "AuthenticAMD", "float32"),
+    ],
+)
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_a_cpu_computes_in_bfloat16_where_that_is_fast(
+    has_amx: bool,
+    has_avx512_bf16: bool,
+    maker: str,
+    dtype: str,
+    is_linux: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    monkeypatch.setattr("prefill_router.hardware._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "processor", lambda: f"Family 6 Model 207, {maker}")
+    if is_linux:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(platform, "processor", lambda: "")
+    assert preferred_dtype("cpu") == dtype
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
