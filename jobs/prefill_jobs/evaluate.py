@@ -24,8 +24,10 @@ from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
-from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle
+from prefill_router.errors import UserError
+from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle, scoring
 from prefill_router.evaluation import evaluate as score
+from prefill_router.learning import LearningCurve, learning_curve
 from prefill_router.length import median_tokens
 from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part
@@ -36,7 +38,8 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     """Writes report.json and report.html to `config.out`; `notice` stands on top of the page.
 
     The prompts that training saw are left out, and are what baselines are fitted on. Of the routers of several folds,
-    each judges its own. Raises UserError where a held-out prompt repeats one that was trained on.
+    each judges its own, and the learning curve is the first one's. Raises UserError where a held-out prompt repeats one
+    that was trained on.
     """
     routers = [Router.load(uri) for uri in _folds(config.router)]
     router = routers[0]
@@ -59,6 +62,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         num_draws=config.draws,
         about=_about(config, router, graded),
     )
+    result = replace(result, learning=trials[0].learning())
     report.write(config.out, result, probes, notice)
     return result
 
@@ -123,6 +127,12 @@ class Trial:
         return np.isin(self.predicted.keys, self.router.training_prompts)
 
     @property
+    def is_training(self) -> NDArray[np.bool_]:
+        """Those seen that are not for validation."""
+        parts = self.router.split.parts(self.units.of(self.predicted.keys))
+        return np.asarray(self.is_seen & (parts != Part.VALIDATION))
+
+    @property
     def prompts(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
         return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
@@ -136,11 +146,21 @@ class Trial:
         tolerance = self.router.default_tolerance
         return Contender("router", "prefill router", p_correct, expected_output_tokens, tolerance)
 
+    def learning(self) -> LearningCurve:
+        """Of a kernel machine as the router's, on the pool's targets alone."""
+        features, training = self.predicted.features, self.is_training
+        assert features is not None
+        try:
+            score = scoring(self.router.pool, self.prompts, self.router_as_contender())
+        except UserError as error:  # of one fold's prompts, where those of all folds do
+            return LearningCurve.silent(str(error))
+        say(f"evaluate: a learning curve of {int(training.sum()):,} training prompts")
+        return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
+
     def rivals(self, keep: str | None) -> Iterator[Contender]:
         """Every baseline that the data allow; those that can be served are written to `keep`."""
-        readable, held = self._readable(), self.is_held_out
-        is_validation = self.is_seen & (self.router.split.parts(self.units.of(self.predicted.keys)) == Part.VALIDATION)
-        is_training = self.is_seen & ~is_validation
+        readable, held, is_training = self._readable(), self.is_held_out, self.is_training
+        is_validation = self.is_seen & ~is_training
         training, validation = readable[is_training], readable[is_validation]
         if not len(training):
             say("evaluate: none of the store's prompts was trained on: baselines have nothing to be fitted on")

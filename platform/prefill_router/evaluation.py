@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.errors import UserError
+from prefill_router.learning import LearningCurve, Score
 from prefill_router.metrics import (
     Interval,
     RoutingScores,
@@ -31,6 +32,7 @@ from prefill_router.pool import Pool
 Array = NDArray[Any]
 
 NUM_DRAWS = 500
+_LEARNING_DRAWS = 100
 _CURVE_POINTS = 300  # of a curve in a report; its areas are computed from all of them
 _BAND_POINTS = 40
 _CHANCES = 20
@@ -143,6 +145,7 @@ class Evaluation:
     length_error_median_rule_tokens: float  # the same, of each target's median length
     num_draws: int
     about: dict[str, str] = field(default_factory=dict)  # data, split and versions, for people
+    learning: LearningCurve | None = None  # of the kernel machine; None where nobody asked for it
 
     @property
     def router(self) -> RoutingScores:
@@ -215,6 +218,20 @@ def oracle(held_out: HeldOut, expected_output_tokens: Array) -> Contender:
     return Contender("oracle", "oracle", p, expected_output_tokens, 0.0, has_hindsight=True)
 
 
+def scoring(pool: Pool, held_out: HeldOut, router: Contender, num_draws: int = _LEARNING_DRAWS) -> Score:
+    """What P(correct) of another learner comes to on these prompts, at the router's expected lengths.
+
+    Raises UserError where no prompt has an outcome of every target.
+    """
+    trial = _Trial(pool, held_out, router, num_draws)
+
+    def score(p_correct: Array) -> dict[str, Array]:
+        headlines = trial.headlines(replace(router, p_correct=p_correct))
+        return {name: headlines[name] for name in ("mean_auc", "mdp_auccc")}
+
+    return score
+
+
 class _Trial:
     """The prompts, weights and draws that all contenders share. The first draw takes every prompt once."""
 
@@ -245,6 +262,9 @@ class _Trial:
 
     def router(self, contender: Contender) -> Standing:
         return self._standing(contender, self._router, _headlines(self._of_router), {})
+
+    def headlines(self, contender: Contender) -> dict[str, Array]:
+        return _headlines(self._scorer(contender).figures(self._draws))
 
     def rival(self, contender: Contender) -> Standing:
         scorer = self._scorer(contender)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from prefill_router.evaluation import Evaluation, Standing
+from prefill_router.learning import LearningCurve
 from prefill_router.metrics import pareto_frontier
 from prefill_router.probe import LayerProbe, by_encoder, choose
 
@@ -206,6 +207,35 @@ def reliability_figure(evaluation: Evaluation, width: float) -> Figure:
 
 
 _RELIABILITY = [("uncalibrated", "before calibration", "--", "#9ca3af"), ("calibrated", "after", "-", _COLOURS[0])]
+
+
+def learning_figure(curve: LearningCurve, width: float) -> Figure:
+    """Each figure by the number of training prompts: what was measured, and the law, dashed beyond it."""
+    is_wide = width > _NARROW
+    figure = Figure(figsize=(width, 3.2 if is_wide else 5.6), layout="constrained")
+    panels = figure.subplots(1, 2) if is_wide else figure.subplots(2, 1)
+    for axes, (name, title, scale) in zip(panels, _LEARNT, strict=True):
+        learned = curve.figures[name]
+        values, low, high = scale * np.array(learned.measured).T
+        axes.vlines(curve.sizes, low, high, color=_INK, lw=1.2)
+        axes.plot(curve.sizes, values, "o", color=_INK, ms=5)
+        if learned.law:
+            places, values, low, high = np.array(learned.law).T * np.array([[1.0], *[[scale]] * 3])
+            axes.fill_between(places, low, high, color=_COLOURS[0], alpha=0.15, lw=0)
+            for line, part in (("-", places <= curve.sizes[-1]), ("--", places >= curve.sizes[-1])):
+                axes.plot(places[part], values[part], line, color=_COLOURS[0], lw=2.0)
+        for outlook in learned.outlooks:
+            axes.plot(outlook.num_prompts, scale * outlook.value.value, "o", color=_COLOURS[0], mfc="white", ms=6)
+        ticks = [*curve.sizes, *(outlook.num_prompts for outlook in learned.outlooks)]
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        _label(axes, "", "training prompts", title, legend=False)
+        axes.tick_params(labelsize=8)
+    return figure
+
+
+_LEARNT = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
 
 
 def rivals(evaluation: Evaluation) -> list[Standing]:

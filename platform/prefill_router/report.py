@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from prefill_router import figures, storage
 from prefill_router.counterfactual import PolicyValue
 from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
+from prefill_router.kernel import MAX_LANDMARKS
+from prefill_router.learning import TIMES, LearnedFigure, LearningCurve
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.probe import LayerProbe
 
@@ -30,6 +32,9 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         "risk": lambda width: figures.risk_figure(evaluation, width),
         "reliability": lambda width: figures.reliability_figure(evaluation, width),
     }
+    curve = evaluation.learning
+    if curve and not curve.silence:
+        plots["learning"] = lambda width: figures.learning_figure(curve, width)
     if probes:
         plots["probe"] = lambda width: figures.probe_figure(probes, width)
     return TEMPLATES.get_template("report.html").render(
@@ -44,6 +49,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         peers=_peer_rows(evaluation),
         zones=_zones(evaluation.router),
         missing=_missing(evaluation),
+        outlook=curve and outlook(curve),
         lengths=[
             shown(error, ".0f")
             for error in (evaluation.length_error_tokens, evaluation.length_error_median_rule_tokens)
@@ -87,6 +93,28 @@ def against_baselines(evaluation: Evaluation) -> str:
         f"Over all tolerances it surely adds more than {num_beaten} of {len(rivals)} baselines; against the best, "
         f"{best.title}, {verdict}: MDP-AUCCC x 1000 differs by {_in_words(less, '+m')}."
     )
+
+
+def outlook(curve: LearningCurve) -> str:
+    """What more outcomes would bring, or why nothing is said of it."""
+    if curve.silence:
+        return f"Nothing is said of it: {curve.silence}."
+    told = [_outlook(learned, *_LEARNT[name]) for name, learned in curve.figures.items()]
+    if TIMES[-1] * curve.sizes[-1] > MAX_LANDMARKS:
+        told.append(
+            f"The router's own kernel machine learns from {MAX_LANDMARKS:,} prompts at most, and may gain less."
+        )
+    return " ".join(told)
+
+
+def _outlook(learned: LearnedFigure, title: str, style: str) -> str:
+    if learned.silence:
+        return f"Of {title} nothing is said: {learned.silence}."
+    twice, four_times = (_in_words(ahead.gain, style) for ahead in learned.outlooks)
+    return f"Twice the outcomes would bring about {twice} {title}, four times about {four_times}."
+
+
+_LEARNT = {"mean_auc": ("mean AUC", "+.3f"), "mdp_auccc": ("MDP-AUCCC x 1000", "+m")}
 
 
 def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:

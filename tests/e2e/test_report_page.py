@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route
 
-from prefill_router.evaluation import Contender, HeldOut, evaluate, oracle
+from prefill_router.evaluation import Contender, HeldOut, evaluate, oracle, scoring
+from prefill_router.learning import learning_curve
 from prefill_router.pool import Pool, Target
 from prefill_router.report import render_html
 
@@ -33,9 +35,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         oracle(held_out, expected),
     ]
     router = Contender("router", "prefill router", p, expected, 0.05)
-    result = evaluate(Pool(name="pool", targets=targets), "v1", held_out, router, rivals, num_draws=40)
+    pool = Pool(name="pool", targets=targets)
+    result = evaluate(pool, "v1", held_out, router, rivals, num_draws=40)
+    x = rng.random((640, 3)).astype(np.float32)
+    y = (rng.random(x.shape) < x).astype(np.float32)
+    learning = learning_curve(x, y, p.astype(np.float32), scoring(pool, held_out, router, num_draws=40))
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_html(result))
+    path.write_text(render_html(replace(result, learning=learning)))
     return path
 
 
@@ -69,7 +75,7 @@ def test_nothing_is_wider_than_the_window(page: Page) -> None:
 def test_each_plot_is_shown_once_in_the_size_of_the_window(page: Page) -> None:
     shown = [box for svg in page.locator("svg").all() if (box := svg.bounding_box())]
     assert page.viewport_size is not None
-    assert len(shown) == 5
+    assert len(shown) == 6
     assert all(0.8 * min(page.viewport_size["width"], 1000) < box["width"] for box in shown)
 
 

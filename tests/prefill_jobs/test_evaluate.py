@@ -42,11 +42,29 @@ def test_only_held_out_prompts_are_scored(router: str, activations: str, small_d
         "oracle",
     ]
     assert evaluation.router.auc[1] > 0.8
+    assert evaluation.learning is not None
+    assert "takes 512" in str(evaluation.learning.silence)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["router"]["accuracy"] == evaluation.router.accuracy
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 12  # six plots, for a desk and for a phone
     assert "Only a test." in page
+
+
+def test_a_learning_curve_is_of_the_training_prompts(
+    router: str, activations: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes, out = str(small_data / "outcomes.parquet"), tmp_path / "report"
+    config = EvaluateConfig(router=router, activations=activations, outcomes=outcomes, out=str(out), draws=20)
+    monkeypatch.setattr("prefill_router.learning.MIN_PROMPTS", 100)
+    evaluation = evaluate(config)
+    curve, training = evaluation.learning, Router.load(router).training
+    assert curve is not None
+    assert (curve.sizes[-1], curve.num_held_out) == (training["num_train"], evaluation.num_held_out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["learning"]["sizes"] == curve.sizes
+    assert report["learning"]["figures"].keys() == {"mean_auc", "mdp_auccc"}
+    assert "What more outcomes would bring" in (out / "report.html").read_text()
 
 
 def renamed(small_data: Path, folder: Path, prompts: list[str] | None = None) -> tuple[Path, Path]:
@@ -73,6 +91,8 @@ def test_a_store_that_training_never_saw_is_scored_whole(
     )
     assert (evaluation.num_held_out, evaluation.num_seen) == (240, 0)
     assert [s.name for s in evaluation.standings] == ["router", "oracle"]
+    assert evaluation.learning is not None
+    assert "there are 0" in str(evaluation.learning.silence)
 
 
 def test_prompts_that_come_again_under_other_ids_are_refused_or_left_out(

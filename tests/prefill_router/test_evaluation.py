@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from prefill_router.errors import UserError
-from prefill_router.evaluation import HEADLINES, Contender, Evaluation, HeldOut, evaluate, oracle
+from prefill_router.evaluation import HEADLINES, Contender, Evaluation, HeldOut, evaluate, oracle, scoring
 from prefill_router.metrics import cost_coverage_curve, score_routing
 from prefill_router.pool import Pool, Target
 
@@ -229,3 +229,16 @@ def test_no_complete_prompt_is_an_error() -> None:
     data.correct[:, 1] = np.nan
     with pytest.raises(UserError, match="no prompt has an outcome of every target"):
         evaluated(data, router)
+
+
+def test_another_learner_is_scored_as_contenders_are() -> None:
+    data, router, baseline = trial()
+    standing = evaluated(data, router, replace(baseline, tolerance=router.tolerance)).standings[1]
+    found = scoring(POOL, data, router, num_draws=40)(baseline.p_correct)
+    assert set(found) == {"mean_auc", "mdp_auccc"}
+    for name, values in found.items():
+        assert values.shape == (41,)
+        assert values[0] == pytest.approx(standing.intervals[name].value)
+        assert np.std(values[1:]) > 0.0
+    with pytest.raises(UserError, match="no prompt has an outcome of every target"):
+        scoring(POOL, replace(data, correct=np.where([True, False, False], np.nan, data.correct)), router)

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Contender, Evaluation, HeldOut, Interval, evaluate, oracle
-from prefill_router.figures import NARROW, WIDE, curve_figure, probe_figure, to_svg
+from prefill_router.figures import NARROW, WIDE, curve_figure, learning_figure, probe_figure, to_svg
+from prefill_router.learning import LearnedFigure, LearningCurve, Outlook
 from prefill_router.pool import Pool, Target
 from prefill_router.probe import LayerProbe
-from prefill_router.report import against_baselines, headline, metric_rows, render_html, shown
+from prefill_router.report import against_baselines, headline, metric_rows, outlook, render_html, shown
 from prefill_router.schema import ActivationColumn, Pooling
 
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
@@ -92,10 +93,25 @@ def probes(names: tuple[str, ...] = ("large", "small"), encoder: str = "an-encod
     ]
 
 
+def learning() -> LearningCurve:
+    """Of mean AUC all is told, of MDP-AUCCC what was measured alone."""
+    auc = LearnedFigure(
+        measured=[Interval(0.6, 0.58, 0.62), Interval(0.65, 0.64, 0.66)],
+        law=[[500.0, 0.6, 0.58, 0.62], [1000.0, 0.65, 0.64, 0.66], [4000.0, 0.7, 0.68, 0.72]],
+        outlooks=[
+            Outlook(2, 2000, Interval(0.68, 0.67, 0.69), Interval(0.03, 0.02, 0.04)),
+            Outlook(4, 4000, Interval(0.7, 0.68, 0.72), Interval(0.05, 0.03, 0.07)),
+        ],
+        silence=None,
+    )
+    mdp = LearnedFigure([Interval(0.004, -0.01, 0.02), Interval(0.003, -0.01, 0.02)], [], [], "it does not rise")
+    return LearningCurve(60, [500, 1000], [2, 1], {"mean_auc": auc, "mdp_auccc": mdp})
+
+
 def dots_of(axes: Axes) -> list[tuple[float, float]]:
     """Where the round marks stand."""
-    dots = [np.ravel(line.get_xydata()) for line in axes.lines if line.get_marker() == "o"]
-    return [(float(x), float(y)) for x, y in dots]
+    dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
+    return [(float(x), float(y)) for line in dots for x, y in np.asarray(line)]
 
 
 def test_page_holds_every_figure_inline() -> None:
@@ -230,6 +246,31 @@ def test_the_verdict_claims_what_the_interval_does(less: Interval, num_beaten: i
     told = against_baselines(replace(e, standings=[e.standings[0], knn]))
     assert f"surely adds more than {num_beaten} of 1 baselines" in told
     assert f"against the best, k nearest neighbours, {verdict}: MDP-AUCCC" in told
+
+
+def test_page_says_what_more_outcomes_would_bring() -> None:
+    told = outlook(learning())
+    assert told == (
+        "Twice the outcomes would bring about +0.030 (+0.020 to +0.040) mean AUC, four times about +0.050 (+0.030 to "
+        "+0.070). Of MDP-AUCCC x 1000 nothing is said: it does not rise."
+    )
+    assert "prompts at most" in outlook(replace(learning(), sizes=[2000, 4000]))
+    page = Page(render_html(replace(evaluation(), learning=learning())))
+    assert told in page.text
+    assert page.num_svgs == 12
+    page = Page(render_html(replace(evaluation(), learning=LearningCurve.silent("there are 3 prompts"))))
+    assert "What more outcomes would bring Nothing is said of it: there are 3 prompts." in " ".join(page.text.split())
+    assert page.num_svgs == 10
+    assert "What more outcomes" not in Page(render_html(evaluation())).text
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_learning_figure_shows_what_was_measured_and_the_law_beyond_it(width: float) -> None:
+    auc, mdp = learning_figure(learning(), width).axes
+    assert dots_of(auc) == [(500.0, 0.6), (1000.0, 0.65), (2000.0, 0.68), (4000.0, 0.7)]
+    assert dots_of(mdp) == [(500.0, 4.0), (1000.0, 3.0)]
+    lines = {line.get_linestyle(): line.get_xdata() for line in auc.lines if line.get_marker() == "None"}
+    assert np.max(lines["-"]) == np.min(lines["--"]) == 1000.0
 
 
 def test_figures_are_shown_short() -> None:
