@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +23,10 @@ from prefill_router.baselines.router import BaselineRouter
 from prefill_router.corpus import MAX_PROMPT_BYTES
 from prefill_router.estimates import ContentIndex, Contents, contents_of
 from prefill_router.lease import Lease
+from prefill_router.ledger import Ledger
 from prefill_router.plan import CorpusPlan
 from prefill_router.router import Router
+from prefill_router.sources import Sources
 
 _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
 _READERS = 32
@@ -38,6 +41,7 @@ class Estimation:
     out: str  # of this router alone
     actors: cluster.Actors = field(default_factory=cluster.Actors)
     max_prompt_bytes: int = MAX_PROMPT_BYTES
+    activations: str | None = None  # a store: the encoder reads only what it lacks
 
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
         """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
@@ -46,7 +50,7 @@ class Estimation:
         wanted = planned.is_first
         progress = Progress(task, int(wanted.sum()))
         progress.skip(int((wanted & known).sum()))
-        tasks = _tasks(planned, wanted & ~known)
+        tasks = self._tasks(planned, wanted & ~known)
         if not tasks:
             return 0
         if isinstance(self.router, Router):
@@ -55,26 +59,35 @@ class Estimation:
         arguments = {
             "router": storage.absolute(self.router_uri),
             "out": self.out,
+            "activations": self.activations,
             "max_prompt_bytes": self.max_prompt_bytes,
             "threads": cluster.threads_per_worker(self.actors.number),
             "attempts": cluster.beside_driver(Attempts).remote(),
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = self.actors.options(_CALLS)
-        peaks: dict[str, float] = {}
+        peaks: dict[str, float] = defaultdict(float)
+        num_read = 0
         for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
             lease.check()
             done: Estimated = pickle.loads(row["done"])
-            peaks[done.worker] = done.peak_flops
+            peaks[done.worker] = max(peaks[done.worker], done.peak_flops)
+            num_read += done.work.prompts
             progress.add(done.num_prompts, done.work, sum(peaks.values()), done.num_retries)
             progress.quarantine(done.num_refused)
-        return sum(len(task.rows) for task in tasks)
+        return num_read
 
-
-def _tasks(planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
-    """The shards with rows (N,) that are wanted."""
-    tasks = (EstimateTask(shard, np.flatnonzero(wanted[rows])) for shard, rows in planned.spans())
-    return [task for task in tasks if len(task.rows)]
+    def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
+        """The shards with rows (N,) that are wanted, each with those of the store that hold some of their prompts."""
+        digests = [shard.digest for shard in planned.shards]
+        sources = None if self.activations is None else Sources(Ledger.open(self.activations), digests)
+        tasks = []
+        for i, (shard, span) in enumerate(planned.spans()):
+            rows = np.flatnonzero(wanted[span])
+            if len(rows):
+                found = () if sources is None else sources.of(i, planned.keys[span][rows])
+                tasks.append(EstimateTask(shard, rows, found))
+        return tasks
 
 
 @dataclass(frozen=True)

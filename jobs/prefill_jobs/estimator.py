@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from prefill_jobs.reader import SafeReader, begin
 from prefill_router import artifact, shards, storage
 from prefill_router.baselines.router import BaselineRouter
-from prefill_router.corpus import Prompt
+from prefill_router.corpus import Row
+from prefill_router.draft import Draft
 from prefill_router.encoder import PrefillEncoder
 from prefill_router.estimates import PromptEstimates, contents_of
 from prefill_router.hardware import measured_peak_flops
+from prefill_router.ledger import Place
 from prefill_router.plan import Shard, read_shard
 from prefill_router.router import Router
+from prefill_router.schema import ActivationColumn
 from prefill_router.work import Work
 
 _NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
@@ -38,6 +41,7 @@ class EstimateTask:
 
     shard: Shard
     rows: NDArray[np.int64]
+    sources: tuple[Place, ...] = ()  # shards of a store that hold some of their activations
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class Estimated:
 class EstimateShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
-    def __init__(self, router: str, out: str, max_prompt_bytes: int, threads: int, attempts: Any) -> None:
-        self.uri, self.out, self.max_prompt_bytes, self.attempts = router, out, max_prompt_bytes, attempts
+    def __init__(
+        self, router: str, out: str, activations: str | None, max_prompt_bytes: int, threads: int, attempts: Any
+    ) -> None:
+        self.uri, self.out, self.activations = router, out, activations
+        self.max_prompt_bytes, self.attempts = max_prompt_bytes, attempts
         self.threads = min(threads, os.cpu_count() or 1)
         self.worker = ray.get_runtime_context().get_actor_id() or ""
         self._loading = threading.Lock()
@@ -65,8 +72,7 @@ class EstimateShard:
         torch.set_num_threads(self.threads)  # of the thread that calls
         task: EstimateTask = pickle.loads(row["task"])
         attempt = begin(self.attempts, task.shard.digest)
-        with self._loading:
-            _ = self.reader, self.peak_flops  # which is measured while nothing else is under way
+        self._load(with_encoder=not task.sources)  # with them there may be nothing to read
         rows = read_shard(task.shard, self.max_prompt_bytes)
         wanted = [rows[i] for i in task.rows]
         contents = contents_of([row.content_digest for row in wanted])
@@ -76,12 +82,17 @@ class EstimateShard:
             estimates = PromptEstimates.load(self.out, file)
         else:
             estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
-            work = self._fill(estimates, [row.prompt for row in wanted], attempt)
+            work = self._fill(estimates, wanted, task, attempt)
             shards.create_shard(self.out, name, estimates.to_table())
         num_refused = sum(reason is not None for reason in estimates.reasons)
-        return {
-            "done": pickle.dumps(Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, self.peak_flops))
-        }
+        peak_flops = self.peak_flops if work.prompts else 0.0
+        return {"done": pickle.dumps(Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, peak_flops))}
+
+    def _load(self, *, with_encoder: bool) -> None:
+        with self._loading:
+            _ = self.router
+            if with_encoder:
+                _ = self.reader, self.peak_flops  # which is measured while nothing else is under way
 
     @cached_property
     def router(self) -> Router | BaselineRouter:
@@ -97,23 +108,45 @@ class EstimateShard:
         encoder = self.router.encoder
         return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
 
-    def _fill(self, estimates: PromptEstimates, prompts: Sequence[Prompt], attempt: int) -> Work:
-        router = self.router
+    def _fill(self, estimates: PromptEstimates, rows: Sequence[Row], task: EstimateTask, attempt: int) -> Work:
+        router, prompts = self.router, [row.prompt for row in rows]
         if isinstance(router, BaselineRouter):
             tokens = router.encoder.tokenize(prompts)
             _put(estimates, np.arange(len(prompts)), tokens.full_lengths, tokens.is_truncated)
             _predict(estimates, np.arange(len(prompts)), *router.predict_tokens(tokens))
             return Work(prompts=len(prompts), tokens=int(tokens.num_tokens.sum()))
+        draft = self._draft(rows, task, router.columns)
+        work = self._complete(draft, attempt)
+        estimates.reasons[list(draft.refused)] = list(draft.refused.values())
+        kept = np.array([i for i in range(len(prompts)) if i not in draft.refused], np.int64)
+        if len(kept):
+            _put(estimates, kept, draft.full_lengths[kept], draft.is_truncated[kept])
+            features = router.features(draft.activations(kept.tolist()))
+            _predict(estimates, kept, *router.predict_features(features))
+            if router.distance is not None:
+                estimates.percentile[kept] = router.distance.percentile(router.distance(features))
+        return work
+
+    def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> Draft:
+        """What the store holds of the prompts. What it could not read is not tried again."""
+        ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
+        draft = Draft(task.shard.digest, ids, contents, columns)
+        for source in task.sources:
+            assert self.activations is not None
+            draft.copy(self.activations, source)
+        draft.prompts = [row.prompt for row in rows]
+        return draft
+
+    def _complete(self, draft: Draft, attempt: int) -> Work:
+        """Has the encoder read what the draft misses; without that it need not even be loaded."""
+        cut = np.flatnonzero(draft.is_truncated)  # of a store, which does not say how long they were
+        if not len(cut) and not any(draft.missing()):
+            return Work()
+        self._load(with_encoder=True)
         assert self.reader is not None
-        reading, refused = self.reader.read(prompts, router.columns, attempt)
-        kept = np.array([i for i in range(len(prompts)) if i not in refused], np.int64)
-        estimates.reasons[list(refused)] = list(refused.values())
-        _put(estimates, kept, reading.full_lengths, reading.is_truncated)
-        features = router.features(reading.encoded)
-        _predict(estimates, kept, *router.predict_features(features))
-        if router.distance is not None:
-            estimates.percentile[kept] = router.distance.percentile(router.distance(features))
-        return reading.work
+        work = self.reader.complete(draft, attempt)
+        draft.full_lengths[cut] = self.reader.encoder.tokenize([draft.prompts[i] for i in cut]).full_lengths
+        return work
 
 
 def _put(estimates: PromptEstimates, rows: NDArray[Any], lengths: NDArray[Any], is_truncated: NDArray[Any]) -> None:

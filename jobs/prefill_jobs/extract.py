@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from prefill_router.features import Manifest, read_manifest, write_manifest
 from prefill_router.lease import Lease
 from prefill_router.ledger import Ledger
 from prefill_router.plan import CorpusPlan, Repeats, Shard, plan
+from prefill_router.router import Router
 from prefill_router.schema import POOLINGS, Pooling
 from prefill_router.shard_list import ShardList
 from prefill_router.sources import Sources
@@ -40,24 +42,34 @@ _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, o
 def extract(config: ExtractConfig) -> ExtractSummary:
     """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
+    spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
+    return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes))
+
+
+def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
+    """`extract` with a router's encoder and the columns that it reads, whatever `config` says of them.
+
+    Raises UserError where the store at `config.out`, or the encoder that can be loaded, is another's.
+    """
+    columns = [column.name for column in router.columns]
+    request = Request(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
+    return _extract(config, request, router.encoder_identity)
+
+
+def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None) -> ExtractSummary:
     storage.refuse_file(config.out)
     storage.require(config.corpus, "corpus")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
         planned.check_bad(planned.bad, config.max_bad_fraction)
         with Lease.acquire(config.out, "extract") as lease:
-            return _Extraction(config, planned, layers, pooling, lease).run()
+            if encoder is not None:
+                ledger.claim_encoder(config.out, encoder)
+            return _Extraction(config, planned, request, lease).run()
 
 
 class _Extraction:
-    def __init__(
-        self,
-        config: ExtractConfig,
-        planned: CorpusPlan,
-        layers: Literal["all"] | list[int],
-        pooling: list[Pooling],
-        lease: Lease,
-    ) -> None:
+    def __init__(self, config: ExtractConfig, planned: CorpusPlan, request: Request, lease: Lease) -> None:
         self.config, self.plan, self.lease = config, planned, lease
         if config.overwrite:
             ledger.clear(config.out)
@@ -65,15 +77,14 @@ class _Extraction:
         before = read_manifest(config.out)
         if before is not None:
             _check_nothing_is_lost(config.out, before, self.ledger, self.plan)
-        spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
-        also = [] if before is None else before.columns
-        self.request = Request(spec, layers, pooling, also, config.out, config.max_prompt_bytes)
+        self.request = request if before is None else replace(request, also=[*request.also, *before.columns])
         self.encoder = self.ledger.encoder
         self.parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
 
     def run(self) -> ExtractSummary:
         # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
-        cluster.on_every_node(checkpoint.fetch, self.config.encoder)
+        spec = self.request.encoder
+        cluster.on_every_node(checkpoint.fetch, spec.model, spec.revision)
         self.workers = self.actors.number
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
@@ -184,7 +195,7 @@ def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned:
         if num_lost := lost.get(position, rows):
             raise UserError(
                 f"{out}: holds {num_lost:,} rows of shard {file} that this corpus has not, or has otherwise "
-                f"({before.corpus} was extracted): choose another --out, or replace it with --overwrite"
+                f"({before.corpus} was extracted): choose another folder, or replace it with extract --overwrite"
             )
 
 

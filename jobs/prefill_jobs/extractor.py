@@ -51,14 +51,16 @@ class Request:
     """What is to be extracted, the same for every shard."""
 
     encoder: EncoderSpec
-    layers: Literal["all"] | list[int]
+    layers: Literal["all"] | list[int]  # each with each pooling; none where `also` says it all
     pooling: list[Pooling]
-    also: list[str]  # columns that the output has already, and keeps
+    also: list[str]  # further columns, and those that the output has already and keeps
     out: str
     max_prompt_bytes: int
 
     def columns(self, encoder: EncoderIdentity) -> list[ActivationColumn]:
-        wanted = {*encoder.columns(self.layers, self.pooling), *map(ActivationColumn.parse, self.also)}
+        wanted = set(map(ActivationColumn.parse, self.also))
+        if self.layers:
+            wanted.update(encoder.columns(self.layers, self.pooling))
         return sorted(wanted, key=lambda column: (POOLINGS.index(column.pooling), column.layer))
 
 
@@ -87,7 +89,7 @@ class ExtractShard:
         for source in task.sources:
             draft.copy(self.request.out, source)
         num_copied = draft.num_complete
-        work = self._encode(draft, attempt)
+        work = self.reader.complete(draft, attempt)
         return self._done(draft.commit(self.request.out), work, num_copied, attempt, is_new=True)
 
     def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> Draft:
@@ -112,16 +114,6 @@ class ExtractShard:
     @cached_property
     def reader(self) -> SafeReader:
         return SafeReader(self.encoder, self.threads)
-
-    def _encode(self, draft: Draft, attempt: int) -> Work:
-        """Computes what the draft misses."""
-        work = Work()
-        for rows, columns in draft.missing():
-            reading, refused = self.reader.read([draft.prompts[i] for i in rows], columns, attempt)
-            work += reading.work
-            draft.refused.update({rows[i]: reason for i, reason in refused.items()})
-            draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
-        return work
 
     def _done(self, record: Commit, work: Work, num_copied: int, attempt: int, *, is_new: bool) -> Done:
         return Done(

@@ -18,11 +18,12 @@ from pydantic import Field
 from prefill_jobs import cluster
 from prefill_jobs.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
 from prefill_jobs.estimation import Estimation, Held
+from prefill_jobs.extract import extract_for
 from prefill_router import artifact, shards, storage
 from prefill_router.allocation import Allocation, Totals, solve
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
-from prefill_router.config import LabelConfig, names_in
+from prefill_router.config import ExtractConfig, LabelConfig, names_in
 from prefill_router.console import say
 from prefill_router.corpus import BadRow, files
 from prefill_router.decision import Policy
@@ -76,8 +77,10 @@ def label(config: LabelConfig) -> LabelManifest:
         inputs = _new_files(config, before)
         if before is not None and not inputs:
             say(f"label: {config.log} holds no new file")
+            _keep_activations(config, router)
             return before
         with cluster.connected():
+            num_read = _keep_activations(config, router)
             planned = plan(
                 config.log,
                 config.shard_rows,
@@ -88,7 +91,7 @@ def label(config: LabelConfig) -> LabelManifest:
                 spread=cluster.spread,
             )
             planned.check_bad(planned.bad, config.max_bad_fraction)
-            return _Labelling(config, router, choice, planned, inputs, before, lease).run()
+            return _Labelling(config, router, choice, planned, inputs, before, lease).run(num_read)
 
 
 class _Labelling:
@@ -107,9 +110,10 @@ class _Labelling:
         self.estimates = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
         self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
 
-    def run(self) -> LabelManifest:
+    def run(self, num_read: int) -> LabelManifest:
+        """`num_read` prompts were read for their activations."""
         self._say()
-        computed = self.estimation.run(self.plan, self.lease, "label")
+        computed = num_read + self.estimation.run(self.plan, self.lease, "label")
         held = Held.read(self.estimates)
         places = held.index.find(self._contents)
         allocation = self._allocate(held, places)
@@ -124,7 +128,9 @@ class _Labelling:
         """What the router is to say of the log."""
         config = self.config
         actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
-        return Estimation(self.router, config.router, self.estimates, actors, config.max_prompt_bytes)
+        return Estimation(
+            self.router, config.router, self.estimates, actors, config.max_prompt_bytes, config.activations
+        )
 
     def _say(self) -> None:
         num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
@@ -226,6 +232,17 @@ class _Labelling:
         return [row for row in shards.read_quarantine(self.config.out) if row.uri in known]
 
 
+def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> int:
+    """Extracts the whole log where that is asked for, and returns how many prompts the encoder read for it."""
+    if config.activations is None:
+        return 0
+    assert isinstance(router, Router)
+    shared = {"limit", "max_prompt_bytes", "max_bad_fraction", "shard_rows"}
+    workers = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker"}
+    extraction = ExtractConfig(corpus=config.log, out=config.activations, **config.model_dump(include=shared | workers))
+    return extract_for(router, extraction).work.prompts
+
+
 def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
     pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
     known = {name: t for t, name in enumerate(router.pool.target_names)}
@@ -233,6 +250,8 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
         raise UserError("incremental and limit: a file that is decided is decided whole: leave one of them out")
     if config.budget_usd is not None and config.tolerance is not None:
         raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
+    if config.activations is not None and not isinstance(router, Router):
+        raise UserError(f"activations: {config.router} is a baseline, which reads none: leave --activations out")
     for column in names_in(config.partition_by):
         if column == DAY and config.time is None:
             raise UserError("partition_by = day, but no --time names the column that tells it")

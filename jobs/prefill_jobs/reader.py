@@ -10,10 +10,12 @@ from typing import Any
 import ray
 
 from prefill_router.corpus import Prompt
+from prefill_router.draft import Draft
 from prefill_router.encoder import PrefillEncoder, Reading
 from prefill_router.errors import UserError
 from prefill_router.isolation import IsolatedEncoder
 from prefill_router.schema import ActivationColumn
+from prefill_router.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,16 @@ class SafeReader:
             return self.isolated.read_survivors(prompts, columns)
         finally:
             self.isolated.close()
+
+    def complete(self, draft: Draft, attempt: int) -> Work:
+        """Computes what a draft misses."""
+        work = Work()
+        for rows, columns in draft.missing():
+            reading, refused = self.read([draft.prompts[i] for i in rows], columns, attempt)
+            work += reading.work
+            draft.refused.update({rows[i]: reason for i, reason in refused.items()})
+            draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
+        return work
 
     def _read_here(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]

@@ -308,6 +308,9 @@ class LabelConfig(StrictModel):
         "messages, or requests to an OpenAI-style endpoint as they are"
     )
     out: Uri = Field(description="Folder for decisions/, report.html and report.json")
+    activations: Uri | None = Field(
+        None, description="Folder in which the activations that the router reads are kept too, as `extract` keeps them"
+    )
     pool: OtherPool = None
     tolerance: Tolerance = None
     budget_usd: float | None = Field(

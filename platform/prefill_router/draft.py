@@ -38,6 +38,7 @@ class Draft:
         self.refused: dict[int, str] = {}  # rows that will not be in the shard, and why
         self.has_nC = np.zeros((len(prompt_ids), len(columns)), np.bool_)
         self.num_tokens = np.zeros(len(prompt_ids), np.int32)
+        self.full_lengths = np.zeros(len(prompt_ids), np.int32)  # before any was cut; of one that was copied, after
         self.is_truncated = np.zeros(len(prompt_ids), np.bool_)
         self._values: dict[str, NDArray[np.float16]] = {}
         self._rows_of: dict[str, list[int]] = defaultdict(list)
@@ -65,14 +66,16 @@ class Draft:
         """Rows and the columns that they lack, rows that lack the same ones together."""
         for has_C in np.unique(self.has_nC, axis=0):
             rows = np.flatnonzero((self.has_nC == has_C).all(1)).tolist()
+            rows = [row for row in rows if row not in self.refused]
             columns = [column for column, has in zip(self.columns, has_C, strict=True) if not has]
-            if columns:
-                yield [row for row in rows if row not in self.refused], columns
+            if rows and columns:
+                yield rows, columns
 
     def fill(self, rows: Sequence[int], reading: Reading) -> None:
         """Takes what the encoder read of `rows`."""
         encoded = reading.encoded
         self._set(list(rows), encoded)
+        self.full_lengths[list(rows)] = reading.full_lengths
         self.is_truncated[list(rows)] = reading.is_truncated
         columns = [values for name, values in encoded.items() if name != NUM_TOKENS]
         is_finite = np.all([np.isfinite(values).all(1) for values in columns], axis=0)
@@ -92,13 +95,16 @@ class Draft:
         self._set(ours, {name: values[theirs] for name, values in encoded.items()})
         self.is_truncated[ours] = np.isin(theirs, record.truncated)
 
+    def activations(self, rows: Sequence[int]) -> dict[str, NDArray[np.float16]]:
+        """What is known of `rows`, (len(rows), D) of each column."""
+        return {name: self._values[name][rows] for name in self.names}
+
     def commit(self, out: str) -> Commit:
         """Writes the object and enters it in the ledger."""
         kept = [row for row in range(len(self.prompt_ids)) if row not in self.refused]
         assert self.has_nC[kept].all(), "a row would be written that was not computed"
         prompt_ids = [self.prompt_ids[row] for row in kept]
-        encoded: dict[str, NDArray[Any]] = {name: self._values[name][kept] for name in self.names if self._values}
-        table = to_table(prompt_ids, {**encoded, NUM_TOKENS: self.num_tokens[kept]}) if kept else None
+        table = to_table(prompt_ids, {**self.activations(kept), NUM_TOKENS: self.num_tokens[kept]}) if kept else None
         record = Commit(
             name=self.name,
             file=None if table is None else shards.create_shard(out, self.name, table),
@@ -113,7 +119,7 @@ class Draft:
     def _set(self, rows: list[int], encoded: dict[str, NDArray[Any]]) -> None:
         for name, values in encoded.items():
             if name == NUM_TOKENS:
-                self.num_tokens[rows] = values
+                self.num_tokens[rows] = self.full_lengths[rows] = values
                 continue
             if name not in self._values:
                 self._values[name] = np.zeros((len(self.prompt_ids), values.shape[1]), np.float16)

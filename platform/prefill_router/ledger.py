@@ -217,7 +217,7 @@ def claim_encoder(uri: str, identity: EncoderIdentity) -> None:
     if stored.fingerprint != identity.fingerprint:
         raise UserError(
             f"{uri}: holds activations of another encoder ({stored.spec.model}, or the same with other weights, "
-            "tokenizer, dtype or settings): choose another --out, or replace it with --overwrite"
+            "tokenizer, dtype or settings): choose another folder, or replace it with extract --overwrite"
         )
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from chaos.job import LabelJob
 from corpora import write_jsonl
 from prefill_jobs.label import label
 from prefill_router.config import LabelConfig
+from prefill_router.ledger import Ledger
 from prefill_router.strict import validate
 from tiny import random_prompts
 
@@ -28,7 +31,14 @@ def num_estimated(out: Path) -> int:
     return sum(pq.ParquetFile(file).metadata.num_rows for file in (out / "estimates").rglob("part-*.parquet"))
 
 
-def test_a_log_is_decided_once_though_the_job_is_killed(router: str, tmp_path: Path) -> None:
+def num_kept(out: Path) -> int:
+    return sum(Ledger.open(str(out / "activations")).records["rows"].to_pylist())
+
+
+@pytest.mark.parametrize("num_read", [num_estimated, num_kept])
+def test_a_log_is_decided_once_though_the_job_is_killed(
+    router: str, tmp_path: Path, num_read: Callable[[Path], int]
+) -> None:
     prompts = random_prompts(160)
     lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeat one
     write_jsonl(tmp_path / "log.jsonl", *({"prompt": prompt} for prompt in lines))
@@ -41,15 +51,17 @@ def test_a_log_is_decided_once_though_the_job_is_killed(router: str, tmp_path: P
     label(validate(LabelConfig, {**options, "out": str(tmp_path / "calm")}, "calm"))
 
     out = tmp_path / "out"
+    if num_read is num_kept:
+        options["activations"] = str(out / "activations")
     seen = 0
     for kill in range(KILLS):
         job = LabelJob(tmp_path / f"{kill}.log", saboteur=True, slow_s=0.7, **options, out=out)
-        while num_estimated(out) <= seen and job.process.poll() is None:
+        while num_read(out) <= seen and job.process.poll() is None:
             time.sleep(0.1)
         assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
         job.kill_all()
         assert not (out / "manifest.json").exists()
-        seen = num_estimated(out)
+        seen = num_read(out)
         assert 0 < seen < len(set(prompts))
     assert label(validate(LabelConfig, {**options, "out": str(out)}, "last")).computed == len(set(prompts)) - seen
     assert num_estimated(out) == len(set(prompts))

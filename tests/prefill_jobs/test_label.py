@@ -2,18 +2,27 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from prefill_jobs.extract import extract
 from prefill_jobs.label import LabelManifest, label
-from prefill_router.config import LabelConfig
+from prefill_router.baselines.blind import Always
+from prefill_router.baselines.router import BaselineRouter
+from prefill_router.config import ExtractConfig, LabelConfig
+from prefill_router.encoder import PrefillEncoder
 from prefill_router.errors import UserError
+from prefill_router.features import ActivationStore
 from prefill_router.router import Router
+from tiny import CHAT_TEMPLATE, save_tiny_model
 
 RIVER = [{"role": "user", "content": "name a river"}]
 
@@ -165,3 +174,112 @@ def test_what_cannot_be_is_one_line(router: str, log: Path, options: dict[str, A
 def test_bad_lines_are_quarantined(router: str, log: Path) -> None:
     log.write_text(log.read_text() + '{"prompt": 7}\n')
     assert (labelled(router, log).quarantined, len(decisions(log))) == (1, 12)
+
+
+# --- activations -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picky(router: str, tmp_path: Path) -> str:
+    """The router with an encoder whose template refuses the prompt "no town"."""
+    refusing = "{% if 'no town' in messages[0]['content'] %}{{ raise_exception('no towns') }}{% endif %}"
+    encoder = PrefillEncoder.load(str(save_tiny_model(tmp_path / "model", chat_template=refusing + CHAT_TEMPLATE)))
+    replace(Router.load(router), encoder_identity=encoder.identity).save(str(tmp_path / "picky"))
+    return str(tmp_path / "picky")
+
+
+def append(log: Path, *rows: Any) -> None:
+    log.write_text(log.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_corpus(router: str, log: Path, out: Path, **options: Any) -> ExtractConfig:
+    """The extraction of the layers and poolings that a router reads."""
+    loaded = Router.load(router)
+    fields: dict[str, Any] = {
+        "corpus": str(log),
+        "encoder": loaded.encoder_identity.spec.model,
+        "layers": ",".join(sorted({str(column.layer) for column in loaded.columns})),
+        "pooling": ",".join(sorted({column.pooling for column in loaded.columns})),
+        "out": str(out),
+    }
+    return ExtractConfig(**{**fields, **options})
+
+
+def test_activations_are_kept_as_extract_keeps_them_and_decide_the_same(picky: str, log: Path, tmp_path: Path) -> None:
+    """Beside a prompt that repeats: one that the encoder cuts, one that it refuses, and a line that is bad."""
+    append(log, {"prompt": "two " * 300}, {"prompt": "no town"}, {"prompt": 7}, {"prompt": "no town"})
+    without = labelled(picky, log, shard_rows=5)
+    expected = decisions(log)
+    assert (without.lines, without.computed, without.quarantined) == (13, 12, 3)
+    assert expected[12]["input_tokens"] > 300
+    shutil.rmtree(tmp_path / "out")
+
+    kept = labelled(picky, log, shard_rows=5, activations=str(tmp_path / "kept"))
+    assert decisions(log) == expected
+    assert kept == without
+    extract(as_corpus(picky, log, tmp_path / "extracted", shard_rows=5))
+    ours, theirs = (ActivationStore.open(str(tmp_path / name)) for name in ("kept", "extracted"))
+    assert set(ours.columns) == set(Router.load(picky).columns)
+    assert ours.manifest.encoder == theirs.manifest.encoder
+    assert ours.num_shards == theirs.num_shards
+    for shard in range(ours.num_shards):
+        (ids, values), (other_ids, others) = (store.read(shard, ours.columns) for store in (ours, theirs))
+        assert ids == other_ids
+        for name in values:
+            np.testing.assert_array_equal(values[name], others[name])
+    assert ours.manifest.quarantine == theirs.manifest.quarantine
+
+    shutil.rmtree(tmp_path / "out")  # so that the store alone knows the prompts
+    again = labelled(picky, log, shard_rows=5, activations=str(tmp_path / "kept"))
+    assert again == kept.model_copy(update={"computed": 0})
+    assert decisions(log) == expected
+
+
+def test_a_store_that_lies_there_goes_on(router: str, log: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    extract(as_corpus(router, log, store, layers="all", pooling="last,mean", limit=4))
+    columns = ActivationStore.open(str(store)).columns
+    assert labelled(router, log).computed == 11
+    expected = decisions(log)
+    assert labelled(router, log, activations=str(store), overwrite=True).computed == 7  # that the store lacked
+    grown = ActivationStore.open(str(store))
+    assert (grown.columns, grown.manifest.rows) == (columns, 12)
+    assert labelled(router, log, activations=str(store), overwrite=True).computed == 0
+    assert decisions(log) == expected
+    assert extract(as_corpus(router, log, store)).work.prompts == 0
+
+
+def test_an_incremental_run_keeps_the_activations_of_the_whole_log(router: str, tmp_path: Path) -> None:
+    log, store = tmp_path / "log", str(tmp_path / "store")
+    rows = [{"prompt": f"what is one plus {i}"} for i in range(9)]
+    write_log(log / "a.jsonl", [*rows[:6], {"prompt_id": "x", "messages": RIVER}])
+    assert labelled(router, log, incremental=True, activations=store).computed == 7
+    write_log(log / "b.jsonl", [*rows[4:], {"prompt_id": "x", "prompt": "name a town"}])  # an id of another prompt's
+    manifest = labelled(router, log, incremental=True, activations=store)
+    assert (manifest.lines, manifest.computed) == (13, 4)
+    assert ActivationStore.open(store).manifest.rows == 12
+    quarantined = pq.read_table(f"{store}/quarantine/rows.parquet")["reason"].to_pylist()
+    assert quarantined == ['prompt_id "x" stands more than once; ids must be unique']
+    Path(store, "manifest.json").unlink()
+    assert labelled(router, log, incremental=True, activations=store) == manifest  # of before: no file is new
+    assert ActivationStore.open(store).manifest.rows == 12
+
+
+def test_activations_have_no_place_among_those_of_another_encoder(router: str, log: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    extract(as_corpus(router, log, store, max_tokens=8, limit=3))
+    with pytest.raises(UserError, match="holds activations of another encoder"):
+        labelled(router, log, activations=str(store))
+    assert ActivationStore.open(str(store)).manifest.rows == 3
+    with pytest.raises(UserError, match="another label is writing here"):
+        labelled(router, log, activations=str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_baseline_has_no_activations(router: str, log: Path, tmp_path: Path) -> None:
+    pool, lengths = Router.load(router).pool, np.array([10, 20], np.float32)
+    always = Always(0).fit(np.zeros((1, 1)), np.zeros((1, 2)))
+    BaselineRouter("always", always, pool, lengths, 0.0, "package:none", "none").save(str(tmp_path / "baseline"))
+    with pytest.raises(UserError, match=r"baseline, which reads none: leave --activations out"):
+        labelled(str(tmp_path / "baseline"), log, activations=str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
