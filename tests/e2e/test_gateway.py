@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,12 @@ def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_pa
             answer = httpx.post(f"{serve.url}/v1/chat/completions", json={"messages": messages, **fields}, timeout=30)
             return answer.raise_for_status().headers["x-router-selected-model"]
 
+        def routed(text: str) -> tuple[list[Any], str, float]:
+            messages = [{"role": "user", "content": text}]
+            body = {"messages": messages, "tolerance": 0.0}
+            answer = httpx.post(f"{serve.url}/v1/route", json=body, timeout=30).raise_for_status().json()
+            return messages, answer["selected_model"], answer["expected_cost_usd"]["big"]
+
         said = [{"role": "user", "content": "what is one plus two"}]
         assert ask(said, models=["big"]) == "big"
         follow_up = [*said, {"role": "assistant", "content": "Three."}, {"role": "user", "content": "commit it"}]
@@ -129,5 +136,14 @@ def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_pa
         budgets.write_text("usd_per_day = 0.0\n")
         serve.reload("took over")
         wait_until(lambda: ask(follow_up, tolerance=0.0) == "small", "a spent budget")
-        counted = httpx.get(f"{serve.url}/v1/stats").json()["answered"]
-        assert counted >= 14
+        counted = httpx.get(f"{serve.url}/v1/stats").json()
+        assert counted["answered"] >= 14
+
+        texts = (f"what is two plus {number} [[fault:slow_head]]" for number in range(100))
+        slow, expected_usd = next((said, usd) for said, target, usd in map(routed, texts) if target == "big")
+        budgets.write_text(f"usd_per_day = {counted['spent_today_usd'] + 3.5 * expected_usd}\ntolerance = 1.0\n")
+        serve.reload("took over")
+        with ThreadPoolExecutor(12) as callers:
+            burst = list(callers.map(lambda _: ask(slow, tolerance=0.0), range(12)))
+        assert burst.count("big") == 3, "what is under way with one replica counts with the other"
+        wait_until(lambda: not httpx.get(f"{serve.url}/v1/stats").json()["reserved_usd"], "all to be settled")

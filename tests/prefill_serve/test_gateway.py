@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import time
@@ -23,6 +24,7 @@ from gateway import PRICES, Gateway, write_pool
 from mutations import damaged, mutated
 from prefill_router.corpus import content_hash
 from prefill_router.router import Router
+from prefill_serve.gateway.proxy import LEDGER_S
 from upstream import Fault, Upstream
 
 ASKED = "what is one plus two"
@@ -447,6 +449,88 @@ def test_a_budget_that_is_spent_makes_the_rest_cheap(
     _configure(gateway, upstreams, tmp_path, gateway={"ledger": {"budgets": budgets}}, tolerance=0.0)
     best = gateway.post("/v1/route", {"prompt": ASKED, "tolerance": 0.0}).json()["selected_model"]
     assert answering(gateway.chat(ASKED)) == (expected or best)
+
+
+def _dear(gateway: Gateway) -> tuple[str, dict[str, float]]:
+    """A question that goes to big where cost is no matter, and what it is expected to cost on each target."""
+    for number in range(100):
+        text = f"what is two plus {number}"
+        route = gateway.post("/v1/route", {"messages": [_user(text)], "tolerance": 0.0}).json()
+        if route["selected_model"] == "big":
+            return text, route["expected_cost_usd"]
+    raise AssertionError("no question needs the dear target")
+
+
+def _until_settled(gateway: Gateway) -> None:
+    deadline = time.monotonic() + 5.0
+    while gateway.stats()["reserved_usd"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gateway.stats()["reserved_usd"] == 0.0
+
+
+def test_a_burst_overruns_a_budget_by_no_more_than_expectations_err(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    text, usd = _dear(gateway)
+    budget_usd = 5.5 * usd["big"]
+    budgets = {"usd_per_day": gateway.stats()["spent_today_usd"] + budget_usd}
+    patient = {name: {"upstream": {"timeout_s": 10.0}} for name in PRICES}
+    _configure(gateway, upstreams, tmp_path, patient, gateway={"ledger": {"budgets": budgets}}, tolerance=0.0)
+    for upstream in upstreams.values():
+        upstream.slow_s = 1.5
+        upstream.faults(Fault.SLOW_HEAD, rate=1.0)
+    with ThreadPoolExecutor(24) as callers:
+        burst = [callers.submit(gateway.chat, text, stream=number % 2 == 0) for number in range(24)]
+        under_way_usd = 0.0
+        while not any(call.done() for call in burst):
+            under_way_usd = max(under_way_usd, gateway.stats()["reserved_usd"])
+            time.sleep(0.05)
+    assert Counter(call.result().headers["x-router-selected-model"] for call in burst) == {"big": 5, "small": 19}
+    assert under_way_usd == pytest.approx(5 * usd["big"] + 19 * usd["small"])
+    _until_settled(gateway)
+    billed = [call.billed for call in upstreams["big"].completions if call.billed is not None]
+    costs = [(b.prompt_tokens * PRICES["big"] + b.completion_tokens * 4 * PRICES["big"]) / 1e6 for b in billed]
+    assert sum(costs) <= budget_usd + sum(cost_usd - usd["big"] for cost_usd in costs)
+
+
+def test_what_a_call_had_reserved_is_given_back_however_it_ends(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    ledger = {"budgets": {"usd_per_day": 1000.0}}
+    _configure(gateway, upstreams, tmp_path, gateway={"ledger": ledger})
+    for upstream in upstreams.values():
+        upstream.faults(Fault.ERROR)
+    assert gateway.chat(ASKED).status_code == 502
+    assert gateway.chat(ASKED, max_tokens=-1).status_code == 400
+    assert answering(gateway.chat(ASKED, model="mid")) == "mid"
+    upstreams["mid"].faults(Fault.CUT, Fault.SLOW_HEAD, Fault.SLOW_CHUNKS)
+    assert "error" in events(gateway.chat(ASKED, model="mid", stream=True))[-1]
+    body = {"model": "mid", "messages": [_user(ASKED)]}
+    with pytest.raises(httpx.ReadTimeout):
+        gateway.post("/v1/chat/completions", body, timeout=0.3)
+    with gateway.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+        pieces = stream.iter_bytes()
+        next(pieces)
+        assert gateway.stats()["reserved_usd"] > 0.0
+    _until_settled(gateway)
+
+
+def test_a_reservation_that_comes_late_does_not_outlive_its_call(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = {"usd_per_day": 0.0}
+    _configure(gateway, upstreams, tmp_path, gateway={"ledger": {"budgets": budgets}}, tolerance=0.0)
+    text, _usd = _dear(gateway)
+    reserve = gateway.ledger.reserve
+
+    async def late(*bid: Any) -> int:
+        await asyncio.sleep(2 * LEDGER_S)
+        return await reserve(*bid)
+
+    monkeypatch.setattr(gateway.ledger, "reserve", late)
+    assert answering(gateway.chat(text)) == "big"  # nobody waits for the ledger, nor fails for it
+    time.sleep(3 * LEDGER_S)
+    assert gateway.stats()["reserved_usd"] == 0.0
 
 
 # --- feedback ----------------------------------------------------------------------------------------------------

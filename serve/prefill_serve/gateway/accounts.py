@@ -1,23 +1,25 @@
-"""Money: what calls cost and were expected to, what any single target would have cost, and who has spent a budget."""
+"""Money: what calls cost and were expected to, what any single target would have cost, and what budgets still hold."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 
 from pydantic import Field
 
 from prefill_router.strict import StrictModel
+from prefill_serve.gateway.reservations import Reservations
 from prefill_serve.gateway.served import Served
 
 
 class Budgets(StrictModel):
-    """USD a day, in UTC. What is under way when a budget ends is answered."""
+    """USD a day, in UTC. What is under way counts by its expected cost."""
 
     usd_per_day: float | None = Field(None, ge=0.0, description="Of all together")
     keys: dict[str, float] = Field(default_factory=dict, description="Of single keys, by the name of their holder")
-    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Once spent [1: the cheapest target]")
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Of what does not fit [1: the cheapest target]")
 
 
 class TargetStats(StrictModel):
@@ -57,6 +59,7 @@ class Stats(StrictModel):
     against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
     targets: dict[str, TargetStats]
     spent_today_usd: float = Field(description="By the key that asks")
+    reserved_usd: float = Field(description="What the calls of that key which are under way are expected to cost")
     feedback: int = Field(description="Outcomes that were recorded")
 
 
@@ -73,7 +76,7 @@ class _Sums:
 
 @dataclass
 class Accounts:
-    """Sums over calls. A call is booked once."""
+    """Sums over calls. A call is booked once; what is reserved for it beforehand is ended apart."""
 
     since: datetime | None = None
     ends: Counter[str] = field(default_factory=Counter)
@@ -82,6 +85,7 @@ class Accounts:
     expected_usd: float = 0.0
     metered_usd: float = 0.0
     routed_usd: float = 0.0
+    reservations: Reservations = field(default_factory=Reservations)
     _targets: defaultdict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
     _would_cost: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _p_correct: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -131,10 +135,17 @@ class Accounts:
     def spent_today(self, now: datetime) -> dict[str, float]:
         return dict(self._spent) if now.astimezone(UTC).date().isoformat() == self._day else {}
 
-    def is_spent(self, budgets: Budgets, holder: str, now: datetime) -> bool:
-        """Has this holder, or have all together, used up what they have for today?"""
-        shares = self.shares(budgets, now)
-        return any(shares.get(who, 0.0) >= 1.0 for who in (None, holder))
+    def usual_usd(self, target: str) -> float:
+        """What an answer of a target has cost on average; 0 before the first."""
+        sums = self._targets[target] if target in self._targets else _Sums()
+        return sums.actual_usd / max(sums.answered, 1)
+
+    def fits(self, usd: float, budgets: Budgets, holder: str, now: datetime) -> bool:
+        """Does today's budget of the holder, and that of all together, hold as much beside what is under way?"""
+        taken = Counter(self.spent_today(now))
+        taken.update(self.reservations.usd())
+        of_all = inf if budgets.usd_per_day is None else budgets.usd_per_day
+        return taken[holder] + usd <= budgets.keys.get(holder, inf) and taken.total() + usd <= of_all
 
     def shares(self, budgets: Budgets, now: datetime) -> dict[str | None, float]:
         """How much of its budget each holder that has one has spent today; under None, all together."""
@@ -173,6 +184,7 @@ class Accounts:
             against_best_single=self._against(self._p_correct),
             targets=targets,
             spent_today_usd=self.spent_today(now).get(holder, 0.0),
+            reserved_usd=self.reservations.usd().get(holder, 0.0),
             feedback=num_feedback,
         )
 

@@ -97,11 +97,11 @@ class Feedback(StrictModel):
         return self.score if self.score is not None else float(bool(self.correct))
 
 
-class Standing(NamedTuple):
-    """What the past says of a call."""
+class Bid(NamedTuple):
+    """What a call may be sent to, and what it is expected to cost there; None where nobody has said."""
 
-    target: str | None = None  # of its conversation
-    is_spent: bool = False
+    target: str
+    usd: float | None
 
 
 class LedgerSettings(StrictModel):
@@ -113,8 +113,9 @@ class LedgerSettings(StrictModel):
 class Ledger(Protocol):
     """As LocalLedger; where it is another process, calls may fail or take long."""
 
-    async def open(self, holder: str, keys: Sequence[Key]) -> Standing: ...
-    async def record(self, served: Served, keys: Sequence[Key]) -> None: ...
+    async def target(self, keys: Sequence[Key]) -> str | None: ...
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int: ...
+    async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None: ...
     async def feedback(self, given: Feedback, holder: str) -> bool: ...
     async def stats(self, holder: str) -> Stats: ...
 
@@ -153,11 +154,26 @@ class LocalLedger:
         self.settings = settings
         self.metrics.spent(self.accounts.shares(settings.budgets, _now()))
 
-    async def open(self, holder: str, keys: Sequence[Key]) -> Standing:
-        is_spent = self.accounts.is_spent(self.settings.budgets, holder, _now())
-        return Standing(self.conversations.target(keys), is_spent)
+    async def target(self, keys: Sequence[Key]) -> str | None:
+        """Of the conversation that is found by one of these."""
+        return self.conversations.target(keys)
 
-    async def record(self, served: Served, keys: Sequence[Key]) -> None:
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
+        """Takes the first bid that budgets have room for, or else the last; its expected cost counts until `record`.
+
+        A ticket has one reservation at a time. It lapses where its call is never recorded.
+        """
+        costs = [self.accounts.usual_usd(bid.target) if bid.usd is None else bid.usd for bid in bids]
+        self.accounts.reservations.end(ticket)
+        now, last = _now(), len(bids) - 1
+        fitting = (n for n, usd in enumerate(costs) if self.accounts.fits(usd, self.settings.budgets, holder, now))
+        taken = next(fitting, last)
+        self.accounts.reservations.make(ticket, holder, costs[taken])
+        return taken
+
+    async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
+        """A call that has ended, and with it what its ticket had reserved."""
+        self.accounts.reservations.end(ticket)
         if served.target is not None and served.end != "routed":
             self.conversations.keep(keys, served.target)
         self._take(served)

@@ -20,6 +20,10 @@ class Choice(NamedTuple):
     target: str
     decision: Decision | None
 
+    @property
+    def expected_usd(self) -> float | None:
+        return None if self.decision is None else self.decision.expected_cost_usd[self.target]
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -33,6 +37,11 @@ class Routed:
     @property
     def input_tokens(self) -> int:
         return self.routing.reading.input_tokens
+
+    def thrifty(self, tolerance: float | None) -> Routed:
+        """As where a budget has no room: by its tolerance, wherever the conversation was."""
+        policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
+        return replace(self, policy=policy, sticky=None)
 
     def choose(self, among: Collection[str]) -> Choice | None:
         """One of some targets; None where none of them meets the constraints."""

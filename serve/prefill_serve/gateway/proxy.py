@@ -7,11 +7,12 @@ import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 import httpx
 from httpx_aiohttp import AiohttpTransport
@@ -26,7 +27,7 @@ from prefill_serve.gate import Refusal
 from prefill_serve.gateway.accounts import Budgets
 from prefill_serve.gateway.calls import Body, Call
 from prefill_serve.gateway.conversations import Key, answer_key, keys_of
-from prefill_serve.gateway.ledger import Ledger, Standing
+from prefill_serve.gateway.ledger import Bid, Ledger
 from prefill_serve.gateway.metrics import GatewayMetrics
 from prefill_serve.gateway.plan import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
 from prefill_serve.gateway.served import End, Served, Usage
@@ -37,6 +38,7 @@ log = logging.getLogger("ray.serve")
 
 _WAIT = (429, 503)
 LEDGER_S = 0.25  # what the past may say of a call, it says within this time
+_T = TypeVar("_T")
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
 
@@ -63,17 +65,18 @@ class _Passage:
     keys: list[Key]  # of its conversation
     choice: Choice | None = None
     failed: list[str] = field(default_factory=list)
+    ticket: str = field(default_factory=lambda: uuid4().hex)  # not the request's id, which callers may repeat
+    reserving: list[asyncio.Future[int]] = field(default_factory=list)
 
-    def next(self) -> Channel | None:
-        """The way to the next target to ask: of those that can take the call, one that is ready where there is one."""
+    def choose(self, plan: Plan) -> Choice | None:
+        """The next target to ask: of those that can take the call, one that is ready where there is one."""
         able = [
             name
             for name, channel in self.channels.items()
             if name not in self.failed and can_take(channel.target, self.call, self.plan.input_tokens)
         ]
         ready = [name for name in able if self.channels[name].is_ready]
-        self.choice = self.plan.choose(ready) or self.plan.choose(able)
-        return None if self.choice is None else self.channels[self.choice.target]
+        return plan.choose(ready) or plan.choose(able)
 
 
 class Proxy:
@@ -146,10 +149,10 @@ class Proxy:
                 raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
             return Fixed([call.pinned], guessed_tokens(call)), []
         earlier, here = keys_of(call, caller.holder, caller.session)
-        past = asyncio.create_task(self._past(caller, earlier))
+        past = asyncio.create_task(self._past(earlier))
         return await self._routed(call, caller, past), [here]
 
-    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[Standing]) -> Plan:
+    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self._settings
         allowed = call.allowed
         try:
@@ -159,14 +162,10 @@ class Proxy:
             raise
         except Exception as error:  # whatever it is: the caller wants an answer
             return self._unrouted(call, caller, allowed, error)
-        standing = await past
-        if call.continues is not None and standing.target is not None:
-            return Fixed([standing.target], routing.reading.input_tokens)
-        if standing.is_spent:
-            thrifty = settings.ledger.budgets.tolerance
-            policy = replace(routing.policy, tolerance=1.0 if thrifty is None else thrifty)
-            return Routed(routing, policy, None, settings.stick_margin)
-        return Routed(routing, routing.policy, standing.target, settings.stick_margin)
+        target = await past
+        if call.continues is not None and target is not None:
+            return Fixed([target], routing.reading.input_tokens)
+        return Routed(routing, routing.policy, target, settings.stick_margin)
 
     def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> Fixed:
         """The default target first."""
@@ -177,21 +176,23 @@ class Proxy:
         order = default_order(targets, self._settings.default_target, allowed)
         return Fixed(order, guessed_tokens(call))
 
-    async def _past(self, caller: Caller, keys: list[Key]) -> Standing:
-        """Without a ledger, or where it takes too long, a call has no past."""
-        if not keys and self._settings.ledger.budgets == Budgets():
-            return Standing()
+    async def _past(self, keys: list[Key]) -> str | None:
+        """The target of a conversation. Where the ledger takes too long, a call has no past."""
+        return await self._told(self.ledger.target(keys)) if keys else None
+
+    async def _told(self, answer: Awaitable[_T]) -> _T | None:
+        """What the ledger says; None where it does not in time."""
         try:
             async with asyncio.timeout(LEDGER_S):
-                return await self.ledger.open(caller.holder, keys)
+                return await answer
         except Exception:
             log.warning("the ledger does not answer", exc_info=True)
-            return Standing()
+            return None
 
     async def _ask(self, passage: _Passage) -> Body | Stream:
         """The answer of the first target that has one."""
         failure: Failed | None = None
-        while (channel := passage.next()) is not None:
+        while (channel := await self._next(passage)) is not None:
             try:
                 return await (channel.stream(passage.call) if passage.call.is_stream else channel.answer(passage.call))
             except Failed as failed:
@@ -209,6 +210,19 @@ class Proxy:
             raise NoTarget("no target can take this call under its max_cost_usd, min_p_correct and models")
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
         raise Refusal(failure.status, f"no upstream answered; the last: {failure}", "upstream_failed", headers=after)
+
+    async def _next(self, passage: _Passage) -> Channel | None:
+        """The way to the next target to ask. Where there are budgets, what it is expected to cost is reserved."""
+        plan, budgets = passage.plan, self._settings.ledger.budgets
+        passage.choice = passage.choose(plan)
+        if passage.choice is not None and budgets != Budgets():
+            thrifty = plan.thrifty(budgets.tolerance) if isinstance(plan, Routed) else plan
+            ways = [(passage.plan, passage.choice), (thrifty, passage.choose(thrifty) or passage.choice)]
+            bids = [Bid(choice.target, choice.expected_usd) for _, choice in ways]
+            reserving = asyncio.ensure_future(self.ledger.reserve(passage.ticket, passage.caller.holder, bids))
+            passage.reserving.append(reserving)
+            passage.plan, passage.choice = ways[await self._told(asyncio.shield(reserving)) or 0]
+        return None if passage.choice is None else passage.channels[passage.choice.target]
 
     # --- and back ------------------------------------------------------------------------------------------------
 
@@ -245,7 +259,7 @@ class Proxy:
         if routing is not None and decision is not None and target is not None:
             self.endpoint.record(routing, decision, caller.request_id)
         prompt = routing.question.prompt if routing is not None else self._prompt(call)
-        self._note(self._described(served, prompt, decision), passage.keys)
+        self._note(self._described(served, prompt, decision), passage)
 
     def _prompt(self, call: Call) -> Prompt | None:
         """What was asked without the router; None where it would not have understood."""
@@ -272,16 +286,20 @@ class Proxy:
     def note_routed(self, routing: Routing, decision: Decision, request_id: str, holder: str) -> None:
         """A decision that was asked for alone: there may be feedback on it."""
         served = Served(request_id, holder, datetime.now(UTC), "routed", decision.target)
-        self._note(self._described(served, routing.question.prompt, decision), [])
+        self._note(self._described(served, routing.question.prompt, decision))
 
     @property
     def _settings(self) -> GatewaySettings:
         return self.endpoint.now.settings.gateway or GatewaySettings()
 
-    def _note(self, served: Served, keys: list[Key]) -> None:
+    def _note(self, served: Served, passage: _Passage | None = None) -> None:
         async def note() -> None:
             try:
-                await self.ledger.record(served, keys)
+                if passage is None:
+                    await self.ledger.record(served, [])
+                else:  # a reservation that came after its end would stay
+                    await asyncio.gather(*passage.reserving, return_exceptions=True)
+                    await self.ledger.record(served, passage.keys, passage.ticket)
             except Exception:
                 log.exception("the ledger did not take a call", extra={"route_id": served.request_id})
 

@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 from prefill_router.strict import validate
 from prefill_serve.gateway.accounts import Stats
 from prefill_serve.gateway.conversations import Key
-from prefill_serve.gateway.ledger import Feedback, LedgerAway, LedgerSettings, LocalLedger, Standing
+from prefill_serve.gateway.ledger import Bid, Feedback, LedgerAway, LedgerSettings, LocalLedger
 from prefill_serve.gateway.served import Served
 
 _TIMEOUT_S = 10.0
@@ -43,11 +43,14 @@ class RemoteLedger:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def open(self, holder: str, keys: Sequence[Key]) -> Standing:
-        return await self._call("open", holder, keys)  # type: ignore[no-any-return]
+    async def target(self, keys: Sequence[Key]) -> str | None:
+        return await self._call("target", keys)  # type: ignore[no-any-return]
 
-    async def record(self, served: Served, keys: Sequence[Key]) -> None:
-        await self._call("record", served, keys)
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
+        return await self._call("reserve", ticket, holder, bids)  # type: ignore[no-any-return]
+
+    async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
+        await self._call("record", served, keys, ticket)
 
     async def feedback(self, given: Feedback, holder: str) -> bool:
         return await self._call("feedback", given, holder)  # type: ignore[no-any-return]

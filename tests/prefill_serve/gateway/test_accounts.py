@@ -140,37 +140,49 @@ def test_since_is_the_oldest_call() -> None:
 # --- budgets -----------------------------------------------------------------------------------------------------
 
 
-def test_without_budgets_nobody_has_spent_one() -> None:
-    assert not booked(routed(cost_usd=1e6)).is_spent(Budgets(), "ann", NOON)
+def test_without_budgets_all_fits() -> None:
+    assert booked(routed(cost_usd=1e6)).fits(1e6, Budgets(), "ann", NOON)
 
 
 def test_a_keys_budget_is_its_own() -> None:
     accounts, budgets = booked(routed(cost_usd=0.5), routed(cost_usd=0.5)), Budgets(keys={"ann": 1.0, "bob": 1.0})
-    assert accounts.is_spent(budgets, "ann", NOON)
-    assert not accounts.is_spent(budgets, "bob", NOON)
-    assert not accounts.is_spent(budgets, "eve", NOON)
+    assert not accounts.fits(0.01, budgets, "ann", NOON)
+    assert accounts.fits(0.01, budgets, "bob", NOON)
+    assert accounts.fits(0.01, budgets, "eve", NOON)
 
 
-def test_a_budget_is_not_spent_before_its_end() -> None:
-    assert not booked(routed(cost_usd=0.99)).is_spent(Budgets(usd_per_day=1.0, keys={"ann": 1.0}), "ann", NOON)
+def test_a_call_fits_where_it_ends_with_its_budget() -> None:
+    accounts = booked(routed(cost_usd=0.75))
+    for budgets in (Budgets(usd_per_day=1.0), Budgets(keys={"ann": 1.0})):
+        assert accounts.fits(0.25, budgets, "ann", NOON)
+        assert not accounts.fits(0.26, budgets, "ann", NOON)
 
 
 def test_the_budget_of_all_is_spent_by_all() -> None:
     accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.6, holder="bob"))
-    assert accounts.is_spent(Budgets(usd_per_day=1.0), "eve", NOON)
-    assert not accounts.is_spent(Budgets(usd_per_day=1.2), "eve", NOON)
+    assert not accounts.fits(0.01, Budgets(usd_per_day=1.0), "eve", NOON)
+    assert accounts.fits(0.01, Budgets(usd_per_day=1.2), "eve", NOON)
 
 
-def test_a_budget_of_nothing_is_spent_at_once() -> None:
-    assert Accounts().is_spent(Budgets(usd_per_day=0.0), "ann", NOON)
-    assert Accounts().is_spent(Budgets(keys={"ann": 0.0}), "ann", NOON)
+def test_what_is_under_way_counts_as_if_it_were_spent() -> None:
+    accounts = booked(routed(cost_usd=0.5))
+    accounts.reservations.make("a", "ann", 0.25)
+    accounts.reservations.make("b", "bob", 0.25)
+    assert accounts.fits(0.25, Budgets(keys={"ann": 1.0}), "ann", NOON)
+    assert not accounts.fits(0.26, Budgets(keys={"ann": 1.0}), "ann", NOON)
+    assert not accounts.fits(0.01, Budgets(usd_per_day=1.0), "eve", NOON)
+
+
+def test_into_a_budget_of_nothing_nothing_fits() -> None:
+    for budgets in (Budgets(usd_per_day=0.0), Budgets(keys={"ann": 0.0})):
+        assert not Accounts().fits(1e-6, budgets, "ann", NOON)
 
 
 def test_at_midnight_in_utc_all_begin_anew() -> None:
     accounts, budgets = booked(routed(cost_usd=2.0)), Budgets(usd_per_day=1.0)
     last = datetime(2026, 3, 1, 23, 59, 59, tzinfo=UTC)
-    assert accounts.is_spent(budgets, "ann", last)
-    assert not accounts.is_spent(budgets, "ann", last + timedelta(seconds=1))
+    assert not accounts.fits(0.1, budgets, "ann", last)
+    assert accounts.fits(0.1, budgets, "ann", last + timedelta(seconds=1))
     assert accounts.stats(last + timedelta(seconds=1), "ann", 0).spent_today_usd == 0.0
 
 

@@ -18,6 +18,7 @@ from prefill_router.outcomes import load_outcomes
 from prefill_serve.gateway import ledger as module
 from prefill_serve.gateway.accounts import Budgets
 from prefill_serve.gateway.ledger import (
+    Bid,
     Feedback,
     LedgerSettings,
     LocalLedger,
@@ -27,6 +28,8 @@ from prefill_serve.gateway.ledger import (
 )
 from prefill_serve.gateway.segments import MOST_FILES
 from prefill_serve.gateway.served import Served, Usage
+
+BIDS = [Bid("big", 0.05), Bid("small", 0.01)]
 
 
 @pytest.fixture(autouse=True)
@@ -350,7 +353,7 @@ def test_a_conversation_keeps_its_target_and_a_decision_alone_gives_it_none() ->
         await ledger.record(served("r-1"), [b"here"])
         await ledger.record(served("r-2", end="routed"), [b"there"])
         await ledger.record(served("r-3", end="failed", target=None), [b"nowhere"])
-        return [(await ledger.open("ann", [key])).target for key in (b"here", b"there", b"nowhere")]
+        return [await ledger.target([key]) for key in (b"here", b"there", b"nowhere")]
 
     assert run(scenario) == ["small", None, None]
 
@@ -359,14 +362,49 @@ def test_a_spent_budget_shows_at_the_next_call() -> None:
     async def scenario() -> None:
         ledger = LocalLedger()
         await ledger.configure(LedgerSettings(budgets=Budgets(keys={"ann": 0.5})))
-        spent = []
+        taken = []
         for name in ("r-1", "r-2"):
             await ledger.record(served(name), [])
-            spent.append((await ledger.open("ann", [])).is_spent)
-        assert spent == [False, True]
-        assert not (await ledger.open("bob", [])).is_spent
+            taken.append(await ledger.reserve(name, "ann", BIDS))
+            await ledger.record(served(f"{name}, too", cost_usd=0.0), [], name)
+        assert taken == [0, 1]
+        assert await ledger.reserve("t", "bob", BIDS) == 0
 
     run(scenario)
+
+
+def test_what_is_under_way_counts_until_it_is_recorded() -> None:
+    bids = [Bid("big", 0.2), Bid("small", 0.01)]
+
+    async def scenario() -> None:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(budgets=Budgets(keys={"ann": 0.5})))
+        assert [await ledger.reserve(ticket, "ann", bids) for ticket in "abcd"] == [0, 0, 1, 1]
+        assert (await ledger.stats("ann")).reserved_usd == 0.42
+        assert (await ledger.stats("bob")).reserved_usd == 0.0
+        await ledger.record(served(end="failed", target=None, usage=None, cost_usd=None), [], "a")
+        assert [await ledger.reserve(ticket, "ann", bids) for ticket in "eef"] == [0, 0, 1]  # one reservation for e
+        for ticket in "bcdef":
+            await ledger.record(served(ticket, cost_usd=0.1), [], ticket)
+        stats = await ledger.stats("ann")
+        assert (stats.reserved_usd, stats.spent_today_usd) == (0.0, pytest.approx(0.5))
+
+    run(scenario)
+
+
+def test_where_nobody_has_said_what_a_call_costs_it_is_what_its_target_usually_does() -> None:
+    async def scenario() -> list[float]:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(budgets=Budgets(usd_per_day=10.0)))
+        await ledger.record(served("r-1", cost_usd=0.2), [])
+        await ledger.record(served("r-2", cost_usd=0.4), [])
+        reserved = []
+        for target in ("small", "new"):
+            await ledger.reserve("t", "ann", [Bid(target, None)])
+            reserved.append((await ledger.stats("ann")).reserved_usd)
+        return reserved
+
+    assert run(scenario) == [pytest.approx(0.3), 0.0]
 
 
 def test_a_new_ledger_on_the_folder_knows_what_the_old_one_did(tmp_path: Path) -> None:
@@ -379,7 +417,7 @@ def test_a_new_ledger_on_the_folder_knows_what_the_old_one_did(tmp_path: Path) -
 
         new = await opened(tmp_path, budgets=Budgets(usd_per_day=0.5))
         assert await new.stats("ann") == await old.stats("ann")
-        assert (await new.open("bob", [])).is_spent
+        assert await new.reserve("t", "bob", BIDS) == 1
         assert not await new.feedback(Feedback(request_id="r-1", score=0.1), "ann")
         with pytest.raises(OtherFeedback):
             await new.feedback(right("r-1"), "ann")
@@ -481,7 +519,7 @@ def test_budgets_change_while_calls_are_remembered(tmp_path: Path) -> None:
         ledger = await opened(tmp_path)
         await ledger.record(served(), [])
         await ledger.configure(LedgerSettings(folder=str(tmp_path), budgets=Budgets(usd_per_day=0.1)))
-        assert (await ledger.open("ann", [])).is_spent
+        assert await ledger.reserve("t", "ann", BIDS) == 1
         assert (await ledger.stats("ann")).calls == 1
 
     run(scenario)
