@@ -395,9 +395,29 @@ def test_an_answer_that_an_upstream_keeps_is_gone_on_from_there(
     first = gateway.client.responses.create(model="auto", input=ASKED, extra_body={"models": ["mid"]})
     assert first.model == "mid"
     time.sleep(0.05)
+    before = gateway.stats()
     for stream in (False, True):
         body = {"input": "and then", "previous_response_id": first.id, "stream": stream, "tolerance": 1.0}
-        assert gateway.post("/v1/responses", body).headers["x-router-selected-model"] == "mid"
+        answer = gateway.post("/v1/responses", body)
+        assert answer.headers["x-router-selected-model"] == "mid"
+        assert "x-router-p-correct" not in answer.headers
+    strange = {"input": "and then", "previous_response_id": "resp_of_nobody", "tolerance": 1.0}
+    assert "x-router-p-correct" in gateway.post("/v1/responses", strange).headers  # routed, as nothing is known of it
+    time.sleep(0.05)
+    after = gateway.stats()
+    counted = {name: after[name] - before[name] for name in ("answered", "sticky", "by_default")}
+    assert counted == {"answered": 3, "sticky": 2, "by_default": 0}
+
+
+def test_what_only_one_upstream_can_go_on_from_does_not_wait_for_the_router(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    first = gateway.client.responses.create(model="auto", input=ASKED, extra_body={"models": ["mid"]})
+    time.sleep(0.05)
+    late = {"route_timeout_s": 1e-6, "default_target": "big"}
+    _configure(gateway, upstreams, tmp_path, gateway=late, cached_prompts=0)
+    body = {"input": "and what then", "previous_response_id": first.id}
+    assert gateway.post("/v1/responses", body).headers["x-router-selected-model"] == "mid"
 
 
 def test_a_stream_of_a_response_has_the_targets_name(gateway: Gateway, upstreams: dict[str, Upstream]) -> None:

@@ -50,6 +50,7 @@ class Stats(StrictModel):
     answered: int
     failed: int
     cancelled: int = Field(description="By the caller, before the end")
+    sticky: int = Field(description="Answered without a routing decision, where the answer is that they go on from")
     by_default: int = Field(description="Answered without a routing decision, which failed or came too late")
     unmetered: int = Field(description="Answered by upstreams that told no usage: their cost is unknown")
     actual_cost_usd: float
@@ -80,6 +81,7 @@ class Accounts:
 
     since: datetime | None = None
     ends: Counter[str] = field(default_factory=Counter)
+    sticky: int = 0
     by_default: int = 0
     unmetered: int = 0
     expected_usd: float = 0.0
@@ -109,7 +111,8 @@ class Accounts:
         self._spend(served)
         if served.end == "answered":
             sums.answered += 1
-            self.by_default += not served.p_correct and not served.is_pinned
+            self.sticky += served.is_sticky
+            self.by_default += not (served.p_correct or served.is_pinned or served.is_sticky)
             self.unmetered += served.cost_usd is None
             if served.p_correct:
                 self._compare(served, sums, served.expected_cost_usd[served.target])
@@ -175,6 +178,7 @@ class Accounts:
             answered=self.ends["answered"],
             failed=self.ends["failed"],
             cancelled=self.ends["cancelled"],
+            sticky=self.sticky,
             by_default=self.by_default,
             unmetered=self.unmetered,
             actual_cost_usd=sum(sums.actual_usd for sums in self._targets.values()),

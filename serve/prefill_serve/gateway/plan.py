@@ -63,10 +63,11 @@ class Routed:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Targets in an order that no router made: the caller's own, or where routing fails."""
+    """Targets in an order that no router made: the caller's own, the conversation's, or where routing fails."""
 
     order: Sequence[str]
     input_tokens: int
+    sticky: str | None = None
 
     def choose(self, among: Collection[str]) -> Choice | None:
         return next((Choice(name, None) for name in self.order if name in among), None)

@@ -155,6 +155,8 @@ class Proxy:
     async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self._settings
         allowed = call.allowed
+        if call.continues is not None and (target := await past) is not None:  # no other knows what was said
+            return Fixed([target], guessed_tokens(call), sticky=target)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
                 routing = await self.endpoint.read(call.question, settings.route_timeout_s)
@@ -162,10 +164,7 @@ class Proxy:
             raise
         except Exception as error:  # whatever it is: the caller wants an answer
             return self._unrouted(call, caller, allowed, error)
-        target = await past
-        if call.continues is not None and target is not None:
-            return Fixed([target], routing.reading.input_tokens)
-        return Routed(routing, routing.policy, target, settings.stick_margin)
+        return Routed(routing, routing.policy, await past, settings.stick_margin)
 
     def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> Fixed:
         """The default target first."""
@@ -250,11 +249,12 @@ class Proxy:
             target=target,
             failed=passage.failed,
             is_pinned=call.pinned is not None,
+            is_sticky=isinstance(plan, Fixed) and plan.sticky is not None,
             usage=usage,
             cost_usd=cost_usd,
         )
         self.metrics.ended(served)
-        if isinstance(plan, Routed) and plan.sticky is not None and target is not None:
+        if plan.sticky is not None and target is not None:
             self.metrics.moved.inc(1, tags={"outcome": "kept" if target == plan.sticky else "moved"})
         if routing is not None and decision is not None and target is not None:
             self.endpoint.record(routing, decision, caller.request_id)

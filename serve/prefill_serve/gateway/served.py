@@ -29,7 +29,8 @@ class Served:
     end: End
     target: str | None = None  # that answered, or began to
     failed: list[str] = field(default_factory=list)  # targets that were asked in vain
-    is_pinned: bool = False
+    is_pinned: bool = False  # the caller named the target
+    is_sticky: bool = False  # the target keeps the answer that the call goes on from, and no other was asked for
     prompt_id: str | None = None
     prompt: Any = None  # only where prompts are kept
     p_correct: dict[str, float] = field(default_factory=dict)

@@ -103,9 +103,9 @@ def test_a_caller_who_hung_up_pays_for_what_was_metered() -> None:
     assert stats.spent_today_usd == pytest.approx(0.02)
 
 
-def test_answers_without_a_decision_are_by_default_unless_the_caller_named_the_target() -> None:
-    stats = stats_of(unrouted(), unrouted(is_pinned=True), routed())
-    assert stats.by_default == 1
+def test_answers_without_a_decision_are_by_default_unless_their_target_was_given() -> None:
+    stats = stats_of(unrouted(), unrouted(is_pinned=True), *[unrouted(is_sticky=True)] * 2, routed())
+    assert (stats.by_default, stats.sticky) == (1, 2)
 
 
 def test_answers_without_a_usage_are_unmetered_and_out_of_the_comparison_of_costs() -> None:
