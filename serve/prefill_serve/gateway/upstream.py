@@ -63,6 +63,7 @@ class Stream:
         while not self._first:
             self._first = [event for event in await self._next_events() if data_of(event)]
         if not data_of(self._first[0]).startswith(b"{"):
+            self.is_whole = False
             raise self._channel.failure("malformed", "streamed what is no JSON")
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -72,7 +73,9 @@ class Stream:
             yield b"".join(await self._next_events())
 
     async def close(self) -> None:
-        if self.is_whole:  # the connection can serve again once all has been read
+        if self.is_whole:
+            self._channel.breaker.succeed()
+            # The connection can serve again once all has been read.
             with suppress(Exception):
                 async with asyncio.timeout(_END_S):
                     await anext(self._pieces, None)
@@ -99,7 +102,6 @@ class Stream:
                 self.answer_id = note.answer_id or self.answer_id
                 if note.is_last:
                     self.is_whole = True
-                    self._channel.breaker.succeed()
                 if note.error is not None:
                     self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
                     self.is_whole = False

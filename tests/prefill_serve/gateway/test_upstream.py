@@ -1,0 +1,415 @@
+"""The way to one target, whatever its upstream does: what a call raises, what the breaker hears, what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from aiohttp import web
+from httpx_aiohttp import AiohttpTransport
+
+from loopback import LoopbackServer
+from prefill_router.pool import Target
+from prefill_router.pool import Upstream as Way
+from prefill_serve.gateway import upstream as module
+from prefill_serve.gateway.breaker import Breaker
+from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
+from prefill_serve.gateway.served import Usage
+from prefill_serve.gateway.upstream import Channel, Failed, Refused
+from upstream import Fault, Upstream
+
+SAID = [{"role": "user", "content": "how do you do"}]
+PATIENT_S, HASTY_S = 10.0, 0.2
+TIMEOUTS = (Fault.HANG, Fault.SLOW_HEAD, Fault.STALL, Fault.SLOW_CHUNKS)
+CONTENT = b'data: {"model":"m","choices":[{"index":0,"delta":{"content":"three"}}]}\n\n'
+ERROR = b'data: {"error":{"message":"it broke"}}\n\n'
+DONE = b"data: [DONE]\n\n"
+WHOLE = b'{"model":"m","choices":[]}'
+
+
+def chat(stream: bool = False) -> ChatCall:
+    return ChatCall({"messages": SAID, "stream": stream})
+
+
+def responses(stream: bool = False) -> ResponsesCall:
+    return ResponsesCall({"input": SAID, "stream": stream})
+
+
+class Scripted(LoopbackServer):
+    """Answers every request with the same status, headers and pieces."""
+
+    def answers(self, *pieces: bytes, status: int = 200, headers: dict[str, str] | None = None) -> str:
+        """A target's base URL."""
+        self._answer = status, headers or {}, pieces
+        return self.url
+
+    async def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", self._handle)
+        return app
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        status, headers, pieces = self._answer
+        response = web.StreamResponse(status=status, headers=headers)
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+            await asyncio.sleep(0.02)  # or two of them may come as one
+        await response.write_eof()
+        return response
+
+
+class Watched(Breaker):
+    """Closed, whatever it hears."""
+
+    is_open = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def succeed(self) -> None:
+        self.heard.append("succeeded")
+
+    def fail(self, retry_after_s: float = 0.0) -> None:
+        self.heard.append(f"failed, {retry_after_s:g}")
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Upstream]:
+    with Upstream("small") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Scripted]:
+    with Scripted() as server:
+        yield server
+
+
+@asynccontextmanager
+async def channel_to(url: str, **way: Any) -> AsyncIterator[tuple[Channel, Watched]]:
+    async with httpx.AsyncClient(transport=AiohttpTransport(limits=httpx.Limits(max_connections=0))) as http:
+        upstream = Way(**{"base_url": url, "timeout_s": PATIENT_S, "concurrency": 1, **way})
+        channel = Channel(Target(name="t", input_price=1.0, output_price=1.0, upstream=upstream), http)
+        channel.breaker = breaker = Watched()
+        yield channel, breaker
+
+
+async def ask(channel: Channel, call: Call, pieces: list[bytes]) -> None:
+    """Until the answer is whole; `pieces` gets what there was of it."""
+    if not call.is_stream:
+        pieces.append(json.dumps(await channel.answer(call)).encode())
+        return
+    stream = await channel.stream(call)
+    try:
+        async for piece in stream.pieces():
+            pieces.append(piece)
+    finally:
+        await stream.close()
+
+
+def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(scenario(), 30))  # type: ignore[arg-type]
+
+
+def answered(url: str, call: Call, **way: Any) -> bytes:
+    """What a caller gets of an answer that is whole."""
+
+    async def scenario() -> bytes:
+        async with channel_to(url, **way) as (channel, breaker):
+            pieces: list[bytes] = []
+            await ask(channel, call, pieces)
+            assert breaker.heard == ["succeeded"]
+            assert channel.is_ready, "a place is not given back"
+            return b"".join(pieces)
+
+    return run(scenario)  # type: ignore[no-any-return]
+
+
+def failed(url: str, call: Call, **way: Any) -> tuple[Failed, list[str], bytes]:
+    """How a call fails, what the breaker hears of it, and what its caller had got by then."""
+
+    async def scenario() -> tuple[Failed, list[str], bytes]:
+        async with channel_to(url, **way) as (channel, breaker):
+            pieces: list[bytes] = []
+            with pytest.raises(Failed) as caught:
+                await ask(channel, call, pieces)
+            assert channel.is_ready, "a place is not given back"
+            assert str(caught.value).startswith("t: ")
+            return caught.value, breaker.heard, b"".join(pieces)
+
+    return run(scenario)  # type: ignore[no-any-return]
+
+
+# --- what others make up for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [chat, responses])
+@pytest.mark.parametrize(
+    ("fault", "stream", "reason", "status"),
+    [
+        *(
+            (fault, stream, reason, status)
+            for stream in (False, True)
+            for fault, reason, status in [
+                (Fault.UNAUTHORIZED, "status_401", 502),
+                (Fault.NOT_FOUND, "status_404", 502),
+                (Fault.RATE_LIMIT, "status_429", 429),
+                (Fault.NO_QUOTA, "status_429", 429),
+                (Fault.ERROR, "status_500", 502),
+                (Fault.OVERLOADED, "status_503", 503),
+                (Fault.HANG, "timeout", 504),
+                (Fault.SLOW_HEAD, "timeout", 504),
+                (Fault.RESET, "connection", 502),
+                (Fault.NOT_JSON, "malformed", 502),
+                (Fault.STALL, "timeout", 504),
+                (Fault.SLOW_CHUNKS, "timeout", 504),
+                (Fault.RESET_MIDWAY, "connection", 502),
+            ]
+        ),
+        (Fault.EMPTY, False, "malformed", 502),
+        (Fault.EMPTY, True, "cut", 502),
+        (Fault.ERROR_FIRST, False, "error", 502),
+        (Fault.ERROR_FIRST, True, "error_event", 502),
+        (Fault.ERROR_MIDWAY, True, "error_event", 502),
+        (Fault.CUT, False, "malformed", 502),
+        (Fault.CUT, True, "cut", 502),
+        (Fault.TRUNCATED, True, "cut", 502),
+        (Fault.NOT_STREAMED, True, "cut", 502),
+    ],
+)
+def test_a_fault_is_a_failure_with_its_reason(
+    small: Upstream, kind: Any, fault: Fault, stream: bool, reason: str, status: int
+) -> None:
+    small.faults(fault)
+    timeout_s = HASTY_S if fault in TIMEOUTS else PATIENT_S
+    failure, heard, got = failed(small.url, kind(stream), timeout_s=timeout_s)
+    assert small.completions[-1].fault is fault
+    assert (failure.reason, failure.status, failure.refusal) == (reason, status, None)
+    retry_after_s = 1.0 if fault in (Fault.RATE_LIMIT, Fault.OVERLOADED) else 0.0
+    assert failure.retry_after_s == retry_after_s
+    assert heard == [f"failed, {retry_after_s:g}"]
+    is_midway = stream and fault in (Fault.ERROR_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.RESET_MIDWAY, Fault.STALL)
+    assert (b"small: " in got) == is_midway
+    assert b"The server failed" not in got  # the caller hears of it from the gateway
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "to_caller"),
+    [(204, 502), (301, 502), (402, 502), (403, 502), (408, 502), (418, 502), (502, 502), (504, 504), (529, 502)],
+)
+def test_any_other_status_is_a_failure(scripted: Scripted, status: int, to_caller: int, stream: bool) -> None:
+    failure, heard, _ = failed(scripted.answers(status=status, headers={"location": "/"}), chat(stream))
+    assert (failure.reason, failure.status, heard) == (f"status_{status}", to_caller, ["failed, 0"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "no such key"}}', "t: answered 403: no such key"),
+        (b'{"error": "no such key"}', "t: answered 403: no such key"),
+        (b'{"error": {"code": 7}}', "t: answered 403"),
+        (b"<html>Forbidden</html>", "t: answered 403"),
+        (b"[]", "t: answered 403"),
+        (b"", "t: answered 403"),
+    ],
+)
+def test_what_an_upstream_says_of_its_failure_is_told(scripted: Scripted, body: bytes, said: str) -> None:
+    failure, _, _ = failed(scripted.answers(body, status=403), chat())
+    assert str(failure) == said
+
+
+@pytest.mark.parametrize(
+    ("after", "retry_after_s"), [("7", 7.0), ("soon", 0.0), ("Fri, 27 Nov 2026 12:00:00 GMT", 0.0), ("-1", 0.0)]
+)
+def test_only_seconds_are_understood_as_retry_after(scripted: Scripted, after: str, retry_after_s: float) -> None:
+    failure, heard, _ = failed(scripted.answers(status=429, headers={"retry-after": after}), chat())
+    assert (failure.retry_after_s, heard) == (retry_after_s, [f"failed, {retry_after_s:g}"])
+
+
+def test_nobody_listening_is_a_failure() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listened to
+        failure, heard, _ = failed(f"http://127.0.0.1:{taken.getsockname()[1]}", chat())
+    assert (failure.reason, failure.status, heard) == ("connection", 502, ["failed, 0"])
+
+
+# --- what is no answer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"[]", "malformed"),
+        (b"null", "malformed"),
+        (b'"three"', "malformed"),
+        (b"{}", "malformed"),
+        (b'{"choices": [}', "malformed"),
+        (b"\xff\xfe", "malformed"),
+        (b"[" * 100_000, "malformed"),
+        (b'{"error": {"message": "it broke"}}', "error"),
+        (b'{"error": "it broke", "choices": []}', "error"),
+    ],
+)
+def test_a_200_without_an_answer_is_a_failure(scripted: Scripted, body: bytes, reason: str) -> None:
+    failure, heard, _ = failed(scripted.answers(body), chat())
+    assert (failure.reason, heard) == (reason, ["failed, 0"])
+
+
+def test_an_error_that_is_null_is_none(scripted: Scripted) -> None:
+    body = {"error": None, "choices": []}
+    assert json.loads(answered(scripted.answers(json.dumps(body).encode()), chat())) == body
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason", "got"),
+    [
+        ([b": hello\n\n"], "cut", b""),
+        ([b"data: [1]\n\n"], "malformed", b""),
+        ([DONE], "malformed", b""),
+        ([WHOLE], "cut", b""),
+        ([ERROR, DONE], "error_event", b""),
+        ([CONTENT + ERROR + DONE], "error_event", CONTENT),
+        ([CONTENT, CONTENT[:-2], b"\n\n" + ERROR], "error_event", 2 * CONTENT),
+        ([CONTENT, DONE[:-1]], "cut", CONTENT),
+        ([CONTENT, b"data: {\n\n"], "cut", CONTENT + b"data: {\n\n"),
+    ],
+)
+def test_a_stream_that_does_not_end_as_it_should_is_a_failure(
+    scripted: Scripted, pieces: Sequence[bytes], reason: str, got: bytes
+) -> None:
+    failure, heard, was_got = failed(scripted.answers(*pieces), chat(stream=True))
+    assert (failure.reason, heard, was_got) == (reason, ["failed, 0"], got)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b": warming up\n\n", CONTENT, DONE],
+        [CONTENT + DONE],
+        [CONTENT[:20], CONTENT[20:] + DONE[:3], DONE[3:]],
+        [CONTENT, DONE, b"whatever comes after"],
+    ],
+)
+def test_a_stream_is_passed_on_however_it_is_cut(scripted: Scripted, pieces: Sequence[bytes]) -> None:
+    assert answered(scripted.answers(*pieces), chat(stream=True)) == CONTENT + DONE
+
+
+def test_comments_do_not_keep_a_call_waiting_for_ever(scripted: Scripted) -> None:
+    url = scripted.answers(*[b": wait\n\n"] * 100)
+    failure, _, _ = failed(url, chat(stream=True), timeout_s=HASTY_S)
+    assert failure.reason == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_type_of_an_answer_is_no_matter(small: Upstream, stream: bool) -> None:
+    small.faults(Fault.WRONG_TYPE)
+    assert b"small: " in answered(small.url, chat(stream))
+
+
+def test_what_is_slow_but_in_time_is_an_answer(small: Upstream) -> None:
+    small.slow_s = 0.05
+    small.faults(Fault.SLOW_CHUNKS)
+    try:
+        assert answered(small.url, chat(stream=True)).endswith(DONE)
+    finally:
+        small.slow_s = 1.0
+
+
+# --- the caller's own mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 405, 409, 413, 415, 422])
+def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted, status: int, stream: bool) -> None:
+    content = b'{"error":  {"message": "temperature: too hot"}}'
+    url = scripted.answers(content, status=status)
+
+    async def scenario() -> None:
+        async with channel_to(url) as (channel, breaker):
+            with pytest.raises(Refused) as caught:
+                await ask(channel, chat(stream), [])
+            assert (caught.value.status, caught.value.content) == (status, content)
+            assert breaker.heard == ["succeeded"]
+            assert channel.is_ready
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_here_may_fit_elsewhere(small: Upstream, stream: bool) -> None:
+    small.faults(Fault.BAD_REQUEST)
+    failure, heard, _ = failed(small.url, chat(stream))
+    assert (failure.reason, failure.status, heard) == ("too_long", 400, ["succeeded"])
+    assert failure.refusal is not None
+    assert b"context_length_exceeded" in failure.refusal.content
+
+
+# --- places ------------------------------------------------------------------------------------------------------
+
+
+def test_an_upstream_that_has_as_many_calls_as_it_may_is_full(small: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PLACE_S", 0.05)
+    small.faults()
+
+    async def scenario() -> None:
+        async with channel_to(small.url, concurrency=2) as (channel, breaker):
+            under_way = [await channel.stream(chat(stream=True)) for _ in range(2)]
+            assert not channel.is_ready
+            with pytest.raises(Failed) as caught:
+                await channel.answer(chat())
+            assert (caught.value.reason, caught.value.status) == ("full", 429)
+            assert breaker.heard == []  # it is well
+            for stream in under_way:
+                await stream.close()
+            assert channel.is_ready
+            await channel.answer(chat())
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_leaves_gives_back_the_place_and_is_no_failure(small: Upstream, stream: bool) -> None:
+    small.faults(Fault.HANG)
+    before = len(small.completions)
+
+    async def scenario() -> None:
+        async with channel_to(small.url) as (channel, breaker):
+            leaving = asyncio.create_task(ask(channel, chat(stream), []))
+            while len(small.completions) == before:
+                await asyncio.sleep(0.01)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert channel.is_ready
+            assert breaker.heard == []
+
+    run(scenario)
+    assert small.completions[-1].wait().client_left
+
+
+@pytest.mark.parametrize("kind", [chat, responses])
+def test_a_stream_tells_what_is_billed(small: Upstream, kind: Any) -> None:
+    small.faults()
+
+    async def scenario() -> tuple[Usage | None, bool]:
+        async with channel_to(small.url) as (channel, _):
+            stream = await channel.stream(kind(stream=True))
+            async for _piece in stream.pieces():
+                pass
+            await stream.close()
+            return stream.usage, stream.is_whole
+
+    usage, is_whole = run(scenario)
+    billed = small.completions[-1].wait().billed
+    assert billed is not None
+    assert is_whole
+    assert usage == Usage(billed.prompt_tokens, billed.completion_tokens, billed.cached_tokens)
