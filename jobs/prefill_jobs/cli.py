@@ -146,7 +146,7 @@ def _evaluate(config: Any) -> None:
     if is_feedback(config.outcomes):
         for row in policy_rows(evaluate_log(config)):
             typer.echo("  ".join(row))
-        typer.echo(f"report: {config.out}/log.json")
+        typer.echo(f"report: {config.out}/log.html")
         return
     evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")

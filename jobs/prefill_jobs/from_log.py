@@ -4,19 +4,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.leakage import held_out
 from prefill_jobs.predict import predict_graded
-from prefill_router import storage
+from prefill_router.about import versions
 from prefill_router.config import EvaluateConfig
 from prefill_router.counterfactual import PolicyValue, policy_value
 from prefill_router.errors import UserError
-from prefill_router.evaluation import finite
+from prefill_router.log_report import LogReport, write_report
 from prefill_router.outcomes import load_log
 from prefill_router.policy import choose
 from prefill_router.router import Router
@@ -24,7 +22,7 @@ from prefill_router.units import of_corpus
 
 
 def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
-    """Writes log.json to `config.out`: the values of policies, the router first. Only prompts new to it count.
+    """Writes log.json and log.html to `config.out`: policies' values, the router first. Only prompts new to it count.
 
     Raises UserError where the log has no request on a prompt that is in the store and was not trained on.
     """
@@ -48,12 +46,21 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     policies = {"router": choose(p_correct, expected, router.default_tolerance)}
     policies |= {f"always {name}": np.full(len(place), t) for t, name in enumerate(router.pool.target_names)}
     values = [policy_value(name, log, choice, p_correct, config.draws) for name, choice in policies.items()]
-    told = {
-        "router": router.version,
-        "requests": len(place),
-        "explored": float((log.propensity < 1.0).mean()),
-        "mean_reward_of_the_log": float(log.reward.mean()),
-        "policies": [asdict(value) for value in values],
-    }
-    storage.write_json(storage.join(config.out, "log.json"), finite(told))
+    report = LogReport(
+        router_version=router.version,
+        pool=router.pool.name,
+        num_requests=len(place),
+        explored=float((log.propensity < 1.0).mean()),
+        mean_reward=float(log.reward.mean()),
+        policies=values,
+        num_draws=config.draws,
+        about={
+            "Feedback": config.outcomes,
+            "Prompts": f"{config.activations}, of {graded.store.manifest.corpus}",
+            "Router": config.router,
+            "Tolerance": f"{router.default_tolerance:.3f}",
+            "Versions": versions(),
+        },
+    )
+    write_report(config.out, report)
     return values

@@ -73,9 +73,9 @@ def headline(evaluation: Evaluation) -> str:
     )
     best = max(ranked, key=lambda single: single[:2])[2]
     saving = point.saving_against_best_single
-    saved = f": {_in_words(saving, '%')} saved" if isfinite(saving.value) else ""
+    saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
     return (
-        f"{_in_words(point.accuracy, '%')} right at {shown(router.cost, '$')} for 1,000 prompts, against "
+        f"{in_words(point.accuracy, '%')} right at {shown(router.cost, '$')} for 1,000 prompts, against "
         f"{shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for always {best}{saved}."
     )
 
@@ -91,7 +91,7 @@ def against_baselines(evaluation: Evaluation) -> str:
     verdict = "it is better" if less.low > 0.0 else "it is worse" if less.high < 0.0 else "these prompts cannot tell"
     return (
         f"Over all tolerances it surely adds more than {num_beaten} of {len(rivals)} baselines; against the best, "
-        f"{best.title}, {verdict}: MDP-AUCCC x 1000 differs by {_in_words(less, '+m')}."
+        f"{best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
     )
 
 
@@ -110,7 +110,7 @@ def outlook(curve: LearningCurve) -> str:
 def _outlook(learned: LearnedFigure, title: str, style: str) -> str:
     if learned.silence:
         return f"Of {title} nothing is said: {learned.silence}."
-    twice, four_times = (_in_words(ahead.gain, style) for ahead in learned.outlooks)
+    twice, four_times = (in_words(ahead.gain, style) for ahead in learned.outlooks)
     return f"Twice the outcomes would bring about {twice} {title}, four times about {four_times}."
 
 
@@ -141,7 +141,7 @@ def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
     rows = [
         (
             value.policy,
-            *(_in_words(figure, "%") for figure in (value.doubly_robust, value.ips, value.snips)),
+            *(in_words(figure, "%") for figure in (value.doubly_robust, value.ips, value.snips)),
             shown(value.support, "%"),
             shown(value.effective_requests, ".0f"),
         )
@@ -153,7 +153,7 @@ def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
 
 def paired_rows(standing: Standing) -> list[tuple[str, str]]:
     """What the first router has over this one, with intervals, as (name, text)."""
-    return [(title, _in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
+    return [(title, in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
 
 
 _PAIRED = [
@@ -174,9 +174,9 @@ def _standing_rows(evaluation: Evaluation) -> Table:
         less = standing.router_less_this.get("mdp_auccc", _NOTHING)
         # A single target has no curve, and says nothing of a prompt.
         figures_shown = _AT_ONE_TOLERANCE if figures.is_single(standing) else _STANDING
-        cells = [_with_interval(standing.intervals[name], style) for name, style in figures_shown]
+        cells = [with_interval(standing.intervals[name], style) for name, style in figures_shown]
         cells += ["–"] * (len(_STANDING) - len(cells))
-        rows.append([standing.title, *cells, "–" if figures.is_single(standing) else _with_interval(less, "+m")])
+        rows.append([standing.title, *cells, "–" if figures.is_single(standing) else with_interval(less, "+m")])
     return rows
 
 
@@ -207,11 +207,11 @@ def _operating_row(point: OperatingPoint) -> list[Cell]:
     return [
         point.title,
         shown(point.tolerance, ".3f"),
-        _with_interval(point.accuracy, "%"),
-        _with_interval(point.cost, "$"),
-        _with_interval(point.efficacy, "%"),
-        _with_interval(point.saving_against_best_single, "%"),
-        _with_interval(point.saving_against_dearest, "%"),
+        with_interval(point.accuracy, "%"),
+        with_interval(point.cost, "$"),
+        with_interval(point.efficacy, "%"),
+        with_interval(point.saving_against_best_single, "%"),
+        with_interval(point.saving_against_dearest, "%"),
     ]
 
 
@@ -234,7 +234,7 @@ def _target_rows(evaluation: Evaluation) -> Table:
 
 def _peer_rows(evaluation: Evaluation) -> Table:
     is_shown = [s for s in _ranked(evaluation) if not figures.is_single(s)]
-    return [[s.title, *(_with_interval(s.intervals[name], style) for name, style in _PEERS)] for s in is_shown]
+    return [[s.title, *(with_interval(s.intervals[name], style) for name, style in _PEERS)] for s in is_shown]
 
 
 _PEERS = [("apgr", ".3f"), ("cpt_50", "%"), ("cpt_80", "%"), ("aiq", ".3f"), ("arena_score", ".3f"), ("aurc", ".3f")]
@@ -257,15 +257,17 @@ def _missing(evaluation: Evaluation) -> str | None:
     )
 
 
-def _with_interval(figure: Interval, style: str) -> Cell:
+def with_interval(figure: Interval, style: str) -> Cell:
+    """A cell of a table; without an interval where the figure has none."""
     value, low, high = figure
     if not isfinite(low):
         return shown(value, style)
     return shown(value, style), f"{shown(low, style)} to {shown(high, style)}"
 
 
-def _in_words(figure: Interval, style: str) -> str:
-    cell = _with_interval(figure, style)
+def in_words(figure: Interval, style: str) -> str:
+    """A figure in a sentence, its interval in brackets."""
+    cell = with_interval(figure, style)
     return cell if isinstance(cell, str) else f"{cell[0]} ({cell[1]})"
 
 

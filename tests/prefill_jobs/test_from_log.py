@@ -57,6 +57,8 @@ def test_a_log_tells_what_policies_would_have_been_worth(
     assert "doubly robust" in told.out
     report = json.loads((tmp_path / "report" / "log.json").read_text())
     assert [policy["policy"] for policy in report["policies"]] == ["router", "always big", "always small"]
+    page = (tmp_path / "report" / "log.html").read_text()
+    assert all(f"{policy['doubly_robust'][0]:.1%}" in page for policy in report["policies"])
     seen = set(Router.load(router).training_prompts.tolist())
     rows = pq.read_table(feedback).to_pylist()
     is_new = [hashed not in seen for hashed in prompt_hashes([row["prompt_id"] for row in rows]).tolist()]
