@@ -220,7 +220,8 @@ class Proxy:
             bids = [Bid(choice.target, choice.expected_usd) for _, choice in ways]
             reserving = asyncio.ensure_future(self.ledger.reserve(passage.ticket, passage.caller.holder, bids))
             passage.reserving.append(reserving)
-            passage.plan, passage.choice = ways[await self._told(asyncio.shield(reserving)) or 0]
+            taken = await self._told(asyncio.shield(reserving))
+            passage.plan, passage.choice = ways[-1 if taken is None else taken]  # in doubt, the thrifty way
         return None if passage.choice is None else passage.channels[passage.choice.target]
 
     # --- and back ------------------------------------------------------------------------------------------------
