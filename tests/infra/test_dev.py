@@ -44,11 +44,11 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
 
 def addresses(tree: psutil.Process) -> set[str]:
     """On which its processes listen."""
+    pids = {process.pid for process in (tree, *tree.children(recursive=True))}
     return {
         connection.laddr.ip.removeprefix("::ffff:")
-        for process in (tree, *tree.children(recursive=True))
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
+        for connection in psutil.net_connections("tcp")  # of all, as one of its own may end meanwhile
+        if connection.pid in pids and connection.status == psutil.CONN_LISTEN
     }
 
 

@@ -110,8 +110,9 @@ def test_rate_limits_hold(upstreams: dict[str, Upstream], tmp_path: Path) -> Non
     for upstream in upstreams.values():
         came = sorted(call.came_s for call in upstream.completions)
         assert len(came) == 40
-        for first, eleventh in zip(came, came[11:], strict=False):
-            assert eleventh - first > 0.95, "more than ten calls within a second"
+        for num_later in range(1, 40):  # ten begin within a second; three that are on their way may arrive together
+            windows = [last - first for first, last in zip(came, came[num_later:], strict=False)]
+            assert min(windows) > 0.1 * (num_later - 3) - 0.01
         moments = [(call.came_s, 1) for call in upstream.completions]
         moments += [(call.came_s + call.took_s, -1) for call in upstream.completions]
         num_open = 0
