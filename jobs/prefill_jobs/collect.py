@@ -27,7 +27,7 @@ from prefill_router.collection.answers import ShardPlace, load_states, write_sta
 from prefill_router.collection.calls import Asked, Spent, call_key
 from prefill_router.config import CollectConfig, names_in
 from prefill_router.console import say
-from prefill_router.corpus import MAX_PROMPT_BYTES
+from prefill_router.corpus import MAX_PROMPT_BYTES, refuse_output
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents, PromptEstimates
 from prefill_router.graders import Grader, load_grader
@@ -76,7 +76,7 @@ def collect(config: CollectConfig) -> CollectManifest:
     if config.sample_by == "active" and config.sample is not None and config.router is None:
         raise UserError("sample_by = active, but no --router says where it can hardly choose")
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
-    storage.refuse_file(config.out)
+    refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
     with Lease.acquire(config.out, "collect") as lease, cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)

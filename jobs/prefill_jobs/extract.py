@@ -25,6 +25,7 @@ from prefill_router import checkpoint, ledger, shards, storage
 from prefill_router.commits import bad_rows, shard_name
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
+from prefill_router.corpus import refuse_output
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
@@ -57,7 +58,7 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
 
 
 def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None) -> ExtractSummary:
-    storage.refuse_file(config.out)
+    refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)

@@ -25,7 +25,7 @@ from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
 from prefill_router.config import ExtractConfig, LabelConfig, names_in
 from prefill_router.console import say
-from prefill_router.corpus import BadRow, files
+from prefill_router.corpus import BadRow, files, refuse_output
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents
@@ -71,7 +71,7 @@ def label(config: LabelConfig) -> LabelManifest:
     """
     router = artifact.load(config.router)
     choice = _choice(config, router)
-    storage.refuse_file(config.out)
+    refuse_output(config.out, config.log)
     with Lease.acquire(config.out, "label") as lease:
         before = _before(config, router, choice)
         inputs = _new_files(config, before)
@@ -252,6 +252,8 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
         raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
     if config.activations is not None and not isinstance(router, Router):
         raise UserError(f"activations: {config.router} is a baseline, which reads none: leave --activations out")
+    if config.activations is not None and storage.absolute(config.activations) == storage.absolute(config.out):
+        raise UserError(f"activations: {config.activations} is --out as well: choose another folder")
     for column in names_in(config.partition_by):
         if column == DAY and config.time is None:
             raise UserError("partition_by = day, but no --time names the column that tells it")

@@ -104,6 +104,15 @@ def files(uri: str) -> list[str]:
     return [file for file in storage.find_files(uri) if file == uri or _belongs(file.removeprefix(uri))]
 
 
+def refuse_output(out: str, uri: str) -> None:
+    """Raises UserError where an output cannot lie: where a file does, or among the files of the corpus at `uri`."""
+    storage.refuse_file(out)
+    corpus, place = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (uri, out))
+    is_left_out = any(part.startswith(("_", ".")) for part in place.removeprefix(corpus).split("/"))
+    if place.startswith(corpus) and not is_left_out:
+        raise UserError(f"{out}: lies in {uri}, which is read, and so it would be too: choose another place")
+
+
 def _belongs(path: str) -> bool:
     return path.lower().endswith(SUFFIXES) and not any(part.startswith("_") for part in path.split("/"))
 

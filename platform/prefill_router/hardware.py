@@ -22,10 +22,15 @@ def preferred_dtype(device: str) -> DType:
     """
     if device == "cpu":
         # Intel's AVX-512 does half as many products in bfloat16 as in float32 (measured: 85 and 160 GFLOP/s a core).
-        fast = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+        fast = has_amx() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fast else "float32"
+
+
+def has_amx() -> bool:
+    """Does this CPU have Intel's matrix unit, and torch use it?"""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _is_intel() -> bool:

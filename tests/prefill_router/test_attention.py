@@ -25,8 +25,10 @@ from prefill_router.attention import (
     PaddedAttention,
     TiledAttention,
     VarlenAttention,
+    WholeTilesAttention,
     attention_for,
 )
+from prefill_router.hardware import has_amx
 from reference import causal_softmax
 
 CPU = torch.device("cpu")
@@ -35,7 +37,7 @@ HEAD_SIZE = 16
 LENGTHS = [[1], [63], [64], [65], [200], [3, 1, 65, 64, 63, 130], [64, 64, 64], [1, 1, 1, 1]]
 PREFIXES = [0, 1, 64, 100]
 HEADS = [(4, 4), (6, 2), (4, 1)]
-KINDS: list[Any] = [TiledAttention, PaddedAttention, VarlenAttention]
+KINDS: list[Any] = [TiledAttention, WholeTilesAttention, PaddedAttention, VarlenAttention]
 
 Inputs = tuple[Tensor, Tensor, Tensor, KeyValue | None]
 
@@ -148,25 +150,30 @@ def test_a_prompt_sees_nothing_of_its_companions(kind: Any) -> None:
         torch.testing.assert_close(dirty[rows], clean[rows], rtol=0, atol=0)
 
 
-def test_tiles_are_for_the_cpu_and_padding_for_the_rest() -> None:
-    assert type(attention_for([3], 0, CPU, torch.float32)) is TiledAttention
-    assert type(attention_for([3], 0, CPU, torch.bfloat16)) is TiledAttention
+@pytest.mark.parametrize(("amx", "kind"), [(True, WholeTilesAttention), (False, TiledAttention)])
+def test_tiles_are_for_bfloat16_on_a_cpu_and_padding_for_the_rest(
+    amx: bool, kind: type[Attention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    assert type(attention_for([3], 0, CPU, torch.bfloat16)) is kind
+    assert type(attention_for([3], 0, CPU, torch.float32)) is PaddedAttention
     assert type(attention_for([3], 0, torch.device("meta"), torch.bfloat16)) is PaddedAttention
 
 
+@pytest.mark.parametrize("kind", [TiledAttention, *[WholeTilesAttention] * has_amx()])
 @pytest.mark.parametrize("shared_tokens", [1, 24, 64, 100])
-def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(shared_tokens: int) -> None:
+def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(kind: Any, shared_tokens: int) -> None:
     """In bfloat16, where another order of the same sums would show: a router's P(correct) may not hang on chance."""
     heads, lengths = (6, 2), [200, 65, 130]
     query, key, value, prefix = random_inputs(sum(lengths), shared_tokens, heads, torch.bfloat16)
     assert prefix is not None
-    continued = TiledAttention(lengths, shared_tokens, CPU)(query, key, value, prefix)
+    continued = kind(lengths, shared_tokens, CPU)(query, key, value, prefix)
     for start, end in pairwise([0, 200, 265, 395]):
         own = slice(start, end)
-        alone = TiledAttention([end - start], shared_tokens, CPU)(query[own], key[own], value[own], prefix)
+        alone = kind([end - start], shared_tokens, CPU)(query[own], key[own], value[own], prefix)
         assert torch.equal(continued[own], alone)
         # The prefix as the prompt's own beginning; its own queries have nothing to do with what comes after them.
         whole = [torch.cat((first, t[own])) for first, t in zip(prefix, (key, value), strict=True)]
         queries = torch.cat((torch.zeros_like(query[:shared_tokens]), query[own]))
-        unshared = TiledAttention([len(queries)], 0, CPU)(queries, *whole, None)
+        unshared = kind([len(queries)], 0, CPU)(queries, *whole, None)
         assert torch.equal(continued[own], unshared[shared_tokens:])

@@ -403,6 +403,18 @@ def test_files_of_a_partitioned_corpus_are_found_at_any_depth(tmp_path: Path) ->
     assert found == ["c.parquet", "day=1/a.jsonl.zst", "day=2/b.csv.gz"]
 
 
+@pytest.mark.parametrize("out", ["log", "log/", "log/labels", "log/2026/labels"])
+def test_an_output_among_the_files_of_a_corpus_is_refused(tmp_path: Path, out: str) -> None:
+    with pytest.raises(UserError, match=f"{out}: lies in .*log, which is read"):
+        corpus.refuse_output(f"{tmp_path}/{out}", str(tmp_path / "log"))
+
+
+@pytest.mark.parametrize("out", ["logs", "labels", "log/_labels", "log/.labels", "log/../labels", "log.csv.labels"])
+def test_an_output_beside_a_corpus_or_where_it_is_not_read_is_none_of_it(tmp_path: Path, out: str) -> None:
+    corpus.refuse_output(f"{tmp_path}/{out}", str(tmp_path / "log"))
+    corpus.refuse_output(f"s3://bucket/{out}", str(tmp_path / "log"))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.zst"])
 def test_a_packed_file_that_is_damaged_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"corpus{suffix}", [(f"p{i}", f"prompt {i}" * 50) for i in range(200)])

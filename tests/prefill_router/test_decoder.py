@@ -88,18 +88,23 @@ def test_every_family_is_among_them() -> None:
     assert {name.partition(",")[0] for name in CONFIGS} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_layer_equals_transformers(name: str) -> None:
+def test_every_layer_equals_transformers(name: str, multiple: int) -> None:
     backbone, prompts = random_backbone(CONFIGS[name]), random_prompts(LENGTHS)
+    decoder = decoder_of(backbone)
+    decoder.pack_multiple = multiple
     expected = np.concatenate(states_alone(backbone, prompts), axis=1)
-    np.testing.assert_allclose(decoded(decoder_of(backbone), prompts), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(decoded(decoder, prompts), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prompts_behind_a_shared_prefix_equal_them_whole(name: str) -> None:
+def test_prompts_behind_a_shared_prefix_equal_them_whole(name: str, multiple: int) -> None:
     """Its keys and values are kept as they were computed, its positions are counted."""
     backbone = random_backbone(CONFIGS[name])
     decoder = decoder_of(backbone)
+    decoder.pack_multiple = multiple
     shared, *own = random_prompts([70, 1, 65, 20])
     expected = states_alone(backbone, [shared + ids for ids in own])
     prefix: list[KeyValue] = []
