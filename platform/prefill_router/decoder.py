@@ -60,7 +60,7 @@ class Decoder:
         self.frequencies: Tensor = backbone.rotary_emb.inv_freq
         self.rotary_scale: float = backbone.rotary_emb.attention_scaling
         linear = _linear_for(self.device, self.dtype)
-        # Compiling a product of another height takes AMX 7 ms, a fifth of a pack; others under one.
+        # Products of a new height are compiled, 7 ms each on AMX: half of a pack's time. Others take under one.
         self.pack_multiple = 64 if linear is _PackedLinear and has_amx() else 1
         self.blocks = [_Block(block, linear) for block in backbone.layers]
         self.final_norm = _RMSNorm(backbone.norm)
