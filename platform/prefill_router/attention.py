@@ -1,10 +1,10 @@
 """Causal attention over a pack: prompts laid end to end, without padding, each after an optional shared prefix.
 
-One implementation a kind of hardware, all with the same result: variable-length kernels on CUDA, SDPA elsewhere, but
-for CPUs that multiply bfloat16 without AMX, where tiles of matrix products are twice as fast.
+One implementation a kind of hardware, all with the same result: variable-length kernels on CUDA, tiles of matrix
+products on a CPU without AMX, SDPA elsewhere.
 
-In bfloat16 on a CPU prompts are padded to whole tiles, counted from where they would begin without the prefix: so the
-shapes of a prompt's products depend on itself alone, and not one bit of the result on what is computed beside it.
+On a CPU prompts are padded to whole tiles, counted from where they would begin without the prefix: so the shapes of a
+prompt's products depend on itself alone, and in bfloat16 not one bit of the result on what is computed beside it.
 """
 
 # B prompts in a pack, T their tokens, S the longest, P tokens of the prefix; H heads, K key-value heads, E head size
@@ -39,9 +39,10 @@ def attention_for(lengths: Sequence[int], prefix_tokens: int, device: torch.devi
     """The fastest exact implementation for a pack of prompts with `lengths` own tokens."""
     if device.type == "cuda" and dtype != torch.float32 and varlen_kernel() is not None:
         return VarlenAttention(lengths, prefix_tokens, device)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return (WholeTilesAttention if has_amx() else TiledAttention)(lengths, prefix_tokens, device)
-    return PaddedAttention(lengths, prefix_tokens, device)
+    if device.type != "cpu":
+        return PaddedAttention(lengths, prefix_tokens, device)
+    kind = WholeTilesAttention if dtype == torch.bfloat16 and has_amx() else TiledAttention
+    return kind(lengths, prefix_tokens, device)
 
 
 # What torch.nn.attention holds brings all of torch.compile, a quarter of a worker's start: it waits until it is used.

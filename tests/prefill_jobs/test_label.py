@@ -271,7 +271,7 @@ def test_activations_have_no_place_among_those_of_another_encoder(router: str, l
     with pytest.raises(UserError, match="holds activations of another encoder"):
         labelled(router, log, activations=str(store))
     assert ActivationStore.open(str(store)).manifest.rows == 3
-    with pytest.raises(UserError, match="another label is writing here"):
+    with pytest.raises(UserError, match="out is --out as well: choose another folder"):
         labelled(router, log, activations=str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 

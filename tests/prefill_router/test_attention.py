@@ -151,12 +151,12 @@ def test_a_prompt_sees_nothing_of_its_companions(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("amx", "kind"), [(True, WholeTilesAttention), (False, TiledAttention)])
-def test_tiles_are_for_bfloat16_on_a_cpu_and_padding_for_the_rest(
+def test_tiles_are_for_the_cpu_and_padding_for_the_rest(
     amx: bool, kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "has_amx", lambda: amx)
     assert type(attention_for([3], 0, CPU, torch.bfloat16)) is kind
-    assert type(attention_for([3], 0, CPU, torch.float32)) is PaddedAttention
+    assert type(attention_for([3], 0, CPU, torch.float32)) is TiledAttention
     assert type(attention_for([3], 0, torch.device("meta"), torch.bfloat16)) is PaddedAttention
 
 
