@@ -101,10 +101,8 @@ class PaddedAttention:
     multiple = 1
 
     def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
-        self.num_prompts, self.prefix_tokens = len(lengths), prefix_tokens
+        self.num_prompts, self.prefix_tokens, self.device = len(lengths), prefix_tokens, device
         self.longest = max(lengths) + -(prefix_tokens + max(lengths)) % self.multiple
-        num_keys = prefix_tokens + self.longest
-        self.mask = _causal_at_the_end(self.longest, num_keys, device) if prefix_tokens else None
         self.spread: Tensor | None = None  # rows of the pack as (B, S), the last token of a prompt repeated
         self.gathered: Tensor | None = None  # and back
         if min(lengths) < self.longest:
@@ -120,11 +118,16 @@ class PaddedAttention:
             query_BSHE.transpose(1, 2),
             key_BLKE.transpose(1, 2),
             value_BLKE.transpose(1, 2),
-            attn_mask=self.mask,
-            is_causal=self.mask is None,
+            attn_mask=self._mask,
+            is_causal=self._mask is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return self._packed(attended.transpose(1, 2))
+
+    @functools.cached_property
+    def _mask(self) -> Tensor | None:
+        num_keys = self.prefix_tokens + self.longest
+        return _causal_at_the_end(self.longest, num_keys, self.device) if self.prefix_tokens else None
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> tuple[Tensor, ...]:
         """The pack as (B, S, heads, E); keys and values as (B, P + S, heads, E)."""
