@@ -44,7 +44,7 @@ RECORD = '{"index": 1, "prompt": "hi", "score": 1.0}'
             'none of 1 records is good; the first: {}: row 1: target "m": correct',
         ),
         ("toolkit", "t.csv.gz", "no gzip", "cannot be decompressed"),
-        ("toolkit", "t.csv.gz", gzip.compress(b"x" * 4000)[:-9], "cannot be decompressed"),
+        ("toolkit", "t.csv.gz", gzip.compress(b"x" * 4000, mtime=0)[:-9], "cannot be decompressed"),
         ("toolkit", "t.csv.zst", "no zstd", "cannot be decompressed"),
         ("toolkit", "t.txt", "x", "a file of toolkit is one of .csv"),
         ("routerbench", "r.csv", "sample_id,prompt,m\n", "no model has a column MODEL beside MODEL|total_cost"),
