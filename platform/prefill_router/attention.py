@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +41,8 @@ def attention_for(lengths: Sequence[int], prefix_tokens: int, device: torch.devi
     """The fastest exact implementation for a pack of prompts with `lengths` own tokens."""
     if device.type == "cuda" and dtype != torch.float32 and varlen_kernel() is not None:
         return VarlenAttention(lengths, prefix_tokens, device)
-    if device.type != "cpu":
-        return PaddedAttention(lengths, prefix_tokens, device)
-    kind = WholeTilesAttention if dtype == torch.bfloat16 and has_amx() else TiledAttention
-    return kind(lengths, prefix_tokens, device)
+    is_tiled = device.type == "cpu" and not (dtype == torch.bfloat16 and has_amx())
+    return (TiledAttention if is_tiled else PaddedAttention)(lengths, prefix_tokens, device)
 
 
 # What torch.nn.attention holds brings all of torch.compile, a quarter of a worker's start: it waits until it is used.
@@ -58,9 +58,9 @@ def varlen_kernel() -> Callable[..., Any] | None:
     return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
 
 
-def _causal_at_the_end(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+def _causal_at_the_end(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype).triu(num_keys - num_queries + 1)
     from torch.nn.attention.bias import causal_lower_right
 
     mask: Tensor = causal_lower_right(num_queries, num_keys)
@@ -92,86 +92,99 @@ class VarlenAttention:
         return attended
 
 
+@dataclass
+class _Alike:
+    """Neighbours in a pack that fill as many tiles, and how they are padded to `longest` own tokens each."""
+
+    rows: slice  # of the pack
+    num_prompts: int
+    longest: int
+    spread: Tensor | None = None  # these rows as (B, S), the last token of a prompt repeated; None where they are so
+    gathered: Tensor | None = None  # and back
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, start: int, lengths: Sequence[int], longest: int, device: torch.device) -> _Alike:
+        alike = cls(slice(start, start + sum(lengths)), len(lengths), longest)
+        if min(lengths) < longest:
+            own = torch.tensor(lengths)[:, None]
+            column = torch.arange(longest)[None]
+            rows = own.cumsum(0) - own + torch.minimum(column, own - 1)
+            alike.spread = rows.flatten().to(device)
+            alike.gathered = (column < own).flatten().nonzero()[:, 0].to(device)
+        return alike
+
+    def padded(self, own: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """(T, heads, E) -> (B, P + S, heads, E)."""
+        own = own[self.rows]
+        if self.spread is not None:
+            own = own.index_select(0, self.spread)
+        own = own.reshape(self.num_prompts, self.longest, *own.shape[1:])
+        return own if prefix is None else torch.cat((prefix.expand(self.num_prompts, *prefix.shape), own), 1)
+
+    def put(self, padded: Tensor, whole: Tensor) -> None:
+        """(B, S, heads, E) into the rows of (T, heads, E)."""
+        flat, own = padded.flatten(0, 1), whole[self.rows]
+        if self.gathered is None:
+            own.copy_(flat)
+        else:
+            torch.index_select(flat, 0, self.gathered, out=own)
+
+
 class PaddedAttention:
     """SDPA over prompts padded at their right end, where causality hides the padding.
 
-    With the prefix, what is padded has a `multiple` of so many tokens.
+    A prompt is padded to whole tiles, the prefix counted; neighbours of as many tiles are computed together.
     """
 
-    multiple = 1
-
     def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
-        self.num_prompts, self.prefix_tokens, self.device = len(lengths), prefix_tokens, device
-        self.longest = max(lengths) + -(prefix_tokens + max(lengths)) % self.multiple
-        self.spread: Tensor | None = None  # rows of the pack as (B, S), the last token of a prompt repeated
-        self.gathered: Tensor | None = None  # and back
-        if min(lengths) < self.longest:
-            own = torch.tensor(lengths)[:, None]
-            column = torch.arange(self.longest)[None]
-            rows = own.cumsum(0) - own + torch.minimum(column, own - 1)
-            self.spread = rows.flatten().to(device)
-            self.gathered = (column < own).flatten().nonzero()[:, 0].to(device)
+        self.prefix_tokens, self.device = prefix_tokens, device
+        self.groups: list[_Alike] = []
+        start = 0
+        for num_tiles, own in groupby(lengths, lambda length: -(-(prefix_tokens + length) // _TILE)):
+            self.groups.append(_Alike.of(start, list(own), num_tiles * _TILE - prefix_tokens, device))
+            start = self.groups[-1].rows.stop
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> Tensor:
-        query_BSHE, key_BLKE, value_BLKE = self._padded(query, key, value, prefix)
-        attended = F.scaled_dot_product_attention(
+        first_key, first_value = prefix or (None, None)
+        attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for alike in self.groups:
+            padded = alike.padded(query), alike.padded(key, first_key), alike.padded(value, first_value)
+            alike.put(self._attend(alike, *padded), attended)
+        return attended
+
+    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKE: Tensor) -> Tensor:
+        if self.prefix_tokens and alike.mask is None:
+            alike.mask = _causal_at_the_end(alike.longest, key_BLKE.shape[1], query_BSHE)
+        return F.scaled_dot_product_attention(
             query_BSHE.transpose(1, 2),
             key_BLKE.transpose(1, 2),
             value_BLKE.transpose(1, 2),
-            attn_mask=self._mask,
-            is_causal=self._mask is None,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return self._packed(attended.transpose(1, 2))
-
-    @functools.cached_property
-    def _mask(self) -> Tensor | None:
-        num_keys = self.prefix_tokens + self.longest
-        return _causal_at_the_end(self.longest, num_keys, self.device) if self.prefix_tokens else None
-
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> tuple[Tensor, ...]:
-        """The pack as (B, S, heads, E); keys and values as (B, P + S, heads, E)."""
-        if self.spread is not None:
-            query, key, value = (t.index_select(0, self.spread) for t in (query, key, value))
-        shape = (self.num_prompts, self.longest)
-        query, key, value = (t.reshape(*shape, *t.shape[1:]) for t in (query, key, value))
-        if prefix is not None:
-            first = (t.expand(self.num_prompts, *t.shape) for t in prefix)
-            key, value = (torch.cat((p, own), 1) for p, own in zip(first, (key, value), strict=True))
-        return query, key, value
-
-    def _packed(self, attended_BSHE: Tensor) -> Tensor:
-        flat = attended_BSHE.flatten(0, 1)
-        return flat if self.gathered is None else flat.index_select(0, self.gathered)
-
-
-class WholeTilesAttention(PaddedAttention):
-    """SDPA over whole tiles."""
-
-    multiple = _TILE
+            attn_mask=alike.mask,
+            is_causal=alike.mask is None,
+            enable_gqa=query_BSHE.shape[2] != key_BLKE.shape[2],
+        ).transpose(1, 2)
 
 
 class TiledAttention(PaddedAttention):
     """Tiles of queries against the keys that causality lets them see, as batched matrix products."""
 
-    multiple = _TILE
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> Tensor:
-        num_heads, head_size, num_groups = query.shape[1], query.shape[2], key.shape[1]
+    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKE: Tensor) -> Tensor:
+        num_prompts, _, num_heads, head_size = query_BSHE.shape
+        num_groups = key_BLKE.shape[2]
         per_group = num_heads // num_groups  # heads that share keys, G
-        query, key, value = self._padded(query * head_size**-0.5, key, value, prefix)
         # All of a group's heads stand as rows of one matrix: (B * K, S * G, E).
-        grouped = query.view(*query.shape[:2], num_groups, per_group, head_size).transpose(1, 2)
-        queries = grouped.reshape(self.num_prompts * num_groups, -1, head_size)
-        keys = key.permute(0, 2, 3, 1).reshape(len(queries), head_size, -1)
-        values = value.transpose(1, 2).reshape(len(queries), -1, head_size)
+        grouped = (query_BSHE * head_size**-0.5).unflatten(2, (num_groups, per_group)).transpose(1, 2)
+        queries = grouped.reshape(num_prompts * num_groups, -1, head_size)
+        keys = key_BLKE.permute(0, 2, 3, 1).reshape(len(queries), head_size, -1)
+        values = value_BLKE.transpose(1, 2).reshape(len(queries), -1, head_size)
         attended = torch.empty_like(queries)
         hidden = torch.full((_TILE, _TILE), -torch.inf, dtype=queries.dtype).triu(1).repeat_interleave(per_group, 0)
-        for start in range(-(self.prefix_tokens % _TILE), self.longest, _TILE):
+        for start in range(-(self.prefix_tokens % _TILE), alike.longest, _TILE):
             visible = self.prefix_tokens + start + _TILE
             own = slice(max(start, 0) * per_group, (start + _TILE) * per_group)
             scores = queries[:, own] @ keys[:, :, :visible]
             scores[:, :, -_TILE:] += hidden[own.start - own.stop :]
             torch.bmm(scores.softmax(-1), values[:, :visible], out=attended[:, own])
-        grouped = attended.view(self.num_prompts, num_groups, self.longest, per_group, head_size).transpose(1, 2)
-        return self._packed(grouped.reshape(self.num_prompts, self.longest, num_heads, head_size))
+        grouped = attended.view(num_prompts, num_groups, -1, per_group, head_size).transpose(1, 2)
+        return grouped.flatten(2, 3)

@@ -1,5 +1,7 @@
 """Token-budget batches: prompts of similar length together, so that padding is small and a batch's work is bounded."""
 
+# N prompts
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -8,15 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def token_budget_batches(lengths: Sequence[int], budget_tokens: int) -> Iterator[NDArray[np.int64]]:
+def token_budget_batches(
+    lengths: Sequence[int], budget_tokens: int, *, is_padded: bool = True
+) -> Iterator[NDArray[np.int64]]:
     """Yields index arrays that cover every prompt once, longest first.
 
-    A batch padded to its longest prompt holds at most `budget_tokens`; a longer prompt gets a batch of its own.
+    A batch holds at most `budget_tokens`, once it is padded to its longest prompt where `is_padded`; a longer prompt
+    gets a batch of its own.
     """
-    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
+    descending = np.asarray(lengths, np.int64)
+    order = np.argsort(descending, kind="stable")[::-1]
+    descending = descending[order]
+    ends = np.cumsum(descending)  # (N,)
     start = 0
     while start < len(order):
-        longest = max(1, lengths[order[start]])
-        size = max(1, budget_tokens // longest)
-        yield order[start : start + size]
-        start += size
+        if is_padded:
+            size = budget_tokens // max(1, descending[start])
+        else:
+            size = np.searchsorted(ends, ends[start] - descending[start] + budget_tokens, side="right") - start
+        stop = start + max(1, int(size))
+        yield order[start:stop]
+        start = stop

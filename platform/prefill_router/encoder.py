@@ -308,7 +308,8 @@ class PrefillEncoder:
         return Prefix(ids, joined, sums), self._work([len(ids) - first], first, deepest)
 
     def _batches(self, stream: _Stream) -> Iterator[NDArray[np.int64]]:
-        return token_budget_batches([len(ids) for ids in stream.own], self.budget_tokens)
+        is_padded = not isinstance(self.backbone, Decoder)
+        return token_budget_batches([len(ids) for ids in stream.own], self.budget_tokens, is_padded=is_padded)
 
     def _each(self, run: Callable[[_Pair], Work], packs: Sequence[_Pair]) -> Iterator[Work]:
         """Runs the packs: on a CPU each core its own, which beats all cores on one by what only one of them can do."""

@@ -29,7 +29,6 @@ from prefill_router.schema import ActivationColumn
 from prefill_router.sentences import SentenceEncoder
 from prefill_serve.lanes import Batch, Lanes
 
-LANE_TOKENS = 512  # of a batch on one core: larger ones are 3 % faster, and all their prompts wait for the last
 REMEMBERED_TOKENS = 16_384  # of prefixes: some 12 KB each in SmolLM2's lower half
 _IDLE_S = 0.05
 _WARM_UP = ["Hello.", "What is 17 * 23?", " ".join(["word"] * 200), "Name a river in Europe."]
@@ -110,7 +109,7 @@ class Engine:
             encoder.memory = PrefixMemory(REMEMBERED_TOKENS)
             budget_tokens = encoder.budget_tokens
             if encoder.runs_side_by_side:
-                num_lanes, budget_tokens = num_threads, LANE_TOKENS
+                num_lanes = num_threads
         self.lanes: Lanes[_Job, Reading] = Lanes(self._read, num_lanes, budget_tokens, num_threads)
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
         self._num_in_use = 0

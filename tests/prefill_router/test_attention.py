@@ -25,7 +25,6 @@ from prefill_router.attention import (
     PaddedAttention,
     TiledAttention,
     VarlenAttention,
-    WholeTilesAttention,
     attention_for,
 )
 from prefill_router.hardware import has_amx
@@ -37,7 +36,7 @@ HEAD_SIZE = 16
 LENGTHS = [[1], [63], [64], [65], [200], [3, 1, 65, 64, 63, 130], [64, 64, 64], [1, 1, 1, 1]]
 PREFIXES = [0, 1, 64, 100]
 HEADS = [(4, 4), (6, 2), (4, 1)]
-KINDS: list[Any] = [TiledAttention, WholeTilesAttention, PaddedAttention, VarlenAttention]
+KINDS: list[Any] = [TiledAttention, PaddedAttention, VarlenAttention]
 
 Inputs = tuple[Tensor, Tensor, Tensor, KeyValue | None]
 
@@ -150,7 +149,7 @@ def test_a_prompt_sees_nothing_of_its_companions(kind: Any) -> None:
         torch.testing.assert_close(dirty[rows], clean[rows], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("amx", "kind"), [(True, WholeTilesAttention), (False, TiledAttention)])
+@pytest.mark.parametrize(("amx", "kind"), [(True, PaddedAttention), (False, TiledAttention)])
 def test_tiles_are_for_the_cpu_and_padding_for_the_rest(
     amx: bool, kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +159,7 @@ def test_tiles_are_for_the_cpu_and_padding_for_the_rest(
     assert type(attention_for([3], 0, torch.device("meta"), torch.bfloat16)) is PaddedAttention
 
 
-@pytest.mark.parametrize("kind", [TiledAttention, *[WholeTilesAttention] * has_amx()])
+@pytest.mark.parametrize("kind", [TiledAttention, *[PaddedAttention] * has_amx()])
 @pytest.mark.parametrize("shared_tokens", [1, 24, 64, 100])
 def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(kind: Any, shared_tokens: int) -> None:
     """In bfloat16, where another order of the same sums would show: a router's P(correct) may not hang on chance."""
