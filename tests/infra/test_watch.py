@@ -110,7 +110,8 @@ def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> Non
         "workers": 2,
     }
     train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
-    train |= {"out": folder / "router", "seeds": 4, "keep": 2, "workers": 2}
+    # So many trunks that training lasts until it was looked at twice, which a rate wants.
+    train |= {"out": folder / "router", "seeds": 128, "keep": 2, "workers": 2}
     collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
     collect |= {"budget-usd": 1, "attempts": 2}
     jobs = [
