@@ -3,8 +3,9 @@
 One implementation a kind of hardware, all with the same result: variable-length kernels on CUDA, tiles of matrix
 products on a CPU without AMX, SDPA elsewhere.
 
-On a CPU prompts are padded to whole tiles, counted from where they would begin without the prefix: so the shapes of a
-prompt's products depend on itself alone, and in bfloat16 not one bit of the result on what is computed beside it.
+All but CUDA's kernels pad a prompt to whole tiles, counted from where it would begin without the prefix, and compute
+those of as many tiles together. So the shapes of a prompt's products depend on itself alone, and on a CPU in bfloat16
+not one bit of the result on what is computed beside it.
 """
 
 # B prompts in a pack, T their tokens, S the longest, P tokens of the prefix; H heads, K key-value heads, E head size
