@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastapi_offline
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -76,13 +76,23 @@ def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = Tru
     )
     _add_errors(api)
     _add_documents(api)
+    api.include_router(_routing_routes(endpoint))
+    api.include_router(_state_routes(endpoint))
+    api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
+    api.include_router(playground_routes(endpoint, _ERRORS))
+    _describe(api)
+    return Gate(api, endpoint, names_requests=names_requests)
 
-    @api.post("/v1/route", response_model=RouteResponse, responses=_ERRORS, tags=["routing"])
+
+def _routing_routes(endpoint: Endpoint) -> APIRouter:
+    routes = APIRouter(tags=["routing"], responses=_ERRORS)
+
+    @routes.post("/v1/route", response_model=RouteResponse)
     async def route(request: RouteRequest, http: Request) -> Response:
         """The target for one prompt: the cheapest that is good enough, under the request's constraints."""
         return _json(await endpoint.route(request, http.state.request_id, http.state.holder))
 
-    @api.post("/v1/route/batch", response_model=BatchResponse, responses=_ERRORS, tags=["routing"])
+    @routes.post("/v1/route/batch", response_model=BatchResponse)
     async def route_batch(batch: BatchRequest, http: Request) -> Response:
         """Many prompts at once; one that cannot be routed does not hold up the others."""
         limit = endpoint.now.settings.limits.batch
@@ -102,7 +112,13 @@ def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = Tru
             BatchResponse(results=await asyncio.gather(*map(item, *zip(*enumerate(batch.requests), strict=True))))
         )
 
-    @api.get("/health", response_model=Health, responses=_PROBE_ERRORS, tags=["state"])
+    return routes
+
+
+def _state_routes(endpoint: Endpoint) -> APIRouter:
+    routes = APIRouter(tags=["state"], responses=_PROBE_ERRORS)
+
+    @routes.get("/health", response_model=Health)
     async def health() -> Response:
         """What serves. 200 as long as the process answers, also while settings are refused."""
         serving = endpoint.now
@@ -118,15 +134,12 @@ def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = Tru
             )
         )
 
-    @api.get("/ready", response_model=Health, responses=_PROBE_ERRORS, tags=["state"])
+    @routes.get("/ready", response_model=Health)
     async def ready() -> Response:
         """200 once a real forward pass has run, 503 before."""
         return await health()
 
-    api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
-    api.include_router(playground_routes(endpoint, _ERRORS))
-    _describe(api)
-    return Gate(api, endpoint, names_requests=names_requests)
+    return routes
 
 
 def refusal_of(error: Exception) -> Refusal:
