@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Iterator
-from functools import cache
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from typing import Any
 
 import pytest
 
@@ -14,11 +16,25 @@ from prefill_router import storage
 BUCKET = "prefill-router-tests"
 
 
+def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    @wraps(call)
+    def locked(*arguments: Any) -> Any:
+        with lock:
+            return call(*arguments)
+
+    return locked
+
+
 @cache
 def _endpoint() -> str:
     """Starts the one server of this process, however many conftest files import the fixture."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    # It looks whether something lies there, and then writes: as in S3, no other PUT may come between.
+    S3Response.put_object = _one_at_a_time(S3Response.put_object)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # its line a request drowns a failure's report
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
