@@ -55,7 +55,7 @@ def ray_cluster() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         ours = {"NODES": "1", "CPUS": "4", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
         ours |= {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
-        ours |= {"RAY_metrics_report_interval_ms": "1000", "REPORTER_UPDATE_INTERVAL_MS": "2000"}
+        ours |= {"RAY_metrics_report_interval_ms": "3000", "REPORTER_UPDATE_INTERVAL_MS": "2000"}
         for name, value in ours.items():
             patch.setenv(name, value)
         process = subprocess.Popen([INFRA / "dev" / "cluster.sh"], stdout=subprocess.PIPE, text=True)
