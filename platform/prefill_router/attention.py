@@ -139,7 +139,7 @@ class PaddedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
-        self.prefix_tokens, self.device = prefix_tokens, device
+        self.prefix_tokens = prefix_tokens
         self.groups: list[_Alike] = []
         start = 0
         for num_tiles, own in groupby(lengths, lambda length: -(-(prefix_tokens + length) // _TILE)):
