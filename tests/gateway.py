@@ -42,12 +42,12 @@ class Gateway:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings.model_validate({"open": True, "gateway": {}, **settings})
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20.0)
-        self.http = httpx.Client(base_url=self.url, timeout=20.0)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120.0)
+        self.http = httpx.Client(base_url=self.url, timeout=120.0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="Gateway", daemon=True)
 
@@ -62,13 +62,14 @@ class Gateway:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self.http.close()
+        self._socket.close()
 
     async def _start(self) -> None:
         self.endpoint, self.ledger = Endpoint(), LocalLedger()
         await self._configure(self.settings)
-        config = uvicorn.Config(create_api(self.endpoint, self.ledger), port=self.port, log_level="error")
+        config = uvicorn.Config(create_api(self.endpoint, self.ledger), log_level="error")
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve())
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             await asyncio.sleep(0.01)
 
@@ -88,7 +89,7 @@ class Gateway:
         await self.endpoint.configure(settings)
 
     def _run(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
 
     # --- what tests ask ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 
 from manifests import INFRA
+from ports import free_port
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 DASHBOARDS = sorted((INFRA / "grafana").glob("*.json"))
@@ -38,17 +38,11 @@ def panels() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path.stem}: {panel['title']}", panel
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Prometheus:
     """One that runs; it is asked for all that happened since it was started."""
 
     def __init__(self, port: int) -> None:
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=120)
         self.started = time.time()
 
     def get(self, path: str, **parameters: Any) -> Any:
@@ -84,4 +78,4 @@ def watching(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
     finally:
         prometheus.client.close()
         process.terminate()
-        process.wait(30)
+        process.wait(120)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import psutil
+
+from ports import free_port
 
 
 class Serve:
@@ -44,11 +45,9 @@ class Serve:
         return found
 
     def answers(self) -> bool:
-        try:
-            httpx.get(f"{self.url}/health", timeout=1)
-            return True
-        except httpx.TransportError:
-            return False
+        """Does anybody listen? The system says so at once, however busy who listens is."""
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def replicas(self) -> set[int]:
         return {process.pid for process in self.processes("ray::ServeReplica")}
@@ -59,7 +58,7 @@ class Serve:
         wait_until(lambda: any(answer in line for line in self.said[before:]), f"{answer} among {self.said}")
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -69,9 +68,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 180.0) 
 @contextmanager
 def serving(router: str, **flags: Any) -> Iterator[Serve]:
     """Serves meanwhile; then it is told to end, ends well, and where its Ray is its own, its port is free again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", "prefill_jobs", "serve", "--router", router, "--port", str(port)]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -84,7 +81,7 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
     finally:
         was_killed = process.poll() is not None
         process.send_signal(signal.SIGTERM)
-        process.wait(120)
-        serve.listener.join(120)
+        process.wait(300)
+        serve.listener.join(300)
     assert was_killed or process.returncode == 0, serve.said
     assert was_killed or "RAY_ADDRESS" in os.environ or not serve.answers(), serve.said

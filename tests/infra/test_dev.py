@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from manifests import INFRA, ROOT
-from prometheus import free_port
+from ports import free_port
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
         yield dict(word.split("=", 1) for word in words[1:]), tree
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        status = process.wait(60)
-    _, left = psutil.wait_procs(everything, timeout=60)
+        status = process.wait(300)
+    _, left = psutil.wait_procs(everything, timeout=300)
     assert (status, left) == (0, [])
 
 
@@ -84,6 +84,7 @@ def ray_folder() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow("a Ray of two nodes")
 def test_a_cluster_of_two_nodes(ray_folder: str) -> None:
     dashboard = free_port()
     variables = {"PORT": free_port(), "DASHBOARD_PORT": dashboard, "CPUS": 1, "RAY_TMPDIR": ray_folder}
@@ -91,9 +92,9 @@ def test_a_cluster_of_two_nodes(ray_folder: str) -> None:
     with running("cluster.sh", **variables) as (exported, tree):
         assert addresses(tree) == {"127.0.0.1"}
         url = f"http://127.0.0.1:{dashboard}/api/jobs/"
-        assert httpx.get(url, timeout=30).status_code == 401
+        assert httpx.get(url, timeout=120).status_code == 401
         token = {"authorization": f"Bearer {exported['RAY_AUTH_TOKEN']}"}
-        assert httpx.get(url, headers=token, timeout=30).json() == []
+        assert httpx.get(url, headers=token, timeout=120).json() == []
         done = subprocess.run(
             [sys.executable, "-c", program], env={**os.environ, **exported}, capture_output=True, text=True, check=False
         )

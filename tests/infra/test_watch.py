@@ -19,7 +19,8 @@ import pytest
 from collected import write_prompts
 from gateway import write_pool
 from manifests import INFRA
-from prometheus import Prometheus, free_port, metrics_in, panels, watching
+from ports import free_port
+from prometheus import Prometheus, metrics_in, panels, watching
 from serving import Serve, serving, wait_until
 from upstream import Upstream
 
@@ -66,7 +67,7 @@ def ray_cluster() -> Iterator[Path]:
             yield folder / "ray"
         finally:
             process.terminate()
-            process.wait(120)
+            process.wait(300)
             process.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -77,7 +78,7 @@ def asking(serve: Serve) -> Iterator[None]:
     stop = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(base_url=serve.url, timeout=30) as client:
+        with httpx.Client(base_url=serve.url, timeout=120) as client:
             for n in range(1_000_000):
                 if stop.wait(0.1):
                     return
@@ -135,6 +136,7 @@ def nothing_in(prometheus: Prometheus) -> list[str]:
 
 
 @pytest.mark.prometheus
+@pytest.mark.slow("a Ray, an endpoint and three jobs under a real Prometheus")
 def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
@@ -146,7 +148,7 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
         run_jobs(tiny_model, small_data, pool, tmp_path)
-        wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}", 180)
+        wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}")
         asked = {name for _, panel in panels() for target in panel["targets"] for name in metrics_in(target["expr"])}
         assert asked - prometheus.names() <= WITHOUT_GPUS | DID_NOT_HAPPEN
         alerts = [rule["name"] for group in prometheus.get("/rules")["groups"] for rule in group["rules"]]
