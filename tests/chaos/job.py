@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from serving import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 _SOURCES = [str(REPOSITORY / root) for root in ("platform", "jobs", "serve")]
@@ -17,12 +19,15 @@ _SOURCES = [str(REPOSITORY / root) for root in ("platform", "jobs", "serve")]
 class Job:
     command: str
 
-    def __init__(self, log: Path, /, *, saboteur: bool = False, slow_s: float = 0.0, **options: object) -> None:
+    def __init__(
+        self, log: Path, /, *, saboteur: bool = False, slow_s: float = 0.0, reads: int = -1, **options: object
+    ) -> None:
         paths = [*([str(Path(__file__).parent / "saboteur")] if saboteur else []), *_SOURCES]
         arguments = [sys.executable, "-m", "prefill_jobs", self.command]
         for key, value in options.items():
             arguments += [f"--{key.replace('_', '-')}", str(value)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SABOTEUR_SLOW_S": str(slow_s)}
+        environment["SABOTEUR_READS"] = str(reads)
         environment.pop("RAY_ADDRESS", None)  # of a Ray that runs in this process
         self.log = log
         with log.open("w") as output:
@@ -44,14 +49,20 @@ class Job:
     def kill(self) -> None:
         """The driver alone, at once; its Ray has to notice."""
         self.process.send_signal(signal.SIGKILL)
-        self.end(60)
+        self.end(300)
 
     def kill_all(self) -> None:
         """The driver and all that belongs to it, at once."""
         for pid in self.family():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.end(60)
+        self.end(300)
+
+    def kill_all_after(self, has_begun: Callable[[], bool]) -> None:
+        """`kill_all` in the midst of its work."""
+        wait_until(lambda: has_begun() or self.process.poll() is not None, "a beginning")
+        assert self.process.poll() is None, self.log.read_text()
+        self.kill_all()
 
     def workers(self) -> list[int]:
         """The processes of its encoder actors."""

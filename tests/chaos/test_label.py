@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from prefill_router.ledger import Ledger
 from prefill_router.strict import validate
 from tiny import random_prompts
 
-KILLS = 2
+TWICE = pytest.mark.slow("two Rays are killed")
 
 
 def decisions(out: Path) -> list[dict[str, Any]]:
@@ -35,9 +34,12 @@ def num_kept(out: Path) -> int:
     return sum(Ledger.open(str(out / "activations")).records["rows"].to_pylist())
 
 
-@pytest.mark.parametrize("num_read", [num_estimated, num_kept])
+@pytest.mark.parametrize(
+    ("num_read", "kills"),
+    [(num_kept, 1), pytest.param(num_estimated, 2, marks=TWICE), pytest.param(num_kept, 2, marks=TWICE)],
+)
 def test_a_log_is_decided_once_though_the_job_is_killed(
-    router: str, tmp_path: Path, num_read: Callable[[Path], int]
+    in_process: None, router: str, tmp_path: Path, num_read: Callable[[Path], int], kills: int
 ) -> None:
     prompts = random_prompts(160)
     lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeat one
@@ -54,12 +56,9 @@ def test_a_log_is_decided_once_though_the_job_is_killed(
     if num_read is num_kept:
         options["activations"] = str(out / "activations")
     seen = 0
-    for kill in range(KILLS):
-        job = LabelJob(tmp_path / f"{kill}.log", saboteur=True, slow_s=0.7, **options, out=out)
-        while num_read(out) <= seen and job.process.poll() is None:
-            time.sleep(0.1)
-        assert job.process.poll() is None, (tmp_path / f"{kill}.log").read_text()
-        job.kill_all()
+    for kill in range(kills):
+        job = LabelJob(tmp_path / f"{kill}.log", saboteur=True, reads=2, **options, out=out)
+        job.kill_all_after(lambda seen=seen: num_read(out) > seen)  # type: ignore[misc]
         assert not (out / "manifest.json").exists()
         seen = num_read(out)
         assert 0 < seen < len(set(prompts))

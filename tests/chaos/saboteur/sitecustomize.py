@@ -1,11 +1,13 @@
 """Runs at the start of every Python that has this folder on PYTHONPATH, Ray's workers and their children too.
 
-It makes the encoder slow by SABOTEUR_SLOW_S, so that there is time to kill who uses it, and lets a prompt that holds
-the word SABOTAGE end its process, as one that takes all memory does. Ledgers gather their records in small segments.
+It makes the encoder slow by SABOTEUR_SLOW_S, or lets each process read but SABOTEUR_READS times and wait for its end
+then, so that there is time to kill who uses it. A prompt that holds the word SABOTAGE ends its process, as one that
+takes all memory does. Ledgers gather their records in small segments.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -15,6 +17,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
+
+_reads = itertools.count()
 
 
 class _Sabotage(MetaPathFinder):
@@ -47,6 +51,8 @@ def _slow_down(encoder: Any) -> None:
         if any("SABOTAGE" in str(prompt) for prompt in prompts):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("SABOTEUR_SLOW_S", "0")))
+        if next(_reads) == int(os.environ.get("SABOTEUR_READS", "-1")):
+            time.sleep(3600)
         return read(self, prompts, columns)
 
     encoder.PrefillEncoder.read = sabotaged
