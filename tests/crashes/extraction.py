@@ -1,0 +1,136 @@
+"""An extraction without Ray and without an encoder: its shards, its ledger, its manifest, and what it computes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from crashes.enumeration import Scenario
+from prefill_router import features, ledger, shards, storage
+from prefill_router.commits import Commit, bad_rows, shard_name
+from prefill_router.corpus import BadRow, content_hash
+from prefill_router.draft import Draft
+from prefill_router.encoder import EncoderIdentity, EncoderSpec, Reading
+from prefill_router.features import Manifest
+from prefill_router.keys import digest_of, row_keys
+from prefill_router.ledger import Ledger, Place
+from prefill_router.plan import Repeats
+from prefill_router.schema import NUM_TOKENS, ActivationColumn
+from prefill_router.shard_list import ShardList
+from prefill_router.sources import Sources
+from prefill_router.work import Work
+
+COLUMNS = [ActivationColumn("last", 1), ActivationColumn("mean", 2)]
+NAMES = [column.name for column in COLUMNS]
+IDENTITY = EncoderIdentity(spec=EncoderSpec(model="tiny"), num_layers=2, hidden_size=4, fingerprint="f")
+
+
+def part(prompt_ids: list[str]) -> Repeats:
+    """Rows whose prompts are their ids, without the number of the repetition that an id may end in."""
+    contents = [content_hash(prompt_id.partition("'")[0]) for prompt_id in prompt_ids]
+    return Repeats(tuple(prompt_ids), tuple(contents), (), digest_of(row_keys(prompt_ids, contents)))
+
+
+PARTS = [part(["p0", "p1"]), part(["p2", "p3"]), part(["p4"]), part(["p1'", "p4'"])]
+OLD = part(["p0"])  # of a smaller corpus, which an earlier run has extracted
+
+
+class Extraction(Scenario):
+    """Extracts a corpus of three shards, and a fourth whose rows repeat theirs, into a store that held less."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out)
+        self.computed: Counter[str] = Counter()  # how often each prompt was
+        self.committed: set[str] = set()  # the names of shards whose commit has returned
+
+    def run(self) -> None:
+        if features.read_manifest(self.out) is None:
+            self._extract([OLD])
+        self._extract(PARTS)
+
+    def _extract(self, parts: list[Repeats]) -> None:
+        ledger.claim_encoder(self.out, IDENTITY)
+        opened = Ledger.open(self.out)
+        names = [shard_name(rows.digest, NAMES) for rows in parts]
+        for i, (rows, name) in enumerate(zip(parts, names, strict=True)):
+            if opened.positions([name])[0] < 0:
+                sources = Sources(opened, [rows.digest for rows in parts])
+                opened.add(self._done(rows, name, sources.of(i, row_keys(rows.prompt_ids, rows.contents))))
+        self._finish(opened, names)
+
+    def _done(self, rows: Repeats, name: str, sources: Sequence[Place]) -> Commit:
+        """As an actor does a shard: one that is committed is not done again."""
+        record = ledger.find(self.out, name)
+        if record is None:
+            assert name not in self.committed, "a committed shard is computed again"
+            draft = Draft.of_repeats(rows, COLUMNS)
+            for place in sources:
+                draft.copy(self.out, place)
+            for missing, _ in draft.missing():
+                draft.fill(missing, self._read([rows.contents[i] for i in missing]))
+            record = draft.commit(self.out)
+        self.committed.add(name)
+        return record
+
+    def _read(self, contents: list[str]) -> Reading:
+        """What an encoder would say: numbers that hang on the prompt."""
+        self.computed.update(contents)
+        seeds = [int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little") for content in contents]
+        values = np.stack([np.random.default_rng(seed).normal(size=4).astype(np.float16) for seed in seeds])
+        lengths = np.full(len(contents), 7, np.int32)
+        return Reading({**dict.fromkeys(NAMES, values), NUM_TOKENS: lengths}, Work(), lengths)
+
+    def _finish(self, opened: Ledger, names: list[str]) -> None:
+        records = opened.records.take(opened.positions(names))
+        bad = [BadRow("corpus", 1, "", "no prompt"), *bad_rows(records)]
+        manifest = Manifest(
+            encoder=IDENTITY,
+            columns=NAMES,
+            corpus="corpus",
+            is_sample=False,
+            shards=ShardList(records),
+            quarantine=shards.write_quarantine(self.out, bad),
+        )
+        features.write_manifest(self.out, manifest)
+        opened.tidy(names)
+
+    def check(self) -> None:
+        """Whatever is committed is there, bit for bit."""
+        check_store(self.out)
+        for digest in self.computed:
+            assert self.computed[digest] <= 2  # the shard that was under way, once more
+
+    def result(self) -> Any:
+        check_store(self.out)
+        opened = Ledger.open(self.out)
+        records = {place.name: ledger.read(self.out, place) for place in opened.places(np.arange(len(opened)))}
+        return objects(self.out), records, len(opened), sorted(self.computed)
+
+
+def objects(out: str) -> dict[str, bytes]:
+    """Each object of a store but for its ledger, whose records may lie together in many ways."""
+    uris = [uri for uri in storage.find_files(out) if not uri.startswith(f"{out}/commits/")]
+    return {uri.removeprefix(out): storage.read_bytes(uri) for uri in uris}
+
+
+def check_store(out: str) -> None:
+    """Asserts that a manifest, where there is one, names only objects that are there as it describes them."""
+    manifest = features.read_manifest(out)
+    if manifest is None:
+        return
+    for shard in manifest.shards:
+        check_object(out, shard.file)
+    if manifest.quarantine is not None:
+        check_object(out, manifest.quarantine)
+
+
+def check_object(out: str, file: shards.ShardFile) -> None:
+    data = storage.read_bytes(storage.join(out, file.name))
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
+    assert pq.read_metadata(io.BytesIO(data)).num_rows == file.rows

@@ -1,0 +1,44 @@
+"""A machine with a storage, on which programs live one after another, each until it ends or dies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from crashes.life import Crash, Life
+from prefill_jobs import decider
+from prefill_router import segments
+
+
+class Machine(ABC):
+    """Keeps what programs write at `uri`. Only one machine is in use at a time."""
+
+    uri: str
+
+    def __init__(self) -> None:
+        self.num_lives = 0
+
+    @abstractmethod
+    def watched(self, life: Life) -> AbstractContextManager[None]:
+        """Meanwhile, changes that belong to no other life are moments of this one."""
+
+    def run(self, program: Callable[[], object], dies_at: int | None = None) -> Life:
+        """Runs a program as a process of its own, until it ends or dies, and returns its life."""
+        self.num_lives += 1
+        life = Life(self.num_lives, dies_at)
+        forget()
+        try:
+            with self.watched(life), life.lived():
+                program()
+        except Crash:
+            assert life.death is not None
+        else:
+            assert life.death is None, f"the program went on after its death at: {life.death}"
+        return life
+
+
+def forget() -> None:
+    """Clears what a process keeps in memory, which a new one does not have."""
+    segments.read.cache_clear()
+    decider._load.cache_clear()

@@ -1,0 +1,45 @@
+"""Makes every life on a machine look like a process of its own, though all are in the one that runs the tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import pytest
+
+from crashes.life import here
+from prefill_jobs import estimation
+from prefill_router import lease, storage
+
+
+def simulate(patch: pytest.MonkeyPatch) -> None:
+    """Until `patch` is undone: names are the same in every run of the tests, and a lease's holder dies with its life.
+
+    No thread renews a lease or reads beside another, so that each moment comes in the same order every time.
+    """
+    rng = random.Random(0)
+    patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=rng.getrandbits(128), version=4))
+    patch.setattr(lease, "_started", lambda _pid: life.number if (life := here()) is not None else 0)
+    patch.setattr(lease.Lease, "_keep", lambda _self: None)
+    patch.setattr(os, "fsync", lambda _descriptor: None)  # a process dies, and not its machine
+    for module in (storage, estimation):
+        patch.setattr(module, "ThreadPoolExecutor", _OneThread)
+
+
+class _OneThread:
+    """A pool of threads, in the thread that uses it."""
+
+    def __init__(self, _num_threads: int) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        pass
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(function, items)

@@ -1,0 +1,144 @@
+"""The gateway's ledger, whose process dies at any moment: acknowledged feedback and booked calls count exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from crashes.enumeration import Machines, Scenario, crash_everywhere
+from crashes.life import mortal
+from prefill_router import storage
+from prefill_router.schema import PROMPT_ID, REQUEST_ID
+from prefill_serve.gateway import ledger as module
+from prefill_serve.gateway import segments
+from prefill_serve.gateway.ledger import Feedback, LedgerSettings, LocalLedger, UnknownRequest
+from prefill_serve.gateway.segments import Segments
+from prefill_serve.gateway.served import Served, Usage
+
+NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+CALLS = [
+    Served(
+        request_id=f"r-{i}",
+        holder="ann",
+        at=NOW,
+        end="answered",
+        target="small",
+        prompt_id=f"p{i}",
+        prompt=f"prompt {i}",
+        usage=Usage(100, 20, 10),
+        cost_usd=2.0**i,
+    )
+    for i in range(4)
+]
+NAMES = [call.request_id for call in CALLS]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are made one by twos, on a clock that stands still."""
+    monkeypatch.setattr(segments, "MOST_FILES", 2)
+    monkeypatch.setattr(module, "_now", lambda: NOW)
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "_JOURNAL_S", 0.0)
+
+
+class Serving(Scenario):
+    """Books calls and takes feedback on them, two at a time; a caller who got no answer gives it again."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out)
+        self.acknowledged: set[str] = set()
+        self.booked: set[str] = set()  # calls that have been saved
+
+    def run(self) -> None:
+        asyncio.run(mortal(self._serve()))
+
+    async def _serve(self) -> None:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(folder=self.out, keep_prompts=True))
+        for calls in (CALLS[:2], CALLS[2:]):
+            await asyncio.gather(*(self._call(ledger, call) for call in calls))
+            await ledger._save()
+            self.booked.update(ledger._calls)
+        await ledger.close()
+
+    async def _call(self, ledger: LocalLedger, call: Served) -> None:
+        """A caller who asks anew where the ledger has forgotten the call."""
+        given = Feedback(request_id=call.request_id, correct=True)
+        try:
+            is_new = await ledger.feedback(given, call.holder)
+        except UnknownRequest:
+            assert call.request_id not in self.booked, "a call that was saved is forgotten"
+            await ledger.record(call, [])
+            is_new = await ledger.feedback(given, call.holder)
+        assert not (is_new and call.request_id in self.acknowledged), "feedback that was acknowledged is new"
+        self.acknowledged.add(call.request_id)
+
+    def check(self) -> None:
+        folder = module._Folder(self.out)
+        outcomes = [row[REQUEST_ID] for row in folder.outcomes.read()]
+        prompts = {row[PROMPT_ID] for row in folder.prompts.read()}
+        calls = {served.request_id for served in folder.journal.read()}
+        assert set(outcomes) >= self.acknowledged
+        assert max(Counter(outcomes).values(), default=0) <= 2  # where a merge was under way; readers tell them apart
+        assert calls >= self.booked
+        assert prompts >= {call.prompt_id for call in CALLS if call.request_id in outcomes}
+
+    def result(self) -> Any:
+        """What a new process knows of it all. Of a call that was lost before it was saved, only its feedback is."""
+        self.check()
+        return asyncio.run(self._opened())
+
+    async def _opened(self) -> Any:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(folder=self.out))
+        assert [await ledger.feedback(Feedback(request_id=name, correct=True), "ann") for name in NAMES] == [False] * 4
+        stats = await ledger.stats("ann")
+        await ledger.close()
+        lost = {call.request_id for call in CALLS} - ledger._calls.keys()
+        assert lost <= self.acknowledged
+        lost_usd = sum(call.cost_usd or 0.0 for call in CALLS if call.request_id in lost)
+        return stats.feedback, stats.calls + len(lost), stats.spent_today_usd + lost_usd
+
+
+def test_feedback_counts_once_and_what_was_spent_stays_spent(machines: Machines) -> None:
+    assert crash_everywhere(machines, Serving) > 20
+
+
+class Keeping(Scenario):
+    """Writes rows, makes one file of many, and forgets what is old."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out)
+        self.written: set[str] = set()
+
+    def run(self) -> None:
+        kept = Segments(self.out, ".txt", lambda rows: " ".join(rows).encode(), lambda data: data.decode().split())
+        for day in range(6):
+            row = f"row-{day}"
+            if row not in set(kept.read()):
+                kept.write([row], NOW + timedelta(days=day))
+                self.written.add(row)
+            if day in (2, 4):
+                kept.merge(NOW + timedelta(days=day))
+        kept.forget(NOW + timedelta(days=2))
+
+    def check(self) -> None:
+        held = [row for uri in _files(self.out) for row in storage.read_bytes(uri).decode().split()]
+        assert set(held) >= self.written
+
+    def result(self) -> Any:
+        self.check()
+        return sorted({row for uri in _files(self.out) for row in storage.read_bytes(uri).decode().split()})
+
+
+def _files(out: str) -> list[str]:
+    return storage.list_files(out, [".txt"]) if storage.exists(out) else []
+
+
+def test_rows_are_kept_while_their_files_are_made_one(machines: Machines) -> None:
+    assert crash_everywhere(machines, Keeping, second_crashes=1) > 15

@@ -1,0 +1,95 @@
+"""Calls whose maker dies at any moment: what was noted is never asked again, and what may have been paid counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from crashes.enumeration import Machines, Scenario, crash_everywhere
+from crashes.life import mortal
+from prefill_router.collection.answers import ShardPlace, load_states, write_states
+from prefill_router.collection.calls import Answer, Asked, Call, Spent
+from prefill_router.collection.journal import Journal
+from prefill_router.collection.purse import Allowance, Purse
+from prefill_router.pool import Target, Upstream
+
+TARGET = Target(name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost"))
+CALLS = [Call(f"p{i}", f"prompt {i}", TARGET, Asked(max_output_tokens=100)) for i in range(3)]
+KEYS = [call.key for call in CALLS]
+REFUSED = CALLS[1]  # whose first attempt is refused, and costs nothing
+ANSWER = Answer("the Rhine", "stop", 20, 10, 0, 0.25)
+
+
+class Asking(Scenario):
+    """Makes three calls at once, keeps their answers, and makes those again that have none, within a budget."""
+
+    budget = Spent(1.0, 10_000)
+
+    def __init__(self, out: str) -> None:
+        super().__init__(out)
+        self.place = ShardPlace(out, "shard")
+        self.asked = Counter[str]()  # what the target has seen
+        self.answered: set[str] = set()  # calls whose answers have been noted
+
+    def run(self) -> None:
+        asyncio.run(mortal(self._collect()))
+
+    async def _collect(self) -> None:
+        states = load_states(self.place)
+        write_states(self.place, states)  # a run that was killed left notes
+        purse = Purse(self.budget - _spent(states.values()))
+        allowance = Allowance(_at_once(purse.draw), _at_once(purse.give_back))
+        journal = Journal(self.place.journal)
+        wanted = [call for call in CALLS if call.key not in states or states[call.key].answer is None]
+        await asyncio.gather(*(self._ask(call, journal, allowance) for call in wanted))
+        write_states(self.place, load_states(self.place))
+
+    async def _ask(self, call: Call, journal: Journal, allowance: Allowance) -> None:
+        while await allowance.reserve(call.worst):
+            assert call.key not in self.answered, "an answer that was noted is paid for again"
+            name = await journal.begin(call)
+            self.asked[call.key] += 1
+            if call == REFUSED and self.asked[call.key] == 1:
+                await journal.end(name, None, Spent(), Spent(), "status 500")
+                await allowance.settle(call.worst, Spent())
+                continue
+            await journal.end(name, ANSWER, ANSWER.spent(call), Spent(), None)
+            self.answered.add(call.key)
+            await allowance.settle(call.worst, ANSWER.spent(call))
+            return
+
+    @property
+    def paid(self) -> Spent:
+        """What the target has billed: each time that it was asked, but for the first refusal."""
+        return sum((ANSWER.spent(CALLS[0]) for _ in range(self.asked.total() - (REFUSED.key in self.asked))), Spent())
+
+    def check(self) -> None:
+        """Every answer that was noted is there, and no cent that the target billed is missing."""
+        states = load_states(self.place)
+        assert {key for key, state in states.items() if state.answer is not None} >= self.answered
+        assert self.paid.fits(_spent(states.values()))
+        assert _spent(states.values()).fits(self.budget)
+
+    def result(self) -> Any:
+        """All but what crashes may have cost: an attempt at each call, each time."""
+        self.check()
+        states = load_states(self.place)
+        assert all(state.lost.fits(CALLS[0].worst + CALLS[0].worst) for state in states.values())
+        return {key: replace(state, lost=Spent(), attempts=0, reason=None) for key, state in states.items()}
+
+
+def _at_once(function: Any) -> Any:
+    async def called(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return called
+
+
+def _spent(states: Any) -> Spent:
+    return sum((state.spent + state.lost for state in states), Spent())
+
+
+def test_no_answer_is_paid_for_twice_and_no_attempt_is_forgotten(machines: Machines) -> None:
+    assert crash_everywhere(machines, Asking, second_crashes=1) > 15
