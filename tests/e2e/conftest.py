@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from browsers import CHROMIUM
+
+expect.set_options(timeout=60_000)  # by default five seconds, in which a busy machine shows little
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def server_url(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A gateway that wants a key, before a single upstream."""
     keys = {"ann": f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"}
     with Upstream("small", models=("small-1",)) as upstream:
-        pool = write_pool(tmp_path_factory.mktemp("examples") / "pool.toml", {"small": upstream})
+        patient = {"upstream": {"timeout_s": 120.0}}
+        pool = write_pool(tmp_path_factory.mktemp("examples") / "pool.toml", {"small": upstream}, small=patient)
         with Gateway(router=router, pool=pool, open=False, keys=keys) as gateway:
             yield f"{gateway.url}/v1"
 
@@ -38,7 +39,7 @@ def run(example: str, url: str) -> str:
     }
     command = [sys.executable] if example.endswith(".py") else ["bash"]
     done = subprocess.run(
-        [*command, EXAMPLES / example], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, EXAMPLES / example], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -55,11 +56,13 @@ def test_openai_client(server_url: str) -> None:
     ]
 
 
+@pytest.mark.slow("litellm takes seconds to import")
 def test_litellm_client(server_url: str) -> None:
     lines = ["small: What is 17 * 23?", "by small", "small: Count to three."]
     assert run("litellm_client.py", server_url).splitlines() == lines
 
 
+@pytest.mark.slow("LangChain takes seconds to import")
 def test_langchain_model(server_url: str) -> None:
     assert run("langchain_model.py", server_url).splitlines() == [
         "small: What is 17 * 23?",

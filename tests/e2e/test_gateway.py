@@ -1,11 +1,13 @@
-"""The gateway as `prefill-router serve` runs it: its replicas share a ledger, and processes are killed."""
+"""The gateway as `prefill-router serve` runs it: its replicas share a ledger, and processes are killed.
+
+The tests share one endpoint, and the last one kills it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +24,29 @@ from gateway import write_pool
 from serving import Serve, serving, wait_until
 from upstream import Upstream
 
+pytestmark = pytest.mark.slow("an endpoint with two replicas and a ledger, which is killed and started again")
+
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """An endpoint's: two upstreams, a budget, and a folder for what it keeps."""
+    folder = tmp_path_factory.mktemp("gateway")
+    budgets = folder / "budgets.toml"
+    budgets.write_text("usd_per_day = 1000.0\n")
+    patient = {"upstream": {"timeout_s": 120.0}}  # none fails here: whoever is late waited for the machine
     with ExitStack() as stack:
         upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        yield write_pool(tmp_path_factory.mktemp("upstreams") / "pool.toml", upstreams)
+        pool = write_pool(folder / "pool.toml", upstreams, big=patient, small=patient)
+        kept = {"pool": pool, "budgets": budgets, "feedback": folder / "kept"}
+        waits = {"max_wait_s": 120, "route_timeout_s": 120}
+        yield {**kept, **waits, "replicas": 2, "threads": 1, "stick_margin": 1.0}
+
+
+@pytest.fixture(scope="module")
+def serve(router: str, flags: dict[str, Any]) -> Iterator[Serve]:
+    with serving(router, **flags) as serve:
+        wait_until(lambda: len(serve.replicas()) >= 3, "two replicas and a ledger")
+        yield serve
 
 
 class Critics:
@@ -52,7 +71,7 @@ class Critics:
                 thread.join()
 
     def _criticize(self, number: int) -> None:
-        with httpx.Client(base_url=self.url, timeout=30) as client:
+        with httpx.Client(base_url=self.url, timeout=300) as client:
             for turn in range(1_000_000):
                 if self._stop.is_set():
                     return
@@ -88,46 +107,22 @@ def kill_all(serve: Serve) -> None:
     psutil.wait_procs(processes, 30)
 
 
-def test_feedback_survives_the_death_of_every_process(router: str, pool: str, tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"pool": pool, "feedback": tmp_path / "kept", "replicas": 2, "threads": 1}
-    with serving(router, **flags) as serve, Critics(serve.url).at_work() as critics:
-        # The journal comes a second after the calls.
-        wait_until(lambda: len(critics.acknowledged) > 40 and len(journaled(tmp_path / "kept")) > 20, "feedback")
-        for process in serve.processes("ray::ServeReplica:prefill-router:Ledger"):
-            process.send_signal(signal.SIGKILL)
-        killed_at = len(critics.acknowledged)
-        wait_until(lambda: len(critics.acknowledged) > killed_at + 40, "feedback after the ledger was killed")
-        assert {status for kind, status in critics.answers if kind == "call"} == {200}
-        os.kill(next(iter(serve.replicas())), signal.SIGKILL)
-        time.sleep(1.0)
-        kill_all(serve)
-    assert critics.acknowledged.items() <= outcomes(tmp_path / "kept").items()
-    with serving(router, **flags) as serve:
-        early = list(critics.acknowledged.items())[:20]
-        for request_id, correct in early:  # known again, and not counted twice
-            given = {"request_id": request_id, "correct": correct}
-            assert httpx.post(f"{serve.url}/v1/feedback", json=given).json()["is_new"] is False
-        stats = httpx.get(f"{serve.url}/v1/stats").json()
-        assert stats["feedback"] == len(outcomes(tmp_path / "kept"))
-        assert stats["answered"] >= len(early)
-    assert critics.acknowledged.items() <= outcomes(tmp_path / "kept").items()
-
-
-def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_path: Path) -> None:
-    budgets = tmp_path / "budgets.toml"
-    budgets.write_text("usd_per_day = 1000.0\n")
-    with serving(router, pool=pool, replicas=2, threads=1, budgets=budgets, stick_margin=1.0) as serve:
-        wait_until(lambda: len(serve.replicas()) >= 3, "two replicas and a ledger")
+def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str, Any]) -> None:
+    budgets = flags["budgets"]
+    with httpx.Client(base_url=serve.url, timeout=300) as client:
 
         def ask(messages: list[Any], **fields: Any) -> str:
-            answer = httpx.post(f"{serve.url}/v1/chat/completions", json={"messages": messages, **fields}, timeout=30)
+            answer = client.post("/v1/chat/completions", json={"messages": messages, **fields})
             return answer.raise_for_status().headers["x-router-selected-model"]
 
         def routed(text: str) -> tuple[list[Any], str, float]:
             messages = [{"role": "user", "content": text}]
             body = {"messages": messages, "tolerance": 0.0}
-            answer = httpx.post(f"{serve.url}/v1/route", json=body, timeout=30).raise_for_status().json()
+            answer = client.post("/v1/route", json=body).raise_for_status().json()
             return messages, answer["selected_model"], answer["expected_cost_usd"]["big"]
+
+        def stats() -> Any:
+            return client.get("/v1/stats").raise_for_status().json()
 
         said = [{"role": "user", "content": "what is one plus two"}]
         assert ask(said, models=["big"]) == "big"
@@ -136,7 +131,7 @@ def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_pa
         budgets.write_text("usd_per_day = 0.0\n")
         serve.reload("took over")
         wait_until(lambda: ask(follow_up, tolerance=0.0) == "small", "a spent budget")
-        counted = httpx.get(f"{serve.url}/v1/stats").json()
+        counted = stats()
         assert counted["answered"] >= 14
 
         texts = (f"what is two plus {number} [[fault:slow_head]]" for number in range(100))
@@ -146,4 +141,33 @@ def test_replicas_share_conversations_and_budgets(router: str, pool: str, tmp_pa
         with ThreadPoolExecutor(12) as callers:
             burst = list(callers.map(lambda _: ask(slow, tolerance=0.0), range(12)))
         assert burst.count("big") == 3, "what is under way with one replica counts with the other"
-        wait_until(lambda: not httpx.get(f"{serve.url}/v1/stats").json()["reserved_usd"], "all to be settled")
+        wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
+        budgets.write_text("usd_per_day = 1000.0\n")
+        serve.reload("took over")
+
+
+def test_feedback_survives_the_death_of_every_process(serve: Serve, router: str, flags: dict[str, Any]) -> None:
+    kept = flags["feedback"]
+    with Critics(serve.url).at_work() as critics:
+        journaled_before = len(journaled(kept))
+        # The journal comes a second after the calls.
+        wait_until(lambda: len(critics.acknowledged) > 40 and len(journaled(kept)) > journaled_before + 20, "feedback")
+        for process in serve.processes("ray::ServeReplica:prefill-router:Ledger"):
+            process.send_signal(signal.SIGKILL)
+        killed_at = len(critics.acknowledged)
+        wait_until(lambda: len(critics.acknowledged) > killed_at + 40, "feedback after the ledger was killed")
+        assert {status for kind, status in critics.answers if kind == "call"} == {200}
+        os.kill(next(iter(serve.replicas())), signal.SIGKILL)
+        killed_at = len(critics.acknowledged)
+        wait_until(lambda: len(critics.acknowledged) > killed_at + 20, "feedback after a replica was killed")
+        kill_all(serve)
+    assert critics.acknowledged.items() <= outcomes(kept).items()
+    with serving(router, **flags) as again, httpx.Client(base_url=again.url, timeout=300) as client:
+        early = list(critics.acknowledged.items())[:20]
+        for request_id, correct in early:  # known again, and not counted twice
+            given = {"request_id": request_id, "correct": correct}
+            assert client.post("/v1/feedback", json=given).json()["is_new"] is False
+        stats = client.get("/v1/stats").json()
+        assert stats["feedback"] == len(outcomes(kept))
+        assert stats["answered"] >= len(early)
+    assert critics.acknowledged.items() <= outcomes(kept).items()

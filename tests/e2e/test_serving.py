@@ -1,10 +1,12 @@
-"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas, asked while things happen to it."""
+"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas, asked while things happen to it.
+
+Most tests share one endpoint, and the last one kills it.
+"""
 
 from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from prefill_serve.client import RouteError, RouterClient
 from serving import Serve, serving, wait_until
 
 QUESTION = "what is one plus two"
+PATIENT = {"threads": 1, "max_wait_s": 120}  # a busy machine is no reason to refuse
 
 
 @contextmanager
@@ -31,9 +34,9 @@ def asking(serve: Serve, threads: int = 4) -> Iterator[Counter[Any]]:
     stop = threading.Event()
 
     def ask(number: int) -> None:
-        with httpx.Client(base_url=serve.url, timeout=60) as client:
+        with httpx.Client(base_url=serve.url, timeout=300) as client:
             n = 0
-            while not stop.is_set():
+            while not stop.wait(0.02):
                 n += 1
                 try:
                     response = client.post("/v1/route", json={"prompt": f"what is {n % 97} plus {number}"})
@@ -41,7 +44,6 @@ def asking(serve: Serve, threads: int = 4) -> Iterator[Counter[Any]]:
                     answers[response.status_code, body.get("router_version", str(body))] += 1
                 except Exception as error:
                     answers["failed", repr(error)] += 1
-                time.sleep(0.02)
 
     workers = [threading.Thread(target=ask, args=(number,)) for number in range(threads)]
     for worker in workers:
@@ -54,6 +56,12 @@ def asking(serve: Serve, threads: int = 4) -> Iterator[Counter[Any]]:
             worker.join()
 
 
+def wait_for_more(answers: Counter[Any], number: int = 40) -> None:
+    """Until so many more were answered, or one failed."""
+    enough = answers.total() + number
+    wait_until(lambda: answers.total() >= enough, f"{number} more answers")
+
+
 @pytest.fixture(scope="module")
 def published(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The trained router, where a test may replace it."""
@@ -64,14 +72,14 @@ def published(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def two(published: str) -> Iterator[Serve]:
-    with serving(published, replicas=2, threads=1) as serve:
+    with serving(published, replicas=2, **PATIENT) as serve:
         wait_until(lambda: len(serve.replicas()) == 2, "two replicas")
         yield serve
 
 
 def test_a_decision_is_the_routers_own(two: Serve, router: str) -> None:
     expected = Router.load(router).route(QUESTION)
-    with RouterClient(two.url) as client:
+    with RouterClient(two.url, timeout_s=300) as client:
         answer = client.route(QUESTION)
         assert answer.selected_model == expected.target
         assert answer.p_correct == pytest.approx(expected.p_correct, abs=1e-3)
@@ -86,10 +94,10 @@ def test_a_decision_is_the_routers_own(two: Serve, router: str) -> None:
 def test_a_replica_that_dies_takes_no_request_with_it(two: Serve) -> None:
     before = two.replicas()
     with asking(two) as answers:
-        time.sleep(1)
+        wait_for_more(answers)
         psutil.Process(min(before)).kill()
         wait_until(lambda: len(two.replicas() - before) == 1, "a new replica")
-        time.sleep(3)
+        wait_for_more(answers, 200)
     assert {status for status, _ in answers} == {200}, answers
 
 
@@ -98,7 +106,7 @@ def test_a_router_is_replaced_and_a_bad_one_refused_without_a_failed_request(two
     old, before = Router.load(published), two.replicas()
     new = replace(old, default_tolerance=0.5)
     with asking(two) as answers:
-        time.sleep(0.5)
+        wait_for_more(answers)
         new.save(published)
         two.reload("took over")
         wait_until(lambda: answers[200, new.version] > 20, f"answers of {new.version}")
@@ -107,7 +115,7 @@ def test_a_router_is_replaced_and_a_bad_one_refused_without_a_failed_request(two
         weights.write_bytes(good[:-1] + b"x")
         two.reload("refused, all goes on as before")
         weights.write_bytes(good)
-        time.sleep(0.5)
+        wait_for_more(answers)
     assert {status for status, _ in answers} == {200}, answers
     assert {version for _, version in answers} == {old.version, new.version}
     assert two.replicas() == before
@@ -125,10 +133,11 @@ def test_nothing_listens_for_others(two: Serve) -> None:
             with grpc.insecure_channel(f"127.0.0.1:{connection.laddr.port}") as channel:
                 call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
                 with pytest.raises(grpc.RpcError) as refused:
-                    call(b"", timeout=10)
+                    call(b"", timeout=120)
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.slow("an endpoint of its own, which grows and shrinks")
 def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: Path, command: Any) -> None:
     keys = tmp_path / "keys.toml"
     made = command("key", "ann", keys=keys)
@@ -136,12 +145,12 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
     key = made.out.strip()
     assert key not in keys.read_text()
     scaling = {"max_replicas": 2, "target_work_s": 0.005, "upscale_delay_s": 1, "downscale_delay_s": 3}
-    with serving(router, keys=keys, threads=1, cached_prompts=0, **scaling) as serve:
+    with serving(router, keys=keys, cached_prompts=0, **PATIENT, **scaling) as serve:
         with RouterClient(serve.url) as stranger, pytest.raises(RouteError) as refused:
             stranger.route(QUESTION)
         assert refused.value.status == 401
         assert len(serve.replicas()) == 1
-        with RouterClient(serve.url, key) as client:
+        with RouterClient(serve.url, key, timeout_s=300) as client:
             stop = threading.Event()
 
             def ask() -> None:
@@ -159,13 +168,6 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
                     caller.join()
             wait_until(lambda: len(serve.replicas()) == 1, "one replica again")
             assert client.route(QUESTION).selected_model
-
-
-def test_a_killed_command_leaves_no_port_behind(router: str) -> None:
-    with serving(router) as serve:
-        serve.process.kill()
-        serve.process.wait(60)
-        wait_until(lambda: not serve.answers(), "a port that nobody holds")
 
 
 @pytest.mark.parametrize(
@@ -189,3 +191,9 @@ def test_commands_are_found_by_their_entry_points() -> None:
     project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
     entries = project["entry-points"]["prefill_router.commands"]
     assert entries == {"serve": "prefill_serve.command:serve", "key": "prefill_serve.command:make_key"}
+
+
+def test_a_killed_command_leaves_no_port_behind(two: Serve) -> None:
+    two.process.kill()
+    two.process.wait(300)
+    wait_until(lambda: not two.answers(), "a port that nobody holds")
