@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 
 from command import Command
+from ports import free_port
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
+@pytest.mark.slow("the demo as a whole: two Rays, training and an endpoint")
 def test_it_ends_with_a_report_and_three_decisions(tiny_model: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -26,7 +22,7 @@ def test_it_ends_with_a_report_and_three_decisions(tiny_model: Path, tmp_path: P
         ],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
         cwd=tmp_path,
     )

@@ -14,11 +14,13 @@ import pytest
 from command import Command
 from prefill_router.router import Router
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 STEPS = ["sample", "probe", "extract", "train", "evaluate", "publish"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, tiny_model: Path, local_ray: None) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, tiny_model: Path) -> Path:
     """200 of the small corpus' prompts, with their outcomes, and the file of a pipeline."""
     folder = tmp_path_factory.mktemp("pipeline")
     put_data(folder, small_data, 200)

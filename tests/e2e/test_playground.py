@@ -16,7 +16,7 @@ from gateway import Gateway, write_pool
 from prefill_router.router import Router
 from upstream import Fault, Upstream
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow("a browser")]
 
 # The router thinks more of big here, but not much more.
 ASKED = "what is the name of the old town"

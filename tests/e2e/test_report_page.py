@@ -15,7 +15,7 @@ from prefill_router.learning import learning_curve
 from prefill_router.pool import Pool, Target
 from prefill_router.report import render_html
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow("a browser")]
 
 NAMES = ("a-provider/a-model-with-a-rather-long-name-2026-11-25", "medium", "small")
 
