@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray.job_submission import JobStatus
 
+from command import Command
+from prefill_jobs.extract import extract
 from prefill_jobs.label import label
-from prefill_router.config import LabelConfig
+from prefill_jobs.submission import JobFailedError, Submission, submit
+from prefill_router.config import ExtractConfig, LabelConfig, SubmitConfig, TrainConfig
+from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
-from prefill_router.strict import validate
+from serving import wait_until
 from tiny import random_prompts
 
-NUM_PROMPTS, SHARD_ROWS = 1000, 4
+NUM_PROMPTS, SHARD_ROWS = 480, 4
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_listen_port": 0}
 FAST_HEALTH = {
@@ -78,18 +82,23 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def submitted(cluster: RealCluster, folder: Path, *arguments: object, **popen: Any) -> subprocess.Popen[str]:
+def to(cluster: RealCluster, submission_id: str, **options: Any) -> SubmitConfig:
+    return SubmitConfig(address=cluster.address, submission_id=submission_id, **options)
+
+
+def followed(job: Submission) -> str:
+    """What a job says, once it has succeeded."""
+    said: list[str] = []
+    job.follow(said.append)
+    assert job.details.status == JobStatus.SUCCEEDED
+    return "".join(said)
+
+
+def command_line(cluster: RealCluster, folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    """`prefill-router submit` as its user runs it, in a directory outside the repository."""
     command = [sys.executable, "-m", "prefill_jobs", "submit", *map(str, arguments), "--address", cluster.address]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen
-    )
-
-
-def ended(process: subprocess.Popen[str], timeout_s: float = 600.0) -> str:
-    out, _ = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, out
-    return out
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def commits(out: Path) -> int:
@@ -97,12 +106,13 @@ def commits(out: Path) -> int:
     return len(list(folder.glob("*.json"))) if folder.exists() else 0
 
 
-def wait_for(done: Callable[[], int], number: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while done() < number:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{done()} of {number} after five minutes"
-        time.sleep(0.05)
+def wait_for(done: Callable[[], int], number: int, is_over: Callable[[], bool]) -> None:
+    wait_until(lambda: done() >= number or is_over(), f"{number} parts")
+    assert done() >= number
+
+
+def has_ended(job: Submission) -> bool:
+    return job.details.status.is_terminal()
 
 
 def files_below(folder: Path, pattern: str) -> int:
@@ -124,102 +134,108 @@ def decisions(out: Path) -> dict[int, str]:
     return dict(zip(table["row"].to_pylist(), table["target"].to_pylist(), strict=True))
 
 
+def test_a_submission_id_runs_once_and_tells_what_became_of_it(
+    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path, command: Command
+) -> None:
+    options = {"corpus": str(elsewhere / "corpus.jsonl"), "encoder": str(tiny_model), "limit": 8, "layers": "1"}
+    config, where = ExtractConfig(**options, out=str(elsewhere / "once")), to(real_cluster, "once")
+    assert "8 prompts" in followed(submit(config, where))
+    stamp = (elsewhere / "once" / "summary.json").stat().st_mtime_ns
+    assert "8 prompts" in followed(submit(config, where))  # its log, again
+    assert (elsewhere / "once" / "summary.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="is that of another job"):
+        submit(ExtractConfig(**options, out=str(elsewhere / "other")), where)
+    address = {"address": real_cluster.address}
+    assert command("submit", "status", "once", **address).out == "SUCCEEDED\n"
+    assert "8 prompts" in command("submit", "logs", "once", **address).out
+    assert "once  SUCCEEDED" in command("submit", "list", **address).out
+
+
+@pytest.mark.slow("raylets that come and go")
 def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
-    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
+    in_process: None, real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
 ) -> None:
     options = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--layers", "1", "--pooling", "last"]
     options += ["--shard-rows", SHARD_ROWS, "--workers", 3]
-    second = real_cluster.add()
-    process = submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "disturbed")
-    wait_for(lambda: commits(elsewhere / "disturbed"), 40, process)
+    second, out = real_cluster.add(), elsewhere / "disturbed"
+    process = command_line(real_cluster, elsewhere, *options, "--out", out)
+    wait_for(lambda: commits(out), 20, lambda: process.poll() is not None)
     real_cluster.kill(second)
-    wait_for(lambda: commits(elsewhere / "disturbed"), 120, process)
+    wait_for(lambda: commits(out), 60, lambda: process.poll() is not None)
     third = real_cluster.add()
-    out = ended(process)
-    assert f"{NUM_PROMPTS:,} prompts" in out
-    summary = json.loads((elsewhere / "disturbed" / "summary.json").read_text())
-    assert summary["prompts"] == NUM_PROMPTS
-    ended(submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "quiet"))
-    disturbed, quiet = encoded(elsewhere / "disturbed"), encoded(elsewhere / "quiet")
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert f"{NUM_PROMPTS:,} prompts" in said
+    assert json.loads((out / "summary.json").read_text())["prompts"] == NUM_PROMPTS
+    calm = {"corpus": str(elsewhere / "corpus.jsonl"), "encoder": str(tiny_model), "layers": "1", "pooling": "last"}
+    extract(ExtractConfig(**calm, shard_rows=SHARD_ROWS, out=str(elsewhere / "quiet")))
+    disturbed, quiet = encoded(out), encoded(elsewhere / "quiet")
     assert disturbed.keys() == quiet.keys()
     assert all(np.allclose(disturbed[i], quiet[i], atol=2e-3) for i in quiet)
     real_cluster.kill(third)
 
 
+@pytest.mark.slow("raylets that come and go")
 def test_training_and_labelling_are_as_undisturbed_while_raylets_come_and_go(
-    real_cluster: RealCluster, small_data: Path, activations: str, router: str, elsewhere: Path
+    in_process: None, real_cluster: RealCluster, small_data: Path, activations: str, router: str, elsewhere: Path
 ) -> None:
     node, out = real_cluster.add(), elsewhere / "road"
-    graded = ["--activations", activations, "--outcomes", small_data / "outcomes.parquet"]
-    train = ["train", *graded, "--pool", small_data / "pool.toml", "--workers", 2, "--seeds", 4, "--keep", 2]
-    process = submitted(real_cluster, elsewhere, *train, "--out", out / "router")
-    wait_for(lambda: files_below(out / "router" / "_runs", "state.safetensors"), 1, process)
+    graded = {"activations": activations, "outcomes": str(small_data / "outcomes.parquet")}
+    train = {**graded, "pool": str(small_data / "pool.toml"), "workers": 2, "seeds": 4, "keep": 2}
+    job = submit(TrainConfig.model_validate({**train, "out": str(out / "router")}), to(real_cluster, "train"))
+    wait_for(lambda: files_below(out / "router" / "_runs", "state.safetensors"), 1, lambda: has_ended(job))
     real_cluster.kill(node)  # with both workers: the head has no room for them
     node = real_cluster.add()
-    assert "router" in ended(process)
+    assert "router" in followed(job)
     learnt, expected = (Router.load(str(uri)).predict(PROMPTS) for uri in (out / "router", router))
     for ours, theirs in zip(learnt, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
-    log = {"router": router, "log": str(small_data / "corpus.parquet"), "shard_rows": 2}
-    options = (word for key, value in log.items() for word in (f"--{key.replace('_', '-')}", value))
-    process = submitted(real_cluster, elsewhere, "label", *options, "--workers", 2, "--out", out / "labels")
-    wait_for(lambda: files_below(out / "labels" / "estimates", "part-*.parquet"), 20, process)
+    log = {"router": router, "log": str(small_data / "corpus.parquet"), "shard_rows": 4}
+    config = LabelConfig.model_validate({**log, "workers": 2, "out": str(out / "labels")})
+    job = submit(config, to(real_cluster, "label"))
+    wait_for(lambda: files_below(out / "labels" / "estimates", "part-*.parquet"), 10, lambda: has_ended(job))
     real_cluster.kill(node)
     node = real_cluster.add()
-    ended(process)
-    label(validate(LabelConfig, {**log, "out": str(out / "quiet-labels")}, "quiet"))
+    followed(job)
+    label(LabelConfig.model_validate({**log, "out": str(out / "quiet-labels")}))
     labelled, quiet = (decisions(out / name) for name in ("labels", "quiet-labels"))
     assert len(labelled) == 240
     assert labelled == quiet
     real_cluster.kill(node)
 
 
-def test_a_submission_id_runs_once_and_tells_what_became_of_it(
-    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
-) -> None:
-    options = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--limit", 8, "--layers", "1"]
-    first = [*options, "--out", elsewhere / "once", "--submission-id", "once"]
-    ended(submitted(real_cluster, elsewhere, *first))
-    stamp = (elsewhere / "once" / "summary.json").stat().st_mtime_ns
-    assert "8 prompts" in ended(submitted(real_cluster, elsewhere, *first))  # its log, again
-    assert (elsewhere / "once" / "summary.json").stat().st_mtime_ns == stamp
-    other = submitted(real_cluster, elsewhere, *options, "--out", elsewhere / "other", "--submission-id", "once")
-    said, _ = other.communicate(timeout=300)
-    assert other.returncode == 1
-    assert "is that of another job" in said
-    assert "SUCCEEDED" in ended(submitted(real_cluster, elsewhere, "status", "once"))
-    assert "8 prompts" in ended(submitted(real_cluster, elsewhere, "logs", "once"))
-    assert "once  SUCCEEDED" in ended(submitted(real_cluster, elsewhere, "list"))
-
-
+@pytest.mark.slow("two more jobs on a real cluster, and a command line")
 def test_a_job_that_fails_or_is_stopped_says_so_by_its_status(
-    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
+    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path, command: Command
 ) -> None:
     bad = ["extract", "--corpus", "none.jsonl", "--encoder", tiny_model, "--out", elsewhere / "bad"]
-    process = submitted(real_cluster, elsewhere, *bad, "--submission-id", "bad")
-    said, _ = process.communicate(timeout=300)
+    process = command_line(real_cluster, elsewhere, *bad, "--submission-id", "bad")
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "none.jsonl: no such corpus" in said
-    status = submitted(real_cluster, elsewhere, "status", "bad")
-    assert "FAILED" in status.communicate(timeout=300)[0]
-    assert status.returncode == 1
+    status = command("submit", "status", "bad", address=real_cluster.address)
+    assert (status.status, status.out) == (1, "FAILED\n")
 
-    long = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--shard-rows", 1, "--layers", "1"]
-    process = submitted(real_cluster, elsewhere, *long, "--out", elsewhere / "long", "--submission-id", "long")
-    wait_for(lambda: commits(elsewhere / "long"), 5, process)
-    assert "STOPPED" in ended(submitted(real_cluster, elsewhere, "stop", "long"))
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "long: STOPPED" in said
+    long = {"corpus": str(elsewhere / "corpus.jsonl"), "encoder": str(tiny_model), "shard_rows": 1, "layers": "1"}
+    job = submit(ExtractConfig(**long, out=str(elsewhere / "long")), to(real_cluster, "long"))
+    wait_for(lambda: commits(elsewhere / "long"), 5, lambda: has_ended(job))
+    stopped = command("submit", "stop", "long", address=real_cluster.address)
+    assert (stopped.status, stopped.out) == (0, "STOPPED\n")
+    followed_to_its_end = command("submit", "logs", "long", "--follow", address=real_cluster.address)
+    assert followed_to_its_end.status == 1
+    assert "long: STOPPED" in followed_to_its_end.err
 
 
+@pytest.mark.slow("one more job on a real cluster")
 def test_a_job_without_its_secret_ends_before_it_begins(
     real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
 ) -> None:
-    options = ["extract", "--corpus", "corpus.jsonl", "--encoder", tiny_model, "--out", elsewhere / "secret"]
-    process = submitted(real_cluster, elsewhere, *options, "--secrets", "NOBODY_HAS_THIS_KEY")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "secret NOBODY_HAS_THIS_KEY is not set on the cluster" in said
-    assert not (elsewhere / "secret").exists()
+    out = elsewhere / "secret"
+    config = ExtractConfig(corpus=str(elsewhere / "corpus.jsonl"), encoder=str(tiny_model), out=str(out))
+    job = submit(config, to(real_cluster, "secret", secrets="NOBODY_HAS_THIS_KEY"))
+    with pytest.raises(JobFailedError) as failed:
+        job.follow(lambda _text: None)
+    assert failed.value.exit_code == 1
+    assert "secret NOBODY_HAS_THIS_KEY is not set on the cluster" in job.logs
+    assert not out.exists()
