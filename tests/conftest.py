@@ -1,4 +1,4 @@
-"""What all tests share: the tiny model, a small corpus with outcomes, a real local Ray, a router trained there."""
+"""What all tests share, built once a run: the tiny model, a small corpus with outcomes, a router, a real Ray."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from browsers import CHROMIUM
 from command import Command
 from manifests import KUBECTL
 from prometheus import PROMETHEUS, PROMTOOL
+from run import Run
 from s3 import s3_bucket  # noqa: F401
-from tiny import POOL_TOML, random_prompts, save_tiny_model, save_tiny_sentence_encoder
+from tiny import save_small_data, save_tiny_model, save_tiny_sentence_encoder
 
 # As in an activated environment: what tests start finds this Python and its programs.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -56,83 +54,82 @@ def _has_cuda() -> bool:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run.of(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_sentence_encoder(tmp_path_factory.mktemp("tiny_sentence_encoder"))
+def tiny_model(run: Run) -> Path:
+    return run.build("tiny_model", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with corpus.parquet, outcomes.parquet and pool.toml: 240 prompts and two targets.
+def tiny_sentence_encoder(run: Run) -> Path:
+    return run.build("tiny_sentence_encoder", save_tiny_sentence_encoder)
 
-    "small" is right on prompts that hold the word "one", "big" on nearly all; 5 % of the outcomes are missing.
+
+@pytest.fixture(scope="session")
+def small_data(run: Run) -> Path:
+    """A folder with corpus.parquet, outcomes.parquet and pool.toml: see `save_small_data`."""
+    return run.build("small_data", save_small_data)
+
+
+@pytest.fixture(scope="session")
+def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
+    """The run's one Ray, for jobs of this process. Its workers know the S3 server of `s3_bucket`.
+
+    Jobs take it for one of two CPUs: it has more, for the other processes of the run.
     """
-    folder = tmp_path_factory.mktemp("small_data")
-    rng = np.random.default_rng(1)
-    prompts = random_prompts(240, seed=1)
-    ids = [f"p{i:03d}" for i in range(len(prompts))]
-    pq.write_table(pa.table({"prompt_id": ids, "prompt": prompts, "note": ids}), folder / "corpus.parquet")
-    rows = []
-    for prompt_id, prompt in zip(ids, prompts, strict=True):
-        chances = {"big": 0.9, "small": 0.95 if "one" in prompt.split() else 0.05}
-        for target, chance in chances.items():
-            if rng.random() > 0.05:
-                tokens = int(rng.integers(20, 60)) + 3 * len(prompt.split())
-                rows.append((prompt_id, target, float(rng.random() < chance), tokens))
-    columns = list(zip(*rows, strict=True))
-    table = pa.table(
-        {
-            "prompt_id": columns[0],
-            "target": columns[1],
-            "correct": pa.array(columns[2], pa.float32()),
-            "output_tokens": pa.array(columns[3], pa.int32()),
-        }
-    )
-    pq.write_table(table, folder / "outcomes.parquet")
-    (folder / "pool.toml").write_text(POOL_TOML)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def local_ray(s3_bucket: str) -> Iterator[None]:  # noqa: F811
-    """One real Ray on this machine for all tests that need it. Its workers know the S3 server of `s3_bucket`."""
     import ray
 
     from prefill_jobs import cluster
 
-    quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init("local", num_cpus=2, object_store_memory=200_000_000, **quiet)
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    ray.init(run.serve("ray")["address"], **quiet)
     cluster.connect()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_total", lambda resource: 2.0 if resource == "CPU" else 0.0)
+        yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def activations(local_ray: None, tiny_model: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
     """Every layer of the tiny model on the small corpus."""
+    from here import without_ray
     from prefill_jobs.extract import extract
     from prefill_router.config import ExtractConfig
 
-    out = str(tmp_path_factory.mktemp("store") / "activations")
-    corpus = str(small_data / "corpus.parquet")
-    extract(ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=out, shard_rows=50))
-    return out
+    def build(out: Path) -> None:
+        corpus = str(small_data / "corpus.parquet")
+        with without_ray():
+            extract(ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=str(out), shard_rows=50))
+
+    return str(run.build("activations", build))
 
 
 @pytest.fixture(scope="session")
-def router(activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def router(run: Run, activations: str, small_data: Path) -> str:
     """A router trained on them."""
+    from here import without_ray
     from prefill_jobs.train import train
     from prefill_router.config import TrainConfig
 
-    out = str(tmp_path_factory.mktemp("trained") / "router")
-    outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
-    train(TrainConfig(activations=activations, outcomes=outcomes, pool=pool, out=out, seeds=4, keep=2))
-    return out
+    def build(out: Path) -> None:
+        outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
+        with without_ray():
+            train(TrainConfig(activations=activations, outcomes=outcomes, pool=pool, out=str(out), seeds=4, keep=2))
+
+    return str(run.build("router", build))
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """Runs the jobs of a module's tests without Ray: see `here`."""
+    from here import without_ray
+
+    with without_ray():
+        yield
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
@@ -92,3 +94,32 @@ def save_tiny_sentence_encoder(folder: Path, pooling: str | None = "mean_tokens"
 def random_prompts(num_prompts: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, rng.integers(3, 24))) for _ in range(num_prompts)]
+
+
+def save_small_data(folder: Path) -> None:
+    """Writes corpus.parquet, outcomes.parquet and pool.toml into a folder: 240 prompts and two targets.
+
+    "small" is right on prompts that hold the word "one", "big" on nearly all; 5 % of the outcomes are missing.
+    """
+    rng = np.random.default_rng(1)
+    prompts = random_prompts(240, seed=1)
+    ids = [f"p{i:03d}" for i in range(len(prompts))]
+    pq.write_table(pa.table({"prompt_id": ids, "prompt": prompts, "note": ids}), folder / "corpus.parquet")
+    rows = []
+    for prompt_id, prompt in zip(ids, prompts, strict=True):
+        chances = {"big": 0.9, "small": 0.95 if "one" in prompt.split() else 0.05}
+        for target, chance in chances.items():
+            if rng.random() > 0.05:
+                tokens = int(rng.integers(20, 60)) + 3 * len(prompt.split())
+                rows.append((prompt_id, target, float(rng.random() < chance), tokens))
+    columns = list(zip(*rows, strict=True))
+    table = pa.table(
+        {
+            "prompt_id": columns[0],
+            "target": columns[1],
+            "correct": pa.array(columns[2], pa.float32()),
+            "output_tokens": pa.array(columns[3], pa.int32()),
+        }
+    )
+    pq.write_table(table, folder / "outcomes.parquet")
+    (folder / "pool.toml").write_text(POOL_TOML)

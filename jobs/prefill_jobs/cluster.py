@@ -174,6 +174,11 @@ def _guarded_class(worker: type) -> type:
     return Guarded
 
 
+def _nodes() -> list[str]:
+    """Ids of the nodes that are alive."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def _total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
@@ -198,7 +203,7 @@ class Actors:
             return self.most
         if self.use_gpus:
             return max(1, int(_total("GPU") // self.gpus))
-        return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+        return len(_nodes())
 
     def options(self, calls: int) -> dict[str, Any]:
         """Options of `Dataset.map` for up to so many actors, with `calls` items at a time each.
@@ -228,15 +233,34 @@ class Actors:
         return options
 
 
-def beside_driver(actor: Any) -> Any:
-    """The class of an actor that remembers for a job, on the driver's own node: no other takes it along as it goes."""
-    node = ray.get_runtime_context().get_node_id()
-    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+class Shared:
+    """An object that all workers of a job call, in a process of its own on the driver's node.
+
+    Workers come and go with their nodes; what they share stays as long as the driver.
+    """
+
+    def __init__(self, kind: type, *arguments: Any) -> None:
+        place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(kind)
+        self._actor = actor.options(scheduling_strategy=place).remote(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the object and waits for what it returns."""
+        return ray.get(getattr(self._actor, method).remote(*arguments))
+
+    async def call_async(self, method: str, *arguments: Any) -> Any:
+        """Calls a method as `call` does, without blocking the event loop."""
+        return await getattr(self._actor, method).remote(*arguments)
+
+
+def worker_id() -> str:
+    """Identifies the actor that asks among those of its job."""
+    return ray.get_runtime_context().get_actor_id() or ""
 
 
 def on_every_node(function: Callable[..., None], *arguments: Any) -> None:
     """Runs a function once on each machine of the cluster, and waits. A single machine has no need of it."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = _nodes()
     if len(nodes) < 2:
         return
     task = ray.remote(num_cpus=0)(_caught)

@@ -18,13 +18,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
-from prefill_jobs.collector import AskedShard, AskShard, AskTask, PurseActor
+from prefill_jobs.collector import AskedShard, AskShard, AskTask
 from prefill_jobs.estimation import Estimation, Held
 from prefill_jobs.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
 from prefill_jobs.progress import Progress
 from prefill_router import artifact, storage
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Asked, Spent, call_key
+from prefill_router.collection.purse import Purse
 from prefill_router.config import CollectConfig, names_in
 from prefill_router.console import say
 from prefill_router.corpus import MAX_PROMPT_BYTES, refuse_output
@@ -233,7 +234,7 @@ class _Collection:
             "attempts": self.config.attempts,
             "num_workers": self.config.workers,
             "max_prompt_bytes": MAX_PROMPT_BYTES,
-            "purse": cluster.beside_driver(PurseActor).remote(left),
+            "purse": cluster.Shared(Purse, left),
             **more,
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]

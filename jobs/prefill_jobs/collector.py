@@ -14,15 +14,15 @@ from functools import cached_property
 from typing import Any
 
 import httpx
-import ray
 
+from prefill_jobs.cluster import Shared
 from prefill_jobs.metrics import CollectMetrics
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Answer, Asked, Call, Spent
 from prefill_router.collection.client import Miss, ask, backoff_s, http_client
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.limits import Limits
-from prefill_router.collection.purse import Allowance, Purse
+from prefill_router.collection.purse import Allowance
 from prefill_router.errors import UserError
 from prefill_router.plan import Shard, read_shard
 from prefill_router.pool import Pool, Target
@@ -49,16 +49,11 @@ class AskedShard:
     reasons: Mapping[str, int] = field(default_factory=dict)  # of those that failed, with the target's name
 
 
-@ray.remote(num_cpus=0)
-class PurseActor(Purse):
-    """The budget of all workers."""
-
-
 class AskShard:
     """Calls overlap, of several shards at once: one event loop makes them all."""
 
     def __init__(
-        self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Any
+        self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Shared
     ) -> None:
         self.pool, self.asked, self.out, self.attempts = pool, asked, out, attempts
         self.max_prompt_bytes, self.purse = max_prompt_bytes, purse
@@ -143,10 +138,10 @@ class AskShard:
         return found
 
     async def _draw(self, wanted: Spent) -> Spent:
-        return await self.purse.draw.remote(wanted)  # type: ignore[no-any-return]
+        return await self.purse.call_async("draw", wanted)  # type: ignore[no-any-return]
 
     async def _give_back(self, part: Spent) -> None:
-        await self.purse.give_back.remote(part)
+        await self.purse.call_async("give_back", part)
 
 
 def _check_key(target: Target) -> None:

@@ -62,7 +62,7 @@ class Estimation:
             "activations": self.activations,
             "max_prompt_bytes": self.max_prompt_bytes,
             "threads": cluster.threads_per_worker(self.actors.number),
-            "attempts": cluster.beside_driver(Attempts).remote(),
+            "attempts": cluster.Shared(Attempts),
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = self.actors.options(_CALLS)

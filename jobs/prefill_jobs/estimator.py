@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
+from prefill_jobs import cluster
 from prefill_jobs.reader import SafeReader, begin
 from prefill_router import artifact, shards, storage
 from prefill_router.baselines.router import BaselineRouter
@@ -60,12 +60,18 @@ class EstimateShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
     def __init__(
-        self, router: str, out: str, activations: str | None, max_prompt_bytes: int, threads: int, attempts: Any
+        self,
+        router: str,
+        out: str,
+        activations: str | None,
+        max_prompt_bytes: int,
+        threads: int,
+        attempts: cluster.Shared,
     ) -> None:
         self.uri, self.out, self.activations = router, out, activations
         self.max_prompt_bytes, self.attempts = max_prompt_bytes, attempts
         self.threads = min(threads, os.cpu_count() or 1)
-        self.worker = ray.get_runtime_context().get_actor_id() or ""
+        self.worker = cluster.worker_id()
         self._loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class _Extraction:
         arguments = {
             "request": self.request,
             "threads": cluster.threads_per_worker(self.workers),
-            "attempts": cluster.beside_driver(Attempts).remote(),
+            "attempts": cluster.Shared(Attempts),
         }
         items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
         options = self.actors.options(_CALLS)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import ray
 import torch
 
+from prefill_jobs import cluster
 from prefill_jobs.reader import SafeReader, begin
 from prefill_router import ledger
 from prefill_router.commits import Commit, shard_name
@@ -67,10 +67,10 @@ class Request:
 class ExtractShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
-    def __init__(self, request: Request, threads: int, attempts: Any) -> None:
+    def __init__(self, request: Request, threads: int, attempts: cluster.Shared) -> None:
         self.request, self.attempts = request, attempts
         self.threads = min(threads, os.cpu_count() or 1)
-        self.worker = ray.get_runtime_context().get_actor_id() or ""
+        self.worker = cluster.worker_id()
         self._loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

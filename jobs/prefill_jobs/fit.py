@@ -119,7 +119,8 @@ def _fit_worker(config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         feed, problem = None, None
         try:
-            feed = _project(task, Path(folder), device)
+            context = ray.train.get_context()
+            feed = project(task, Path(folder), device, context.get_world_rank(), context.get_world_size())
         except (UserError, OSError) as error:
             problem = str(error)
         # Every worker must report, and what a user can put right is no failure to try again after.
@@ -180,18 +181,18 @@ class RowFiles(Mapping[int, Rows]):
         return len(self.shards)
 
 
-def _project(task: FitTask, folder: Path, device: torch.device) -> Feed:
-    """Projects this worker's shards into files; the feed reads them from there."""
-    context = ray.train.get_context()
+def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, num_workers: int = 1) -> Feed:
+    """Projects the shards of worker `rank` into files below `folder`; the feed reads them from there."""
     files = {part: RowFiles(folder / part.name) for part in (Part.TRAIN, Part.VALIDATION)}
     num_rows = torch.zeros(task.graded.store.num_shards, dtype=torch.long)
-    for shard in range(context.get_world_rank(), len(num_rows), context.get_world_size()):
+    for shard in range(rank, len(num_rows), num_workers):
         for part, rows in _projected(task, shard).items():
             files[part].add(shard, rows)
             if part is Part.TRAIN:
                 num_rows[shard] = len(rows)
     num_rows = num_rows.to(device)
-    dist.all_reduce(num_rows)
+    if num_workers > 1:
+        dist.all_reduce(num_rows)
     labels = torch.empty(0, len(task.weights))
     empty = Rows(torch.empty(0, task.num_features), labels, torch.empty(0, dtype=torch.int32))
     return Feed(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)

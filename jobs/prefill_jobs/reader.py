@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import ray
-
+from prefill_jobs.cluster import Shared
 from prefill_router.corpus import Prompt
 from prefill_router.draft import Draft
 from prefill_router.encoder import PrefillEncoder, Reading
@@ -23,9 +21,8 @@ _ATTEMPTS_IN_PLACE = 2  # then a shard's prompts are suspected of what befell th
 _MOST_ATTEMPTS = 20  # then the job is stopped
 
 
-@ray.remote(num_cpus=0)
 class Attempts:
-    """How often each shard was begun, remembered by a process that outlives those that do the work."""
+    """Counts how often each shard was begun. A job shares one, which outlives the workers."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
@@ -35,9 +32,9 @@ class Attempts:
         return self.counts[digest]
 
 
-def begin(attempts: Any, digest: str) -> int:
+def begin(attempts: Shared, digest: str) -> int:
     """Which attempt at a shard this is. Raises UserError where there were too many."""
-    attempt: int = ray.get(attempts.begin.remote(digest))
+    attempt: int = attempts.call("begin", digest)
     if attempt > _MOST_ATTEMPTS:
         raise UserError(f"a worker ended {attempt - 1} times over one shard: see Ray's logs for what ends it")
     return attempt

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import sys
@@ -43,6 +44,7 @@ from prefill_router.sources import Sources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from run import Run
 from s3 import s3_bucket
 
 COLUMNS = [column.name for column in activation_columns(range(31), ("last", "mean"))]
@@ -199,9 +201,10 @@ def counted() -> Iterator[Counter[str]]:
         yield counts
 
 
-def on_s3(_: str, num_shards: int, rows: int) -> dict[str, Any]:
-    """Against moto, in this process: its share of the time is most of it."""
-    for bucket in s3_bucket.__wrapped__():
+def on_s3(folder: str, num_shards: int, rows: int) -> dict[str, Any]:
+    """Against moto, whose share of the time is most of it."""
+    Path(folder).mkdir()
+    for bucket in s3_bucket.__wrapped__(Run(Path(folder), os.getpid())):
         with counted() as requests:
             timed = commit_one_by_one(f"{bucket}/ledger", num_shards, rows)
         return {**timed, "requests": dict(requests)}
@@ -226,7 +229,7 @@ def main() -> None:
     try:
         result = {
             "disk": _in_process(commit_one_by_one, str(folder / "few"), *few),
-            "s3": _in_process(on_s3, "", *few),
+            "s3": _in_process(on_s3, str(folder / "s3"), *few),
             **{s.__name__: _in_process(s, str(folder / "all"), *size) for s in (gather, resume, finish, read)},
         }
     finally:

@@ -16,6 +16,8 @@ from prefill_router.config import COMMANDS
 from prefill_router.router import Router
 from tiny import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def jsonl(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,7 +54,7 @@ def test_a_missing_file(command: Command, tmp_path: Path) -> None:
     assert result.err == f"prefill-router: {tmp_path}/nothing.jsonl: no such corpus\n"
 
 
-def test_an_encoder_that_does_not_exist(local_ray: None, command: Command, tmp_path: Path) -> None:
+def test_an_encoder_that_does_not_exist(command: Command, tmp_path: Path) -> None:
     corpus = jsonl(tmp_path / "corpus.jsonl", GOOD)
     result = command("extract", corpus=corpus, encoder="package:no_such_model", out=tmp_path / "out")
     assert result.status == 1
@@ -88,9 +90,7 @@ def test_a_misspelled_key_names_the_nearest(command: Command, tmp_path: Path) ->
     assert result.err.endswith('router.toml: extract: unknown key "shard_row", did you mean "shard_rows"?\n')
 
 
-def test_a_router_whose_encoder_changed(
-    local_ray: None, command: Command, router: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_router_whose_encoder_changed(command: Command, router: str, tiny_model: Path, tmp_path: Path) -> None:
     loaded = Router.load(router)
     identity = loaded.encoder_identity
     moved = identity.spec.model_copy(update={"model": str(save_tiny_model(tmp_path / "model", seed=1))})
@@ -103,7 +103,7 @@ def test_a_router_whose_encoder_changed(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_flags_win_over_the_file(local_ray: None, command: Command, tmp_path: Path, tiny_model: Path) -> None:
+def test_flags_win_over_the_file(command: Command, tmp_path: Path, tiny_model: Path) -> None:
     corpus = jsonl(tmp_path / "corpus.jsonl", GOOD, {**GOOD, "prompt_id": "b"}, {**GOOD, "prompt_id": "c"})
     (tmp_path / "router.toml").write_text(
         f'[extract]\ncorpus = "{corpus}"\nencoder = "{tiny_model}"\nlayers = "1"\nlimit = 1\n[train]\nseeds = 3\n'

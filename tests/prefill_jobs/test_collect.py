@@ -15,9 +15,11 @@ from prefill_router.config import CollectConfig
 from prefill_router.errors import UserError
 from upstream import Fault, Upstream
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture
-def upstreams(local_ray: None) -> Iterator[dict[str, Upstream]]:
+def upstreams() -> Iterator[dict[str, Upstream]]:
     with ExitStack() as stack:
         yield {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
 

@@ -8,6 +8,8 @@ import pytest
 from command import Command
 from prefill_router.router import Router
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture(scope="module")
 def worse(activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:

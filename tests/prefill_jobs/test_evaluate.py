@@ -19,6 +19,8 @@ from prefill_router.router import Router
 from prefill_router.split import prompt_hashes
 from tiny import random_prompts
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def test_only_held_out_prompts_are_scored(router: str, activations: str, small_data: Path, tmp_path: Path) -> None:
     outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")

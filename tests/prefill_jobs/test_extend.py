@@ -17,6 +17,8 @@ from prefill_router.router import Router
 from prefill_router.split import Part, prompt_hashes
 from prefill_router.units import of_store
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 PROMPTS = ["what is one plus two", "name a river in that old town", "one one one", "seven"]
 
 TARGET_TOML = '[[pool]]\nname = "{name}"\ninput_price = {price}\noutput_price = {price}\n'
@@ -41,7 +43,7 @@ def outcomes_of_three(small_data: Path, tmp_path: Path) -> str:
 
 
 def test_a_new_target_joins_and_the_others_stay(
-    local_ray: None, router: str, activations: str, outcomes_of_three: str, tmp_path: Path
+    router: str, activations: str, outcomes_of_three: str, tmp_path: Path
 ) -> None:
     more = train(
         TrainConfig(
@@ -64,9 +66,7 @@ def test_a_new_target_joins_and_the_others_stay(
     assert after.training["extends"] == before.version
 
 
-def test_what_is_held_out_stays_unseen(
-    local_ray: None, router: str, activations: str, outcomes_of_three: str, tmp_path: Path
-) -> None:
+def test_what_is_held_out_stays_unseen(router: str, activations: str, outcomes_of_three: str, tmp_path: Path) -> None:
     pool = pool_file(tmp_path, big=2.0, like_small=0.2)
     data = {"extend": router, "activations": activations, "pool": pool}
     first = train(TrainConfig(**data, outcomes=outcomes_of_three, out=str(tmp_path / "first")))
@@ -89,9 +89,7 @@ def test_dropping_and_repricing_need_no_data(router: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(new[:, 0], old[:, 1], rtol=1e-5)
 
 
-def test_a_new_target_needs_outcomes(
-    local_ray: None, router: str, activations: str, outcomes_of_three: str, tmp_path: Path
-) -> None:
+def test_a_new_target_needs_outcomes(router: str, activations: str, outcomes_of_three: str, tmp_path: Path) -> None:
     pool = pool_file(tmp_path, big=2.0, like_small=0.2)
     with pytest.raises(UserError, match="give --activations and --outcomes"):
         train(TrainConfig(extend=router, pool=pool, out=str(tmp_path / "router")))

@@ -24,6 +24,8 @@ from prefill_router.lease import Lease
 from prefill_router.plan import plan
 from tiny import random_prompts
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def test_the_store_holds_what_the_encoder_returns(activations: str, small_data: Path, tiny_model: Path) -> None:
     store = ActivationStore.open(activations)
@@ -70,9 +72,7 @@ def files_at(out: object) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in paths if path.name not in ("manifest.json", "summary.json")}
 
 
-def test_only_the_layers_poolings_and_prompts_asked_for(
-    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_only_the_layers_poolings_and_prompts_asked_for(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, options = small_data / "corpus.parquet", {"layers": "3, 1", "pooling": "mean", "limit": 7, "max_tokens": 6}
     manifest = run(corpus, tiny_model, tmp_path / "out", **options).manifest
     assert manifest.columns == ["mean_001", "mean_003"]
@@ -82,17 +82,7 @@ def test_only_the_layers_poolings_and_prompts_asked_for(
     assert sum(shard.num_truncated for shard in manifest.shards) == 7
 
 
-def test_two_actors_write_the_same_store(local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    files = []
-    for workers in (1, 2):
-        corpus, out = small_data / "corpus.parquet", tmp_path / str(workers)
-        files.append([shard.file for shard in run(corpus, tiny_model, out, limit=60, workers=workers).manifest.shards])
-    assert files[0] == files[1]
-
-
-def test_a_failure_in_an_actor_is_the_users_error_and_leaves_no_manifest(
-    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_failed_extraction_leaves_no_manifest(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="layer 9 is out of range"):
         run(small_data / "corpus.parquet", tiny_model, tmp_path / "out", layers="9")
     with pytest.raises(UserError, match="no finished extraction"):
@@ -100,7 +90,7 @@ def test_a_failure_in_an_actor_is_the_users_error_and_leaves_no_manifest(
 
 
 def test_the_summary_is_the_last_line_and_lies_beside_the_manifest(
-    local_ray: None, command: Command, small_data: Path, tiny_model: Path, tmp_path: Path
+    command: Command, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     result = command("extract", corpus=corpus, encoder=tiny_model, layers="1,3", shard_rows=100, out=out)
@@ -121,9 +111,7 @@ def test_the_summary_is_the_last_line_and_lies_beside_the_manifest(
 # --- once --------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_extraction_is_not_done_again(
-    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_finished_extraction_is_not_done_again(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     run(corpus, tiny_model, out, limit=50)
     before = files_at(out)
@@ -132,9 +120,7 @@ def test_a_finished_extraction_is_not_done_again(
     assert files_at(out) == before
 
 
-def test_what_was_committed_before_a_job_died_is_kept(
-    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_what_was_committed_before_a_job_died_is_kept(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """A job that died left no manifest; of its last shard, the object but not the record."""
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     shards = run(corpus, tiny_model, out, limit=60).manifest.shards
@@ -151,7 +137,7 @@ def test_what_was_committed_before_a_job_died_is_kept(
 
 @pytest.mark.parametrize("segment_records", [1, 4096])
 def test_a_corpus_that_grew_costs_what_is_new(
-    local_ray: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_records: int
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_records: int
 ) -> None:
     """Rows at a file's end, and a file that comes before the others; with records that are gathered, or lie alone."""
     monkeypatch.setattr("prefill_router.ledger.SEGMENT_RECORDS", segment_records)
@@ -170,9 +156,7 @@ def test_a_corpus_that_grew_costs_what_is_new(
     assert len(list(out.glob("part-*.parquet"))) == len(ActivationStore.open(str(out)).manifest.shards)
 
 
-def test_added_layers_leave_the_others_as_they_are(
-    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_added_layers_leave_the_others_as_they_are(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     run(corpus, tiny_model, out, limit=50, layers="3", pooling="mean")
     before = contents(out)
@@ -189,7 +173,7 @@ def test_added_layers_leave_the_others_as_they_are(
     assert again.to_dict()["computed"] == 0
 
 
-def test_a_store_never_loses_rows(local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_store_never_loses_rows(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     run(corpus, tiny_model, out, limit=30)
     with pytest.raises(UserError, match=r"holds 10 rows of shard part-\w+\.parquet that this corpus has not"):
@@ -198,16 +182,14 @@ def test_a_store_never_loses_rows(local_ray: None, small_data: Path, tiny_model:
     assert run(corpus, tiny_model, out, limit=20, overwrite=True).manifest.rows == 20
 
 
-def test_another_encoder_is_refused(local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_encoder_is_refused(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     run(corpus, tiny_model, out, limit=20)
     with pytest.raises(UserError, match="holds activations of another encoder"):
         run(corpus, tiny_model, out, limit=40, max_tokens=5)
 
 
-def test_a_second_writer_is_refused(
-    local_ray: None, command: Command, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_second_writer_is_refused(command: Command, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     with Lease.acquire(str(tmp_path / "out"), "extract"):
         result = command("extract", corpus=small_data / "corpus.parquet", encoder=tiny_model, out=tmp_path / "out")
     assert result.status == 1
@@ -218,9 +200,7 @@ def test_a_second_writer_is_refused(
 # --- repeats -----------------------------------------------------------------------------------------------------
 
 
-def test_repeated_prompts_without_ids_are_kept_and_said(
-    local_ray: None, command: Command, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_repeated_prompts_without_ids_are_kept_and_said(command: Command, tiny_model: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.csv"
     corpus.write_text("prompt\none two\nthree four\none two\n")
     result = command("extract", corpus=corpus, encoder=tiny_model, layers="1", out=tmp_path / "out")
@@ -230,9 +210,7 @@ def test_repeated_prompts_without_ids_are_kept_and_said(
     assert first == third != second
 
 
-def test_a_repeated_prompt_is_computed_once_and_written_for_each_id(
-    local_ray: None, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_repeated_prompt_is_computed_once_and_written_for_each_id(tiny_model: Path, tmp_path: Path) -> None:
     prompts = random_prompts(30, seed=3)
     corpus = write_corpus(tmp_path / "corpus.jsonl", [*prompts, *prompts[::-1], prompts[4]])
     summary = run(corpus, tiny_model, tmp_path / "out").to_dict()
@@ -247,7 +225,7 @@ def test_a_repeated_prompt_is_computed_once_and_written_for_each_id(
 # --- bad rows ----------------------------------------------------------------------------------------------------
 
 
-def test_bad_rows_go_to_the_quarantine_with_their_reason(local_ray: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_bad_rows_go_to_the_quarantine_with_their_reason(tiny_model: Path, tmp_path: Path) -> None:
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out"
     good = [json.dumps({"prompt_id": f"p{i}", "prompt": p}).encode() for i, p in enumerate(random_prompts(9))]
     bad = {
@@ -271,7 +249,7 @@ def test_bad_rows_go_to_the_quarantine_with_their_reason(local_ray: None, tiny_m
     assert summary.manifest.quarantine.rows == len(bad)
 
 
-def test_messages_that_the_template_refuses_are_quarantined_with_their_repeats(local_ray: None, tmp_path: Path) -> None:
+def test_messages_that_the_template_refuses_are_quarantined_with_their_repeats(tmp_path: Path) -> None:
     from tiny import CHAT_TEMPLATE, save_tiny_model
 
     refusing = "{% if 'river' in messages[0]['content'] %}{{ raise_exception('no rivers') }}{% endif %}"
@@ -286,7 +264,7 @@ def test_messages_that_the_template_refuses_are_quarantined_with_their_repeats(l
     assert summary.to_dict()["quarantined"] == 2
 
 
-def test_a_corpus_of_rubbish_stops_the_job(local_ray: None, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_corpus_of_rubbish_stops_the_job(tiny_model: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["one", "", "", "two"])
     with pytest.raises(UserError, match=r"2 of 4 rows are bad, more than --max-bad-fraction 0\.4 allows; .*row 2"):
         run(corpus, tiny_model, tmp_path / "out", max_bad_fraction=0.4)
@@ -305,7 +283,7 @@ def test_poolings_that_do_not_exist_are_refused(text: str) -> None:
         parse_pooling(text)
 
 
-def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, tmp_path: Path) -> None:
+def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(5):  # prompts that are repeated and bad, ids that are given, given twice, and not given
         prompts = rng.choice(["a", "b", "c", "d", "e", "f", " "], 9)

@@ -21,6 +21,8 @@ from prefill_router.router import Router
 from prefill_router.schema import FEEDBACK
 from prefill_router.split import prompt_hashes
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture
 def feedback(small_data: Path, tmp_path: Path) -> str:

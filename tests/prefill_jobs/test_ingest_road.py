@@ -6,9 +6,12 @@ import csv
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from command import Command
 from prefill_router.router import Router
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def write_toolkit(data: Path, path: Path) -> Path:
@@ -22,9 +25,7 @@ def write_toolkit(data: Path, path: Path) -> Path:
     return path
 
 
-def test_from_a_toolkits_csv_to_a_router(
-    local_ray: None, command: Command, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_from_a_toolkits_csv_to_a_router(command: Command, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     source, data, store, out = (tmp_path / name for name in ("answers.csv", "data", "activations", "router"))
     ingested = command("ingest", "toolkit", str(write_toolkit(small_data, source)), out=data)
     assert (ingested.status, ingested.err) == (0, "")

@@ -24,6 +24,8 @@ from prefill_router.features import ActivationStore
 from prefill_router.router import Router
 from tiny import CHAT_TEMPLATE, save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 RIVER = [{"role": "user", "content": "name a river"}]
 
 

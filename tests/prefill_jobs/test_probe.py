@@ -16,6 +16,8 @@ from prefill_router.features import ActivationStore
 from prefill_router.outcomes import load_outcomes
 from prefill_router.probe import effective_dimensionality, fisher_separability
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def config(activations: str, small_data: Path, out: Path) -> ProbeConfig:
     return ProbeConfig(
@@ -76,7 +78,7 @@ def test_any_number_of_slices_gives_the_same(
 
 
 def test_every_target_takes_its_column_from_the_better_encoder(
-    activations: str, local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
+    activations: str, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "another"
     other.symlink_to(tiny_model)

@@ -11,6 +11,8 @@ from prefill_router.moments import Moments
 from prefill_router.projection import Projection, fit_projection
 from prefill_router.split import Part, Split, mixed
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 @pytest.fixture
 def graded(activations: str, small_data: Path) -> GradedStore:
@@ -27,7 +29,7 @@ def projections(graded: GradedStore) -> list[Projection]:
 
 @pytest.mark.parametrize("max_rows", [1, 40, 10_000])
 def test_a_sample_has_the_prompts_of_the_lowest_hashes(
-    local_ray: None, graded: GradedStore, projections: list[Projection], max_rows: int
+    graded: GradedStore, projections: list[Projection], max_rows: int
 ) -> None:
     sample = sample_rows(graded, projections, max_rows)
     expected = sorted(graded.graded_keys.tolist(), key=lambda key: int(mixed(np.array([key], np.uint64))[0]))
@@ -38,7 +40,7 @@ def test_a_sample_has_the_prompts_of_the_lowest_hashes(
     assert sample.features.shape == (len(sample.keys), projections[0].num_features)
 
 
-def test_rows_of_a_sample_belong_together(local_ray: None, graded: GradedStore, projections: list[Projection]) -> None:
+def test_rows_of_a_sample_belong_together(graded: GradedStore, projections: list[Projection]) -> None:
     sample = sample_rows(graded, projections, 50)
     whole = sample_rows(graded, projections, 10_000)
     place = {key: i for i, key in enumerate(whole.keys.tolist())}

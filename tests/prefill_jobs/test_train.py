@@ -1,24 +1,20 @@
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefill_jobs import fit
 from prefill_jobs.train import train
 from prefill_router.config import TrainConfig
 from prefill_router.errors import UserError
-from prefill_router.feed import Window
 from prefill_router.router import Router
 from prefill_router.split import Part, Split, prompt_hashes
-from prefill_router.training import Trainer
 from prefill_router.units import of_store
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 
@@ -62,40 +58,6 @@ def test_a_second_run_gives_the_same_router(router: str, activations: str, small
     first = Router.load(router)
     np.testing.assert_allclose(again.predict(["one two"]).p_correct, first.predict(["one two"]).p_correct, atol=1e-5)
     assert [p.column for p in again.projections] == [p.column for p in first.projections]
-
-
-def test_two_workers_learn_the_same_thing(router: str, activations: str, small_data: Path, tmp_path: Path) -> None:
-    other = train(config(activations, small_data, tmp_path / "two", workers=2))
-    one = Router.load(router)
-    for a, b in zip(other.predict(PROMPTS), one.predict(PROMPTS), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3)
-    assert other.training["metrics"]["best_epochs"] == one.training["metrics"]["best_epochs"]
-
-
-def test_a_worker_killed_amid_an_epoch_changes_nothing(
-    router: str, activations: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trainer's third pass ends the worker's process, once."""
-    killed = tmp_path / "killed"
-    whole_pass = Trainer.train
-
-    def die_once(self: Trainer, window: Window) -> None:
-        if self.epoch == 2 and not killed.exists():
-            killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole_pass(self, window)
-
-    fit_worker = fit._fit_worker
-
-    def worker_that_dies(config: dict[str, Any]) -> None:
-        Trainer.train = die_once  # type: ignore[method-assign]
-        fit_worker(config)
-
-    monkeypatch.setattr(fit, "_fit_worker", worker_that_dies)
-    trained = train(config(activations, small_data, tmp_path / "router"))
-    assert killed.exists()
-    for a, b in zip(trained.predict(PROMPTS), Router.load(router).predict(PROMPTS), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_the_published_recipe_prices_at_the_median_length(

@@ -1,0 +1,176 @@
+"""Jobs in this process, without Ray: what a job does with its cluster is done here, one call after another.
+
+What crosses between Ray's processes is pickled here too. Only Ray itself is left out: placing, retrying and killing,
+which tests with `local_ray` are about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+
+from prefill_jobs import cluster, fit, train
+from prefill_jobs.collector import AskShard
+from prefill_router.errors import UserError
+
+Row = dict[str, Any]
+NUM_CPUS = 2
+
+
+def copied(value: Any) -> Any:
+    """What another process would get."""
+    return cloudpickle.loads(cloudpickle.dumps(value))
+
+
+class Rows:
+    """The part of `ray.data.Dataset` that jobs use: rows, mapped when they are asked for."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = rows
+
+    def iter_rows(self) -> Iterator[Row]:
+        yield from self._rows
+
+    def map(
+        self,
+        function: Any,
+        *,
+        fn_kwargs: Mapping[str, Any] | None = None,
+        fn_constructor_kwargs: Mapping[str, Any] | None = None,
+        compute: Any = None,
+        **_resources: Any,
+    ) -> Rows:
+        """Tasks run one by one; the calls of an actor overlap as they do under Ray."""
+        function, arguments = copied(function), copied(dict(fn_kwargs or {}))
+        if not isinstance(function, type):
+            return Rows(copied(function(copied(row), **arguments)) for row in self._rows)
+        actors = [function(**copied(dict(fn_constructor_kwargs or {}))) for _ in range(compute.max_size)]
+        return Rows(self._called(actors, compute.max_concurrent_calls_per_actor))
+
+    def _called(self, actors: Sequence[Callable[[Row], Row]], calls: int) -> Iterator[Row]:
+        tasks = [(actors[i % len(actors)], row) for i, row in enumerate(self._rows)]
+        try:
+            if sequential.is_set:
+                yield from (copied(actor(copied(row))) for actor, row in tasks)
+                return
+            with ThreadPoolExecutor(calls * len(actors)) as pool:
+                yield from (copied(row) for row in pool.map(lambda task: task[0](copied(task[1])), tasks))
+        finally:
+            for actor in actors:
+                _end(actor)
+
+    def groupby(self, by: str, **_partitions: int) -> Groups:
+        return Groups(self, by)
+
+
+class Groups:
+    """Rows that agree in a column."""
+
+    def __init__(self, rows: Rows, by: str) -> None:
+        self._rows, self._by = rows, by
+
+    def map_groups(self, function: Any, **_resources: Any) -> Rows:
+        function = copied(function)
+        return Rows(row for group in self._columns() for row in _as_rows(copied(function(group))))
+
+    def _columns(self) -> Iterator[dict[str, list[Any]]]:
+        rows = sorted(self._rows.iter_rows(), key=lambda row: str(row[self._by]))
+        for _, group in groupby(rows, key=lambda row: row[self._by]):
+            members = list(group)
+            yield {name: [row[name] for row in members] for name in members[0]}
+
+
+def _end(actor: object) -> None:
+    """Closes the connections and the event loop that end with an actor's process."""
+    if isinstance(actor, AskShard):
+        asyncio.run_coroutine_threadsafe(actor._http.aclose(), actor._loop).result()
+        actor._loop.call_soon_threadsafe(actor._loop.stop)
+        while actor._loop.is_running():
+            time.sleep(0.001)
+        actor._loop.close()
+
+
+def _as_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+class Sequential:
+    """Whether an actor's calls run one after another, for tests that count what happens in order."""
+
+    is_set = False
+
+
+sequential = Sequential()
+
+
+class Shared:
+    """Stands in for `cluster.Shared`: one object, whoever holds a copy of the handle."""
+
+    _objects: dict[int, Any] = {}  # noqa: RUF012 - the process that Ray would have started
+
+    def __init__(self, kind: type, *arguments: Any) -> None:
+        self.number = len(self._objects)
+        self._objects[self.number] = kind(*copied(arguments))
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return copied(getattr(self._objects[self.number], method)(*copied(arguments)))
+
+    async def call_async(self, method: str, *arguments: Any) -> Any:
+        return self.call(method, *arguments)
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        result, problem = cluster._caught(copied(function), copied(item))
+        if problem is not None:
+            raise UserError(problem)
+        yield copied(result)
+
+
+def fit_here(task: fit.FitTask, workers: int, out: str, name: str) -> fit.Fit:
+    """Fits as one worker of Ray Train does."""
+    task, rates = copied(task), []
+    trainer = task.trainer(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        feed = fit.project(task, Path(folder), torch.device("cpu"))
+        fit.fit(feed, trainer, task.seed, rates.append)
+    return fit.Fit(trainer.fitted(), rates[-1])
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """Jobs that are run meanwhile run in this process."""
+    stand_ins = {
+        "connect": lambda: None,
+        "connected": connected,
+        "spread": spread,
+        "Shared": Shared,
+        "worker_id": lambda: "here",
+        "_items": lambda items, _task_size=1: Rows(dict(item) for item in items),
+        "_nodes": lambda: ["here"],
+        "_total": lambda resource: float(NUM_CPUS) if resource == "CPU" else 0.0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins.items():
+            patch.setattr(cluster, name, stand_in)
+        patch.setattr(train, "fit_on_ray", fit_here)
+        yield
