@@ -1,0 +1,132 @@
+"""What jobs promise of Ray itself: several workers, and one that dies. All else about jobs is tested in process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefill_jobs import cluster, fit
+from prefill_jobs.extract import extract
+from prefill_jobs.train import train
+from prefill_router import storage
+from prefill_router.config import ExtractConfig, TrainConfig
+from prefill_router.errors import UserError
+from prefill_router.features import ActivationStore
+from prefill_router.feed import Window
+from prefill_router.plan import plan
+from prefill_router.router import Router
+from prefill_router.training import Trainer
+
+PROMPTS = ["what is one plus two", "name a river in that old town"]
+
+
+def extracted(small_data: Path, encoder: Path, out: Path, **options: Any) -> ActivationStore:
+    corpus = str(small_data / "corpus.parquet")
+    extract(ExtractConfig(**{"corpus": corpus, "encoder": str(encoder), "out": str(out), "shard_rows": 20, **options}))
+    return ActivationStore.open(str(out))
+
+
+def trained(activations: str, small_data: Path, out: Path, **options: Any) -> Router:
+    outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
+    given = {"activations": activations, "outcomes": outcomes, "pool": pool, "out": str(out), "seeds": 4, "keep": 2}
+    return train(TrainConfig(**{**given, **options}))
+
+
+def test_two_actors_write_the_same_store_as_one_process(
+    local_ray: None, activations: str, small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """`activations` was extracted in process."""
+    store = extracted(small_data, tiny_model, tmp_path / "out", shard_rows=50, workers=2)
+    alone = ActivationStore.open(activations)
+    assert [shard.file for shard in store.manifest.shards] == [shard.file for shard in alone.manifest.shards]
+
+
+def test_a_failure_in_an_actor_is_the_users_error_and_leaves_no_manifest(
+    local_ray: None, small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="layer 9 is out of range"):
+        extracted(small_data, tiny_model, tmp_path / "out", layers="9")
+    with pytest.raises(UserError, match="no finished extraction"):
+        ActivationStore.open(str(tmp_path / "out"))
+
+
+def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, small_data: Path) -> None:
+    corpus = str(small_data / "corpus.parquet")
+    here, there = plan(corpus, 20), plan(corpus, 20, spread=cluster.spread)
+    assert len(here.shards) == 12
+    assert (there.shards, there.repeats, there.bad) == (here.shards, here.repeats, here.bad)
+    np.testing.assert_array_equal(there.keys, here.keys)
+
+
+def test_workers_share_one_object(local_ray: None) -> None:
+    shared = cluster.Shared(Counts)
+    rows = cluster.map_rows([{"x": x} for x in range(6)], count, fn_kwargs={"counts": shared})
+    assert sorted(row["seen"] for row in rows) == [1, 2, 3, 4, 5, 6]
+
+
+class Counts:
+    def __init__(self) -> None:
+        self.number = 0
+
+    def add(self) -> int:
+        self.number += 1
+        return self.number
+
+
+def count(row: dict[str, Any], counts: cluster.Shared) -> dict[str, Any]:
+    return {"seen": counts.call("add")}
+
+
+def test_two_workers_learn_what_one_process_does(
+    local_ray: None, router: str, activations: str, small_data: Path, tmp_path: Path
+) -> None:
+    """`router` was trained in process."""
+    other = trained(activations, small_data, tmp_path / "two", workers=2)
+    alone = Router.load(router)
+    for a, b in zip(other.predict(PROMPTS), alone.predict(PROMPTS), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+    assert other.training["metrics"]["best_epochs"] == alone.training["metrics"]["best_epochs"]
+
+
+def test_a_worker_killed_amid_an_epoch_changes_nothing(
+    local_ray: None,
+    router: str,
+    activations: str,
+    small_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trainer's third pass ends the worker's process, once; `router` was trained in process, and never killed."""
+    killed = tmp_path / "killed"
+    whole_pass = Trainer.train
+
+    def die_once(self: Trainer, window: Window) -> None:
+        if self.epoch == 2 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole_pass(self, window)
+
+    fit_worker = fit._fit_worker
+
+    def worker_that_dies(config: dict[str, Any]) -> None:
+        Trainer.train = die_once  # type: ignore[method-assign]
+        fit_worker(config)
+
+    monkeypatch.setattr(fit, "_fit_worker", worker_that_dies)
+    resumed = trained(activations, small_data, tmp_path / "router")
+    assert killed.exists()
+    for a, b in zip(resumed.predict(PROMPTS), Router.load(router).predict(PROMPTS), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_leaves_nothing_of_ray_train_behind(
+    local_ray: None, activations: str, small_data: Path, tmp_path: Path
+) -> None:
+    trained(activations, small_data, tmp_path / "router", max_epochs=1)
+    names = storage.list_names(str(tmp_path / "router"))
+    assert [name for name in names if not name.endswith(".safetensors")] == ["router.json"]
