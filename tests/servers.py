@@ -52,7 +52,7 @@ def s3() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def ray() -> Iterator[dict[str, str]]:
-    """A Ray head without a dashboard and, on loopback alone, without a token. Workers have this process's environment."""
+    """A Ray head on loopback, without a dashboard or a token. Its workers have this process's environment."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # read while Ray is imported
     import ray as started
 

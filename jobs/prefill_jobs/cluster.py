@@ -241,7 +241,7 @@ class Shared:
 
     def __init__(self, kind: type, *arguments: Any) -> None:
         place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(kind)
+        actor: Any = ray.remote(num_cpus=0)(kind)
         self._actor = actor.options(scheduling_strategy=place).remote(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
