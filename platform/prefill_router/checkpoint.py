@@ -1,6 +1,7 @@
 """Where an encoder's weights and tokenizer come from: the hub, a directory, or a Python package that carries a GGUF.
 
 Weights are read from safetensors or GGUF, never from a pickle, and no code that comes with a model is run.
+Functions import transformers by themselves: it takes a second, which most processes of a job need not spend.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as transformers_logging
 
 from prefill_router.errors import UserError
 
@@ -69,6 +68,8 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
             folder = Path(snapshot_download(source, allow_patterns=_READ))
     else:
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
+    from transformers import AutoModel, AutoTokenizer
+
     with _load_errors(source, "a sentence encoder"), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
@@ -87,6 +88,8 @@ def fetch(source: str, revision: str | None = None) -> None:
 
 def load_config(source: str, revision: str | None = None) -> Any:
     """The config of what `load_causal_lm` loads, without its weights; of a hub's model that alone is downloaded."""
+    from transformers import AutoConfig
+
     gguf, folder = _gguf(source), Path(source).expanduser()
     with _load_errors(source), _quiet():
         if gguf is not None:
@@ -99,6 +102,8 @@ def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoi
 
 
 def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with _load_errors(source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
@@ -160,6 +165,8 @@ def _unpacked(gguf: Path, digest: str) -> Path:
 
 
 def _unpack(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     draft = Path(tempfile.mkdtemp(dir=target.parent))
     try:
         with _load_errors(str(gguf)), _quiet():
@@ -185,12 +192,14 @@ def _sha256(files: list[Path]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers without its progress bars and advice."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

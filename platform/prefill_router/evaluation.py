@@ -97,6 +97,11 @@ class Standing:
     router_less_this: dict[str, Interval]  # the same of the paired differences; empty for the router
     curve: list[list[float]]  # points of (cost, accuracy)
 
+    @property
+    def is_single(self) -> bool:
+        """Does it send every prompt to one target?"""
+        return self.title.startswith("always ")
+
 
 @dataclass(frozen=True)
 class OperatingPoint:
@@ -150,6 +155,11 @@ class Evaluation:
     @property
     def router(self) -> RoutingScores:
         return self.standings[0].scores
+
+    @property
+    def baselines(self) -> list[Standing]:
+        """What the router is compared with, without single targets and the oracle."""
+        return [s for s in self.standings[1:] if not s.has_hindsight and not s.is_single]
 
     def standing(self, name: str) -> Standing | None:
         return next((standing for standing in self.standings if standing.name == name), None)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from prefill_router.evaluation import Evaluation, Standing
+from prefill_router.evaluation import Evaluation
 from prefill_router.learning import LearningCurve
 from prefill_router.metrics import pareto_frontier
 from prefill_router.probe import LayerProbe, by_encoder, choose
@@ -85,7 +85,7 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.axhline(router.scores.oracle_accuracy, color=_GREY, ls=":", lw=1.2, label="oracle")
     frontier = pareto_frontier(singles)
     axes.plot(frontier[:, 0], frontier[:, 1], "--", color=_GREY, lw=1.2, label="single targets, frontier")
-    ranked = sorted(rivals(evaluation), key=lambda rival: -rival.scores.mdp_auccc)
+    ranked = sorted(evaluation.baselines, key=lambda rival: -rival.scores.mdp_auccc)
     for i, rival in enumerate(ranked):
         colour, label = (_RIVALS[i], rival.title) if i < len(_RIVALS) else ("#d1d5db", None)
         axes.plot(*zip(*rival.curve, strict=True), color=colour, lw=1.1, label=label)
@@ -112,7 +112,7 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
 
 def differences_figure(evaluation: Evaluation, width: float) -> Figure:
     """How much the router adds over each baseline, with paired intervals: in MDP-AUCCC and in mean AUC."""
-    shown, is_wide = rivals(evaluation), width > _NARROW
+    shown, is_wide = evaluation.baselines, width > _NARROW
     height = 0.9 + 0.32 * max(len(shown), 1)
     figure = Figure(figsize=(width, height if is_wide else 2 * height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True) if is_wide else figure.subplots(2, 1)
@@ -236,17 +236,6 @@ def learning_figure(curve: LearningCurve, width: float) -> Figure:
 
 
 _LEARNT = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
-
-
-def rivals(evaluation: Evaluation) -> list[Standing]:
-    """The baselines, without single targets and the oracle."""
-    others = evaluation.standings[1:]
-    return [s for s in others if not s.has_hindsight and not is_single(s)]
-
-
-def is_single(standing: Standing) -> bool:
-    """Does it send every prompt to one target?"""
-    return standing.title.startswith("always ")
 
 
 def _label(axes: Axes, title: str, x: str, y: str, *, legend: bool = True) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import jinja2
-from matplotlib.figure import Figure
 
-from prefill_router import figures, storage
+from prefill_router import storage
 from prefill_router.counterfactual import PolicyValue
 from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
 from prefill_router.kernel import MAX_LANDMARKS
 from prefill_router.learning import TIMES, LearnedFigure, LearningCurve
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.probe import LayerProbe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -25,6 +28,8 @@ Table = list[list[Cell]]
 
 def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None) -> str:
     """The report as one page; `notice` stands on top of it."""
+    from prefill_router import figures  # matplotlib takes long to import, and evaluations without a page need none
+
     plots: dict[str, Callable[[float], Figure]] = {
         "curve": lambda width: figures.curve_figure(evaluation, width),
         "differences": lambda width: figures.differences_figure(evaluation, width),
@@ -82,7 +87,7 @@ def headline(evaluation: Evaluation) -> str:
 
 def against_baselines(evaluation: Evaluation) -> str:
     """One sentence: whether the router adds more over single targets than the baseline that adds most."""
-    rivals = figures.rivals(evaluation)
+    rivals = evaluation.baselines
     if not rivals:
         return "No baseline could be fitted on these data."
     best = max(rivals, key=lambda rival: rival.scores.mdp_auccc)
@@ -173,17 +178,17 @@ def _standing_rows(evaluation: Evaluation) -> Table:
     for standing in _ranked(evaluation):
         less = standing.router_less_this.get("mdp_auccc", _NOTHING)
         # A single target has no curve, and says nothing of a prompt.
-        figures_shown = _AT_ONE_TOLERANCE if figures.is_single(standing) else _STANDING
+        figures_shown = _AT_ONE_TOLERANCE if standing.is_single else _STANDING
         cells = [with_interval(standing.intervals[name], style) for name, style in figures_shown]
         cells += ["–"] * (len(_STANDING) - len(cells))
-        rows.append([standing.title, *cells, "–" if figures.is_single(standing) else with_interval(less, "+m")])
+        rows.append([standing.title, *cells, "–" if standing.is_single else with_interval(less, "+m")])
     return rows
 
 
 def _ranked(evaluation: Evaluation) -> list[Standing]:
     """The router, the baselines by what they add, the single targets by accuracy, the oracle."""
     router, *others = evaluation.standings
-    baselines = figures.rivals(evaluation)
+    baselines = evaluation.baselines
     singles = [s for s in others if s not in baselines and not s.has_hindsight]
     return [
         router,
@@ -233,7 +238,7 @@ def _target_rows(evaluation: Evaluation) -> Table:
 
 
 def _peer_rows(evaluation: Evaluation) -> Table:
-    is_shown = [s for s in _ranked(evaluation) if not figures.is_single(s)]
+    is_shown = [s for s in _ranked(evaluation) if not s.is_single]
     return [[s.title, *(with_interval(s.intervals[name], style) for name, style in _PEERS)] for s in is_shown]
 
 

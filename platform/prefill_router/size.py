@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from prefill_router import checkpoint
 from prefill_router.encoder import block_cost, find_blocks, text_config
@@ -21,6 +20,8 @@ class EncoderSize:
     @classmethod
     def of(cls, model: str) -> EncoderSize:
         """Of a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             backbone = AutoModelForCausalLM.from_config(checkpoint.load_config(model)).base_model  # type: ignore[no-untyped-call]
         config = text_config(backbone)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 from prefill_router.draws import fold, seed_keys
 from prefill_router.errors import UserError
@@ -25,6 +27,7 @@ from prefill_router.trunk import SharedTrunkNet, loss_sums
 
 _SEEDS_APART = 1_000  # seeds of an ensemble are seed * 1000 + k
 _VALIDATION_ROWS = 8192
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # as published for Adam
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,14 @@ class Trainer:
         self.net.reset(seeds)
         self.net.to(self.device)
         self.keys = seed_keys(seeds, self.device)
-        algorithm = torch.optim.AdamW if recipe.decoupled_decay else torch.optim.Adam
-        decay = recipe.weight_decay
-        self.optimizer = algorithm(self.net.parameters(), recipe.learning_rate, weight_decay=decay, fused=True)
+        self.moments = [
+            {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in self.net.parameters()
+        ]
         self.epoch = 0
         self.active = torch.arange(len(seeds), device=self.device)
         self.best = [p.detach().clone() for p in self.net.parameters()]
@@ -100,13 +108,36 @@ class Trainer:
         if self.recipe.label_smoothing:
             labels = labels + self.recipe.label_smoothing * (0.5 - labels)
         loss_A, weight_A = loss_sums(outputs, labels, self.weights_T)
-        self.optimizer.zero_grad()
+        for parameter in self.net.parameters():
+            parameter.grad = None
         loss_A.sum().backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         *sums, weight_A = _over_workers([*gradients, weight_A])
         for gradient, total in zip(gradients, sums, strict=True):
             gradient.copy_(total / weight_A.clamp(min=1e-9)[:, None, None])
-        self.optimizer.step()
+        self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One step of Adam, by torch's functions: its optimizer classes import torch's compiler, for seconds."""
+        algorithm = adamw if self.recipe.decoupled_decay else adam
+        parameters: list[Tensor] = list(self.net.parameters())
+        algorithm(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [moments["exp_avg"] for moments in self.moments],
+            [moments["exp_avg_sq"] for moments in self.moments],
+            [],
+            [moments["step"] for moments in self.moments],
+            fused=True,
+            amsgrad=False,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=self.recipe.learning_rate,
+            weight_decay=self.recipe.weight_decay,
+            eps=_EPSILON,
+            maximize=False,
+        )
 
     @torch.no_grad()
     def validate(self, validation: Iterable[Rows]) -> None:
@@ -140,8 +171,7 @@ class Trainer:
         for parameter in self.net.parameters():
             parameter.data = parameter.data[goes_on]
             parameter.grad = None
-            state = self.optimizer.state[parameter]
-            self.optimizer.state[parameter] = {n: v[goes_on] if v.ndim else v for n, v in state.items()}
+        self.moments = [{n: v[goes_on] if v.ndim else v for n, v in moments.items()} for moments in self.moments]
 
     # --- state and result ----------------------------------------------------------------------------------------
 
@@ -151,7 +181,7 @@ class Trainer:
         tensors |= {"best_losses": self.best_losses, "best_epochs": self.best_epochs}
         for i, (best, parameter) in enumerate(zip(self.best, self.net.parameters(), strict=True)):
             tensors |= {f"{i}.best": best, f"{i}.value": parameter.detach()}
-            tensors |= {f"{i}.adam.{name}": value for name, value in self.optimizer.state[parameter].items()}
+            tensors |= {f"{i}.adam.{name}": value for name, value in self.moments[i].items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -163,9 +193,7 @@ class Trainer:
         for i, parameter in enumerate(self.net.parameters()):
             self.best[i] = tensors[f"{i}.best"].to(self.device)
             parameter.data = tensors[f"{i}.value"].to(self.device)
-            prefix = f"{i}.adam."
-            adam = {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
-            self.optimizer.state[parameter] = {n: v.to(self.device) if v.ndim else v for n, v in adam.items()}
+            self.moments[i] = {name: tensors[f"{i}.adam.{name}"].clone().to(self.device) for name in self.moments[i]}
 
     def fitted(self) -> FittedTrunk:
         """The `recipe.keep` best seeds. Raises UserError where none has a finite validation loss."""
