@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
-from prefill_router import figures, probe, storage
+from prefill_router import probe, storage
 from prefill_router.config import ProbeConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
@@ -41,6 +41,8 @@ def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | No
 
     Of a split, training's outcomes alone are looked at; `units` are what it keeps together.
     """
+    from prefill_router import figures  # which imports matplotlib: training, which imports this module, draws nothing
+
     stores = _open(config, units)
     if split is not None:
         stores = [graded.only(split, Part.TRAIN) for graded in stores]

@@ -19,7 +19,6 @@ from torch import Tensor
 
 _SHRINKAGE = 1e-3  # of the mean variance, added to each: features that hardly vary tell nothing
 _MIN_PROMPTS = 50
-STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
 
 
 @dataclass(frozen=True)

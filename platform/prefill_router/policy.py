@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
 NO_TARGET = -1
 
 

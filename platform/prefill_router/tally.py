@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.drift import STRANGER
-from prefill_router.policy import NO_TARGET, choose
+from prefill_router.policy import NO_TARGET, STRANGER, choose
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
 EVERYTHING = ("", "")  # the segment of all lines

@@ -13,8 +13,8 @@ from random import SystemRandom
 
 from prefill_router.corpus import Prompt, content_digest
 from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain, explore
-from prefill_router.drift import STRANGER
 from prefill_router.errors import UserError
+from prefill_router.policy import STRANGER
 from prefill_serve.engine import Estimate, Head, Reading, Times
 from prefill_serve.http import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
 from prefill_serve.metrics import Metrics

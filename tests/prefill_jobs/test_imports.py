@@ -1,0 +1,63 @@
+"""What processes import before they need it. A job starts many, and each pays for its modules anew."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+_REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+_BARE = 120  # modules that Python itself and the virtual environment load, at most
+# Of torch, but for its compiler; of Ray Data, with pandas.
+_SELDOM = {"transformers", "matplotlib", "sklearn", "scipy", "litellm", "torch._dynamo", "torch._inductor", "sympy"}
+_FIT = """
+import torch
+from prefill_router.feed import Feed, Rows
+from prefill_router.recipe import Recipe
+from prefill_router.training import Trainer, fit
+rows = Rows(torch.randn(8, 3), torch.ones(8, 2), torch.arange(8, dtype=torch.int32))
+fit(Feed([8], {0: rows}, {0: rows}, rows[:0]), Trainer(Recipe(num_seeds=2, keep=1, max_epochs=2), 3, [1.0, 1.0], 0), 0)
+"""
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a new process has loaded once it has run `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{_REPORT}"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_core_imports_nothing_by_itself() -> None:
+    assert len(modules_after("import prefill_router")) <= _BARE
+
+
+@pytest.mark.parametrize(
+    ("workers", "unwanted"),
+    [
+        pytest.param(("extractor", "estimator", "embed", "fit"), _SELDOM, id="encoding"),
+        pytest.param(("decider", "collector", "grading"), _SELDOM | {"torch"}, id="without_an_encoder"),
+    ],
+)
+def test_a_worker_imports_what_it_uses(workers: tuple[str, ...], unwanted: set[str]) -> None:
+    loaded = modules_after("".join(f"import prefill_jobs.{name}\n" for name in workers))
+    assert {f"prefill_jobs.{name}" for name in workers} <= loaded
+    assert not loaded & unwanted
+
+
+def test_training_never_imports_torchs_compiler() -> None:
+    loaded = modules_after(_FIT)
+    assert "prefill_router.training" in loaded
+    assert not loaded & _SELDOM
+
+
+def test_help_imports_no_library_of_the_jobs() -> None:
+    loaded = modules_after(
+        "from prefill_jobs.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert "typer" in loaded
+    assert not loaded & {*_SELDOM, "torch", "ray", "pandas", "httpx", "fastapi", "s3fs"}
+    assert len(loaded) <= 660
