@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browsers import CHROMIUM
 from command import Command
-from manifests import KUBECTL
-from prometheus import PROMETHEUS, PROMTOOL
 from run import Run
 from s3 import s3_bucket  # noqa: F401
+from selection import leave_out
 from tiny import save_small_data, save_tiny_model, save_tiny_sentence_encoder
 
 # As in an activated environment: what tests start finds this Python and its programs.
@@ -31,26 +28,21 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # how often each node's agent looks at all its processes
 
 
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a GPU, or of a program, are left out where there is none: not skipped, for nobody meant to run them."""
-    has = {
-        "cuda": _has_cuda,
-        "browser": lambda: CHROMIUM is not None,
-        "kubectl": lambda: KUBECTL is not None,
-        "prometheus": lambda: PROMETHEUS is not None and PROMTOOL is not None,
-    }
-    left_out = [
-        i for i in items if any(i.get_closest_marker(mark) and not is_there() for mark, is_there in has.items())
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    leave_out(config, items)
 
 
-@functools.cache
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where the shared data is, every test can run: one that is skipped has failed."""
+    report = yield
+    if report.skipped and SHARED.is_dir():
+        report.outcome, report.longrepr = "failed", f"skipped, though {SHARED} exists: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

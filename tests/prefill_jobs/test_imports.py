@@ -20,6 +20,13 @@ from prefill_router.training import Trainer, fit
 rows = Rows(torch.randn(8, 3), torch.ones(8, 2), torch.arange(8, dtype=torch.int32))
 fit(Feed([8], {0: rows}, {0: rows}, rows[:0]), Trainer(Recipe(num_seeds=2, keep=1, max_epochs=2), 3, [1.0, 1.0], 0), 0)
 """
+_HELP = """
+from prefill_jobs.cli import main
+try:
+    main(["--help"])
+except SystemExit as ended:
+    assert not ended.code
+"""
 
 
 def modules_after(code: str) -> set[str]:
@@ -55,9 +62,7 @@ def test_training_never_imports_torchs_compiler() -> None:
 
 
 def test_help_imports_no_library_of_the_jobs() -> None:
-    loaded = modules_after(
-        "from prefill_jobs.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
-    )
+    loaded = modules_after(_HELP)
     assert "typer" in loaded
     assert not loaded & {*_SELDOM, "torch", "ray", "pandas", "httpx", "fastapi", "s3fs"}
     assert len(loaded) <= 660
