@@ -141,7 +141,7 @@ def test_a_prompt_that_ends_its_process_is_quarantined(tiny_model: Path, tmp_pat
     prompts[11] = "one SABOTAGE two"
     corpus, out = write_corpus(tmp_path / "corpus.jsonl", prompts), tmp_path / "out"
     job = ExtractJob(
-        tmp_path / "log", saboteur=True, corpus=corpus, encoder=tiny_model, shard_rows=8, layers="1", out=out
+        tmp_path / "log", saboteur=True, corpus=corpus, encoder=tiny_model, shard_rows=4, layers="1", out=out
     )
     summary = json.loads(job.wait(600).splitlines()[-1])
     assert (summary["prompts"], summary["quarantined"]) == (19, 1)
