@@ -27,7 +27,7 @@ class Bucket(Machine):
         self.filesystem = ObjectStore()
 
     @contextmanager
-    def watched(self, life: Life) -> Iterator[None]:
+    def watched(self, life: Life | None = None) -> Iterator[None]:
         self.filesystem.life = life
         try:
             yield
@@ -71,13 +71,13 @@ class ObjectStore(AbstractFileSystem):
 
     def find(self, path: str, *_: Any, **__: Any) -> list[str]:
         self._look("list", path)
-        return sorted(key for key in self.objects if key == path or key.startswith(f"{path}/"))
+        return sorted(key for key in list(self.objects) if key == path or key.startswith(f"{path}/"))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         self._look("list", path)
         if path in self.objects:
             return [self._file(path)] if detail else [path]
-        rests = (key.removeprefix(f"{path}/").split("/") for key in self.objects if key.startswith(f"{path}/"))
+        rests = (key.removeprefix(f"{path}/").split("/") for key in list(self.objects) if key.startswith(f"{path}/"))
         is_file = {rest[0]: len(rest) == 1 for rest in rests}
         if not is_file:
             raise FileNotFoundError(path)
@@ -105,7 +105,7 @@ class ObjectStore(AbstractFileSystem):
     def _entry(self, path: str) -> dict[str, Any]:
         if path in self.objects:
             return self._file(path)
-        if any(key.startswith(f"{path}/") for key in self.objects):
+        if any(key.startswith(f"{path}/") for key in list(self.objects)):
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 

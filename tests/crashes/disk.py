@@ -32,7 +32,7 @@ class Disk(Machine):
         self._thread = _Thread()
 
     @contextmanager
-    def watched(self, life: Life) -> Iterator[None]:
+    def watched(self, life: Life | None = None) -> Iterator[None]:
         _listen()
         self._life = life
         _ACTIVE[:] = [self]

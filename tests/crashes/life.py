@@ -67,13 +67,13 @@ async def mortal(program: Coroutine[Any, Any, T]) -> T:
     life, loop, task = here(), asyncio.get_running_loop(), asyncio.ensure_future(program)
     assert life is not None
     life.at_death = lambda: loop.call_soon_threadsafe(task.cancel)
-    loop.set_exception_handler(_say_unless_dead)  # tasks that nobody awaits die unheard
+    loop.set_exception_handler(ignore_the_dead)  # tasks that nobody awaits die unheard
     try:
         return await task
     except asyncio.CancelledError:
         raise Crash(life.death) from None
 
 
-def _say_unless_dead(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def ignore_the_dead(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     if not isinstance(context.get("exception"), Crash):
         loop.default_exception_handler(context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr
+from io import StringIO
 
 from crashes.life import Crash, Life
 from prefill_jobs import decider
@@ -20,7 +21,7 @@ class Machine(ABC):
         self.num_lives = 0
 
     @abstractmethod
-    def watched(self, life: Life) -> AbstractContextManager[None]:
+    def watched(self, life: Life | None = None) -> AbstractContextManager[None]:
         """Meanwhile, changes that belong to no other life are moments of this one."""
 
     def run(self, program: Callable[[], object], dies_at: int | None = None) -> Life:
@@ -29,7 +30,7 @@ class Machine(ABC):
         life = Life(self.num_lives, dies_at)
         forget()
         try:
-            with self.watched(life), life.lived():
+            with self.watched(life), life.lived(), redirect_stderr(StringIO()):
                 program()
         except Crash:
             assert life.death is not None
