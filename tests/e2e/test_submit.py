@@ -19,7 +19,7 @@ from command import Command
 from prefill_jobs.extract import extract
 from prefill_jobs.label import label
 from prefill_jobs.submission import JobFailedError, Submission, submit
-from prefill_router.config import ExtractConfig, LabelConfig, SubmitConfig, TrainConfig
+from prefill_router.config import ExtractConfig, InspectConfig, LabelConfig, SubmitConfig, TrainConfig
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
 from prefill_router.router import Router
@@ -134,6 +134,17 @@ def decisions(out: Path) -> dict[int, str]:
     return dict(zip(table["row"].to_pylist(), table["target"].to_pylist(), strict=True))
 
 
+def test_a_job_is_submitted_followed_and_asked_for(real_cluster: RealCluster, router: str, command: Command) -> None:
+    """The quickest job there is: others start processes for seconds each."""
+    job = submit(InspectConfig(router=router), to(real_cluster, "quick"))
+    assert Router.load(router).version in followed(job)
+    address = {"address": real_cluster.address}
+    assert command("submit", "status", "quick", **address).out == "SUCCEEDED\n"
+    assert Router.load(router).version in command("submit", "logs", "quick", **address).out
+    assert "quick  SUCCEEDED" in command("submit", "list", **address).out
+
+
+@pytest.mark.slow("a job on a real cluster")
 def test_a_submission_id_runs_once_and_tells_what_became_of_it(
     real_cluster: RealCluster, elsewhere: Path, tiny_model: Path, command: Command
 ) -> None:
