@@ -1,0 +1,202 @@
+"""Two writers at once, in any order of their steps: they do no harm, and of those that want a lease one holds it."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from crashes.bucket import Bucket
+from crashes.disk import Disk
+from crashes.extraction import OLD, PARTS, Extraction, check_store, objects
+from crashes.life import here
+from crashes.machine import Machine
+from crashes.process import simulate
+from crashes.turns import Turns
+from prefill_router import features, ledger, storage
+from prefill_router.errors import UserError
+from prefill_router.lease import Holder, Lease
+from prefill_router.ledger import Ledger
+from prefill_router.sources import Sources
+
+WRITERS = st.integers(0, 1)
+QUICK = settings(
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class Contest(RuleBasedStateMachine):
+    """Two programs on one storage, which go on, die and begin again as Hypothesis likes."""
+
+    kind: Callable[[Path], Machine]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.folder = pytest.MonkeyPatch(), tempfile.TemporaryDirectory()
+        simulate(self.patch)
+        machine = self.kind(Path(self.folder.name) / "disk")
+        if isinstance(machine, Bucket):
+            self.patch.setattr(storage, "_s3", lambda: machine.filesystem)
+        self.out = machine.uri
+        self._watching = machine.watched()
+        self._watching.__enter__()
+        self._numbers = itertools.count(1)
+        self.prepare()
+        self.writers = [self._begun(), self._begun()]
+
+    def prepare(self) -> None:
+        """Does what was done before both."""
+
+    def program(self) -> None:
+        """What each of them does."""
+        raise NotImplementedError
+
+    def _begun(self) -> Turns:
+        return Turns(next(self._numbers), self.program)
+
+    @rule(writer=WRITERS, num_steps=st.integers(1, 25))
+    def go_on(self, writer: int, num_steps: int) -> None:
+        self.writers[writer].go_on(num_steps)
+
+    @rule(writer=WRITERS)
+    def kill(self, writer: int) -> None:
+        self.writers[writer].kill()
+
+    @precondition(lambda self: any(each.is_over for each in self.writers))
+    @rule(writer=WRITERS)
+    def begin_again(self, writer: int) -> None:
+        if self.writers[writer].is_over:
+            self.writers[writer] = self._begun()
+
+    @invariant()
+    def no_writer_has_failed(self) -> None:
+        for writer in self.writers:
+            if writer.problem is not None:
+                raise writer.problem
+
+    def finish(self) -> None:
+        """Lets both end, one step each at a time, and begin again where they have not reached their end."""
+        for n in itertools.count():
+            self.writers[n % 2].go_on()
+            self.no_writer_has_failed()
+            if all(writer.is_over for writer in self.writers):
+                failed = [i for i, writer in enumerate(self.writers) if writer.death is not None]
+                if not failed:
+                    return
+                self.writers[failed[0]] = self._begun()
+
+    def teardown(self) -> None:
+        try:
+            self.finish()
+            self.check_end()
+        finally:
+            for writer in self.writers:
+                writer.kill()
+            self._watching.__exit__(None, None, None)
+            self.patch.undo()
+            self.folder.cleanup()
+
+    def check_end(self) -> None:
+        """Asserts what holds when both have ended."""
+
+
+class TwoExtractions(Contest):
+    """Two extractions of a corpus into a store that held less, neither of which knows of the other."""
+
+    def prepare(self) -> None:
+        self.patch.setattr(ledger, "SEGMENT_RECORDS", 2)
+        self.patch.setattr(features, "MAX_LISTED", 3)
+        # Until Python 3.12 all threads share this lock, which processes do not.
+        self.patch.setattr(vars(Sources)["_contents"], "lock", nullcontext(), raising=False)
+        Extraction(self.out)._extract([OLD])
+
+    def program(self) -> None:
+        Extraction(self.out)._extract(PARTS)
+
+    @invariant()
+    def readers_see_a_whole_store(self) -> None:
+        check_store(self.out)
+
+    def check_end(self) -> None:
+        self.readers_see_a_whole_store()
+        expected = undisturbed()
+        assert objects(self.out) == expected[0]
+        assert records(self.out) == expected[1]
+
+
+def records(out: str) -> dict[str, Any]:
+    opened = Ledger.open(out)
+    return {place.name: ledger.read(out, place) for place in opened.places(np.arange(len(opened)))}
+
+
+@cache
+def undisturbed() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        Extraction(folder)._extract([OLD])
+        Extraction(folder)._extract(PARTS)
+        return objects(folder), records(folder)
+
+
+class TwoHolders(Contest):
+    """Two that want the same lease, and hold it for a while."""
+
+    def __init__(self) -> None:
+        self.holding: set[int] = set()
+        super().__init__()
+        self.patch.setattr(Holder, "_has_ended", lambda holder: holder.started not in self.alive)
+
+    @property
+    def alive(self) -> set[int]:
+        return {writer.number for writer in self.writers if not writer.is_over}
+
+    def program(self) -> None:
+        life = here()
+        assert life is not None
+        try:
+            lease = Lease.acquire(self.out, "extract")
+        except UserError:
+            return
+        self.holding.add(life.number)
+        life.look("holds the lease")
+        lease.check()
+        self.holding.discard(life.number)
+        lease.release()
+
+    @invariant()
+    def one_at_most_holds_the_lease(self) -> None:
+        assert len(self.holding & self.alive) <= 1
+
+    def check_end(self) -> None:
+        Lease.acquire(self.out, "label").release()
+        assert len(storage.list_names(storage.join(self.out, "_lease"))) == 1
+
+
+def contest(kind: type[Contest], machine: Callable[[Path], Machine]) -> type[Contest]:
+    return type(kind.__name__, (kind,), {"kind": staticmethod(machine)})
+
+
+MACHINES = pytest.mark.parametrize("machine", [Disk, lambda _folder: Bucket()], ids=["local", "s3"])
+
+
+@MACHINES
+def test_two_extractions_end_with_the_store_of_one(machine: Callable[[Path], Machine]) -> None:
+    run_state_machine_as_test(contest(TwoExtractions, machine), settings=settings(QUICK, max_examples=12))
+
+
+@MACHINES
+def test_one_holds_a_lease(machine: Callable[[Path], Machine]) -> None:
+    run_state_machine_as_test(contest(TwoHolders, machine), settings=settings(QUICK, max_examples=40))
