@@ -193,7 +193,7 @@ def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, nu
     num_rows = num_rows.to(device)
     if num_workers > 1:
         dist.all_reduce(num_rows)
-    labels = torch.empty(0, len(task.weights))
+    labels = torch.empty(0, len(task.weights), dtype=torch.float32)
     empty = Rows(torch.empty(0, task.num_features), labels, torch.empty(0, dtype=torch.int32))
     return Feed(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)
 

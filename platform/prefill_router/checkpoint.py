@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from safetensors import SafetensorError
 
 from prefill_router.errors import UserError
 
+# While transformers loads a model, torch's default dtype is that model's in the whole process. Two loads at once would
+# leave it so; what computes meanwhile names its dtypes.
+_LOADING = threading.Lock()
 _PACKAGE = "package:"
 _READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a hub repository
 
@@ -70,7 +74,7 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
     from transformers import AutoModel, AutoTokenizer
 
-    with _load_errors(source, "a sentence encoder"), _quiet():
+    with _load_errors(source, "a sentence encoder"), _quiet(), _LOADING:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return Checkpoint(model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
@@ -104,7 +108,7 @@ def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoi
 def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _load_errors(source), _quiet():
+    with _load_errors(source), _quiet(), _LOADING:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     return model, tokenizer
@@ -169,7 +173,7 @@ def _unpack(gguf: Path, target: Path) -> None:
 
     draft = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        with _load_errors(str(gguf)), _quiet():
+        with _load_errors(str(gguf)), _quiet(), _LOADING:
             options = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
             model = AutoModelForCausalLM.from_pretrained(

@@ -49,7 +49,7 @@ class KernelMachine:
     @torch.inference_mode()
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         coefficients = torch.from_numpy(self.coefficients)
-        outputs = torch.empty(len(features), len(self.mean))
+        outputs = torch.empty(len(features), len(self.mean), dtype=torch.float32)
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             kernel = _kernel(torch.from_numpy(features[rows]), self._places, self.lengthscale)
@@ -108,7 +108,7 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
 
 def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
     """The principal axes (O, O) of each group of labels, as one orthogonal matrix."""
-    basis = torch.zeros(centred.shape[1], centred.shape[1])
+    basis = torch.zeros(centred.shape[1], centred.shape[1], dtype=torch.float32)
     for stop, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True):
         own = slice(stop - size, stop)
         basis[own, own] = torch.linalg.eigh(centred[:, own].T @ centred[:, own]).eigenvectors
@@ -161,6 +161,6 @@ class _Ridge:
         errors = [y.square().mean(0)]
         for strength in STRENGTHS:
             inverse_diagonal = self.vectors.square() @ (1.0 / (self.values + strength))
-            residuals = self.coefficients(y, torch.tensor(strength)) / inverse_diagonal[:, None]
+            residuals = self.coefficients(y, torch.tensor(strength, dtype=torch.float32)) / inverse_diagonal[:, None]
             errors.append(residuals.square().mean(0))
-        return torch.tensor([torch.inf, *STRENGTHS])[torch.stack(errors).argmin(0)]
+        return torch.tensor([torch.inf, *STRENGTHS], dtype=torch.float32)[torch.stack(errors).argmin(0)]

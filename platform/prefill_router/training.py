@@ -61,7 +61,7 @@ class Trainer:
         self.keys = seed_keys(seeds, self.device)
         self.moments = [
             {
-                "step": torch.zeros((), device=self.device),
+                "step": torch.zeros((), dtype=torch.float32, device=self.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -70,7 +70,7 @@ class Trainer:
         self.epoch = 0
         self.active = torch.arange(len(seeds), device=self.device)
         self.best = [p.detach().clone() for p in self.net.parameters()]
-        self.best_losses = torch.full((len(seeds),), math.inf, device=self.device)
+        self.best_losses = torch.full((len(seeds),), math.inf, dtype=torch.float32, device=self.device)
         self.best_epochs = torch.zeros(len(seeds), dtype=torch.long, device=self.device)
 
     @property
@@ -142,7 +142,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, validation: Iterable[Rows]) -> None:
         """Ends an epoch: keeps the weights of the seeds that are better than ever, and lets those go that lost."""
-        sum_A = torch.zeros(len(self.active), device=self.device)
+        sum_A = torch.zeros(len(self.active), dtype=torch.float32, device=self.device)
         weight_A = torch.zeros_like(sum_A)
         for rows in validation:
             for start in range(0, len(rows), _VALIDATION_ROWS):

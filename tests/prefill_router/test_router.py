@@ -109,6 +109,18 @@ def test_prompts_and_their_stored_activations_give_the_same(tiny_router: Router,
         np.testing.assert_array_equal(a, b)
 
 
+def test_predictions_do_not_hang_on_torchs_default_type(tiny_router: Router, tiny_encoder: PrefillEncoder) -> None:
+    """While another thread loads a model, transformers sets it for the whole process."""
+    expected = tiny_router.predict_activations(tiny_encoder.encode(PROMPTS))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        meanwhile = tiny_router.predict_activations(tiny_encoder.encode(PROMPTS))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(meanwhile, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_no_prompts_give_no_predictions(tiny_router: Router) -> None:
     assert tiny_router.predict([]).p_correct.shape == (0, 2)
 
