@@ -229,7 +229,7 @@ def test_what_cannot_succeed_is_one_line_in_bounded_time(
     with ThreadPoolExecutor(len(OPERATIONS)) as pool:
         took_s = dict(zip(OPERATIONS, pool.map(fail, OPERATIONS.values()), strict=True))
     # Twice: to read many is to wait, after the first failure, for what is under way. The rest is for a busy machine.
-    assert max(took_s.values()) < 2 * bound_s() + 5, took_s
+    assert max(took_s.values()) < 2 * bound_s() + 30, took_s
 
     faulty_s3.faults = Faults()
     if fault != "cut_body":  # then what was asked was done

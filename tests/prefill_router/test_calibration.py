@@ -247,9 +247,9 @@ def test_a_prompt_of_ten_targets_takes_well_under_a_millisecond() -> None:
     calibration = Calibration.of([("isotonic", fit_isotonic(logits(p), y))] * 10)
     row, times = np.full((1, 10), 0.3, np.float32), []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         calibration(row)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert np.median(times) < 1e-3
 
 

@@ -63,10 +63,10 @@ def test_a_gpu_must_multiply_bfloat16_natively(native: bool, dtype: str, monkeyp
 
 def test_the_peak_is_that_of_a_timed_product() -> None:
     """Of half its size, with the same threads; within a factor of 4, for other work shares the machine."""
-    peak = measured_peak_flops(torch.device("cpu"), torch.float32, repeats=2)
+    peak = measured_peak_flops(torch.device("cpu"), torch.float32, repeats=8)
     a = torch.ones(1024, 1024)
     timed = []
-    for _ in range(5):
+    for _ in range(8):
         started = time.perf_counter()
         a @ a
         timed.append(time.perf_counter() - started)

@@ -144,11 +144,11 @@ def test_conversations_share_their_turns() -> None:
     ],
 )
 def test_grouping_many_prompts_takes_no_time(opening: list[int]) -> None:
-    """8,192 prompts of 200 tokens: measured, 0.04 to 0.4 s; the bound is for a busy machine."""
+    """8,192 prompts of 200 tokens: measured, 0.04 to 0.4 s; of this thread's own time, which other work leaves alone."""
     prompts = random_prompts(8192, 200 - len(opening), opening)
-    started = time.perf_counter()
+    started = time.thread_time()
     shared_prefixes(prompts, 256)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_a_long_chain_of_prompts_that_continue_each_other_is_grouped_too() -> None:

@@ -315,9 +315,9 @@ def test_an_upstream_that_is_dead_is_left_alone_and_one_that_is_slow_holds_nobod
     assert set(served) == {alive}
     assert 5 <= len(upstreams[dead].completions) <= 10
     assert 5 <= len(upstreams[slow].completions) <= 10
-    started = time.perf_counter()
+    asked = len(upstreams[slow].completions)
     answering(gateway.chat(ASKED))
-    assert time.perf_counter() - started < 0.3
+    assert len(upstreams[slow].completions) == asked
 
 
 @pytest.mark.parametrize("default", [None, "mid"])
@@ -482,7 +482,7 @@ def _dear(gateway: Gateway) -> tuple[str, dict[str, float]]:
 
 
 def _until_settled(gateway: Gateway) -> None:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while gateway.stats()["reserved_usd"] and time.monotonic() < deadline:
         time.sleep(0.02)
     assert gateway.stats()["reserved_usd"] == 0.0

@@ -154,7 +154,7 @@ def test_what_takes_too_much_is_stopped(code: str, status: str) -> None:
     sandbox = replace(SMALL, wall_s=2) if "sleep" in code else SMALL
     verdict = run(f"{code}\n{RIGHT}" if "def f" not in code else code, sandbox=sandbox)
     assert verdict.status == status, verdict
-    assert time.monotonic() - start < 20.0
+    assert time.monotonic() - start < 50.0  # less than any of it would take by itself
     assert len(verdict.output) <= SMALL.output_bytes
 
 
@@ -380,7 +380,7 @@ def _running(folder: Path) -> int:
 
 
 def _eventually(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.05)
     return holds()
