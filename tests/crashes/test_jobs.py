@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from corpora import write_jsonl
 from crashes.enumeration import Machines, crash_everywhere
 from crashes.jobs import Collecting, Extracting, Labelling, Readings, Targets
 from here import sequential
+from prefill_jobs import cluster
 from prefill_router import features, ledger
 from tiny import random_prompts
 
@@ -21,10 +23,22 @@ PROMPTS = random_prompts(12, seed=5)
 
 @pytest.fixture(autouse=True)
 def _small(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of an actor one after another, segments of two records, and a manifest whose list is another object."""
+    """Calls of an actor one after another, segments of two records, and a manifest whose list is another object.
+
+    On one thread: on tiny tensors, more would only wait for each other.
+    """
     monkeypatch.setattr(sequential, "is_set", True)
+    monkeypatch.setattr(cluster, "threads_per_worker", lambda _workers: 1)
     monkeypatch.setattr(ledger, "SEGMENT_RECORDS", 2)
     monkeypatch.setattr(features, "MAX_LISTED", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
