@@ -7,12 +7,11 @@ which tests with `local_ray` are about.
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -132,12 +131,6 @@ class Shared:
         return self.call(method, *arguments)
 
 
-@contextmanager
-def connected() -> Iterator[None]:
-    with redirect_stdout(sys.stderr):
-        yield
-
-
 def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         result, problem = cluster._caught(copied(function), copied(item))
@@ -161,7 +154,6 @@ def without_ray() -> Iterator[None]:
     """Jobs that are run meanwhile run in this process."""
     stand_ins = {
         "connect": lambda: None,
-        "connected": connected,
         "spread": spread,
         "Shared": Shared,
         "worker_id": lambda: "here",

@@ -16,7 +16,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-RAY_CPUS = 8  # logical ones: jobs of several processes of tests find room at once
+# For jobs of two processes of tests at once. With more, Ray starts more workers, each of which imports for seconds.
+RAY_CPUS = 4
 
 
 def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,10 +91,12 @@ def _extract(config: Any) -> None:
 
 
 def _probe(config: Any) -> None:
+    from prefill_jobs.cluster import results_apart
     from prefill_jobs.probe import run_probe
     from prefill_router.probe import by_encoder, choose, coverage, joint_columns
 
-    probes = run_probe(config)
+    with results_apart():
+        probes = run_probe(config)
     encoders = by_encoder(probes)
     for target, best in choose(probes).items():
         column = f"{best.encoder} {best.column.name}" if len(encoders) > 1 else best.column.name
@@ -109,13 +111,17 @@ def _probe(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
+    from prefill_jobs.cluster import results_apart
     from prefill_jobs.train import train, train_folds
 
     if config.folds is not None:
-        for fold, router in enumerate(train_folds(config)):
+        with results_apart():
+            routers = train_folds(config)
+        for fold, router in enumerate(routers):
             typer.echo(f"{config.out}/fold-{fold}: router {router.version}, tolerance {router.default_tolerance:.3f}")
         return
-    router = train(config)
+    with results_apart():
+        router = train(config)
     typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
     if config.extend is None:
         losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
@@ -138,17 +144,21 @@ def _inspect(config: Any) -> None:
 def _evaluate(config: Any) -> None:
     import numpy as np
 
+    from prefill_jobs.cluster import results_apart
     from prefill_jobs.evaluate import evaluate
     from prefill_jobs.from_log import evaluate_log
     from prefill_router.outcomes import is_feedback
     from prefill_router.report import against_baselines, headline, metric_rows, policy_rows
 
     if is_feedback(config.outcomes):
-        for row in policy_rows(evaluate_log(config)):
+        with results_apart():
+            report = evaluate_log(config)
+        for row in policy_rows(report):
             typer.echo("  ".join(row))
         typer.echo(f"report: {config.out}/log.html")
         return
-    evaluation = evaluate(config)
+    with results_apart():
+        evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))
     calibration = evaluation.calibration
@@ -160,10 +170,12 @@ def _evaluate(config: Any) -> None:
 
 
 def _compare(config: Any) -> None:
+    from prefill_jobs.cluster import results_apart
     from prefill_jobs.compare import compare
     from prefill_router.report import headline, paired_rows
 
-    evaluation = compare(config)
+    with results_apart():
+        evaluation = compare(config)
     typer.echo(f"{evaluation.num_held_out:,} prompts new to all: {headline(evaluation)}")
     for other in evaluation.standings[1:]:
         typer.echo(f"{config.routers[0]} less {other.title}:")

@@ -53,19 +53,23 @@ def set_environment() -> None:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """`connect`, for a job that prints a result: a Ray that was started for it ends with it.
-
-    What Ray prints of workers that died goes to stderr meanwhile, and not among what the job prints.
-    """
+def results_apart() -> Iterator[None]:
+    """Keeps stdout for a job's result: what Ray prints goes to stderr. A Ray that the job starts ends here too."""
     is_ours = not ray.is_initialized()
     with redirect_stdout(sys.stderr):
-        connect()
         try:
             yield
         finally:
-            if is_ours:
+            if is_ours and ray.is_initialized():
                 ray.shutdown()
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connects for a job that prints a result: see `connect` and `results_apart`."""
+    with results_apart():
+        connect()
+        yield
 
 
 def map_rows(items: Sequence[Mapping[str, Any]], function: Any, **options: Any) -> Iterator[dict[str, Any]]:

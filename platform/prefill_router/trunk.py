@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
@@ -25,8 +26,9 @@ class SharedTrunkNet(nn.Module):
         """`sizes` runs from features to outputs, over the hidden ones; `dropout` is of each layer's input."""
         super().__init__()
         self.dropout = tuple(dropout)
-        self.weights = nn.ParameterList(torch.zeros(num_seeds, i, o, dtype=torch.float32) for i, o in itertools.pairwise(sizes))
-        self.biases = nn.ParameterList(torch.zeros(num_seeds, 1, o, dtype=torch.float32) for o in sizes[1:])
+        zeros = partial(torch.zeros, dtype=torch.float32)
+        self.weights = nn.ParameterList(zeros(num_seeds, i, o) for i, o in itertools.pairwise(sizes))
+        self.biases = nn.ParameterList(zeros(num_seeds, 1, o) for o in sizes[1:])
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> SharedTrunkNet:

@@ -27,7 +27,7 @@ def test_the_steps_of_a_run(benchmark: Any, tmp_path: Path) -> None:
     assert benchmark.read(uri, *size)["read_manifest_s"] > 0
 
 
-def test_requests_are_counted(benchmark: Any) -> None:
-    requests = benchmark.on_s3("", 20, 4)["requests"]
+def test_requests_are_counted(benchmark: Any, tmp_path: Path) -> None:
+    requests = benchmark.on_s3(str(tmp_path / "s3"), 20, 4)["requests"]
     # Two claimed segments of two objects each beside the records; one request deletes all of these.
     assert (requests["put_object"], requests["delete_objects"]) == (24, 1)

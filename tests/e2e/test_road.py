@@ -1,51 +1,63 @@
-"""The whole road on the tiny model, through the command line, as its user would walk it."""
+"""The whole road on the tiny model, through the command line and a bucket, as its user would walk it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import duckdb
 
 from command import Command
+from prefill_router import storage
+from prefill_router.features import ActivationStore
+from prefill_router.router import Router
 
 
 def test_from_a_file_of_prompts_to_decisions(
-    local_ray: None, command: Command, tiny_model: Path, small_data: Path, tmp_path: Path
+    local_ray: None, command: Command, tiny_model: Path, small_data: Path, s3_bucket: str, tmp_path: Path
 ) -> None:
-    graded = {"activations": tmp_path / "acts", "outcomes": small_data / "outcomes.parquet"}
-    pool = {"pool": f"{small_data}/pool.toml#pool"}
+    root = f"{s3_bucket}/road"
+    for path in small_data.iterdir():
+        storage.write_bytes(f"{root}/{path.name}", path.read_bytes())
+    graded = {"activations": f"{root}/acts", "outcomes": f"{root}/outcomes.parquet"}
+    pool = {"pool": f"{root}/pool.toml#pool"}
 
-    extract = command("extract", corpus=small_data / "corpus.parquet", encoder=tiny_model, out=tmp_path / "acts")
-    assert extract.status == 0
+    extract = command(
+        "extract", corpus=f"{root}/corpus.parquet", encoder=tiny_model, shard_rows=100, out=f"{root}/acts"
+    )
+    assert extract.status == 0, extract.err
     assert "240 prompts" in extract.out
     assert "10 columns" in extract.out
     assert "240/240 prompts" in extract.err
+    store = ActivationStore.open(f"{root}/acts")
+    assert (store.manifest.rows, store.num_shards) == (240, 3)
 
-    probe = command("probe", **graded, **pool, out=tmp_path / "probe")
-    assert probe.status == 0
+    probe = command("probe", **graded, **pool, out=f"{root}/probe")
+    assert probe.status == 0, probe.err
     assert probe.out.startswith("big: ")
 
-    train = command("train", **graded, **pool, out=tmp_path / "router", seeds=4, keep=2, max_epochs=60)
-    assert train.status == 0
+    train = command("train", **graded, **pool, out=f"{root}/router", seeds=4, keep=2, max_epochs=60)
+    assert train.status == 0, train.err
+    assert Router.load(f"{root}/router").pool.target_names == ["big", "small"]
+    assert not storage.exists(f"{root}/router/_runs")
 
-    evaluate = command(
-        "evaluate", **graded, router=tmp_path / "router", probe=tmp_path / "probe", out=tmp_path / "report"
-    )
-    assert evaluate.status == 0
+    evaluate = command("evaluate", **graded, router=f"{root}/router", probe=f"{root}/probe", out=f"{root}/report")
+    assert evaluate.status == 0, evaluate.err
     assert "P-AUCCC" in evaluate.out
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    report = storage.read_json(f"{root}/report/report.json")
     # Which prompts "small" answers can be told, so that routing adds to the single targets.
     assert report["router"]["auc"][1] > 0.8
     assert report["router"]["mdp_auccc"] > 0.02
     assert report["router"]["saving_at_best_single"] > 0.0
 
-    label = command("label", router=tmp_path / "router", log=small_data / "corpus.parquet", out=tmp_path / "labels")
-    assert label.status == 0
-    ((rows, versions),) = duckdb.sql(
-        f"select count(*), count(distinct router_version) from '{tmp_path}/labels/decisions/*.parquet'"
-    ).fetchall()
+    label = command("label", router=f"{root}/router", log=f"{root}/corpus.parquet", out=f"{root}/labels")
+    assert label.status == 0, label.err
+    (decided,) = storage.find_files(f"{root}/labels/decisions")
+    (tmp_path / "decisions.parquet").write_bytes(storage.read_bytes(decided))
+    query = f"select count(*), count(distinct router_version) from '{tmp_path}/decisions.parquet'"
+    ((rows, versions),) = duckdb.sql(query).fetchall()
     assert (rows, versions) == (240, 1)
+    targets = duckdb.sql(f"select distinct target from '{tmp_path}/decisions.parquet'").fetchall()
+    assert {target for (target,) in targets} <= {"big", "small"}
 
 
 def test_a_failed_job_leaves_no_result(

@@ -1,51 +1,16 @@
-"""Extract, train, label and collect against an S3 server on loopback."""
+"""Collecting into a bucket, and buckets that are not there. The other jobs' road through S3 is `e2e/test_road.py`."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
 
-import duckdb
-
 from collected import asked_twice, billed_usd, is_right, write_pool_of, write_prompts
 from command import Command
 from prefill_jobs.collect import CollectManifest, collect
 from prefill_router import storage
 from prefill_router.config import CollectConfig
-from prefill_router.features import ActivationStore
-from prefill_router.router import Router
 from upstream import Fault, Upstream
-
-
-def test_the_jobs_read_and_write_a_bucket(
-    local_ray: None, command: Command, s3_bucket: str, tiny_model: Path, small_data: Path, tmp_path: Path
-) -> None:
-    root = f"{s3_bucket}/road"
-    for path in small_data.iterdir():
-        storage.write_bytes(f"{root}/{path.name}", path.read_bytes())
-
-    corpus = f"{root}/corpus.parquet"
-    out = f"{root}/activations"
-    extract = command("extract", corpus=corpus, encoder=tiny_model, layers="1,3", shard_rows=100, out=out)
-    assert extract.status == 0, extract.err
-    store = ActivationStore.open(out)
-    assert store.manifest.rows == 240
-    assert store.num_shards == 3
-
-    outcomes, pool = f"{root}/outcomes.parquet", f"{root}/pool.toml"
-    options = {"activations": out, "outcomes": outcomes, "pool": pool, "seeds": 2, "keep": 1}
-    train = command("train", **options, out=f"{root}/router")
-    assert train.status == 0, train.err
-    assert Router.load(f"{root}/router").pool.target_names == ["big", "small"]
-    assert not storage.exists(f"{root}/router/_runs")
-
-    label = command("label", router=f"{root}/router", log=corpus, out=f"{root}/decisions")
-    assert label.status == 0, label.err
-    (decided,) = storage.find_files(f"{root}/decisions/decisions")
-    (tmp_path / "decisions.parquet").write_bytes(storage.read_bytes(decided))
-    rows = duckdb.sql(f"select target, count(*) from '{tmp_path}/decisions.parquet' group by target").fetchall()
-    assert sum(count for _, count in rows) == 240
-    assert {target for target, _ in rows} <= {"big", "small"}
 
 
 def test_workers_collect_into_a_bucket_within_one_budget(local_ray: None, s3_bucket: str, tmp_path: Path) -> None:

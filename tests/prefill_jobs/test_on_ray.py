@@ -93,15 +93,34 @@ def test_two_workers_learn_what_one_process_does(
     assert other.training["metrics"]["best_epochs"] == alone.training["metrics"]["best_epochs"]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    local_ray: None, activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Router, Path]:
+    """A router that one worker of Ray Train fitted, and where it is."""
+    out = tmp_path_factory.mktemp("undisturbed") / "router"
+    return trained(activations, small_data, out), out
+
+
+def test_a_run_leaves_nothing_of_ray_train_behind(undisturbed: tuple[Router, Path]) -> None:
+    names = storage.list_names(str(undisturbed[1]))
+    assert [name for name in names if not name.endswith(".safetensors")] == ["router.json"]
+
+
+def test_one_worker_learns_what_one_process_does(undisturbed: tuple[Router, Path], router: str) -> None:
+    """`router` was trained in process."""
+    for a, b in zip(undisturbed[0].predict(PROMPTS), Router.load(router).predict(PROMPTS), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_a_worker_killed_amid_an_epoch_changes_nothing(
-    local_ray: None,
-    router: str,
+    undisturbed: tuple[Router, Path],
     activations: str,
     small_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The trainer's third pass ends the worker's process, once; `router` was trained in process, and never killed."""
+    """The trainer's third pass ends the worker's process, once."""
     killed = tmp_path / "killed"
     whole_pass = Trainer.train
 
@@ -120,13 +139,5 @@ def test_a_worker_killed_amid_an_epoch_changes_nothing(
     monkeypatch.setattr(fit, "_fit_worker", worker_that_dies)
     resumed = trained(activations, small_data, tmp_path / "router")
     assert killed.exists()
-    for a, b in zip(resumed.predict(PROMPTS), Router.load(router).predict(PROMPTS), strict=True):
+    for a, b in zip(resumed.predict(PROMPTS), undisturbed[0].predict(PROMPTS), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_a_run_leaves_nothing_of_ray_train_behind(
-    local_ray: None, activations: str, small_data: Path, tmp_path: Path
-) -> None:
-    trained(activations, small_data, tmp_path / "router", max_epochs=1)
-    names = storage.list_names(str(tmp_path / "router"))
-    assert [name for name in names if not name.endswith(".safetensors")] == ["router.json"]
