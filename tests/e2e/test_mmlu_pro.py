@@ -12,9 +12,9 @@ from command import Command
 MMLU_PRO = Path(__file__).parents[3] / "shared" / "data" / "mmlu_pro"
 
 
-@pytest.mark.slow("a real encoder, read by two cores, and jobs on Ray")
+@pytest.mark.slow("a real encoder, which two cores run for a minute")
 @pytest.mark.skipif(not MMLU_PRO.is_dir(), reason="../shared/data/mmlu_pro is not there")
-def test_the_road_on_real_data(local_ray: None, command: Command, tmp_path: Path) -> None:
+def test_the_road_on_real_data(in_process: None, command: Command, tmp_path: Path) -> None:
     extract = command(
         "extract",
         corpus=MMLU_PRO / "prompts.parquet",
