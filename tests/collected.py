@@ -35,7 +35,8 @@ def is_right(prompt_id: str, target: str) -> bool:
 
 
 def write_pool_of(path: Path, upstreams: Mapping[str, Upstream], **upstream: Any) -> str:
-    return write_pool(path, upstreams, **{name: {"upstream": {"timeout_s": 1.0, **upstream}} for name in upstreams})
+    """A pool whose calls a busy machine does not cut short; where upstreams hang, give a `timeout_s`."""
+    return write_pool(path, upstreams, **{name: {"upstream": {"timeout_s": 60.0, **upstream}} for name in upstreams})
 
 
 def outcomes(out: Path) -> list[dict[str, Any]]:

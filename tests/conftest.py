@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from command import Command
 from run import Run
@@ -28,6 +29,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs her
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # how often each node's agent looks at all its processes
 
+
+# An example takes as long as a busy machine needs.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from math import ceil
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +21,8 @@ _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#
 _RIVALS = ["#d1603d", "#3f9b6c", "#8a5fb0"]  # of the best baselines; the others are grey
 _GREY, _INK = "#9ca3af", "#374151"
 _LINE = {"last": "-", "mean": "--"}
+
+_Corner = Literal["upper right", "lower right"]
 
 WIDE, NARROW = 8.6, 4.4  # inches: a desk's and a phone's
 _NARROW = 6.0
@@ -40,8 +43,8 @@ def probe_figure(probes: Sequence[LayerProbe], width: float = 10.0) -> Figure:
         of_encoder = f" by {encoder}" if len(encoders) > 1 else ""
         _plot_fisher(fisher_axes, rows, chosen)
         _plot_d_eff(d_eff_axes, rows)
-        _label(fisher_axes, f"Fisher separability{of_encoder}", "layer", "J, bias-corrected")
-        _label(d_eff_axes, f"Effective dimensionality{of_encoder}", "layer", "d_eff")
+        _label(fisher_axes, f"Fisher separability{of_encoder}", "layer", "J, bias-corrected", "lower right")
+        _label(d_eff_axes, f"Effective dimensionality{of_encoder}", "layer", "d_eff", "upper right")
         d_eff_axes.set_yscale("log")
     return figure
 
@@ -104,7 +107,7 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     if min(evaluation.target_cost) > 0.0:  # a log axis has no place for a free target
         axes.set_xscale("log")
     axes.margins(x=0.14, y=0.08)
-    _label(axes, "", "mean cost of a prompt, USD", "accuracy", legend=False)
+    _label(axes, "", "mean cost of a prompt, USD", "accuracy")
     legend = figure.legend(loc="outside lower center", ncols=3 if width > _NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
     return figure
@@ -155,7 +158,7 @@ def shares_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.margins(x=0.1)
-    _label(axes, "", "share of prompts", "")
+    _label(axes, "", "share of prompts", "", "above")
     return figure
 
 
@@ -169,7 +172,7 @@ def risk_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.set_ylim(bottom=0.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _label(axes, "", "share of prompts, surest first", "wrong answers among them")
+    _label(axes, "", "share of prompts, surest first", "wrong answers among them", "above")
     return figure
 
 
@@ -230,7 +233,7 @@ def learning_figure(curve: LearningCurve, width: float) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
-        _label(axes, "", "training prompts", title, legend=False)
+        _label(axes, "", "training prompts", title)
         axes.tick_params(labelsize=8)
     return figure
 
@@ -238,15 +241,19 @@ def learning_figure(curve: LearningCurve, width: float) -> Figure:
 _LEARNT = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
 
 
-def _label(axes: Axes, title: str, x: str, y: str, *, legend: bool = True) -> None:
+def _label(axes: Axes, title: str, x: str, y: str, legend: _Corner | Literal["above"] | None = None) -> None:
+    """`legend` is where one goes: matplotlib's search for the best place warns of itself on a busy machine."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        _plain(axes.legend(fontsize=8, frameon=False).get_texts())
+    if legend == "above":
+        options = {"bbox_to_anchor": (0.5, 1.0), "ncols": 2}
+        _plain(axes.legend(loc="lower center", fontsize=8, frameon=False, **options).get_texts())
+    elif legend is not None:
+        _plain(axes.legend(loc=legend, fontsize=8, frameon=False).get_texts())
 
 
 def _plain(texts: Iterable[Text]) -> None:

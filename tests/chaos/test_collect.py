@@ -27,7 +27,9 @@ def test_no_answer_is_paid_for_twice_though_the_job_is_killed(
             upstream.retry_after_s, upstream.first_byte_s = 0, 0.1
             upstream.faults(Fault.RATE_LIMIT, Fault.ERROR, Fault.CUT, Fault.HANG, rate=0.15)
         concurrency = 4
-        pool = write_pool_of(tmp_path / "pool.toml", upstreams, concurrency=concurrency, requests_per_minute=1200.0)
+        pool = write_pool_of(
+            tmp_path / "pool.toml", upstreams, concurrency=concurrency, requests_per_minute=1200.0, timeout_s=5.0
+        )
         corpus, budget = write_prompts(tmp_path / "corpus.jsonl", num_prompts), 0.2
         options: dict[str, Any] = {
             "corpus": str(corpus),

@@ -36,7 +36,7 @@ def test_every_outcome_is_right_whatever_the_upstreams_do(upstreams: dict[str, U
         upstream.retry_after_s, upstream.slow_s = 0, 0.3
         faults = (Fault.RATE_LIMIT, Fault.ERROR, Fault.HANG, Fault.CUT, Fault.SLOW_HEAD, Fault.RESET, Fault.NOT_JSON)
         upstream.faults(*faults, Fault.ERROR_FIRST, Fault.EMPTY, Fault.STALL, rate=0.3)
-    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams, timeout_s=5.0)
     manifest = collected(tmp_path, pool, attempts=12)
     found = outcomes(tmp_path / "out")
     assert (manifest.outcomes, manifest.graded, manifest.missing) == (120, 120, 0)

@@ -165,7 +165,9 @@ def test_unknown_columns_are_told_once(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count('column "mood"') == 1
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(prompts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, unique=True))
 def test_any_prompts_come_back(tmp_path: Path, prompts: list[str]) -> None:
     stream = io.StringIO()
