@@ -122,6 +122,17 @@ def router(run: Run, activations: str, small_data: Path) -> str:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much to waiting for them on a busy machine."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
     """Runs the jobs of a module's tests without Ray: see `here`."""
     from here import without_ray

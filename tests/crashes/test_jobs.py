@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from corpora import write_jsonl
 from crashes.enumeration import Machines, crash_everywhere
@@ -17,6 +16,8 @@ from here import sequential
 from prefill_jobs import cluster
 from prefill_router import features, ledger
 from tiny import random_prompts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = random_prompts(12, seed=5)
 
@@ -31,14 +32,6 @@ def _small(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "threads_per_worker", lambda _workers: 1)
     monkeypatch.setattr(ledger, "SEGMENT_RECORDS", 2)
     monkeypatch.setattr(features, "MAX_LISTED", 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
 from prefill_router.kernel import KernelMachine
@@ -24,12 +22,8 @@ COLUMNS = [ActivationColumn("last", 2), ActivationColumn("mean", 3)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and lose much to waiting for them on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def _one_thread(one_thread: None) -> None:
+    """All tests of the core run so."""
 
 
 @pytest.fixture(params=["local", "s3"])
