@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from prefill_router.errors import UserError
 
 # While transformers loads a model, torch's default dtype is that model's in the whole process. Two loads at once would
-# leave it so; what computes meanwhile names its dtypes.
+# leave it so, and transformers silent; what computes meanwhile names its dtypes.
 _LOADING = threading.Lock()
 _PACKAGE = "package:"
 _READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a hub repository
@@ -74,7 +74,7 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
     from transformers import AutoModel, AutoTokenizer
 
-    with _load_errors(source, "a sentence encoder"), _quiet(), _LOADING:
+    with _load_errors(source, "a sentence encoder"), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return Checkpoint(model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
@@ -95,10 +95,12 @@ def load_config(source: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     gguf, folder = _gguf(source), Path(source).expanduser()
-    with _load_errors(source), _quiet():
-        if gguf is not None:
-            return AutoConfig.from_pretrained(_unpacked(gguf, _sha256([gguf])))
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+    with _load_errors(source):
+        unpacked = None if gguf is None else _unpacked(gguf, _sha256([gguf]))
+        with _quiet():
+            if unpacked is not None:
+                return AutoConfig.from_pretrained(unpacked)
+            return AutoConfig.from_pretrained(folder if folder.is_dir() else source, revision=revision)
 
 
 def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoint:
@@ -108,7 +110,7 @@ def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoi
 def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _load_errors(source), _quiet(), _LOADING:
+    with _load_errors(source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     return model, tokenizer
@@ -173,7 +175,7 @@ def _unpack(gguf: Path, target: Path) -> None:
 
     draft = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        with _load_errors(str(gguf)), _quiet(), _LOADING:
+        with _load_errors(str(gguf)), _quiet():
             options = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
             model = AutoModelForCausalLM.from_pretrained(
@@ -195,15 +197,16 @@ def _sha256(files: list[Path]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and advice."""
+    """transformers without its progress bars and advice, for one thread at a time: its settings are the process's."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with _LOADING:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
