@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from ending import ended
 from manifests import INFRA
 from ports import free_port
 
@@ -77,5 +78,4 @@ def watching(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
         yield prometheus
     finally:
         prometheus.client.close()
-        process.terminate()
-        process.wait(120)
+        ended(process)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from ending import ended
 from ports import free_port
 
 
@@ -80,8 +81,7 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
         yield serve
     finally:
         was_killed = process.poll() is not None
-        process.send_signal(signal.SIGTERM)
-        process.wait(300)
+        ended(process)
         serve.listener.join(300)
     assert was_killed or process.returncode == 0, serve.said
     assert was_killed or "RAY_ADDRESS" in os.environ or not serve.answers(), serve.said

@@ -9,7 +9,8 @@ if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
 fi
 moto_server --host 127.0.0.1 --port "$port" > /dev/null 2>&1 &
 server=$!
-trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true' EXIT
+# By SIGKILL: it has nothing to keep, and other signals it may lose, as Python does for those that come as it ends.
+trap 'kill -KILL "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true' EXIT
 trap 'exit 0' INT TERM
 
 tries=0

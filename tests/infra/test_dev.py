@@ -37,8 +37,12 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
         yield dict(word.split("=", 1) for word in words[1:]), tree
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        status = process.wait(300)
-    _, left = psutil.wait_procs(everything, timeout=300)
+        try:
+            status = process.wait(120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+    _, left = psutil.wait_procs(everything, timeout=120)
     assert (status, left) == (0, [])
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from collected import write_prompts
+from ending import ended
 from gateway import write_pool
 from manifests import INFRA
 from ports import free_port
@@ -66,8 +67,7 @@ def ray_cluster() -> Iterator[Path]:
                 patch.setenv(*setting.split("=", 1))
             yield folder / "ray"
         finally:
-            process.terminate()
-            process.wait(300)
+            ended(process)
             process.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 
