@@ -90,7 +90,16 @@ class S3(S3FileSystem):  # type: ignore[misc]
             else:
                 raise OSError(f"s3://{bucket}/{keys[0]}: could not be deleted: {errors[0].get('Code')}")
 
+    async def _remove_below(self, path: str) -> None:
+        """Deletes all objects below a folder, by its literal name: fsspec's `rm` would expand `[1]` or `*`."""
+        bucket, key, _ = self.split_path(path)
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page["IsTruncated"]:
+            page = await self._call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "")
+            await self._remove_many([f"{bucket}/{found['Key']}" for found in page.get("Contents", [])])
+
     remove_many = sync_wrapper(_remove_many)
+    remove_below = sync_wrapper(_remove_below)
 
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
         with _os_errors(options.get("Bucket"), options.get("Key") or options.get("Prefix")):

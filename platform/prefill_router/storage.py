@@ -55,6 +55,8 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme == "s3":
         if not rest.strip("/"):
             raise UserError(f"{uri}: names no bucket")
+        if "?versionId=" in rest:  # which s3fs would cut off
+            raise UserError(f"{uri}: names a version of an object: only the latest can be read")
         return _s3(), rest.rstrip("/")
     raise UserError(f'{uri}: scheme "{scheme}" is not supported: use a local path, file:// or s3://')
 
@@ -275,17 +277,14 @@ def arrow_location(uri: str) -> tuple[pafs.FileSystem | None, str]:
 def remove(uri: str) -> None:
     """Deletes a file or a whole folder; nothing happens where there is none."""
     fs, path = resolve(uri)
-    if _is_file(fs, path):
-        with suppress(FileNotFoundError):  # another was faster
+    with suppress(FileNotFoundError):  # or another was faster
+        if _is_file(fs, path):
             fs.rm_file(path)
-    elif isinstance(fs, LocalFileSystem):
-        # fsspec's asks for the working directory, which Ray's raylets of one machine may have put anew.
-        with suppress(FileNotFoundError):
+        elif isinstance(fs, LocalFileSystem):
+            # fsspec's asks for the working directory, which Ray's raylets of one machine may have put anew.
             shutil.rmtree(path)
-    elif fs.exists(path):
-        fs.rm(path, recursive=True)
-        if fs.exists(path):  # S3 deletes a thousand at once, and its errors of single ones are not passed on
-            raise OSError(f"{uri}: not all of it could be deleted")
+        else:
+            fs.remove_below(path)
 
 
 def remove_many(uris: Sequence[str]) -> None:

@@ -65,8 +65,7 @@ class ObjectStore(AbstractFileSystem):
         for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
             self.rm_file(path)
 
-    def rm(self, path: str, recursive: bool = False, **_: Any) -> None:
-        assert recursive
+    def remove_below(self, path: str) -> None:
         self.remove_many(self.find(path))
 
     def find(self, path: str, *_: Any, **__: Any) -> list[str]:

@@ -79,6 +79,41 @@ def test_remove_many_takes_files_and_passes_over_what_is_gone(root: str) -> None
     storage.remove_many([])
 
 
+@pytest.mark.parametrize("special", ["run[1]", "run*", "run?", "run%31", "run+1", "run=1", "run#1", "run{1}", "run 1"])
+def test_names_are_taken_literally(root: str, special: str) -> None:
+    sibling = "run1"  # which the patterns would match
+    folders = [storage.join(root, name) for name in (special, sibling)]
+    files = [storage.join(folder, special) for folder in folders]
+    for file in files:
+        storage.write_bytes(file, b"old")
+        storage.write_bytes(file, file.encode())
+        assert not storage.create_bytes(file, b"another's")
+        assert storage.create_bytes(f"{file}.new", b"new")
+    assert storage.list_names(root) == sorted([special, sibling])
+    for folder, file in zip(folders, files, strict=True):
+        assert storage.list_names(folder) == [special, f"{special}.new"]
+        assert storage.find_files(folder) == storage.list_files(folder, [""]) == [file, f"{file}.new"]
+        assert storage.exists(folder)
+        assert storage.is_file(file)
+        assert not storage.is_file(folder)
+        assert storage.read_bytes(file) == storage.read_many([file])[0] == file.encode()
+        assert storage.read_range(file, 1, 3) == file.encode()[1:3]
+        assert storage.size_bytes(file) == len(file.encode())
+        with storage.open_input(file) as stream:
+            assert stream.read() == file.encode()
+        table = pa.table({"x": [1]})
+        storage.write_bytes(f"{file}.parquet", storage.encode_parquet(table))
+        assert storage.read_table(f"{file}.parquet") == table
+        filesystem, path = storage.arrow_location(f"{file}.parquet")
+        assert pq.read_table(path, filesystem=filesystem) == table
+        storage.remove(f"{file}.new")
+        storage.remove_many([f"{file}.parquet"])
+        assert storage.find_files(folder) == [file]
+    storage.remove(folders[0])
+    assert [storage.exists(folder) for folder in folders] == [False, True]
+    assert storage.find_files(folders[1]) == [files[1]]
+
+
 def test_read_range_gives_the_bytes_from_start_to_end(root: str) -> None:
     uri = storage.join(root, "digits")
     storage.write_bytes(uri, b"0123456789")
@@ -268,7 +303,12 @@ def test_require_names_what_is_missing(root: str) -> None:
 
 @pytest.mark.parametrize(
     ("uri", "message"),
-    [("gs://bucket/key", '"gs" is not supported: .*s3://'), ("", "empty path"), ("s3://", "names no bucket")],
+    [
+        ("gs://bucket/key", '"gs" is not supported: .*s3://'),
+        ("", "empty path"),
+        ("s3://", "names no bucket"),
+        ("s3://bucket/key?versionId=1", "only the latest"),
+    ],
 )
 def test_an_uri_that_leads_nowhere_is_an_error(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
