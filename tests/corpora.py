@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
@@ -25,6 +26,8 @@ def packed(path: Path, data: bytes) -> bytes:
     if path.suffix == ".gz":
         half = len(data) // 2  # in two members, as logs that were appended to
         return gzip.compress(data[:half]) + gzip.compress(data[half:])
+    if path.suffix == ".bz2":
+        return bz2.compress(data)
     if path.suffix == ".zst":
         sink = pa.BufferOutputStream()
         with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -54,12 +57,22 @@ def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_id
     if with_ids:
         columns["prompt_id"] = [prompt_id for prompt_id, _ in rows]
     records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     if path.suffix == ".parquet":
-        return write_parquet(path, {k: pa.array(v, pa.string()) for k, v in columns.items()}, row_group_size=3)
-    if ".jsonl" in path.suffixes:
+        pq.write_table(table, path, row_group_size=3)
+        return path
+    if path.suffix in (".arrow", ".feather"):  # as Hugging Face's datasets write the one, and pandas the other
+        new = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+        return path
+    if ".json" in path.suffixes:
+        document = "\ufeff\n" + json.dumps(records, ensure_ascii=False, indent=1) + "\r\n"
+        return write(path, packed(path, document.encode()))
+    if {".jsonl", ".ndjson"}.intersection(path.suffixes):
         text = "\ufeff\n" + "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
         return write(path, packed(path, text.encode()))
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\r\n\r\n").writerow(columns)
-    csv.writer(stream, lineterminator="\r\n\n").writerows(record.values() for record in records)
+    stream, delimiter = io.StringIO(), "\t" if ".tsv" in path.suffixes else ","
+    csv.writer(stream, delimiter=delimiter, lineterminator="\r\n\r\n").writerow(columns)
+    csv.writer(stream, delimiter=delimiter, lineterminator="\r\n\n").writerows(record.values() for record in records)
     return write(path, packed(path, ("\ufeff" + stream.getvalue()).encode()))

@@ -28,7 +28,7 @@ from prefill_router.collection.calls import Asked, Spent, call_key
 from prefill_router.collection.purse import Purse
 from prefill_router.config import CollectConfig, names_in
 from prefill_router.console import say
-from prefill_router.corpus import MAX_PROMPT_BYTES, refuse_output
+from prefill_router.corpus import MAX_PROMPT_BYTES, refuse_output, tell_unread
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents, PromptEstimates
 from prefill_router.graders import Grader, load_grader
@@ -79,6 +79,7 @@ def collect(config: CollectConfig) -> CollectManifest:
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
     refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
+    tell_unread(config.corpus, "collect")
     with Lease.acquire(config.out, "collect") as lease, cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)
         return _Collection(config, pool, asked, grader, judge, planned, lease).run()

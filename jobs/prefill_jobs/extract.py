@@ -25,7 +25,7 @@ from prefill_router import checkpoint, ledger, shards, storage
 from prefill_router.commits import bad_rows, shard_name
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
-from prefill_router.corpus import refuse_output
+from prefill_router.corpus import refuse_output, tell_unread
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
@@ -60,6 +60,7 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
 def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None) -> ExtractSummary:
     refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
+    tell_unread(config.corpus, "extract")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
         planned.check_bad(planned.bad, config.max_bad_fraction)

@@ -25,7 +25,7 @@ from prefill_router.baselines.router import BaselineRouter
 from prefill_router.choice import Choice
 from prefill_router.config import ExtractConfig, LabelConfig, names_in
 from prefill_router.console import say
-from prefill_router.corpus import BadRow, files, refuse_output
+from prefill_router.corpus import BadRow, files, refuse_output, tell_unread
 from prefill_router.decision import Policy
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents
@@ -72,6 +72,8 @@ def label(config: LabelConfig) -> LabelManifest:
     router = artifact.load(config.router)
     choice = _choice(config, router)
     refuse_output(config.out, config.log)
+    storage.require(config.log, "log")
+    tell_unread(config.log, "label")
     with Lease.acquire(config.out, "label") as lease:
         before = _before(config, router, choice)
         inputs = _new_files(config, before)
@@ -307,7 +309,6 @@ def _before(config: LabelConfig, router: Router | BaselineRouter, choice: Choice
 
 def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFile]:
     """The log's files that are not decided yet. Raises UserError where one that is has changed."""
-    storage.require(config.log, "log")
     known = {file.uri: file.bytes for file in before.inputs} if before is not None else {}
     new = []
     for uri in files(config.log):

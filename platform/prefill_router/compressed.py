@@ -1,7 +1,9 @@
-"""Files that are read as they are, or decompressed where their name ends in .gz or .zst."""
+"""Files that are read as they are, or decompressed where their name ends in .gz, .zst or .bz2; and as UTF-8."""
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import errno
 import gzip
 import io
@@ -15,8 +17,14 @@ import pyarrow as pa
 from prefill_router import storage
 from prefill_router.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2")
 _BUFFER_BYTES = 1 << 20
+_MARKS = {  # the longer ones first: that of UTF-16 begins as that of UTF-32
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @contextmanager
@@ -31,6 +39,20 @@ def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
             raise UserError(f"{uri}: cannot be decompressed: {error}") from None
 
 
+@contextmanager
+def open_text(uri: str) -> Iterator[io.BufferedReader]:
+    """`open_bytes`, and where a file begins with the mark of UTF-16 or UTF-32, its text in UTF-8."""
+    with open_bytes(uri) as stream:
+        encoding = next((name for mark, name in _MARKS.items() if stream.peek(4).startswith(mark)), None)
+        if encoding is None:
+            yield stream
+            return
+        try:
+            yield io.BufferedReader(cast(io.RawIOBase, _Forward(_Recoded(stream, encoding))), _BUFFER_BYTES)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{uri}: begins as {encoding}, but is none: {error.reason}") from None
+
+
 def is_failure_of_storage(error: BaseException) -> bool:
     """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
     that lead before the beginning of a file one that says that the argument is invalid."""
@@ -40,9 +62,27 @@ def is_failure_of_storage(error: BaseException) -> bool:
 def _decompressed(uri: str, raw: IO[bytes]) -> object:
     if uri.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
+    if uri.lower().endswith(".bz2"):
+        return bz2.BZ2File(raw)
     if uri.lower().endswith(".zst"):
         return _Forward(pa.CompressedInputStream(raw, "zstd"))
     return raw
+
+
+class _Recoded:
+    """Text of another encoding, as UTF-8."""
+
+    def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self._recoded = b""
+
+    def read(self, size: int) -> bytes:
+        while not self._recoded and (data := self._stream.read(_BUFFER_BYTES)):
+            self._recoded = self._decoder.decode(data).encode()
+        if not self._recoded:
+            self._decoder.decode(b"", final=True)
+        read, self._recoded = self._recoded[:size], self._recoded[size:]
+        return read
 
 
 class _Forward(io.RawIOBase):

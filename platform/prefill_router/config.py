@@ -137,7 +137,9 @@ class IngestConfig(StrictModel):
 class ExtractConfig(StrictModel):
     """Corpus to activations: run every prompt through the encoder's prefill and store its pooled hidden states."""
 
-    corpus: Uri = Field(description="Prompts: Parquet, JSONL or CSV, a file or a folder; column prompt or messages")
+    corpus: Uri = Field(
+        description="Prompts: Parquet, Arrow, JSON, JSONL or CSV, a file or a folder; column prompt or messages"
+    )
     encoder: Encoder = DEFAULT_ENCODER
     layers: str = Field("all", description='Indices in hidden_states, as "0,15,30", or "all"')
     pooling: str = Field("last,mean", description="last, mean or both")
@@ -304,8 +306,8 @@ class LabelConfig(StrictModel):
 
     router: RouterUri
     log: Uri = Field(
-        description="Query log: Parquet, JSONL or CSV, .gz or .zst, a file or a folder of any depth; column prompt or "
-        "messages, or requests to an OpenAI-style endpoint as they are"
+        description="Query log: Parquet, Arrow, JSON, JSONL or CSV, text also packed, a file or a folder of any depth; "
+        "column prompt or messages, or requests to OpenAI's or Anthropic's API as they are"
     )
     out: Uri = Field(description="Folder for decisions/, report.html and report.json")
     activations: Uri | None = Field(

@@ -1,4 +1,4 @@
-"""A corpus of prompts: Parquet, JSONL or CSV files, read row by row, each row either fit or with the reason why not.
+"""A corpus of prompts: files in any format of `readers`, each row either fit or with the reason why not.
 
 A bad row never ends the reading: in a billion prompts some are null, broken or gigantic, and none of them may cost the
 others. What is wrong with a whole file, such as a missing column, is a UserError.
@@ -6,29 +6,27 @@ others. What is wrong with a whole file, such as a missing column, is a UserErro
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, get_args
-
-import numpy as np
-import pyarrow as pa
+from urllib.parse import unquote
 
 from prefill_router import logged, storage
-from prefill_router.compressed import COMPRESSED, open_bytes
+from prefill_router.console import say
 from prefill_router.errors import UnfitError, UserError, shown
+from prefill_router.readers import FORMATS, NOT_UTF8, is_of_records, is_readable, read_records
 from prefill_router.schema import MESSAGES, PROMPT, PROMPT_ID
+from prefill_router.textfiles import Fields
 
-_FORMATS = (".parquet", ".jsonl", ".csv")
-SUFFIXES = (*_FORMATS, *(text + packed for text in _FORMATS[1:] for packed in COMPRESSED))
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 _ROLES: tuple[str, ...] = get_args(Role)
 MAX_PROMPT_BYTES = 1 << 20
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 Message = dict[str, str]
 Prompt = str | list[Message]  # a bare prompt, or the messages of a conversation
@@ -91,17 +89,42 @@ def prompt_hash(prompt_id: str) -> int:
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
-_BUFFER_BYTES = 1 << 20
-_COLUMNS = (PROMPT_ID, PROMPT, MESSAGES)
 _ABSENT: Any = object()  # a column that the file, or a key that the row does not have
 
-Fields = tuple[Any, ...]  # prompt_id, prompt, messages, and what else was asked for
-Record = tuple[int, int, Fields | str]  # row, byte offset, and the fields or why there are none
+
+class Found(NamedTuple):
+    """What lies where a corpus is: the files that are read, sorted, and those that nothing here reads."""
+
+    files: list[str]
+    others: list[str]
+
+
+def find(uri: str) -> Found:
+    """The file at `uri`, or what lies at any depth below it but names that `_` or `.` begins.
+
+    Raises UserError where something is there that is neither a file nor a folder, such as a pipe.
+    """
+    files, others = storage.find(uri)
+    if files == [uri]:
+        return Found(files, [])
+    visible = [file for file in files if not any(part.startswith("_") for part in file.removeprefix(uri).split("/"))]
+    readable = [file for file in visible if is_readable(file)]
+    with ThreadPoolExecutor() as pool:
+        read = [file for file, fits in zip(readable, pool.map(is_of_records, readable), strict=True) if fits]
+    return Found(read, sorted({*visible, *others}.difference(read)))
 
 
 def files(uri: str) -> list[str]:
-    """The file at `uri`, or those of a corpus at any depth below it, sorted; what `_` or `.` begins is left out."""
-    return [file for file in storage.find_files(uri) if file == uri or _belongs(file.removeprefix(uri))]
+    """The files of a corpus: see `find`."""
+    return find(uri).files
+
+
+def tell_unread(uri: str, job: str) -> None:
+    """Says which files of a corpus are none."""
+    if others := find(uri).others:
+        names = ", ".join(other.removeprefix(uri).lstrip("/") for other in others[:5])
+        more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
+        say(f"{job}: not read, {len(others):,} of {uri}: {names}{more}: a corpus is one of {FORMATS}")
 
 
 def refuse_output(out: str, uri: str) -> None:
@@ -111,10 +134,6 @@ def refuse_output(out: str, uri: str) -> None:
     is_left_out = any(part.startswith(("_", ".")) for part in place.removeprefix(corpus).split("/"))
     if place.startswith(corpus) and not is_left_out:
         raise UserError(f"{out}: lies in {uri}, which is read, and so it would be too: choose another place")
-
-
-def _belongs(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not any(part.startswith("_") for part in path.split("/"))
 
 
 def read(
@@ -127,214 +146,80 @@ def read(
 ) -> Iterator[tuple[int, int, Row | BadRow]]:
     """Yields (row, offset, what it holds) for every row of one file from `first_row` on, which begins at `offset`.
 
-    A line of JSON may also be a request to an OpenAI-style endpoint (see `logged`). `extras` names further columns, or
-    keys of JSON objects as `metadata.team`, whose values the rows carry.
+    A row may also be a request (see `logged`). `extras` names further columns, or keys of JSON objects and structs as
+    `metadata.team`, or of the folders that the file lies in, as `day=2026-11-29`; the rows carry their values.
 
-    A row is good where `messages` holds a conversation or, where it is null or absent, `prompt` holds text; where its
-    prompt_id, if the corpus gives any, is a string; and where none of them is empty, has more than `max_prompt_bytes`
-    in UTF-8 or is not Unicode. White space alone is no prompt. Rows count from 0, blank lines not among them.
+    A row is good where it holds a conversation or, where there is none, a text; where its prompt_id, if the corpus
+    gives any, is a string or an integer; and where none of them is empty, has more than `max_prompt_bytes` in UTF-8 or
+    is not Unicode. White space alone is no prompt. Rows count from 0, blank lines not among them.
 
     Raises UserError where the file as a whole cannot be read: another format than its suffix says, no column with
     prompts, a CSV whose quotes do not match.
     """
-    suffix = next((suffix for suffix in SUFFIXES if uri.lower().endswith(suffix)), None)
-    if suffix is None:
-        raise UserError(f"{uri}: a corpus is one of {', '.join(SUFFIXES)}")
     # Escapes may make a prompt six times as long, and other fields stand beside it.
     max_line_bytes = 16 * max(max_prompt_bytes, MAX_PROMPT_BYTES)
-    columns = (*_COLUMNS, *extras)
-    records = _READERS["." + suffix.split(".")[1]](uri, columns, first_row, offset, max_line_bytes)
+    keys = folder_keys(uri) if extras else {}
+    records = read_records(uri, partial(_chosen, uri, extras), first_row, offset, max_line_bytes)
     for row, position, fields in itertools.islice(records, num_rows):
-        yield row, position, _checked(fields, uri, row, max_prompt_bytes)
+        if isinstance(fields, str):
+            yield row, position, BadRow(uri, row, None, fields)
+        else:
+            found = tuple(_extra(fields, name, keys) for name in extras)
+            yield row, position, _checked(fields, found, uri, row, max_prompt_bytes)
 
 
-def _read_parquet(uri: str, names: Sequence[str], first_row: int, _o: int, _m: int) -> Iterator[Record]:
-    with storage.open_parquet(uri) as file:
-        _check_columns(uri, file.schema_arrow.names)
-        columns = [name for name in names if name in file.schema_arrow.names]
-        ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=np.int64)
-        group = int(np.searchsorted(ends, first_row, side="right"))
-        skip = first_row - int(ends[group - 1] if group else 0)
-        row = first_row
-        for g in range(group, len(ends)):  # one at a time: what a reader of several has fetched, it keeps
-            for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=columns):
-                unread = batch.slice(min(skip, len(batch)))
-                skip -= len(batch) - len(unread)
-                for fields in zip(*(column_values(unread, name) for name in names), strict=True):
-                    yield row, 0, fields
-                    row += 1
+def _chosen(uri: str, extras: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns to read of a table. Raises UserError where it has none with prompts."""
+    if not any(name in names for name in (PROMPT, MESSAGES, *logged.WRAPPERS)):
+        raise UserError(f"{uri}: has neither {PROMPT} nor {MESSAGES} among its columns: {', '.join(names)[:200]}")
+    used = [PROMPT_ID, PROMPT, MESSAGES, *logged.BESIDE_MESSAGES, *extras, *(name.split(".")[0] for name in extras)]
+    if PROMPT not in names and MESSAGES not in names:
+        used += logged.KEYS
+    chosen = [name for name in dict.fromkeys(used) if name in names]
+    for name in chosen:
+        if names.count(name) > 1:
+            raise UserError(f"{uri}: has {names.count(name)} columns {name}, must have one")
+    return chosen
 
 
-_NOT_UTF8 = b"\xff"
+def folder_keys(uri: str) -> dict[str, str]:
+    """What the folders of a file are called, as Hive and Spark partition: day=2026-11-29/country=de."""
+    parts = (part.partition("=") for part in uri.split("/")[:-1])
+    return {key: unquote(value) for key, equals, value in parts if key and equals and value != _NO_VALUE}
 
 
-def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
-    """The values of a column, of text that is not UTF-8 the bytes."""
-    if name not in batch.schema.names:
-        return [_ABSENT] * len(batch)
-    column = batch.column(name)
-    try:
-        return column.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    """The value in Python, as its bytes where it is text that is not UTF-8."""
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.StringScalar) else _NOT_UTF8
-
-
-def decoded(line: bytes, offset: int) -> str:
-    """Bytes that are not UTF-8 become lone surrogates, which no prompt may hold."""
-    return line.decode("utf-8" if offset else "utf-8-sig", "surrogateescape")
-
-
-def _read_jsonl(uri: str, names: Sequence[str], first_row: int, offset: int, max_line_bytes: int) -> Iterator[Record]:
-    with open_bytes(uri) as stream:
-        stream.seek(offset)
-        row = first_row
-        for position, line in bounded_lines(stream, offset, max_line_bytes):
-            if len(line) == max_line_bytes:
-                yield row, position, f"the line must have less than {max_line_bytes:,} bytes"
-                row += 1
-            elif text := decoded(line, position).strip():
-                yield row, position, _json_fields(text, names)
-                row += 1
-
-
-def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Each line and where it begins, and of a line that could fill the memory no more than `max_bytes`."""
-    while line := stream.readline(max_bytes):
-        yield offset, line
-        offset += len(line)
-        rest = line if len(line) == max_bytes else b""
-        while rest and not rest.endswith(b"\n"):
-            rest = stream.readline(_BUFFER_BYTES)
-            offset += len(rest)
-
-
-_JSON = json.JSONDecoder()
-
-
-def _json_fields(text: str, names: Sequence[str]) -> Fields | str:
-    fields = json_object(text, f"a JSON object with {PROMPT} or {MESSAGES}")
-    if isinstance(fields, str):
-        return fields
-    extras = (_at(fields, name) for name in names[len(_COLUMNS) :])
-    if not logged.is_request(fields):
-        return fields.get(PROMPT_ID, _ABSENT), fields.get(PROMPT, _ABSENT), fields.get(MESSAGES, _ABSENT), *extras
-    try:
-        prompt, messages, _ = logged.prompt_of(fields)
-    except UnfitError as problem:
-        return str(problem)
-    return fields.get(PROMPT_ID, _ABSENT), prompt, messages, *extras
-
-
-def _at(fields: dict[str, Any], name: str) -> Any:
-    """A value by its key, by the keys that lead to it, as `metadata.team`, or by what a request's log calls it."""
+def _extra(fields: Fields, name: str, keys: dict[str, str]) -> Any:
+    """A value by its key, by the keys that lead to it, by what a request's log calls it, or by the folder's name."""
     value: Any = fields
     for key in [name] if name in fields else name.split("."):
         value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
-    return logged.extra(fields, name) if value is _ABSENT else value
-
-
-def json_object(text: str, what: str = "a JSON object") -> dict[str, Any] | str:
-    """The object that `text` holds, or why it does not hold `what`.
-
-    `text` is stripped, so that the decoder need not look for space around it, which takes as long as decoding.
-    """
-    try:
-        fields, end = _JSON.raw_decode(text)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if end != len(text):
-        return f"not JSON: more than one value: char {end}"
-    return fields if isinstance(fields, dict) else f"must be {what}"
-
-
-class _CsvLines:
-    """The lines of a stream as text, and the offset at which the next one begins."""
-
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self.stream, self.position = stream, stream.tell()
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self.stream:
-            start, self.position = self.position, self.position + len(line)
-            yield decoded(line, start)
-
-
-def _read_csv(uri: str, names: Sequence[str], first_row: int, offset: int, _m: int) -> Iterator[Record]:
-    csv.field_size_limit(1 << 28)  # prompts may be long, but a quote that is left open takes in the rest of the file
-    with open_bytes(uri) as stream:
-        lines = _CsvLines(stream)
-        reader = csv.reader(lines, strict=True)
-        try:
-            header = next(filter(None, reader), None)
-            if header is None:
-                return
-            _check_columns(uri, header)
-            places = [header.index(name) if name in header else None for name in names]
-            if offset:
-                stream.seek(offset)
-                lines = _CsvLines(stream)
-                reader = csv.reader(lines, strict=True)
-            row, position = first_row, lines.position
-            for values in reader:
-                if values:
-                    yield row, position, _csv_fields(values, places, len(header))
-                    row += 1
-                position = lines.position
-        except csv.Error as error:
-            raise UserError(f"{uri}: near byte {lines.position}: not CSV: {error}") from None
-
-
-def _csv_fields(values: list[str], places: list[int | None], num_columns: int) -> Fields | str:
-    if len(values) != num_columns:
-        return f"has {len(values)} values, but the header names {num_columns}: quote a prompt that holds a comma"
-    return tuple(_ABSENT if place is None else values[place] or None for place in places)
-
-
-def _check_columns(uri: str, names: Sequence[str]) -> None:
-    if PROMPT not in names and MESSAGES not in names:
-        raise UserError(f"{uri}: has neither {PROMPT} nor {MESSAGES} among its columns")
-    for name in _COLUMNS:
-        if names.count(name) > 1:
-            raise UserError(f"{uri}: has {names.count(name)} columns {name}, must have one")
-
-
-_READERS: dict[str, Callable[[str, Sequence[str], int, int, int], Iterator[Record]]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-}
+    value = logged.extra(fields, name) if value is _ABSENT else value
+    return keys.get(name) if value is None else value
 
 
 # --- what a row must hold ----------------------------------------------------------------------------------------
 
 
-def _checked(fields: Fields | str, uri: str, row: int, max_bytes: int) -> Row | BadRow:
-    if isinstance(fields, str):
-        return BadRow(uri, row, None, fields)
+def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_bytes: int) -> Row | BadRow:
+    given = fields.get(PROMPT_ID, _ABSENT)
     try:
-        prompt = _prompt(fields[1], fields[2], max_bytes)
-        extras = tuple(None if value is _ABSENT else value for value in fields[3:])
-        if fields[0] is _ABSENT:
+        prompt = _prompt(fields, max_bytes)
+        if given is _ABSENT:
             return Row(content_hash(prompt), prompt, True, extras)
-        return Row(fit_text(fields[0], PROMPT_ID, max_bytes), prompt, False, extras)
+        return Row(fit_id(given, max_bytes), prompt, False, extras)
     except UnfitError as problem:
-        return BadRow(uri, row, _readable_id(fields[0], max_bytes), str(problem))
+        return BadRow(uri, row, _readable_id(given, max_bytes), str(problem))
 
 
-def _prompt(prompt: object, messages: object, max_bytes: int) -> Prompt:
-    if messages is not None and messages is not _ABSENT:
-        return fit_messages(messages, max_bytes)
-    if prompt is _ABSENT:
-        raise UnfitError(f"has neither {PROMPT} nor {MESSAGES}")
-    return fit_prompt(prompt, max_bytes)
+def _prompt(fields: Fields, max_bytes: int) -> Prompt:
+    prompt, messages, _ = logged.prompt_of(fields)
+    return fit_prompt(prompt, max_bytes) if messages is None else fit_messages(messages, max_bytes)
+
+
+def fit_id(value: object, max_bytes: int) -> str:
+    """A prompt_id, which may be a whole number. Raises UnfitError where `value` is none."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return fit_text(str(value) if is_number else value, PROMPT_ID, max_bytes)
 
 
 def fit_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
@@ -347,7 +232,7 @@ def fit_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
 
 def _readable_id(value: object, max_bytes: int) -> str | None:
     try:
-        return fit_text(value, PROMPT_ID, max_bytes)
+        return fit_id(value, max_bytes)
     except UnfitError:
         return None
 
@@ -390,7 +275,7 @@ def check_messages(value: object, where: str) -> list[Message]:
 
 def fit_messages(value: object, max_bytes: float = math.inf) -> list[Message]:
     """A conversation as messages of role and content. Raises UnfitError where `value` is none."""
-    if value == _NOT_UTF8:
+    if value == NOT_UTF8:
         raise UnfitError(f"{MESSAGES} holds bytes that are not UTF-8")
     if not isinstance(value, list) or not value:
         raise UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.corpus import MAX_PROMPT_BYTES, SUFFIXES, BadRow, Row, files, read
+from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow, Row, files, read
 from prefill_router.errors import UserError, shown
 from prefill_router.keys import Keys, as_values, content_hashes, digest_of, have_own_hash, keys_of, row_keys
+from prefill_router.readers import FORMATS
 from prefill_router.scan import Positions, Run, Scan, Spread, changed, scan_files
 from prefill_router.schema import PROMPT_ID
 
@@ -125,7 +126,7 @@ def plan(
     storage.require(uri, "corpus")
     scan = scan_files(files(uri) if only is None else only, shard_rows, limit, max_prompt_bytes, spread)
     if not scan.runs:
-        raise UserError(f"{uri}: the corpus is empty: it holds no prompt in {', '.join(SUFFIXES)} files")
+        raise UserError(f"{uri}: the corpus is empty: it holds no prompt in files of {FORMATS}")
     if not len(scan.keys):
         raise UserError(f"{uri}: none of {scan.num_rows:,} rows holds a good prompt; the first: {scan.bad[0].message}")
     kept = np.ones(len(scan.keys), np.bool_)

@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from prefill_router.errors import UserError
 
 _READERS = 32
+_GROUP_BYTES, _PIECE_BYTES = 256 << 20, 8 << 20  # of a Parquet file: above, it is fetched in such pieces
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # how file systems without hard links say so
 
 
@@ -85,9 +86,11 @@ def is_file(uri: str) -> bool:
 
 def _is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
     # `fs.isfile` would take a failure for a no.
+    if isinstance(fs, LocalFileSystem):
+        return Path(path).is_file()
     try:
         return bool(fs.info(path)["type"] == "file")
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return False
 
 
@@ -117,13 +120,41 @@ def list_files(uri: str, suffixes: Sequence[str]) -> list[str]:
     return [join(uri, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
 
 
-def find_files(uri: str) -> list[str]:
-    """The file at `uri`, or all files at any depth below it, sorted, as URIs; hidden ones and folders are left out."""
+def find(uri: str) -> tuple[list[str], list[str]]:
+    """The file at `uri`, or all files at any depth below it, and what is neither; sorted, as URIs.
+
+    Hidden ones are left out. Links are followed, but not into a folder that they lie in. Raises UserError where `uri`
+    itself is neither.
+    """
     fs, path = resolve(uri)
     if _is_file(fs, path):
-        return [uri]
-    below = sorted(p.removeprefix(f"{path.rstrip('/')}/") for p in fs.find(path))
-    return [join(uri, p) for p in below if not any(part.startswith(".") for part in p.split("/"))]
+        return [uri], []
+    is_local = isinstance(fs, LocalFileSystem)
+    if is_local and not Path(path).is_dir() and Path(path).exists():
+        raise UserError(f"{uri}: is a pipe or a device, which is read but once: write it to a file")
+    files: list[str] = []
+    others: list[str] = []
+    for place, is_file in _walk(path) if is_local else ((place, True) for place in fs.find(path)):
+        below = place.removeprefix(f"{path.rstrip('/')}/")
+        if not any(part.startswith(".") for part in below.split("/")):
+            (files if is_file else others).append(join(uri, below))
+    return sorted(files), sorted(others)
+
+
+def find_files(uri: str) -> list[str]:
+    """The files that `find` finds."""
+    return find(uri)[0]
+
+
+def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
+    """What lies in a local folder at any depth and is none itself, and whether it is a file."""
+    above = (*above, str(Path(folder).resolve()))
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.path, entry.is_file()
+            elif not entry.is_symlink() or str(Path(entry.path).resolve()) not in above:
+                yield from _walk(entry.path, above)
 
 
 def list_names(uri: str) -> list[str]:
@@ -245,13 +276,24 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """Raises UserError where the file is no Parquet."""
+    """A file whose row groups are fetched one at a time, and larger ones piece by piece.
+
+    Raises UserError where the file is no Parquet.
+    """
     fs, path = resolve(uri)
     source = path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
     try:
-        return pq.ParquetFile(source, pre_buffer=True)
+        file = pq.ParquetFile(source, pre_buffer=True)
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if max(map(_stored_bytes, groups), default=0) > _GROUP_BYTES:
+            file = pq.ParquetFile(source, buffer_size=_PIECE_BYTES, pre_buffer=False, metadata=file.metadata)
     except pa.ArrowInvalid as error:
         raise UserError(f"{uri}: not a Parquet file: {error}") from None
+    return file
+
+
+def _stored_bytes(group: pq.RowGroupMetaData) -> int:
+    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import os
+import random
 import tempfile
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
-from prefill_router import corpus, storage
+from prefill_router import corpus, readers, storage
 from prefill_router.corpus import BadRow, Row
 from prefill_router.errors import UserError
 
@@ -52,7 +57,7 @@ def not_utf8(*values: bytes | None, kind: pa.DataType) -> pa.Array:
 # --- what is read ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", corpus.SUFFIXES)
+@pytest.mark.parametrize("suffix", readers.SUFFIXES)
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(UNICODE, max_size=12).map(lambda text: f"{text}."), min_size=1, max_size=12), st.data())
 @example(['say "hi",\r\nthen\n\nleave', "ü\u2028ß", " a", "\ufeffbom", "nu\0l", "plain"], None)
@@ -70,7 +75,7 @@ def test_every_row_is_read_once_and_can_be_found_again(
         assert list(corpus.read(str(path), begin, num_rows, rows[begin][1])) == rows[begin : begin + num_rows]
 
 
-@pytest.mark.parametrize("suffix", corpus.SUFFIXES)
+@pytest.mark.parametrize("suffix", readers.SUFFIXES)
 def test_a_corpus_is_read_from_every_storage(root: str, tmp_path: Path, suffix: str) -> None:
     rows = [(f"p{i}", f"prompt\n{i}") for i in range(7)]
     uri = storage.join(root, f"remote{suffix}")
@@ -164,10 +169,13 @@ NO_TEXT = "must be a non-empty string"
         ({"prompt": [7]}, 0, f"prompt = 7, {NO_TEXT}"),
         ({"prompt": ["x", "y"], "prompt_id": ["a", None]}, 1, f"prompt_id = null, {NO_TEXT}"),
         ({"prompt": ["x", "y"], "prompt_id": ["a", ""]}, 1, f'prompt_id = "", {NO_TEXT}'),
-        ({"prompt": ["x"], "prompt_id": [1]}, 0, f"prompt_id = 1, {NO_TEXT}"),
+        ({"prompt": ["x"], "prompt_id": [1.5]}, 0, f"prompt_id = 1.5, {NO_TEXT}"),
+        ({"prompt": ["x"], "prompt_id": [True]}, 0, f"prompt_id = true, {NO_TEXT}"),
         ({"messages": [CHAT, []]}, 1, "messages = [], must be a non-empty list of role and content"),
         ({"messages": ["hello"]}, 0, 'messages = "hello", must be a non-empty list of role and content'),
-        ({"messages": [[{"role": "user", "content": None}]]}, 0, "messages[0].content = null, must be a string"),
+        ({"messages": [[{"role": "user", "content": None}]]}, 0, "must hold more than white space"),
+        ({"messages": [[{"role": "user", "content": 7}]]}, 0, "messages[0].content = 7, must be a string"),
+        ({"messages": ["[not JSON"]}, 0, 'messages = "[not JSON", is text, but not JSON: '),
         ({"messages": [[{"role": None, "content": "x"}]]}, 0, "messages[0].role = null, must be one of system, "),
         ({"messages": [[{"role": "User", "content": "x"}]]}, 0, 'messages[0].role = "User", must be one of system, '),
         ({"messages": [[{"role": "user"}]]}, 0, 'messages[0] = {"role": "user"}, must have role and content'),
@@ -190,13 +198,13 @@ def test_a_bad_parquet_row_is_named(tmp_path: Path, columns: dict[str, Any], row
         ('{"prompt": ""}', 0, f'prompt = "", {NO_TEXT}'),
         ('{"prompt": "x"}\n{"prompt": \n{"prompt": "y"}', 1, "not JSON: Expecting value"),
         ('{"prompt": "x"} {"prompt": "y"}\n', 0, "not JSON: more than one value"),
-        ('["prompt"]', 0, "must be a JSON object with prompt or messages"),
+        ('["prompt"]', 0, "must be a JSON object"),
         ('{"id": 1}', 0, "has neither prompt nor messages"),
-        ('{"prompt": "x", "prompt_id": 7}', 0, f"prompt_id = 7, {NO_TEXT}"),
+        ('{"prompt": "x", "prompt_id": 7.0}', 0, f"prompt_id = 7.0, {NO_TEXT}"),
         ('{"prompt": "x", "prompt_id": null}', 0, f"prompt_id = null, {NO_TEXT}"),
         ('{"messages": {"role": "user"}}', 0, 'messages = {"role": "user"}, must be a non-empty list'),
         ('{"messages": ["hello"]}', 0, 'messages[0] = "hello", must have role and content'),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', 0, "messages[0].content = [{"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', 0, "messages[0].content holds {"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', 0, 'messages[0].role = ["user"], must be one of'),
         (b'{"prompt": "x"}\n{"prompt": "\xff"}\n{"prompt": "y"}', 1, r'prompt = "\udcff", holds half a character or'),
         (b'{"prompt": "x", "prompt_id": "\xff"}', 0, r'prompt_id = "\udcff", holds half a character or bytes'),
@@ -255,7 +263,7 @@ def test_nested_text_that_is_not_utf8_spoils_no_other_row(tmp_path: Path) -> Non
     assert bad.reason == "messages holds bytes that are not UTF-8"
 
 
-@pytest.mark.parametrize("suffix", corpus.SUFFIXES)
+@pytest.mark.parametrize("suffix", readers.SUFFIXES)
 def test_a_prompt_may_have_so_many_bytes_and_no_more(tmp_path: Path, suffix: str) -> None:
     rows = [("a", "x" * 100), ("b", "x" * 101), ("c", "ü" * 50), ("d", "ü" * 51), ("e" * 101, "x"), ("f", "x")]
     found = read(write_rows(tmp_path / f"corpus{suffix}", list(rows)), max_prompt_bytes=100)
@@ -296,7 +304,7 @@ def test_a_bad_value_is_shown_short(tmp_path: Path) -> None:
 
 
 def test_a_bad_row_tells_its_id_where_that_is_good(tmp_path: Path) -> None:
-    records = [{"prompt": 1, "prompt_id": "a"}, {"prompt": 1, "prompt_id": 2}, {"prompt": 1}, 3]
+    records = [{"prompt": 1, "prompt_id": "a"}, {"prompt": 1, "prompt_id": 2.5}, {"prompt": 1}, 3]
     rows = read(write_jsonl(tmp_path / "a.jsonl", *records))
     assert [row.prompt_id for row in rows] == ["a", None, None, None]
 
@@ -333,9 +341,9 @@ def test_check_messages_is_for_callers_that_have_no_row() -> None:
 # --- files that cannot be read -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.bz2", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.xz", "a.parquet.gz"])
 def test_an_unknown_format_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"a corpus is one of \.parquet, \.jsonl, \.csv"):
+    with pytest.raises(UserError, match=r"a corpus is one of \.parquet, .*\.jsonl, .*\.csv"):
         read(write(tmp_path / name, "prompt\nx\n"))
 
 
@@ -395,6 +403,138 @@ def test_a_log_of_requests_is_read_as_it_is(tmp_path: Path) -> None:
     assert rows[3].reason == "holds no request: it has none of messages, input and prompt"
 
 
+CHATS: list[tuple[Any, Any]] = [  # requests as clients make them, and the messages that are read of them
+    ({"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, [("user", "hi")]),
+    (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        [("user", "hi"), ("assistant", "")],
+    ),
+    (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        [("user", "hi"), ("assistant", "")],
+    ),
+    (  # Anthropic's
+        {"model": "m", "max_tokens": 9, "system": "be brief", "messages": [{"role": "user", "content": "hi"}]},
+        [("system", "be brief"), ("user", "hi")],
+    ),
+    (
+        {
+            "system": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}],
+            "messages": [
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "."}, {"type": "tool_use"}]},
+                {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text", "text": "42"}]}]},
+            ],
+        },
+        [("system", "be\nbrief"), ("assistant", ""), ("user", "42")],
+    ),
+    (  # of the Responses API
+        {
+            "instructions": "be brief",
+            "prompt": {"id": "a template"},
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                {"type": "reasoning", "summary": []},
+                {"type": "function_call", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "output": "42"},
+            ],
+        },
+        [("system", "be brief"), ("user", "hi"), ("assistant", ""), ("assistant", ""), ("tool", "42")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "messages"), CHATS)
+def test_a_request_is_the_same_however_it_is_held(tmp_path: Path, body: Any, messages: Any) -> None:
+    expected = Row("7", [{"role": role, "content": content} for role, content in messages], False)
+    lines = write_jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt_id": 7, **body},
+        {"prompt_id": "7", "request": body, "response": {}},
+        {"prompt_id": 7, "custom_id": "c", "method": "POST", "body": body},
+        {"prompt_id": 7, "request": json.dumps(body)},
+    )
+    assert read(lines) == [expected] * 4
+    for name in ("request", "body"):
+        table = {"prompt_id": [7], name: [json.dumps(body)]}
+        assert read(write_parquet(tmp_path / "a.parquet", table)) == [expected]
+        text = io.StringIO()
+        csv.writer(text, delimiter=";").writerows([table, [values[0] for values in table.values()]])
+        assert read(write(tmp_path / "a.csv", text.getvalue())) == [expected]
+
+
+def test_tables_hold_requests_in_structs_and_messages_in_text(tmp_path: Path) -> None:
+    parts = [[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]]
+    expected = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    for columns in (
+        {"system": ["be brief"], "messages": parts},
+        {"system": ["be brief"], "messages": [json.dumps(parts[0])]},
+        {"request": [{"system": "be brief", "messages": parts[0]}]},
+    ):
+        assert [row.prompt for row in good(write_parquet(tmp_path / "a.parquet", columns))] == [expected]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [(" prompt_id", "prompt ", "note"), ("1", "größer, or; not?", ""), ("2", '"quoted"\nlines|\tbars', "x")]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(rows)
+    path = write(tmp_path / "a.csv", text.getvalue().encode(encoding))
+    found = list(corpus.read(str(path)))
+    assert [row.prompt for row in good(path)] == [prompt for _, prompt, _ in rows[1:]]
+    assert list(corpus.read(str(path), 1, 1, found[1][1])) == found[1:]
+
+
+def test_text_that_is_not_the_utf16_it_begins_as_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"prompt": "x"}\n'.encode("utf-16")[:-1])
+    with pytest.raises(UserError, match=r"a\.jsonl: begins as UTF-16, but is none: truncated data"):
+        read(path)
+
+
+def test_a_json_list_that_breaks_off_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[{"prompt": "x"}, {"prompt": "y"}')
+    with pytest.raises(UserError, match=r"a\.json: near character 33: not JSON: ends early"):
+        read(path)
+
+
+def test_json_by_lines_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.json", {"prompt": "x"}, {"prompt": 7}, {"prompt": "y"})
+    assert [type(row) for row in read(path)] == [Row, BadRow, Row]
+
+
+def test_values_lie_in_structs_maps_and_names_of_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "day=2026-11-29" / "country=c%C3%B4te"
+    folder.mkdir(parents=True)
+    place = pa.array([{"country": "de", "city": "x"}], pa.struct([("country", pa.string()), ("city", pa.string())]))
+    labels = pa.array([[("team", "a")]], pa.map_(pa.string(), pa.string()))
+    columns = {"prompt": ["x"], "metadata": place, "labels": labels, "a.b": ["c"]}
+    names = ["metadata.country", "labels.team", "a.b", "day", "country", "metadata.none", "nothing"]
+    path = write_parquet(folder / "a.parquet", columns)
+    assert good(path, extras=names)[0].extras == ("de", "a", "c", "2026-11-29", "côte", None, None)
+
+
+def test_what_is_not_read_of_a_folder_is_told(tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (folder := tmp_path / "corpus").mkdir()
+    write_jsonl(elsewhere / "linked.jsonl", {"prompt": "x"})
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "z.jsonl").symlink_to(elsewhere / "linked.jsonl")
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "pipe.jsonl")
+    for name in ("b.ndjson", "d.tsv", "e.jsonl.bz2", "f.feather", "README.md", "_SUCCESS", ".hidden.csv"):
+        (folder / name).touch()
+    write(folder / "list.json", '[\n{"prompt": "x"}]')
+    write(folder / "dataset_info.json", '{\n  "features": {}\n}')
+    files, others = corpus.find(str(folder))
+    read_names = ["b.ndjson", "d.tsv", "e.jsonl.bz2", "f.feather", "link/linked.jsonl", "list.json", "z.jsonl"]
+    assert [file.removeprefix(f"{folder}/") for file in files] == read_names
+    names = ["README.md", "dataset_info.json", "gone.jsonl", "pipe.jsonl"]
+    assert [file.removeprefix(f"{folder}/") for file in others] == names
+    with pytest.raises(UserError, match=r"pipe\.jsonl: is a pipe or a device, which is read but once"):
+        corpus.find(str(folder / "pipe.jsonl"))
+
+
 def test_files_of_a_partitioned_corpus_are_found_at_any_depth(tmp_path: Path) -> None:
     for name in ("day=2/b.csv.gz", "day=1/a.jsonl.zst", "c.parquet", "_logs/d.jsonl", ".e.jsonl", "f.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -421,3 +561,54 @@ def test_a_packed_file_that_is_damaged_is_an_error(tmp_path: Path, suffix: str) 
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="cannot be decompressed"):
         read(path)
+
+
+def test_what_is_not_read_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(6):
+        write(tmp_path / f"{i}.docx", "")
+    write_jsonl(tmp_path / "a.jsonl", {"prompt": "x"})
+    corpus.tell_unread(str(tmp_path), "extract")
+    (line,) = capsys.readouterr().err.splitlines()
+    names = "0.docx, 1.docx, 2.docx, 3.docx, 4.docx and 1 more"
+    assert line.startswith(f"extract: not read, 6 of {tmp_path}: {names}: a corpus is one of .parquet, ")
+    corpus.tell_unread(str(tmp_path / "a.jsonl"), "extract")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_a_table_whose_pages_are_damaged_is_named(tmp_path: Path, suffix: str) -> None:
+    path = write_rows(tmp_path / f"corpus{suffix}", [(f"p{i}", f"prompt {i} " * 50) for i in range(200)])
+    data = bytearray(path.read_bytes())
+    data[200 : len(data) // 2] = b"\xee" * (len(data) // 2 - 200)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"corpus\{suffix}: is damaged, or of a kind that is not read: .*: write it"):
+        read(path)
+
+
+def test_a_table_that_breaks_off_is_named(tmp_path: Path) -> None:
+    for suffix in (".parquet", ".arrow", ".feather"):
+        path = write_rows(tmp_path / f"corpus{suffix}", [(f"p{i}", f"prompt {i}") for i in range(200)])
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(UserError, match=rf"^{path}: "):
+            read(path)
+
+
+def test_a_row_group_of_gigabytes_is_read_in_pieces_of_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = ["".join(random.Random(i).choices("abcdefghijklmnop", k=1 << 18)) for i in range(100)]
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, pa.schema([("messages", kind)]), data_page_size=1 << 16) as writer:
+        batches = [pa.record_batch([pa.array([[{"role": "user", "content": c}]], kind)], ["messages"]) for c in content]
+        writer.write_table(pa.Table.from_batches(batches), row_group_size=100)  # 26 MB
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(storage, "_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(storage, "_PIECE_BYTES", 1 << 18)
+    before_bytes = pa.total_allocated_bytes()
+    most_bytes = 0
+    for i, (row, _, found) in enumerate(corpus.read(str(path))):
+        assert (row, found.prompt if isinstance(found, Row) else None) == (i, [{"role": "user", "content": content[i]}])
+        most_bytes = max(most_bytes, pa.total_allocated_bytes() - before_bytes)
+    assert i == 99
+    assert most_bytes < 6 << 20

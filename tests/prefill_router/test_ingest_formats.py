@@ -329,5 +329,5 @@ def test_openai_log(tmp_path: Path) -> None:
     image = '{"type": "image_url", "image_url": {"url": "data:"}}'
     assert [row[1:] for row in found.quarantine] == [
         (4, None, f"messages[1].content holds {image}, which is no text"),
-        (5, None, "holds no request: it has none of messages, input and prompt"),
+        (5, None, "has neither prompt nor messages"),
     ]

@@ -25,7 +25,7 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.ingest.text import Fields, read_jsonl
+from prefill_router.textfiles import Fields, read_jsonl
 
 _USED = ("query", "choices", "task_name", "model_name", "performance", "output_tokens")
 _KNOWN = (
@@ -37,7 +37,7 @@ _FAILED = ("ERROR:", "API Error")
 
 def read(uri: str, options: Options) -> Iterator[Item]:
     unknown = Unknown([*_USED, *_KNOWN])
-    for row, fields in read_jsonl(uri, options.max_record_bytes):
+    for row, _, fields in read_jsonl(uri, options.max_record_bytes):
         if isinstance(fields, str):
             yield BadRow(uri, row, None, fields)
             continue

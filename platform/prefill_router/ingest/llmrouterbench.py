@@ -16,7 +16,7 @@ from prefill_router.compressed import open_bytes
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError, shown
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import Fields, read_json
+from prefill_router.textfiles import Fields, read_json
 
 _KNOWN = (
     *("index", "origin_query", "prompt", "prediction", "ground_truth", "score", "prompt_tokens", "completion_tokens"),

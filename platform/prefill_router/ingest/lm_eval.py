@@ -22,7 +22,7 @@ from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError, shown
 from prefill_router.ingest.grades import is_grade
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import Fields, read_jsonl
+from prefill_router.textfiles import Fields, read_jsonl
 
 _NAME = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl(?:\.gz|\.zst)?")
 _METRICS = ("exact_match", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc")
@@ -40,7 +40,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
     target = options.target or _target(uri, match["time"])
     unknown = Unknown([*_KNOWN, *_METRICS])
     graded_by: object = None
-    for row, fields in read_jsonl(uri, options.max_record_bytes):
+    for row, _, fields in read_jsonl(uri, options.max_record_bytes):
         if isinstance(fields, str):
             yield BadRow(uri, row, None, fields)
             continue

@@ -40,7 +40,7 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.ingest.text import Fields, read_json
+from prefill_router.textfiles import Fields, read_json
 
 _MAX_MEMBER_BYTES = 4 << 30
 _OUTPUTS = ("model_outputs", "generated_text", "response")  # what the answer is called, by the script that wrote it

@@ -14,15 +14,15 @@ from prefill_router.corpus import BadRow
 from prefill_router.errors import UnfitError, shown
 from prefill_router.ingest.grades import output_tokens
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record, text
-from prefill_router.ingest.text import Fields, read_jsonl
 from prefill_router.logged import model_of, prompt_of, usage_of
 from prefill_router.schema import OUTPUT_TOKENS
+from prefill_router.textfiles import Fields, read_jsonl
 
 _EXTRAS = (pa.field("model", pa.string()), pa.field(OUTPUT_TOKENS, pa.int32()), pa.field("custom_id", pa.string()))
 
 
 def read(uri: str, options: Options) -> Iterator[Item]:
-    for row, fields in read_jsonl(uri, options.max_record_bytes):
+    for row, _, fields in read_jsonl(uri, options.max_record_bytes):
         if isinstance(fields, str):
             yield BadRow(uri, row, None, fields)
             continue

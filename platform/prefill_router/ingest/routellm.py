@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from prefill_router import storage
+from prefill_router import storage, textfiles
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
 from prefill_router.ingest.grades import is_grade
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown
-from prefill_router.ingest.text import Fields, open_csv, require_columns
+from prefill_router.textfiles import Fields, open_csv, require_columns
 
 _RESPONSE = "_response"
 _INDEX = "Unnamed:"  # how pandas calls the index that it has written
@@ -32,7 +32,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         if first and not models:
             raise UserError(f"{uri}: no column of true and false beside prompt: it has {', '.join(table.columns)}")
         yield from Unknown(["prompt", *models, *(model + _RESPONSE for model in models)]).among(table.columns)
-        for row, fields in itertools.chain(start, rows):
+        for row, _, fields in itertools.chain(start, rows):
             if isinstance(fields, str):
                 yield BadRow(uri, row, None, fields)
             else:
@@ -40,13 +40,13 @@ def read(uri: str, options: Options) -> Iterator[Item]:
                 yield Record(uri, row, fields["prompt"], answers, extras={CATEGORY.name: category})
 
 
-def _first_good(rows: Iterator[tuple[int, Fields | str]]) -> tuple[list[tuple[int, Fields | str]], Fields]:
+def _first_good(rows: Iterator[textfiles.Record]) -> tuple[list[textfiles.Record], Fields]:
     """The rows up to the first that is whole, and that one."""
-    start: list[tuple[int, Fields | str]] = []
-    for row, fields in rows:
-        start.append((row, fields))
-        if not isinstance(fields, str):
-            return start, fields
+    start: list[textfiles.Record] = []
+    for row in rows:
+        start.append(row)
+        if not isinstance(row[2], str):
+            return start, row[2]
     return start, {}
 
 

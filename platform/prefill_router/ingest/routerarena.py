@@ -16,7 +16,7 @@ from prefill_router.compressed import COMPRESSED, open_bytes
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError, shown
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import Fields, read_json, read_jsonl
+from prefill_router.textfiles import Fields, read_json, read_jsonl
 
 _PREDICTION = ("global index", "prompt", "prediction", "generated_result", "cost", "accuracy", "for_optimality")
 _CACHED = (
@@ -40,7 +40,7 @@ def _rows(uri: str, max_bytes: int) -> Iterator[tuple[int, Fields | str]]:
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     if name.endswith(".jsonl"):
-        yield from read_jsonl(uri, max_bytes)
+        yield from ((row, fields) for row, _, fields in read_jsonl(uri, max_bytes))
         return
     with open_bytes(uri) as stream:
         for member in read_json(uri, stream, max_bytes):

@@ -18,10 +18,11 @@ import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.compressed import is_failure_of_storage
-from prefill_router.corpus import BadRow, column_values
+from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import Fields, check_unique, open_csv, require_columns
+from prefill_router.readers import column_values
+from prefill_router.textfiles import Fields, check_unique, open_csv, require_columns
 
 _USED = ("sample_id", "prompt", "eval_name")
 _KNOWN = ("oracle_model_to_route_to",)
@@ -38,7 +39,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
     with open_csv(uri, options.max_record_bytes) as table:
         columns = _Columns(uri, table.columns)
         yield from columns.unknown()
-        for row, fields in table.rows():
+        for row, _, fields in table.rows():
             yield BadRow(uri, row, None, fields) if isinstance(fields, str) else columns.record(row, fields)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from prefill_router.corpus import BadRow
 from prefill_router.ingest.records import CATEGORY, SOURCE, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.ingest.text import open_csv, require_columns
+from prefill_router.textfiles import open_csv, require_columns
 
 _REQUIRED = ("question", "model", "isCorrect")
 _EXTRAS = (CATEGORY, SOURCE)
@@ -21,7 +21,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
     with open_csv(uri, options.max_record_bytes) as table:
         require_columns(uri, table.columns, _REQUIRED)
         yield from Unknown([*_REQUIRED, "output_tokens", *(f.name for f in _EXTRAS)]).among(table.columns)
-        for row, fields in table.rows():
+        for row, _, fields in table.rows():
             if isinstance(fields, str):
                 yield BadRow(uri, row, None, fields)
                 continue

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefill_router import textfiles
 from prefill_router.errors import UserError
-from prefill_router.ingest import text
-from prefill_router.ingest.text import Member, read_json
+from prefill_router.textfiles import Member, read_json
 
 TEXTS = st.text(st.characters(codec="utf-8"))
 VALUES = st.recursive(
@@ -24,7 +24,7 @@ DOCUMENTS = st.lists(VALUES, max_size=5) | st.dictionaries(TEXTS, VALUES, max_si
 
 def members(data: bytes, chunk_bytes: int) -> list[Member]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(textfiles, "_CHUNK_BYTES", chunk_bytes)
         return list(read_json("j.json", io.BytesIO(data), 1 << 20))
 
 
