@@ -164,7 +164,7 @@ def read(
         if isinstance(fields, str):
             yield row, position, BadRow(uri, row, None, fields)
         else:
-            found = tuple(_extra(fields, name, keys) for name in extras)
+            found = tuple([_extra(fields, name, keys) for name in extras])
             yield row, position, _checked(fields, found, uri, row, max_prompt_bytes)
 
 
@@ -212,8 +212,12 @@ def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_by
 
 
 def _prompt(fields: Fields, max_bytes: int) -> Prompt:
-    prompt, messages, _ = logged.prompt_of(fields)
-    return fit_prompt(prompt, max_bytes) if messages is None else fit_messages(messages, max_bytes)
+    prompt = fields.get(PROMPT)
+    if not isinstance(prompt, str) or fields.get(MESSAGES) is not None or "request" in fields or "body" in fields:
+        prompt, messages, _ = logged.prompt_of(fields)  # which takes as long as all else
+        if messages is not None:
+            return fit_messages(messages, max_bytes)
+    return fit_prompt(prompt, max_bytes)
 
 
 def fit_id(value: object, max_bytes: int) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from prefill_router import storage
 from prefill_router.compressed import COMPRESSED, is_failure_of_storage, open_text
 from prefill_router.errors import UserError
-from prefill_router.textfiles import CsvTable, Fields, Record, json_object, read_json_list, read_jsonl
+from prefill_router.textfiles import CsvTable, Record, json_object, read_json_list, read_jsonl
 
 _BINARY, _TEXT = (".parquet", ".arrow", ".feather"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for text in _TEXT for packed in COMPRESSED))
@@ -146,7 +146,8 @@ def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
     """The values of a column, of text that is not UTF-8 the bytes."""
     column = batch.column(name)
     try:
-        return column.to_pylist(maps_as_pydicts="lossy")  # type: ignore[no-any-return]
+        is_plain = not column.type.num_fields
+        return column.to_pylist() if is_plain else column.to_pylist(maps_as_pydicts="lossy")  # type: ignore[no-any-return]
     except UnicodeDecodeError:
         return [_value(scalar) for scalar in column]
 
@@ -167,11 +168,8 @@ def _csv(uri: str, choose: Choose, first_row: int, offset: int) -> Iterator[Reco
         table = CsvTable(uri, stream, _MAX_CSV_LINE_BYTES)
         if not table.columns:
             return
-        columns = choose(table.columns)
-        for row, position, fields in table.rows(first_row, offset):
-            yield row, position, fields if isinstance(fields, str) else _of_csv(fields, columns)
-
-
-def _of_csv(fields: Fields, columns: Sequence[str]) -> Fields:
-    """A CSV cannot tell an empty text from none."""
-    return {name: fields[name] or None for name in columns if name in fields}
+        places = [(name, table.columns.index(name)) for name in choose(table.columns)]
+        for row, position, values in table.records(first_row, offset):
+            # A CSV cannot tell an empty text from none.
+            fields = values if isinstance(values, str) else {name: values[i] or None for name, i in places}
+            yield row, position, fields

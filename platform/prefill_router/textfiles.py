@@ -79,8 +79,13 @@ class CsvTable:
         except csv.Error as error:
             raise UserError(f"{self.uri}: near byte {self._end}: not CSV: {error}") from None
 
-    def rows(self, first_row: int = 0, offset: int = 0) -> Iterator[Record]:
-        """Each row by its columns' names; they count from 0, without the header. `first_row` begins at `offset`."""
+    def rows(self) -> Iterator[Record]:
+        """Each row by its columns' names, or why it has none; they count from 0, without the header."""
+        for row, position, values in self.records():
+            yield row, position, values if isinstance(values, str) else dict(zip(self.columns, values, strict=True))
+
+    def records(self, first_row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, list[str] | str]]:
+        """Each row, the byte where it begins, and its values or why it has none. `first_row` begins at `offset`."""
         width = len(self.columns)
         records = self._records
         if offset:
@@ -90,7 +95,7 @@ class CsvTable:
         position = self._end
         for row, values in enumerate(records, first_row):
             if len(values) == width:
-                yield row, position, dict(zip(self.columns, values, strict=True))
+                yield row, position, values
             else:
                 reason = f"has {len(values)} values, but the header names {width}: quote a prompt that holds a comma"
                 yield row, position, reason
