@@ -22,7 +22,7 @@ from prefill_router.allocation import Totals, totals
 from prefill_router.choice import Choice
 from prefill_router.corpus import BadRow, Row
 from prefill_router.estimates import ContentIndex, PromptEstimates, contents_of
-from prefill_router.plan import Shard, read_shard
+from prefill_router.plan import Place, Shard, read_shard
 from prefill_router.policy import NO_TARGET
 from prefill_router.schema import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
 from prefill_router.shards import ShardFile
@@ -90,7 +90,7 @@ def _decide(task: DecideTask, context: DecideContext) -> Decided:
     estimates = _estimates_of(rows, task, context)
     is_good = np.array([reason is None for reason in estimates.reasons], np.bool_)
     bad = [
-        BadRow(task.shard.uri, place, row.prompt_id, reason)
+        BadRow(*place, row.prompt_id, reason)
         for row, place, reason in zip(rows, task.shard.places, estimates.reasons, strict=True)
         if reason is not None
     ]
@@ -98,7 +98,7 @@ def _decide(task: DecideTask, context: DecideContext) -> Decided:
     if not len(good):
         return Decided([], Tally(), bad)
     rows, estimates = [rows[i] for i in good], estimates.take(good)
-    places = np.array(task.shard.places)[good]
+    places = [task.shard.places[i] for i in good]
     p, lengths, cost_usd = context.choice.read(estimates)
     chosen = context.choice(p, cost_usd, task.position + good)
     columns = _columns(rows, context)
@@ -106,8 +106,8 @@ def _decide(task: DecideTask, context: DecideContext) -> Decided:
     lines = Lines(
         estimates.input_tokens.astype(np.int64), p, cost_usd, estimates.percentile, chosen, used, used_cost_usd
     )
-    table = _table(rows, places, lines, lengths, columns, task.shard, context)
-    files = _write(table, columns, task.shard, context)
+    table = _table(rows, places, lines, lengths, columns, context)
+    files = _write(table, places, columns, task.shard, context)
     return Decided(files, Tally.of(lines, columns, context.choice.eligible(p, cost_usd)), bad)
 
 
@@ -167,11 +167,10 @@ def _count(value: object) -> float | None:
 
 def _table(
     rows: Sequence[Row],
-    places: NDArray[np.int64],
+    places: Sequence[Place],
     lines: Lines,
     lengths: NDArray[np.float64],
     columns: dict[str, list[str]],
-    shard: Shard,
     context: DecideContext,
 ) -> pa.Table:
     names = context.choice.pool.target_names
@@ -181,8 +180,8 @@ def _table(
 
     arrays = [
         pa.array([row.prompt_id for row in rows]),
-        pa.array([_relative(shard.uri, context.log)] * len(rows)),
-        pa.array(places),
+        pa.array([_relative(place.uri, context.log) for place in places]),
+        pa.array([place.row for place in places]),
         pa.array([None if t == NO_TARGET else names[t] for t in lines.chosen], pa.string()),
         pa.array(lines.input_tokens, pa.int32()),
         by_target(lines.p_correct),
@@ -195,23 +194,22 @@ def _table(
     return pa.table(arrays, schema=decisions(names, context.columns))
 
 
-def _write(table: pa.Table, columns: dict[str, list[str]], shard: Shard, context: DecideContext) -> list[ShardFile]:
+def _write(
+    table: pa.Table, places: Sequence[Place], columns: dict[str, list[str]], shard: Shard, context: DecideContext
+) -> list[ShardFile]:
     """One object for each partition that the lines are in."""
-    relative = _relative(shard.uri, context.log)
-    identity = f"{relative}\n{shard.first_row}\n{shard.digest}"
+    first = shard.extents[0]
+    identity = f"{_relative(first.uri, context.log)}\n{first.first_row}\n{shard.digest}"
     name = f"part-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.parquet"
     if context.partition_by is None:
-        folder = relative.rpartition("/")[0]
-        return [shards.write_named(context.out, f"{folder}/{name}" if folder else name, table)]
-    folders = np.array(
-        [
-            "/".join(f"{column}={quote(columns[column][i], safe='')}" for column in context.partition_by)
-            for i in range(len(table))
-        ],
-        object,
-    )
+        folders = [_relative(place.uri, context.log).rpartition("/")[0] for place in places]
+    else:
+        keys = [[f"{column}={quote(value, safe='')}" for value in columns[column]] for column in context.partition_by]
+        folders = ["/".join(parts) for parts in zip(*keys, strict=True)]
     return [
-        shards.write_named(context.out, f"{folder}/{name}", table.filter(pa.array(folders == folder)))
+        shards.write_named(
+            context.out, f"{folder}/{name}" if folder else name, table.filter(pa.array(np.array(folders) == folder))
+        )
         for folder in sorted(set(folders))
     ]
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,7 +59,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     """Embeds the prompts of a corpus, those that `out` does not hold already. Bad rows are left out."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
     shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=cluster.spread).shards
-    items = [{"index": i, "shard": shard.to_json()} for i, shard in enumerate(shards_of_corpus)]
+    items = [{"index": i, "shard": pickle.dumps(shard)} for i, shard in enumerate(shards_of_corpus)]
     arguments = {"sentence_encoder": sentence_encoder, "fingerprint": fingerprint, "out": out}
     arguments["threads"] = cluster.threads_per_worker(1)  # type: ignore[assignment]
     progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
@@ -97,7 +98,7 @@ class EmbedShard:
         return SentenceEncoder.load(self.source)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard = Shard.from_json(item["shard"])
+        shard = pickle.loads(item["shard"])
         name = hashlib.sha256(f"{self.fingerprint} {shard.digest}".encode()).hexdigest()[:32]
         lies_there = storage.exists(storage.join(self.out, f"part-{name}.parquet"))
         table = self._stored(name) if lies_there else self._table(shard)

@@ -174,7 +174,7 @@ class _Labelling:
         )
         items = []
         for shard, rows in self.plan.spans():
-            located = replace(shard, uri=storage.absolute(shard.uri))
+            located = shard.located()
             task = DecideTask(located, rows.start, held.names_of(places[rows]))
             items.append({"task": pickle.dumps(task)})
         if self.before is None:  # whatever lies there is of an earlier run, or of one that did not finish
@@ -311,8 +311,8 @@ def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFil
     """The log's files that are not decided yet. Raises UserError where one that is has changed."""
     known = {file.uri: file.bytes for file in before.inputs} if before is not None else {}
     new = []
-    for uri in files(config.log):
-        size = storage.size_bytes(uri)
+    uris = files(config.log)
+    for uri, size in zip(uris, storage.sizes_bytes(uris), strict=True):
         if known.get(uri, size) != size:
             raise UserError(f"{uri}: has changed since it was decided: decide anew with --overwrite")
         if uri not in known:

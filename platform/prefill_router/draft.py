@@ -34,7 +34,7 @@ class Draft:
         self.names = [column.name for column in columns]
         self.name = shard_name(digest, self.names)
         self.prompts: list[Prompt] = []
-        self.places: dict[int, tuple[str, int]] = {}  # file and row of a row
+        self.places: dict[int, tuple[str, int]] = {}  # of the rows: their files, and where they stand in them
         self.refused: dict[int, str] = {}  # rows that will not be in the shard, and why
         self.has_nC = np.zeros((len(prompt_ids), len(columns)), np.bool_)
         self.num_tokens = np.zeros(len(prompt_ids), np.int32)
@@ -51,7 +51,7 @@ class Draft:
         contents = [row.content_digest.hex() for row in rows]
         draft = cls(shard.digest, [row.prompt_id for row in rows], contents, columns)
         draft.prompts = [row.prompt for row in rows]
-        draft.places = {i: (shard.uri, place) for i, place in enumerate(shard.places)}
+        draft.places = dict(enumerate(shard.places))
         return draft
 
     @classmethod

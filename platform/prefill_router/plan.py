@@ -1,14 +1,17 @@
 """What a job over a corpus has to do: its rows cut into shards, without those that are bad or repeat a prompt.
 
-A shard is a run of rows in one file. The same corpus always gives the same shards, and a shard's digest names what it
-holds, so that an actor that is handed one can write a deterministic object, and what is done already can be told.
+A shard is a run of rows in one file, or several files that have fewer rows than a shard. The same corpus always gives
+the same shards, and a shard's digest names what it holds, so that an actor that is handed one can write a deterministic
+object, and what is done already can be told.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +24,12 @@ from prefill_router.readers import FORMATS
 from prefill_router.scan import Positions, Run, Scan, Spread, changed, scan_files
 from prefill_router.schema import PROMPT_ID
 
+_READERS = 16  # of files at a time
 _BLOCK = 1 << 14  # rows that numpy works on at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Extent:
     """Rows [first_row, first_row + num_rows) of one file, except those that are left out."""
 
     uri: str
@@ -33,25 +37,40 @@ class Shard:
     num_rows: int
     offset: int  # where the rows begin in bytes (text formats)
     left_out: tuple[int, ...]  # counted from first_row: rows that are bad or repeats
+
+    @property
+    def places(self) -> list[Place]:
+        """The rows that stay, as they are counted in the file."""
+        left_out = set(self.left_out)
+        return [Place(self.uri, self.first_row + row) for row in range(self.num_rows) if row not in left_out]
+
+
+class Place(NamedTuple):
+    """Where a row stands; `row` counts from 0 in its file."""
+
+    uri: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows of a corpus that are worked on together."""
+
+    extents: tuple[Extent, ...]
     digest: str  # names the ids and contents of the rows that stay, in their order
 
     @property
     def rows(self) -> int:
-        return self.num_rows - len(self.left_out)
+        return sum(extent.num_rows - len(extent.left_out) for extent in self.extents)
 
     @property
-    def places(self) -> list[int]:
-        """The rows that stay, as they are counted in the file."""
-        left_out = set(self.left_out)
-        return [self.first_row + row for row in range(self.num_rows) if row not in left_out]
+    def places(self) -> list[Place]:
+        """Of the rows that stay."""
+        return [place for extent in self.extents for place in extent.places]
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Shard:
-        fields = json.loads(text)
-        return cls(**{**fields, "left_out": tuple(fields["left_out"])})
+    def located(self) -> Shard:
+        """The same for a process in another folder."""
+        return replace(self, extents=tuple(replace(e, uri=storage.absolute(e.uri)) for e in self.extents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,8 @@ def plan(
 ) -> CorpusPlan:
     """Reads the first `limit` rows of a corpus through once and cuts each file into runs of `shard_rows` rows.
 
+    Files that have fewer rows than a shard share one with those that follow.
+
     Only the first of several rows with the same content stays in a shard, unless `keep_repeats`. A prompt_id that
     stands twice makes the later row bad; only an id that is the hash of its content, which a row gets that was given
     none, may come again with that content.
@@ -137,7 +158,7 @@ def plan(
     is_first[repeated] = False
     if not keep_repeats:
         kept &= is_first
-    shards, shard_of_run = _cut(scan, kept)
+    shards, shard_of_run = _cut(scan, kept, shard_rows)
     sources = shard_of_run[scan.runs_of(firsts)]
     return CorpusPlan(
         shards=shards,
@@ -155,27 +176,56 @@ def read_shard(shard: Shard, max_prompt_bytes: int = MAX_PROMPT_BYTES, extras: S
 
     Raises UserError where the file is not the one that was planned.
     """
-    place = shard.first_row, shard.num_rows, shard.offset
-    rows = [row for _, _, row in read(shard.uri, *place, max_prompt_bytes, extras)]
-    left_out = set(shard.left_out)
+    with ThreadPoolExecutor(_READERS) as pool:
+        one = partial(_read_extent, max_prompt_bytes=max_prompt_bytes, extras=extras)
+        rows = [row for part in pool.map(one, shard.extents) for row in part]
+    if digest_of(keys_of(rows)) != shard.digest:
+        raise changed(" or ".join(extent.uri for extent in shard.extents[:3]))
+    return rows
+
+
+def _read_extent(extent: Extent, max_prompt_bytes: int, extras: Sequence[str]) -> list[Row]:
+    place = extent.first_row, extent.num_rows, extent.offset
+    rows = [row for _, _, row in read(extent.uri, *place, max_prompt_bytes, extras)]
+    left_out = set(extent.left_out)
     kept = [row for i, row in enumerate(rows) if i not in left_out]
     good = [row for row in kept if isinstance(row, Row)]
-    if len(rows) < shard.num_rows or len(good) < len(kept) or digest_of(keys_of(good)) != shard.digest:
-        raise changed(shard.uri)
+    if len(rows) < extent.num_rows or len(good) < len(kept):
+        raise changed(extent.uri)
     return good
 
 
-def _cut(scan: Scan, kept: NDArray[np.bool_]) -> tuple[list[Shard], NDArray[np.int64]]:
-    """A shard of every run that keeps a row, and the shard of each run."""
+def _cut(scan: Scan, kept: NDArray[np.bool_], shard_rows: int) -> tuple[list[Shard], NDArray[np.int64]]:
+    """A shard of each group of runs that keeps a row, and the shard of each run."""
     shards: list[Shard] = []
     shard_of_run = np.full(len(scan.runs), -1)
-    for i, run in enumerate(scan.runs):
-        stays = kept[run.start : run.end]
-        if stays.any():
-            shard_of_run[i] = len(shards)
-            digest = digest_of(scan.keys[run.start : run.end][stays])
-            shards.append(Shard(run.uri, run.first_row, run.num_rows, run.offset, _left_out(run, stays), digest))
+    for group in _groups(scan.runs, shard_rows):
+        runs = [(i, scan.runs[i]) for i in group]
+        staying = [(i, run, kept[run.start : run.end]) for i, run in runs if kept[run.start : run.end].any()]
+        if staying:
+            shard_of_run[[i for i, _, _ in staying]] = len(shards)
+            extents = (Extent(r.uri, r.first_row, r.num_rows, r.offset, _left_out(r, stays)) for _, r, stays in staying)
+            keys = np.concatenate([scan.keys[run.start : run.end][stays] for _, run, stays in staying])
+            shards.append(Shard(tuple(extents), digest_of(keys)))
     return shards, shard_of_run
+
+
+def _groups(runs: Sequence[Run], shard_rows: int) -> Iterator[list[int]]:
+    """Runs by themselves, but those together, up to `shard_rows` rows, that are small files which follow each other."""
+    group: list[int] = []
+    num_rows = 0
+    for i, run in enumerate(runs):
+        is_alone = run.first_row > 0 or (i + 1 < len(runs) and runs[i + 1].uri == run.uri)
+        if group and (is_alone or num_rows + run.num_rows > shard_rows):
+            yield group
+            group, num_rows = [], 0
+        if is_alone:
+            yield [i]
+        else:
+            group.append(i)
+            num_rows += run.num_rows
+    if group:
+        yield group
 
 
 def _left_out(run: Run, stays: NDArray[np.bool_]) -> tuple[int, ...]:

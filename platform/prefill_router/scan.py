@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -17,6 +18,8 @@ from prefill_router.keys import KEY_BYTES, Keys, as_keys, content_hashes, have_o
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_GROUPS, _FILES_AT_ONCE, _READERS = 64, 64, 8  # where there are many files, so many are read by one call
 
 Positions = NDArray[np.int64]  # rows, counted over all good rows of the corpus
 
@@ -102,11 +105,25 @@ class Scan:
 def scan_files(uris: Sequence[str], shard_rows: int, limit: int | None, max_prompt_bytes: int, spread: Spread) -> Scan:
     """Reads the first `limit` rows of some files through once, in runs of `shard_rows`."""
     one = partial(scan_file, shard_rows=shard_rows, max_prompt_bytes=max_prompt_bytes)
-    parts = iter(spread(one, uris) if limit is None else _up_to(limit, one, uris))
+    if limit is None:
+        size = max(1, min(_FILES_AT_ONCE, len(uris) // _GROUPS))
+        parts = spread(partial(_scan_group, one), [uris[i : i + size] for i in range(0, len(uris), size)])
+    else:
+        parts = _up_to(limit, one, uris)
     whole = next(parts, FileScan([], bytearray(), []))  # a copy of the first would take as much memory again
     for part in parts:
         whole.extend(part)
     return Scan(whole.runs, as_keys(whole.keys), whole.bad, max_prompt_bytes)
+
+
+def _scan_group(one: Callable[[str], FileScan], uris: Sequence[str]) -> FileScan:
+    """Many small files are mostly waited for."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = pool.map(one, uris)
+        whole = next(parts)
+        for part in parts:
+            whole.extend(part)
+    return whole
 
 
 def _up_to(limit: int, one: Callable[..., FileScan], uris: Sequence[str]) -> Iterator[FileScan]:

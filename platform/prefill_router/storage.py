@@ -105,6 +105,12 @@ def size_bytes(uri: str) -> int:
     return int(fs.size(path))
 
 
+def sizes_bytes(uris: Sequence[str]) -> list[int]:
+    """The sizes of many files, asked for concurrently."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(size_bytes, uris))
+
+
 def require(uri: str, what: str) -> None:
     """Raises UserError unless something lies at `uri`."""
     if not exists(uri):

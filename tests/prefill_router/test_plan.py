@@ -19,7 +19,7 @@ from prefill_router import corpus, readers, storage
 from prefill_router.corpus import BadRow, Row, content_hash
 from prefill_router.errors import UserError
 from prefill_router.keys import row_keys
-from prefill_router.plan import CorpusPlan, Shard, plan, read_shard
+from prefill_router.plan import CorpusPlan, plan, read_shard
 
 Record = tuple[str | None, str | None]  # prompt_id, prompt
 
@@ -163,14 +163,39 @@ def test_a_corpus_is_planned_on_every_storage(root: str, tmp_path: Path, suffix:
 # --- the cut -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_cut_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
+def test_a_folder_is_cut_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path / "b.csv", "prompt\nthree\nfour\n")
     write_jsonl(tmp_path / "c.jsonl", {"prompt": "five"})
     write_parquet(tmp_path / "a.parquet", {"prompt": ["one", "two"]})
     write(tmp_path / "README.md", "no corpus")
     planned = plan(str(tmp_path), 10)
     assert [row.prompt for row in rows_of(planned)] == ["one", "two", "three", "four", "five"]
-    assert [shard.num_rows for shard in planned.shards] == [2, 2, 1]
+    assert [shard.rows for shard in planned.shards] == [5]
+
+
+def test_small_files_share_shards_and_large_ones_are_cut_alone(tmp_path: Path) -> None:
+    sizes = [1, 2, 3, 1, 8, 2, 0, 2, 4, 1, 5]
+    for i, size in enumerate(sizes):
+        rows = [{"prompt_id": f"{i}-{j}", "prompt": None if (i, j) == (1, 0) else f"{i} {j}"} for j in range(size)]
+        write_jsonl(tmp_path / f"{i:02d}.jsonl", *rows)
+    planned = plan(str(tmp_path), 4)
+    of_files = [[(Path(e.uri).stem, e.num_rows) for e in shard.extents] for shard in planned.shards]
+    assert of_files == [
+        [("00", 1), ("01", 2)],
+        [("02", 3), ("03", 1)],
+        [("04", 4)],
+        [("04", 4)],
+        [("05", 2), ("07", 2)],
+        [("08", 4)],
+        [("09", 1)],
+        [("10", 4)],
+        [("10", 1)],
+    ]
+    assert [shard.rows for shard in planned.shards] == [2, 4, 4, 4, 4, 4, 1, 4, 1]
+    assert rows_of(planned) == list(rows_of(plan(str(tmp_path), 100)))
+    assert planned.shards[0].places == [(str(tmp_path / "00.jsonl"), 0), (str(tmp_path / "01.jsonl"), 1)]
+    write_jsonl(tmp_path / "11.jsonl", {"prompt": "another"})
+    assert plan(str(tmp_path), 4).shards[:-1] == planned.shards
 
 
 def test_a_row_that_turns_bad_moves_no_other(tmp_path: Path) -> None:
@@ -179,7 +204,7 @@ def test_a_row_that_turns_bad_moves_no_other(tmp_path: Path) -> None:
     prompts[2] = None
     after = plan(str(write_parquet(tmp_path / "a.parquet", {"prompt": prompts})), 2)
     assert [s.digest for s in after.shards][::2] == [s.digest for s in before.shards][::2]
-    assert after.shards[1].left_out == (0,)
+    assert after.shards[1].extents[0].left_out == (0,)
     prompts[3] = None
     assert plan(str(write_parquet(tmp_path / "a.parquet", {"prompt": prompts})), 2).shards == after.shards[::2]
 
@@ -240,13 +265,6 @@ def test_gigantic_prompts_are_bad(tmp_path: Path) -> None:
     planned = plan(str(path), 10, max_prompt_bytes=10)
     assert [bad.row for bad in planned.bad] == [0]
     assert [row.prompt for row in read_shard(planned.shards[0], max_prompt_bytes=10)] == ["x" * 10]
-
-
-def test_a_shard_travels_as_json(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "x"}, {"prompt": None}, {"prompt": "y"})
-    (shard,) = plan(str(path), 10).shards
-    assert shard.left_out == (1,)
-    assert Shard.from_json(shard.to_json()) == shard
 
 
 def test_a_plan_takes_few_bytes_a_row(tmp_path: Path) -> None:
