@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from prefill_router import shards, storage
 from prefill_router.allocation import Totals, totals
 from prefill_router.choice import Choice
-from prefill_router.corpus import BadRow, Row
+from prefill_router.corpus import BadRow, Row, folder_keys
 from prefill_router.estimates import ContentIndex, PromptEstimates, contents_of
 from prefill_router.plan import Place, Shard, read_shard
 from prefill_router.policy import NO_TARGET
@@ -197,21 +197,30 @@ def _table(
 def _write(
     table: pa.Table, places: Sequence[Place], columns: dict[str, list[str]], shard: Shard, context: DecideContext
 ) -> list[ShardFile]:
-    """One object for each partition that the lines are in."""
+    """One object for each partition that the lines are in. What its folders say of them is no column of it, as in Hive:
+    readers would find it twice, and not always of one type."""
     first = shard.extents[0]
     identity = f"{_relative(first.uri, context.log)}\n{first.first_row}\n{shard.digest}"
     name = f"part-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.parquet"
     if context.partition_by is None:
-        folders = [_relative(place.uri, context.log).rpartition("/")[0] for place in places]
+        folders = [_folder_of(_relative(place.uri, context.log), context) for place in places]
     else:
         keys = [[f"{column}={quote(value, safe='')}" for value in columns[column]] for column in context.partition_by]
         folders = ["/".join(parts) for parts in zip(*keys, strict=True)]
-    return [
-        shards.write_named(
-            context.out, f"{folder}/{name}" if folder else name, table.filter(pa.array(np.array(folders) == folder))
-        )
-        for folder in sorted(set(folders))
-    ]
+    files = []
+    for folder in sorted(set(folders)):
+        path = f"{folder}/{name}" if folder else name
+        there = table.filter(pa.array([other == folder for other in folders]))
+        said = [column for column in table.column_names if column in folder_keys(path)]
+        files.append(shards.write_named(context.out, path, there.drop_columns(said)))
+    return files
+
+
+def _folder_of(file: str, context: DecideContext) -> str:
+    """The log's folders, of which those that are called as one of our own columns are renamed."""
+    ours = {name for name in decisions([]).names if name not in context.columns}
+    parts = file.split("/")[:-1]
+    return "/".join(f"log_{part}" if "=" in part and part.partition("=")[0] in ours else part for part in parts)
 
 
 def _relative(uri: str, log: str) -> str:

@@ -3,13 +3,15 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -130,6 +132,57 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
         "hive_partitioning = true) group by 1 order by 1"
     ).fetchall()
     assert found == [("blue", 14), ("red", 26)]
+
+
+def by_duckdb(folder: Path) -> list[dict[str, Any]]:
+    table = duckdb.sql(f"select * from read_parquet('{folder}/**/*.parquet', hive_partitioning = true)")
+    return table.to_arrow_table().to_pylist()
+
+
+def by_pyarrow(folder: Path) -> list[dict[str, Any]]:
+    return ds.dataset(folder, partitioning="hive").to_table().to_pylist()
+
+
+def by_pandas(folder: Path) -> list[dict[str, Any]]:
+    frame = pd.read_parquet(folder)
+    return [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]
+
+
+@pytest.mark.parametrize("read", [by_duckdb, by_pyarrow, by_pandas])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"by": "country", "time": "at"},
+        {"by": "team,day,country", "partition_by": "team,country"},
+        {"by": "country", "time": "at", "partition_by": "day,country"},
+    ],
+)
+def test_others_read_decisions_back_whatever_their_folders_are_called(
+    router: str, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]], options: dict[str, Any]
+) -> None:
+    for day in (20261101, 20261102):
+        for target in ("big", "7"):
+            rows = [{"prompt": f"what is {i}", "at": "2026-11-01T10:00:00Z", "team": "a/b"} for i in range(3)]
+            write_log(tmp_path / "log" / f"day={day}" / f"target={target}" / "country=c%C3%B4te" / "a.jsonl", rows)
+    labelled(router, tmp_path / "log", **options)
+    rows = read(tmp_path / "out" / "decisions")
+    assert len(rows) == 12
+    assert {row["target"] for row in rows} <= {"big", "small"}
+    assert {(str(row["file"]), int(row["row"])) for row in rows} == {
+        (f"day={day}/target={target}/country=c%C3%B4te/a.jsonl", i)
+        for day in (20261101, 20261102)
+        for target in ("big", "7")
+        for i in range(3)
+    }
+    for row in rows:
+        day = {"day,country": "2026-11-01"}.get(options.get("partition_by", ""), row["file"][4:12])
+        if "partition_by" not in options or "day" in options["by"] or "day" in options["partition_by"]:
+            assert str(row["day"])[:10] == day
+        if options:
+            assert row["country"] in ("côte", "c%C3%B4te")
+        if "team" in options.get("by", ""):
+            assert row["team"] == "a/b"
 
 
 def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path) -> None:
