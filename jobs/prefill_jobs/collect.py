@@ -28,12 +28,12 @@ from prefill_router.collection.calls import Asked, Spent, call_key
 from prefill_router.collection.purse import Purse
 from prefill_router.config import CollectConfig, names_in
 from prefill_router.console import say
-from prefill_router.corpus import MAX_PROMPT_BYTES, refuse_output, tell_unread
+from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow, refuse_output, tell_unread
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents, PromptEstimates
 from prefill_router.graders import Grader, load_grader
 from prefill_router.lease import Lease
-from prefill_router.plan import CorpusPlan, plan, read_shard
+from prefill_router.plan import CorpusPlan, in_order, plan, read_shard
 from prefill_router.pool import Pool, Target, load_pool
 from prefill_router.sampling import active, at_random, stratified
 from prefill_router.schema import COST_USD, TARGET
@@ -71,7 +71,9 @@ class CollectManifest(StrictModel):
 def collect(config: CollectConfig) -> CollectManifest:
     """Writes answers/ and outcomes/ below `config.out` and last the manifest, which it returns.
 
-    Raises UserError for a target that cannot be asked, and a grader that is none.
+    Prompts to which no answer could be graded are not asked: they go to quarantine/.
+
+    Raises UserError for a target that cannot be asked, a grader that is none, and one that can grade no prompt.
     """
     pool, grader, judge = _pool(config), _grader(config), _judge(config)
     if config.sample_by == "active" and config.sample is not None and config.router is None:
@@ -125,17 +127,41 @@ class _Collection:
         return [call_key(digest, target.name, self.asked) for target in self.pool.targets]
 
     def _wanted(self, answered: dict[str, str]) -> NDArray[np.bool_]:
-        """Which rows (N,) of the corpus are asked: the first of each content, or a sample of these."""
+        """Which rows (N,) of the corpus are asked: the first fit one of each content, or a sample of these."""
         contents, size = self._contents, self.config.sample
+        rows, wanted = self._askable(), np.zeros(len(self._contents), np.bool_)
         if size is None:
-            return self.plan.is_first
-        rows = np.flatnonzero(self.plan.is_first)
+            wanted[rows] = True
+            return wanted
         is_asked = np.array([any(key in answered for key in self._keys(contents[row])) for row in rows], np.bool_)
         kept, others = rows[is_asked], rows[~is_asked]
         drawn = others[self._draw(others, max(0, size - len(kept)))]
-        wanted = np.zeros(len(contents), np.bool_)
         wanted[kept] = wanted[drawn] = True
         return wanted
+
+    def _askable(self) -> NDArray[np.int64]:
+        """The first row of each content that can be graded. Raises UserError where the grader can grade none."""
+        fit = np.flatnonzero([bad is None for bad in self._unfit])
+        if not len(fit):
+            raise UserError(
+                f"{self.config.corpus}: grader {self.config.grader} can grade none of {len(self._unfit):,} prompts "
+                f"({_first(self._unfit)}), so that none is asked: mend the corpus, or name its columns in "
+                "--grader-options; answers that are paid for already stay, for --regrade"
+            )
+        if len(fit) < len(self._unfit):
+            say(
+                f"collect: {len(self._unfit) - len(fit):,} prompts cannot be graded and are not asked "
+                f"({_first(self._unfit)}): see quarantine/rows.parquet"
+            )
+        _, firsts = np.unique(self._contents[fit], axis=0, return_index=True)
+        return np.sort(fit[firsts])
+
+    @cached_property
+    def _unfit(self) -> list[BadRow | None]:
+        """Of each row (N,) why no answer to it can be graded; None where one can."""
+        if self.grader is None:
+            return [None] * len(self._contents)
+        return [bad for rows in cluster.spread(self._grading({}).unfit, self.plan.shards) for bad in rows]
 
     def _draw(self, rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         """The places of `size` of these rows."""
@@ -303,7 +329,7 @@ class _Collection:
         arguments = {"grading": grading}
         found = list(cluster.map_rows(items, grade_shard, fn_kwargs=arguments)) if items else []
         files = sorted((pickle.loads(row["file"]) for row in found if row["outcomes"]), key=lambda file: file.name)
-        write_quarantine(self.config.out, self.plan.bad)
+        write_quarantine(self.config.out, in_order([*self.plan.bad, *filter(None, self._unfit)]))
         outcomes = sum(row["outcomes"] for row in found)
         manifest = CollectManifest(
             asked=asdict(self.asked),
@@ -356,6 +382,11 @@ def _judge(config: CollectConfig) -> Target | None:
     if judge is None or judge.upstream is None:
         raise UserError(f'judge = "{config.judge}", must be a target of {config.pool} with an upstream')
     return judge
+
+
+def _first(unfit: Sequence[BadRow | None]) -> str:
+    bad = next(filter(None, unfit))
+    return f"{bad.prompt_id}: {bad.reason}"
 
 
 def _named(grader: Grader | None) -> list[str]:

@@ -20,7 +20,7 @@ from prefill_router import shards, storage
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.calls import Answer, Asked, Call, call_key
 from prefill_router.collection.journal import CallState
-from prefill_router.corpus import Message, Row
+from prefill_router.corpus import BadRow, Message, Row
 from prefill_router.graders import Grader, Reply
 from prefill_router.plan import Shard, read_shard
 from prefill_router.pool import Target
@@ -66,8 +66,21 @@ class Grading:
         if self.grader is None:
             return None
         grader = self.grader if ask is None else replace(self.grader, options={**self.grader.options, "ask": ask})
+        return grader(answer.text, self._fields(row)).score
+
+    def unfit(self, shard: Shard) -> list[BadRow | None]:
+        """For each of a shard's rows, in their order, why no answer to it can be graded; None where one can."""
+        rows = read_shard(shard, self.max_prompt_bytes, self.columns)
+        reasons = [None if self.grader is None else self.grader.unfit(self._fields(row)) for row in rows]
+        return [
+            None if reason is None else BadRow(*place, row.prompt_id, reason)
+            for row, place, reason in zip(rows, shard.places, reasons, strict=True)
+        ]
+
+    def _fields(self, row: Row) -> dict[str, Any]:
+        """What graders see of a row."""
         known = {name: value for name, value in zip(self.columns, row.extras, strict=True) if value is not None}
-        return grader(answer.text, {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}).score
+        return {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}
 
     def judge_calls(self, task: GradeTask) -> list[Call]:
         """What the grader would ask the judge about a shard's answers."""

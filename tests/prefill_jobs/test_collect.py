@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from collected import asked_twice, billed_usd, is_right, outcomes, write_pool_of
 from prefill_jobs.collect import CollectManifest, collect
 from prefill_router.config import CollectConfig
 from prefill_router.errors import UserError
+from prefill_router.shards import read_quarantine
 from upstream import Fault, Upstream
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -145,6 +147,39 @@ def test_a_corpus_that_grew_and_repeats_pays_for_new_prompts_alone(
     assert (manifest.outcomes, manifest.missing) == (30, 0)
     assert len(upstreams["big"].completions) == 14
     assert {row["prompt_id"] for row in outcomes(tmp_path / "out")} >= {"p0", "p0-again", "p13"}
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_prompts_that_no_grader_could_grade_are_not_paid_for(
+    upstreams: dict[str, Upstream], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = write_pool_of(tmp_path / "pool.toml", upstreams)
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Capital {i}?", "reference": "x"} for i in range(4)]
+    write_rows(tmp_path, [{**row, "reference": "Paris", "choices": None} for row in rows])
+    with pytest.raises(UserError) as refused:
+        collected(tmp_path, pool, grader="choice")
+    assert "corpus.jsonl: grader choice can grade none of 4 prompts" in str(refused.value)
+    assert 'p0: the row has no "choices", and its reference Paris is no letter' in str(refused.value)
+    assert not upstreams["big"].calls
+
+    unfit = {**rows[3], "reference": None}
+    write_rows(tmp_path, [*rows[:3], unfit, {**rows[3], "prompt_id": "again"}, {"prompt": "?"}])
+    manifest = collected(tmp_path, pool)
+    assert len(upstreams["big"].completions) == 4  # the last but one asks what a row without a reference asks too
+    said = capsys.readouterr().err
+    assert 'collect: 2 prompts cannot be graded and are not asked (p3: the row has no "reference")' in said
+    assert (manifest.missing, manifest.graded) == (0, 8)
+    bad = [(row.row, row.reason) for row in read_quarantine(str(tmp_path / "out"))]
+    assert bad == [(3, 'the row has no "reference"'), (5, 'the row has no "reference"')]
+
+    write_rows(tmp_path, rows)  # what was paid for is graded once the corpus is mended, and never to no avail
+    with pytest.raises(UserError, match=r'can grade none of 4 prompts \(p0: the row has no "tests"'):
+        collected(tmp_path, pool, grader="code", regrade=True)
+    assert collected(tmp_path, pool, regrade=True).graded == 8
+    assert len(upstreams["big"].completions) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from prefill_router.graders.boxes import last_box
-from prefill_router.graders.grade import Grade, Row, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.grade import Grade, Row, lacking, nested, references, right, short, wrong
 from prefill_router.graders.registry import grader
 from prefill_router.graders.text import normalize
 
@@ -56,7 +56,23 @@ class Said(NamedTuple):
     at: int
 
 
-@grader("choice")
+def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
+    reference, choices = options["reference"], options["choices"]
+    if reason := lacking(row, reference):
+        return reason
+    try:
+        texts, labels = _choices(row.get(choices), options["num_choices"])
+    except (ValueError, TypeError, KeyError) as error:
+        return f"{choices}: {short(error)}"
+    wanted = references(row, reference)[0]
+    if _letter_of(wanted, texts, labels) is not None:
+        return None
+    if row.get(choices) is None:
+        return f'the row has no "{choices}", and its {reference} {short(wanted)} is no letter'
+    return f"the {reference} {short(wanted)} is none of the {len(labels)} choices"
+
+
+@grader("choice", unfit=_unfit)
 def choice(
     answer: str,
     row: Row,
@@ -67,15 +83,12 @@ def choice(
 ) -> Grade:
     """The reference is a letter, an index from 0, or one of the `choices`, whose number says which letters there are.
 
-    `choices` is a list, or `text` and `label` lists as of ARC; `num_choices` counts where a row has no such column.
+    `choices` is a list, also as JSON, or `text` and `label` lists as of ARC; `num_choices` counts where a row has no
+    such column.
     """
-    wanted = references(row, reference)
-    if not wanted:
-        return no_reference(reference)
     texts, labels = _choices(row.get(choices), num_choices)
-    right_letter = _letter_of(wanted[0], texts, labels)
-    if right_letter is None:
-        return missing(f"the reference {short(wanted[0])} is none of the {len(labels)} choices")
+    right_letter = _letter_of(references(row, reference)[0], texts, labels)
+    assert right_letter is not None, "only fit rows are graded"
     letters = ascii_uppercase[: len(labels)]
     said = _by_text(answer, texts) or find_letters(answer, letters)
     if len(said) != 1:
@@ -85,6 +98,7 @@ def choice(
 
 def _choices(value: Any, num_choices: int) -> tuple[list[str], list[str]]:
     """The texts, none where the row has none, and the labels that a reference may name."""
+    value = nested(value)
     if value is None:
         return [], list(ascii_uppercase[:num_choices])
     texts = [str(text) for text in (value["text"] if isinstance(value, Mapping) else value)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from prefill_router.graders.fences import fences
-from prefill_router.graders.grade import Grade, Row, is_absent, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.grade import Grade, Row, is_absent, lacking, missing, references, right, short, wrong
 from prefill_router.graders.registry import grader
 from prefill_router.graders.sandbox import MIB, Sandbox
 
@@ -22,7 +22,11 @@ def _check(options: Mapping[str, Any]) -> None:
     Sandbox(unconfined=options["unconfined"])
 
 
-@grader("code", check=_check)
+def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
+    return lacking(row, options["tests"])
+
+
+@grader("code", check=_check, unfit=_unfit)
 def code(
     answer: str,
     row: Row,
@@ -43,8 +47,6 @@ def code(
     that is accepted by `unconfined`.
     """
     given = [str(test) for test in references(row, tests)]
-    if not given:
-        return no_reference(tests)
     name = None if is_absent(row.get(entry_point)) else str(row[entry_point])
     before = "" if is_absent(row.get(setup)) else f"{row[setup]}\n"
     memory_bytes = memory_mib * MIB

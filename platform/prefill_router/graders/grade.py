@@ -49,8 +49,14 @@ def is_absent(value: object) -> bool:
     return value is None or value != value  # NaN, the null of pandas
 
 
-def no_reference(column: str) -> Grade:
-    return missing(f'the row has no "{column}"')
+def lacking(row: Row, *columns: str) -> str | None:
+    """Says which of these columns a row has no value in, the first of them; None where it has all."""
+    return next((f'the row has no "{column}"' for column in columns if not references(row, column)), None)
+
+
+def without_reference(row: Row, options: Mapping[str, Any]) -> str | None:
+    """Why a row is unfit for a grader that needs nothing but a reference."""
+    return lacking(row, options["reference"])
 
 
 def nested(value: object) -> Any:

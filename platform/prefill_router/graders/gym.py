@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefill_router.errors import UserError
-from prefill_router.graders.grade import Grade, Row, missing, nested, no_reference, references, short, wrong
+from prefill_router.graders.grade import Grade, Row, lacking, missing, nested, references, short, wrong
 from prefill_router.graders.harmless import is_harmless
 from prefill_router.graders.registry import grader
 
@@ -29,7 +29,17 @@ def _check(_: Mapping[str, Any]) -> None:
         raise UserError("grader reasoning_gym: reasoning-gym is not installed; pip install 'prefill-router[demo]'")
 
 
-@grader("reasoning_gym", check=_check)
+def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
+    if reason := lacking(row, options["reference"], options["metadata"]):
+        return reason
+    try:
+        _verifier(_dataset(nested(row[options["metadata"]]), options["dataset"]))
+    except ValueError as error:
+        return short(error)
+    return None
+
+
+@grader("reasoning_gym", check=_check, unfit=_unfit)
 def reasoning_gym(
     answer: str, row: Row, *, reference: str = "reference", metadata: str = "metadata", dataset: str | None = None
 ) -> Grade:
@@ -38,19 +48,13 @@ def reasoning_gym(
     What stands in the answer's last <answer> tag is verified, else all of it. An answer that a verifier cannot read is
     wrong, unless it cannot read the reference either.
     """
-    wanted = references(row, reference)
-    if not wanted or not references(row, metadata):
-        return no_reference(metadata if wanted else reference)
     facts = nested(row[metadata])
-    name = dataset or facts.get("source_dataset")
-    try:
-        verifier, language = _verifier(name)
-    except ValueError as error:
-        return missing(short(error))
+    name = _dataset(facts, dataset)
+    verifier, language = _verifier(name)
     said = (_TAGGED.findall(answer) or [answer])[-1].strip()
     if language is not None and not is_harmless(said, language):
         return wrong(f"{name} would evaluate {short(said)}")
-    return _verified(verifier, said, {**row, "answer": str(wanted[0]), "metadata": facts}, name)
+    return _verified(verifier, said, {**row, "answer": str(references(row, reference)[0]), "metadata": facts}, name)
 
 
 def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -> Grade:
@@ -65,13 +69,19 @@ def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -
     return Grade(min(max(score, 0.0), 1.0), f"{name}: {score:g}")
 
 
+def _dataset(facts: Mapping[str, Any], dataset: str | None) -> str:
+    """Raises ValueError where neither names a data set."""
+    name = dataset or facts.get("source_dataset")
+    if not isinstance(name, str):
+        raise ValueError("the metadata names no source_dataset")
+    return name
+
+
 @functools.cache
-def _verifier(name: str | None) -> tuple[Verifier, str | None]:
+def _verifier(name: str) -> tuple[Verifier, str | None]:
     """A data set's verifier, and as what it evaluates an answer, if it does. Raises ValueError for an unknown name."""
     from reasoning_gym import get_score_answer_fn
 
-    if not isinstance(name, str):
-        raise ValueError("the metadata names no source_dataset")
     verifier = get_score_answer_fn(name)
     source = inspect.getsource(verifier)
     return verifier, next((language for language, pattern in _EVALUATES.items() if pattern.search(source)), None)

@@ -15,7 +15,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from prefill_router.graders.fences import fences
-from prefill_router.graders.grade import Grade, Row, missing, nested, no_reference, references, right, short, wrong
+from prefill_router.graders.grade import Grade, Row, lacking, missing, nested, right, short, wrong
 from prefill_router.graders.registry import grader
 
 _PATTERN_S = 1.0  # for one string; a pattern may backtrack for ever
@@ -31,7 +31,20 @@ def checked_schema(schema: Any) -> Any:
     return schema
 
 
-@grader("json_schema")
+def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
+    column = options["column"]
+    if options["schema"] is not None:
+        return None
+    if reason := lacking(row, column):
+        return reason
+    try:
+        checked_schema(nested(row[column]))
+    except ValueError as error:
+        return f"{column} {short(error)}"
+    return None
+
+
+@grader("json_schema", unfit=_unfit)
 def json_schema(
     answer: str,
     row: Row,
@@ -44,12 +57,7 @@ def json_schema(
     Nothing is fetched: a schema that refers to another file grades nothing.
     """
     if schema is None:
-        if not references(row, column):
-            return no_reference(column)
-        try:
-            schema = checked_schema(nested(row[column]))
-        except ValueError as error:
-            return missing(f"{column} {short(error)}")
+        schema = nested(row[column])
     value = find_json(answer)
     if value is _NOTHING:
         return wrong("no JSON in the answer")

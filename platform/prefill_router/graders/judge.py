@@ -15,7 +15,7 @@ from pydantic import Field
 
 from prefill_router.corpus import Message
 from prefill_router.errors import UserError
-from prefill_router.graders.grade import Grade, Row, is_absent, no_reference, references, short
+from prefill_router.graders.grade import Grade, Row, is_absent, references, short, without_reference
 from prefill_router.graders.registry import grader
 
 RUBRIC = """Is the answer right? It is right where it comes to the same as the reference, however it is put.
@@ -45,7 +45,7 @@ class _Judged(NamedTuple):
     cost_usd: float
 
 
-@grader("judge")
+@grader("judge", unfit=without_reference)
 def judge(
     answer: str,
     row: Row,
@@ -63,8 +63,6 @@ def judge(
     `agreement` false, or the outcome is `missing`. It is missing too where a judgement fails, or names no grade.
     """
     wanted = references(row, reference)
-    if not wanted:
-        return no_reference(reference)
     asked = None if is_absent(row.get(question)) else str(row[question])
     judged = [_judged(ask, _messages(rubric, asked, order)) for order in _orders(str(wanted[0]), answer)]
     cost_usd = sum(j.cost_usd for j in judged)

@@ -6,13 +6,14 @@ Numbers are decimals, so that an exponent of a thousand million takes no memory 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Context, Decimal, localcontext
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
 from prefill_router.graders.boxes import last_box
-from prefill_router.graders.grade import Grade, Row, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.grade import Grade, Row, lacking, references, right, short, wrong
 from prefill_router.graders.registry import grader
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -37,7 +38,14 @@ class Number(NamedTuple):
     is_percent: bool = False
 
 
-@grader("numeric")
+def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
+    reference = options["reference"]
+    if reason := lacking(row, reference):
+        return reason
+    return None if _numbers_of(row, reference) else f"the {reference} {short(row[reference])} is no number"
+
+
+@grader("numeric", unfit=_unfit)
 def numeric(
     answer: str,
     row: Row,
@@ -50,17 +58,17 @@ def numeric(
 
     A percentage beside a bare number may mean either 50 or 0.5, and both are taken.
     """
-    wanted = [number for r in references(row, reference) if (number := find_number(_text(r)))]
-    if not references(row, reference):
-        return no_reference(reference)
-    if not wanted:
-        return missing(f"the reference {short(row[reference])} is no number")
+    wanted = _numbers_of(row, reference)
     said = find_number(answer)
     if said is None:
         return wrong("no number in the answer")
     if any(_is_near(said, number, absolute, relative) for number in wanted):
         return right(f"{said.value:g}")
     return wrong(f"{short(f'{said.value:g}')} is not {short(f'{wanted[0].value:g}')}")
+
+
+def _numbers_of(row: Row, reference: str) -> list[Number]:
+    return [number for r in references(row, reference) if (number := find_number(_text(r)))]
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Graders by name: ours, and a user's own as `package.module:function`.
 
 A grader is a function of an answer and its row; its further parameters are options, and their types are what a recipe's
-options are checked against, once, before any answer is graded.
+options are checked against, once, before any answer is graded. What it needs of a row it declares beside its name, so
+that nobody pays for an answer that cannot be graded.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from prefill_router.strict import StrictModel, validate
 
 F = TypeVar("F", bound=Callable[..., Grade])
 Check = Callable[[Mapping[str, Any]], object]
+Unfit = Callable[[Row, Mapping[str, Any]], str | None]
 
 _GRADERS: dict[str, Callable[..., Grade]] = {}
 _CHECKS: dict[str, Check] = {}
+_UNFIT: dict[Callable[..., Grade], Unfit] = {}
 
 
-def grader(name: str, check: Check | None = None) -> Callable[[F], F]:
-    """Registers a function by name. `check` gets the options when it is loaded, to raise UserError for what lacks."""
+def grader(name: str, check: Check | None = None, unfit: Unfit | None = None) -> Callable[[F], F]:
+    """Registers a function by name. `check` gets the options when it is loaded, to raise UserError for what lacks.
+
+    `unfit` gets a row and the options, and says why no answer to the row can be graded, or None where one can. The
+    function is called for fit rows alone.
+    """
 
     def register(function: F) -> F:
         assert name not in _GRADERS, f"two graders are named {name}"
         _GRADERS[name] = function
         if check is not None:
             _CHECKS[name] = check
+        if unfit is not None:
+            _UNFIT[function] = unfit
         return function
 
     return register
@@ -53,6 +62,8 @@ class Grader:
 
         Raises UserError where a user's function returns no Grade, or a score beyond [0, 1].
         """
+        if (reason := self.unfit(row)) is not None:
+            return missing(reason)
         try:
             grade = self.function(answer, row, **self.options)
         except UserError:
@@ -62,6 +73,14 @@ class Grader:
         if not isinstance(grade, Grade) or not (grade.score is None or 0.0 <= grade.score <= 1.0):
             raise UserError(f"grader {self.spec} returned {short(grade)}, must be a Grade with a score from 0 to 1")
         return grade
+
+    def unfit(self, row: Row) -> str | None:
+        """Why no answer to a row can be graded; None where one can, or where the grader declares no needs."""
+        needs = _UNFIT.get(self.function)
+        try:
+            return None if needs is None else needs(row, self.options)
+        except Exception as error:  # a row may hold anything
+            return f"{self.spec} cannot read the row: {type(error).__name__}: {short(error)}"
 
 
 def grader_names() -> list[str]:

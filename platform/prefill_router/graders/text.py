@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import regex
 from pydantic import AfterValidator
 
-from prefill_router.graders.grade import Grade, Row, missing, no_reference, references, right, short, wrong
+from prefill_router.graders.grade import Grade, Row, missing, references, right, short, without_reference, wrong
 from prefill_router.graders.registry import grader
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -19,13 +19,13 @@ _SIGN = re.compile(r"(?<!\w)-(?=\.?\d)")
 _PATTERN_S = 1.0  # for one answer; a pattern may backtrack for ever
 
 
-@grader("exact")
+@grader("exact", unfit=without_reference)
 def exact(answer: str, row: Row, *, reference: str = "reference") -> Grade:
     """The reference to the letter, but for space around it."""
-    return _compared(answer.strip(), [str(r).strip() for r in references(row, reference)], reference)
+    return _compared(answer.strip(), [str(r).strip() for r in references(row, reference)])
 
 
-@grader("normalized")
+@grader("normalized", unfit=without_reference)
 def normalized(answer: str, row: Row, *, reference: str = "reference", anywhere: bool = False) -> Grade:
     """The reference but for case, space, punctuation, articles and Unicode's compatible forms.
 
@@ -34,7 +34,7 @@ def normalized(answer: str, row: Row, *, reference: str = "reference", anywhere:
     said, wanted = normalize(answer), [normalize(str(r)) for r in references(row, reference)]
     if anywhere and any(w and f" {w} " in f" {said} " for w in wanted):
         return right("holds the reference")
-    return _compared(said, wanted, reference)
+    return _compared(said, wanted)
 
 
 def normalize(text: str) -> str:
@@ -85,7 +85,19 @@ def compiled(pattern: str) -> Any:
         raise ValueError(f"is no regular expression: {error}") from None
 
 
-@grader("regex")
+def _unfit_pattern(row: Row, options: Mapping[str, Any]) -> str | None:
+    reference = options["reference"]
+    if (reason := without_reference(row, options)) or options["pattern"] is not None:
+        return reason
+    try:
+        for pattern in references(row, reference):
+            compiled(str(pattern))
+    except ValueError as error:
+        return f"{reference} {error}"
+    return None
+
+
+@grader("regex", unfit=_unfit_pattern)
 def matches(
     answer: str,
     row: Row,
@@ -98,14 +110,10 @@ def matches(
     Without: the reference is a pattern that the answer must hold. One that takes longer than a second grades nothing.
     """
     wanted = [str(r) for r in references(row, reference)]
-    if not wanted:
-        return no_reference(reference)
     try:
-        return _by_rows(answer, wanted) if pattern is None else _by_pattern(answer, pattern, wanted, reference)
+        return _by_rows(answer, wanted) if pattern is None else _by_pattern(answer, pattern, wanted)
     except TimeoutError:
         return missing(f"the pattern took more than {_PATTERN_S:g} s")
-    except ValueError as error:
-        return missing(f"{reference} {error}")
 
 
 def _by_rows(answer: str, patterns: list[str]) -> Grade:
@@ -115,17 +123,15 @@ def _by_rows(answer: str, patterns: list[str]) -> Grade:
     return wrong(f"found none of {short(', '.join(patterns))}")
 
 
-def _by_pattern(answer: str, pattern: str, wanted: list[str], reference: str) -> Grade:
+def _by_pattern(answer: str, pattern: str, wanted: list[str]) -> Grade:
     found = list(compiled(pattern).finditer(answer, timeout=_PATTERN_S))
     if not found:
         return wrong("the pattern is not in the answer")
     said = found[-1][1] if found[-1].re.groups else found[-1][0]
-    return _compared((said or "").strip(), [w.strip() for w in wanted], reference)
+    return _compared((said or "").strip(), [w.strip() for w in wanted])
 
 
-def _compared(said: str, wanted: list[str], column: str) -> Grade:
-    if not wanted:
-        return no_reference(column)
+def _compared(said: str, wanted: list[str]) -> Grade:
     if said in wanted:
         return right()
     return wrong(f"{short(said) or 'nothing'} is not {short(wanted[0])}")

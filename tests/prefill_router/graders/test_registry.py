@@ -76,5 +76,46 @@ def test_a_grader_must_return_a_grade(returned: Any) -> None:
         load_grader(f"{__name__}:careless")("x", {"returns": returned})
 
 
+LACKING = [
+    ("exact", {}, {}, 'the row has no "reference"'),
+    ("exact", {"reference": "gold"}, {"reference": "x", "gold": None}, 'the row has no "gold"'),
+    ("normalized", {}, {"reference": float("nan")}, 'the row has no "reference"'),
+    ("regex", {}, {"reference": "(x"}, "reference is no regular expression: missing )"),
+    ("numeric", {}, {"reference": "many"}, "the reference many is no number"),
+    ("choice", {}, {"choices": ["x", "y"]}, 'the row has no "reference"'),
+    ("choice", {}, {"reference": "Paris"}, 'the row has no "choices", and its reference Paris is no letter'),
+    ("choice", {}, {"reference": "E", "choices": ["x", "y"]}, "the reference E is none of the 2 choices"),
+    ("choice", {}, {"reference": "x", "choices": "x or y"}, "choices: Expecting value"),
+    ("code", {}, {"tests": []}, 'the row has no "tests"'),
+    ("json_schema", {}, {}, 'the row has no "schema"'),
+    ("json_schema", {}, {"schema": '{"type": 3}'}, "schema is no JSON schema"),
+    ("judge", {"ask": print}, {}, 'the row has no "reference"'),
+    ("reasoning_gym", {}, {"reference": "1"}, 'the row has no "metadata"'),
+    ("reasoning_gym", {}, {"reference": "1", "metadata": "{}"}, "the metadata names no source_dataset"),
+]
+
+
+@pytest.mark.parametrize(("spec", "options", "row", "reason"), LACKING)
+def test_a_row_says_before_any_answer_that_none_can_be_graded(
+    spec: str, options: dict[str, Any], row: dict[str, Any], reason: str
+) -> None:
+    if spec == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    grade = load_grader(spec, {"unconfined": True} if spec == "code" else options)
+    unfit = grade.unfit(row)
+    assert unfit is not None
+    assert reason in unfit
+    assert grade("an answer", row) == Grade(None, unfit)
+
+
+def test_a_row_that_lacks_nothing_is_fit() -> None:
+    row = {"reference": "1", "choices": ["1", "2"], "tests": "assert f() == 1", "schema": "{}"}
+    assert all(load_grader(spec).unfit(row) is None for spec in ("exact", "normalized", "regex", "numeric", "choice"))
+    assert load_grader("json_schema", {"schema": {}}).unfit({}) is None
+    assert load_grader("code", {"unconfined": True}).unfit(row) is None
+    assert load_grader("json_schema").unfit(row) is None
+    assert load_grader(f"{__name__}:failing").unfit({}) is None
+
+
 def test_the_names_are_known() -> None:
     assert {"exact", "normalized", "choice", "numeric", "regex"} <= set(grader_names())
