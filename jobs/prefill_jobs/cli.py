@@ -148,7 +148,7 @@ def _evaluate(config: Any) -> None:
     from prefill_jobs.evaluate import evaluate
     from prefill_jobs.from_log import evaluate_log
     from prefill_router.outcomes import is_feedback
-    from prefill_router.report import against_baselines, headline, metric_rows, policy_rows
+    from prefill_router.report import against_baselines, calibration_line, headline, metric_rows, policy_rows
 
     if is_feedback(config.outcomes):
         with results_apart():
@@ -161,9 +161,7 @@ def _evaluate(config: Any) -> None:
         evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))
-    calibration = evaluation.calibration
-    auc, ece, before = map(np.nanmean, (evaluation.router.auc, calibration.ece, calibration.ece_uncalibrated))
-    typer.echo(f"mean AUC: {auc:.3f}, mean ECE: {ece:.3f}, {before:.3f} before calibration")
+    typer.echo(f"mean AUC {np.nanmean(evaluation.router.auc):.3f}, {calibration_line(evaluation)}")
     for name, text in metric_rows(evaluation.router):
         typer.echo(f"{name}: {text}")
     typer.echo(f"report: {config.out}/report.html")
@@ -186,11 +184,12 @@ def _compare(config: Any) -> None:
 
 def _collect(config: Any) -> None:
     from prefill_jobs.collect import collect
+    from prefill_router.money import usd
 
     manifest = collect(config)
     for target, spending in manifest.spending.items():
-        lost = f", and at most ${spending.lost_usd:,.4f} on calls that brought none" if spending.lost_usd else ""
-        typer.echo(f"{target}: {spending.answers:,} answers for ${spending.cost_usd:,.4f}{lost}")
+        lost = f", and at most {usd(spending.lost_usd)} on calls that brought none" if spending.lost_usd else ""
+        typer.echo(f"{target}: {spending.answers:,} answers for {usd(spending.cost_usd)}{lost}")
     typer.echo(
         f"{config.out}: {manifest.outcomes:,} outcomes, {manifest.graded:,} graded, {manifest.missing:,} missing"
     )

@@ -29,6 +29,7 @@ from prefill_router.config import DemoConfig, EvaluateConfig, ExtractConfig, Pro
 from prefill_router.corpus import Prompt
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Evaluation
+from prefill_router.money import usd
 from prefill_router.plan import plan, read_shard
 from prefill_router.report import headline, metric_rows
 
@@ -165,7 +166,7 @@ def _route(url: str, prompt: Prompt) -> None:
     console.print(f"POST /v1/route  {text[:70]!r}", markup=False)
     console.print(
         f"  -> {target}: P(correct) {decision['p_correct'][target]:.2f}, "
-        f"${decision['expected_cost_usd'][target]:.5f} expected, {latency_ms:.0f} ms",
+        f"{usd(decision['expected_cost_usd'][target])} expected, {latency_ms:.0f} ms",
         markup=False,
     )
 

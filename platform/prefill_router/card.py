@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from prefill_router.money import usd
 from prefill_router.router import FORMAT, Router
 
 Rows = list[tuple[str, ...]]
@@ -41,18 +42,18 @@ def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     accuracy, best, oracle = (validation[f"{name}accuracy"] for name in ("", "best_single_", "oracle_"))
     yield "accuracy", f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {oracle:.1%}"
     cost, best_cost = validation["cost"], validation["best_single_cost"]
-    yield "cost", f"${1000 * cost:.3f} a thousand prompts, the best single target ${1000 * best_cost:.3f}"
+    yield "cost", f"{usd(1000 * cost)} a thousand prompts, the best single target {usd(1000 * best_cost)}"
 
 
 def _targets(router: Router) -> Rows:
     training = router.training
-    head = ("target", "input $/M", "output $/M", "answers", "AUC", "calibration", "best column")
+    head = ("target", "input /M", "output /M", "answers", "AUC", "calibration", "best column")
     auc = training.get("validation", {}).get("auc", {})
     rows = [
         (
             target.name,
-            f"{target.input_price:g}",
-            f"{target.output_price:g}",
+            usd(target.input_price),
+            usd(target.output_price),
             _number(training.get("num_answers", {}).get(target.name), ","),
             _number(auc.get(target.name), ".3f"),
             kind,

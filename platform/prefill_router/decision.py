@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_router.encoder import Tokens
 from prefill_router.errors import UserError
+from prefill_router.money import usd
 from prefill_router.policy import NO_TARGET, choose
 from prefill_router.pool import Pool
 
@@ -149,7 +150,7 @@ def _limit(decision: Decision, policy: Policy, target: str) -> str | None:
     if policy.allowed is not None and target not in policy.allowed:
         return "not among the targets that are allowed"
     if policy.max_cost is not None and cost_usd > policy.max_cost:
-        return f"expected to cost {cost_usd:.3g} USD, more than {policy.max_cost:.3g}"
+        return f"expected to cost {usd(cost_usd)}, more than {usd(policy.max_cost)}"
     if policy.min_p is not None and p < policy.min_p:
         return f"P(correct) {p:.3f} is less than {policy.min_p:.3g}"
     return None

@@ -126,6 +126,12 @@ class Calibration:
     ece_of_chance: list[float]  # what a perfectly calibrated router would show on as many prompts
     reliability: dict[str, list[list[list[float]]]]  # before and after: each target's (mean p, accuracy, prompts)
 
+    @property
+    def unchanged(self) -> list[bool]:
+        """Of which targets calibration left P(correct) as it was."""
+        before, after = (self.reliability[name] for name in ("uncalibrated", "calibrated"))
+        return [was == now for was, now in zip(before, after, strict=True)]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -256,7 +262,7 @@ class _Trial:
         self._draws = np.concatenate([np.ones((1, len(held_out)), drawn.dtype), drawn])
         self._router = self._scorer(router)
         self._of_router = self._router.figures(self._draws)
-        self._dearest = self._router.singles(self._draws)[0].max(1)  # its mean cost in each draw
+        self._dearest = self._router.singles(self._draws)[0][:, self._router.dearest]  # its mean cost in each draw
 
     def expected(self, contender: Contender) -> Array:
         return self.pool.expected_cost(self.held_out.num_tokens, contender.expected_output_tokens)
@@ -305,18 +311,17 @@ class _Trial:
 
     def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
         """The router's own tolerance, and those at which its curve is usually read."""
-        curve, best = self._router.curve(), self._of_router["best_single_accuracy"][0]
+        best = self._of_router["best_single_accuracy"][0]
         wanted = {
-            "the most accurate": curve[:, 2].max(),
+            "the most accurate": self._router.curve()[:, 2].max(),
             "as accurate as the best single target": best,
             "within 1 point of it": best - 0.01,
             "within 3 points of it": best - 0.03,
         }
         points = [self._operating_point("the router's own tolerance", own_tolerance)]
         for title, accuracy in wanted.items():
-            reached = curve[curve[:, 2] >= accuracy - ROUNDING]
-            if len(reached):
-                points.append(self._operating_point(title, float(reached[np.argmin(reached[:, 1]), 0])))
+            if (tolerance := self._router.tolerance_reaching(accuracy)) is not None:
+                points.append(self._operating_point(title, tolerance))
         return points
 
     def _operating_point(self, title: str, tolerance: float) -> OperatingPoint:

@@ -13,6 +13,7 @@ import numpy as np
 from prefill_router import storage
 from prefill_router.about import versions
 from prefill_router.allocation import Allocation
+from prefill_router.money import usd
 from prefill_router.pool import Pool
 from prefill_router.report import TEMPLATES, shown
 from prefill_router.tally import EVERYTHING, TOLERANCES, Sums, Tally
@@ -76,10 +77,6 @@ def headline(report: LabelReport) -> str:
         f"right; always {report.pool.target_names[best]} would cost {usd(float(sums['cost_usd'][best]))} for "
         f"{best_right}."
     )
-
-
-def usd(value: float) -> str:
-    return f"${value:,.2f}" if value >= 100.0 else f"${value:.4g}"
 
 
 def _mean(sums: Sums, name: str, place: int) -> float:

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 import jinja2
+import numpy as np
 
 from prefill_router import storage
 from prefill_router.counterfactual import PolicyValue
@@ -14,6 +15,7 @@ from prefill_router.evaluation import Evaluation, OperatingPoint, Standing
 from prefill_router.kernel import MAX_LANDMARKS
 from prefill_router.learning import TIMES, LearnedFigure, LearningCurve
 from prefill_router.metrics import Interval, RoutingScores
+from prefill_router.money import usd
 from prefill_router.probe import LayerProbe
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         peers=_peer_rows(evaluation),
         zones=_zones(evaluation.router),
         missing=_missing(evaluation),
+        uncalibrated=_uncalibrated(evaluation),
         outlook=curve and outlook(curve),
         lengths=[
             shown(error, ".0f")
@@ -98,6 +101,23 @@ def against_baselines(evaluation: Evaluation) -> str:
         f"Over all tolerances it surely adds more than {num_beaten} of {len(rivals)} baselines; against the best, "
         f"{best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
     )
+
+
+def calibration_line(evaluation: Evaluation) -> str:
+    """How far P(correct) can be taken at its word, and whether calibration did anything for it."""
+    ece, before = (
+        float(np.nanmean(values)) for values in (evaluation.calibration.ece, evaluation.calibration.ece_uncalibrated)
+    )
+    what = (
+        "calibration changed nothing" if all(evaluation.calibration.unchanged) else f"{before:.3f} before calibration"
+    )
+    return f"mean ECE {ece:.3f}: {what}"
+
+
+def _uncalibrated(evaluation: Evaluation) -> str:
+    """The targets whose P(correct) calibration left as it was."""
+    pairs = zip(evaluation.targets, evaluation.calibration.unchanged, strict=True)
+    return ", ".join(target for target, is_unchanged in pairs if is_unchanged)
 
 
 def outlook(curve: LearningCurve) -> str:
@@ -280,7 +300,9 @@ def shown(value: float, style: str) -> str:
     """A figure as text: `%`, `$` of a prompt's cost for a thousand of them, `m` in thousandths, or a format."""
     if not isfinite(value):
         return "–"
+    if style == "$":
+        return usd(1e3 * value)
     value = 0.0 if abs(value) < 5e-7 else value  # never "-0.0%"
     if style in ("m", "+m"):
         return format(1e3 * value, f"{style[:-1]}.1f")
-    return {"%": f"{value:.1%}", "+%": f"{value:+.1%}", "$": f"${1e3 * value:.3g}"}.get(style) or format(value, style)
+    return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)

@@ -12,7 +12,10 @@ def test_a_card_of_a_router_of_which_little_is_told(tiny_router: Router) -> None
     assert told["router"] == f"{tiny_router.version}, format 1"
     assert told["kernel"] == "7 prompts, weight 0.25 beside the trunk"
     assert "trained" not in told
-    assert targets[1:] == [("big", "2", "8", "-", "-", "none", "-"), ("small", "0.1", "0.4", "-", "-", "none", "-")]
+    assert targets[1:] == [
+        ("big", "$2.00", "$8.00", "-", "-", "none", "-"),
+        ("small", "$0.100", "$0.400", "-", "-", "none", "-"),
+    ]
 
 
 def test_a_card_tells_training_and_how_good_it_was(tiny_router: Router) -> None:
@@ -37,6 +40,6 @@ def test_a_card_tells_training_and_how_good_it_was(tiny_router: Router) -> None:
     assert told["extends"] == "0123"
     assert told["trained"] == "by recipe best, on 1,200 prompts"
     assert told["accuracy"] == "75.0%, the best single target 70.0%, an oracle 90.0%"
-    assert told["cost"] == "$0.500 a thousand prompts, the best single target $1.000"
-    assert targets[1] == ("big", "2", "8", "1,100", "0.700", "none", "last_002")
-    assert targets[2] == ("small", "0.1", "0.4", "1,200", "-", "none", "mean_003")
+    assert told["cost"] == "$0.500 a thousand prompts, the best single target $1.00"
+    assert targets[1] == ("big", "$2.00", "$8.00", "1,100", "0.700", "none", "last_002")
+    assert targets[2] == ("small", "$0.100", "$0.400", "1,200", "-", "none", "mean_003")

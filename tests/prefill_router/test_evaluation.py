@@ -153,6 +153,28 @@ def test_operating_points_are_where_they_say() -> None:
     assert as_good.saving_against_best_single.value == pytest.approx(result.router.saving_at_best_single)
 
 
+def test_every_draw_compares_with_what_is_best_on_all_prompts() -> None:
+    """Of two targets that are nearly as good, draws would take now the one, now the other, four times cheaper."""
+    data, router, _ = trial(300, missing=0.0)
+    rng = np.random.default_rng(1)
+    large = (rng.random(300) < 0.6).astype(np.float32)
+    medium = rng.permutation(large)
+    medium[medium.argmax()] = 0.0
+    data = replace(data, correct=np.column_stack([large, medium, np.zeros(300, np.float32)]))
+    result = evaluated(data, replace(router, p_correct=np.tile([0.7, 0.7, 0.0], (300, 1))))
+    saved = result.operating_points[0].saving_against_best_single
+    assert saved.value == pytest.approx(1.0 - result.target_cost[1] / result.target_cost[0])
+    assert saved.low > saved.value - 0.1
+
+
+def test_what_calibration_left_alone_is_told() -> None:
+    data, router, _ = trial(200)
+    before = router.p_correct.copy()
+    assert evaluated(data, router, p_uncalibrated=before).calibration.unchanged == [True] * 3
+    before[:, 1] **= 2
+    assert evaluated(data, router, p_uncalibrated=before).calibration.unchanged == [True, False, True]
+
+
 def test_the_band_holds_the_curve() -> None:
     data, router, _ = trial(400)
     result = evaluated(data, router)

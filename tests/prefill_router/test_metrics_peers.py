@@ -54,13 +54,40 @@ def test_a_prompt_that_weighs_three_counts_as_three_prompts(seed: int) -> None:
     data = pool(seed, missing=0.1)
     counts = np.random.default_rng(seed).integers(0, 4, len(data[0]))
     repeated = [np.repeat(values, counts, axis=0) for values in data]
-    # RouteLLM's two targets are those of all prompts, whatever they weigh; AURC has a coverage a prompt, not a weight.
-    others = ("apgr", "cpt_50", "cpt_80", "aurc")
-    figures = Scorer(*data[:3], 0.05, data[3]).figures(counts[None].astype(float))
+    others = ("aurc",)  # which has a coverage a prompt, not a weight
+    # Comparators go by what prompts weigh, not by a draw; metrics of one target by the draw alone.
+    figures = Scorer(*data[:3], 0.05, data[3], weights=counts).figures(np.ones((1, len(counts))))
+    drawn = Scorer(*data[:3], 0.05, data[3]).figures(counts[None].astype(float))
+    figures |= {name: drawn[name] for name in ("accuracy", "cost", "oracle_accuracy", "auc", "ece", "brier")}
     weighted = {name: values[0].tolist() for name, values in figures.items()}
     expected = vars(score_routing(*repeated[:3], 0.05, repeated[3]))
     for name in weighted.keys() - {*others}:
         assert weighted[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12, nan_ok=True), name
+
+
+def test_comparators_are_those_of_all_prompts_in_every_draw() -> None:
+    correct, p, cost, paid = pool(0, num_prompts=60)
+    weights = bootstrap_weights(60, 40, seed=1).astype(float)
+    scorer = Scorer(correct, p, cost, 0.1, paid)
+    best, dearest = correct.mean(0).argmax(), paid.mean(0).argmax()
+    curve = scorer.curve()
+    costs, accuracies = scorer.points_at(curve[:, 0], weights)
+    _, most = scorer.points_at([curve[np.lexsort((curve[:, 1], -curve[:, 2]))[0], 0]], weights)
+    figures = scorer.figures(weights)
+    means = {name: weights @ values / 60 for name, values in (("correct", correct), ("paid", paid))}
+    assert len(set(means["correct"].argmax(1))) > 1, "no draw has another best target: the test shows nothing"
+    is_enough = accuracies >= means["correct"][:, [best]] - 1e-12
+    gains = {
+        "best_single_accuracy": means["correct"][:, best],
+        "best_single_cost": means["paid"][:, best],
+        "cost_saving": 1.0 - figures["cost"] / means["paid"][:, dearest],
+        "saving_at_best_single": 1.0 - np.where(is_enough, costs, np.inf).min(1) / means["paid"][:, best],
+        "best_efficacy": (most[:, 0] - means["correct"][:, best])
+        / (figures["oracle_accuracy"] - means["correct"][:, best]),
+    }
+    for name, expected in gains.items():
+        expected = np.where(np.isfinite(expected), expected, np.nan)
+        np.testing.assert_allclose(figures[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_weightings_are_scored_alike_together_and_alone() -> None:

@@ -15,7 +15,15 @@ from prefill_router.figures import NARROW, WIDE, curve_figure, learning_figure, 
 from prefill_router.learning import LearnedFigure, LearningCurve, Outlook
 from prefill_router.pool import Pool, Target
 from prefill_router.probe import LayerProbe
-from prefill_router.report import against_baselines, headline, metric_rows, outlook, render_html, shown
+from prefill_router.report import (
+    against_baselines,
+    calibration_line,
+    headline,
+    metric_rows,
+    outlook,
+    render_html,
+    shown,
+)
 from prefill_router.schema import ActivationColumn, Pooling
 
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
@@ -218,7 +226,7 @@ def test_headline_compares_with_the_best_single_target() -> None:
     e = replace(evaluation(), target_accuracy=[0.5, 0.7])
     saving = Interval(0.75, 0.7, 0.81)
     assert told(e, saving, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004) == (
-        "75.0% (70.0% to 80.0%) right at $1 for 1,000 prompts, against 70.0% at $4 for always small: "
+        "75.0% (70.0% to 80.0%) right at $1.00 for 1,000 prompts, against 70.0% at $4.00 for always small: "
         "75.0% (70.0% to 81.0%) saved."
     )
 
@@ -275,8 +283,20 @@ def test_learning_figure_shows_what_was_measured_and_the_law_beyond_it(width: fl
 
 def test_figures_are_shown_short() -> None:
     assert shown(0.0012345, "$") == "$1.23"
+    assert shown(0.001, "$") == "$1.00"
+    assert shown(2e-7, "$") == "$0.000200"
     assert shown(-1e-9, "%") == "0.0%"
     assert shown(0.0123, "+m") == "+12.3"
+
+
+def test_calibration_that_changed_nothing_says_so() -> None:
+    e = evaluation()
+    assert calibration_line(e).endswith(" before calibration")
+    reliability = {name: [[[0.5, 0.5, 9.0]]] * 2 for name in ("uncalibrated", "calibrated")}
+    same = replace(e, calibration=replace(e.calibration, ece_uncalibrated=e.calibration.ece, reliability=reliability))
+    assert calibration_line(same).endswith(": calibration changed nothing")
+    assert "Calibration changed nothing for large, small: " in Page(render_html(same)).text
+    assert "changed nothing" not in Page(render_html(e)).text
 
 
 def test_metric_rows_name_and_show_each_metric() -> None:

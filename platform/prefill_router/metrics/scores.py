@@ -78,7 +78,9 @@ def score_routing(
 class Scorer:
     """A router's figures on the same prompts, for as many draws of them as a bootstrap asks for.
 
-    The arguments are those of `score_routing`. A draw is how often each prompt was drawn.
+    The arguments are those of `score_routing`. A draw is how often each prompt was drawn. What the router is compared
+    with is the same in every draw: the best, the cheapest and the dearest target and the most accurate tolerance are
+    those of all prompts. Were they chosen anew, a draw would compare with whatever its chance favours.
     """
 
     def __init__(
@@ -104,7 +106,11 @@ class Scorer:
         self._share = (choice == np.arange(p_NT.shape[1])).astype(np.float64)
         self._zones = zone_terms(correct_NT, self._chosen[1])
         self._risk = RiskCoverage(self._chosen[1], np.take_along_axis(p_NT, choice, 1)[:, 0])
-        weak, strong = self._pair()
+        (costs,), (accuracies,) = self.singles(self._once)
+        self._cheapest, self._best = weak, strong = _first(costs, -accuracies), _first(-accuracies, costs)
+        self.dearest = int(costs.argmax())
+        curve = self.curve()
+        self._highest = _first(-curve[:, 2], curve[:, 1])
         self._gap = GapRecovered(correct_NT[:, strong], correct_NT[:, weak], p_NT[:, strong] - p_NT[:, weak])
         graded = ~np.isnan(all_correct)
         self._targets = [
@@ -120,6 +126,12 @@ class Scorer:
         """Every field of RoutingScores but the number of prompts, for each draw: (B,), or (B, T)."""
         parts = [self._figures(chunk) for chunk in self._chunks(draws_BN)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def tolerance_reaching(self, accuracy: float) -> float | None:
+        """The cheapest tolerance that is at least as accurate on all prompts, if any is."""
+        curve = self.curve()
+        reached = curve[curve[:, 2] >= accuracy - ROUNDING]
+        return float(reached[np.argmin(reached[:, 1]), 0]) if len(reached) else None
 
     def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, M) at other tolerances."""
@@ -163,12 +175,12 @@ class Scorer:
             return ratio((w @ values).T, w.sum(1)).T
 
         single_costs, single_accuracies = self.singles(draws_BN)
-        cheapest, best = _first(single_costs, -single_accuracies), _first(-single_accuracies, single_costs)
         (c_min, floor), (best_cost, best_accuracy) = (
-            (_at(single_costs, target), _at(single_accuracies, target)) for target in (cheapest, best)
+            (single_costs[:, target], single_accuracies[:, target]) for target in (self._cheapest, self._best)
         )
-        c_max = single_costs.max(1)
-        curve, singles = self._sweep.points(w).by_cost(), Points(single_costs, single_accuracies)
+        c_max = single_costs[:, self.dearest]
+        points, singles = self._sweep.points(w), Points(single_costs, single_accuracies)
+        curve = points.by_cost()
 
         def area(points: Points) -> Array:
             return points.area(c_min, c_max, floor)
@@ -187,7 +199,7 @@ class Scorer:
             "cost": cost,
             "efficacy": ratio(accuracy - best_accuracy, headroom),
             "cost_saving": 1.0 - ratio(cost, c_max),
-            "best_efficacy": ratio(curve.accuracies.max(1) - best_accuracy, headroom),
+            "best_efficacy": ratio(points.accuracies[:, self._highest] - best_accuracy, headroom),
             "saving_at_best_single": np.where(np.isfinite(reached), 1.0 - ratio(reached, best_cost), np.nan),
             "p_auccc": p_area,
             "model_auccc": model_area,
@@ -211,11 +223,6 @@ class Scorer:
 
     def _by_target(self, draws_BN: Array, score: Callable[[TargetScores, Array], Array]) -> Array:
         return np.stack([score(target, draws_BN[:, known]) for known, target in self._targets], axis=1)
-
-    def _pair(self) -> tuple[int, int]:
-        """The cheapest and the most accurate target."""
-        costs, accuracies = (values.mean(1)[None] for values in self._singles)
-        return int(_first(costs, -accuracies)[0]), int(_first(-accuracies, costs)[0])
 
 
 def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
@@ -245,10 +252,6 @@ def _aiq(curve: Points, cheapest_B2: Array, c_max_B: Array) -> Array:
     return np.asarray(found)
 
 
-def _first(keys_BT: Array, ties_BT: Array) -> NDArray[np.int64]:
-    """The target of lowest key (B,), of those the one of lowest tie."""
-    return np.lexsort((ties_BT, keys_BT), axis=1)[:, 0]
-
-
-def _at(values_BT: Array, target_B: NDArray[np.int64]) -> Array:
-    return np.take_along_axis(values_BT, target_B[:, None], 1)[:, 0]
+def _first(keys: Array, ties: Array) -> int:
+    """The place of the lowest key, of those the one of the lowest tie."""
+    return int(np.lexsort((ties, keys))[0])

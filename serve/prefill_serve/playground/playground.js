@@ -75,8 +75,17 @@ function later(action, milliseconds) {
 }
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
-// Of a thousand prompts: one costs too little to be read.
-const usd = (cost) => `$${(1000 * cost).toLocaleString("en", { maximumSignificantDigits: 2 })}`;
+// Of a thousand prompts: one costs too little to be read. Three digits, and cents at least.
+const money = new Intl.NumberFormat("en", {
+  style: "currency",
+  currency: "USD",
+  minimumFractionDigits: 2,
+  maximumFractionDigits: 2,
+  minimumSignificantDigits: 3,
+  maximumSignificantDigits: 3,
+  roundingPriority: "morePrecision",
+});
+const usd = (cost) => money.format(1000 * cost);
 
 function showDecision(answer, milliseconds) {
   const chosen = answer.selected_model;
