@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
+from prefill_jobs.capacity import Capacity
 from prefill_jobs.estimator import Estimated, EstimateShard, EstimateTask
 from prefill_jobs.progress import Progress
 from prefill_jobs.reader import Attempts
@@ -66,14 +66,13 @@ class Estimation:
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = self.actors.options(_CALLS)
-        peaks: dict[str, float] = defaultdict(float)
-        num_read = 0
+        capacity, num_read = Capacity(), 0
         for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
             lease.check()
             done: Estimated = pickle.loads(row["done"])
-            peaks[done.worker] = max(peaks[done.worker], done.peak_flops)
+            capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
             num_read += done.work.prompts
-            progress.add(done.num_prompts, done.work, sum(peaks.values()), done.num_retries)
+            progress.add(done.num_prompts, done.work, capacity.flops, done.num_retries)
             progress.quarantine(done.num_refused)
         return num_read
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,7 @@ class Estimated:
     work: Work
     worker: str
     peak_flops: float
+    worked_s: float  # since the worker's first task began
 
 
 class EstimateShard:
@@ -75,6 +77,7 @@ class EstimateShard:
         self._loading = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        _ = self.began_s
         torch.set_num_threads(self.threads)  # of the thread that calls
         task: EstimateTask = pickle.loads(row["task"])
         attempt = begin(self.attempts, task.shard.digest)
@@ -92,7 +95,14 @@ class EstimateShard:
             shards.create_shard(self.out, name, estimates.to_table())
         num_refused = sum(reason is not None for reason in estimates.reasons)
         peak_flops = self.peak_flops if work.prompts else 0.0
-        return {"done": pickle.dumps(Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, peak_flops))}
+        worked_s = time.monotonic() - self.began_s
+        done = Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, peak_flops, worked_s)
+        return {"done": pickle.dumps(done)}
+
+    @cached_property
+    def began_s(self) -> float:
+        """When the first task began."""
+        return time.monotonic()
 
     def _load(self, *, with_encoder: bool) -> None:
         with self._loading:

@@ -154,7 +154,9 @@ class _Extraction:
             self.ledger.add(finished.record)
             summary.add(finished)
             num_refused = len(finished.record.refused)
-            progress.add(finished.record.rows + num_refused, finished.work, summary.peak_flops, finished.num_retries)
+            progress.add(
+                finished.record.rows + num_refused, finished.work, summary.capacity.flops, finished.num_retries
+            )
             progress.quarantine(num_refused)
 
     def _check_encoder(self, encoder: EncoderIdentity) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -43,6 +44,7 @@ class Done:
     num_retries: int
     worker: str
     peak_flops: float
+    worked_s: float  # since the worker's first task began
     is_new: bool
 
 
@@ -73,7 +75,13 @@ class ExtractShard:
         self.worker = cluster.worker_id()
         self._loading = threading.Lock()
 
+    @cached_property
+    def began_s(self) -> float:
+        """When the first task began."""
+        return time.monotonic()
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        _ = self.began_s
         torch.set_num_threads(self.threads)  # of the thread that calls
         done = self.extract(pickle.loads(row["task"]))
         return {"done": pickle.dumps(done)}
@@ -124,5 +132,6 @@ class ExtractShard:
             num_retries=attempt - 1,
             worker=self.worker,
             peak_flops=self.peak_flops,
+            worked_s=time.monotonic() - self.began_s,
             is_new=is_new,
         )

@@ -20,7 +20,7 @@ class Progress:
         self.task, self.total, self.unit = task, total, unit
         self.rows = self.skipped = 0
         self.work = Work()
-        self.peak_flops = 0.0
+        self.capacity_flops = 0.0
         self.metrics = JobMetrics(task)
         self.metrics.begin(total)
         self.started = self.said = time.monotonic()
@@ -32,12 +32,12 @@ class Progress:
         self.metrics.reuse(rows)
         self._say_when_due()
 
-    def add(self, rows: int, work: Work, peak_flops: float = 0.0, retries: int = 0) -> None:
-        """`peak_flops` is the FLOP/s that the machines at work can reach together."""
-        self.rows, self.work, self.peak_flops = self.rows + rows, self.work + work, peak_flops
+    def add(self, rows: int, work: Work, capacity_flops: float = 0.0, retries: int = 0) -> None:
+        """`capacity_flops` is what the workers could have computed so far, as `Capacity` tells."""
+        self.rows, self.work, self.capacity_flops = self.rows + rows, self.work + work, capacity_flops
         self.metrics.commit(rows, work.tokens, retries)
-        if peak_flops:
-            self.metrics.compute(self.work, self.work.flops / self.elapsed_s / peak_flops)
+        if capacity_flops:
+            self.metrics.compute(self.work, self.work.flops / capacity_flops)
         self._say_when_due()
 
     def quarantine(self, rows: int) -> None:
@@ -66,8 +66,8 @@ class Progress:
         if self.work.tokens:
             parts.append(f"{self.rows / elapsed_s:,.1f} prompts/s")
             parts.append(f"{self.work.tokens / elapsed_s:,.0f} tokens/s")
-        if self.peak_flops:
-            parts.append(f"{self.work.flops / elapsed_s / self.peak_flops:.0%} of peak")
+        if self.capacity_flops:
+            parts.append(f"{self.work.flops / self.capacity_flops:.0%} of peak")
             parts.append(f"{self.work.padding_waste:.1%} padding")
         if self.is_complete:
             parts.append(f"{elapsed_s:.0f} s")

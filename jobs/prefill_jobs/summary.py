@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from prefill_jobs.capacity import Capacity
 from prefill_jobs.extractor import Done
 from prefill_router.features import Manifest
 from prefill_router.work import Work
@@ -21,13 +22,8 @@ class ExtractSummary:
         self.work = Work()
         self.num_reused = self.num_copied = self.num_retries = self.num_shards_computed = 0
         self.seconds = 0.0
-        self._peaks: dict[str, float] = {}
+        self.capacity = Capacity()
         self._started = time.monotonic()
-
-    @property
-    def peak_flops(self) -> float:
-        """FLOP/s that the workers seen so far can reach together."""
-        return sum(self._peaks.values())
 
     def reuse(self, num_rows: int, num_refused: int) -> None:
         """What an earlier run left done."""
@@ -35,7 +31,7 @@ class ExtractSummary:
         self.num_quarantined += num_refused
 
     def add(self, done: Done) -> None:
-        self._peaks[done.worker] = done.peak_flops
+        self.capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
         self.num_retries += done.num_retries
         if not done.is_new:
             self.reuse(done.record.rows, len(done.record.refused))
@@ -49,8 +45,10 @@ class ExtractSummary:
         self.manifest, self.seconds = manifest, time.monotonic() - self._started
 
     def to_dict(self) -> Mapping[str, Any]:
-        """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine."""
-        mean_peak = self.peak_flops / max(1, len(self._peaks))
+        """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine.
+
+        `peak_flops` is what the workers could reach in a second, on the whole job's average.
+        """
         return {
             "prompts": self.manifest.rows,
             "computed": self.work.prompts,
@@ -65,8 +63,8 @@ class ExtractSummary:
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.work.tokens / self.seconds, 1),
             "encoder_seconds": round(self.work.seconds, 3),
-            "peak_flops": self.peak_flops,
-            "mfu": round(self.work.flops / self.work.seconds / mean_peak, 4) if self.work.seconds else None,
+            "peak_flops": self.capacity.flops / self.seconds,
+            "mfu": round(self.work.flops / self.capacity.encoder_flops, 4) if self.work.seconds else None,
             "shards": len(self.manifest.shards),
             "shards_computed": self.num_shards_computed,
             "bytes": self.manifest.shards.total("bytes"),
