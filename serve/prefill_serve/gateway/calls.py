@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +25,7 @@ _ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
 _UNSAID = "the upstream failed"
 # Most events have none of it, and need not be parsed.
-_NOTED_IN_CHAT = re.compile(rb'"usage"\s*:\s*\{|"error"|\[DONE\]')
+_NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]')
 _NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
 
 Body = dict[str, Any]
@@ -35,9 +36,11 @@ class Note(NamedTuple):
 
     usage: Usage | None = None
     error: str | None = None
-    is_last: bool = False  # an answer that ends after it ends as it should
+    is_last: bool = False  # an answer that ends after it may be whole; `Call.is_whole` tells
     is_for_caller: bool = True
     answer_id: str | None = None  # by which the upstream may keep the answer
+    begun: frozenset[int] = frozenset()  # choices that it is about, where there may be many
+    ended: frozenset[int] = frozenset()  # choices that end with it
 
 
 class Needs(NamedTuple):
@@ -138,6 +141,10 @@ class Call(ABC):
     def note(self, event: bytes) -> Note | None:
         """What an event tells the gateway; None of most, which are only for the caller."""
 
+    def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:  # noqa: ARG002 - of chats alone
+        """Is a stream whole at its last event, whose choices were noted as begun and ended?"""
+        return True
+
     @abstractmethod
     def error_event(self, message: str, code: str) -> bytes:
         """How a stream ends that breaks off."""
@@ -178,15 +185,22 @@ class ChatCall(Call):
         return None
 
     def note(self, event: bytes) -> Note | None:
-        if not _NOTED_IN_CHAT.search(event):
+        has_many = self.body.get("n") not in (None, 1)
+        if not has_many and not _NOTED_IN_CHAT.search(event):
             return None
         data = data_of(event)
         if data.strip() == b"[DONE]":
             return Note(is_last=True)
         body = json_object(data)
-        usage = self.usage(body)
-        is_for_caller = usage is None or self._wants_usage or bool(body.get("choices"))
-        return Note(usage, self.error(body), is_for_caller=is_for_caller)
+        usage, choices = self.usage(body), body.get("choices")
+        is_for_caller = usage is None or self._wants_usage or bool(choices)
+        begun = _indices(choices) if has_many else frozenset[int]()
+        ended = _indices(choices, "finish_reason")
+        return Note(usage, self.error(body), is_for_caller=is_for_caller, begun=begun, ended=ended)
+
+    def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:
+        """[DONE] alone does not tell: some upstreams send it after whatever they have."""
+        return bool(ended) and begun <= ended
 
     def error_event(self, message: str, code: str) -> bytes:
         return b"data: %b\n\n" % json.dumps(error_body(502, message, code)).encode()
@@ -281,6 +295,13 @@ def _usage(given: Any, input_name: str, output_name: str, details_name: str) -> 
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     numbers = [n for n in (given.get(input_name), given.get(output_name), cached or 0) if isinstance(n, int) and n >= 0]
     return Usage(*numbers) if len(numbers) == len(Usage._fields) else None
+
+
+def _indices(choices: Any, having: str | None = None) -> frozenset[int]:
+    """Of the choices of a chunk: all, or those that have a field."""
+    given = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    indices = [choice.get("index", 0) for choice in given if having is None or choice.get(having)]
+    return frozenset(index for index in indices if isinstance(index, int))
 
 
 def _message(error: Any) -> str | None:

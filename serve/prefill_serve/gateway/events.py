@@ -7,24 +7,39 @@ from __future__ import annotations
 
 import re
 
+MAX_EVENT_BYTES = 16 << 20  # a whole response with its images is one event
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_END_BYTES = 4
 
 
 class EventSplitter:
-    """Events out of the pieces of a stream, wherever it was cut."""
+    """Events out of the pieces of a stream, wherever it was cut. Each byte is looked at once."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._held, self._seen = bytearray(), 0  # the first `_seen` bytes hold no end of an event
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The events that are complete now, each with the blank line that ends it."""
-        self._rest += piece
-        events, start = [], 0
-        for end in _END.finditer(self._rest):
-            events.append(self._rest[start : end.end()])
+        """The events that are complete now, each with the blank line that ends it, up to one that is too long."""
+        self._held += piece
+        events: list[bytes] = []
+        start = 0
+        while (end := _END.search(self._held, max(start, self._seen))) and end.end() - start <= self.max_bytes:
+            events.append(bytes(self._held[start : end.end()]))
             start = end.end()
-        self._rest = self._rest[start:]
+        del self._held[:start]
+        self._seen = max(len(self._held) - _END_BYTES + 1, 0)
         return events
+
+    @property
+    def is_too_long(self) -> bool:
+        """Has the event that comes next more than `max_bytes`?"""
+        return len(self._held) > self.max_bytes
+
+    @property
+    def rest(self) -> bytes:
+        """The event that has not ended."""
+        return bytes(self._held)
 
 
 def data_of(event: bytes) -> bytes:

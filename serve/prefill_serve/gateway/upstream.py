@@ -11,7 +11,7 @@ import httpx
 from prefill_router.pool import Target
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Body, Call, json_object
-from prefill_serve.gateway.events import EventSplitter, data_of
+from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
 from prefill_serve.gateway.served import Usage
 
 CONNECT_S = 5.0
@@ -53,7 +53,9 @@ class Stream:
         self.usage: Usage | None = None
         self.answer_id: str | None = None
         self._channel, self._call, self._response = channel, call, response
-        self._splitter, self.is_whole = EventSplitter(), False
+        self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
         self._pieces = response.aiter_raw()
         self._first: list[bytes] = []
         self._failure: Failed | None = None
@@ -90,8 +92,20 @@ class Stream:
         except Exception as error:
             raise self._channel.failure_of(error) from error
         if piece is None:
-            raise self._channel.failure("cut", "ended its stream before the answer was whole")
-        return list(self._for_caller(self._splitter.feed(piece)))
+            return self._last_events()
+        events = list(self._for_caller(self._splitter.feed(piece)))
+        if self._splitter.is_too_long and not self.is_whole and self._failure is None:
+            most = self._splitter.max_bytes
+            self._failure = self._channel.failure("too_large", f"streamed an event of more than {most:,} bytes")
+        return events
+
+    def _last_events(self) -> list[bytes]:
+        """Those at the end of a stream. Its last event may lack the blank line, any other was cut off there."""
+        last = self._splitter.rest.rstrip(b"\r\n") + b"\n\n"
+        note = self._call.note(last)
+        if note is None or not (note.is_last or note.error):
+            raise self._cut()
+        return list(self._for_caller([last]))
 
     def _for_caller(self, events: list[bytes]) -> Iterator[bytes]:
         """Those that the caller gets; what comes before an error is not lost."""
@@ -100,14 +114,21 @@ class Stream:
             if note is not None:
                 self.usage = note.usage or self.usage
                 self.answer_id = note.answer_id or self.answer_id
-                if note.is_last:
-                    self.is_whole = True
+                self._begun |= note.begun
+                self._ended |= note.ended
                 if note.error is not None:
                     self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
+                elif note.is_last and not self._call.is_whole(self._begun, self._ended):
+                    self._failure = self._cut()
+                if self._failure is not None:
                     self.is_whole = False
                     return
+                self.is_whole = self.is_whole or note.is_last
             if note is None or note.is_for_caller:
                 yield event
+
+    def _cut(self) -> Failed:
+        return self._channel.failure("cut", "ended its stream before the answer was whole")
 
 
 class Channel:

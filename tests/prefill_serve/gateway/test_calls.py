@@ -323,6 +323,35 @@ def test_done_is_the_last() -> None:
     assert chat(stream=True).note(b"data:[DONE]\r\n\r\n") == Note(is_last=True)
 
 
+def finish(index: Any = 0, reason: str | None = "stop") -> dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {}, "finish_reason": reason}]}
+
+
+def test_a_choice_ends_with_its_finish_reason() -> None:
+    assert chat(stream=True).note(event(finish())) == Note(ended=frozenset({0}))
+    assert chat(stream=True).note(event(finish(reason=None))) is None
+    assert chat(stream=True).note(event({"choices": [{"finish_reason": "stop"}]})) == Note(ended=frozenset({0}))
+
+
+@pytest.mark.parametrize("choices", [None, {}, [None], [7], [{"index": [], "finish_reason": "stop"}]])
+def test_choices_that_are_none_end_nothing(choices: Any) -> None:
+    note = chat(stream=True, n=2).note(event({"choices": choices, "usage": None}))
+    assert note == Note()
+
+
+def test_of_many_choices_all_are_noted() -> None:
+    assert chat(stream=True, n=2).note(event(delta("hello"))) == Note(begun=frozenset({0}))
+    assert chat(stream=True, n=2).note(event(finish(1))) == Note(begun=frozenset({1}), ended=frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "is_whole"), [([], [], False), ([], [0], True), ([0, 1], [1], False), ([0, 1], [0, 1], True)]
+)
+def test_a_chat_is_whole_once_each_choice_has_ended(begun: list[int], ended: list[int], is_whole: bool) -> None:
+    assert chat(stream=True).is_whole(set(begun), set(ended)) is is_whole
+    assert responses(stream=True).is_whole(set(begun), set(ended))  # its last event says so itself
+
+
 def test_an_error_event_is_noted() -> None:
     note = chat(stream=True).note(event({"error": {"message": "too busy", "code": None}}))
     assert note is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,28 @@ def test_events_do_not_depend_on_where_a_stream_is_cut(stream: bytes, data: st.D
     bounds = [0, *cuts, len(stream)]
     pieces = [stream[start:end] for start, end in itertools.pairwise(bounds)]
     assert split(*pieces) == split(stream)
+
+
+def test_a_long_event_in_many_pieces_takes_no_longer_than_its_bytes() -> None:
+    splitter, event = EventSplitter(), b"data: " + b"x" * (2 << 20) + b"\n\n"
+    started_s = time.process_time()
+    events = [done for at in range(0, len(event), 1024) for done in splitter.feed(event[at : at + 1024])]
+    assert time.process_time() - started_s < 2.0  # 0.02 s; half a minute where each piece begins at the beginning
+    assert events == [event]
+
+
+@given(st.integers(1, 40))
+def test_an_event_beyond_the_limit_is_not_held_wherever_it_is_cut(size: int) -> None:
+    short, long = b"data: 1\n\n", b"data: 12\n\n"
+    splitter, events = EventSplitter(max_bytes=len(short)), []
+    stream = short + long + short
+    for at in range(0, len(stream), size):
+        assert not splitter.is_too_long
+        events += splitter.feed(stream[at : at + size])
+        if splitter.is_too_long:
+            break
+    assert splitter.is_too_long
+    assert events == [short]
 
 
 @given(STREAMS)

@@ -28,6 +28,7 @@ SAID = [{"role": "user", "content": "how do you do"}]
 PATIENT_S, HASTY_S = 10.0, 0.2
 TIMEOUTS = (Fault.HANG, Fault.SLOW_HEAD, Fault.STALL, Fault.SLOW_CHUNKS)
 CONTENT = b'data: {"model":"m","choices":[{"index":0,"delta":{"content":"three"}}]}\n\n'
+FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 ERROR = b'data: {"error":{"message":"it broke"}}\n\n'
 DONE = b"data: [DONE]\n\n"
 WHOLE = b'{"model":"m","choices":[]}'
@@ -274,12 +275,17 @@ def test_an_error_that_is_null_is_none(scripted: Scripted) -> None:
     [
         ([b": hello\n\n"], "cut", b""),
         ([b"data: [1]\n\n"], "malformed", b""),
-        ([DONE], "malformed", b""),
+        ([DONE], "cut", b""),
         ([WHOLE], "cut", b""),
         ([ERROR, DONE], "error_event", b""),
         ([CONTENT + ERROR + DONE], "error_event", CONTENT),
         ([CONTENT, CONTENT[:-2], b"\n\n" + ERROR], "error_event", 2 * CONTENT),
-        ([CONTENT, DONE[:-1]], "cut", CONTENT),
+        ([CONTENT, DONE], "cut", CONTENT),
+        ([CONTENT, DONE[:-2]], "cut", CONTENT),
+        ([CONTENT, FINISH], "cut", CONTENT + FINISH),
+        ([CONTENT, FINISH, DONE[:-3]], "cut", CONTENT + FINISH),
+        ([CONTENT, FINISH[:-2]], "cut", CONTENT),
+        ([CONTENT, ERROR[:-2]], "error_event", CONTENT),
         ([CONTENT, b"data: {\n\n"], "cut", CONTENT + b"data: {\n\n"),
     ],
 )
@@ -293,14 +299,43 @@ def test_a_stream_that_does_not_end_as_it_should_is_a_failure(
 @pytest.mark.parametrize(
     "pieces",
     [
-        [b": warming up\n\n", CONTENT, DONE],
-        [CONTENT + DONE],
-        [CONTENT[:20], CONTENT[20:] + DONE[:3], DONE[3:]],
-        [CONTENT, DONE, b"whatever comes after"],
+        [b": warming up\n\n", CONTENT, FINISH, DONE],
+        [CONTENT + FINISH + DONE],
+        [CONTENT[:20], CONTENT[20:] + FINISH + DONE[:3], DONE[3:]],
+        [CONTENT, FINISH, DONE, b"whatever comes after"],
+        [CONTENT, FINISH, DONE[:-1]],
+        [CONTENT, FINISH, DONE[:-2]],
     ],
 )
 def test_a_stream_is_passed_on_however_it_is_cut(scripted: Scripted, pieces: Sequence[bytes]) -> None:
-    assert answered(scripted.answers(*pieces), chat(stream=True)) == CONTENT + DONE
+    assert answered(scripted.answers(*pieces), chat(stream=True)) == CONTENT + FINISH + DONE
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete"])
+def test_the_last_event_of_a_response_needs_no_blank_line(scripted: Scripted, kind: str) -> None:
+    last = b'event: response.%b\ndata: {"type":"response.%b","response":{}}' % (kind.encode(), kind.encode())
+    assert answered(scripted.answers(CONTENT, last), responses(stream=True)) == CONTENT + last + b"\n\n"
+
+
+def test_all_choices_that_began_must_end(scripted: Scripted) -> None:
+    second = [event.replace(b'"index":0', b'"index":1') for event in (CONTENT, FINISH)]
+    two = ChatCall({"messages": SAID, "stream": True, "n": 2})
+    failure, _, got = failed(scripted.answers(CONTENT + second[0], FINISH, DONE), two)
+    assert (failure.reason, got) == ("cut", CONTENT + second[0] + FINISH)
+    whole = CONTENT + second[0] + FINISH + second[1] + DONE
+    assert answered(scripted.answers(whole), two) == whole
+    assert answered(scripted.answers(CONTENT + FINISH + DONE), two) == CONTENT + FINISH + DONE  # all that it has
+
+
+@pytest.mark.parametrize(("before", "got"), [(b"", b""), (CONTENT, CONTENT)])
+def test_an_event_that_does_not_end_is_a_failure(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, before: bytes, got: bytes
+) -> None:
+    monkeypatch.setattr(module, "MAX_EVENT_BYTES", 1000)
+    url = scripted.answers(before + b'data: {"x":"', *[b"y" * 600] * 3)
+    failure, heard, was_got = failed(url, chat(stream=True))
+    assert (failure.reason, failure.status, heard, was_got) == ("too_large", 502, ["failed, 0"], got)
+    assert "more than 1,000 bytes" in str(failure)
 
 
 def test_comments_do_not_keep_a_call_waiting_for_ever(scripted: Scripted) -> None:
