@@ -17,11 +17,12 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from prefill_router.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
-from prefill_serve.gate import Gate, Refusal, phrase
+from prefill_serve.gate import HUNG_UP, Gate, Refusal, phrase
 from prefill_serve.gateway.ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
 from prefill_serve.gateway.proxy import NoUpstream
 from prefill_serve.gateway.routes import gateway_routes
@@ -89,7 +90,11 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
 
     @routes.post("/v1/route", response_model=RouteResponse)
     async def route(request: RouteRequest, http: Request) -> Response:
-        """The target for one prompt: the cheapest that is good enough, under the request's constraints."""
+        """The target for one prompt: the cheapest that is good enough, under the request's constraints.
+
+        A body for OpenAI's chat completions or responses is taken as it is. Fields that have no say in routing, as
+        `temperature`, are named in `metadata.ignored`; one that is nearly a field of these, as `tolerence`, gets 400.
+        """
         return _json(await endpoint.route(request, http.state.request_id, http.state.holder))
 
     @routes.post("/v1/route/batch", response_model=BatchResponse)
@@ -154,6 +159,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, LedgerAway):
         message = "the ledger does not answer now: try again in a few seconds"
         return Refusal(503, message, "ledger_away", headers={"retry-after": "2"})
+    if isinstance(error, ClientDisconnect):
+        return Refusal(HUNG_UP, "the caller hung up", "hung_up")
     if isinstance(error, UserError):
         status, code = _OF_USERS.get(type(error), (400, "invalid_request"))
         return Refusal(status, str(error), code)
@@ -179,7 +186,7 @@ def _add_errors(api: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
         return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response
 
-    for kind in (UserError, Overloaded, NotReady, LedgerAway, Exception):
+    for kind in (UserError, Overloaded, NotReady, LedgerAway, ClientDisconnect, Exception):
         api.add_exception_handler(kind, on_error)
     api.add_exception_handler(RequestValidationError, on_invalid)
     api.add_exception_handler(HTTPException, on_http)

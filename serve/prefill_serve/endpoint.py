@@ -17,6 +17,7 @@ from prefill_router.errors import UserError
 from prefill_router.policy import STRANGER
 from prefill_serve.engine import Estimate, Head, Reading, Times
 from prefill_serve.http import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
+from prefill_serve.lanes import Overloaded
 from prefill_serve.metrics import Metrics
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
@@ -123,6 +124,7 @@ class Endpoint:
     async def read(self, request: RouteRequest, max_wait_s: float = math.inf) -> Routing:
         """A prompt as the router that serves at the moment reads it. Raises what `route` does, but for NoTarget."""
         serving = self.now
+        max_wait_s = min(max_wait_s, serving.settings.limits.wait_s)
         question = request.question_of(serving.settings.limits.messages)
         policy = request.policy()
         digest = content_digest(question.prompt)
@@ -138,7 +140,12 @@ class Endpoint:
             self._readings.move_to_end(key)
             self.metrics.prompts.inc(1, tags={"source": "cache"})
         # Shielded: a caller that hangs up does not take the reading from others who wait for it.
-        reading = await asyncio.shield(cached)
+        try:
+            reading = await asyncio.shield(cached)
+        except Overloaded as refusal:
+            if refusal.max_wait_s >= max_wait_s:
+                raise
+            return await self.read(request, max_wait_s)  # another caller had less patience
         return Routing(serving, head, question, policy, reading, is_cached)
 
     def record(self, routing: Routing, decision: Decision, request_id: str) -> None:
@@ -173,7 +180,6 @@ class Endpoint:
 
     async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> Reading:
         limits, engine = serving.settings.limits, serving.engine
-        max_wait_s = min(max_wait_s, limits.wait_s)
         engine.lanes.admit(max_wait_s)  # a refusal should cost nothing, not even tokens
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
@@ -247,6 +253,7 @@ class Routing:
             is_canary=self.role == "canary",
             is_cached=self.is_cached,
             noted=self.question.noted,
+            ignored=self.question.ignored,
             drift=_drift(self.reading.estimates[0], self.is_stranger),
             timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if self.is_cached else self.reading.times),
         )

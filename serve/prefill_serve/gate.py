@@ -5,6 +5,7 @@ Plain ASGI, so that a refusal costs nothing and a body that is too long is never
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -28,6 +29,7 @@ log = logging.getLogger("ray.serve")
 
 # No key is asked for: probes, and what anyone may know.
 OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/playground.")
+HUNG_UP = 499  # a caller that did not wait for its answer, as nginx says it; nobody reads it
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 
@@ -64,12 +66,18 @@ class Gate:
             request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["request_id"], state["holder"] = request_id, ""
-        status = 500
+        status, has_left = 0, False  # 0 until there is an answer
+
+        async def receive_or_left() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = HUNG_UP if has_left else message["status"]
                 if self.names_requests:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
@@ -78,15 +86,20 @@ class Gate:
             propagate.inject(MutableHeaders(scope=scope))  # FastAPI takes its spans' parent from there
             try:
                 state["holder"] = self._holder(scope["path"], headers)
-                await self.app(scope, self._bounded(headers, receive), send_with_id)
+                await self.app(scope, self._bounded(headers, receive_or_left), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
+            except asyncio.CancelledError:  # as Ray Serve says that the caller has left
+                has_left = True
+                raise
             finally:
+                status = status or (HUNG_UP if has_left else 500)
                 route = getattr(scope.get("route"), "path", "none")  # a path that leads nowhere is no label
                 self.endpoint.metrics.request(route, status, perf_counter() - started)
                 span.set_attributes({"http.route": route, "http.response.status_code": status, "id": request_id})
                 if status >= 400:
-                    log.warning("refused", extra={"route_id": request_id, "status": status, "route": route})
+                    fields = {"route_id": request_id, "status": status, "route": route}
+                    log.warning("hung up" if status == HUNG_UP else "refused", extra=fields)
 
     def _holder(self, path: str, headers: Headers) -> str:
         """Whose key it is. Every key is compared, each in constant time, so that the time tells nothing of them."""

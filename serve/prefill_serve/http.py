@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections import Counter
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from prefill_router.corpus import Prompt, Role, fit_messages, fit_prompt
 from prefill_router.decision import Policy
@@ -36,7 +39,7 @@ _HAS_TEXT: dict[str, Any] = {
         }
     },
 }
-_WAYS = ("prompt", "question", "messages")
+_WAYS = ("prompt", "question", "messages", "input")
 _ONE_WAY: list[Any] = [
     {
         "required": [way],
@@ -75,31 +78,64 @@ class Message(BaseModel):
         return {"role": self.role, "content": "\n".join(texts)}
 
 
+def input_messages(given: Any) -> Any:
+    """A response's input as messages, so that the router reads it; what is neither text nor objects stays as it is."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list):
+        return given
+    return [_as_message(item) if isinstance(item, dict) else item for item in given]
+
+
+def _as_message(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    if kind == "function_call_output":
+        output = item.get("output")
+        return {"role": "tool", "content": output if isinstance(output, str | list) else json.dumps(output)}
+    if kind != "message":
+        return {"role": "assistant", "content": "", "tool_calls": [item]}
+    return {"role": item.get("role", "user"), "content": item.get("content")}
+
+
+_READ_INPUT = BeforeValidator(input_messages, json_schema_input_type=str | list[Message])
+
+
 class Question(NamedTuple):
-    """What a request asks about, and how often it held what is no text, by its kind."""
+    """What a request asks about, how often it held what is no text, by its kind, and its fields that have no say."""
 
     prompt: Prompt
     noted: dict[str, int]
+    ignored: list[str]
 
 
 class RouteRequest(StrictModel):
-    """A prompt, bare or as messages, and what the caller wants of the decision."""
+    """A prompt, bare or as messages, and what the caller wants of the decision.
+
+    Other fields, as those of a body for OpenAI, have no say; one that is nearly a field of these is refused.
+    """
 
     model_config = ConfigDict(
+        extra="allow",
         json_schema_extra={
             "oneOf": _ONE_WAY,
             "examples": [
                 {"prompt": _QUESTION},
                 {"messages": [{"role": "user", "content": _QUESTION}], "tolerance": 0.02, "explain": True},
             ],
-        }
+        },
     )
 
-    prompt: str | None = Field(None, pattern=_VISIBLE, description="A bare prompt; or give question, or messages")
+    prompt: str | None = Field(None, pattern=_VISIBLE, description="A bare prompt; or give question, messages or input")
     question: str | None = Field(None, pattern=_VISIBLE, description="The same as prompt")
     messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
         None, description="A conversation; one message at least has text", json_schema_extra={"contains": _HAS_TEXT}
     )
+    input: Annotated[list[Message], Field(min_length=1), _READ_INPUT] | None = Field(
+        None,
+        description="A response's input: a prompt, or items, of which one message at least has text",
+        json_schema_extra={"pattern": _VISIBLE, "contains": _HAS_TEXT, "minItems": 1},
+    )
+    instructions: str | None = Field(None, description="What stands before input, as a system message")
     tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Give up at most this much P(correct)")
     max_cost_usd: float | None = Field(None, ge=0.0, description="No target that is expected to cost more")
     min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
@@ -109,23 +145,41 @@ class RouteRequest(StrictModel):
     )
     explain: bool = Field(False, description="Say of each target why it was taken or not")
 
+    @model_validator(mode="after")
+    def _well_spelt(self) -> RouteRequest:
+        for name in self.model_extra or {}:
+            if near := difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR):
+                message = '{name}: is no field of a request, did you mean "{near}"?'
+                raise PydanticCustomError("misspelt", message, {"name": name, "near": near[0]})
+        return self
+
     def question_of(self, max_messages: int) -> Question:
-        """Raises UserError unless exactly one of prompt, question and messages was given, and holds text."""
+        """Raises UserError unless exactly one of prompt, question, messages and input was given, and holds text."""
         given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UserError(f"give exactly one of prompt, question and messages, not {' and '.join(given) or 'none'}")
+            names = "prompt, question and messages, or input in their place"
+            raise UserError(f"give exactly one of {names}, not {' and '.join(given) or 'none'}")
+        (way,) = given
+        ignored = [*(self.model_extra or {}), *(["instructions"] if self.instructions and way != "input" else [])]
         noted: Counter[str] = Counter()
         try:
-            if self.messages is None:
-                return Question(fit_prompt(getattr(self, given[0]), _ANY_SIZE, given[0]), {})
-            if len(self.messages) > max_messages:
-                raise UserError(f"messages: there are {len(self.messages):,}, must be at most {max_messages:,}")
-            messages = fit_messages([message.read(noted) for message in self.messages])
+            said = self._said()
+            if said is None:
+                return Question(fit_prompt(getattr(self, way), _ANY_SIZE, way), {}, sorted(ignored))
+            if len(said) > max_messages:
+                raise UserError(f"{way}: there are {len(said):,} messages, must be at most {max_messages:,}")
+            messages = fit_messages([message.read(noted) for message in said])
         except UnfitError as problem:
             raise UserError(str(problem)) from None
         if not any(re.search(_VISIBLE, message["content"]) for message in messages):
-            raise UserError("messages: none has text, must hold more than white space")
-        return Question(messages, dict(noted))
+            raise UserError(f"{way}: none has text, must hold more than white space")
+        return Question(messages, dict(noted), sorted(ignored))
+
+    def _said(self) -> list[Message] | None:
+        """The messages; None of a bare prompt."""
+        if self.input is None or not self.instructions:
+            return self.input or self.messages
+        return [Message(role="system", content=self.instructions), *self.input]
 
     def policy(self) -> Policy:
         is_pinned = self.model is not None and self.model not in ROUTED_NAMES
@@ -134,6 +188,7 @@ class RouteRequest(StrictModel):
 
 
 _ANY_SIZE = 1 << 62  # a body has its own limit
+_NEAR = 0.75  # of two names, as difflib measures it: no field of OpenAI's is so near one of ours
 
 
 class BatchRequest(StrictModel):
@@ -168,6 +223,7 @@ class Metadata(StrictModel):
     is_canary: bool
     is_cached: bool
     noted: dict[str, int] = Field(description="Parts of messages that are no text, which nobody read")
+    ignored: list[str] = Field(description="The request's fields that have no say in routing")
     drift: Drift | None = None
     timings_ms: Timings
 

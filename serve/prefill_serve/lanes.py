@@ -32,9 +32,10 @@ _SWITCH_S = 3e-4
 class Overloaded(Exception):  # noqa: N818 - a refusal, not a fault
     """The queue is as long as it may be."""
 
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(f"the endpoint is busy: try again in {math.ceil(retry_after_s)} s")
-        self.retry_after_s = retry_after_s
+    def __init__(self, wait_s: float, max_wait_s: float) -> None:
+        """`max_wait_s` is how long the item might have waited, `wait_s` how long it would have."""
+        self.max_wait_s, self.retry_after_s = max_wait_s, max(wait_s - max_wait_s, 1.0)
+        super().__init__(f"the endpoint is busy: try again in {math.ceil(self.retry_after_s)} s")
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Lanes(Generic[In, Out]):
         """Raises Overloaded where what is submitted now would wait for longer."""
         wait_s = self.expected_wait_s
         if wait_s > max_wait_s:
-            raise Overloaded(max(wait_s - max_wait_s, 1.0))
+            raise Overloaded(wait_s, max_wait_s)
 
     async def submit(self, item: In, num_tokens: int, max_wait_s: float = math.inf) -> Out:
         """The result for an item. Raises Overloaded where it would wait for longer, and what `work` raises."""

@@ -26,6 +26,7 @@ from prefill_serve.serving import Serving
 
 _APP = "prefill-router"
 _READY_TIMEOUT_S = 300.0
+_LISTENS = ("host", "port")  # which Ray Serve takes as it starts
 
 
 def run(read: Callable[[], ServeConfig]) -> None:
@@ -48,7 +49,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
         say(f"serve: POST http://{config.host}:{config.port}/v1/route")
         while hangup.wait():
             hangup.clear()
-            arguments = _reload(read, arguments)
+            arguments = reload(read, arguments, config)
     except KeyboardInterrupt:
         pass
     finally:
@@ -139,14 +140,23 @@ def _wait_until_ready(config: ServeConfig) -> None:
     raise UserError(f"serve: no replica was ready within {_READY_TIMEOUT_S:.0f} s: Ray's logs say why")
 
 
-def _reload(read: Callable[[], ServeConfig], current: AppArgs) -> AppArgs:
-    """What is served from now on: what files and artifacts say now, or what is served already where they are bad."""
+def reload(read: Callable[[], ServeConfig], current: AppArgs, started: ServeConfig) -> AppArgs:
+    """What is served from now on: what files and artifacts say now, or what is served already where they are bad.
+
+    `started` is the config that the command began with: where it listens stays as it is, and is what decides whether
+    there must be keys.
+    """
+    stays = {name: getattr(started, name) for name in _LISTENS}
     try:
-        arguments = app_arguments(read(), current.revision + 1)
+        config = read()
+        arguments = app_arguments(config.model_copy(update=stays), current.revision + 1)
         Serving.check(arguments.settings)
     except (UserError, OSError) as error:
         say(f"serve: refused, all goes on as before: {error}")
         return current
     ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+    for name, value in stays.items():
+        if (other := getattr(config, name)) != value:
+            say(f"serve: {name} stays {value} until restart, not {other}")
     say(f"serve: took over {arguments.router}")
     return arguments

@@ -8,17 +8,21 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from prefill_router.errors import UserError
 from prefill_router.router import Router
-from prefill_serve.endpoint import Endpoint
+from prefill_serve.endpoint import Endpoint, Routing
 from prefill_serve.http import RouteRequest
+from prefill_serve.lanes import Lanes, Overloaded
 from prefill_serve.settings import Settings
 from served import Api
 
@@ -59,6 +63,8 @@ def test_prompt_question_and_messages_are_one(api: Api) -> None:
             {"question": QUESTION},
             {"messages": [{"role": "user", "content": QUESTION}]},
             {"messages": [{"role": "user", "content": [{"type": "text", "text": QUESTION}], "name": "ann"}]},
+            {"input": QUESTION},
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]},
         )
     ]
     assert len({str(answer["p_correct"]) for answer in answers}) == 1
@@ -80,6 +86,44 @@ def test_what_is_no_text_is_noted(api: Api) -> None:
     ]
     answer = api.post({"messages": messages}).raise_for_status().json()
     assert answer["metadata"]["noted"] == {"image_url": 2, "tool_calls": 1}
+
+
+OPENAI_FIELDS = (
+    set(CompletionCreateParamsBase.__annotations__) | set(ResponseCreateParamsBase.__annotations__) | {"stream"}
+)
+
+
+def test_a_body_for_openai_is_taken_as_it_is_and_what_has_no_say_is_named(api: Api) -> None:
+    alone = api.post({"prompt": QUESTION}).json()
+    assert alone["metadata"]["ignored"] == []
+    read = {"messages", "model", "input", "instructions", "prompt"}
+    others = {name: None if len(name) % 2 else {"deep": [0.5]} for name in OPENAI_FIELDS - read}
+    vendors = {"top_k": 5, "min_p": 0.1, "chat_template_kwargs": {}, "x_unknown": True}
+    for asked in ({"messages": [{"role": "user", "content": QUESTION}]}, {"input": QUESTION}):
+        answer = api.post({"model": "auto", **asked, **others, **vendors}).raise_for_status().json()
+        assert answer["confidences"] == pytest.approx(alone["confidences"], abs=1e-3)
+        assert answer["metadata"]["ignored"] == sorted(others | vendors)
+
+
+def test_instructions_and_tools_of_a_response_are_read_as_the_gateway_reads_them(api: Api) -> None:
+    said = [
+        {"role": "user", "content": QUESTION},
+        {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "three"},
+    ]
+    as_messages = [
+        {"role": "system", "content": "name a river"},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [said[1]]},
+        {"role": "tool", "content": "three"},
+    ]
+    answer = api.post({"input": said, "instructions": "name a river"}).raise_for_status().json()
+    assert answer["metadata"]["noted"] == {"tool_calls": 1}
+    expected = api.post({"messages": as_messages}).json()
+    assert answer["p_correct"] == expected["p_correct"]
+    assert expected["metadata"]["is_cached"]  # it is the same prompt
+    ignored = api.post({"messages": as_messages, "instructions": "name a river"}).json()["metadata"]["ignored"]
+    assert ignored == ["instructions"]
 
 
 def test_policy_fields(api: Api) -> None:
@@ -118,7 +162,12 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"content": "hi"}]}, "role"),
     ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "at most 1,024"),
     ({"prompt": "one", "models": []}, "models"),
-    ({"prompt": "one", "temprature": 1}, "temprature"),
+    ({"prompt": "one", "tolerence": 1}, 'tolerence: is no field of a request, did you mean "tolerance"?'),
+    ({"prompt": "one", "max_cost": 1}, 'did you mean "max_cost_usd"?'),
+    ({"input": QUESTION, "prompt": QUESTION}, "exactly one of"),
+    ({"input": []}, "input"),
+    ({"input": [{"role": "boss", "content": "hi"}]}, "role"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "white space"),
     ({"prompt": "one", "tolerance": -1}, "tolerance"),
     ([], ""),
     (None, ""),
@@ -213,6 +262,41 @@ def test_a_body_without_a_length_is_bounded_too(api: Api, router: str) -> None:
     chunks = (b'{"prompt": "', *(b"one " * 100 for _ in range(10)), b'"}')
     response = api.client.post("/v1/route", content=iter(chunks), headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize("path", ["/v1/route", "/v1/route/batch", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("how", ["disconnects", "is cancelled"])
+def test_a_caller_who_hangs_up_is_no_fault_of_ours(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str, how: str
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(api.endpoint.metrics, "request", lambda _route, status, _seconds: counted.append(status))
+
+    async def hang_up() -> None:
+        asked, left = asyncio.Event(), asyncio.Event()
+        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"pro', "more_body": True}]
+
+        async def receive() -> dict[str, Any]:
+            if len(messages) == 1 and how == "is cancelled":  # as Ray Serve's proxy tells
+                asked.set()
+                await left.wait()
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(_message: Any) -> None: ...
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        task = asyncio.create_task(api.client.app(scope, receive, send))  # type: ignore[call-arg,arg-type]
+        if how == "is cancelled":
+            await asked.wait()
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    assert api.client.portal is not None
+    api.client.portal.call(hang_up)
+    assert counted == [499]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -359,6 +443,34 @@ def test_an_engine_closes_once_its_last_prompt_is_done(router: str) -> None:
             await engine.tokenize(QUESTION)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "refused"),
+    [
+        ((0.5, 2.0), [True, False]),
+        ((0.5, 0.5), [True, True]),
+        ((0.5, 0.7, 2.0, 2.0), [True, True, False, False]),
+        ((2.0, 0.5), [False, False]),  # the reading is under way
+    ],
+)
+def test_nobody_is_refused_for_another_callers_lack_of_patience(
+    router: str, monkeypatch: pytest.MonkeyPatch, patience_s: tuple[float, ...], refused: list[bool]
+) -> None:
+    """Though equal prompts that come at once share a reading."""
+
+    async def scenario() -> list[Any]:
+        endpoint = Endpoint()
+        await endpoint.configure(Settings(router=router, open=True))
+        monkeypatch.setattr(Lanes, "expected_wait_s", 1.0)
+        asked = (endpoint.read(RouteRequest(prompt=QUESTION), seconds) for seconds in patience_s)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        await endpoint.now.engine.close()
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert [isinstance(answer, Overloaded) for answer in answers] == refused
+    assert all(isinstance(answer, Overloaded | Routing) for answer in answers)
 
 
 def test_prompts_are_logged_only_when_asked_for(api: Api, router: str, caplog: pytest.LogCaptureFixture) -> None:

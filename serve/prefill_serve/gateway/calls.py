@@ -19,7 +19,7 @@ from prefill_router.errors import UserError
 from prefill_router.pool import Target
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.served import Usage
-from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body
+from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body, input_messages
 
 _ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
@@ -216,9 +216,7 @@ class ResponsesCall(Call):
         given = self.body.get("input")
         instructions = self.body.get("instructions")
         before = [{"role": "system", "content": instructions}] if isinstance(instructions, str) else []
-        if isinstance(given, str):
-            return [*before, {"role": "user", "content": given}]
-        return [*before, *(_as_message(item) for item in _objects(given, "input"))]
+        return [*before, *input_messages(given if isinstance(given, str) else _objects(given, "input"))]
 
     @cached_property
     def needs(self) -> Needs:
@@ -270,17 +268,6 @@ def _objects(given: Any, name: str) -> list[Body]:
     if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
         raise UserError(f"{name}: must be a list of at least one object")
     return given
-
-
-def _as_message(item: Body) -> Body:
-    """An item of a response's input as a message, so that the router reads it."""
-    kind = item.get("type", "message")
-    if kind == "function_call_output":
-        output = item.get("output")
-        return {"role": "tool", "content": output if isinstance(output, str | list) else json.dumps(output)}
-    if kind != "message":
-        return {"role": "assistant", "content": "", "tool_calls": [item]}
-    return {"role": item.get("role", "user"), "content": item.get("content")}
 
 
 def _has_image(contents: list[Any]) -> bool:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from prefill_router.strict import StrictModel
 from prefill_serve.endpoint import Endpoint
+from prefill_serve.gate import HUNG_UP
 from prefill_serve.gateway.accounts import Stats
 from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.ledger import Feedback, Ledger
@@ -19,7 +20,6 @@ from prefill_serve.gateway.proxy import Caller, Proxy
 from prefill_serve.http import ROUTED_NAMES
 
 _SESSION = "x-session-id"
-_HUNG_UP = 499  # as nginx says it; nobody reads it
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
     "x-router-p-correct": "Its P(correct), where the call was routed",
@@ -134,7 +134,7 @@ async def _unless_gone(http: Request, answering: Coroutine[Any, Any, Response]) 
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        return Response(status_code=_HUNG_UP)
+        return Response(status_code=HUNG_UP)
     finally:
         for task in (gone, work):
             task.cancel()

@@ -1,0 +1,57 @@
+"""A command that serves, told to read its settings anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefill_router.config import ServeConfig
+from prefill_serve import running
+from prefill_serve.app import AppArgs
+
+HASH = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> list[AppArgs]:
+    """What Ray Serve is told to run."""
+    taken: list[AppArgs] = []
+    monkeypatch.setattr(running, "build_app", lambda arguments: arguments)
+    monkeypatch.setattr(running.ray_serve, "run", lambda arguments, **_: taken.append(arguments))
+    return taken
+
+
+def reload(started: ServeConfig, **changed: Any) -> AppArgs:
+    return running.reload(lambda: started.model_copy(update=changed), running.app_arguments(started), started)
+
+
+def test_what_only_a_restart_changes_is_said_of_each_key(
+    router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys.toml").write_text(f'ann = "{HASH}"')
+    started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"))
+    arguments = reload(started, host="0.0.0.0", port=8001, tolerance=0.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "serve: host stays 127.0.0.1 until restart, not 0.0.0.0",
+        "serve: port stays 8000 until restart, not 8001",
+        f"serve: took over {router}",
+    ]
+    assert deployed == [arguments]
+    assert arguments.tolerance == 0.5
+    reload(started)
+    assert capsys.readouterr().err.splitlines() == [f"serve: took over {router}"]
+
+
+def test_an_endpoint_that_others_reach_keeps_wanting_keys(
+    router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It still listens where it did, whatever the config says of the host now."""
+    (tmp_path / "keys.toml").write_text(f'ann = "{HASH}"')
+    started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"), host="0.0.0.0")
+    assert reload(started, host="127.0.0.1", keys=None).keys == {"ann": HASH}
+    said = capsys.readouterr().err
+    assert "refused, all goes on as before" in said
+    assert "took over" not in said
+    assert deployed == []
