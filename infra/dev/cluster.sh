@@ -2,6 +2,14 @@
 # A Ray cluster of two nodes on this machine, until Ctrl-C: `make cluster`. NODES, CPUS (of each), PORT and
 # DASHBOARD_PORT may be set. Through Python, as `ray start` puts a second node on an address that others can reach.
 set -euo pipefail
+port=${PORT:-6379} dashboard=${DASHBOARD_PORT:-8265}
+
+for taken in "PORT=$port" "DASHBOARD_PORT=$dashboard"; do
+    if (exec 3<> "/dev/tcp/127.0.0.1/${taken#*=}") 2> /dev/null; then
+        echo "cluster: port ${taken#*=} is taken: set ${taken%=*} to another" >&2
+        exit 1
+    fi
+done
 
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # loopback alone
@@ -10,7 +18,7 @@ mkdir -p "$RAY_TMPDIR"
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 
-exec python - "${PORT:-6379}" "${DASHBOARD_PORT:-8265}" "${CPUS:-2}" "${NODES:-2}" << 'EOF'
+exec python - "$port" "$dashboard" "${CPUS:-2}" "${NODES:-2}" << 'EOF'
 import os
 import signal
 import sys

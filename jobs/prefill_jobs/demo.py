@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from prefill_router.corpus import Prompt
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Evaluation
 from prefill_router.money import usd
+from prefill_router.listening import require_free
 from prefill_router.plan import plan, read_shard
 from prefill_router.report import headline, metric_rows
 
@@ -50,7 +50,7 @@ class _Inputs:
 def demo(config: DemoConfig) -> None:
     """Extracts, probes, trains, evaluates, serves and routes; prints a summary and where the report lies."""
     started = time.monotonic()
-    _check_port_is_free(config.port)
+    require_free(config.port)
     inputs = _inputs(config)
     activations, probes, router = (storage.join(config.out, name) for name in ("activations", "probe", "router"))
     graded: dict[str, Any] = {"activations": activations, "outcomes": inputs.outcomes}
@@ -111,15 +111,6 @@ def _sample(uri: str, limit: int | None) -> list[Prompt]:
 
 
 # --- the endpoint, as a user would start and ask it -------------------------------------------------------------
-
-
-def _check_port_is_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise UserError(f"port {port} is in use: choose another with --port") from None
 
 
 @contextmanager

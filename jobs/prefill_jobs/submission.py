@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
 from ray.cluster_utils import Cluster as RayCluster
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
 
@@ -33,6 +35,7 @@ from prefill_jobs.wheel import write_wheel
 from prefill_router.config import SubmitConfig
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
+from prefill_router.listening import is_loopback
 from prefill_router.strict import StrictModel
 
 _REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest
@@ -63,9 +66,13 @@ class Cluster:
     @property
     def client(self) -> JobSubmissionClient:
         try:
-            return JobSubmissionClient(self.address)
+            return JobSubmissionClient(self.address, headers=_token(self.address))
         except _AWAY:
             raise UserError(f"{self.address}: no Ray dashboard answers there") from None
+        except AuthenticationError as error:
+            raise UserError(
+                f"{self.address}: {_first_line(error)}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
+            ) from None
         except RuntimeError as error:
             raise UserError(f"{self.address}: {_first_line(error)}") from None
 
@@ -151,6 +158,19 @@ class JobFailedError(UserError):
         self.exit_code = code if code is not None and 0 < code < 128 else 1
         said = "" if details.status == JobStatus.STOPPED else f": {_first_line(details.message or '')}"
         super().__init__(f"{submission_id}: {details.status.value}{said}")
+
+
+def _token(address: str) -> dict[str, str]:
+    """Headers with Ray's token, for a dashboard of this machine.
+
+    Once the file of a token exists, which `ray.init` makes, each `ray start` of this user asks for it, but Ray's client
+    does not send it unless RAY_AUTH_MODE says so. Neither does this one to another machine, which may be anybody's.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not is_loopback(urlsplit(address).hostname or ""):
+        return {}
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.is_file() else "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def submit(config: StrictModel, to: SubmitConfig) -> Submission:

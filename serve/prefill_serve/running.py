@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import signal
@@ -14,11 +13,13 @@ from typing import Any
 import httpx
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 
 from prefill_router import storage
 from prefill_router.config import ServeConfig
 from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
+from prefill_router.listening import is_loopback, require_free
 from prefill_router.pool import load_pool
 from prefill_router.strict import load_toml, validate
 from prefill_serve.app import AppArgs, build_app
@@ -33,8 +34,10 @@ def run(read: Callable[[], ServeConfig]) -> None:
     """Serves until interrupted or terminated; see `command.serve`."""
     config = read()
     arguments = app_arguments(config)
-    Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
     cluster = os.environ.get("RAY_ADDRESS")
+    if not cluster:
+        require_free(config.port, config.host)
+    Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
     with silent_stderr():
         ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -43,7 +46,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
     try:
-        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        start(config.host, config.port)
         ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
         _wait_until_ready(config)
         say(f"serve: POST http://{config.host}:{config.port}/v1/route")
@@ -59,11 +62,19 @@ def run(read: Callable[[], ServeConfig]) -> None:
             ray.shutdown()
 
 
+def start(host: str, port: int) -> None:
+    """Starts Ray Serve's proxies. Raises UserError if one does not come up, as where its machine uses the port."""
+    try:
+        ray_serve.start(http_options={"host": host, "port": port})
+    except RayError as error:
+        raise UserError(f"serve: the proxy at {host}:{port} does not start: {getattr(error, 'cause', error)}") from None
+
+
 def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
     """The application's arguments for the command's. Raises UserError where others could ask without a key."""
     most = max(config.replicas, config.max_replicas or 0)
     keys = load_toml(config.keys) if config.keys else {}
-    if not keys and not _is_loopback(config.host):
+    if not keys and not is_loopback(config.host):
         raise UserError(f"serve: host = {config.host}, which others can reach: give --keys, or listen on 127.0.0.1")
     arguments: dict[str, Any] = {
         "router": config.router,
@@ -117,13 +128,6 @@ def _gateway(config: ServeConfig) -> dict[str, Any] | None:
             "budgets": load_toml(config.budgets) if config.budgets else {},
         },
     }
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _wait_until_ready(config: ServeConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,17 +69,22 @@ def test_an_s3_server_with_a_bucket() -> None:
         assert addresses(tree) == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_said() -> None:
-    with running("s3.sh", PORT=(port := free_port())):
+@pytest.mark.parametrize(
+    ("script", "variable"), [("s3.sh", "PORT"), ("cluster.sh", "PORT"), ("cluster.sh", "DASHBOARD_PORT")]
+)
+def test_a_port_that_is_taken_is_said(script: str, variable: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"PORT": str(free_port()), variable: str(port)}
         done = subprocess.run(
-            [INFRA / "dev" / "s3.sh"],
-            env={**os.environ, "PORT": str(port)},
-            capture_output=True,
-            text=True,
-            check=False,
+            [INFRA / "dev" / script], env={**os.environ, **ports}, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 1
-        assert f"port {port} is taken" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"port {port} is taken" in done.stderr
+    assert variable in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
-"""A command that serves, told to read its settings anew."""
+"""A command that serves: what it checks before it starts anything, and what it takes over while it runs."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray import serve as ray_serve
+from ray.exceptions import RayTaskError
 
+from ports import free_port
 from prefill_router.config import ServeConfig
+from prefill_router.errors import UserError
 from prefill_serve import running
 from prefill_serve.app import AppArgs
 
@@ -55,3 +61,26 @@ def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     assert "refused, all goes on as before" in said
     assert "took over" not in said
     assert deployed == []
+
+
+def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *_arguments, **_options: pytest.fail("Ray was started"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use: choose another with --port"):
+            running.run(lambda: ServeConfig(router=router, port=port))
+
+
+def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster, where a port may be in use on another machine."""
+
+    def start(**_options: object) -> None:
+        raise RayTaskError("ready", "Traceback ...", OSError("Failed to bind to address"))
+
+    monkeypatch.setattr(ray_serve, "start", start)
+    port = free_port()
+    with pytest.raises(UserError, match=f"127.0.0.1:{port} does not start: Failed to bind to address$"):
+        running.start("127.0.0.1", port)
