@@ -78,9 +78,11 @@ def collect(config: CollectConfig) -> CollectManifest:
     pool, grader, judge = _pool(config), _grader(config), _judge(config)
     if config.sample_by == "active" and config.sample is not None and config.router is None:
         raise UserError("sample_by = active, but no --router says where it can hardly choose")
+    if config.router is not None and config.sample_by == "active":
+        _estimation(config, pool).check()
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
-    refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
+    refuse_output(config.out, config.corpus)
     tell_unread(config.corpus, "collect")
     with Lease.acquire(config.out, "collect") as lease, cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)
@@ -183,15 +185,12 @@ class _Collection:
 
     def _p_correct(self, contents: Contents) -> NDArray[np.float32]:
         """What the router says (N, T) of prompts, and the targets that it knows of those to be asked."""
-        assert self.config.router is not None
-        router = artifact.load(self.config.router)
-        uri = storage.join(self.out, "estimates", router.version)
-        Estimation(router, self.config.router, uri).run(self.plan, self.lease, "sample")
-        held = Held.read(uri)
-        p = np.concatenate([PromptEstimates.load(uri, name).p_correct for name in held.names])
-        known = [t for t, name in enumerate(router.pool.target_names) if name in self.pool.target_names]
-        if not known:
-            raise UserError(f"{self.config.router}: knows none of the targets that are to be asked")
+        estimation = _estimation(self.config, self.pool)
+        estimation.run(self.plan, self.lease, "sample")
+        held = Held.read(estimation.out)
+        p = np.concatenate([PromptEstimates.load(estimation.out, name).p_correct for name in held.names])
+        names = estimation.router.pool.target_names
+        known = [t for t, name in enumerate(names) if name in self.pool.target_names]
         return p[held.index.find(contents)][:, known]
 
     def _take_in(self) -> None:
@@ -362,6 +361,15 @@ def _pool(config: CollectConfig) -> Pool:
                 f'{config.pool}: target "{target.name}" has no upstream to ask: give it one, or leave it out'
             )
     return pool.model_copy(update={"targets": targets})
+
+
+def _estimation(config: CollectConfig, pool: Pool) -> Estimation:
+    """What the router is to say of the corpus. Raises UserError where it knows none of the pool's targets."""
+    assert config.router is not None
+    router = artifact.load(config.router)
+    if not set(router.pool.target_names) & set(pool.target_names):
+        raise UserError(f"{config.router}: knows none of the targets that are to be asked")
+    return Estimation(router, config.router, storage.join(storage.absolute(config.out), "estimates", router.version))
 
 
 def _grader(config: CollectConfig) -> Grader | None:

@@ -14,12 +14,13 @@ from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.leakage import held_out
 from prefill_jobs.predict import GradedPrediction, predict_graded
-from prefill_router import report
+from prefill_router import report, storage
 from prefill_router.about import versions
 from prefill_router.config import CompareConfig
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Contender, Evaluation, HeldOut, evaluate
 from prefill_router.features import ActivationStore
+from prefill_router.outcomes import check_columns
 from prefill_router.pool import load_pool
 from prefill_router.router import Router
 from prefill_router.split import Keys
@@ -32,12 +33,14 @@ def compare(config: CompareConfig) -> Evaluation:
     Each reads the store of its own encoder. Raises UserError where a router lacks its store or a target of the pool,
     and where no prompt is new to all of them.
     """
+    storage.check_output(config.out)
     uris = config.routers
     loaded = [Router.load(uri) for uri in uris]
     pool = loaded[0].pool if config.pool is None else load_pool(config.pool)
     routers = [router.with_pool(pool) for router in loaded]
-    units = None if config.corpus is None else of_corpus(config.corpus)
     stores = [_store_of(uri, router, config.activations.split(",")) for uri, router in zip(uris, routers, strict=True)]
+    check_columns(config.outcomes)
+    units = None if config.corpus is None else of_corpus(config.corpus)
     graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, units=units) for s in stores]
     cluster.connect()
     predicted = [predict_graded(router, g) for router, g in zip(routers, graded, strict=True)]

@@ -28,9 +28,11 @@ from prefill_router.config import DemoConfig, EvaluateConfig, ExtractConfig, Pro
 from prefill_router.corpus import Prompt
 from prefill_router.errors import UserError
 from prefill_router.evaluation import Evaluation
-from prefill_router.money import usd
 from prefill_router.listening import require_free
+from prefill_router.money import usd
+from prefill_router.outcomes import check_columns
 from prefill_router.plan import plan, read_shard
+from prefill_router.pool import load_pool
 from prefill_router.report import headline, metric_rows
 
 _NUM_REQUESTS = 3
@@ -88,6 +90,8 @@ def _step(title: str) -> None:
 def _inputs(config: DemoConfig) -> _Inputs:
     given = [config.corpus, config.outcomes, config.pool]
     if config.corpus and config.outcomes and config.pool:
+        load_pool(config.pool)
+        check_columns(config.outcomes)
         return _Inputs(config.corpus, config.outcomes, config.pool, None)
     if any(given):
         raise UserError("give --corpus, --outcomes and --pool together, or none of them for the simulated pool")

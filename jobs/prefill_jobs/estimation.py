@@ -43,6 +43,11 @@ class Estimation:
     max_prompt_bytes: int = MAX_PROMPT_BYTES
     activations: str | None = None  # a store: the encoder reads only what it lacks
 
+    def check(self) -> None:
+        """Raises UserError where the encoder cannot be loaded, unless it may not be needed any more."""
+        if not storage.list_names(self.out):
+            self.router.require_encoder()
+
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
         """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
         contents = planned.keys[:, 1:]

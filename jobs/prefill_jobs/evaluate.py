@@ -22,6 +22,7 @@ from prefill_router.about import versions
 from prefill_router.baselines import NearestNeighbours
 from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
 from prefill_router.baselines.router import BaselineRouter
+from prefill_router.checkpoint import check_sentence_model
 from prefill_router.config import EvaluateConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
@@ -29,6 +30,7 @@ from prefill_router.evaluation import Contender, Evaluation, HeldOut, oracle, sc
 from prefill_router.evaluation import evaluate as score
 from prefill_router.learning import LearningCurve, learning_curve
 from prefill_router.length import median_tokens
+from prefill_router.outcomes import check_columns
 from prefill_router.router import MANIFEST, Router
 from prefill_router.split import Part
 from prefill_router.units import Units, of_corpus
@@ -41,13 +43,17 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     each judges its own, and the learning curve is the first one's. Raises UserError where a held-out prompt repeats one
     that was trained on.
     """
+    storage.check_output(config.out)
     routers = [Router.load(uri) for uri in _folds(config.router)]
     router = routers[0]
+    check_columns(config.outcomes)
+    probes = None if config.probe is None else load_probes(config.probe)
+    if config.corpus is not None:
+        check_sentence_model(config.sentence_encoder)
     units = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
         config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
     )
-    probes = None if config.probe is None else load_probes(config.probe)
     cluster.connect()
     trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
     result = score(

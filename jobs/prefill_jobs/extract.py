@@ -26,7 +26,7 @@ from prefill_router.commits import bad_rows, shard_name
 from prefill_router.config import ExtractConfig
 from prefill_router.console import say
 from prefill_router.corpus import refuse_output, tell_unread
-from prefill_router.encoder import EncoderIdentity, EncoderSpec
+from prefill_router.encoder import EncoderIdentity, EncoderSpec, check
 from prefill_router.errors import UserError
 from prefill_router.features import Manifest, read_manifest, write_manifest
 from prefill_router.lease import Lease
@@ -58,8 +58,10 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
 
 
 def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None) -> ExtractSummary:
-    refuse_output(config.out, config.corpus)
     storage.require(config.corpus, "corpus")
+    refuse_output(config.out, config.corpus)
+    if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
+        check(request.encoder, [] if request.layers == "all" else request.layers)
     tell_unread(config.corpus, "extract")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)

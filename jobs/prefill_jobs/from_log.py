@@ -10,6 +10,7 @@ from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.leakage import held_out
 from prefill_jobs.predict import predict_graded
+from prefill_router import storage
 from prefill_router.about import versions
 from prefill_router.config import EvaluateConfig
 from prefill_router.counterfactual import PolicyValue, policy_value
@@ -26,6 +27,7 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
 
     Raises UserError where the log has no request on a prompt that is in the store and was not trained on.
     """
+    storage.check_output(config.out)
     router = Router.load(config.router)
     units = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(

@@ -71,8 +71,9 @@ def label(config: LabelConfig) -> LabelManifest:
     """
     router = artifact.load(config.router)
     choice = _choice(config, router)
-    refuse_output(config.out, config.log)
     storage.require(config.log, "log")
+    refuse_output(config.out, config.log)
+    _estimation(config, router).check()
     tell_unread(config.log, "label")
     with Lease.acquire(config.out, "label") as lease:
         before = _before(config, router, choice)
@@ -109,7 +110,8 @@ class _Labelling:
     ) -> None:
         self.config, self.router, self.choice, self.plan = config, router, choice, planned
         self.inputs, self.before, self.lease = inputs, before, lease
-        self.estimates = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
+        self.estimation = _estimation(config, router)
+        self.estimates = self.estimation.out
         self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
 
     def run(self, num_read: int) -> LabelManifest:
@@ -124,15 +126,6 @@ class _Labelling:
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         self.lease.check()
         return self._finish(decided, bad, computed, allocation)
-
-    @property
-    def estimation(self) -> Estimation:
-        """What the router is to say of the log."""
-        config = self.config
-        actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
-        return Estimation(
-            self.router, config.router, self.estimates, actors, config.max_prompt_bytes, config.activations
-        )
 
     def _say(self) -> None:
         num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
@@ -232,6 +225,13 @@ class _Labelling:
         """The lines of the files decided before that are in quarantine."""
         known = {file.uri for file in self.before.inputs} if self.before is not None else set()
         return [row for row in shards.read_quarantine(self.config.out) if row.uri in known]
+
+
+def _estimation(config: LabelConfig, router: Router | BaselineRouter) -> Estimation:
+    """What the router is to say of the log."""
+    out = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
+    actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
+    return Estimation(router, config.router, out, actors, config.max_prompt_bytes, config.activations)
 
 
 def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> int:

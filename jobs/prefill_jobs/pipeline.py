@@ -30,6 +30,8 @@ from prefill_router.console import say
 from prefill_router.corpus import files
 from prefill_router.errors import UserError
 from prefill_router.lease import Lease
+from prefill_router.outcomes import check_columns
+from prefill_router.pool import load_pool
 from prefill_router.probe import joint_columns
 from prefill_router.router import MANIFEST as ROUTER
 from prefill_router.shards import MANIFEST
@@ -79,7 +81,16 @@ class Pipeline:
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
         self._state = {name: validate(Done, done, self._state_uri) for name, done in stored.items()}
 
+    def check(self) -> None:
+        """Raises UserError for what a later step would, where it can be told before the first."""
+        load_pool(self.config.pool)
+        check_columns(self.config.outcomes)
+        _ = self.sample, self.probe, self.extract, self.train, self.evaluate
+        split_of(self.train, 0)
+        storage.check_output(self.config.publish)
+
     def run(self) -> list[str]:
+        self.check()
         ran = []
         for step in self.steps:
             if self._is_current(step):

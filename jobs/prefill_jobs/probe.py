@@ -43,6 +43,7 @@ def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | No
     """
     from prefill_router import figures  # which imports matplotlib: training, which imports this module, draws nothing
 
+    storage.check_output(config.out)
     stores = _open(config, units)
     if split is not None:
         stores = [graded.only(split, Part.TRAIN) for graded in stores]

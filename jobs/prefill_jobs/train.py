@@ -24,14 +24,16 @@ from prefill_jobs.sample import sample_rows
 from prefill_jobs.units import split_of, units_of
 from prefill_router import probe, storage
 from prefill_router.calibration import fit_calibration
+from prefill_router.checkpoint import check_sentence_model
 from prefill_router.config import TrainConfig
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.evaluation import finite, thinned
+from prefill_router.features import ActivationStore
 from prefill_router.kernel import MAX_LANDMARKS, KernelMachine, fit_kernel
 from prefill_router.length import log_lengths, mean_scale, mean_tokens, median_logs, spread
 from prefill_router.metrics import Scorer, best_tolerance
-from prefill_router.outcomes import target_names
+from prefill_router.outcomes import check_columns, target_names
 from prefill_router.pool import load_pool
 from prefill_router.projection import Projection, fit_projection
 from prefill_router.recipe import RECIPES, RouterRecipe
@@ -42,8 +44,7 @@ from prefill_router.stacking import best_weight, stacked
 
 def train(config: TrainConfig, fold: int = 0) -> Router:
     """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out."""
-    if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
-        raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
+    _check(config)
     router = _fitted(config, split_of(config, fold)) if config.extend is None else extend(config)
     router.save(config.out)
     return router
@@ -52,12 +53,29 @@ def train(config: TrainConfig, fold: int = 0) -> Router:
 def train_folds(config: TrainConfig) -> list[Router]:
     """Trains a router for each of `config.folds`, on all prompts but that fold's, below `config.out`."""
     assert config.folds is not None
+    outs = [storage.join(config.out, f"fold-{fold}") for fold in range(config.folds)]
+    of_folds = [config.model_copy(update={"out": out}) for out in outs]
+    for of_fold in of_folds:
+        _check(of_fold)
     routers = []
-    for fold in range(config.folds):
+    for fold, of_fold in enumerate(of_folds):
         say(f"train: fold {fold + 1} of {config.folds}")
-        of_fold = config.model_copy(update={"out": storage.join(config.out, f"fold-{fold}")})
         routers.append(train(of_fold, fold))
     return routers
+
+
+def _check(config: TrainConfig) -> None:
+    """Raises UserError for what can be told before prompts are embedded or outcomes read."""
+    storage.check_output(config.out)
+    if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
+        raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
+    load_pool(config.pool)
+    if config.activations is not None:
+        ActivationStore.open(config.activations)
+    if config.outcomes is not None:
+        check_columns(config.outcomes)
+    if config.likeness is not None:
+        check_sentence_model(config.sentence_encoder)
 
 
 def _fitted(config: TrainConfig, split: Split) -> Router:

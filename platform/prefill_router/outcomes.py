@@ -105,6 +105,19 @@ def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
     return Outcomes(uri, list(targets), keys, *answers, len(others))
 
 
+def check_columns(uri: str) -> None:
+    """Raises UserError where outcomes, or columns of theirs, are missing; no row is read."""
+    for file in _files(uri):
+        with storage.open_parquet(file) as parquet:
+            _check_names(parquet.schema_arrow.names, file)
+
+
+def _check_names(names: Sequence[str], uri: str) -> None:
+    for required in (PROMPT_ID, TARGET, CORRECT):
+        if required not in names:
+            raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
+
+
 def is_feedback(uri: str) -> bool:
     """Are these outcomes of requests, of which a pair may have many?"""
     (first, *_) = _files(uri)
@@ -224,9 +237,7 @@ def _files(uri: str) -> list[str]:
 def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
     with storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
-        for required in (PROMPT_ID, TARGET, CORRECT):
-            if required not in names:
-                raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
+        _check_names(names, uri)
         wanted = [name for name in (*OUTCOMES.names, REQUEST_ID) if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
             table = pa.Table.from_batches([batch])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
 
-from prefill_router import storage, strict
+from prefill_router import encoder, storage, strict
 from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
@@ -102,6 +102,10 @@ class Router:
         encoder = PrefillEncoder.load(self.encoder_identity.spec)
         self.check_encoder(encoder.fingerprint, self.encoder_identity.spec.model)
         return encoder
+
+    def require_encoder(self) -> None:
+        """Raises UserError where the encoder cannot be loaded; none of its weights is read."""
+        encoder.check(self.encoder_identity.spec)
 
     def check_encoder(self, fingerprint: str, source: str) -> None:
         if fingerprint != self.encoder_identity.fingerprint:

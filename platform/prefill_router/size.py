@@ -22,8 +22,9 @@ class EncoderSize:
         """Of a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
         from transformers import AutoModelForCausalLM
 
+        loaded = checkpoint.check_causal_lm(model)
         with torch.device("meta"):
-            backbone = AutoModelForCausalLM.from_config(checkpoint.load_config(model)).base_model  # type: ignore[no-untyped-call]
+            backbone = AutoModelForCausalLM.from_config(loaded).base_model  # type: ignore[no-untyped-call]
         config = text_config(backbone)
         blocks = find_blocks(backbone)
         return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config))

@@ -94,10 +94,26 @@ def _is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
         return False
 
 
-def refuse_file(uri: str) -> None:
-    """Raises UserError where a file lies at the place of an output."""
+def check_output(uri: str) -> None:
+    """Raises UserError where nothing could be written below `uri`, which is asked before anything that takes long.
+
+    A local folder is only looked at; to a bucket, an empty object is written and deleted.
+    """
     if is_file(uri):
         raise UserError(f"{uri}: is a file: an output is a folder, choose another --out")
+    fs, path = resolve(uri)
+    if not isinstance(fs, LocalFileSystem):
+        probe = join(uri, f".{uuid.uuid4().hex}")
+        try:
+            write_bytes(probe, b"")
+            remove(probe)
+        except OSError as error:
+            raise UserError(f"{uri}: cannot be written: {error}: choose another --out") from error
+        return
+    folder = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not writable" if folder.is_dir() else "is a file"
+        raise UserError(f"{uri}: cannot be written: {folder} {what}: choose another --out")
 
 
 def size_bytes(uri: str) -> int:

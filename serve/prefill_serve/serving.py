@@ -38,7 +38,8 @@ class Serving:
     @classmethod
     def check(cls, settings: Settings) -> None:
         """Raises UserError as `load` does, of all but the encoder's weights, which it does not read."""
-        _heads(settings)
+        primary, _, _ = _heads(settings)
+        primary.router.require_encoder()
 
     @property
     def heads(self) -> list[Head]:

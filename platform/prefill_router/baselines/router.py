@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import SafetensorError
 
-from prefill_router import storage, strict
+from prefill_router import checkpoint, storage, strict
 from prefill_router.baselines import BASELINES
 from prefill_router.baselines.base import Baseline
 from prefill_router.corpus import Prompt
@@ -67,6 +67,10 @@ class BaselineRouter:
         if encoder.fingerprint != self.fingerprint:
             raise UserError(f"{self.sentence_encoder}: is not the sentence encoder that the baseline was fitted on")
         return encoder
+
+    def require_encoder(self) -> None:
+        """Raises UserError where the sentence encoder is missing; nothing of it is read."""
+        checkpoint.check_sentence_model(self.sentence_encoder)
 
     def with_pool(self, pool: Pool) -> BaselineRouter:
         """The same router at other prices. Raises UserError for other targets than it was fitted for."""

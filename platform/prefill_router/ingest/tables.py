@@ -213,7 +213,7 @@ def claim(out: str, *, overwrite: bool) -> None:
 
     Only what `ingest` writes is ever deleted.
     """
-    storage.refuse_file(out)
+    storage.check_output(out)
     folders = (CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER)
     held = [name for name in folders if storage.list_names(storage.join(out, name))]
     held += [SUMMARY] if storage.exists(storage.join(out, SUMMARY)) else []
