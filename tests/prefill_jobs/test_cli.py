@@ -13,6 +13,7 @@ import pytest
 from command import Command
 from prefill_jobs.cli import main
 from prefill_router.config import COMMANDS
+from prefill_router.money import usd
 from prefill_router.router import Router
 from tiny import save_tiny_model
 
@@ -158,8 +159,8 @@ def test_inspect_says_what_a_router_is(command: Command, router: str) -> None:
     rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line}
     for target in loaded.pool.targets:
         assert rows[target.name][1:4] == [
-            f"{target.input_price:g}",
-            f"{target.output_price:g}",
+            usd(target.input_price),
+            usd(target.output_price),
             str(loaded.training["num_answers"][target.name]),
         ]
         assert float(rows[target.name][4]) == pytest.approx(loaded.training["validation"]["auc"][target.name], abs=6e-4)
