@@ -147,7 +147,11 @@ class RouteRequest(StrictModel):
 
     @model_validator(mode="after")
     def _well_spelt(self) -> RouteRequest:
-        for name in self.model_extra or {}:
+        extra = self.model_extra or {}
+        if len(extra) > _MOST_IGNORED:
+            message = "has {num} fields that have no say, must have at most {most}"
+            raise PydanticCustomError("too_many", message, {"num": len(extra), "most": _MOST_IGNORED})
+        for name in extra:
             if near := difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR):
                 message = '{name}: is no field of a request, did you mean "{near}"?'
                 raise PydanticCustomError("misspelt", message, {"name": name, "near": near[0]})
@@ -188,6 +192,7 @@ class RouteRequest(StrictModel):
 
 
 _ANY_SIZE = 1 << 62  # a body has its own limit
+_MOST_IGNORED = 64  # OpenAI has some 40; each is held beside all of ours
 _NEAR = 0.75  # of two names, as difflib measures it: no field of OpenAI's is so near one of ours
 
 

@@ -164,6 +164,11 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "one", "models": []}, "models"),
     ({"prompt": "one", "tolerence": 1}, 'tolerence: is no field of a request, did you mean "tolerance"?'),
     ({"prompt": "one", "max_cost": 1}, 'did you mean "max_cost_usd"?'),
+    (
+        {"prompt": "one", **{f"max_cost_us{n}": 1 for n in range(65)}},
+        "65 fields that have no say, must have at most 64",
+    ),
+    ({"prompt": "one", "\ud800": 1}, ""),
     ({"input": QUESTION, "prompt": QUESTION}, "exactly one of"),
     ({"input": []}, "input"),
     ({"input": [{"role": "boss", "content": "hi"}]}, "role"),
