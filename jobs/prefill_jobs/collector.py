@@ -19,13 +19,14 @@ from prefill_jobs.cluster import Shared
 from prefill_jobs.metrics import CollectMetrics
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Answer, Asked, Call, Spent
-from prefill_router.collection.client import Miss, ask, backoff_s, http_client
+from prefill_router.collection.client import Miss, ask, backoff_s
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.limits import Limits
 from prefill_router.collection.purse import Allowance
 from prefill_router.errors import UserError
 from prefill_router.plan import Shard, read_shard
 from prefill_router.pool import Pool, Target
+from prefill_router.transport import http_client
 
 _LEFT_OUT = Miss("left out: the budget is used up")
 
@@ -109,7 +110,7 @@ class AskShard:
         for attempt in range(self.attempts):
             if attempt > 0:
                 wait_s = backoff_s(attempt, miss, self._rng)
-                if miss.retry_after_s is not None:
+                if miss.retry_after_s:
                     limits.hold(wait_s)  # for all of the target's calls
                 await asyncio.sleep(wait_s)
             async with limits.place(call.worst.tokens):

@@ -10,9 +10,10 @@ import httpx
 import tenacity
 
 from prefill_router.errors import UserError
+from prefill_router.transport import retry_after_s
 from prefill_serve.http import BatchItem, BatchResponse, RouteResponse
 
-_BUSY = (429, 503)
+_BUSY = (429, 503)  # of the endpoint's own, whose 409 says that no target meets the constraints
 _LONGEST_WAIT_S = 30.0
 
 
@@ -84,8 +85,7 @@ class RouterClient:
             code, message = str(error["code"]), str(error["message"])
         except (ValueError, LookupError, TypeError):
             code, message = "unknown", response.text[:200]
-        after = response.headers.get("retry-after", "")
-        raise RouteError(response.status_code, code, message, float(after) if after.isdecimal() else None)
+        raise RouteError(response.status_code, code, message, retry_after_s(response.headers.get("retry-after")))
 
 
 def _error(item: BatchItem) -> RouteError:
@@ -100,4 +100,4 @@ def _is_passing(error: BaseException) -> bool:
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     said = error.retry_after_s if isinstance(error, RouteError) else None
-    return min(said if said is not None else 0.1 * 2**state.attempt_number, _LONGEST_WAIT_S)
+    return min(said or 0.1 * 2**state.attempt_number, _LONGEST_WAIT_S)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from time import monotonic
 
 import httpx
-from httpx_aiohttp import HttpxAiohttpClient
 
 from prefill_router.collection.calls import Answer, Call, parse_answer
+from prefill_router.transport import is_passing, post_request, retry_after_s
 
-_CONNECT_S = 10.0
 _LONGEST_S = 120.0  # that is waited before another attempt
-_PASSING = {408, 409, 425, 429}  # and 5xx
 _NO_QUOTA = "insufficient_quota"
 
 
@@ -30,22 +26,15 @@ class Miss:
     retry_after_s: float | None = None
 
 
-def http_client() -> httpx.AsyncClient:
-    """For the calls of one event loop, which `Limits` keeps from being too many."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
-    return HttpxAiohttpClient(limits=limits)
-
-
 async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
     """One attempt at a call."""
     upstream = call.target.upstream
     assert upstream is not None
-    url, headers = upstream.url("/chat/completions"), {**upstream.headers, "idempotency-key": call.key}
-    timeout = httpx.Timeout(upstream.timeout_s, connect=_CONNECT_S)
+    request = post_request(http, upstream, "/chat/completions", call.body(), {"idempotency-key": call.key})
     started_s = monotonic()
     try:
         async with asyncio.timeout(upstream.timeout_s):
-            response = await http.post(url, content=call.body(), headers=headers, timeout=timeout)
+            response = await http.send(request)
     except httpx.ConnectError:
         return Miss("no connection")
     except (TimeoutError, httpx.TimeoutException):
@@ -56,9 +45,9 @@ async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
 
 
 def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
-    """How long to wait after attempt number `attempt`, from 1: as the upstream says, or at random up to a bound that
-    doubles, so that those who failed together do not come again together."""
-    if miss.retry_after_s is not None:
+    """How long to wait after attempt number `attempt`, from 1: as the upstream says, or, where it says nothing or at
+    once, at random up to a bound that doubles, so that those who failed together do not come again together."""
+    if miss.retry_after_s:
         return min(miss.retry_after_s * (1.0 + 0.1 * rng.random()), _LONGEST_S)
     return rng.random() * min(0.5 * 2.0**attempt, _LONGEST_S)
 
@@ -82,19 +71,6 @@ def _refusal(response: httpx.Response, body: object) -> Miss:
     status = response.status_code
     error = body.get("error") if isinstance(body, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
-    is_passing = (status in _PASSING or status >= 500) and code != _NO_QUOTA
+    is_final = not is_passing(status) or code == _NO_QUOTA
     reason = f"status {status}" + (f" {code}" if isinstance(code, str) else "")
-    return Miss(reason, is_final=not is_passing, retry_after_s=_seconds(response.headers.get("retry-after")))
-
-
-def _seconds(value: str | None) -> float | None:
-    """A Retry-After, in seconds or as a date."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        then = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (then.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    return Miss(reason, is_final=is_final, retry_after_s=retry_after_s(response.headers.get("retry-after")))

@@ -14,14 +14,13 @@ from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
-import httpx
-from httpx_aiohttp import AiohttpTransport
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from prefill_router.corpus import Prompt, content_hash
 from prefill_router.decision import Decision
 from prefill_router.errors import UserError
+from prefill_router.transport import http_client
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
 from prefill_serve.gate import Refusal
 from prefill_serve.gateway.accounts import Budgets
@@ -84,8 +83,7 @@ class Proxy:
 
     def __init__(self, endpoint: Endpoint, ledger: Ledger) -> None:
         self.endpoint, self.ledger, self.metrics = endpoint, ledger, GatewayMetrics()
-        # 0 is no limit: each channel has its own.
-        self._http = httpx.AsyncClient(transport=AiohttpTransport(limits=httpx.Limits(max_connections=0)))
+        self._http = http_client()
         self._channels: dict[str, Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

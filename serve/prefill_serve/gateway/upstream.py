@@ -9,16 +9,14 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 
 from prefill_router.pool import Target
+from prefill_router.transport import is_callers_fault, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Body, Call, json_object
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
 from prefill_serve.gateway.served import Usage
 
-CONNECT_S = 5.0
 _END_S = 0.1
 _PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may
-# The caller's own mistakes, of which any other target would say the same; but another may have a longer context.
-_CALLERS_OWN = (400, 405, 409, 413, 415, 422)
 _TOO_LONG = b"context_length_exceeded"
 
 
@@ -188,10 +186,7 @@ class Channel:
         response = None
         try:
             self.breaker.begin()
-            url, headers = self.upstream.url(call.path), self.upstream.headers
-            timeout = httpx.Timeout(self.upstream.timeout_s, connect=CONNECT_S)
-            content = call.for_upstream(self.target)
-            request = self.http.build_request("POST", url, content=content, headers=headers, timeout=timeout)
+            request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
                 return response
@@ -229,18 +224,17 @@ class Channel:
 
     def _status_failure(self, response: httpx.Response, content: bytes) -> Failed | Refused:
         status = response.status_code
-        if status in _CALLERS_OWN:
+        if is_callers_fault(status):
             self.breaker.succeed()  # it works, and says what it does not take
             refused = Refused(status, content)
-            if _TOO_LONG in content:
+            if _TOO_LONG in content:  # but another may have a longer context
                 return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
             return refused
         error = json_object(content).get("error")
         said = error.get("message") if isinstance(error, dict) else error
-        after = response.headers.get("retry-after", "")
         return self.failure(
             f"status_{status}",
             f"answered {status}" + (f": {said}" if said else ""),
             status if status in (429, 503, 504) else 502,
-            float(after) if after.isdecimal() else 0.0,
+            retry_after_s(response.headers.get("retry-after")) or 0.0,
         )

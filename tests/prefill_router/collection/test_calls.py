@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.calls import Answer, Asked, Call, Spent, parse_answer
-from prefill_router.collection.client import Miss, _seconds, backoff_s
+from prefill_router.collection.client import Miss, backoff_s
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.limits import Pace
 from prefill_router.pool import Target, Upstream
@@ -71,18 +69,10 @@ def test_no_minute_begins_more_than_it_may() -> None:
 def test_backoff_is_what_the_upstream_asks_or_grows_at_random() -> None:
     rng = random.Random(0)
     assert 3.0 <= backoff_s(1, Miss("x", retry_after_s=3.0), rng) <= 3.3
-    for attempt in (1, 3, 6):
-        waits = [backoff_s(attempt, Miss("x"), rng) for _ in range(200)]
+    for attempt, at_once in [(1, None), (3, 0.0), (6, None)]:
+        waits = [backoff_s(attempt, Miss("x", retry_after_s=at_once), rng) for _ in range(200)]
         assert 0.0 <= min(waits) < max(waits) <= 0.5 * 2**attempt
         assert max(waits) > 0.4 * 2**attempt
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert _seconds("7") == 7.0
-    assert _seconds(None) is None
-    assert _seconds("soon") is None
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    assert 25.0 < (_seconds(later) or 0.0) <= 30.0
 
 
 def place(tmp_path: Path) -> ShardPlace:
