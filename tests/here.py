@@ -120,7 +120,7 @@ class Shared:
 
     _objects: dict[int, Any] = {}  # noqa: RUF012 - the process that Ray would have started
 
-    def __init__(self, kind: type, *arguments: Any) -> None:
+    def __init__(self, kind: type, *arguments: Any, **_: bool) -> None:
         self.number = len(self._objects)
         self._objects[self.number] = kind(*copied(arguments))
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -19,16 +20,23 @@ from prefill_jobs.flags import Read, add_command
 from prefill_jobs.request import require_secrets
 from prefill_jobs.submitting import add_submit
 from prefill_router.config import COMMANDS
+from prefill_router.console import say
 from prefill_router.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line, of the process by default; a user's error is one line on stderr and status 1."""
-    try:
+    with _told():
         require_secrets()
         build_app()(arguments)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
     except (UserError, OSError, BotoCoreError) as error:
-        sys.stderr.write(f"prefill-router: {' '.join(str(error).split())}\n")
+        say(f"prefill-router: {' '.join(str(error).split())}")
         sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
@@ -49,11 +57,13 @@ def build_app() -> typer.Typer:
 
 
 def _run_job(run: Callable[[Any], None], read: Read) -> None:
-    run(read())
+    with _told():  # here, as click ends without a word where a pipe or a connection breaks
+        run(read())
 
 
 def _run_entry(entry: EntryPoint, read: Read) -> None:
-    entry.load()(read)
+    with _told():
+        entry.load()(read)
 
 
 # --- what each command prints ------------------------------------------------------------------------------------

@@ -6,22 +6,31 @@ import functools
 import itertools
 import logging
 import os
+import pickle
+import shutil
 import sys
-from collections import deque
+import tempfile
+import uuid
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from prefill_jobs import endings
 from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
 
 _FEW_AHEAD = 128  # tasks at once, of some twenty actors, that no driver is too slow for
 _ROUNDS = 8  # so many times as many tasks there are at least, for at the end all wait for the last
+
+_ANSWERS_KEPT = 1000  # of a shared object: no call is made again after so many others
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,6 +44,7 @@ def connect() -> None:
         options: dict[str, Any] = {} if address else {"include_dashboard": False}  # nobody would know where it is
         with silent_stderr():
             ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
+    endings.listen()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -54,14 +64,15 @@ def set_environment() -> None:
 
 @contextmanager
 def results_apart() -> Iterator[None]:
-    """Keeps stdout for a job's result: what Ray prints goes to stderr. A Ray that the job starts ends here too."""
+    """Keeps stdout for a job's result: what Ray prints goes to stderr. A Ray that the job starts ends here too.
+
+    Where the job fails, that Ray ends with the process: the error is told first, which what ends Ray may not outlive.
+    """
     is_ours = not ray.is_initialized()
-    with redirect_stdout(sys.stderr):
-        try:
-            yield
-        finally:
-            if is_ours and ray.is_initialized():
-                ray.shutdown()
+    with redirect_stdout(sys.stderr), endings.in_one_line():
+        yield
+        if is_ours and ray.is_initialized():
+            ray.shutdown()
 
 
 @contextmanager
@@ -240,21 +251,53 @@ class Actors:
 class Shared:
     """An object that all workers of a job call, in a process of its own on the driver's node.
 
-    Workers come and go with their nodes; what they share stays as long as the driver.
+    Workers come and go with their nodes; what they share stays as long as the driver. Where its process is ended, as by
+    Ray when memory runs out, another goes on: from the beginning, or, if `is_kept`, from where it was, with each call
+    made once. What is kept is written with every call, so that it must be small.
     """
 
-    def __init__(self, kind: type, *arguments: Any) -> None:
+    def __init__(self, kind: type, *arguments: Any, is_kept: bool = False) -> None:
         place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(num_cpus=0)(kind)
-        self._actor = actor.options(scheduling_strategy=place).remote(*arguments)
+        actor: Any = ray.remote(num_cpus=0)(_Object)
+        options = {"scheduling_strategy": place, "max_restarts": -1, "max_task_retries": -1}
+        folder = tempfile.mkdtemp(prefix="prefill-router-") if is_kept else None
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._actor = actor.options(**options).remote(kind, arguments, folder)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the object and waits for what it returns."""
-        return ray.get(getattr(self._actor, method).remote(*arguments))
+        return ray.get(self._actor.call.remote(uuid.uuid4().hex, method, *arguments))
 
     async def call_async(self, method: str, *arguments: Any) -> Any:
         """Calls a method as `call` does, without blocking the event loop."""
-        return await getattr(self._actor, method).remote(*arguments)
+        return await self._actor.call.remote(uuid.uuid4().hex, method, *arguments)
+
+
+class _Object:
+    """The process of a shared object. If there is a folder, it lies there, with its latest answers."""
+
+    def __init__(self, kind: type, arguments: tuple[Any, ...], folder: str | None) -> None:
+        self._file = Path(folder, "object.pickle") if folder else None
+        is_restart = self._file is not None and self._file.exists()
+        self._object, self._answers = self._load() if is_restart else (kind(*arguments), OrderedDict())
+
+    def _load(self) -> tuple[Any, OrderedDict[str, Any]]:
+        assert self._file is not None
+        return pickle.loads(self._file.read_bytes())  # type: ignore[no-any-return]
+
+    def call(self, name: str, method: str, *arguments: Any) -> Any:
+        """What a call returned is returned again where Ray makes it again."""
+        if self._file is None:
+            return getattr(self._object, method)(*arguments)
+        if name not in self._answers:
+            self._answers[name] = getattr(self._object, method)(*arguments)
+            if len(self._answers) > _ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+            draft = self._file.with_suffix(".draft")
+            draft.write_bytes(pickle.dumps((self._object, self._answers)))
+            draft.replace(self._file)
+        return self._answers[name]
 
 
 def worker_id() -> str:

@@ -260,7 +260,7 @@ class _Collection:
             "attempts": self.config.attempts,
             "num_workers": self.config.workers,
             "max_prompt_bytes": MAX_PROMPT_BYTES,
-            "purse": cluster.Shared(Purse, left),
+            "purse": cluster.Shared(Purse, left, is_kept=True),
             **more,
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]

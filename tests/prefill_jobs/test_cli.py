@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
+from prefill_jobs import cli, cluster
 from prefill_jobs.cli import main
 from prefill_router.config import COMMANDS
+from prefill_router.errors import UserError
 from prefill_router.money import usd
 from prefill_router.router import Router
 from tiny import save_tiny_model
@@ -123,6 +126,28 @@ def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str], arguments
         main(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err
+
+
+def test_an_error_of_a_job_is_a_line_even_where_a_pipe_breaks(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """click ends with status 1 and without a word where it sees EPIPE, as of a connection to a store."""
+
+    def fail(_config: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe", "s3://bucket/corpus.jsonl")
+
+    monkeypatch.setitem(cli._JOBS, "demo", fail)
+    result = command("demo")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == "prefill-router: [Errno 32] Broken pipe: 's3://bucket/corpus.jsonl'\n"
+
+
+def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the process may not outlive: it ends with it."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", iter([False, True]).__next__)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: pytest.fail("Ray was ended first"))
+    with pytest.raises(UserError, match="layer 99"), cluster.results_apart():
+        raise UserError("layer 99 is out of range")
 
 
 def assert_shown(out: str, name: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
-from prefill_jobs import cluster, fit
+from prefill_jobs import cluster, endings, fit
 from prefill_jobs.extract import extract
 from prefill_jobs.train import train
 from prefill_router import storage
@@ -67,6 +68,52 @@ def test_workers_share_one_object(local_ray: None) -> None:
     shared = cluster.Shared(Counts)
     rows = cluster.map_rows([{"x": x} for x in range(6)], count, fn_kwargs={"counts": shared})
     assert sorted(row["seen"] for row in rows) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_workers_share_outlives_its_process(local_ray: None) -> None:
+    shared, kept = cluster.Shared(Counts), cluster.Shared(Counts, is_kept=True)
+    for counts, expected in ((shared, [1, 2, 1, 2]), (kept, [1, 2, 3, 4])):
+        seen = []
+        for i in range(4):
+            if i == 2:
+                ray.kill(counts._actor, no_restart=False)
+            seen.append(counts.call("add"))
+        assert seen == expected
+
+
+def test_a_call_that_is_made_again_is_answered_and_not_done_again(tmp_path: Path) -> None:
+    first = cluster._Object(Counts, (), str(tmp_path))
+    assert [first.call(name, "add") for name in ("a", "b", "a")] == [1, 2, 1]
+    restarted = cluster._Object(Counts, (), str(tmp_path))
+    assert [restarted.call(name, "add") for name in ("b", "c")] == [2, 3]
+
+
+def test_what_ray_ends_is_one_line_with_the_rest_in_a_file(local_ray: None) -> None:
+    for method, what in (("end", "ActorDiedError: The actor died"), ("fail", "ZeroDivisionError: of ours")):
+        with (
+            pytest.raises(
+                UserError, match=f"^Ray ended the job: .*{what}.*: run it again, what is done stays; see "
+            ) as e,
+            endings.in_one_line(),
+        ):
+            ray.get(getattr(ray.remote(Fragile).remote(), method).remote())
+        assert "\n" not in str(e.value)
+        details = Path(str(e.value).rpartition("see ")[2])
+        assert "Traceback" in details.read_text()
+        details.unlink()
+    with pytest.raises(UserError, match=r"^corpus.csv: column prompt is missing$"), endings.in_one_line():
+        ray.get(ray.remote(Fragile).remote().refuse.remote())
+
+
+class Fragile:
+    def end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("of ours")
+
+    def refuse(self) -> None:
+        raise UserError("corpus.csv: column prompt is missing")
 
 
 class Counts:
