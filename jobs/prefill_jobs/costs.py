@@ -42,36 +42,42 @@ class ExtractionCost:
         )
 
 
-def extraction_cost(config: ExtractConfig, sample: str | None, chosen: ExtractConfig | None = None) -> ExtractionCost:
-    """Of `config`'s corpus less what its store holds.
+def extraction_cost(
+    config: ExtractConfig, sample: ExtractConfig | None, chosen: ExtractConfig | None = None
+) -> ExtractionCost:
+    """Of `config`'s corpus less what its store holds, and what is copied from the store of the `sample`.
 
-    Lengths are those of the store `sample`, where it is there. `chosen` is the config with the layers that the probe
-    has told; without it, all layers are run.
+    Lengths are those of that store, where it is there. `chosen` is the config with the layers that the probe has told;
+    without it, all layers are run.
     """
     size = EncoderSize.of(config.encoder)
     layers, pooling = parse_layers((chosen or config).layers), parse_pooling((chosen or config).pooling)
     indices = range(size.num_layers + 1) if layers == "all" else layers
     columns = activation_columns(indices, pooling)
-    prompts = _missing(config, columns)
+    missing, copied = _missing(config, columns, sample)
+    prompts = missing - copied
     mean_tokens = min(_mean_tokens(config, sample), config.max_tokens)
     flops = prompts * size.block.flops([round(mean_tokens)], 0, max(indices))
     is_bound = sample is not None and chosen is None
     num_columns = _PROBED_COLUMNS if is_bound else len(columns)
-    num_bytes = prompts * (num_columns * size.hidden_size * 2 + _BYTES_PER_ROW)
+    num_bytes = missing * (num_columns * size.hidden_size * 2 + _BYTES_PER_ROW)
     return ExtractionCost(prompts, round(prompts * mean_tokens), flops, num_bytes, is_bound)
 
 
-def _missing(config: ExtractConfig, columns: list[ActivationColumn]) -> int:
-    """Prompts of the corpus that a finished store has not, or not with these columns."""
+def _missing(config: ExtractConfig, columns: list[ActivationColumn], sample: ExtractConfig | None) -> tuple[int, int]:
+    """Prompts of the corpus that a finished store has not, or not with these columns, and those that the sample has."""
     planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
-    held = read_manifest(config.out)
-    if held is None or not {column.name for column in columns} <= set(held.columns):
-        return int(planned.is_first.sum())
-    return max(0, int(planned.is_first.sum()) + planned.num_repeated - held.rows)
+    held, num_prompts = read_manifest(config.out), int(planned.is_first.sum())
+    if held is not None and {column.name for column in columns} <= set(held.columns):
+        return max(0, num_prompts + planned.num_repeated - held.rows), 0
+    if sample is None:
+        return num_prompts, 0
+    sampled = plan(sample.corpus, sample.shard_rows, sample.limit, sample.max_prompt_bytes)
+    return num_prompts, min(num_prompts, int(sampled.is_first.sum()))
 
 
-def _mean_tokens(config: ExtractConfig, sample: str | None) -> float:
-    held = read_manifest(sample) if sample is not None else None
+def _mean_tokens(config: ExtractConfig, sample: ExtractConfig | None) -> float:
+    held = read_manifest(sample.out) if sample is not None else None
     if held is not None and held.rows:
         return held.shards.total("num_tokens") / held.rows
     rows = itertools.islice(read(files(config.corpus)[0]), _ROWS_LOOKED_AT)

@@ -39,7 +39,7 @@ def extend(config: TrainConfig) -> Router:
     new = [target for target in pool.targets if target.name not in known]
     dropped = sorted(known - set(pool.target_names))
     say(f"train: extend {router.version} by {_names(t.name for t in new)}; drop {_names(dropped)}")
-    training = {**router.training, "extends": router.version}
+    training = {**router.training, "extends": router.version, "run": None}
     if new:
         router, num_answers = _learnt(router, new, config)
         training["num_answers"] = {**training.get("num_answers", {}), **num_answers}

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_jobs import cluster
-from prefill_jobs.extractor import Done, ExtractShard, Request, Task
+from prefill_jobs.extractor import Done, ExtractShard, Request, Source, Task
 from prefill_jobs.progress import Progress
 from prefill_jobs.reader import Attempts
 from prefill_jobs.summary import ExtractSummary
@@ -40,11 +40,14 @@ from prefill_router.sources import Sources
 _CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
 
 
-def extract(config: ExtractConfig) -> ExtractSummary:
-    """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last."""
+def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
+    """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last.
+
+    What an `other` store holds of its prompts is copied. Raises UserError where that is another encoder's.
+    """
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
     spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
-    return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes))
+    return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
 
 
 def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
@@ -57,7 +60,9 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
     return _extract(config, request, router.encoder_identity)
 
 
-def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None) -> ExtractSummary:
+def _extract(
+    config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None, other: str | None = None
+) -> ExtractSummary:
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
     if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
@@ -69,14 +74,19 @@ def _extract(config: ExtractConfig, request: Request, encoder: EncoderIdentity |
         with Lease.acquire(config.out, "extract") as lease:
             if encoder is not None:
                 ledger.claim_encoder(config.out, encoder)
-            return _Extraction(config, planned, request, lease).run()
+            return _Extraction(config, planned, request, lease, other).run()
 
 
 class _Extraction:
-    def __init__(self, config: ExtractConfig, planned: CorpusPlan, request: Request, lease: Lease) -> None:
+    def __init__(
+        self, config: ExtractConfig, planned: CorpusPlan, request: Request, lease: Lease, other: str | None
+    ) -> None:
         self.config, self.plan, self.lease = config, planned, lease
         if config.overwrite:
             ledger.clear(config.out)
+        self.other = None if other is None else Ledger.open(other)
+        if self.other is not None and self.other.encoder is not None:
+            ledger.claim_encoder(config.out, self.other.encoder)
         self.ledger = Ledger.open(config.out)
         before = read_manifest(config.out)
         if before is not None:
@@ -108,14 +118,22 @@ class _Extraction:
 
     def _shard_tasks(self, pending: Sequence[int]) -> list[Task]:
         """Shards, each with the finished ones that hold some of its prompts."""
-        sources = Sources(self.ledger, [part.digest for part in self.parts])
+        digests = [part.digest for part in self.parts]
+        ledgers = [self.ledger, *([] if self.other is None else [self.other])]
+        sources = [(held.uri, Sources(held, digests)) for held in ledgers]
         spans = list(self.plan.spans())
-        return [Task(spans[i][0], sources.of(i, self.plan.keys[spans[i][1]])) for i in pending]
+
+        def sources_of(i: int) -> tuple[Source, ...]:
+            keys = self.plan.keys[spans[i][1]]
+            return tuple((store, place) for store, found in sources for place in found.of(i, keys))
+
+        return [Task(spans[i][0], sources_of(i)) for i in pending]
 
     def _repeat_tasks(self, pending: Sequence[int]) -> list[Task]:
         places = self.ledger.places(self._positions(self.plan.shards))
         repeats = [self.plan.repeats[i] for i in pending]
-        return [Task(rows, tuple(places[i] for i in dict.fromkeys(rows.sources))) for rows in repeats]
+        out = self.config.out
+        return [Task(rows, tuple((out, places[i]) for i in dict.fromkeys(rows.sources))) for rows in repeats]
 
     def _names(self, parts: Sequence[Shard | Repeats]) -> list[str]:
         assert self.encoder is not None

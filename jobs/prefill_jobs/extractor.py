@@ -24,13 +24,15 @@ from prefill_router.plan import Repeats, Shard
 from prefill_router.schema import POOLINGS, ActivationColumn, Pooling
 from prefill_router.work import Work
 
+Source = tuple[str, Place]  # a store, and a shard in it
+
 
 @dataclass(frozen=True)
 class Task:
     """A shard to do, and the finished shards that hold some of what it wants."""
 
     rows: Shard | Repeats
-    sources: tuple[Place, ...] = ()
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class ExtractShard:
         if record is not None:
             return self._done(record, Work(), record.rows, attempt, is_new=False)
         draft = self._draft(task.rows, columns)
-        for source in task.sources:
-            draft.copy(self.request.out, source)
+        for store, place in task.sources:
+            draft.copy(store, place)
         num_copied = draft.num_complete
         work = self.reader.complete(draft, attempt)
         return self._done(draft.commit(self.request.out), work, num_copied, attempt, is_new=True)

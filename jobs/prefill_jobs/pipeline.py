@@ -42,6 +42,7 @@ C = TypeVar("C", bound=StrictModel)
 
 _STATE = "pipeline.json"
 _STAGES = ("extract", "probe", "train", "evaluate")
+_INPUTS = ("corpus", "outcomes", "pool", "encoder")  # keys of [pipeline] that its steps have, too
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Pipeline:
         self.config = config
         self._tables = {name: load_command(config.file, name) if config.file else {} for name in _STAGES}
         self._state_uri = storage.join(config.out, _STATE)
+        self._ignored: set[str] = set()
+        _ = self.sample, self.probe, self.extract, self.train, self.evaluate  # what is wrong with one costs nothing yet
+        if self._ignored:
+            say(f"pipeline: {config.file}: {', '.join(sorted(self._ignored))} do not count: a pipeline sets them")
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
         self._state = {name: validate(Done, done, self._state_uri) for name, done in stored.items()}
 
@@ -133,6 +138,7 @@ class Pipeline:
                 storage.join(self.probe.out, PROBES),
                 lambda: {
                     "outcomes": _stamps(outcomes),
+                    "targets": load_pool(self.config.pool).target_names,
                     "sample": _digest(self.sample.out),
                     "settings": _settings(self.probe),
                 },
@@ -143,8 +149,8 @@ class Pipeline:
                 "extract",
                 storage.join(self.extract.out, MANIFEST),
                 lambda: {"corpus": _stamps(corpus), "settings": _settings(self.whole)},
-                lambda: self._extract(self.whole),
-                cost=lambda: extraction_cost(self.extract, self.sample.out, self._layers_or_none),
+                lambda: self._extract(self.whole, self.sample.out),
+                cost=lambda: extraction_cost(self.extract, self.sample, self._layers_or_none),
             ),
             Step(
                 "train",
@@ -155,7 +161,7 @@ class Pipeline:
                     "pool": _stamps(pool),
                     "settings": _settings(self.train),
                 },
-                lambda: f"router {train(self.train).version}",
+                lambda: f"router {train(self.train, keep_learnt=True).version}",
             ),
             Step(
                 "evaluate",
@@ -171,8 +177,8 @@ class Pipeline:
             ),
         )
 
-    def _extract(self, config: ExtractConfig) -> str:
-        summary = extract(config)
+    def _extract(self, config: ExtractConfig, other: str | None = None) -> str:
+        summary = extract(config, other)
         return f"{summary.manifest.rows:,} prompts, {summary.work.prompts:,} of them computed"
 
     def _probe(self) -> str:
@@ -198,8 +204,9 @@ class Pipeline:
 
     @cached_property
     def sample(self) -> ExtractConfig:
-        given = {"layers": "all", "limit": self.config.sample, "out": self._below("sample")}
-        return self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **given)
+        given = {"layers": "all", "out": self._below("sample")}
+        config = self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **given)
+        return config.model_copy(update={"limit": self.config.sample})
 
     @cached_property
     def probe(self) -> ProbeConfig:
@@ -238,8 +245,20 @@ class Pipeline:
         )
 
     def _stage(self, model: type[C], command: str, **given: Any) -> C:
-        """The config of a step: what the file's table for its command says, under what the pipeline sets."""
-        return validate(model, {**self._tables[command], **given}, command)
+        """The config of a step: what the file's table for its command says, under what the pipeline sets.
+
+        Raises UserError where that table names another input than [pipeline] does.
+        """
+        table = self._tables[command]
+        others = [key for key in given if key in table and table[key] != given[key]]
+        if inputs := [key for key in others if key in _INPUTS]:
+            key = inputs[0]
+            raise UserError(
+                f'{self.config.file}: [{command}] {key} = "{table[key]}", but a pipeline goes by [pipeline] {key} = '
+                f'"{given[key]}": set it there, and leave it out of [{command}]'
+            )
+        self._ignored.update(f"[{command}] {key}" for key in others)
+        return validate(model, {**table, **given}, command)
 
     def _below(self, name: str) -> str:
         return storage.join(self.config.out, name)

@@ -8,6 +8,7 @@ Only outcomes of the train and validation parts are ever read here; those of the
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,12 +43,25 @@ from prefill_router.split import Part, Split
 from prefill_router.stacking import best_weight, stacked
 
 
-def train(config: TrainConfig, fold: int = 0) -> Router:
-    """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out."""
+def train(config: TrainConfig, fold: int = 0, *, keep_learnt: bool = False) -> Router:
+    """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out.
+
+    With `keep_learnt`, a router there that has learnt from the same data by the same settings keeps what it has learnt:
+    what goes by prices is all that is chosen anew.
+    """
     _check(config)
-    router = _fitted(config, split_of(config, fold)) if config.extend is None else extend(config)
+    before = _router_at(config.out) if keep_learnt else None
+    router = _fitted(config, split_of(config, fold), before) if config.extend is None else extend(config)
     router.save(config.out)
     return router
+
+
+def _router_at(uri: str) -> Router | None:
+    """None where there is none that can be read: it is trained anew."""
+    try:
+        return Router.load(uri)
+    except UserError:
+        return None
 
 
 def train_folds(config: TrainConfig) -> list[Router]:
@@ -78,7 +92,7 @@ def _check(config: TrainConfig) -> None:
         check_sentence_model(config.sentence_encoder)
 
 
-def _fitted(config: TrainConfig, split: Split) -> Router:
+def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     activations, outcomes = config.data
     recipe = _recipe(config)
     pool = load_pool(config.pool)
@@ -93,6 +107,10 @@ def _fitted(config: TrainConfig, split: Split) -> Router:
     )
     parts = _Parts.of(graded, split)
     cluster.connect()
+    run = _run_name(config, graded, [*pool.target_names, *sorted(others)])
+    if before is not None and before.training.get("run") == run:
+        say(f"train: router {before.version} has learnt from the same data: what goes by prices is all that is new")
+        return tuned(before.with_pool(pool), graded.only(split, Part.VALIDATION), recipe)
 
     training = graded.only(split, Part.TRAIN)
     say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
@@ -112,7 +130,7 @@ def _fitted(config: TrainConfig, split: Split) -> Router:
     )
     names = ", ".join(p.column.name for p in projections)
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
-    fitted, num_targets = fit_on_ray(task, config.workers, config.out, _run_name(config, graded)), len(pool.targets)
+    fitted, num_targets = fit_on_ray(task, config.workers, config.out, run), len(pool.targets)
     router = Router(
         encoder_identity=graded.store.manifest.encoder,
         pool=pool,
@@ -128,6 +146,7 @@ def _fitted(config: TrainConfig, split: Split) -> Router:
         training_units=np.unique(graded.units.of(task.graded.graded_keys)),
         training={
             "recipe": config.recipe,
+            "run": run,
             "activations": activations,
             "outcomes": outcomes,
             "columns": {target: column.name for target, column in chosen.items()},
@@ -177,9 +196,10 @@ class _Parts:
         )
 
 
-def _run_name(config: TrainConfig, graded: GradedStore) -> str:
-    """The same for the same training, so that a run whose driver was killed goes on."""
+def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> str:
+    """The same for the same training, whatever the prices, so that a run whose driver was killed goes on."""
     digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
+    digest.update(json.dumps(targets).encode())
     digest.update(graded.store.manifest.model_dump_json().encode())
     for array in (graded.outcomes.keys, graded.outcomes.correct, graded.outcomes.output_tokens):
         digest.update(np.ascontiguousarray(array).data)

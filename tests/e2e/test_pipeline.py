@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
+from prefill_jobs import train
+from prefill_jobs.pipeline import Pipeline
+from prefill_router.config import PipelineConfig, load_command
 from prefill_router.router import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -21,15 +25,16 @@ STEPS = ["sample", "probe", "extract", "train", "evaluate", "publish"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, tiny_model: Path) -> Path:
-    """200 of the small corpus' prompts, with their outcomes, and the file of a pipeline."""
+    """200 of the small corpus' prompts, with their outcomes, a pool, and the file of a pipeline."""
     folder = tmp_path_factory.mktemp("pipeline")
     put_data(folder, small_data, 200)
+    shutil.copy(small_data / "pool.toml", folder)
     (folder / "router.toml").write_text(
         f"""
         [pipeline]
         corpus = "{folder}/corpus.parquet"
         outcomes = "{folder}/outcomes.parquet"
-        pool = "{small_data}/pool.toml"
+        pool = "{folder}/pool.toml"
         encoder = "{tiny_model}"
         out = "{folder}/work"
         publish = "{folder}/published"
@@ -61,7 +66,7 @@ def test_a_plan_tells_what_it_would_cost_and_runs_nothing(folder: Path, command:
     result = command("pipeline", str(folder / "router.toml"), "--plan")
     assert result.status == 0, result.err
     assert "sample: would run, 150 prompts" in result.err
-    assert "extract: would run, at most 200 prompts" in result.err
+    assert "extract: would run, at most 50 prompts" in result.err  # beside those of the sample
     assert "GPU-hours" in result.err
     assert not (folder / "work").exists()
 
@@ -70,6 +75,8 @@ def test_the_first_run_publishes_and_the_second_does_nothing(folder: Path, comma
     first = command("pipeline", str(folder / "router.toml"))
     assert first.status == 0, first.err
     assert ran(first.err) == STEPS
+    assert "sample: 150 prompts, 150 of them computed" in first.err
+    assert "extract: 200 prompts, 50 of them computed" in first.err
     router = Router.load(str(folder / "published"))
     layers = {column.layer for column in router.columns}
     activations = json.loads((folder / "work" / "activations" / "manifest.json").read_text())
@@ -90,6 +97,46 @@ def test_new_prompts_cost_what_is_new(folder: Path, small_data: Path, command: C
     assert "probe: up to date" in result.err
     assert "extract: 240 prompts, 40 of them computed" in result.err
     assert "sample: 150 prompts, 0 of them computed" in result.err
+
+
+def test_another_price_teaches_nothing_anew(
+    folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = Router.load(str(folder / "published"))
+    pool = folder / "pool.toml"
+    pool.write_text(pool.read_text().replace("input_price = ", "input_price = 1"))
+    with monkeypatch.context() as patch:
+        for name in ("fit_on_ray", "fit_kernel", "probe_store"):
+            patch.setattr(train, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+        result = command("pipeline", str(folder / "router.toml"))
+    assert result.status == 0, result.err
+    assert ran(result.err) == ["train", "evaluate", "publish"]
+    repriced = Router.load(str(folder / "published"))
+    assert repriced.pool.prices != before.pool.prices
+    # It is what training anew would have made of the new prices.
+    file = str(folder / "router.toml")
+    settings = Pipeline(PipelineConfig(**load_command(file, "pipeline"), file=file)).train
+    anew = train.train(settings.model_copy(update={"out": str(tmp_path / "anew")}))
+    assert repriced.default_tolerance == anew.default_tolerance
+    assert repriced.training["validation"] == anew.training["validation"]
+    assert repriced.training["validation"]["cost"] != before.training["validation"]["cost"]
+    for kept, fitted in zip(repriced.trunk.weights, anew.trunk.weights, strict=True):
+        np.testing.assert_array_equal(kept.numpy(), fitted.numpy())
+    assert repriced.kernel_weight == anew.kernel_weight
+
+
+def test_a_target_more_is_probed(folder: Path, command: Command) -> None:
+    pool, outcomes = folder / "pool.toml", folder / "outcomes.parquet"
+    table = pq.read_table(outcomes)
+    third = table.filter(pc.equal(table["target"], "small"))
+    pq.write_table(pa.concat_tables([table, third.set_column(1, "target", pa.array(["third"] * len(third)))]), outcomes)
+    assert "probe: up to date" in command("pipeline", str(folder / "router.toml"), "--plan").err
+    pool.write_text((kept := pool.read_text()) + '[[pool]]\nname = "third"\ninput_price = 1.0\noutput_price = 1.0\n')
+    plan = command("pipeline", str(folder / "router.toml"), "--plan")
+    pool.write_text(kept)
+    pq.write_table(table, outcomes)
+    assert plan.status == 0, plan.err
+    assert "probe: would run" in plan.err
 
 
 def test_poisoned_outcomes_train_a_router_that_the_gate_keeps_back(folder: Path, command: Command) -> None:
@@ -114,6 +161,24 @@ def test_a_table_that_no_step_knows_is_an_error(tmp_path: Path, command: Command
     result = command("pipeline", str(tmp_path / "router.toml"))
     assert result.status == 1
     assert 'unknown table "extrakt", did you mean "extract"?' in result.err
+
+
+def test_keys_that_a_pipeline_does_not_go_by_are_told(
+    small_data: Path, tiny_model: Path, tmp_path: Path, command: Command
+) -> None:
+    given = {"corpus": "corpus.parquet", "outcomes": "outcomes.parquet", "pool": "pool.toml"}
+    lines = [f'{key} = "{small_data / name}"' for key, name in given.items()] + [f'encoder = "{tiny_model}"']
+    lines += [f'{key} = "{tmp_path / key}"' for key in ("out", "publish")]
+    tables = ["[pipeline]", *lines, "[train]", 'out = "elsewhere"', "seeds = 4", "[extract]", 'layers = "1"']
+    file = tmp_path / "router.toml"
+    file.write_text("\n".join([*tables, 'encoder = "other"']))
+    result = command("pipeline", str(file), "--plan")
+    assert result.status == 1
+    assert f'{file}: [extract] encoder = "other", but a pipeline goes by [pipeline] encoder = ' in result.err
+    file.write_text("\n".join(tables))
+    result = command("pipeline", str(file), "--plan")
+    assert result.status == 0, result.err
+    assert f"pipeline: {file}: [extract] layers, [train] out do not count: a pipeline sets them" in result.err
 
 
 def test_intervals_decide_at_the_gate() -> None:
