@@ -5,25 +5,19 @@ A job's driver exports what it is told of its workers' shards, Ray Train's first
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 
 from ray.util.metrics import Counter, Gauge
 
+from prefill_router.gauges import KeptGauge
 from prefill_router.work import Work
-
-# Ray's exporter forgets a gauge that was not set for two of its reports, 20 s: a job that stands still would be seen no
-# more, and no alert would say that it does.
-_TELL_EVERY_S = 5.0
 
 
 class JobMetrics:
-    """Of one long task of a job; the label `task` tells which. Gauges are told as long as it lives."""
+    """Of one long task of a job; the label `task` tells which. Gauges are exported as long as it lives."""
 
     def __init__(self, task: str) -> None:
         self._task = {"task": task}
-        self._values: dict[Gauge, float] = {}
         self._rows = self._counter("rows", "Rows that were done by this run")
         self._reused = self._counter("reused_rows", "Rows that an earlier run had done")
         self._tokens = self._counter("tokens", "Tokens that the encoder read")
@@ -34,15 +28,14 @@ class JobMetrics:
         self._padding = self._gauge("padding", "Padding's share of what was computed")
         self._last_commit = self._gauge("last_commit_seconds", "When the latest shard was done, or the run began")
         self._running = self._gauge("running", "1 until all rows are done")
-        threading.Thread(target=_tell, args=(weakref.ref(self),), daemon=True).start()
 
     def begin(self, rows: int) -> None:
-        self._set(self._last_commit, time.time())
+        self._last_commit.set(time.time())
         self.remain(rows)
 
     def remain(self, rows: int) -> None:
-        self._set(self._backlog, rows)
-        self._set(self._running, float(rows > 0))
+        self._backlog.set(rows)
+        self._running.set(float(rows > 0))
 
     def reuse(self, rows: int) -> None:
         self._add(self._reused, rows)
@@ -51,24 +44,15 @@ class JobMetrics:
         """A shard that is done."""
         for counter, value in ((self._rows, rows), (self._tokens, tokens), (self._retries, retries)):
             self._add(counter, value)
-        self._set(self._last_commit, time.time())
+        self._last_commit.set(time.time())
 
     def quarantine(self, rows: int) -> None:
         self._add(self._quarantined, rows)
 
     def compute(self, work: Work, mfu: float) -> None:
         """All work of the run so far."""
-        self._set(self._mfu, mfu)
-        self._set(self._padding, work.padding_waste)
-
-    def tell(self) -> None:
-        """Sets all gauges to what they are."""
-        for gauge, value in list(self._values.items()):
-            gauge.set(value)
-
-    def _set(self, gauge: Gauge, value: float) -> None:
-        self._values[gauge] = value
-        gauge.set(value)
+        self._mfu.set(mfu)
+        self._padding.set(work.padding_waste)
 
     @staticmethod
     def _add(counter: Counter, value: int) -> None:
@@ -81,31 +65,26 @@ class JobMetrics:
         counter.set_default_tags(self._task)
         return counter
 
-    def _gauge(self, name: str, description: str) -> Gauge:
+    def _gauge(self, name: str, description: str) -> KeptGauge:
         gauge = Gauge(f"prefill_router_job_{name}", description=description, tag_keys=("task",))
         gauge.set_default_tags(self._task)
-        return gauge
-
-
-def _tell(of: weakref.ref[JobMetrics]) -> None:
-    while (metrics := of()) is not None:
-        metrics.tell()
-        del metrics  # or it would live as long as this thread
-        time.sleep(_TELL_EVERY_S)
+        return KeptGauge(gauge)
 
 
 class TrainMetrics:
     """Of a training, after each epoch."""
 
     def __init__(self) -> None:
-        self._epoch = Gauge("prefill_router_train_epoch", description="Passes over the training prompts")
-        self._loss = Gauge(
-            "prefill_router_train_validation_loss", description="Mean of the trunks, each at its best epoch so far"
-        )
+        self._epoch = _gauge("epoch", "Passes over the training prompts")
+        self._loss = _gauge("validation_loss", "Mean of the trunks, each at its best epoch so far")
 
     def epoch(self, number: int, validation_loss: float) -> None:
         self._epoch.set(number)
         self._loss.set(validation_loss)
+
+
+def _gauge(name: str, description: str) -> KeptGauge:
+    return KeptGauge(Gauge(f"prefill_router_train_{name}", description=description))
 
 
 class CollectMetrics:

@@ -87,14 +87,12 @@ class Endpoint:
 
     def _describe(self, before: Serving | None, serving: Serving) -> None:
         self.metrics.settings.inc(1, tags={"outcome": "taken_over"})
-        if before is not None:
-            self._show(before, 0.0)
-        self._show(serving, 1.0)
-        log.info("settings taken over", extra={"router_version": serving.primary.version})
-
-    def _show(self, serving: Serving, value: float = 1.0) -> None:
+        for head in before.heads if before is not None else []:
+            self.metrics.router.forget({"version": head.version, "role": _role(before, head)})
         for head in serving.heads:
-            self.metrics.router.set(value, tags={"version": head.version, "role": _role(serving, head)})
+            self.metrics.router.set(1.0, {"version": head.version, "role": _role(serving, head)})
+        self.metrics.queued_tokens.set(serving.engine.lanes.queued_tokens)
+        log.info("settings taken over", extra={"router_version": serving.primary.version})
 
     @property
     def now(self) -> Serving:
@@ -175,8 +173,6 @@ class Endpoint:
         serving = self.now
         tokens, _ = await serving.engine.tokenize("Hello.")
         await serving.engine.read(tokens, serving.heads)
-        self._show(serving)  # Ray forgets a gauge that was not set for 20 s
-        self.metrics.queued_tokens.set(serving.engine.lanes.queued_tokens)
 
     async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> Reading:
         limits, engine = serving.settings.limits, serving.engine

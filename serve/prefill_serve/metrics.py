@@ -7,6 +7,7 @@ import math
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from prefill_router.decision import Decision
+from prefill_router.gauges import KeptGauge
 from prefill_serve.engine import Estimate, Reading
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
@@ -68,8 +69,8 @@ def counter(name: str, description: str, *tags: str) -> Counter:
     return Counter(f"prefill_router_{name}", description=description, tag_keys=tags)
 
 
-def gauge(name: str, description: str, *tags: str) -> Gauge:
-    return Gauge(f"prefill_router_{name}", description=description, tag_keys=tags)
+def gauge(name: str, description: str, *tags: str) -> KeptGauge:
+    return KeptGauge(Gauge(f"prefill_router_{name}", description=description, tag_keys=tags))
 
 
 def histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:

@@ -15,6 +15,7 @@ from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
 from manifests import INFRA, load_all
 from prefill_jobs.metrics import CollectMetrics, JobMetrics, TrainMetrics
+from prefill_router.gauges import KeptGauge
 from prefill_serve.gateway.metrics import BudgetMetrics, GatewayMetrics
 from prefill_serve.metrics import Metrics
 from prometheus import DASHBOARDS, PROMTOOL, metrics_in, panels
@@ -53,7 +54,8 @@ def ours() -> dict[str, set[str]]:
         TrainMetrics(),
         CollectMetrics(),
     ):
-        for metric in vars(holder).values():
+        for member in vars(holder).values():
+            metric = member.gauge if isinstance(member, KeptGauge) else member
             if isinstance(metric, Metric):
                 labels = set(metric.info["tag_keys"])
                 name = f"ray_{metric.info['name']}"

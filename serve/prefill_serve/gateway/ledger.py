@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from prefill_router import storage
 from prefill_router.errors import UserError
+from prefill_router.gauges import REFRESHER
 from prefill_router.schema import (
     AT,
     CORRECT,
@@ -134,6 +135,7 @@ class LocalLedger:
         self._committing, self._journaling = asyncio.Lock(), asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        REFRESHER.add(self._tell_budgets)  # a new day is told of before its first call
 
     async def configure(self, settings: LedgerSettings) -> None:
         """Takes over settings; a folder is read first, and what it holds counts as if it had happened here."""
@@ -152,7 +154,10 @@ class LocalLedger:
                 self._feedback.setdefault(row[REQUEST_ID], given)
             self._folder = folder
         self.settings = settings
-        self.metrics.spent(self.accounts.shares(settings.budgets, _now()))
+        self._tell_budgets()
+
+    def _tell_budgets(self) -> None:
+        self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
 
     async def target(self, keys: Sequence[Key]) -> str | None:
         """Of the conversation that is found by one of these."""
@@ -177,7 +182,7 @@ class LocalLedger:
         if served.target is not None and served.end != "routed":
             self.conversations.keep(keys, served.target)
         self._take(served)
-        self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
+        self._tell_budgets()
         if self._folder is not None:
             self._unsaved.append(served)
             if self._saver is None or self._saver.done():

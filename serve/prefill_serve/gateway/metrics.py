@@ -36,9 +36,14 @@ class BudgetMetrics:
     """Of the one process that keeps the accounts."""
 
     def __init__(self) -> None:
-        self._share = gauge("budget_spent_share", "Of today's budget, by the key that has one; all: of all keys", "key")
+        self.share = gauge("budget_spent_share", "Of today's budget, by the key that has one; all: of all keys", "key")
+        self._keys: set[str] = set()
 
     def spent(self, shares: Mapping[str | None, float]) -> None:
         """Of all together under the key `all`."""
-        for key, share in shares.items():
-            self._share.set(share, tags={"key": key or "all"})
+        by_key = {key or "all": share for key, share in shares.items()}
+        for key in self._keys - set(by_key):
+            self.share.forget({"key": key})
+        for key, share in by_key.items():
+            self.share.set(share, {"key": key})
+        self._keys = set(by_key)

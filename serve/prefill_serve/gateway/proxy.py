@@ -137,6 +137,9 @@ class Proxy:
             for target in targets
             if target.upstream is not None
         }
+        for name, channel in known.items():
+            if self._channels.get(name) is not channel:
+                self.metrics.breaker.forget({"target": name})
         return self._channels
 
     async def _plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
@@ -200,7 +203,7 @@ class Proxy:
                 log.warning("upstream failed", extra=fields)
             finally:
                 is_open = channel.breaker.is_open
-                self.metrics.breaker.set(float(is_open), tags={"target": channel.target.name})
+                self.metrics.breaker.set(float(is_open), {"target": channel.target.name})
         if failure is not None and failure.refusal is not None:
             raise failure.refusal
         if failure is None:
