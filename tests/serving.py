@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -50,6 +52,11 @@ class Serve:
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
+    def folder(self) -> Path | None:
+        """Where its HAProxy's files are; none where its Ray is not its own."""
+        configs = (Path(part) for proxy in self.processes("haproxy.cfg") for part in proxy.cmdline())
+        return next((config.parents[1] for config in configs if config.name == "haproxy.cfg"), None)
+
     def replicas(self) -> set[int]:
         return {process.pid for process in self.processes("ray::ServeReplica")}
 
@@ -78,6 +85,7 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
     try:
         wait_until(lambda: any("serve: POST" in line for line in serve.said) or process.poll() is not None, "ready")
         assert process.poll() is None, serve.said
+        folder = serve.folder()
         yield serve
     finally:
         was_killed = process.poll() is not None
@@ -85,3 +93,6 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
         serve.listener.join(300)
     assert was_killed or process.returncode == 0, serve.said
     assert was_killed or "RAY_ADDRESS" in os.environ or not serve.answers(), serve.said
+    if folder is not None and was_killed:  # or the next `serve` would do it
+        shutil.rmtree(folder, ignore_errors=True)
+    assert folder is None or not folder.exists()

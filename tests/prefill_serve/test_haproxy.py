@@ -1,55 +1,144 @@
-"""HAProxy itself is run in e2e/test_serving.py; here is what is made of Serve's config."""
+"""HAProxy's config and the folder of its files; HAProxy itself is run in e2e/test_serving.py."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
-from ray.serve._private import haproxy_templates
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions
 
-from prefill_serve import haproxy
-
-CONFIG = """
-global
-    stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
-defaults
-    option redispatch 1
-    errorfile 502 /tmp/x/500.http
-    errorfile 503 /tmp/x/500.http
-frontend prometheus
-    bind :0
-frontend http_frontend
-    bind 127.0.0.1:8000
-listen stats
-  bind *:8404
-"""
+from prefill_router.errors import UserError
+from prefill_router.strict import load_toml
+from prefill_serve import command, haproxy
 
 
-def test_nothing_but_the_endpoint_is_bound_for_others() -> None:
-    mended = haproxy.mended(CONFIG, Path("/tmp/x"))
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """What the Ray that is installed writes, with HAProxy's statistics on every address and its metrics nowhere."""
+    settings = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=8000),
+        socket_path=str(tmp_path / "admin.sock"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "server-state"),
+        metrics_socket_path=str(tmp_path / "metrics.sock"),
+        stats_port=8404,
+        metrics_port=0,
+    )
+    path = tmp_path / "haproxy.cfg"
+    HAProxyApi(settings, config_file_path=str(path))._generate_config_file_internal()
+    return path.read_text()
+
+
+def test_nothing_but_the_endpoint_is_bound_for_others(config: str) -> None:
+    mended = haproxy.mended(config, Path("/tmp/x"))
     binds = [line.strip() for line in mended.splitlines() if line.strip().startswith("bind")]
     assert binds == ["bind /tmp/x/0.sock mode 600", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"]
+    assert "mode 666" in config
     assert "mode 666" not in mended
 
 
-def test_requests_are_held_whole_and_errors_are_ours() -> None:
-    mended = haproxy.mended(CONFIG, Path("/tmp/x"))
+def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
+    mended = haproxy.mended(config, Path("/tmp/x"))
     assert "    option redispatch 1\n    option http-buffer-request\n" in mended
-    assert mended.count("/tmp/x/503.http") == 2
+    assert mended.count("/tmp/x/503.http") == 3
     head, _, body = haproxy.error_file().partition("\r\n\r\n")
     assert "retry-after: 2" in head
     assert f"content-length: {len(body)}" in head
     assert json.loads(body)["error"]["code"] == "unavailable"
 
 
-def test_serve_still_writes_what_is_mended() -> None:
-    """If Serve's own words change, what is here would be left out in silence."""
-    template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
-    for words in (
-        "    bind :{{ config.metrics_port }}\n",
-        "  bind *:{{ config.stats_port }}\n",
-        " mode 666 level admin",
-        "    option redispatch 1\n",
-        "    errorfile 503 {{ config.error_file_path }}\n",
-    ):
-        assert words in template
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        ("bind *:8404", "bind [::]:8404"),
+        ("bind :0", "bind 0.0.0.0:0"),
+        ("bind :0", "bind :0\n    bind *:9000 proto h2"),
+        (" mode 666 level admin", " mode 777 level admin"),
+        ("option redispatch 1", "option redispatch 2"),
+        ("errorfile 503", "http-error status 503 file"),
+    ],
+)
+def test_a_config_that_is_not_known_is_refused(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, others: str
+) -> None:
+    """Whatever was missed might listen on every address: nothing is started."""
+    assert words in config
+    changed = config.replace(words, others)
+    with pytest.raises(UserError, match=r"Ray .* writes a HAProxy config that is not known here .*: install a Ray"):
+        haproxy.mended(changed, tmp_path)
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(changed)
+    monkeypatch.setattr(sys, "argv", [haproxy.PROGRAM, "-db", "-f", str(path)])
+    monkeypatch.setattr(os, "execv", lambda *_arguments: pytest.fail("HAProxy was started"))
+    with pytest.raises(SystemExit, match=f"{haproxy.PROGRAM}: Ray .* is not known here"):
+        haproxy.main()
+
+
+def test_the_ray_that_is_installed_is_one_that_is_asked_for() -> None:
+    """The config of one that is not has never been looked at."""
+    project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    (asked,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
+    installed = Version(version("ray"))
+    assert installed in asked.specifier
+    assert Version(f"{installed.major}.{installed.minor + 1}.0") not in asked.specifier
+
+
+# --- its folder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(haproxy, "_FOLDERS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_ends_with_its_block(folders: Path) -> None:
+    def interrupted() -> None:
+        with haproxy.own_folder() as folder:
+            (folder / "node").mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(folders.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next(folders: Path) -> None:
+    """And none of a process that lives, or that is somebody else's."""
+    holding = (
+        "import sys; from prefill_serve import haproxy; haproxy._FOLDERS = sys.argv[1]\n"
+        "with haproxy.own_folder() as folder: print(folder, flush=True); sys.stdin.read()"
+    )
+    (folders / "pr-of-others").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        left = Path(other.stdout.readline().strip())
+        with haproxy.own_folder():
+            assert left.is_dir()
+        other.kill()
+    assert left.is_dir()
+    with haproxy.own_folder() as folder:
+        assert sorted(folders.iterdir()) == sorted([folder, folders / "pr-of-others"])
+
+
+def test_a_serve_that_is_refused_leaves_no_folder_and_no_variable(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefill_router.config import ServeConfig
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(UserError, match="no router lies here"):
+        command.serve(lambda: ServeConfig(router="/nowhere"))
+    assert list(folders.iterdir()) == []
+    assert dict(os.environ) == before

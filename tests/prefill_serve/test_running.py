@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from ray.exceptions import RayTaskError
 from ports import free_port
 from prefill_router.config import ServeConfig
 from prefill_router.errors import UserError
+from prefill_router.router import Router
 from prefill_serve import running
 from prefill_serve.app import AppArgs
+from prefill_serve.serving import Serving
+from prefill_serve.settings import Settings
 
 HASH = "sha256:" + "0" * 64
 
@@ -72,6 +76,15 @@ def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytes
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use: choose another with --port"):
             running.run(lambda: ServeConfig(router=router, port=port))
+
+
+def test_an_encoder_that_is_missing_is_said_before_a_replica_starts(router: str, tmp_path: Path) -> None:
+    loaded = Router.load(router)
+    identity = loaded.encoder_identity
+    gone = identity.spec.model_copy(update={"model": str(tmp_path / "gone")})
+    replace(loaded, encoder_identity=identity.model_copy(update={"spec": gone})).save(str(tmp_path / "router"))
+    with pytest.raises(UserError, match=r"encoder .*gone: no such directory"):
+        Serving.check(Settings.model_validate({"open": True, "router": str(tmp_path / "router")}))
 
 
 def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
