@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -240,7 +241,9 @@ def local_head() -> Iterator[str]:
     """A Ray of this machine's own for as long as the block lasts; yields its dashboard's address.
 
     It listens on loopback, and answers those alone who know a token that is made for it.
+    SIGTERM ends it, as Ctrl-C does.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster.set_environment()
     os.environ.pop("RAY_ADDRESS", None)
     # A job's `python` is to be that of this process.

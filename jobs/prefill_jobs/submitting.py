@@ -48,10 +48,10 @@ def _submit(read_job: Read, read_submit: Read) -> None:
     from prefill_jobs.submission import local_head
 
     with local_head() as address:
-        _run(config, submit.model_copy(update={"address": address}))
+        _run(config, submit.model_copy(update={"address": address}), is_local=True)
 
 
-def _run(config: object, submit: SubmitConfig) -> None:
+def _run(config: object, submit: SubmitConfig, *, is_local: bool = False) -> None:
     from prefill_jobs import submission
 
     job = submission.submit(config, submit)  # type: ignore[arg-type]
@@ -59,13 +59,15 @@ def _run(config: object, submit: SubmitConfig) -> None:
     if submit.detach:
         typer.echo(job.submission_id)
     else:
-        _follow(job)
+        _follow(job, is_local=is_local)
 
 
-def _follow(job: Submission) -> None:
+def _follow(job: Submission, *, is_local: bool = False) -> None:
     try:
         job.follow(partial(typer.echo, nl=False))
     except KeyboardInterrupt:
+        if is_local:
+            raise UserError(f"{job.submission_id} ends with its Ray: the same command goes on where it was") from None
         again = f"prefill-router submit logs {job.submission_id} --follow"
         raise UserError(f"{job.submission_id} goes on: {again} follows it, submit stop ends it") from None
 

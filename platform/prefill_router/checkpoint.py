@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
+from prefill_router.console import say
 from prefill_router.errors import UserError
 
 # While transformers loads a model, torch's default dtype is that model's in the whole process. Two loads at once would
@@ -205,7 +205,9 @@ def _unpacked(gguf: Path, digest: str) -> Path:
 def _unpack(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    draft = Path(tempfile.mkdtemp(dir=target.parent))
+    draft = Path(f"{target}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it holds the lock no more
+    draft.mkdir()
     try:
         with _load_errors(str(gguf)), _quiet():
             options = {"gguf_file": gguf.name}
@@ -215,6 +217,8 @@ def _unpack(gguf: Path, target: Path) -> None:
             )
         model.save_pretrained(draft)
         draft.rename(target)
+        num_bytes = sum(file.stat().st_size for file in target.iterdir())
+        say(f"encoder: {gguf.name} was unpacked to {target}, {num_bytes / 1e6:,.0f} MB: PREFILL_ROUTER_CACHE moves it")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

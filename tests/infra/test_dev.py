@@ -36,6 +36,7 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
         tree = psutil.Process(process.pid)
         everything = [tree, *tree.children(recursive=True)]
         yield dict(word.split("=", 1) for word in words[1:]), tree
+        everything += tree.children(recursive=True)  # those that began meanwhile still write to its folder
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:

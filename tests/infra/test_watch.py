@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from collected import write_prompts
@@ -67,7 +68,9 @@ def ray_cluster() -> Iterator[Path]:
                 patch.setenv(*setting.split("=", 1))
             yield folder / "ray"
         finally:
+            tree = psutil.Process(process.pid).children(recursive=True)
             ended(process)
+            psutil.wait_procs(tree, timeout=120)  # they write to its folder until then
             process.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 

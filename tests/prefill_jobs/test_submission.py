@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from command import Command
+from prefill_jobs import submission, submitting
+from prefill_router.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
 
@@ -71,10 +76,47 @@ def test_a_token_that_is_wanted_is_one_line(
     assert result.err.count("\n") == 1
 
 
+def test_a_local_head_ends_with_a_command_that_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are none of this command's children, and would stay."""
+    ended = []
+
+    class Head:
+        def add_node(self, **_options: object) -> SimpleNamespace:
+            return SimpleNamespace(webui_url="127.0.0.1:1")
+
+        def shutdown(self) -> None:
+            ended.append(True)
+
+    def terminated() -> None:
+        with submission.local_head():
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+
+    monkeypatch.setattr(submission, "RayCluster", Head)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command ended at once"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            terminated()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == [True]
+
+
+@pytest.mark.parametrize(("is_local", "said"), [(True, "ends with its Ray"), (False, "goes on: .* follows it")])
+def test_an_interrupt_says_what_becomes_of_the_job(is_local: bool, said: str) -> None:
+    class Job:
+        submission_id = "extract-1"
+
+        def follow(self, _write: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match=f"extract-1 {said}"):
+        submitting._follow(Job(), is_local=is_local)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("host", ["example.org", "10.0.0.1"])
 def test_no_token_goes_to_another_machine_unasked(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    from prefill_jobs import submission
-
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     assert submission._token(f"http://{host}:8265") == {}

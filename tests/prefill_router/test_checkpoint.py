@@ -159,6 +159,27 @@ def test_one_process_of_a_machine_unpacks_an_encoder(monkeypatch: pytest.MonkeyP
     assert len(unpacked) == 1
 
 
+def test_unpacking_says_where_and_replaces_what_a_killed_process_left(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    for kind, value in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *_arguments, _value=value, **_options: _value)
+    monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "cache" / f"model-{'0' * 16}"
+    (target.with_name(f"{target.name}.draft") / "left").mkdir(parents=True)
+    assert checkpoint._unpacked(tmp_path / "model.gguf", "0" * 64) == target
+    assert (target / "model.safetensors").is_file()
+    assert not (target / "left").exists()
+    assert sorted(path.name for path in target.parent.iterdir()) == [target.name, f"{target.name}.lock"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("encoder:")] == [
+        f"encoder: model.gguf was unpacked to {target}, 0 MB: PREFILL_ROUTER_CACHE moves it"
+    ]
+
+
 def test_a_directory_needs_no_fetching(tiny_model: Path) -> None:
     before = sorted(tiny_model.iterdir())
     fetch(str(tiny_model))
