@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from prefill_jobs import endings
 from prefill_router.console import silent_stderr
 from prefill_router.errors import UserError
+from prefill_router.listening import require_listener
 
 _FEW_AHEAD = 128  # tasks at once, of some twenty actors, that no driver is too slow for
 _ROUNDS = 8  # so many times as many tasks there are at least, for at the end all wait for the last
@@ -41,6 +42,8 @@ def connect() -> None:
     if not ray.is_initialized():
         set_environment()
         address = os.environ.get("RAY_ADDRESS")
+        if address and "://" not in address:
+            require_listener(address, "RAY_ADDRESS")  # or Ray would try for a minute without a word
         options: dict[str, Any] = {} if address else {"include_dashboard": False}  # nobody would know where it is
         with silent_stderr():
             ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)

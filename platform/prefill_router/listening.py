@@ -1,4 +1,4 @@
-"""Addresses that commands listen on: whether a port is free, checked before anything that takes long, and for whom."""
+"""Addresses that commands listen on, or join: checked before anything that takes long."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def require_free(port: int, host: str = "127.0.0.1") -> None:
         raise UserError(
             f"host = {host}, port = {port}: cannot listen there ({error.strerror}): choose another --host or --port"
         ) from None
+
+
+def require_listener(address: str, name: str, wait_s: float = 10.0) -> None:
+    """Raises UserError unless somebody listens at HOST:PORT, as the variable or the flag `name` says."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), wait_s).close()
+    except OSError as error:
+        raise UserError(f"{name} = {address}: cannot be reached ({error}): is the cluster up?") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from ports import free_port
 from prefill_router.errors import UserError
-from prefill_router.listening import require_free
+from prefill_router.listening import require_free, require_listener
 
 
 @pytest.fixture
@@ -38,3 +38,15 @@ def test_a_free_port_stays_free() -> None:
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(UserError, match=f"host = {host}, port = .*cannot listen there .*: choose another --host"):
         require_free(free_port(), host)
+
+
+def test_nobody_listens_where_a_cluster_should_be() -> None:
+    with pytest.raises(
+        UserError, match=r"^RAY_ADDRESS = 127\.0\.0\.1:\d+: cannot be reached \(.*refused\): "
+    ):
+        require_listener(f"127.0.0.1:{free_port()}", "RAY_ADDRESS")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        require_listener(f"127.0.0.1:{listener.getsockname()[1]}", "RAY_ADDRESS")
+    require_listener("auto", "RAY_ADDRESS")
