@@ -26,7 +26,7 @@ from prefill_router.plan import Place, Shard, read_shard
 from prefill_router.policy import NO_TARGET
 from prefill_router.schema import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
 from prefill_router.shards import ShardFile
-from prefill_router.tally import Lines, Tally, day_of
+from prefill_router.tally import UNKNOWN, Lines, Tally, day_of
 
 DAY = "day"
 _USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS)
@@ -133,7 +133,7 @@ def _columns(rows: Sequence[Row], context: DecideContext) -> dict[str, list[str]
 
 def _text(value: object) -> str:
     if value is None or value == "":
-        return "unknown"
+        return UNKNOWN
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

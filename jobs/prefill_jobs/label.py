@@ -36,7 +36,7 @@ from prefill_router.pool import load_pool
 from prefill_router.router import Router
 from prefill_router.shards import ShardFile
 from prefill_router.strict import StrictModel, validate
-from prefill_router.tally import Tally
+from prefill_router.tally import UNKNOWN, Tally
 
 _ESTIMATES, _DECISIONS = "estimates", "decisions"
 
@@ -187,6 +187,9 @@ class _Labelling:
         before, config, out = self.before, self.config, self.config.out
         tally = decided.tally if before is None else Tally.from_json(before.tally).merge(decided.tally)
         names = self.choice.pool.target_names
+        for column in tally.columns:
+            if tally.values_of(column) == [UNKNOWN]:
+                say(f"label: no line tells its {column}: is it called otherwise in {config.log}? See --by and --time")
         bad = [*self._bad_before(), *bad]
         shards.write_quarantine(out, bad)
         report = LabelReport(

@@ -17,6 +17,7 @@ from prefill_router.policy import NO_TARGET, STRANGER, choose
 TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
 EVERYTHING = ("", "")  # the segment of all lines
 OTHERS = "(others)"
+UNKNOWN = "unknown"  # of a line that has no value
 _MOST_VALUES = 1000  # of a column, that are told apart
 
 Segment = tuple[str, str]  # a column and a value
@@ -122,8 +123,8 @@ def day_of(value: object) -> str:
         if isinstance(value, datetime):
             value = (value.astimezone(UTC) if value.tzinfo is not None else value).date()
     except (ValueError, OverflowError, OSError):
-        return "unknown"
-    return value.isoformat() if isinstance(value, date) else "unknown"
+        return UNKNOWN
+    return value.isoformat() if isinstance(value, date) else UNKNOWN
 
 
 def _sums(lines: Lines) -> dict[str, NDArray[np.float64]]:

@@ -185,6 +185,13 @@ def test_others_read_decisions_back_whatever_their_folders_are_called(
             assert row["team"] == "a/b"
 
 
+def test_a_column_that_no_line_has_is_told(router: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled(router, log, by="team", time="at")
+    said = [line for line in capsys.readouterr().err.splitlines() if "no line tells" in line]
+    ends = f"is it called otherwise in {log}? See --by and --time"
+    assert said == [f"label: no line tells its {name}: {ends}" for name in ("day", "team")]
+
+
 def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     write_log(log / "a.jsonl", [*({"prompt": f"what is one plus {i}"} for i in range(6)), {"prompt": ""}])

@@ -41,9 +41,7 @@ def test_an_address_of_another_machine_is_refused(host: str) -> None:
 
 
 def test_nobody_listens_where_a_cluster_should_be() -> None:
-    with pytest.raises(
-        UserError, match=r"^RAY_ADDRESS = 127\.0\.0\.1:\d+: cannot be reached \(.*refused\): "
-    ):
+    with pytest.raises(UserError, match=r"^RAY_ADDRESS = 127\.0\.0\.1:\d+: cannot be reached \(.*refused\): "):
         require_listener(f"127.0.0.1:{free_port()}", "RAY_ADDRESS")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
