@@ -552,7 +552,10 @@ def test_an_output_among_the_files_of_a_corpus_is_refused(tmp_path: Path, out: s
 @pytest.mark.parametrize("out", ["logs", "labels", "log/_labels", "log/.labels", "log/../labels", "log.csv.labels"])
 def test_an_output_beside_a_corpus_or_where_it_is_not_read_is_none_of_it(tmp_path: Path, out: str) -> None:
     corpus.refuse_output(f"{tmp_path}/{out}", str(tmp_path / "log"))
-    corpus.refuse_output(f"s3://bucket/{out}", str(tmp_path / "log"))
+
+
+def test_an_output_in_a_bucket_lies_in_no_local_corpus(s3_bucket: str, tmp_path: Path) -> None:
+    corpus.refuse_output(f"{s3_bucket}/{tmp_path}/log/labels", str(tmp_path / "log"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.zst"])
