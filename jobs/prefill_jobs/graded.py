@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router import store_keys
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.features import ActivationStore
@@ -20,7 +20,7 @@ from prefill_router.pool import Pool, load_pool
 from prefill_router.projection import Projection
 from prefill_router.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.split import Keys, Part, Split, prompt_hashes
-from prefill_router.units import Units, of_store
+from prefill_router.units import Units, of_keys
 
 
 class GradedRows(NamedTuple):
@@ -44,6 +44,7 @@ class GradedStore:
     pool: Pool
     outcomes: Outcomes
     units: Units
+    keys: Keys  # (N,) hashes of the store's prompts, in its order
     split: Split | None = None
     seen: tuple[Part, ...] = ()
 
@@ -67,7 +68,8 @@ class GradedStore:
         loaded = load_pool(pool) if isinstance(pool, str) else pool
         store = ActivationStore.open(activations)
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
-        opened = cls(store, loaded, graded, of_store(activations) if units is None else units)
+        keys = store_keys.read(store)
+        opened = cls(store, loaded, graded, of_keys(keys) if units is None else units, keys.prompts)
         unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.keys):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
@@ -76,12 +78,6 @@ class GradedStore:
         if unknown:
             say(f"outcomes: {unknown:,} graded prompts have no activations and are left out")
         return opened
-
-    @cached_property
-    def keys(self) -> Keys:
-        """The hashes (N,) of the store's prompts, in its order."""
-        shards = (prompt_hashes(self.store.prompt_ids(i).to_pylist()) for i in range(self.store.num_shards))
-        return np.concatenate(list(shards))
 
     @property
     def graded_keys(self) -> Keys:

@@ -3,8 +3,8 @@
 Shards are named by what they hold, and both objects and records are only ever created where there is none. So a
 restart redoes nothing, a corpus that grew or layers that were added cost what is new, and two writers cannot harm each
 other. An actor enters a shard as a small object of its own, and the driver gathers these in segments: whatever kills
-it, a record lies in one or the other, or in both, where it is one record. Readers of activations do not come here:
-they trust the manifest, which is written when all is done.
+it, a record lies in one or the other, or in both, where it is one record. Readers of activations trust the manifest
+alone, which is written when all is done; of its shards, `store_keys` takes the rows' keys from here.
 """
 
 # n rows of a shard
@@ -33,6 +33,7 @@ SEGMENT_RECORDS = 4096  # that lie alone before they are gathered
 _COMMITS = "commits"
 _SEGMENTS = "segments"
 _ENCODER = "encoder.json"
+_SEGMENTS_AHEAD = 8  # whose keys are read at a time: 25 MB each, where shards have 256 rows
 _ATTEMPTS = 5  # to open a ledger that a writer gathers meanwhile
 
 
@@ -101,16 +102,23 @@ class Ledger:
         return [Place(name, digests[index]) for name, index in zip(names, of_segments, strict=True)]
 
     def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Keys]]:
-        """Some records' positions, in ascending order, with their keys (n, 3). A segment's are read together."""
-        of_segments = np.searchsorted(self._ends, np.sort(positions), side="right")
-        for index in np.unique(of_segments).tolist():
+        """Some records' positions, in ascending order, with their keys (n, 3).
+
+        A segment's are read together, those of some segments concurrently.
+        """
+        positions = np.sort(positions)
+        parts = np.split(positions, np.searchsorted(positions, self._ends))
+        wanted = [index for index, part in enumerate(parts) if len(part)]
+        for index, held in zip(wanted, storage.read_ahead(self._keys_at, wanted, _SEGMENTS_AHEAD), strict=True):
             start = self._start(index)
-            if index < len(self._segments):
-                held: Sequence[Keys] = self._segments[index].read_keys()
-            else:
-                held = [record.row_keys for record in self._alone]
-            for position in np.sort(positions)[of_segments == index].tolist():
+            for position in parts[index].tolist():
                 yield position, held[position - start]
+
+    def _keys_at(self, index: int) -> list[Keys]:
+        """The keys of each record of a segment, or of those that lie alone, which come after the last."""
+        if index < len(self._segments):
+            return self._segments[index].read_keys()
+        return [record.row_keys for record in self._alone]
 
     def add(self, record: Commit) -> None:
         """Takes a record that lies alone, and gathers where there are many."""

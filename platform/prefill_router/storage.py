@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -26,6 +27,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from prefill_router.errors import UserError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _READERS = 32
 _GROUP_BYTES, _PIECE_BYTES = 256 << 20, 8 << 20  # of a Parquet file: above, it is fetched in such pieces
@@ -222,6 +226,20 @@ def read_many(uris: Sequence[str]) -> list[bytes]:
     places = [resolve(uri) for uri in uris]
     with ThreadPoolExecutor(_READERS) as pool:
         return [bytes(data) for data in pool.map(lambda place: place[0].cat_file(place[1]), places)]
+
+
+def read_ahead(
+    read: Callable[[_Item], _Result], items: Iterable[_Item], num_ahead: int = _READERS
+) -> Iterator[_Result]:
+    """What `read` returns for each item, in order, computed concurrently: at most `num_ahead` results are held."""
+    with ThreadPoolExecutor(num_ahead) as pool:
+        begun: deque[Future[_Result]] = deque()
+        for item in items:
+            begun.append(pool.submit(read, item))
+            if len(begun) == num_ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -17,11 +17,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router import corpus, storage
+from prefill_router import corpus, storage, store_keys
 from prefill_router.corpus import Prompt, Row
 from prefill_router.errors import UserError
-from prefill_router.ledger import Ledger
+from prefill_router.features import ActivationStore
 from prefill_router.split import Keys, prompt_hashes
+from prefill_router.store_keys import StoreKeys
 
 Kind = Literal["content", "text", "similarity"]
 
@@ -69,12 +70,14 @@ class Units:
 
 
 def of_store(uri: str) -> Units:
+    """`of_keys` of a finished activation store."""
+    return of_keys(store_keys.read(ActivationStore.open(uri)))
+
+
+def of_keys(keys: StoreKeys) -> Units:
     """By the prompts' exact content, as the ledger of an activation store has it."""
-    ledger = Ledger.open(uri)
-    records = [keys for _, keys in ledger.keys(np.arange(len(ledger)))]
-    rows = np.concatenate([np.zeros((0, 3), np.uint64), *records])
-    keys, first = np.unique(rows[:, 0], return_index=True)
-    return Units("content", keys, rows[first, 1])
+    prompts, first = np.unique(keys.prompts, return_index=True)
+    return Units("content", prompts, keys.contents[first])
 
 
 def of_corpus(uri: str, held_out: Sequence[str] = (), column: str = "category") -> Units:

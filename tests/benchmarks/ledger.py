@@ -1,4 +1,4 @@
-"""A ledger and a manifest of a million shards: what a shard costs to commit, and what a resume reads and takes.
+"""A ledger and a manifest of a million shards: what a shard costs to commit, what a resume and the rows' keys take.
 
     python tests/benchmarks/ledger.py --shards 1000000 --rows 256
 
@@ -31,16 +31,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from prefill_router import ledger, shards
+from prefill_router import ledger, shards, store_keys
 from prefill_router.about import versions
 from prefill_router.commits import Commit, shard_name
 from prefill_router.encoder import EncoderIdentity, EncoderSpec
-from prefill_router.features import Manifest, read_manifest, write_manifest
+from prefill_router.features import ActivationStore, Manifest, read_manifest, to_table, write_manifest
 from prefill_router.ledger import Ledger
 from prefill_router.s3 import S3
-from prefill_router.schema import activation_columns
-from prefill_router.shard_list import ShardList
+from prefill_router.schema import NUM_TOKENS, activation_columns
+from prefill_router.shard_list import ActivationShard, ShardList
 from prefill_router.sources import Sources
+from prefill_router.split import prompt_hashes
+from prefill_router.units import of_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -154,6 +156,7 @@ def finish(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     opened = Ledger.open(uri)
     for index in range(num_shards - _PENDING, num_shards):
         opened.add(record(index, rows))
+    opened.gather()
     names = [shard_name(digest(index), COLUMNS) for index in range(num_shards)]
     started = time.perf_counter()
     listed = ShardList(opened.records.take(opened.positions(names)))
@@ -180,6 +183,47 @@ def read(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     assert pc.all(pc.is_in(manifest.shards.table["file"], value_set=stay)).as_py()
     checked = time.perf_counter()
     return {"read_manifest_s": ended - started, "nothing_is_lost_s": checked - ended, "peak_over_start_bytes": peak}
+
+
+def keys(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
+    """The keys of all rows, as every reader of graded answers begins, and the units of a split, which it may want."""
+    store = ActivationStore.open(uri)
+    begun_bytes = peak_bytes()
+    started = time.perf_counter()
+    held = store_keys.read(store)
+    ended = time.perf_counter()
+    peak = peak_bytes() - begun_bytes
+    units = of_keys(held)
+    made = time.perf_counter()
+    for index in range(0, num_shards, 1 + num_shards // 100):
+        of_shard = slice(index * rows, (index + 1) * rows)
+        expected = record(index, rows).row_keys
+        np.testing.assert_array_equal(held.prompts[of_shard], expected[:, 0])
+        np.testing.assert_array_equal(units.of(held.prompts[of_shard]), expected[:, 1])
+    return {"read_keys_s": ended - started, "peak_over_start_bytes": peak, "units_s": made - ended}
+
+
+def hash_ids(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
+    """The same without a ledger, by reading and hashing the ids of few shards, one after another and concurrently."""
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=(rows, IDENTITY.hidden_size)).astype(np.float16) for name in COLUMNS[:3]}
+    values[NUM_TOKENS] = np.full(rows, 200, np.int32)
+    written = []
+    for index in range(num_shards):
+        file = shards.write_shard(uri, index, to_table([f"{digest(index)}{row:03d}" for row in range(rows)], values))
+        written.append(ActivationShard(file=file, num_tokens=200 * rows, num_truncated=0))
+    listed = ShardList.of(written)
+    manifest = Manifest(encoder=IDENTITY, columns=COLUMNS[:3], corpus="corpus", is_sample=False, shards=listed)
+    store = ActivationStore(uri, manifest)
+    started = time.perf_counter()
+    hashes = np.concatenate([prompt_hashes(store.prompt_ids(i).to_pylist()) for i in range(num_shards)])
+    one_by_one = time.perf_counter()
+    np.testing.assert_array_equal(store_keys.read(store).prompts, hashes)
+    ended = time.perf_counter()
+    return {
+        "one_by_one_ms_a_shard": 1000 * (one_by_one - started) / num_shards,
+        "concurrent_ms_a_shard": 1000 * (ended - one_by_one) / num_shards,
+    }
 
 
 def peak_bytes() -> int:
@@ -230,7 +274,8 @@ def main() -> None:
         result = {
             "disk": _in_process(commit_one_by_one, str(folder / "few"), *few),
             "s3": _in_process(on_s3, str(folder / "s3"), *few),
-            **{s.__name__: _in_process(s, str(folder / "all"), *size) for s in (gather, resume, finish, read)},
+            "hash_ids": _in_process(hash_ids, str(folder / "ids"), *few),
+            **{s.__name__: _in_process(s, str(folder / "all"), *size) for s in (gather, resume, finish, read, keys)},
         }
     finally:
         shutil.rmtree(folder)
