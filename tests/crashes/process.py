@@ -6,13 +6,14 @@ import os
 import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, Self
 
 import pytest
 
 from crashes.life import here
 from prefill_jobs import estimation
-from prefill_router import lease, storage
+from prefill_router import corpus, lease, plan, scan, storage
 
 
 def simulate(patch: pytest.MonkeyPatch) -> None:
@@ -25,14 +26,14 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lease, "_started", lambda _pid: life.number if (life := here()) is not None else 0)
     patch.setattr(lease.Lease, "_keep", lambda _self: None)
     patch.setattr(os, "fsync", lambda _descriptor: None)  # a process dies, and not its machine
-    for module in (storage, estimation):
+    for module in (storage, corpus, scan, plan, estimation):
         patch.setattr(module, "ThreadPoolExecutor", _OneThread)
 
 
 class _OneThread:
     """A pool of threads, in the thread that uses it."""
 
-    def __init__(self, _num_threads: int) -> None:
+    def __init__(self, _num_threads: int | None = None) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -43,3 +44,8 @@ class _OneThread:
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         return map(function, items)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done = Future[Any]()
+        done.set_result(function(*arguments))
+        return done
