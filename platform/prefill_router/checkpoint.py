@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
+from prefill_router import model_files
 from prefill_router.console import say
 from prefill_router.errors import UserError
 
@@ -74,7 +74,8 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
 
     with _load_errors(source, "a sentence encoder"), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model, _ = _load_weights(AutoModel, folder, dtype)
+        model_files.check_json(folder)  # those too that only `sentences` reads
     return Checkpoint(model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
 
 
@@ -98,10 +99,11 @@ def check_causal_lm(source: str, revision: str | None = None) -> Any:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} is none")
         if _gguf(source) is None:  # or the tokenizer has been unpacked, and its weights
-            if folder.is_dir() and not any(folder.glob("*.safetensors")):
-                raise OSError("it has no .safetensors file")
+            if folder.is_dir():
+                model_files.check_whole(folder)
             with _quiet():
-                AutoTokenizer.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+                tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+            model_files.check_template(tokenizer)
     return config
 
 
@@ -136,17 +138,30 @@ def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
 
     with _load_errors(source), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        model, report = _load_weights(AutoModelForCausalLM, source, dtype, **options)
+        model_files.check_complete(report, model.base_model_prefix)
+        model_files.check_template(tokenizer)
     return model, tokenizer
+
+
+def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model with transformers' report of the load. Raises ValueError for a tensor of another shape than its own."""
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # or the error would name no tensor
+    model, report = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    model_files.check_shapes(report)
+    return model, report
 
 
 @contextmanager
 def _load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
-    """What goes wrong in transformers as one line for the user."""
+    """What goes wrong in transformers as one line for the user, with the file that is at fault where that is known."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:  # configs, tokenizers and readers of weights raise what they like
+        with _quiet():
+            reason = model_files.explained(Path(source).expanduser(), error)
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import errno
 import gzip
 import io
 import zlib
@@ -34,7 +33,7 @@ def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
         try:
             yield io.BufferedReader(cast(io.RawIOBase, _decompressed(uri, raw)), _BUFFER_BYTES)
         except (EOFError, zlib.error, OSError) as error:
-            if is_failure_of_storage(error):
+            if storage.is_failure_of_storage(error):
                 raise
             raise UserError(f"{uri}: cannot be decompressed: {error}") from None
 
@@ -51,12 +50,6 @@ def open_text(uri: str) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(cast(io.RawIOBase, _Forward(_Recoded(stream, encoding))), _BUFFER_BYTES)
         except UnicodeDecodeError as error:
             raise UserError(f"{uri}: begins as {encoding}, but is none: {error.reason}") from None
-
-
-def is_failure_of_storage(error: BaseException) -> bool:
-    """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
-    that lead before the beginning of a file one that says that the argument is invalid."""
-    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def _decompressed(uri: str, raw: IO[bytes]) -> object:

@@ -19,6 +19,11 @@ class UnfitError(ValueError):
     """Why a value cannot stand in a row: the key, the value and what it must be."""
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line without a full stop; its kind where it says nothing."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value as JSON, cut to 60 characters; of a gigantic or deeply nested one no more is written."""
     short = value[:60] if isinstance(value, str) else value

@@ -135,6 +135,15 @@ class ActivationStore:
         if missing:
             raise UserError(f"{self.uri}: has no column {missing[0]}: extract that layer and pooling too")
         table = self._read(shard, [PROMPT_ID, NUM_TOKENS, *(column.name for column in columns)])
+        width = self.manifest.encoder.hidden_size
+        for column in columns:
+            kind = table[column.name].type
+            if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
+                path = storage.join(self.uri, self.manifest.shards[shard].file.name)
+                raise UserError(
+                    f"{path}: column {column.name} is {kind}, must be vectors of {width} by {shards.MANIFEST}: remove "
+                    f"{self.uri} and extract again"
+                )
         return table[PROMPT_ID].combine_chunks(), from_table(table)
 
     def _read(self, shard: int, columns: Sequence[str]) -> pa.Table:

@@ -167,7 +167,7 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
     wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID]
     tables = []
     for file in _files(uri):
-        with storage.open_parquet(file) as parquet:
+        with storage.damage(file), storage.open_parquet(file) as parquet:
             if missing := [name for name in wanted if name not in parquet.schema_arrow.names]:
                 raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
             table = _first_of_requests(parquet.read(wanted), requests)
@@ -235,7 +235,7 @@ def _files(uri: str) -> list[str]:
 
 
 def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
-    with storage.open_parquet(uri) as file:
+    with storage.damage(uri), storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
         _check_names(names, uri)
         wanted = [name for name in (*OUTCOMES.names, REQUEST_ID) if name in names]

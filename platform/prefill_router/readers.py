@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefill_router import storage
-from prefill_router.compressed import COMPRESSED, is_failure_of_storage, open_text
+from prefill_router.compressed import COMPRESSED, open_text
 from prefill_router.errors import UserError
 from prefill_router.textfiles import CsvTable, Record, json_object, read_json_list, read_jsonl
 
@@ -77,18 +77,12 @@ Batches = Iterator[tuple[int, pa.RecordBatch]]  # each with the number of its fi
 
 
 def _columnar(uri: str, rows: Callable[..., Batches], choose: Choose, first_row: int) -> Iterator[Record]:
-    try:
+    with storage.damage(uri):
         for start, batch in rows(uri, choose, first_row):
             names = batch.schema.names
             values = [column_values(batch, name) for name in names]
             for row, fields in enumerate(zip(*values, strict=True), start):
                 yield row, 0, dict(zip(names, fields, strict=True))
-    except (pa.ArrowException, OSError) as error:
-        if is_failure_of_storage(error):
-            raise
-        raise UserError(
-            f"{uri}: is damaged, or of a kind that is not read: {' '.join(str(error).split())}: write it anew"
-        ) from None
 
 
 def _parquet_rows(uri: str, choose: Choose, first_row: int) -> Batches:

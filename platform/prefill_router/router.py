@@ -29,7 +29,7 @@ from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
 from prefill_router.drift import TrainingDistance
 from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
-from prefill_router.errors import UserError
+from prefill_router.errors import UserError, one_line
 from prefill_router.kernel import KernelMachine
 from prefill_router.length import mean_tokens, quantile_tokens
 from prefill_router.pool import Pool
@@ -41,6 +41,7 @@ from prefill_router.trunk import SharedTrunkNet
 
 FORMAT = 1
 MANIFEST = "router.json"
+_REMEDY = "copy the router again, or train it again"
 
 
 class Estimates(NamedTuple):
@@ -260,14 +261,16 @@ class Router:
         storage.require(weights_uri, "weights file, though router.json names it")
         weights = storage.read_bytes(weights_uri)
         if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
-            raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged")
+            raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged: {_REMEDY}")
         try:
             router = cls._from_tensors(manifest, safetensors.numpy.load(weights))
             router._check_tensors()
         except (IndexError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {error}") from None
+            raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {one_line(error)}: {_REMEDY}") from None
         if router.version != manifest.version:
-            raise UserError(f"{path}: version {manifest.version} does not match its content: the file was changed")
+            raise UserError(
+                f"{path}: version {manifest.version} does not match its content: the file was changed: {_REMEDY}"
+            )
         return router
 
     def _tensors(self) -> dict[str, NDArray[Any]]:

@@ -99,17 +99,19 @@ def _described(name: str, rows: int, data: bytes) -> ShardFile:
 
 
 def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
-    """Raises UserError where the object is gone, or is not the one that was committed."""
-    path = storage.join(uri, shard.name)
+    """Raises UserError where the object is gone or damaged, or is not the one that was committed."""
+    path, remedy = storage.join(uri, shard.name), f"remove {uri} and write it anew, as extract or embed did"
     storage.require(path, "shard, though the manifest names it")
     size = storage.size_bytes(path)
     if size != shard.bytes:
         raise UserError(
-            f"{path}: has {size:,} bytes, but the manifest says {shard.bytes:,}: it is not what was written"
+            f"{path}: has {size:,} bytes, but the manifest says {shard.bytes:,}: it is not what was written: {remedy}"
         )
-    table = storage.read_table(path, columns)
+    table = storage.read_table(path, columns, remedy)
     if len(table) != shard.rows or not set(columns) <= set(table.column_names):
-        raise UserError(f"{path}: holds other rows or columns than the manifest says: it is not what was written")
+        raise UserError(
+            f"{path}: holds other rows or columns than the manifest says: it is not what was written: {remedy}"
+        )
     return table
 
 

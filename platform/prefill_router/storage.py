@@ -26,12 +26,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from prefill_router.errors import UserError
+from prefill_router.errors import UserError, one_line
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _READERS = 32
+_ANEW = "write it anew"  # the remedy for a damaged file
 _GROUP_BYTES, _PIECE_BYTES = 256 << 20, 8 << 20  # of a Parquet file: above, it is fetched in such pieces
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # how file systems without hard links say so
 
@@ -316,29 +317,47 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """A file whose row groups are fetched one at a time, and larger ones piece by piece.
+    """A file whose row groups are fetched one at a time, and larger ones piece by piece: read them under `damage`.
 
     Raises UserError where the file is no Parquet.
     """
     fs, path = resolve(uri)
     source = path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
-    try:
-        file = pq.ParquetFile(source, pre_buffer=True)
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        if max(map(_stored_bytes, groups), default=0) > _GROUP_BYTES:
-            file = pq.ParquetFile(source, buffer_size=_PIECE_BYTES, pre_buffer=False, metadata=file.metadata)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{uri}: not a Parquet file: {error}") from None
+    with damage(uri):
+        try:
+            file = pq.ParquetFile(source, pre_buffer=True)
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            if max(map(_stored_bytes, groups), default=0) > _GROUP_BYTES:
+                file = pq.ParquetFile(source, buffer_size=_PIECE_BYTES, pre_buffer=False, metadata=file.metadata)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{uri}: not a Parquet file: {one_line(error)}: {_ANEW}") from None
     return file
+
+
+@contextmanager
+def damage(uri: str, remedy: str = _ANEW) -> Iterator[None]:
+    """Raises UserError where Arrow cannot read what lies at `uri`; the storage's own failures are passed on."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if is_failure_of_storage(error):
+            raise
+        raise UserError(f"{uri}: is damaged, or of a kind that is not read: {one_line(error)}: {remedy}") from None
+
+
+def is_failure_of_storage(error: BaseException) -> bool:
+    """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
+    that lead before the beginning of a file one that says that the argument is invalid."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def _stored_bytes(group: pq.RowGroupMetaData) -> int:
     return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
 
 
-def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file, reading only `columns`."""
-    with open_parquet(uri) as file:
+def read_table(uri: str, columns: Sequence[str] | None = None, remedy: str = _ANEW) -> pa.Table:
+    """One Parquet file, reading only `columns`. Raises UserError, with a remedy, where it is damaged."""
+    with damage(uri, remedy), open_parquet(uri) as file:
         return file.read(columns=None if columns is None else list(columns))
 
 

@@ -26,11 +26,12 @@ from prefill_router.baselines.base import Baseline
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
 from prefill_router.encoder import Tokens
-from prefill_router.errors import UserError
+from prefill_router.errors import UserError, one_line
 from prefill_router.pool import Pool
 from prefill_router.sentences import SentenceEncoder
 
 MANIFEST = "baseline.json"
+_REMEDY = "copy the baseline again, or evaluate again"
 
 
 class BaselineManifest(strict.StrictModel):
@@ -143,7 +144,9 @@ class BaselineRouter:
         manifest = strict.validate(BaselineManifest, storage.read_json(path), path)
         weights = storage.read_bytes(storage.join(uri, manifest.weights))
         if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
-            raise UserError(f"{uri}: the checksum of {manifest.weights} is not the one in {MANIFEST}: it is damaged")
+            raise UserError(
+                f"{uri}: the checksum of {manifest.weights} is not the one in {MANIFEST}: it is damaged: {_REMEDY}"
+            )
         if manifest.baseline not in BASELINES:
             raise UserError(f'{path}: baseline "{manifest.baseline}" is unknown: it is one of {", ".join(BASELINES)}')
         try:
@@ -151,7 +154,7 @@ class BaselineRouter:
             output_tokens = tensors.pop("output_tokens")
             baseline = BASELINES[manifest.baseline].restored(manifest.settings, tensors)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: does not fit its weights: {error}") from None
+            raise UserError(f"{path}: does not fit its weights: {one_line(error)}: {_REMEDY}") from None
         return cls(
             name=manifest.baseline,
             baseline=baseline,

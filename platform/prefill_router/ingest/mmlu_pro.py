@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import IO, TypeGuard
 
 from prefill_router import storage
-from prefill_router.compressed import is_failure_of_storage, open_bytes
+from prefill_router.compressed import open_bytes
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError, shown
 from prefill_router.ingest.records import (
@@ -60,7 +60,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         try:
             yield from _read_zip(uri, raw, target, options)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError) as error:
-            if is_failure_of_storage(error):
+            if storage.is_failure_of_storage(error):
                 raise
             raise UserError(f"{uri}: not a zip that can be read: {error}") from None
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from prefill_router import storage
-from prefill_router.compressed import is_failure_of_storage
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
@@ -53,7 +52,7 @@ def _read_parquet(uri: str) -> Iterator[Item]:
                 for row, values in enumerate(rows, first_row):
                     yield columns.record(row, dict(zip(columns.used, values, strict=True)))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if is_failure_of_storage(error):
+        if storage.is_failure_of_storage(error):
             raise
         raise UserError(f"{uri}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
 

@@ -1,0 +1,128 @@
+"""The files of a model's directory: which of them is damaged, where it cannot be loaded.
+
+transformers often names neither the file nor the tensor. It is asked first; what is here looks for the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from safetensors import SafetensorError, safe_open
+
+from prefill_router.errors import one_line
+
+_REMEDY = "copy the model again"
+_OBJECTS = ("config.json", "tokenizer.json", ".index.json")  # others may be lists
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def check_shapes(report: Mapping[str, Any]) -> None:
+    """Raises ValueError for a tensor of another shape than config.json says, by transformers' report of a load."""
+    for name, held, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{name} has shape {tuple(held)}, must be {tuple(wanted)} by config.json: {_REMEDY}")
+
+
+def check_complete(report: Mapping[str, Any], backbone: str) -> None:
+    """Raises ValueError for a missing tensor of the backbone: transformers fills it with random numbers."""
+    for name in sorted(report["missing_keys"]):
+        if name.startswith(backbone):
+            raise ValueError(f"{name} is missing in the weights, though config.json asks for it: {_REMEDY}")
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError where files of weights are missing or cut; of each the header alone is read."""
+    for problem in _problems_of_weights(folder):
+        raise ValueError(problem)
+
+
+def check_json(folder: Path) -> None:
+    """Raises ValueError where a config is no JSON, or does not say what it must."""
+    for problem in _problems_of_json(folder):
+        raise ValueError(problem)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises ValueError where the chat template is none; which messages it takes is seen when they come."""
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"its chat template is broken in line {error.lineno} ({one_line(error)}): {_REMEDY}") from None
+    except Exception:  # templates raise what they like
+        return
+
+
+def explained(source: Path, error: Exception) -> str:
+    """Why a directory or a GGUF cannot be loaded, and the remedy: the first damaged file, or what the error says."""
+    if source.is_file():
+        return f"it is cut or damaged, or of a kind that is not read ({one_line(error)}): {_REMEDY}"
+    problem = next(_problems(source), None) if source.is_dir() else None
+    return one_line(error) if problem is None else f"{problem}: {_REMEDY}"
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    if not (folder / "config.json").is_file():
+        yield "it has no config.json and no .gguf file"
+        return
+    yield from _problems_of_json(folder)
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        yield "it has no tokenizer.json"
+    yield from _problems_of_weights(folder)
+    yield from _problems_of_tokenizer(folder)
+
+
+def _problems_of_json(folder: Path) -> Iterator[str]:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/config.json")]):
+        name = path.relative_to(folder)
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            yield f"{name} is not JSON ({one_line(error)})"
+            continue
+        if path.name.endswith(_OBJECTS) and not isinstance(content, dict):
+            yield f"{name} holds no object"
+    model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    if model_type is None:
+        yield "config.json: model_type is missing"
+    elif model_type not in CONFIG_MAPPING:
+        yield f'config.json: model_type = "{model_type}" is not known (is it newer? upgrade transformers)'
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # its validators raise what they like
+        yield f"config.json: {one_line(error)}"
+
+
+def _problems_of_weights(folder: Path) -> Iterator[str]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        yield "it has no .safetensors file"
+    for path in files:
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            yield f"{path.name} is cut or damaged ({one_line(error)})"
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        files_of = json.loads(path.read_bytes()).get("weight_map")
+        if not isinstance(files_of, dict):
+            yield f"{path.name} has no weight_map"
+            continue
+        for name in sorted(set(files_of.values())):
+            if not (folder / name).exists():
+                yield f"{name} is missing, though {path.name} names it"
+
+
+def _problems_of_tokenizer(folder: Path) -> Iterator[str]:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever its files hold
+        yield f"its tokenizer cannot be read from tokenizer.json and tokenizer_config.json ({one_line(error)})"
