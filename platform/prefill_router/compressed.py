@@ -26,6 +26,14 @@ _MARKS = {  # the longer ones first: that of UTF-16 begins as that of UTF-32
 }
 
 
+def unpacked(uri: str) -> str:
+    """The name, in lower case, of what a file holds: a.jsonl of a.JSONL.gz."""
+    name = uri.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name
+
+
 @contextmanager
 def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
     """A file's bytes, as a stream that can be moved forward. Raises UserError where they cannot be decompressed."""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefill_router import storage
-from prefill_router.compressed import COMPRESSED, open_text
+from prefill_router.compressed import COMPRESSED, open_text, unpacked
 from prefill_router.errors import UserError
 from prefill_router.textfiles import CsvTable, Record, json_object, read_json_list, read_jsonl
 
@@ -38,7 +38,7 @@ def read_records(uri: str, choose: Choose, first_row: int, offset: int, max_line
     """
     if not is_readable(uri):
         raise UserError(f"{uri}: a corpus is one of {FORMATS}")
-    name = _unpacked(uri)
+    name = unpacked(uri)
     if name.endswith(_BINARY):
         rows = _parquet_rows if name.endswith(".parquet") else _arrow_rows
         return _columnar(uri, rows, choose, first_row)
@@ -51,19 +51,12 @@ def read_records(uri: str, choose: Choose, first_row: int, offset: int, max_line
 
 def is_of_records(uri: str) -> bool:
     """Does a readable file hold records? Of `.json` files many hold one object, over several lines, about others."""
-    if not _unpacked(uri).endswith(".json"):
+    if not unpacked(uri).endswith(".json"):
         return True
     with open_text(uri) as stream:
         begin = stream.peek().decode("utf-8-sig", "surrogateescape").lstrip()
     line, ended, _ = begin.partition("\n")
     return not (begin.startswith("{") and ended and isinstance(json_object(line.strip()), str))
-
-
-def _unpacked(uri: str) -> str:
-    name = uri.lower()
-    for packed in COMPRESSED:
-        name = name.removesuffix(packed)
-    return name
 
 
 def _is_list(uri: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prefill_router import storage
-from prefill_router.compressed import COMPRESSED
+from prefill_router.compressed import unpacked
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import Format
 
@@ -39,10 +39,7 @@ def find_source(uri: str, kind: Format) -> Source:
 
 
 def _has_suffix(uri: str, kind: Format) -> bool:
-    name = uri.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name.endswith(kind.suffixes)
+    return unpacked(uri).endswith(kind.suffixes)
 
 
 def _refuse_pickle(uri: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prefill_router.compressed import COMPRESSED, open_bytes
+from prefill_router.compressed import open_bytes, unpacked
 from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError, shown
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
@@ -36,10 +36,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
 
 
 def _rows(uri: str, max_bytes: int) -> Iterator[tuple[int, Fields | str]]:
-    name = uri.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    if name.endswith(".jsonl"):
+    if unpacked(uri).endswith(".jsonl"):
         yield from ((row, fields) for row, _, fields in read_jsonl(uri, max_bytes))
         return
     with open_bytes(uri) as stream:
