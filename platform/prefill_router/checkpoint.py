@@ -12,8 +12,9 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from huggingface_hub import snapshot_download
 from prefill_router import model_files
 from prefill_router.console import say
 from prefill_router.errors import UserError
+from prefill_router.load_report import check_load, check_shapes
 
 # While transformers loads a model, torch's default dtype is that model's in the whole process. Two loads at once would
 # leave it so, and transformers silent; what computes meanwhile names its dtypes.
 _LOADING = threading.Lock()
 _PACKAGE = "package:"
-_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a hub repository
+_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # from a hub repository
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Checkpoint:
     """A loaded causal LM. `weights_id` names its exact weights: a hash, or a hub commit."""
 
     model: Any
+    backbone: Any  # the part of it that reads text, without heads, vision towers or encoders
     tokenizer: Any
     weights_id: str
     revision: str | None
@@ -46,17 +49,17 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
     """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
     if gguf := _gguf(source):
         weights_id = _sha256([gguf])
-        return _load_directory(_unpacked(gguf, weights_id), dtype, weights_id)
+        return replace(_load(str(_unpacked(gguf, weights_id)), dtype), weights_id=weights_id)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_directory(path, dtype, _sha256(sorted(path.glob("*.safetensors"))))
+        return _load(str(path), dtype)
     _check_path(source, "encoder")
     try:
-        model, tokenizer = _load(source, dtype, revision=revision)
+        loaded = _load(source, dtype, revision)
     except UserError as error:
         raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
-    commit = getattr(model.config, "_commit_hash", None)
-    return Checkpoint(model, tokenizer, f"{source}@{commit}", commit)
+    commit = getattr(loaded.model.config, "_commit_hash", None)
+    return replace(loaded, weights_id=f"{source}@{commit}", revision=commit)
 
 
 def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Path]:
@@ -66,17 +69,18 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
     """
     if not source.startswith(_PACKAGE) and not Path(source).expanduser().is_dir():
         _check_path(source, "sentence encoder")
-        with _load_errors(source):
+        with load_errors(source):
             folder = Path(snapshot_download(source, allow_patterns=_READ))
     else:
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
     from transformers import AutoModel, AutoTokenizer
 
-    with _load_errors(source, "a sentence encoder"), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, _ = _load_weights(AutoModel, folder, dtype)
+    with load_errors(source, "a sentence encoder"), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, report = _load_weights(AutoModel, folder, dtype)
+        check_load(report, model, model)
         model_files.check_json(folder)  # those too that only `sentences` reads
-    return Checkpoint(model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
+    return Checkpoint(model, model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
 
 
 def fetch(source: str, revision: str | None = None) -> None:
@@ -86,23 +90,23 @@ def fetch(source: str, revision: str | None = None) -> None:
         _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
         _check_path(source, "encoder")
-        with _load_errors(source):
+        with load_errors(source):
             snapshot_download(source, revision=revision, allow_patterns=_READ)
 
 
 def check_causal_lm(source: str, revision: str | None = None) -> Any:
     """The config of what `load_causal_lm` loads. Raises UserError as that does, of all but what its weights hold."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
+    from transformers import AutoTokenizer
 
     config, folder = load_config(source, revision), Path(source).expanduser()
-    with _load_errors(source):
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"a {config.model_type} is none")
+    with load_errors(source):
+        text_class(config)
         if _gguf(source) is None:  # or the tokenizer has been unpacked, and its weights
             if folder.is_dir():
                 model_files.check_whole(folder)
+            place = folder if folder.is_dir() else source
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+                tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
             model_files.check_template(tokenizer)
     return config
 
@@ -117,44 +121,74 @@ def check_sentence_model(source: str) -> None:
 
 def load_config(source: str, revision: str | None = None) -> Any:
     """The config of what `load_causal_lm` loads, without its weights; of a hub's model that alone is downloaded."""
-    from transformers import AutoConfig
-
     gguf, folder = _gguf(source), Path(source).expanduser()
     _check_path(source, "encoder")
-    with _load_errors(source):
+    with load_errors(source):
         unpacked = None if gguf is None else _unpacked(gguf, _sha256([gguf]))
         with _quiet():
             if unpacked is not None:
-                return AutoConfig.from_pretrained(unpacked)
-            return AutoConfig.from_pretrained(folder if folder.is_dir() else source, revision=revision)
+                return _config_of(str(unpacked))
+            return _config_of(str(folder) if folder.is_dir() else source, revision)
 
 
-def _load_directory(path: Path, dtype: torch.dtype, weights_id: str) -> Checkpoint:
-    return Checkpoint(*_load(str(path), dtype), weights_id, None)
+def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> Checkpoint:
+    from transformers import AutoTokenizer
 
-
-def _load(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _load_errors(source), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = _load_weights(AutoModelForCausalLM, source, dtype, **options)
-        model_files.check_complete(report, model.base_model_prefix)
+    with load_errors(source), _quiet():
+        config = _config_of(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model, report = _load_weights(text_class(config), source, dtype, revision=revision)
+        backbone = model.get_decoder().eval().requires_grad_(False)
+        check_load(report, model, backbone)
         model_files.check_template(tokenizer)
-    return model, tokenizer
+        return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)
+
+
+def _config_of(source: str, revision: str | None = None) -> Any:
+    """The config of a causal LM. Raises ValueError where its weights would not be read as they are meant."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    model_files.check_format(source, revision, config)
+    return config
+
+
+def text_class(config: Any) -> Any:
+    """The class that loads a model that writes text. Raises ValueError where it does not."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ValueError(f"a {config.model_type} is none")
 
 
 def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A model with transformers' report of the load. Raises ValueError for a tensor of another shape than its own."""
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # or the error would name no tensor
-    model, report = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    model_files.check_shapes(report)
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    model, report = kind.from_pretrained(source, dtype=dtype, **options)
+    check_shapes(report)
     return model, report
 
 
+def _weights_id(backbone: Any) -> str:
+    """A hash of the tensors that were loaded, by name, shape and dtype."""
+    tensors = sorted(backbone.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_tensor_digest, [tensor for _, tensor in tensors])
+        parts = [(name, digest) for (name, _), digest in zip(tensors, digests, strict=True)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.data).hexdigest()
+
+
 @contextmanager
-def _load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
-    """What goes wrong in transformers as one line for the user, with the file that is at fault where that is known."""
+def load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
+    """Makes one UserError of whatever transformers raises, with the file that is at fault where that is known."""
     try:
         yield
     except UserError:
@@ -224,7 +258,7 @@ def _unpack(gguf: Path, target: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it holds the lock no more
     draft.mkdir()
     try:
-        with _load_errors(str(gguf)), _quiet():
+        with load_errors(str(gguf)), _quiet():
             options = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
             model = AutoModelForCausalLM.from_pretrained(

@@ -24,13 +24,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefill_router import checkpoint
 from prefill_router.attention import KeyValue
+from prefill_router.backbone import (
+    architecture,
+    block_cost,
+    context_tokens,
+    find_blocks,
+    short_rope_tokens,
+    text_config,
+)
 from prefill_router.batching import token_budget_batches
 from prefill_router.corpus import Prompt
-from prefill_router.decoder import Decoder, Pack, head_size
+from prefill_router.decoder import Decoder, Pack
 from prefill_router.errors import UserError
 from prefill_router.hardware import DType, bound_kernel_caches, preferred_dtype
 from prefill_router.hooked import HookedBackbone
@@ -39,7 +47,8 @@ from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
 from prefill_router.strict import StrictModel
-from prefill_router.work import ModelCost, Work
+from prefill_router.verification import check_causal, check_states
+from prefill_router.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +133,13 @@ class PrefillEncoder:
     def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
         self.tokenizer = tokenizer
         config = text_config(backbone)
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_tokens(config)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         self.fingerprint = _fingerprint(self.spec, weights_id, config, tokenizer)
         blocks = find_blocks(backbone)
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
         self.cost = block_cost(blocks[0], config)
-        self._short_rope_tokens = _short_rope_tokens(config) or self.spec.max_tokens
+        self._short_rope_tokens = short_rope_tokens(config) or self.spec.max_tokens
         decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
         self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
@@ -150,10 +159,14 @@ class PrefillEncoder:
         spec = spec.model_copy(update={"dtype": spec.dtype or preferred_dtype(device)})
         loaded = checkpoint.load_causal_lm(spec.model, spec.revision, getattr(torch, str(spec.dtype)))
         spec = spec.model_copy(update={"revision": loaded.revision})
-        # The base model is the backbone without the LM head, whose logits nobody needs.
-        backbone = loaded.model.base_model.eval().requires_grad_(False)
-        _check_causal(backbone, spec.model)
-        return cls(backbone.to(device), loaded.tokenizer, spec, loaded.weights_id)
+        with checkpoint.load_errors(spec.model):
+            backbone = loaded.backbone.to(device)
+            encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id)
+            if encoder.device.type != "meta":  # which computes nothing
+                max_tokens = encoder.spec.max_tokens
+                check_causal(backbone, max_tokens)
+                check_states(backbone, encoder.backbone.run, encoder.num_layers, encoder.hidden_size, max_tokens)
+        return encoder
 
     @property
     def name(self) -> str:
@@ -396,52 +409,12 @@ def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:
             raise UserError(f"layer {layer} is out of range: {model} has 0 to {num_layers}")
 
 
-def text_config(backbone: Any) -> Any:
-    """The config of the language model, where the backbone has others beside it."""
-    return backbone.config.get_text_config()
-
-
-@torch.inference_mode()
-def _check_causal(backbone: Any, model: str) -> None:
-    """Raises UserError where a token sees the ones after it: batches could not be padded, nor prefixes shared."""
-    first, second = (
-        backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, 0] for ids in ([1, 2], [1, 3])
-    )
-    if not torch.equal(first, second):
-        raise UserError(f"encoder {model}: is no causal LM: its tokens see the ones after them")
-
-
-def find_blocks(backbone: nn.Module) -> nn.ModuleList:
-    depth = text_config(backbone).num_hidden_layers
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
-
-
-def block_cost(block: nn.Module, config: Any) -> ModelCost:
-    num_weights = sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
-    return ModelCost.of_block(num_weights, config.num_attention_heads * head_size(config))
-
-
-def _short_rope_tokens(config: Any) -> int | None:
-    """The length of prompts beyond which a model's rotary embedding takes other frequencies, where it does."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
-
-
-def _architecture(config: Any) -> dict[str, Any]:
-    """What of a model's config changes its activations: all that is not default, but where it came from."""
-    incidental = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
-    return {key: value for key, value in config.to_diff_dict().items() if key not in incidental}
-
-
 def _fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: Any) -> str:
     """A hash of all that changes activations, except the device."""
     parts = {
         "encoding_version": ENCODING_VERSION,
         "weights": weights_id,
-        "config": _architecture(config),
+        "config": architecture(config),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template": tokenizer.chat_template,
         "dtype": spec.dtype,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prefill_router import checkpoint
-from prefill_router.encoder import block_cost, find_blocks, text_config
+from prefill_router.backbone import block_cost, find_blocks, text_config
 from prefill_router.work import ModelCost
 
 
@@ -20,11 +20,9 @@ class EncoderSize:
     @classmethod
     def of(cls, model: str) -> EncoderSize:
         """Of a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
-        from transformers import AutoModelForCausalLM
-
-        loaded = checkpoint.check_causal_lm(model)
+        model_config = checkpoint.check_causal_lm(model)
         with torch.device("meta"):
-            backbone = AutoModelForCausalLM.from_config(loaded).base_model  # type: ignore[no-untyped-call]
+            backbone = checkpoint.text_class(model_config).from_config(model_config).get_decoder()
         config = text_config(backbone)
         blocks = find_blocks(backbone)
         return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config))

@@ -1,0 +1,75 @@
+"""What a transformers model says of its own shape. Families name the same thing differently, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from prefill_router.errors import UserError
+from prefill_router.work import ModelCost
+
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def text_config(backbone: Any) -> Any:
+    """The config of the language model, where the backbone has others beside it."""
+    return backbone.config.get_text_config()
+
+
+def find_blocks(backbone: nn.Module) -> nn.ModuleList:
+    """The list of a model's blocks. Raises UserError if there is none."""
+    depth = text_config(backbone).num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
+
+
+def context_tokens(config: Any) -> int | None:
+    """The most tokens that a model takes, where it says so."""
+    return _number(config, *_CONTEXT)
+
+
+def short_rope_tokens(config: Any) -> int | None:
+    """The length of prompts beyond which a model's rotary embedding takes other frequencies, where it does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
+def block_cost(block: nn.Module, config: Any) -> ModelCost:
+    """What a token costs in a block. Experts, stacked in one tensor, count by the share of them that reads a token."""
+    experts, used = _number(config, *_EXPERTS), _number(config, *_EXPERTS_OF_A_TOKEN)
+    share = used / experts if experts and used else 1.0
+    num_weights = sum(w.numel() * (share if w.ndim == 3 and len(w) == experts else 1.0) for w in _matrices(block))
+    return ModelCost.of_block(int(num_weights), _attention_width(config))
+
+
+def _matrices(block: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in block.parameters() if weight.ndim > 1]
+
+
+def _attention_width(config: Any) -> int:
+    """Heads times head size; 0 where a model has no attention."""
+    heads = _number(config, "num_attention_heads") or 0
+    return heads * (_number(config, "head_dim") or config.hidden_size // max(1, heads))
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What of a model's config changes its activations: all that is not default, but where it came from."""
+    incidental = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in incidental}
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """The first of some attributes that is a whole number."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except Exception:
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
