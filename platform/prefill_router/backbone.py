@@ -10,6 +10,7 @@ from prefill_router.errors import UserError
 from prefill_router.work import ModelCost
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions")
+_SELECTED_KEYS = ("index_topk", "keep_window_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -37,6 +38,11 @@ def short_rope_tokens(config: Any) -> int | None:
     """The length of prompts beyond which a model's rotary embedding takes other frequencies, where it does."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
+def selects_keys(config: Any) -> bool:
+    """Does attention take the best of a prompt's keys? Those of padding would be among them."""
+    return _number(config, *_SELECTED_KEYS) is not None
 
 
 def block_cost(block: nn.Module, config: Any) -> ModelCost:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 
 def token_budget_batches(
-    lengths: Sequence[int], budget_tokens: int, *, is_padded: bool = True
+    lengths: Sequence[int], budget_tokens: int, *, is_padded: bool = True, is_mixed: bool = True
 ) -> Iterator[NDArray[np.int64]]:
     """Yields index arrays that cover every prompt once, longest first.
 
     A batch holds at most `budget_tokens`, once it is padded to its longest prompt where `is_padded`; a longer prompt
-    gets a batch of its own.
+    gets a batch of its own. Unless `is_mixed`, all prompts of a batch are of one length.
     """
     descending = np.asarray(lengths, np.int64)
     order = np.argsort(descending, kind="stable")[::-1]
@@ -28,6 +28,8 @@ def token_budget_batches(
             size = budget_tokens // max(1, descending[start])
         else:
             size = np.searchsorted(ends, ends[start] - descending[start] + budget_tokens, side="right") - start
+        if not is_mixed:
+            size = min(size, np.searchsorted(-descending, -descending[start], side="right") - start)
         stop = start + max(1, int(size))
         yield order[start:stop]
         start = stop

@@ -33,6 +33,7 @@ from prefill_router.backbone import (
     block_cost,
     context_tokens,
     find_blocks,
+    selects_keys,
     short_rope_tokens,
     text_config,
 )
@@ -47,7 +48,7 @@ from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
 from prefill_router.strict import StrictModel
-from prefill_router.verification import check_causal, check_states
+from prefill_router.verification import check_causal, expected_states
 from prefill_router.work import Work
 
 log = logging.getLogger(__name__)
@@ -163,10 +164,17 @@ class PrefillEncoder:
             backbone = loaded.backbone.to(device)
             encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id)
             if encoder.device.type != "meta":  # which computes nothing
-                max_tokens = encoder.spec.max_tokens
-                check_causal(backbone, max_tokens)
-                check_states(backbone, encoder.backbone.run, encoder.num_layers, encoder.hidden_size, max_tokens)
+                encoder._check(backbone)
         return encoder
+
+    def _check(self, backbone: Any) -> None:
+        """Raises ValueError unless prompts are read as `backbone`, a model of transformers, reads them."""
+        check_causal(backbone, self.spec.max_tokens)
+        expected = expected_states(backbone, self.num_layers, self.hidden_size, self.spec.max_tokens)
+        expected.check(self.backbone.run)
+        if isinstance(self.backbone, HookedBackbone):
+            is_selective = selects_keys(text_config(backbone))
+            self.backbone.is_mixed = not is_selective and expected.holds_in_company(self.backbone.run)
 
     @property
     def name(self) -> str:
@@ -319,8 +327,10 @@ class PrefillEncoder:
         return Prefix(ids, joined, sums), self._work([len(ids) - first], first, deepest)
 
     def _batches(self, stream: _Stream) -> Iterator[NDArray[np.int64]]:
-        is_padded = not isinstance(self.backbone, Decoder)
-        return token_budget_batches([len(ids) for ids in stream.own], self.budget_tokens, is_padded=is_padded)
+        lengths = [len(ids) for ids in stream.own]
+        if isinstance(self.backbone, Decoder):
+            return token_budget_batches(lengths, self.budget_tokens, is_padded=False)
+        return token_budget_batches(lengths, self.budget_tokens, is_mixed=self.backbone.is_mixed)
 
     def _each(self, run: Callable[[_Pair], Work], packs: Sequence[_Pair]) -> Iterator[Work]:
         """Runs the packs: on a CPU each core its own, which beats all cores on one by what only one of them can do."""

@@ -21,6 +21,8 @@ from prefill_router.decoder import Pack, Visit
 class HookedBackbone:
     """Runs one pack at a time: its hooks hang in the model while it runs."""
 
+    is_mixed = True  # may prompts of several lengths be padded, or does padding change what they give?
+
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
         self.backbone, self.blocks = backbone, blocks
 
@@ -58,7 +60,7 @@ class HookedBackbone:
             reached(0, args[0] if args else kwargs["hidden_states"])
 
         def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            reached(layer, output[0] if isinstance(output, tuple) else output)
+            reached(layer, output[0] if isinstance(output, tuple | list) else output)
 
         hooks = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
         hooks += [block.register_forward_hook(partial(after, i + 1)) for i, block in enumerate(self.blocks[:-1])]

@@ -9,6 +9,7 @@ deep as the text, states that are projected at the end. Two short prompts show e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -40,26 +41,55 @@ def check_causal(backbone: Any, max_tokens: int) -> None:
                 raise ValueError("it is no causal LM: its tokens see the ones after them")
 
 
-@torch.inference_mode()
-def check_states(backbone: Any, run: Run, num_layers: int, hidden_size: int, max_tokens: int) -> None:
-    """Raises ValueError unless `run` gives the hidden states (S, D) of every layer that transformers gives."""
-    prompts = _prompts(backbone, min(_LENGTHS[-1], max_tokens))
-    expected = [torch.cat(states) for states in zip(*(_states(backbone, ids) for ids in prompts), strict=True)]
-    if len(expected) != num_layers + 1:
-        raise ValueError(
-            f"it gives {len(expected)} hidden states for {num_layers} blocks, must be one more than blocks"
-        )
-    wanted = (sum(map(len, prompts)), hidden_size)
-    for layer, states in enumerate(expected):
-        if states.shape != wanted:
-            raise ValueError(f"its hidden states of layer {layer} have shape {tuple(states.shape)}, must be {wanted}")
+@dataclass(frozen=True)
+class ExpectedStates:
+    """Prompts of two lengths, and what transformers gives for each alone: a state (S, D) for every layer."""
 
+    prompts: list[list[int]]
+    states: list[list[Tensor]]
+
+    def check(self, run: Run) -> None:
+        """Raises ValueError unless `run` gives the same for each prompt alone."""
+        for ids, states in zip(self.prompts, self.states, strict=True):
+            _check_states(run, [ids], states)
+
+    def holds_in_company(self, run: Run) -> bool:
+        """Does `run` give the same for both prompts at once?"""
+        try:
+            _check_states(run, self.prompts, [torch.cat(layer) for layer in zip(*self.states, strict=True)])
+        except ValueError:
+            return False
+        return True
+
+
+@torch.inference_mode()
+def expected_states(backbone: Any, num_layers: int, hidden_size: int, max_tokens: int) -> ExpectedStates:
+    """What transformers gives for two prompts. Raises ValueError unless each layer has a state (S, hidden_size)."""
+    length = min(_LENGTHS[-1], max_tokens)
+    first, second = _prompts(backbone, length)
+    prompts = [first, second[: length // 2 + 1]]
+    expected = [list(_states(backbone, ids)) for ids in prompts]
+    for ids, states in zip(prompts, expected, strict=True):
+        if len(states) != num_layers + 1:
+            raise ValueError(f"it gives {len(states)} hidden states for {num_layers} blocks, must be one more")
+        wanted = (len(ids), hidden_size)
+        for layer, state in enumerate(states):
+            if state.shape != wanted:
+                raise ValueError(f"its states of layer {layer} have shape {tuple(state.shape)}, must be {wanted}")
+    return ExpectedStates(prompts, expected)
+
+
+@torch.inference_mode()
+def _check_states(run: Run, prompts: list[list[int]], expected: list[Tensor]) -> None:
     def visit(layer: int, states: Tensor) -> None:
-        error = _relative_error(states, expected[layer])
+        wanted = expected[layer]
+        if states.shape != wanted.shape:
+            raise ValueError(f"its layer {layer} gives {tuple(states.shape)}, must be {tuple(wanted.shape)}")
+        error = _relative_error(states, wanted)
         if not error < _bound(_DIFFERS, states):
             raise ValueError(f"its layer {layer} is not read as transformers gives it (relative error {error:.1g})")
 
-    run(Pack.of(prompts, expected[0].device), visit, num_layers)
+    run(Pack.of(prompts, expected[0].device), visit, len(expected) - 1)
 
 
 def _prompts(backbone: Any, length: int) -> tuple[list[int], list[int]]:

@@ -39,6 +39,7 @@ DID_NOT_HAPPEN = {
     "ray_prefill_router_job_reused_rows_total",
     "ray_prefill_router_truncated_prompts_total",
 }
+TRAINING = "rate(ray_train_report_total_blocked_time_s[30s])"
 _JOBS = """
 import json, sys
 from prefill_jobs.cli import main
@@ -102,7 +103,7 @@ def asking(serve: Serve) -> Iterator[None]:
         thread.join()
 
 
-def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> None:
+def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path, seeds: int) -> None:
     store, prompts = folder / "activations", write_prompts(folder / "corpus.jsonl", 30)
     refused = {"prompt_id": "p30", "prompt": "what is [[fault:503@big]]", "reference": ["-"]}
     prompts.write_text(f"{json.dumps(refused)}\n{prompts.read_text()}")
@@ -114,8 +115,7 @@ def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> Non
         "workers": 2,
     }
     train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
-    # So many trunks that training lasts until it was looked at twice, which a rate wants.
-    train |= {"out": folder / "router", "seeds": 128, "keep": 2, "workers": 2}
+    train |= {"out": folder / "router", "seeds": seeds, "keep": 2, "workers": 2}
     collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
     collect |= {"budget-usd": 1, "attempts": 2}
     jobs = [
@@ -150,7 +150,11 @@ def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: 
         flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
         serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
-        run_jobs(tiny_model, small_data, pool, tmp_path)
+        for seeds in (32, 64, 128):  # a rate wants two looks at training, which a fast machine ends before
+            (tmp_path / str(seeds)).mkdir()
+            run_jobs(tiny_model, small_data, pool, tmp_path / str(seeds), seeds)
+            if prometheus.has_data(TRAINING):
+                break
         wait_until(lambda: not nothing_in(prometheus), f"{nothing_in(prometheus)}")
         asked = {name for _, panel in panels() for target in panel["targets"] for name in metrics_in(target["expr"])}
         assert asked - prometheus.names() <= WITHOUT_GPUS | DID_NOT_HAPPEN

@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 from prefill_router.batching import token_budget_batches
 
 
-@given(st.lists(st.integers(0, 500), max_size=200), st.integers(1, 1000), st.booleans())
-def test_every_prompt_once_and_no_batch_over_budget(lengths: list[int], budget: int, is_padded: bool) -> None:
-    batches = list(token_budget_batches(lengths, budget, is_padded=is_padded))
+@given(st.lists(st.integers(0, 500), max_size=200), st.integers(1, 1000), st.booleans(), st.booleans())
+def test_every_prompt_once_and_no_batch_over_budget(
+    lengths: list[int], budget: int, is_padded: bool, is_mixed: bool
+) -> None:
+    batches = list(token_budget_batches(lengths, budget, is_padded=is_padded, is_mixed=is_mixed))
     assert sorted(np.concatenate(batches).tolist() if batches else []) == list(range(len(lengths)))
     for batch in batches:
         own = [lengths[i] for i in batch]
         assert len(batch) == 1 or (max(own) * len(own) if is_padded else sum(own)) <= budget
+        assert is_mixed or len(set(own)) == 1
 
 
 def test_unpadded_batches_are_full() -> None:

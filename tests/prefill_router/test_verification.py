@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DogeConfig, Qwen3MoeConfig
 
 from prefill_router.backbone import find_blocks
-from prefill_router.decoder import Visit
+from prefill_router.decoder import Pack, Visit
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
 from prefill_router.hooked import HookedBackbone
-from prefill_router.verification import check_causal, check_states
+from prefill_router.verification import Run, check_causal, expected_states
 from reference import hidden_states, relative_error
 from tiny import SIZES, save_tiny_model
 
@@ -28,9 +28,15 @@ def backbone(tiny_model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).get_decoder().eval()
 
 
+def hooked(backbone: Any) -> Run:
+    return HookedBackbone(backbone, find_blocks(backbone)).run
+
+
 def test_a_causal_model_that_is_read_as_it_is_passes(backbone: Any) -> None:
     check_causal(backbone, CONTEXT)
-    check_states(backbone, HookedBackbone(backbone, find_blocks(backbone)).run, LAYERS, WIDTH, CONTEXT)
+    expected, run = expected_states(backbone, LAYERS, WIDTH, CONTEXT), hooked(backbone)
+    expected.check(run)
+    assert expected.holds_in_company(run)
 
 
 def test_a_mixture_of_experts_is_causal_though_it_rounds_otherwise(tmp_path: Path) -> None:
@@ -41,6 +47,16 @@ def test_a_mixture_of_experts_is_causal_though_it_rounds_otherwise(tmp_path: Pat
     for row, states in enumerate(hidden_states(folder, ids)):
         for layer in range(LAYERS + 1):
             assert relative_error(encoded[f"last_{layer:03d}"][row], states[layer, -1]) < 1e-3
+
+
+def test_prompts_are_not_padded_where_attention_selects_keys(tmp_path: Path) -> None:
+    """Those of padding would be among the best that it takes, of prompts that are longer than it takes keys."""
+    folder = save_tiny_model(tmp_path, config=DogeConfig(**SIZES, keep_window_size=8))
+    encoder = PrefillEncoder.load(EncoderSpec(model=str(folder), dtype="float32"), device="cpu")
+    prompts = ["one two three", "what is the sum of one two " * 3, "two two three", "a river"]
+    together, alone = encoder.encode(prompts), [encoder.encode([prompt]) for prompt in prompts]
+    for row, values in enumerate(alone):
+        assert relative_error(together[f"mean_{LAYERS:03d}"][row], values[f"mean_{LAYERS:03d}"][0]) < 1e-3
 
 
 def test_tokens_that_see_later_ones_are_noticed(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +71,6 @@ def test_tokens_that_see_later_ones_are_noticed(backbone: Any, monkeypatch: pyte
     monkeypatch.setattr(attention, "forward", forward)
     with pytest.raises(ValueError, match="it is no causal LM: its tokens see the ones after them"):
         check_causal(backbone, CONTEXT)
-
-
-def misread(change: Any) -> Any:
-    def wrap(backbone: Any) -> Any:
-        hooked = HookedBackbone(backbone, find_blocks(backbone))
-        return lambda pack, visit, deepest: hooked.run(pack, change(visit), deepest)
-
-    return wrap
 
 
 def shifted(visit: Visit) -> Visit:
@@ -87,15 +95,30 @@ def shifted(visit: Visit) -> Visit:
 )
 def test_states_that_differ_name_the_layer(backbone: Any, change: Any, layer: int) -> None:
     with pytest.raises(ValueError, match=f"its layer {layer} is not read as transformers gives it"):
-        check_states(backbone, misread(change)(backbone), LAYERS, WIDTH, CONTEXT)
+        expected_states(backbone, LAYERS, WIDTH, CONTEXT).check(
+            lambda pack, visit, deepest: hooked(backbone)(pack, change(visit), deepest)
+        )
+
+
+def test_what_padding_changes_is_noticed_in_company_alone(backbone: Any) -> None:
+    def run(pack: Pack, visit: Visit, deepest: int) -> None:
+        change = 1.1 if len(pack.lengths) > 1 else 1.0
+        hooked(backbone)(pack, lambda layer, states: visit(layer, states * change), deepest)
+
+    expected = expected_states(backbone, LAYERS, WIDTH, CONTEXT)
+    expected.check(run)
+    assert not expected.holds_in_company(run)
 
 
 def test_states_of_another_shape_are_refused(backbone: Any) -> None:
-    run = HookedBackbone(backbone, find_blocks(backbone)).run
-    with pytest.raises(ValueError, match=r"layer 0 have shape \(48, 32\), must be \(48, 64\)"):
-        check_states(backbone, run, LAYERS, 64, CONTEXT)
+    with pytest.raises(ValueError, match=r"layer 0 have shape \(24, 32\), must be \(24, 64\)"):
+        expected_states(backbone, LAYERS, 64, CONTEXT)
     with pytest.raises(ValueError, match="it gives 5 hidden states for 3 blocks"):
-        check_states(backbone, run, 3, WIDTH, CONTEXT)
+        expected_states(backbone, 3, WIDTH, CONTEXT)
+    with pytest.raises(ValueError, match=r"layer 0 gives \(12, 32\), must be \(24, 32\)"):
+        expected_states(backbone, LAYERS, WIDTH, CONTEXT).check(
+            lambda pack, visit, deepest: hooked(backbone)(pack, lambda n, states: visit(n, states[::2]), deepest)
+        )
 
 
 def test_the_check_keeps_to_a_short_context(tmp_path: Path) -> None:
