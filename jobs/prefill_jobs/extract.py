@@ -46,7 +46,13 @@ def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
     What an `other` store holds of its prompts is copied. Raises UserError where that is another encoder's.
     """
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
-    spec = EncoderSpec(model=config.encoder, max_tokens=config.max_tokens, mean_over=config.mean_over)
+    spec = EncoderSpec(
+        model=config.encoder,
+        max_tokens=config.max_tokens,
+        mean_over=config.mean_over,
+        template_arguments=config.template_arguments,
+        template_date=config.template_date,
+    )
     return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from prefill_router.errors import UserError
 from prefill_router.work import ModelCost
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
+_SENSES = re.compile("vision|visual|image|audio|speech")
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions")
 _SELECTED_KEYS = ("index_topk", "keep_window_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -20,13 +23,28 @@ def text_config(backbone: Any) -> Any:
     return backbone.config.get_text_config()
 
 
+def backbone_of(model: Any) -> Any:
+    """The part of a model of transformers that reads text: no heads, and nothing that sees or hears."""
+    part = model.get_decoder()
+    part = part if hasattr(part, "config") else model.base_model
+    while (inner := _inner(part)) is not part:
+        part = inner
+    return part
+
+
+def _inner(part: Any) -> Any:
+    """The model below a head; a model without one is its own."""
+    return part.base_model if part.base_model is not part else getattr(part, "model", part)
+
+
 def find_blocks(backbone: nn.Module) -> nn.ModuleList:
     """The list of a model's blocks. Raises UserError if there is none."""
-    depth = text_config(backbone).num_hidden_layers
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(f"{type(backbone).__name__} has no list of {depth} blocks: it cannot serve as an encoder")
+    depths = [depth for name in _DEPTHS if (depth := _number(text_config(backbone), name))]
+    for depth in depths:
+        for name, module in backbone.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth and not _SENSES.search(name):
+                return module
+    raise UserError(f"{type(backbone).__name__} has no list of {depths[0] if depths else 'its'} blocks")
 
 
 def context_tokens(config: Any) -> int | None:

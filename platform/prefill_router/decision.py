@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.encoder import Tokens
 from prefill_router.errors import UserError
 from prefill_router.money import usd
 from prefill_router.policy import NO_TARGET, choose
 from prefill_router.pool import Pool
+from prefill_router.tokenization import Tokens
 
 
 class Prediction(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -47,14 +48,15 @@ from prefill_router.memory import Ids, Prefix, PrefixMemory
 from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
-from prefill_router.strict import StrictModel
+from prefill_router.strict import IsoDate, JsonObject, StrictModel
+from prefill_router.tokenization import PromptTokenizer, Tokens
 from prefill_router.verification import check_causal, expected_states
 from prefill_router.work import Work
 
 log = logging.getLogger(__name__)
 
 # Raised whenever the same encoder would give other activations than before: it is part of the fingerprint.
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 
 # Tokens in a pack: on a CPU, what stays in its cache; on a GPU, what keeps it busy.
 BUDGET_TOKENS = {"cpu": 1024, "cuda": 32768}
@@ -68,6 +70,8 @@ class EncoderSpec(StrictModel):
     dtype: DType | None = Field(None, description="bfloat16 where the hardware is good at it, otherwise float32")
     max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle")
     mean_over: MeanOver = Field("all", description="Tokens that the mean pooling takes")
+    template_arguments: JsonObject = Field({}, description="Passed to the chat template")
+    template_date: IsoDate = Field("2026-01-01", description="Today, for chat templates that ask for the date")
 
 
 class EncoderIdentity(StrictModel):
@@ -91,27 +95,6 @@ class EncoderIdentity(StrictModel):
         return columns
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokenised prompts: what the encoder reads, and how long each was before it was cut."""
-
-    ids: list[list[int]]
-    full_lengths: NDArray[np.int32]  # (N,) tokens before truncation
-
-    @property
-    def num_tokens(self) -> NDArray[np.int32]:
-        return np.array([len(ids) for ids in self.ids], np.int32)
-
-    @property
-    def is_truncated(self) -> NDArray[np.bool_]:
-        """(N,): was the prompt's middle cut?"""
-        return self.num_tokens < self.full_lengths
-
-    @property
-    def num_truncated(self) -> int:
-        return int(self.is_truncated.sum())
-
-
 class Reading(NamedTuple):
     """Prompts that were read: their columns as of `PrefillEncoder.encode`, the work, and their lengths uncut."""
 
@@ -132,11 +115,12 @@ class PrefillEncoder:
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
-        self.tokenizer = tokenizer
         config = text_config(backbone)
         context = context_tokens(config)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
-        self.fingerprint = _fingerprint(self.spec, weights_id, config, tokenizer)
+        options = (self.spec.max_tokens, date.fromisoformat(spec.template_date), spec.template_arguments)
+        self.tokenizer, self._prompts = tokenizer, PromptTokenizer(tokenizer, spec.model, *options)
+        self.fingerprint = _fingerprint(self.spec, weights_id, config, self._prompts)
         blocks = find_blocks(backbone)
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
         self.cost = block_cost(blocks[0], config)
@@ -146,7 +130,6 @@ class PrefillEncoder:
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
         self.memory: PrefixMemory | None = None  # give it one, where prompts come one by one
         self._computing = threading.Lock()
-        self._tokenizing = threading.Lock()  # a fast tokenizer may not be lent twice
 
     @classmethod
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
@@ -169,12 +152,13 @@ class PrefillEncoder:
 
     def _check(self, backbone: Any) -> None:
         """Raises ValueError unless prompts are read as `backbone`, a model of transformers, reads them."""
-        check_causal(backbone, self.spec.max_tokens)
         expected = expected_states(backbone, self.num_layers, self.hidden_size, self.spec.max_tokens)
-        expected.check(self.backbone.run)
+        check_causal(backbone, self.spec.max_tokens)
         if isinstance(self.backbone, HookedBackbone):
+            self.backbone.has_embedding = expected.holds(self.backbone.run)
             is_selective = selects_keys(text_config(backbone))
             self.backbone.is_mixed = not is_selective and expected.holds_in_company(self.backbone.run)
+        expected.check(self.backbone.run)
 
     @property
     def name(self) -> str:
@@ -217,42 +201,12 @@ class PrefillEncoder:
         return Reading(*self.forward(tokens, columns), tokens.full_lengths)
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as the model's own chat template renders it, ending in the generation prompt.
-
-        A bare prompt is one user message. A tokenizer without a chat template reads a bare prompt as it is.
-        """
-        if self.tokenizer.chat_template is None:
-            if isinstance(prompt, str):
-                return prompt
-            raise UserError(f"{self.spec.model} has no chat template, so it cannot read messages: give bare prompts")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"the chat template of {self.spec.model} refuses the messages: {error}") from None
-        return str(text)
+        """The text that is tokenised: see `PromptTokenizer.render`."""
+        return self._prompts.render(prompt)
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
-        """Token ids of each prompt; special tokens come from the chat template, or, without one, from the tokenizer.
-
-        A prompt longer than `max_tokens` keeps its first half and its last half of them: its middle is cut, so that
-        the template's opening and the generation prompt stay.
-        """
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list of prompts, not one string")
-        if not prompts:
-            return Tokens([], np.zeros(0, np.int32))
-        texts = [self.render(prompt) for prompt in prompts]
-        add_special_tokens = self.tokenizer.chat_template is None
-        with self._tokenizing:
-            ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)[
-                "input_ids"
-            ]
-        for prompt_ids in ids:
-            if not prompt_ids:
-                raise UserError("a prompt has no tokens: it is empty, and the model has no chat template")
-        lengths = np.array([len(i) for i in ids], np.int32)
-        return Tokens([_cut_middle(i, self.spec.max_tokens) for i in ids], lengths)
+        """Token ids of each prompt, at most `max_tokens`: see `PromptTokenizer.tokenize`."""
+        return self._prompts.tokenize(prompts)
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, columns: Sequence[ActivationColumn]) -> tuple[dict[str, NDArray[Any]], Work]:
@@ -419,23 +373,15 @@ def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:
             raise UserError(f"layer {layer} is out of range: {model} has 0 to {num_layers}")
 
 
-def _fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: Any) -> str:
+def _fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: PromptTokenizer) -> str:
     """A hash of all that changes activations, except the device."""
     parts = {
         "encoding_version": ENCODING_VERSION,
         "weights": weights_id,
         "config": architecture(config),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "chat_template": tokenizer.chat_template,
+        **tokenizer.digest,
         "dtype": spec.dtype,
         "max_tokens": spec.max_tokens,
         "mean_over": spec.mean_over,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _cut_middle(ids: list[int], max_tokens: int) -> list[int]:
-    if len(ids) <= max_tokens:
-        return ids
-    tail = max_tokens // 2
-    return ids[: max_tokens - tail] + ids[len(ids) - tail :]

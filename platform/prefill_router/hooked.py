@@ -22,6 +22,7 @@ class HookedBackbone:
     """Runs one pack at a time: its hooks hang in the model while it runs."""
 
     is_mixed = True  # may prompts of several lengths be padded, or does padding change what they give?
+    has_embedding = True  # is the first hidden state the embedding, or, as in Mamba, what the first block gives?
 
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
         self.backbone, self.blocks = backbone, blocks
@@ -62,8 +63,12 @@ class HookedBackbone:
         def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
             reached(layer, output[0] if isinstance(output, tuple | list) else output)
 
-        hooks = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        hooks += [block.register_forward_hook(partial(after, i + 1)) for i, block in enumerate(self.blocks[:-1])]
+        hooks = []
+        blocks = list(enumerate(self.blocks))
+        if self.has_embedding:
+            hooks.append(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            blocks = [(i + 1, block) for i, block in blocks[:-1]]
+        hooks += [block.register_forward_hook(partial(after, layer)) for layer, block in blocks]
         try:
             yield
         except _DeepestLayerReached:

@@ -28,7 +28,7 @@ from prefill_router.calibration import Calibration
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
 from prefill_router.drift import TrainingDistance
-from prefill_router.encoder import EncoderIdentity, PrefillEncoder, Tokens
+from prefill_router.encoder import EncoderIdentity, PrefillEncoder
 from prefill_router.errors import UserError, one_line
 from prefill_router.kernel import KernelMachine
 from prefill_router.length import mean_tokens, quantile_tokens
@@ -37,6 +37,7 @@ from prefill_router.projection import Projection
 from prefill_router.schema import ActivationColumn
 from prefill_router.split import Split
 from prefill_router.stacking import stacked
+from prefill_router.tokenization import Tokens
 from prefill_router.trunk import SharedTrunkNet
 
 FORMAT = 1

@@ -23,9 +23,9 @@ from torch import Tensor
 from prefill_router import checkpoint
 from prefill_router.batching import token_budget_batches
 from prefill_router.corpus import Prompt
-from prefill_router.encoder import Tokens
 from prefill_router.errors import UserError
 from prefill_router.hardware import bound_kernel_caches, preferred_dtype
+from prefill_router.tokenization import Tokens
 
 _BUDGET_TOKENS = {"cpu": 2048, "cuda": 65536}
 _Pooling = Literal["mean", "cls", "last"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prefill_router import checkpoint
-from prefill_router.backbone import block_cost, find_blocks, text_config
+from prefill_router.backbone import backbone_of, block_cost, find_blocks, text_config
 from prefill_router.work import ModelCost
 
 
@@ -22,7 +22,7 @@ class EncoderSize:
         """Of a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
         model_config = checkpoint.check_causal_lm(model)
         with torch.device("meta"):
-            backbone = checkpoint.text_class(model_config).from_config(model_config).get_decoder()
+            backbone = backbone_of(checkpoint.text_class(model_config).from_config(model_config))
         config = text_config(backbone)
         blocks = find_blocks(backbone)
         return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config))

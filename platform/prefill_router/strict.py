@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from prefill_router import storage
 from prefill_router.errors import UserError
@@ -23,6 +25,28 @@ class StrictModel(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _object(value: object) -> object:
+    """Flags give JSON as text, files a table."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object: {error}") from None
+
+
+def _day(value: object) -> object:
+    """TOML has dates of its own."""
+    try:
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError("must be a date, as 2026-01-31") from None
+
+
+JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_object)]
+IsoDate = Annotated[str, BeforeValidator(_day)]
 
 
 def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:

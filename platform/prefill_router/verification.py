@@ -53,10 +53,19 @@ class ExpectedStates:
         for ids, states in zip(self.prompts, self.states, strict=True):
             _check_states(run, [ids], states)
 
+    def holds(self, run: Run) -> bool:
+        """Does `run` give the same for each prompt alone?"""
+        try:
+            self.check(run)
+        except ValueError:
+            return False
+        return True
+
     def holds_in_company(self, run: Run) -> bool:
         """Does `run` give the same for both prompts at once?"""
+        both = [torch.cat(layer) for layer in zip(*self.states, strict=True)]
         try:
-            _check_states(run, self.prompts, [torch.cat(layer) for layer in zip(*self.states, strict=True)])
+            _check_states(run, self.prompts, both)
         except ValueError:
             return False
         return True
@@ -81,7 +90,10 @@ def expected_states(backbone: Any, num_layers: int, hidden_size: int, max_tokens
 
 @torch.inference_mode()
 def _check_states(run: Run, prompts: list[list[int]], expected: list[Tensor]) -> None:
+    seen = set()
+
     def visit(layer: int, states: Tensor) -> None:
+        seen.add(layer)
         wanted = expected[layer]
         if states.shape != wanted.shape:
             raise ValueError(f"its layer {layer} gives {tuple(states.shape)}, must be {tuple(wanted.shape)}")
@@ -90,6 +102,9 @@ def _check_states(run: Run, prompts: list[list[int]], expected: list[Tensor]) ->
             raise ValueError(f"its layer {layer} is not read as transformers gives it (relative error {error:.1g})")
 
     run(Pack.of(prompts, expected[0].device), visit, len(expected) - 1)
+    for layer in range(len(expected)):
+        if layer not in seen:
+            raise ValueError(f"its layer {layer} is never reached")
 
 
 def _prompts(backbone: Any, length: int) -> tuple[list[int], list[int]]:

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from prefill_router.baselines.router import BaselineRouter
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Prediction
-from prefill_router.encoder import PrefillEncoder, Tokens
+from prefill_router.encoder import PrefillEncoder
 from prefill_router.memory import PrefixMemory
 from prefill_router.router import Router
 from prefill_router.schema import ActivationColumn
 from prefill_router.sentences import SentenceEncoder
+from prefill_router.tokenization import Tokens
 from prefill_serve.lanes import Batch, Lanes
 
 REMEMBERED_TOKENS = 16_384  # of prefixes: some 12 KB each in SmolLM2's lower half

@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prefill_router.console import say
-from prefill_router.encoder import Tokens
 from prefill_router.router import Router
+from prefill_router.tokenization import Tokens
 
 HERE = Path(__file__).parent
 MS = 1e3

@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from command import Command, Result
-from corpora import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -127,14 +126,6 @@ def test_a_damaged_encoder_names_the_file(
     result = command("extract", corpus=small_data / "corpus.parquet", encoder=model, out=tmp_path / "out")
     assert_said(result, str(model), *parts)
     assert result.err.count("cannot be loaded") <= 1
-
-
-def test_messages_without_a_chat_template_name_the_model(command: Command, tiny_model: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    (model / "chat_template.jinja").unlink()
-    corpus = write_jsonl(tmp_path / "c.jsonl", {"prompt_id": "a", "messages": [{"role": "user", "content": "one"}]})
-    result = command("extract", corpus=corpus, encoder=model, out=tmp_path / "out")
-    assert_said(result, f"{corpus}", f"{model} has no chat template, so it cannot read messages: give bare prompts")
 
 
 @pytest.mark.parametrize(

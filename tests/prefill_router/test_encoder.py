@@ -293,19 +293,6 @@ def test_without_a_template_the_tokenizer_brings_them_once(tmp_path: Path) -> No
     assert_equals_transformers(tmp_path, [token_ids(encoder, f"<bos> {prompt}") for prompt in PROMPTS[:2]], encoded)
 
 
-def test_messages_without_a_template_are_an_error(tmp_path: Path) -> None:
-    encoder = load(save_tiny_model(tmp_path, chat_template=None))
-    with pytest.raises(UserError, match="has no chat template, so it cannot read messages: give bare prompts"):
-        encoder.encode([[{"role": "user", "content": "one"}]])
-
-
-def test_messages_that_the_template_refuses_are_an_error(tmp_path: Path) -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
-    encoder = load(save_tiny_model(tmp_path, chat_template=template))
-    with pytest.raises(UserError, match=r"chat template of .* refuses the messages: roles must alternate"):
-        encoder.encode(["one"])
-
-
 # --- truncation --------------------------------------------------------------------------------------------------
 
 

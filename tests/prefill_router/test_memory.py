@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_router.encoder import PrefillEncoder, Tokens
+from prefill_router.encoder import PrefillEncoder
 from prefill_router.memory import Prefix, PrefixMemory
 from prefill_router.pooling import PrefixSums
+from prefill_router.tokenization import Tokens
 
 SYSTEM = "one two three four five six " * 4
 

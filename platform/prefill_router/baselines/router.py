@@ -25,10 +25,10 @@ from prefill_router.baselines import BASELINES
 from prefill_router.baselines.base import Baseline
 from prefill_router.corpus import Prompt
 from prefill_router.decision import Decision, Policy, Prediction, decide
-from prefill_router.encoder import Tokens
 from prefill_router.errors import UserError, one_line
 from prefill_router.pool import Pool
 from prefill_router.sentences import SentenceEncoder
+from prefill_router.tokenization import Tokens
 
 MANIFEST = "baseline.json"
 _REMEDY = "copy the baseline again, or evaluate again"
