@@ -158,10 +158,13 @@ def text_class(config: Any) -> Any:
     """The class that loads a model that writes text. Raises ValueError where it does not."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kinds: dict[str, Any] = {}
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in kind._model_mapping:
-            return kind
-    raise ValueError(f"a {config.model_type} is none")
+            kinds.setdefault(getattr(kind._model_mapping[type(config)], "__name__", ""), kind)
+    if not kinds:
+        raise ValueError(f"a {config.model_type} is none")
+    return next((kinds[name] for name in config.architectures or () if name in kinds), next(iter(kinds.values())))
 
 
 def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
