@@ -54,11 +54,27 @@ def relative_error(values: Any, expected: Any) -> NDArray[np.float64]:
     return error
 
 
-def causal_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One prompt, (S, H, E) and (P + S, K, E): its first query sees P + 1 keys."""
+def causal_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """One prompt, (S, H, E) and (P + S, K, E): its first query sees P + 1 keys, or the last `window` of them."""
     per_group, num_hidden = query.shape[1] // key.shape[1], len(key) - len(query)
     key, value = (t.repeat_interleave(per_group, 1) for t in (key, value))
-    scores = torch.einsum("qhe,khe->hqk", query, key) / query.shape[-1] ** 0.5
+    scores = torch.einsum("qhe,khe->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     positions = torch.arange(len(key), device=key.device)
-    is_ahead = positions[None] > positions[: len(query), None] + num_hidden
-    return torch.einsum("hqk,khe->qhe", scores.masked_fill(is_ahead, -torch.inf).softmax(-1), value)
+    own = positions[: len(query), None] + num_hidden
+    is_hidden = positions[None] > own
+    if window is not None:
+        is_hidden |= positions[None] <= own - window
+    weights = scores.masked_fill(is_hidden, -torch.inf)
+    if sinks is not None:
+        of_heads = sinks.to(weights)[:, None, None].expand(*weights.shape[:-1], 1)
+        weights = torch.cat((weights, of_heads), -1)
+    return torch.einsum("hqk,khe->qhe", weights.softmax(-1)[..., : len(key)], value)

@@ -8,14 +8,15 @@ those of as many tiles together. So the shapes of a prompt's products depend on 
 not one bit of the result on what is computed beside it.
 """
 
-# B prompts in a pack, T their tokens, S the longest, P tokens of the prefix; H heads, K key-value heads, E head size
+# B prompts in a pack, T their tokens, S the longest, P tokens of the prefix; H heads, K key-value heads, E head size;
+# V head size of values
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from prefill_router.hardware import has_amx
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each (P, K, E)
 
+_SCORED_TILE = 256  # tokens in a tile of queries whose scores are written out
 _TILE = 64  # tokens in a tile on the CPU: smaller ones waste the matrix unit, larger ones compute what causality hides
 
 
@@ -34,16 +36,40 @@ class Attention(Protocol):
     """Made for one pack, used by each layer."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> Tensor:
-        """(T, H, E), (T, K, E), (T, K, E) -> (T, H, E). Scores are scaled by E ** -0.5."""
+        """(T, H, E), (T, K, E), (T, K, V) -> (T, H, V)."""
         ...
 
 
-def attention_for(lengths: Sequence[int], prefix_tokens: int, device: torch.device, dtype: torch.dtype) -> Attention:
+@dataclass(frozen=True)
+class Scoring:
+    """How a family's attention makes weights of the products of queries and keys, where it differs from most."""
+
+    scale: float | None = None  # of the products, in place of E ** -0.5
+    window: int | None = None  # a token sees so many, itself among them
+    softcap: float | None = None  # a score becomes softcap * tanh(score / softcap)
+    sinks: Tensor | None = None  # (H,) a score of each head that takes weight from all keys and gives nothing
+
+
+PLAIN = Scoring()
+
+
+def attention_for(
+    lengths: Sequence[int],
+    prefix_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    scoring: Scoring = PLAIN,
+) -> Attention:
     """The fastest exact implementation for a pack of prompts with `lengths` own tokens."""
-    if device.type == "cuda" and dtype != torch.float32 and varlen_kernel() is not None:
-        return VarlenAttention(lengths, prefix_tokens, device)
+    if scoring.window is not None and scoring.window >= prefix_tokens + max(lengths):
+        scoring = replace(scoring, window=None)
+    is_capped = scoring.softcap is not None or scoring.sinks is not None
+    if not is_capped and device.type == "cuda" and dtype != torch.float32 and varlen_kernel() is not None:
+        return VarlenAttention(lengths, prefix_tokens, device, scoring)
+    if is_capped or scoring.window is not None:
+        return ScoredAttention(lengths, prefix_tokens, device, scoring)
     is_tiled = device.type == "cpu" and not (dtype == torch.bfloat16 and has_amx())
-    return (TiledAttention if is_tiled else PaddedAttention)(lengths, prefix_tokens, device)
+    return (TiledAttention if is_tiled else PaddedAttention)(lengths, prefix_tokens, device, scoring)
 
 
 # What torch.nn.attention holds brings all of torch.compile, a quarter of a worker's start: it waits until it is used.
@@ -71,7 +97,12 @@ def _causal_at_the_end(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
 class VarlenAttention:
     """Flash attention's variable-length kernel: no padding at all."""
 
-    def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], prefix_tokens: int, device: torch.device, scoring: Scoring = PLAIN
+    ) -> None:
+        self.options: dict[str, Any] = {"window_size": (scoring.window - 1 if scoring.window else -1, 0)}
+        if scoring.scale is not None:
+            self.options["scale"] = scoring.scale
         own = torch.tensor(lengths)
         self.max_query, self.max_key = int(own.max()), int(own.max()) + prefix_tokens
         self.query_ends = F.pad(own.cumsum(0), (1, 0)).to(device, torch.int32)
@@ -89,7 +120,7 @@ class VarlenAttention:
         # Where there are more keys than queries, the kernel aligns both at their ends, as a prefix wants it.
         kernel = varlen_kernel()
         assert kernel is not None
-        attended: Tensor = kernel(query, key, value, *ends, window_size=(-1, 0), enable_gqa=True)
+        attended: Tensor = kernel(query, key, value, *ends, enable_gqa=True, **self.options)
         return attended
 
 
@@ -138,8 +169,10 @@ class PaddedAttention:
     A prompt is padded to whole tiles, the prefix counted; neighbours of as many tiles are computed together.
     """
 
-    def __init__(self, lengths: Sequence[int], prefix_tokens: int, device: torch.device) -> None:
-        self.prefix_tokens = prefix_tokens
+    def __init__(
+        self, lengths: Sequence[int], prefix_tokens: int, device: torch.device, scoring: Scoring = PLAIN
+    ) -> None:
+        self.prefix_tokens, self.scoring = prefix_tokens, scoring
         self.groups: list[_Alike] = []
         start = 0
         for num_tiles, own in groupby(lengths, lambda length: -(-(prefix_tokens + length) // _TILE)):
@@ -148,38 +181,45 @@ class PaddedAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValue | None) -> Tensor:
         first_key, first_value = prefix or (None, None)
-        attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        attended = query.new_empty((*query.shape[:2], value.shape[-1]))
         for alike in self.groups:
             padded = alike.padded(query), alike.padded(key, first_key), alike.padded(value, first_value)
             alike.put(self._attend(alike, *padded), attended)
         return attended
 
-    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKE: Tensor) -> Tensor:
+    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKV: Tensor) -> Tensor:
         if self.prefix_tokens and alike.mask is None:
             alike.mask = _causal_at_the_end(alike.longest, key_BLKE.shape[1], query_BSHE)
         return F.scaled_dot_product_attention(
             query_BSHE.transpose(1, 2),
             key_BLKE.transpose(1, 2),
-            value_BLKE.transpose(1, 2),
+            value_BLKV.transpose(1, 2),
             attn_mask=alike.mask,
             is_causal=alike.mask is None,
+            scale=self.scoring.scale,
             enable_gqa=query_BSHE.shape[2] != key_BLKE.shape[2],
         ).transpose(1, 2)
+
+    def _grouped(self, query_BSHE: Tensor, num_groups: int) -> Tensor:
+        """Scaled queries (B, S, K, G, E), by the heads that share keys."""
+        scale = query_BSHE.shape[-1] ** -0.5 if self.scoring.scale is None else self.scoring.scale
+        scaled: Tensor = query_BSHE * scale
+        return scaled.reshape(*scaled.shape[:2], num_groups, -1, scaled.shape[-1])
 
 
 class TiledAttention(PaddedAttention):
     """Tiles of queries against the keys that causality lets them see, as batched matrix products."""
 
-    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKE: Tensor) -> Tensor:
+    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKV: Tensor) -> Tensor:
         num_prompts, _, num_heads, head_size = query_BSHE.shape
         num_groups = key_BLKE.shape[2]
         per_group = num_heads // num_groups  # heads that share keys, G
         # All of a group's heads stand as rows of one matrix: (B * K, S * G, E).
-        grouped = (query_BSHE * head_size**-0.5).unflatten(2, (num_groups, per_group)).transpose(1, 2)
+        grouped = self._grouped(query_BSHE, num_groups).transpose(1, 2)
         queries = grouped.reshape(num_prompts * num_groups, -1, head_size)
         keys = key_BLKE.permute(0, 2, 3, 1).reshape(len(queries), head_size, -1)
-        values = value_BLKE.transpose(1, 2).reshape(len(queries), -1, head_size)
-        attended = torch.empty_like(queries)
+        values = value_BLKV.transpose(1, 2).reshape(len(queries), -1, value_BLKV.shape[-1])
+        attended = queries.new_empty((*queries.shape[:2], values.shape[-1]))
         hidden = torch.full((_TILE, _TILE), -torch.inf, dtype=queries.dtype).triu(1).repeat_interleave(per_group, 0)
         for start in range(-(self.prefix_tokens % _TILE), alike.longest, _TILE):
             visible = self.prefix_tokens + start + _TILE
@@ -187,5 +227,40 @@ class TiledAttention(PaddedAttention):
             scores = queries[:, own] @ keys[:, :, :visible]
             scores[:, :, -_TILE:] += hidden[own.start - own.stop :]
             torch.bmm(scores.softmax(-1), values[:, :visible], out=attended[:, own])
-        grouped = attended.view(num_prompts, num_groups, -1, per_group, head_size).transpose(1, 2)
+        grouped = attended.view(num_prompts, num_groups, -1, per_group, values.shape[-1]).transpose(1, 2)
         return grouped.flatten(2, 3)
+
+
+class ScoredAttention(PaddedAttention):
+    """Attention with windows, capped scores or sinks: tile by tile, each against the keys that it may see."""
+
+    def _attend(self, alike: _Alike, query_BSHE: Tensor, key_BLKE: Tensor, value_BLKV: Tensor) -> Tensor:
+        longest, num_groups, window = alike.longest, key_BLKE.shape[2], self.scoring.window
+        grouped = self._grouped(query_BSHE, num_groups)
+        queries = grouped.permute(0, 2, 3, 1, 4)  # (B, K, G, S, E)
+        keys, values = (x.transpose(1, 2)[:, :, None] for x in (key_BLKE, value_BLKV))  # (B, K, 1, P + S, .)
+        tiles = []
+        for start in range(0, longest, _SCORED_TILE):
+            stop = min(start + _SCORED_TILE, longest)
+            first = max(0, self.prefix_tokens + start + 1 - window) if window is not None else 0
+            seen = slice(first, self.prefix_tokens + stop)
+            scores = (queries[..., start:stop, :] @ keys[..., seen, :].transpose(-1, -2)).float()
+            weights = self._weights(scores, self.prefix_tokens + start - first)
+            tiles.append(weights.to(values.dtype) @ values[..., seen, :])
+        return torch.cat(tiles, -2).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _weights(self, scores: Tensor, num_before: int) -> Tensor:
+        """(B, K, G, S, L), of which the first token sees `num_before` keys before its own."""
+        if self.scoring.softcap is not None:
+            scores = torch.tanh(scores / self.scoring.softcap) * self.scoring.softcap
+        own = torch.arange(num_before, num_before + scores.shape[-2], device=scores.device)[:, None]
+        keys = torch.arange(scores.shape[-1], device=scores.device)
+        is_hidden = keys > own
+        if self.scoring.window is not None:
+            is_hidden |= keys <= own - self.scoring.window
+        scores = scores.masked_fill(is_hidden, -torch.inf)
+        if self.scoring.sinks is None:
+            return scores.softmax(-1)
+        sinks: Tensor = self.scoring.sinks.float().view(1, scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights: Tensor = torch.cat((scores, sinks), -1).softmax(-1)
+        return weights[..., :-1]

@@ -63,6 +63,27 @@ def selects_keys(config: Any) -> bool:
     return _number(config, *_SELECTED_KEYS) is not None
 
 
+def is_the_same_at_any_length(config: Any) -> bool:
+    """Do tokens read a prompt's keys by rules that short prompts show too, windows apart?"""
+    rope = getattr(config, "rope_parameters", None) or {}
+    depends_on_length = any("dynamic" in str(kind) or "longrope" in str(kind) for kind in _rope_types(rope))
+    chunked = _number(config, "attention_chunk_size") is not None
+    return not (depends_on_length or chunked or selects_keys(config))
+
+
+def has_windows(config: Any) -> bool:
+    """Do some of a model's tokens see a window of the last ones alone?"""
+    kinds = getattr(config, "layer_types", None)
+    is_used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    return bool(is_used) and _number(config, "sliding_window") is not None
+
+
+def _rope_types(rope: dict[str, Any]) -> list[Any]:
+    """One, or one for each kind of layer."""
+    nested = [kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)]
+    return [rope.get("rope_type"), *nested]
+
+
 def block_cost(block: nn.Module, config: Any) -> ModelCost:
     """What a token costs in a block. Experts, stacked in one tensor, count by the share of them that reads a token."""
     experts, used = _number(config, *_EXPERTS), _number(config, *_EXPERTS_OF_A_TOKEN)

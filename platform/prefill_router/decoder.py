@@ -54,6 +54,8 @@ class Pack:
 class Decoder:
     """Make one with `Decoder.from_transformers`."""
 
+    is_packed = True  # prompts are laid end to end, and may continue a prefix
+
     def __init__(self, backbone: Any) -> None:
         self.head_size = head_size(backbone.config)
         self.embedding: Tensor = backbone.embed_tokens.weight

@@ -34,6 +34,8 @@ from prefill_router.backbone import (
     block_cost,
     context_tokens,
     find_blocks,
+    has_windows,
+    is_the_same_at_any_length,
     selects_keys,
     short_rope_tokens,
     text_config,
@@ -45,12 +47,13 @@ from prefill_router.errors import UserError
 from prefill_router.hardware import DType, bound_kernel_caches, preferred_dtype
 from prefill_router.hooked import HookedBackbone
 from prefill_router.memory import Ids, Prefix, PrefixMemory
+from prefill_router.packed import PackedBackbone
 from prefill_router.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.prefixes import PrefixGroup, shared_prefixes
 from prefill_router.schema import NUM_TOKENS, POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
 from prefill_router.strict import IsoDate, JsonObject, StrictModel
 from prefill_router.tokenization import PromptTokenizer, Tokens
-from prefill_router.verification import check_causal, expected_states
+from prefill_router.verification import ExpectedStates, check_causal, expected_states
 from prefill_router.work import Work
 
 log = logging.getLogger(__name__)
@@ -158,6 +161,7 @@ class PrefillEncoder:
             self.backbone.has_embedding = expected.holds(self.backbone.run)
             is_selective = selects_keys(text_config(backbone))
             self.backbone.is_mixed = not is_selective and expected.holds_in_company(self.backbone.run)
+            self.backbone = _packed(backbone, self.backbone, expected) or self.backbone
         expected.check(self.backbone.run)
 
     @property
@@ -229,14 +233,14 @@ class PrefillEncoder:
     @property
     def runs_side_by_side(self) -> bool:
         """May threads with a core each call it at the same time?"""
-        return self.device.type == "cpu" and isinstance(self.backbone, Decoder)
+        return self.device.type == "cpu" and self.backbone.is_packed
 
     def _turn(self) -> AbstractContextManager[Any]:
         """Two calls that use all cores would only wait for each other, and hooks hang in a model for one call."""
         return nullcontext() if self.runs_side_by_side and torch.get_num_threads() == 1 else self._computing
 
     def _prefix_groups(self, tokens: Tokens) -> list[PrefixGroup]:
-        if isinstance(self.backbone, Decoder):
+        if self.backbone.is_packed:
             if self.memory is not None:
                 return self.memory.groups(tokens.ids)
             # A group of its own is worth its smaller packs where it saves a good part of one.
@@ -255,7 +259,7 @@ class PrefillEncoder:
     def _begin(self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn]) -> _Stream:
         """Computes what the prompts of a group share."""
         own = [tokens.ids[i][group.num_tokens :] for i in group.prompts]
-        if not group.num_tokens or not isinstance(self.backbone, Decoder):
+        if not group.num_tokens or not isinstance(self.backbone, Decoder | PackedBackbone):
             return _Stream(group, own, columns)
         shared = tuple(tokens.ids[group.prompts[0]][: group.num_tokens])
         deepest = max(column.layer for column in columns)
@@ -267,13 +271,15 @@ class PrefillEncoder:
             self.memory.keep(prefix)
         return _Stream(group, own, columns, prefix, work)
 
-    def _prefix(self, decoder: Decoder, ids: Ids, deepest: int, known: Prefix | None) -> tuple[Prefix, Work]:
+    def _prefix(
+        self, backbone: Decoder | PackedBackbone, ids: Ids, deepest: int, known: Prefix | None
+    ) -> tuple[Prefix, Work]:
         """Computes a prefix, or what of it is not known."""
         first = len(known.ids) if known is not None else 0
         sums = PrefixSums(len(ids), self.spec.mean_over == "after_first", known.sums if known is not None else None)
         pack = Pack.of([ids[first:]], self.device, known.keys_and_values if known is not None else None)
         own: list[KeyValue] = []
-        decoder.run(pack, sums.visit, deepest, keep=own)
+        backbone.run(pack, sums.visit, deepest, keep=own)
         before = [known.keys_and_values[:deepest]] if known is not None else []
         # Joined or copied: what `run` keeps are views of tensors several times as large.
         layers = zip(*before, own, strict=True)
@@ -282,14 +288,14 @@ class PrefillEncoder:
 
     def _batches(self, stream: _Stream) -> Iterator[NDArray[np.int64]]:
         lengths = [len(ids) for ids in stream.own]
-        if isinstance(self.backbone, Decoder):
+        if isinstance(self.backbone, Decoder | PackedBackbone):
             return token_budget_batches(lengths, self.budget_tokens, is_padded=False)
         return token_budget_batches(lengths, self.budget_tokens, is_mixed=self.backbone.is_mixed)
 
     def _each(self, run: Callable[[_Pair], Work], packs: Sequence[_Pair]) -> Iterator[Work]:
         """Runs the packs: on a CPU each core its own, which beats all cores on one by what only one of them can do."""
         threads = torch.get_num_threads()
-        if self.device.type != "cpu" or min(threads, len(packs)) < 2 or not isinstance(self.backbone, Decoder):
+        if self.device.type != "cpu" or min(threads, len(packs)) < 2 or not self.backbone.is_packed:
             return map(run, packs)
         try:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -310,7 +316,7 @@ class PrefillEncoder:
         return self._work(pack.lengths, stream.group.num_tokens, deepest)
 
     def _work(self, lengths: list[int], prefix_tokens: int, num_blocks: int) -> Work:
-        padded = 0 if isinstance(self.backbone, Decoder) else max(lengths) * len(lengths) - sum(lengths)
+        padded = 0 if self.backbone.is_packed else max(lengths) * len(lengths) - sum(lengths)
         flops = self.cost.flops(lengths, prefix_tokens, num_blocks)
         return Work(computed_tokens=sum(lengths), padded_tokens=padded, flops=flops)
 
@@ -359,6 +365,22 @@ class _Results:
         done.synchronize()
         self.values_CND[:, prompts] = pooled_CBD.numpy()
         self._copying = None
+
+
+def _packed(backbone: Any, hooked: HookedBackbone, expected: ExpectedStates) -> PackedBackbone | None:
+    """`backbone` over packs, if it gives the same so; otherwise it stays as it was."""
+    config, attention = text_config(backbone), backbone.config._attn_implementation
+    if not is_the_same_at_any_length(config):
+        return None
+    try:
+        packed = PackedBackbone(backbone, hooked.blocks)
+        is_exact = expected.holds_in_company(packed.run) and expected.holds_after_prefix(packed.run)
+        if is_exact and (packed.windows - {None} or not has_windows(config)):
+            return packed
+    except Exception as error:  # models raise what they like at what they do not expect
+        log.debug("%s cannot be packed: %s", type(backbone).__name__, error)
+    backbone.set_attn_implementation(attention)
+    return None
 
 
 def check(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:

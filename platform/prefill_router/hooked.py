@@ -1,4 +1,4 @@
-"""Any causal LM of transformers as it is: the way for architectures that `decoder` does not know.
+"""Any causal LM of transformers as it is: the way for architectures that neither `decoder` nor `packed` can run.
 
 Prompts are padded, and hooks hand out each block's states. Slower, but it needs to know nothing of the model's inside.
 """
@@ -21,6 +21,7 @@ from prefill_router.decoder import Pack, Visit
 class HookedBackbone:
     """Runs one pack at a time: its hooks hang in the model while it runs."""
 
+    is_packed = False
     is_mixed = True  # may prompts of several lengths be padded, or does padding change what they give?
     has_embedding = True  # is the first hidden state the embedding, or, as in Mamba, what the first block gives?
 
@@ -55,13 +56,13 @@ class HookedBackbone:
         def reached(layer: int, states_BSD: Tensor) -> None:
             visit(layer, states_BSD)
             if layer == deepest:
-                raise _DeepestLayerReached
+                raise DeepestLayerReached
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reached(0, args[0] if args else kwargs["hidden_states"])
 
         def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            reached(layer, output[0] if isinstance(output, tuple | list) else output)
+            reached(layer, states_of(output))
 
         hooks = []
         blocks = list(enumerate(self.blocks))
@@ -71,12 +72,18 @@ class HookedBackbone:
         hooks += [block.register_forward_hook(partial(after, layer)) for layer, block in blocks]
         try:
             yield
-        except _DeepestLayerReached:
+        except DeepestLayerReached:
             pass
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-class _DeepestLayerReached(Exception):  # noqa: N818 - a signal, not an error
+def states_of(output: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    states: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return states
+
+
+class DeepestLayerReached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass whose later layers nobody asked for."""

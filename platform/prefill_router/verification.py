@@ -11,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from prefill_router.attention import KeyValue
 from prefill_router.decoder import Pack, Visit
 
-Run = Callable[[Pack, Visit, int], None]  # as `Decoder.run`
+Run = Callable[[Pack, Visit, int], None]  # as `HookedBackbone.run`
+
+
+class RunOfPacks(Protocol):
+    """As `Decoder.run`."""
+
+    def __call__(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None: ...
+
 
 _LENGTHS = (2, 24)
 _CAUSAL_LAYERS = 5  # attention shows in the first ones, while rounding adds up with depth
@@ -55,20 +63,29 @@ class ExpectedStates:
 
     def holds(self, run: Run) -> bool:
         """Does `run` give the same for each prompt alone?"""
-        try:
-            self.check(run)
-        except ValueError:
-            return False
-        return True
+        return all(_holds(run, [ids], states) for ids, states in zip(self.prompts, self.states, strict=True))
 
     def holds_in_company(self, run: Run) -> bool:
         """Does `run` give the same for both prompts at once?"""
-        both = [torch.cat(layer) for layer in zip(*self.states, strict=True)]
-        try:
-            _check_states(run, self.prompts, both)
-        except ValueError:
-            return False
-        return True
+        return _holds(run, self.prompts, [torch.cat(layer) for layer in zip(*self.states, strict=True)])
+
+    @torch.inference_mode()
+    def holds_after_prefix(self, run: RunOfPacks) -> bool:
+        """Does `run` give the same for both prompts after what they share, which is computed once?"""
+        shared = next(i for i, (one, other) in enumerate(zip(*self.prompts, strict=False)) if one != other)
+        kept: list[KeyValue] = []
+        device = self.states[0][0].device
+        run(Pack.of([self.prompts[0][:shared]], device), lambda _layer, _states: None, len(self.states[0]) - 1, kept)
+        own = [torch.cat([states[shared:] for states in layer]) for layer in zip(*self.states, strict=True)]
+        return _holds(run, [ids[shared:] for ids in self.prompts], own, kept)
+
+
+def _holds(run: Run, prompts: list[list[int]], expected: list[Tensor], prefix: list[KeyValue] | None = None) -> bool:
+    try:
+        _check_states(run, prompts, expected, prefix)
+    except ValueError:
+        return False
+    return True
 
 
 @torch.inference_mode()
@@ -89,7 +106,9 @@ def expected_states(backbone: Any, num_layers: int, hidden_size: int, max_tokens
 
 
 @torch.inference_mode()
-def _check_states(run: Run, prompts: list[list[int]], expected: list[Tensor]) -> None:
+def _check_states(
+    run: Run, prompts: list[list[int]], expected: list[Tensor], prefix: list[KeyValue] | None = None
+) -> None:
     seen = set()
 
     def visit(layer: int, states: Tensor) -> None:
@@ -101,7 +120,7 @@ def _check_states(run: Run, prompts: list[list[int]], expected: list[Tensor]) ->
         if not error < _bound(_DIFFERS, states):
             raise ValueError(f"its layer {layer} is not read as transformers gives it (relative error {error:.1g})")
 
-    run(Pack.of(prompts, expected[0].device), visit, len(expected) - 1)
+    run(Pack.of(prompts, expected[0].device, prefix), visit, len(expected) - 1)
     for layer in range(len(expected)):
         if layer not in seen:
             raise ValueError(f"its layer {layer} is never reached")

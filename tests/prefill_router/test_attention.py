@@ -20,9 +20,12 @@ from torch import Tensor
 
 from prefill_router import attention
 from prefill_router.attention import (
+    PLAIN,
     Attention,
     KeyValue,
     PaddedAttention,
+    ScoredAttention,
+    Scoring,
     TiledAttention,
     VarlenAttention,
     attention_for,
@@ -41,11 +44,12 @@ KINDS: list[Any] = [TiledAttention, PaddedAttention, VarlenAttention]
 Inputs = tuple[Tensor, Tensor, Tensor, KeyValue | None]
 
 
-def expected(inputs: Inputs, lengths: Sequence[int]) -> Tensor:
+def expected(inputs: Inputs, lengths: Sequence[int], scoring: Scoring = PLAIN) -> Tensor:
     query, key, value, prefix = inputs
     first = [t.double() for t in prefix] if prefix else [t[:0].double() for t in (key, value)]
     prompts = zip(*(t.double().split(list(lengths)) for t in (query, key, value)), strict=True)
-    return torch.cat([causal_softmax(q, torch.cat((first[0], k)), torch.cat((first[1], v))) for q, k, v in prompts])
+    whole = [(q, torch.cat((first[0], k)), torch.cat((first[1], v))) for q, k, v in prompts]
+    return torch.cat([causal_softmax(*prompt, **vars(scoring)) for prompt in whole])
 
 
 def random_inputs(
@@ -71,16 +75,18 @@ def kernel_by_definition(
     *,
     window_size: tuple[int, int],
     enable_gqa: bool,
+    scale: float | None = None,
 ) -> Tensor:
     """What torch.nn.attention.varlen.varlen_attn computes, causal and aligned at the end."""
-    assert window_size == (-1, 0)
+    assert window_size[1] == 0
+    window = window_size[0] + 1 if window_size[0] >= 0 else None
     assert enable_gqa
     assert query_ends.dtype == key_ends.dtype == torch.int32
     own, seen = query_ends.diff().tolist(), key_ends.diff().tolist()
     assert (max(own), max(seen)) == (max_query, max_key)
     assert (sum(own), sum(seen)) == (len(query), len(key)) == (query_ends[-1], key_ends[-1])
     rows = zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True)
-    return torch.cat([causal_softmax(query[a:b], key[c:d], value[c:d]) for (a, b), (c, d) in rows])
+    return torch.cat([causal_softmax(query[a:b], key[c:d], value[c:d], scale, window) for (a, b), (c, d) in rows])
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +94,11 @@ def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel_by_definition)
 
 
-def attended(kind: Any, inputs: Inputs, lengths: Sequence[int]) -> Tensor:
+def attended(kind: Any, inputs: Inputs, lengths: Sequence[int], scoring: Scoring = PLAIN) -> Tensor:
     query, key, value, prefix = inputs
-    attend: Attention = kind(lengths, len(prefix[0]) if prefix else 0, CPU)
+    attend: Attention = kind(lengths, len(prefix[0]) if prefix else 0, CPU, scoring)
     result = attend(query, key, value, prefix)
-    assert (result.shape, result.dtype) == (query.shape, query.dtype)
+    assert (result.shape, result.dtype) == ((*query.shape[:2], value.shape[-1]), query.dtype)
     return result
 
 
@@ -122,6 +128,53 @@ def test_it_is_so_for_any_lengths(
     torch.testing.assert_close(
         attended(kind, inputs, lengths).double(), expected(inputs, lengths), rtol=1e-5, atol=2e-5
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=4),
+    prefix_tokens=st.integers(0, 130),
+    heads=st.sampled_from(HEADS),
+    window=st.none() | st.integers(1, 500),
+    softcap=st.none() | st.floats(1, 50),
+    scale=st.none() | st.floats(0.05, 1),
+    has_sinks=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_windows_capped_scores_scales_and_sinks_are_as_written_out(
+    lengths: list[int],
+    prefix_tokens: int,
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    has_sinks: bool,
+    seed: int,
+) -> None:
+    inputs = random_inputs(sum(lengths), prefix_tokens, heads, seed=seed)
+    sinks = torch.linspace(-2, 2, heads[0]) if has_sinks else None
+    scoring = Scoring(scale, window, softcap, sinks)
+
+    def chosen(lengths: Sequence[int], prefix_tokens: int, device: torch.device, scoring: Scoring) -> Attention:
+        return attention_for(lengths, prefix_tokens, device, torch.float32, scoring)
+
+    for kind in (chosen, ScoredAttention, *[VarlenAttention] * (softcap is None and not has_sinks)):
+        result = attended(kind, inputs, lengths, scoring).double()
+        torch.testing.assert_close(result, expected(inputs, lengths, scoring), rtol=1e-5, atol=2e-5)
+
+
+def test_values_may_be_of_another_size_than_keys() -> None:
+    query, key, value, prefix = random_inputs(100, 20, (6, 2))
+    assert prefix is not None
+    inputs = (query, key, value[..., :5], (prefix[0], prefix[1][..., :5]))
+    for kind in (TiledAttention, PaddedAttention, ScoredAttention):
+        result = attended(kind, inputs, [30, 70]).double()
+        torch.testing.assert_close(result, expected(inputs, [30, 70]), rtol=1e-5, atol=2e-5)
+
+
+def test_what_is_plain_for_a_pack_takes_the_fast_way() -> None:
+    assert type(attention_for([30, 40], 20, CPU, torch.float32, Scoring(window=60))) is TiledAttention
+    assert type(attention_for([30, 40], 20, CPU, torch.float32, Scoring(window=59))) is ScoredAttention
 
 
 @pytest.mark.parametrize("kind", [TiledAttention, PaddedAttention])
