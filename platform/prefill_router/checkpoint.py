@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 
 from prefill_router import model_files
 from prefill_router.backbone import backbone_of
-from prefill_router.console import say
+from prefill_router.console import say, silent_stderr
 from prefill_router.errors import UserError
 from prefill_router.load_report import check_load, check_shapes
 
@@ -258,17 +258,19 @@ def _unpacked(gguf: Path, digest: str) -> Path:
 def _unpack(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    load: Any = AutoModelForCausalLM.from_pretrained
     draft = Path(f"{target}.draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it holds the lock no more
     draft.mkdir()
+    say(f"unpacking the encoder {gguf.name}, once on this machine")
     try:
-        with load_errors(str(gguf)), _quiet():
-            options = {"gguf_file": gguf.name}
+        with load_errors(str(gguf)), _quiet(), silent_stderr():  # which has progress bars of its own
+            options: dict[str, Any] = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
-            )
-        model.save_pretrained(draft)
+            options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            model, report = load(gguf.parent, output_loading_info=True, **options)
+            check_load(report, model, backbone_of(model))
+            model.save_pretrained(draft)
         draft.rename(target)
         num_bytes = sum(file.stat().st_size for file in target.iterdir())
         say(f"encoder: {gguf.name} was unpacked to {target}, {num_bytes / 1e6:,.0f} MB: PREFILL_ROUTER_CACHE moves it")
