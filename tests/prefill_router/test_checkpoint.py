@@ -164,7 +164,8 @@ def test_unpacking_says_where_and_replaces_what_a_killed_process_left(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    reported = AutoModelForCausalLM.from_pretrained(tiny_model, output_loading_info=True)
+    loaded = reported, AutoTokenizer.from_pretrained(tiny_model)
     for kind, value in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
         monkeypatch.setattr(kind, "from_pretrained", lambda *_arguments, _value=value, **_options: _value)
     monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path / "cache"))
@@ -178,6 +179,23 @@ def test_unpacking_says_where_and_replaces_what_a_killed_process_left(
     assert [line for line in said if line.startswith("encoder:")] == [
         f"encoder: model.gguf was unpacked to {target}, 0 MB: PREFILL_ROUTER_CACHE moves it"
     ]
+
+
+def test_a_gguf_that_lacks_a_tensor_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, report = AutoModelForCausalLM.from_pretrained(tiny_model, output_loading_info=True)
+    report["missing_keys"] = {"model.layers.1.mlp.up_proj.weight", "model.norm.weight"}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_arguments, **_options: (model, report))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_arguments, **_options: tokenizer)
+    monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match=r"model.gguf: .*up_proj.weight \(the first of 2\) is missing in the weights"):
+        checkpoint._unpacked(tmp_path / "model.gguf", "0" * 64)
+    assert not list((tmp_path / "cache").glob("*[!k]"))
 
 
 def test_a_directory_needs_no_fetching(tiny_model: Path) -> None:
