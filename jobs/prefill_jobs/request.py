@@ -15,7 +15,13 @@ from prefill_router.errors import UserError
 from prefill_router.strict import StrictModel
 
 SECRETS = "PREFILL_ROUTER_SECRETS"  # names the variables that the job must find where it runs
-_SOUNDS_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+_SOUNDS_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|CONNECTION_STRING|(^|_)(PASS|CREDS?)(_|$)|_PWD$", re.IGNORECASE
+)
+# A URL's password, and a parameter of a URL or of a connection string.
+_HOLDS_SECRET = re.compile(
+    r"://[^/\s]*:[^/\s]+@|(^|[?&;\s])[\w-]*(passw\w*|pwd|secret|token|signature|accesskey|accountkey)=", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Request:
             if schema_extra(option).get(SHIPPED):
                 value = _shipped(name, str(value), files)
             values = [str(v) for v in (value if isinstance(value, tuple) else [value])]
+            if any(map(_HOLDS_SECRET.search, values)):
+                raise UserError(f"{name}: holds a secret, which would show on the dashboard: give a URL without one")
             flag = [] if schema_extra(option).get(POSITIONAL) else [f"--{name.replace('_', '-')}"]
             arguments += flag if value is True else [*flag, *values]
         return cls(command_of(config), arguments, files, _env(submit))
@@ -77,8 +85,10 @@ def _env(submit: SubmitConfig) -> dict[str, str]:
         name, separator, value = text.partition("=")
         if not separator or not name:
             raise UserError(f"env: {name}: must be NAME=VALUE")
-        if _SOUNDS_SECRET.search(name):
-            raise UserError(f"env: {name} sounds like a secret, and would show on the dashboard: use --secrets {name}")
+        if _SOUNDS_SECRET.search(name) or _HOLDS_SECRET.search(value):
+            raise UserError(
+                f"env: {name} is or holds a secret, which would show on the dashboard: use --secrets {name}"
+            )
         env[name] = value
     secrets = names_in(submit.secrets)
     if bad := next((name for name in secrets if not re.fullmatch(r"[A-Za-z_]\w*", name)), None):

@@ -13,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 DISTRIBUTION = "prefill-router"
+_CODE = {".py", ".html", ".css", ".js"}  # all else in these folders may be a user's own, such as keys and dumps
 _PACKAGES = ("prefill_router", "prefill_jobs", "prefill_serve")
 
 
@@ -40,5 +41,7 @@ def _sources() -> Iterator[tuple[str, bytes]]:
         module = import_module(package)
         root = Path(module.__path__[0])
         for path in sorted(root.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield f"{package}/{path.relative_to(root).as_posix()}", path.read_bytes()
+            name = path.relative_to(root)
+            is_hidden = any(part.startswith(".") for part in name.parts)
+            if path.suffix in _CODE and path.is_file() and not is_hidden:
+                yield f"{package}/{name.as_posix()}", path.read_bytes()

