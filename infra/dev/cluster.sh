@@ -13,6 +13,9 @@ done
 
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # loopback alone
+loopback=lo
+[[ $(uname) != Darwin ]] || loopback=lo0
+export GLOO_SOCKET_IFNAME=$loopback NCCL_SOCKET_IFNAME=$loopback  # by which the workers of a training talk
 export RAY_TMPDIR=${RAY_TMPDIR:-/tmp/ray-cluster}  # apart from /tmp/ray, where other Rays would find this one and join it
 mkdir -p "$RAY_TMPDIR"
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')

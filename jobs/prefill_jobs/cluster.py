@@ -21,16 +21,20 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RpcError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from prefill_jobs import endings
-from prefill_router.console import silent_stderr
+from prefill_jobs import endings, local_ray
+from prefill_router.console import said_if_slow, silent_stderr
 from prefill_router.errors import UserError
-from prefill_router.listening import require_listener
+from prefill_router.listening import ray_address, require_listener, token_refused
 
 _FEW_AHEAD = 128  # tasks at once, of some twenty actors, that no driver is too slow for
 _ROUNDS = 8  # so many times as many tasks there are at least, for at the end all wait for the last
 
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 _ANSWERS_KEPT = 1000  # of a shared object: no call is made again after so many others
 
 T = TypeVar("T")
@@ -40,13 +44,12 @@ R = TypeVar("R")
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine; nothing where Ray already runs."""
     if not ray.is_initialized():
-        set_environment()
-        address = os.environ.get("RAY_ADDRESS")
-        if address and "://" not in address:
-            require_listener(address, "RAY_ADDRESS")  # or Ray would try for a minute without a word
-        options: dict[str, Any] = {} if address else {"include_dashboard": False}  # nobody would know where it is
-        with silent_stderr():
-            ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
+        local_ray.set_environment()
+        if address := ray_address():
+            _join(address)
+        else:
+            with local_ray.private(), silent_stderr():
+                ray.init("local", include_dashboard=False, **_QUIET)  # nobody would know where the dashboard is
     endings.listen()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -55,14 +58,31 @@ def connect() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def set_environment() -> None:
-    """What a Ray that starts here should know, unless the environment says otherwise: no reports, loopback alone."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray ends a worker after an idle second, and to start another takes longer than most stages of a job on one machine
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+def _join(address: str) -> None:
+    """Joins a cluster. Raises UserError if it cannot be reached or refuses the token, and says if it takes long."""
+    if ":" in address and "://" not in address:
+        require_listener(address, "RAY_ADDRESS")  # or Ray would try for a minute without a word
+        _require_token(address)
+    try:
+        with said_if_slow(f"ray: still trying to join the cluster at {address}"), silent_stderr():
+            ray.init(address, **_QUIET)
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS = {address}: {error}: the job must run on one of the cluster's nodes, and RAY_AUTH_TOKEN be "
+            "the cluster's, where it wants one; from elsewhere use prefill-router submit"
+        ) from None
+
+
+def _require_token(address: str) -> None:
+    """Raises UserError where the cluster refuses our token: `ray.init` would try for 20 s and not say why."""
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        with said_if_slow(f"ray: waiting for an answer from {address}"), silent_stderr():
+            GcsClient(address=address)
+    except AuthenticationError:
+        raise token_refused(address) from None
+    except RpcError as error:
+        raise UserError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
 
 
 @contextmanager

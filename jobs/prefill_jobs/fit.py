@@ -22,11 +22,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from prefill_jobs import cluster
 from prefill_jobs.graded import GradedStore
 from prefill_jobs.metrics import TrainMetrics
+from prefill_jobs.rendezvous import torch_config
 from prefill_router import storage
 from prefill_router.errors import UserError
 from prefill_router.feed import Feed, Rows
@@ -87,7 +88,7 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
     run = TorchTrainer(
         _fit_worker,
         train_loop_config={"task": task, "threads": cluster.threads_per_worker(workers)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=torch_config("nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker(workers)}
         ),

@@ -30,7 +30,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
 
-from prefill_jobs import cluster
+from prefill_jobs import local_ray
 from prefill_jobs.request import Request
 from prefill_jobs.wheel import write_wheel
 from prefill_router.config import SubmitConfig
@@ -244,13 +244,13 @@ def local_head() -> Iterator[str]:
     SIGTERM ends it, as Ctrl-C does.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cluster.set_environment()
+    local_ray.set_environment()
     os.environ.pop("RAY_ADDRESS", None)
     # A job's `python` is to be that of this process.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     head = RayCluster()
     try:
-        with silent_stderr():
+        with local_ray.private(), silent_stderr():
             # Ports that are free: another Ray may have the usual ones, and a head without its agent takes no job.
             node = head.add_node(include_dashboard=True, dashboard_port=0, dashboard_agent_listen_port=0)
         say(f"submit: a Ray head on this machine, {node.webui_url}")

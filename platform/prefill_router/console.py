@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,20 @@ from contextlib import contextmanager
 def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def said_if_slow(line: str, after_s: float = 3.0) -> Iterator[None]:
+    """Says `line` if the block takes longer than `after_s`, even where stderr is silenced meanwhile."""
+    stderr = os.dup(2)
+    timer = threading.Timer(after_s, os.write, [stderr, f"{line}\n".encode()])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        os.close(stderr)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 
 from prefill_router.errors import UserError
@@ -33,6 +34,20 @@ def require_listener(address: str, name: str, wait_s: float = 10.0) -> None:
         socket.create_connection((host.strip("[]"), int(port)), wait_s).close()
     except OSError as error:
         raise UserError(f"{name} = {address}: cannot be reached ({error}): is the cluster up?") from None
+
+
+def ray_address() -> str | None:
+    """The address of the Ray cluster to join, by RAY_ADDRESS; None where a Ray starts on this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
+def token_refused(address: str) -> UserError:
+    """The error of a Ray cluster that refuses our token, or that we have none."""
+    return UserError(
+        f"RAY_ADDRESS = {address}: the Ray cluster refuses this token, or the lack of one: set RAY_AUTH_MODE=token, "
+        "and RAY_AUTH_TOKEN to the cluster's token, or put it in the file ~/.ray/auth_token"
+    )
 
 
 def is_loopback(host: str) -> bool:

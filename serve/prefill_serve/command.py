@@ -13,6 +13,7 @@ import typer
 from prefill_router import storage
 from prefill_router.config import KeyConfig, ServeConfig
 from prefill_router.errors import UserError
+from prefill_router.listening import ray_address
 from prefill_router.strict import load_toml
 from prefill_serve.haproxy import environment, own_folder
 
@@ -24,14 +25,11 @@ def serve(read: Callable[[], ServeConfig]) -> None:
     serve, or where others could reach an endpoint without keys.
     """
     read()  # what is wrong with it is said before Ray starts
-    ours = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
+    ours = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     with ExitStack() as stack:
-        if "RAY_ADDRESS" not in os.environ:
-            # Replicas have a port for each other, on every address: without this token it answers nobody.
+        if ray_address() is None:
+            # Loopback alone; but replicas have a port for each other, on every address, which wants the token.
+            ours["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             ours |= environment(stack.enter_context(own_folder()))
         stack.enter_context(_set(ours))

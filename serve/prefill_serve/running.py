@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -13,13 +12,15 @@ from typing import Any
 import httpx
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayError
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError, RpcError
 
 from prefill_router import storage
 from prefill_router.config import ServeConfig
-from prefill_router.console import say, silent_stderr
+from prefill_router.console import said_if_slow, say, silent_stderr
 from prefill_router.errors import UserError
-from prefill_router.listening import is_loopback, require_free
+from prefill_router.listening import is_loopback, ray_address, require_free, require_listener, token_refused
 from prefill_router.pool import load_pool
 from prefill_router.strict import load_toml, validate
 from prefill_serve.app import AppArgs, build_app
@@ -34,10 +35,12 @@ def run(read: Callable[[], ServeConfig]) -> None:
     """Serves until interrupted or terminated; see `command.serve`."""
     config = read()
     arguments = app_arguments(config)
-    cluster = os.environ.get("RAY_ADDRESS")
+    cluster = ray_address()
     if not cluster:
         require_free(config.port, config.host)
     Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
+    if cluster and ":" in cluster and "://" not in cluster:
+        _require_token(cluster)
     with silent_stderr():
         ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -60,6 +63,19 @@ def run(read: Callable[[], ServeConfig]) -> None:
             ray_serve.delete(_APP)
         with silent_stderr():
             ray.shutdown()
+
+
+def _require_token(address: str) -> None:
+    """Raises UserError where the cluster refuses our token or is away, which `ray.init` takes a minute to say."""
+    require_listener(address, "RAY_ADDRESS")
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        with said_if_slow(f"serve: waiting for an answer from {address}"), silent_stderr():
+            GcsClient(address=address)
+    except AuthenticationError:
+        raise token_refused(address) from None
+    except RpcError as error:
+        raise UserError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
 
 
 def start(host: str, port: int) -> None:

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from listeners import listeners
 from prefill_router.router import Router
 from prefill_router.strict import load_toml
 from prefill_serve.client import RouteError, RouterClient
@@ -125,12 +126,12 @@ def test_nothing_listens_for_others(two: Serve) -> None:
     """Each replica has a port of Ray's on every address, which wants Ray's token."""
     import grpc
 
-    for process in psutil.Process(two.process.pid).children(recursive=True):
-        for connection in process.net_connections("tcp"):
-            if connection.status != psutil.CONN_LISTEN or connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1"):
-                continue
-            assert "ray::ServeReplica" in " ".join(process.cmdline()), connection
-            with grpc.insecure_channel(f"127.0.0.1:{connection.laddr.port}") as channel:
+    found = list(listeners(psutil.Process(two.process.pid)))
+    assert any("gcs_server" in listener.command for listener in found)
+    for listener in found:
+        if listener.address != "127.0.0.1":
+            assert "ray::ServeReplica" in listener.command, listener
+            with grpc.insecure_channel(f"127.0.0.1:{listener.port}") as channel:
                 call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
                 with pytest.raises(grpc.RpcError) as refused:
                     call(b"", timeout=120)

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from listeners import addresses
 from manifests import INFRA, ROOT
 from ports import free_port
 
@@ -46,16 +47,6 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
             status = process.wait()
     _, left = psutil.wait_procs(everything, timeout=120)
     assert (status, left) == (0, [])
-
-
-def addresses(tree: psutil.Process) -> set[str]:
-    """On which its processes listen."""
-    pids = {process.pid for process in (tree, *tree.children(recursive=True))}
-    return {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for connection in psutil.net_connections("tcp")  # of all, as one of its own may end meanwhile
-        if connection.pid in pids and connection.status == psutil.CONN_LISTEN
-    }
 
 
 def test_an_s3_server_with_a_bucket() -> None:

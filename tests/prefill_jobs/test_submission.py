@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray._private import ray_constants
 
 from command import Command
 from prefill_jobs import submission, submitting
@@ -82,6 +83,7 @@ def test_a_local_head_ends_with_a_command_that_is_terminated(monkeypatch: pytest
 
     class Head:
         def add_node(self, **_options: object) -> SimpleNamespace:
+            assert ray_constants.ENABLE_RAY_CLUSTER is False  # it listens on loopback
             return SimpleNamespace(webui_url="127.0.0.1:1")
 
         def shutdown(self) -> None:

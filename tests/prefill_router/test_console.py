@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from prefill_router.console import say, silent_stderr
+from prefill_router.console import said_if_slow, say, silent_stderr
 
 
 def test_native_noise_is_heard_outside_alone(capfd: pytest.CaptureFixture[str]) -> None:
@@ -20,3 +20,14 @@ def test_an_exception_passes_and_stderr_comes_back(capfd: pytest.CaptureFixture[
         raise RuntimeError("boom")
     say("after")
     assert capfd.readouterr().err == "after\n"
+
+
+def test_what_takes_long_is_said_even_where_others_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    with said_if_slow("slow", after_s=0.0), silent_stderr():
+        os.write(2, b"noise\n")
+        while not (said := capfd.readouterr().err):
+            pass
+    assert said == "slow\n"
+    with said_if_slow("slow", after_s=60.0):
+        os.write(2, b"quick\n")
+    assert capfd.readouterr().err == "quick\n"

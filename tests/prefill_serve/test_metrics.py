@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from prefill_router.pool import Pool, Target
 from prefill_router.router import Router
 from prefill_serve.gateway import ledger as module
 from prefill_serve.gateway.ledger import LedgerSettings, LocalLedger
-from prefill_serve.gateway.metrics import GatewayMetrics
+from prefill_serve.gateway.metrics import GatewayMetrics, key_label
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.served import Served
 from served import Api
@@ -80,13 +81,22 @@ def test_budgets_are_told_of_without_a_call(told: Told, monkeypatch: pytest.Monk
         now = datetime.now(UTC)
         call = {"target": "small", "prompt_id": "p", "p_correct": {}, "expected_cost_usd": {}, "usage": None}
         await ledger.record(Served(request_id="r", holder="ann", at=now, end="answered", cost_usd=0.5, **call), [])
-        assert refreshed(told, share)[-2:] == [(0.5, {"key": "ann"}), (0.05, {"key": "all"})]
+        assert refreshed(told, share)[-2:] == [(0.5, {"key": key_label("ann")}), (0.05, {"key": "all"})]
         monkeypatch.setattr(module, "_now", lambda: now + timedelta(days=1))
-        assert refreshed(told, share)[-2:] == [(0.0, {"key": "ann"}), (0.0, {"key": "all"})]
+        assert refreshed(told, share)[-2:] == [(0.0, {"key": key_label("ann")}), (0.0, {"key": "all"})]
         await ledger.configure(LedgerSettings.model_validate({"budgets": {"usd_per_day": 10.0}}))
         assert {tags["key"] for _, tags in refreshed(told, share)} == {"all"}
 
     asyncio.run(scenario())
+
+
+def test_a_label_does_not_name_who_has_a_key() -> None:
+    """It is what the README's command prints, and no key's name is taken for the sum of all."""
+    shell = subprocess.run(
+        "printf %s ann | sha256sum | cut -c1-12", shell=True, capture_output=True, text=True, check=True
+    )
+    assert key_label("ann") == shell.stdout.strip()
+    assert key_label("all") != "all"
 
 
 def test_the_router_that_serves_is_told_of_and_none_that_did(told: Told, api: Api, router: str, tmp_path: Any) -> None:

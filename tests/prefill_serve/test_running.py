@@ -20,6 +20,7 @@ from prefill_serve import running
 from prefill_serve.app import AppArgs
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
+from tokens import refusing_token
 
 HASH = "sha256:" + "0" * 64
 
@@ -65,6 +66,16 @@ def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     assert "refused, all goes on as before" in said
     assert "took over" not in said
     assert deployed == []
+
+
+def test_a_token_that_the_cluster_refuses_is_said_before_ray_tries(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_arguments, **_options: pytest.fail("Ray tries"))
+    with refusing_token() as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"{address}: the Ray cluster refuses this token.* set RAY_AUTH_MODE=token"):
+            running.run(lambda: ServeConfig(router=router))
 
 
 def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytest.MonkeyPatch) -> None:

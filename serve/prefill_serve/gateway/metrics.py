@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from prefill_serve.gateway.served import Served
 from prefill_serve.metrics import SECONDS, counter, gauge, histogram
+
+
+def key_label(name: str) -> str:
+    """A label for the key of this name: a digest, as whoever reads metrics need not know who has a key."""
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 class GatewayMetrics:
@@ -36,12 +42,12 @@ class BudgetMetrics:
     """Of the one process that keeps the accounts."""
 
     def __init__(self) -> None:
-        self.share = gauge("budget_spent_share", "Of today's budget, by the key that has one; all: of all keys", "key")
+        self.share = gauge("budget_spent_share", "Of today's budget, by the key's hash; all: of all keys", "key")
         self._keys: set[str] = set()
 
     def spent(self, shares: Mapping[str | None, float]) -> None:
         """Of all together under the key `all`."""
-        by_key = {key or "all": share for key, share in shares.items()}
+        by_key = {"all" if key is None else key_label(key): share for key, share in shares.items()}
         for key in self._keys - set(by_key):
             self.share.forget({"key": key})
         for key, share in by_key.items():
