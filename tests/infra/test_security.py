@@ -1,0 +1,30 @@
+"""SECURITY.md: found from the README, with a section for each boundary, and true where that can be asked of a file."""
+
+from __future__ import annotations
+
+import re
+
+from manifests import INFRA, ROOT
+
+TEXT = (INFRA / "SECURITY.md").read_text()
+ANCHORS = {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", TEXT, re.MULTILINE)}
+
+
+def test_links_lead_to_sections() -> None:
+    links = re.findall(r"\(#([\w-]+)\)", TEXT)
+    links += re.findall(r"infra/SECURITY\.md#([\w-]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert {*links} <= ANCHORS
+
+
+def test_the_readme_links_to_it_and_it_says_how_to_report() -> None:
+    assert "(infra/SECURITY.md)" in (ROOT / "README.md").read_text()
+    assert "reporting-a-vulnerability" in ANCHORS
+    assert not re.search(r"[\w.]+@[\w.]+\.\w+", TEXT)  # a private advisory is the one way
+
+
+def test_its_secrets_and_files_are_those_of_the_manifests() -> None:
+    manifests = "".join(path.read_text() for path in (INFRA / "kubernetes").rglob("*.yaml"))
+    for role in ("jobs", "collect", "endpoint"):
+        assert f"prefill-router-{role}" in manifests
+        assert f"-{role}`" in TEXT
