@@ -117,9 +117,8 @@ class Gate:
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         """Raises Refusal from `receive` once the body is longer than allowed, at once where its header says so."""
         limit = self.endpoint.serving.settings.limits.body_bytes if self.endpoint.serving else 0
-        stated = headers.get("content-length", "0")
         received = 0
-        if stated.isdecimal() and int(stated) > limit > 0:
+        if limit > 0 and _states_more(headers.get("content-length", ""), limit):
             raise _too_large(limit)
 
         async def bounded() -> Message:
@@ -131,6 +130,12 @@ class Gate:
             return message
 
         return bounded
+
+
+def _states_more(stated: str, limit: int) -> bool:
+    """Is a Content-Length larger than `limit`? Python converts no number of more than 4,300 digits."""
+    digits = stated.lstrip("0")
+    return digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit)
 
 
 def _too_large(limit: int) -> Refusal:

@@ -269,6 +269,20 @@ def test_a_body_without_a_length_is_bounded_too(api: Api, router: str) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/route", "/v1/route/batch", "/v1/chat/completions", "/v1/responses", "/v1/feedback"]
+)
+def test_a_number_of_thousands_of_digits_is_the_callers_fault(api: Api, path: str) -> None:
+    """Python refuses to convert numbers of more than 4,300 digits, wherever they are."""
+    digits, json_type = "9" * 5000, {"content-type": "application/json"}
+    stated = api.client.post(path, content=b"{}", headers={**json_type, "content-length": digits})
+    assert (stated.status_code, stated.json()["error"]["code"]) == (413, "request_too_large")
+    body = f'{{"prompt": "?", "tolerance": {digits}, "messages": [{{"role": "user", "content": {digits}}}]}}'
+    assert 400 <= api.client.post(path, content=body, headers=json_type).status_code < 500
+    padded = api.client.post(path, content=b"[]", headers={**json_type, "content-length": f"{'0' * 5000}2"})
+    assert padded.status_code != 413
+
+
 @pytest.mark.parametrize("path", ["/v1/route", "/v1/route/batch", "/v1/chat/completions", "/v1/responses"])
 @pytest.mark.parametrize("how", ["disconnects", "is cancelled"])
 def test_a_caller_who_hangs_up_is_no_fault_of_ours(
