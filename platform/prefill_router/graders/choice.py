@@ -19,7 +19,7 @@ from prefill_router.graders.registry import grader
 from prefill_router.graders.text import normalize
 
 # A letter as it may be set: C, (C), [C], **C**, $C$, "C"; a small one only where something sets it apart.
-# All repeats are bounded, so that no answer makes a search take longer than its length allows.
+# All repeats are bounded, or give nothing back, so that no answer makes a search take longer than its length allows.
 _OPEN, _CLOSE = r"[*_`$\"'“‘\s]{0,12}", r"[*_`$\"'”’]{0,6}"
 _LETTER = (
     _OPEN + r"(?:\\text\{|\\mathrm\{)?"
@@ -45,7 +45,9 @@ _SET_APART = re.compile(
 _REJECTED_AFTER = re.compile(
     r"[*_\s:)\]]{0,6}(?:(?:is|are|was|would be)\s{1,3}(?:not|wrong|incorrect|false|ruled)\b|isn['’]t\b)"
 )
+_BEFORE = 12  # characters before a letter that may reject it
 _REJECTED_BEFORE = re.compile(r"(?:\bnot|n['’]t|\bneither|\bexcept)[\s*_(\[]*$")
+_WHOLE = re.compile(rf"{_LETTER}(?:\s*+[.):][^\n]*+(?:\n[).\s]*+)?|{_CLOSE}[).\s]*+)")
 _MORE = re.compile(rf"{_CLOSE}[)\]]?[*_]{{0,2}}\s{{0,3}}(?:,|/|&|\bor\b|\band\b)\s{{0,3}}(?:or\b|and\b)?{_LETTER}")
 
 
@@ -126,7 +128,7 @@ def _letter_of(reference: Any, texts: Sequence[str], labels: Sequence[str]) -> s
 def find_letters(answer: str, letters: str) -> set[str]:
     """The letters of the last statement that names any; none where no letter is stated, or set apart."""
     text = answer.strip()
-    if whole := _named(re.fullmatch(rf"{_LETTER}(?:\s*[.):]+.*)?{_CLOSE}[).\s]*", text), letters):
+    if whole := _named(_WHOLE.fullmatch(text), letters):
         return whole
     if len(text) == 1 and text.upper() in letters:
         return {text.upper()}
@@ -145,16 +147,22 @@ def _in_box(content: str, letters: str) -> set[str]:
 def _said(pattern: re.Pattern[str], text: str, letters: str) -> list[Said]:
     found = []
     for match in pattern.finditer(text):
-        rejected = _REJECTED_AFTER.match(text, match.end()) or _REJECTED_BEFORE.search(text[: match.start()][-12:])
+        rejected = _REJECTED_AFTER.match(text, match.end()) or _REJECTED_BEFORE.search(
+            text[max(0, match.start() - _BEFORE) : match.start()]
+        )
         if not rejected and (named := _named(match, letters)):
             found.append(Said(named | _further(text, match.end(), letters), match.end()))
     return found
 
 
 def _further(text: str, start: int, letters: str) -> set[str]:
-    """Letters that go on from one, as in "A or B"."""
+    """Letters that go on from one, as in "A or B"; no more of them than there are letters."""
     named: set[str] = set()
-    while (match := _MORE.match(text, start)) and (more := _named(match, letters)):
+    for _ in letters:
+        match = _MORE.match(text, start)
+        more = _named(match, letters)
+        if match is None or not more:
+            break
         named, start = named | more, match.end()
     return named
 

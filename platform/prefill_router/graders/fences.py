@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
-_OPEN = re.compile(r"^[ \t]{0,3}(?P<ticks>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^`\n]*$", re.MULTILINE)
+_MARKS = ("```", "~~~")
+_MOST_INDENT = 3
 
 
 class Fence(NamedTuple):
@@ -13,15 +13,40 @@ class Fence(NamedTuple):
     text: str
 
 
+class _Opened(NamedTuple):
+    mark: str
+    language: str
+    start: int  # of its text, in the answer
+
+
 def fences(answer: str) -> list[Fence]:
-    """In their order. A fence that is never closed, as of an answer that was cut off, goes to the end."""
-    found, at = [], 0
-    while opened := _OPEN.search(answer, at):
-        start = min(opened.end() + 1, len(answer))
-        ticks = opened["ticks"]
-        closed = re.compile(rf"^[ \t]{{0,3}}{ticks[0]}{{{len(ticks)},}}[ \t]*$", re.MULTILINE).search(answer, start)
-        found.append(Fence(opened["language"].lower(), answer[start : closed.start() if closed else len(answer)]))
-        if closed is None:
-            break
-        at = closed.end()
+    """In their order. A fence that is never closed, as of an answer that was cut off, goes to the end.
+
+    Takes time in proportion to the answer's length: each line is looked at once.
+    """
+    found: list[Fence] = []
+    opened: _Opened | None = None
+    at = 0
+    for line in answer.split("\n"):
+        mark, rest = _marked(line)
+        end = min(at + len(line) + 1, len(answer))
+        if opened is None:
+            if mark and "`" not in rest:
+                language = rest.lstrip(" \t")
+                opened = _Opened(mark, language.split()[0].lower() if language.strip() else "", end)
+        elif mark.startswith(opened.mark) and not rest.strip():
+            found.append(Fence(opened.language, answer[opened.start : at]))
+            opened = None
+        at = end
+    if opened is not None:
+        found.append(Fence(opened.language, answer[opened.start :]))
     return found
+
+
+def _marked(line: str) -> tuple[str, str]:
+    """The backticks or tildes that a line begins with, at least three of them, and what follows; else nothing."""
+    text = line.lstrip(" \t")
+    if len(line) - len(text) > _MOST_INDENT or not text.startswith(_MARKS):
+        return "", ""
+    rest = text.lstrip(text[0])
+    return text[: len(text) - len(rest)], rest

@@ -20,7 +20,7 @@ from prefill_router.graders.registry import grader
 
 Verifier = Callable[[str, dict[str, Any]], float]
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_TAG, _END_TAG = "<answer>", "</answer>"
 _EVALUATES = {"sympy": re.compile(r"\bparse_expr\(answer"), "python": re.compile(r"\beval\(answer")}
 
 
@@ -51,10 +51,18 @@ def reasoning_gym(
     facts = nested(row[metadata])
     name = _dataset(facts, dataset)
     verifier, language = _verifier(name)
-    said = (_TAGGED.findall(answer) or [answer])[-1].strip()
+    said = (tagged(answer) or answer).strip()
     if language is not None and not is_harmless(said, language):
         return wrong(f"{name} would evaluate {short(said)}")
     return _verified(verifier, said, {**row, "answer": str(references(row, reference)[0]), "metadata": facts}, name)
+
+
+def tagged(answer: str) -> str | None:
+    """What stands in the answer's last <answer> tag that is closed; None where there is none."""
+    found, at = None, 0
+    while (start := answer.find(_TAG, at)) >= 0 and (end := answer.find(_END_TAG, start + len(_TAG))) >= 0:
+        found, at = answer[start + len(_TAG) : end], end + len(_END_TAG)
+    return found
 
 
 def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -> Grade:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -20,6 +21,8 @@ from prefill_router.graders.registry import grader
 
 _PATTERN_S = 1.0  # for one string; a pattern may backtrack for ever
 _NOTHING = object()
+_OPENING = re.compile(r"[{\[]")
+_MOST_READ, _ALWAYS_READ = 8, 20_000  # characters that are read in vain: for each of the answer's, and beside them
 
 
 def checked_schema(schema: Any) -> Any:
@@ -91,13 +94,15 @@ def find_json(answer: str) -> Any:
 
 
 def _last_inside(answer: str) -> Any:
-    decoder, found, at, tries = json.JSONDecoder(parse_constant=_refuse), _NOTHING, 0, 0
-    while (match := regex.search(r"[{\[]", answer, pos=at)) and tries < 1000:
-        tries += 1
+    """The last object or array; what a text holds that is none is read no longer than `_MOST_READ` says."""
+    decoder, found, at = json.JSONDecoder(parse_constant=_refuse), _NOTHING, 0
+    left = _MOST_READ * len(answer) + _ALWAYS_READ
+    while left > 0 and (match := _OPENING.search(answer, at)):
         try:
             found, at = decoder.raw_decode(answer, match.start())
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
             at = match.start() + 1
+            left -= getattr(error, "pos", len(answer)) - match.start() + 1
     return found
 
 

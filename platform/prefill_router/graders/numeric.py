@@ -112,12 +112,19 @@ def find_number(text: str) -> Number | None:
 
 def _stated(text: str) -> Number | None:
     for line in _LATEX.sub(" ", text).splitlines():
-        numbers = list(_NUMBER.finditer(_unescaped(line)))
-        while len(numbers) > 1 and _SUM.match(_unescaped(line), numbers[0].end()):
-            numbers.pop(0)
-        if numbers and (number := _value(numbers[0])):
+        line = _unescaped(line)
+        if (found := _result(line, list(_NUMBER.finditer(line)))) and (number := _value(found)):
             return number
     return None
+
+
+def _result(line: str, numbers: list[re.Match[str]]) -> re.Match[str] | None:
+    """The first number of a line, or the first behind the sums that it begins with; the last where all are in sums."""
+    place = 0
+    while place < len(numbers) - 1 and (equals := _SUM.match(line, numbers[place].end())):
+        while place < len(numbers) - 1 and numbers[place].end() < equals.end():
+            place += 1
+    return numbers[place] if numbers else None
 
 
 def _only(content: str) -> Number | None:
