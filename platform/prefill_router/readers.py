@@ -12,16 +12,13 @@ import pyarrow as pa
 from prefill_router import storage
 from prefill_router.compressed import COMPRESSED, open_text, unpacked
 from prefill_router.errors import UserError
+from prefill_router.row_groups import BATCH_ROWS, batch_rows
 from prefill_router.textfiles import CsvTable, Record, json_object, read_json_list, read_jsonl
 
 _BINARY, _TEXT = (".parquet", ".arrow", ".feather"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for text in _TEXT for packed in COMPRESSED))
 FORMATS = f"{', '.join(_BINARY + _TEXT)}, and text also in {', '.join(COMPRESSED)}"  # for errors
 NOT_UTF8 = b"\xff"  # in the place of nested text that is not UTF-8
-
-_BATCH_ROWS = 1024
-_BATCH_BYTES = 64 << 20
-_MAX_CSV_LINE_BYTES = 1 << 28
 
 Choose = Callable[[Sequence[str]], list[str]]  # of a table's columns those to read
 
@@ -43,7 +40,7 @@ def read_records(uri: str, choose: Choose, first_row: int, offset: int, max_line
         rows = _parquet_rows if name.endswith(".parquet") else _arrow_rows
         return _columnar(uri, rows, choose, first_row)
     if name.endswith((".csv", ".tsv")):
-        return _csv(uri, choose, first_row, offset)
+        return _csv(uri, choose, first_row, offset, max_line_bytes)
     if name.endswith(".json") and _is_list(uri):
         return read_json_list(uri, max_line_bytes, first_row, offset)
     return read_jsonl(uri, max_line_bytes, first_row, offset)
@@ -85,15 +82,10 @@ def _parquet_rows(uri: str, choose: Choose, first_row: int) -> Batches:
         for group in range(int(np.searchsorted(ends, first_row, side="right")), len(ends)):
             # One at a time: what a reader of several has fetched, it keeps.
             row = int(ends[group - 1]) if group else 0
-            size = _batch_rows(file.metadata.row_group(group))
+            size = batch_rows(uri, file.metadata.row_group(group), columns)
             for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns):
                 yield from _from(first_row, row, batch)
                 row += len(batch)
-
-
-def _batch_rows(group: Any) -> int:
-    """So many that a batch has some 64 MB: Arrow reads no nested column of 2 GB at once."""
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * int(group.num_rows) // max(int(group.total_byte_size), 1)))
 
 
 def _arrow_rows(uri: str, choose: Choose, first_row: int) -> Batches:
@@ -103,8 +95,8 @@ def _arrow_rows(uri: str, choose: Choose, first_row: int) -> Batches:
         for whole in batches:
             if row + len(whole) > first_row:
                 chosen = whole.select(columns)
-                for start in range(0, len(whole), _BATCH_ROWS):
-                    yield from _from(first_row, row + start, chosen.slice(start, _BATCH_ROWS))
+                for start in range(0, len(whole), BATCH_ROWS):
+                    yield from _from(first_row, row + start, chosen.slice(start, BATCH_ROWS))
             row += len(whole)
 
 
@@ -133,10 +125,19 @@ def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
     """The values of a column, of text that is not UTF-8 the bytes."""
     column = batch.column(name)
     try:
+        if isinstance(column, pa.DictionaryArray):
+            return _shared_values(column)
         is_plain = not column.type.num_fields
         return column.to_pylist() if is_plain else column.to_pylist(maps_as_pydicts="lossy")  # type: ignore[no-any-return]
     except UnicodeDecodeError:
         return [_value(scalar) for scalar in column]
+
+
+def _shared_values(column: pa.DictionaryArray) -> list[Any]:
+    """The values of a column that holds each once: rows with the same value share one object."""
+    places = column.indices.to_pylist()
+    known = {place: column.dictionary[place].as_py() for place in set(places) if place is not None}
+    return [known.get(place) for place in places]
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -150,9 +151,9 @@ def _value(scalar: pa.Scalar) -> Any:
 # --- CSV ---------------------------------------------------------------------------------------------------------
 
 
-def _csv(uri: str, choose: Choose, first_row: int, offset: int) -> Iterator[Record]:
+def _csv(uri: str, choose: Choose, first_row: int, offset: int, max_row_bytes: int) -> Iterator[Record]:
     with open_text(uri) as stream:
-        table = CsvTable(uri, stream, _MAX_CSV_LINE_BYTES)
+        table = CsvTable(uri, stream, max_row_bytes)
         if not table.columns:
             return
         places = [(name, table.columns.index(name)) for name in choose(table.columns)]

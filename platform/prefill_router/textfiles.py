@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, NoReturn
@@ -54,28 +55,43 @@ def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Ite
 class CsvTable:
     """The columns of a CSV, none where it is empty, and its rows in pieces.
 
-    What keeps columns apart is what the header has most of: commas, semicolons, tabs or bars.
+    What keeps columns apart is what the header has most of: commas, semicolons, tabs or bars. A row, whose quoted
+    values may have many lines, has less than `max_row_bytes`: a quote that is left open takes in the rest of the file.
     """
 
-    def __init__(self, uri: str, stream: io.BufferedReader, max_line_bytes: int) -> None:
-        csv.field_size_limit(max_line_bytes)  # a quote that is left open takes in the rest of the file
-        self.uri, self.max_line_bytes, self._stream = uri, max_line_bytes, stream
-        self._end = 0  # of what was read, in bytes
-        header = next((line for line in self._lines(0) if line.strip()), "")
+    def __init__(self, uri: str, stream: io.BufferedReader, max_row_bytes: int) -> None:
+        csv.field_size_limit(max_row_bytes)
+        self.uri, self.max_row_bytes, self._stream = uri, max_row_bytes, stream
+        self._begin = self._end = 0  # of the row that is read, and of what was read, in bytes
+        header = self._header()
         self._delimiter = max(_DELIMITERS, key=lambda delimiter: _num_columns(header, delimiter))
         self._records = self._parsed(itertools.chain([header], self._lines(self._end)))
         self.columns = [name.strip() for name in next(self._records, [])]
 
+    def _header(self) -> str:
+        """The first line that is not blank."""
+        for line in self._lines(0):
+            if line.strip():
+                return line
+            self._begin = self._end
+        return ""
+
     def _lines(self, offset: int) -> Iterator[str]:
-        for start, line in bounded_lines(self._stream, offset, self.max_line_bytes):
+        for start, line in bounded_lines(self._stream, offset, self.max_row_bytes):
             self._end = start + len(line)
-            if len(line) == self.max_line_bytes:
-                raise UserError(f"{self.uri}: near byte {start}: a line must have less than {len(line):,} bytes")
+            if self._end - self._begin >= self.max_row_bytes:
+                raise UserError(
+                    f"{self.uri}: near byte {self._begin}: a row must have less than {self.max_row_bytes:,} bytes: "
+                    "shorten it, or close the quote that takes in the rows behind it"
+                )
             yield decoded(line, start)
 
     def _parsed(self, lines: Iterator[str]) -> Iterator[list[str]]:
         try:
-            yield from filter(None, csv.reader(lines, delimiter=self._delimiter, strict=True))
+            for values in csv.reader(lines, delimiter=self._delimiter, strict=True):
+                self._begin = self._end
+                if values:
+                    yield values
         except csv.Error as error:
             raise UserError(f"{self.uri}: near byte {self._end}: not CSV: {error}") from None
 
@@ -90,7 +106,7 @@ class CsvTable:
         records = self._records
         if offset:
             self._stream.seek(offset)
-            self._end = offset
+            self._begin = self._end = offset
             records = self._parsed(self._lines(offset))
         position = self._end
         for row, values in enumerate(records, first_row):
@@ -110,10 +126,10 @@ def _num_columns(header: str, delimiter: str) -> int:
 
 
 @contextmanager
-def open_csv(uri: str, max_line_bytes: int) -> Iterator[CsvTable]:
+def open_csv(uri: str, max_row_bytes: int) -> Iterator[CsvTable]:
     """Raises UserError where the file is empty, or two columns have one name."""
     with open_text(uri) as stream:
-        table = CsvTable(uri, stream, max_line_bytes)
+        table = CsvTable(uri, stream, max_row_bytes)
         if not table.columns:
             raise UserError(f"{uri}: is empty: a CSV begins with the names of its columns")
         check_unique(uri, table.columns)
@@ -122,9 +138,9 @@ def open_csv(uri: str, max_line_bytes: int) -> Iterator[CsvTable]:
 
 def check_unique(uri: str, columns: Sequence[str]) -> None:
     """Raises UserError where two columns have one name."""
-    for name in columns:
-        if name and columns.count(name) > 1:
-            raise UserError(f"{uri}: has {columns.count(name)} columns {name}, must have one")
+    for name, number in Counter(filter(None, columns)).items():
+        if number > 1:
+            raise UserError(f"{uri}: has {number} columns {name}, must have one")
 
 
 def require_columns(uri: str, columns: Sequence[str], required: Sequence[str]) -> None:

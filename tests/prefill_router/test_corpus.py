@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
 import os
 import random
 import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
-from prefill_router import corpus, readers, storage
+from prefill_router import corpus, readers, row_groups, storage, textfiles
 from prefill_router.corpus import BadRow, Row
 from prefill_router.errors import UserError
 
@@ -292,6 +295,70 @@ def test_a_line_that_could_fill_the_memory_is_not_loaded(tmp_path: Path) -> None
     assert only_bad(path).reason == "the line must have less than 16,777,216 bytes"
     assert peak_bytes < 64_000_000
     assert list(corpus.read(str(path), 2, None, rows[2][1])) == rows[2:]
+
+
+def _packed(path: Path, begin: bytes, piece: bytes) -> Path:
+    """A small file that unpacks to 16 MB."""
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(pack[path.suffix](begin + piece * ((16 << 20) // len(piece))))
+    assert path.stat().st_size < 100_000
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".csv.bz2", ".csv.zst", ".tsv.gz"])
+@pytest.mark.parametrize("piece", [b"x", b"x" * 99 + b"\n", b'x\n","', b","], ids=["line", "lines", "values", "blanks"])
+def test_a_row_of_a_table_that_could_fill_the_memory_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, piece: bytes
+) -> None:
+    monkeypatch.setattr(corpus, "MAX_PROMPT_BYTES", 1 << 14)
+    path = _packed(tmp_path / f"a{suffix}", b'prompt\n"', piece)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"near byte 7: a row must have less than 262,144 bytes: shorten it, or close"):
+        read(path, max_prompt_bytes=1000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10_000_000
+
+
+def test_a_header_of_many_columns_is_checked_in_one_pass(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(200_000)]
+    start = time.process_time()
+    textfiles.check_unique("t.csv", names)
+    assert time.process_time() - start < 5.0  # each compared with each, it would take minutes
+    with pytest.raises(UserError, match=r"t.csv: has 2 columns c7, must have one"):
+        textfiles.check_unique("t.csv", [*names, "c7"])
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_dictionary_is_not_unpacked_for_all_its_rows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """A value that a small file holds once, and its 200 rows 200 times."""
+    monkeypatch.setattr(row_groups, "_UNPACKED_BYTES", 4 << 20)
+    text = "x" * (1 << 20)
+    table = pa.Table.from_pylist([{column: text if column == "prompt" else [{"role": "user", "content": text}]}])
+    path, options = tmp_path / "a.parquet", {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30}
+    pq.write_table(pa.concat_tables([table] * 200), path, **options)
+    assert path.stat().st_size < 20_000
+    most_bytes = before_bytes = pa.total_allocated_bytes()
+    num_good = 0
+    for _, _, found in corpus.read(str(path)):
+        most_bytes = max(most_bytes, pa.total_allocated_bytes())
+        num_good += isinstance(found, Row)
+    assert num_good == 200
+    assert most_bytes - before_bytes < 24 << 20
+
+
+def test_rows_of_an_arrow_file_share_the_values_of_a_dictionary(tmp_path: Path) -> None:
+    column = pa.array(["one " * 1000, None, "one " * 1000]).dictionary_encode()
+    table = pa.table({"prompt": column, "prompt_id": ["a", "b", "c"]})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    first, bad, second = read(tmp_path / "a.arrow")
+    assert isinstance(first, Row)
+    assert isinstance(second, Row)
+    assert isinstance(bad, BadRow)
+    assert first.prompt is second.prompt
 
 
 def test_a_bad_value_is_shown_short(tmp_path: Path) -> None:
@@ -605,7 +672,7 @@ def test_a_row_group_of_gigabytes_is_read_in_pieces_of_bounded_memory(
     with pq.ParquetWriter(path, pa.schema([("messages", kind)]), data_page_size=1 << 16) as writer:
         batches = [pa.record_batch([pa.array([[{"role": "user", "content": c}]], kind)], ["messages"]) for c in content]
         writer.write_table(pa.Table.from_batches(batches), row_group_size=100)  # 26 MB
-    monkeypatch.setattr(readers, "_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(row_groups, "BATCH_BYTES", 1 << 20)
     monkeypatch.setattr(storage, "_GROUP_BYTES", 1 << 20)
     monkeypatch.setattr(storage, "_PIECE_BYTES", 1 << 18)
     before_bytes = pa.total_allocated_bytes()

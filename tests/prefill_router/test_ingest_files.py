@@ -133,7 +133,7 @@ def test_a_value_too_large_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"j.json: near character 1: not JSON: a value must have less than 1,000 bytes"):
         ingest("routerarena", tmp_path / "j.json", tmp_path / "out")
     (tmp_path / "t.csv").write_text(HEADER + "x" * 5000 + ",m,1,5\n")
-    with pytest.raises(UserError, match=r"t.csv: near byte 39: a line must have less than 1,000 bytes"):
+    with pytest.raises(UserError, match=r"t.csv: near byte 39: a row must have less than 1,000 bytes"):
         ingest("toolkit", tmp_path / "t.csv", tmp_path / "out")
     path = write_jsonl(tmp_path / "l.jsonl", {"query": "x" * 5000}, {"query": "q", "model_name": "m", "performance": 1})
     found = ingest("llmrouter", path, tmp_path / "out")

@@ -21,6 +21,7 @@ from prefill_router.corpus import BadRow
 from prefill_router.errors import UserError
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
 from prefill_router.readers import column_values
+from prefill_router.row_groups import batch_rows
 from prefill_router.textfiles import Fields, check_unique, open_csv, require_columns
 
 _USED = ("sample_id", "prompt", "eval_name")
@@ -47,7 +48,7 @@ def _read_parquet(uri: str) -> Iterator[Item]:
         with storage.open_parquet(uri) as file:
             columns = _Columns(uri, file.schema_arrow.names)
             yield from columns.unknown()
-            for first_row, batch in _batches(file, columns.used):
+            for first_row, batch in _batches(uri, file, columns.used):
                 rows = zip(*(column_values(batch, name) for name in columns.used), strict=True)
                 for row, values in enumerate(rows, first_row):
                     yield columns.record(row, dict(zip(columns.used, values, strict=True)))
@@ -57,10 +58,11 @@ def _read_parquet(uri: str) -> Iterator[Item]:
         raise UserError(f"{uri}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
 
 
-def _batches(file: pa.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _batches(uri: str, file: pa.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
     row = 0
     for group in range(file.num_row_groups):  # one at a time: what a reader of several has fetched, it keeps
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns)):
+        size = batch_rows(uri, file.metadata.row_group(group), columns, _BATCH_ROWS)
+        for batch in file.iter_batches(size, row_groups=[group], columns=list(columns)):
             yield row, batch
             row += len(batch)
 
