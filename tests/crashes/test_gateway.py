@@ -63,7 +63,7 @@ class Serving(Scenario):
         for calls in (CALLS[:2], CALLS[2:]):
             await asyncio.gather(*(self._call(ledger, call) for call in calls))
             await ledger._save()
-            self.booked.update(ledger._calls)
+            self.booked.update(ledger._remembered)
         await ledger.close()
 
     async def _call(self, ledger: LocalLedger, call: Served) -> None:
@@ -99,7 +99,7 @@ class Serving(Scenario):
         assert [await ledger.feedback(Feedback(request_id=name, correct=True), "ann") for name in NAMES] == [False] * 4
         stats = await ledger.stats("ann")
         await ledger.close()
-        lost = {call.request_id for call in CALLS} - ledger._calls.keys()
+        lost = {call.request_id for call in CALLS} - set(ledger._remembered)
         assert lost <= self.acknowledged
         lost_usd = sum(call.cost_usd or 0.0 for call in CALLS if call.request_id in lost)
         return stats.feedback, stats.calls + len(lost), stats.spent_today_usd + lost_usd

@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge, Histogram, Metric
 from manifests import INFRA, load_all
 from prefill_jobs.metrics import CollectMetrics, JobMetrics, TrainMetrics
 from prefill_router.gauges import KeptGauge
-from prefill_serve.gateway.metrics import BudgetMetrics, GatewayMetrics
+from prefill_serve.gateway.metrics import BudgetMetrics, GatewayMetrics, MemoryMetrics
 from prefill_serve.metrics import Metrics
 from prometheus import DASHBOARDS, PROMTOOL, metrics_in, panels
 
@@ -50,6 +50,7 @@ def ours() -> dict[str, set[str]]:
         Metrics(),
         GatewayMetrics(),
         BudgetMetrics(),
+        MemoryMetrics(),
         JobMetrics("extract"),
         TrainMetrics(),
         CollectMetrics(),

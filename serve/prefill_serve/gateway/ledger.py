@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -37,16 +36,17 @@ from prefill_router.schema import (
 from prefill_router.strict import StrictModel
 from prefill_serve.gateway.accounts import Accounts, Budgets, Stats
 from prefill_serve.gateway.conversations import Conversations, Key
-from prefill_serve.gateway.metrics import BudgetMetrics
+from prefill_serve.gateway.metrics import BudgetMetrics, MemoryMetrics
+from prefill_serve.gateway.remembered import MOST_CALLS, LatestNames, Remembered, bound_prompts, latest
 from prefill_serve.gateway.segments import Segments
 from prefill_serve.gateway.served import Served
 
 log = logging.getLogger("ray.serve")
 
-_REMEMBERED = 200_000  # calls
 _KEPT = timedelta(days=7)  # a call in the journal, and so the time for its feedback
 _JOURNAL_S = 1.0
-_UNSAVED = 10_000  # calls that are kept where the journal cannot be written
+_LOOK_EVERY = 64  # calls that gather
+_UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # calls that are kept where the journal cannot be written, their prompts
 _PATIENCE_S = 1.0  # for the record of a call whose caller is quick with its feedback
 
 Row = dict[str, Any]
@@ -127,8 +127,9 @@ class LocalLedger:
     def __init__(self) -> None:
         self.settings = LedgerSettings()
         self.accounts, self.conversations, self.metrics = Accounts(), Conversations(), BudgetMetrics()
-        self._calls: OrderedDict[str, Served] = OrderedDict()
-        self._feedback: dict[str, _Given] = {}
+        self.memory = MemoryMetrics()
+        self._remembered: Remembered[_Given] = Remembered()
+        self._num_feedback = 0
         self._folder: _Folder | None = None
         self._unsaved: list[Served] = []
         self._pending: list[tuple[_Given, Served]] = []
@@ -144,14 +145,16 @@ class LocalLedger:
             self._folder = None
         if settings.folder is not None and self._folder is None:
             folder = _Folder(settings.folder)
-            calls, outcomes = await asyncio.to_thread(folder.read, _now() - _KEPT)
+            calls, outcomes, num_feedback = await asyncio.to_thread(folder.read, _now() - _KEPT)
+            self._num_feedback = max(self._num_feedback, num_feedback)
             for served in calls:
-                if served.request_id not in self._calls:
+                if self._remembered.call(served.request_id) is None:
                     self._take(served)
             for row in outcomes:
-                given = _Given(row[CORRECT], row[OUTPUT_TOKENS], asyncio.get_running_loop().create_future())
-                given.written.set_result(None)
-                self._feedback.setdefault(row[REQUEST_ID], given)
+                if self._remembered.given(row[REQUEST_ID]) is None:
+                    given = _Given(row[CORRECT], row[OUTPUT_TOKENS], asyncio.get_running_loop().create_future())
+                    given.written.set_result(None)
+                    self._remembered.give(row[REQUEST_ID], given)
             self._folder = folder
         self.settings = settings
         self._tell_budgets()
@@ -185,6 +188,8 @@ class LocalLedger:
         self._tell_budgets()
         if self._folder is not None:
             self._unsaved.append(served)
+            if len(self._unsaved) % _LOOK_EVERY == 0:  # where the folder does not answer, they only gather
+                self._unsaved = latest(self._unsaved, _UNSAVED, _UNSAVED_BYTES)
             if self._saver is None or self._saver.done():
                 self._saver = asyncio.create_task(self._save_soon())
 
@@ -196,7 +201,7 @@ class LocalLedger:
         if self._folder is None:
             raise NoFeedback("feedback is not recorded here: start the endpoint with --feedback FOLDER")
         value, length = _float32(given.value), given.output_tokens
-        known = self._feedback.get(given.request_id)
+        known = self._remembered.given(given.request_id)
         if known is not None:  # of a call that may be forgotten by now
             if value != known.value or length not in (None, known.output_tokens):
                 raise OtherFeedback(f'request "{given.request_id}": has other feedback, which stands')
@@ -209,7 +214,8 @@ class LocalLedger:
         if length is None and served.usage is not None:
             length = served.usage.output_tokens
         new = _Given(value, length, asyncio.get_running_loop().create_future())
-        self._feedback[given.request_id] = new
+        self._remembered.give(given.request_id, new)
+        self._num_feedback += 1
         self._pending.append((new, served))
         self._tasks.add(task := asyncio.create_task(self._commit(self._folder)))
         task.add_done_callback(self._tasks.discard)
@@ -217,7 +223,7 @@ class LocalLedger:
         return True
 
     async def stats(self, holder: str) -> Stats:
-        return self.accounts.stats(_now(), holder, len(self._feedback))
+        return self.accounts.stats(_now(), holder, self._num_feedback)
 
     async def close(self) -> None:
         """Saves what has not been."""
@@ -226,15 +232,14 @@ class LocalLedger:
 
     def _take(self, served: Served) -> None:
         self.accounts.book(served)
-        self._calls[served.request_id] = served
-        if len(self._calls) > _REMEMBERED:
-            self._calls.popitem(last=False)
+        self._remembered.add(served)
+        self.memory.holds(len(self._remembered), self._remembered.prompt_bytes)
 
     async def _find(self, request_id: str) -> Served | None:
         deadline = asyncio.get_running_loop().time() + _PATIENCE_S
-        while request_id not in self._calls and asyncio.get_running_loop().time() < deadline:
+        while self._remembered.call(request_id) is None and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        return self._calls.get(request_id)
+        return self._remembered.call(request_id)
 
     async def _commit(self, folder: _Folder) -> None:
         """Writes all feedback that waits, as one file: while it does, more can gather for the next."""
@@ -246,8 +251,9 @@ class LocalLedger:
                 await asyncio.to_thread(folder.write_outcomes, batch)
             except Exception as error:
                 log.exception("feedback was not written")
+                self._num_feedback -= len(batch)
                 for given, served in batch:
-                    self._feedback.pop(served.request_id, None)
+                    self._remembered.take_back(served.request_id)
                     given.written.set_exception(error)
                     given.written.exception()  # its callers may have gone
                 return
@@ -267,7 +273,7 @@ class LocalLedger:
                     await asyncio.to_thread(self._folder.write_calls, calls)
                 except Exception:
                     log.exception("calls were not written to the journal: they go with the next ones")
-                    self._unsaved = [*calls, *self._unsaved][-_UNSAVED:]
+                    self._unsaved = latest([*calls, *self._unsaved], _UNSAVED, _UNSAVED_BYTES)
 
 
 class _Given:
@@ -284,15 +290,24 @@ class _Folder:
         self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
         self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_table)
         self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
-        self._kept_prompts: set[str | None] = set()
+        self._kept_prompts = LatestNames()  # one that is forgotten may be kept again, which changes nothing
 
-    def read(self, since: datetime) -> tuple[list[Served], list[Row]]:
-        """Calls since a time and all outcomes, each once."""
+    def read(self, since: datetime) -> tuple[list[Served], list[Row], int]:
+        """Calls since a time and the latest outcomes, each once, and how many outcomes there are.
+
+        Calls whose prompts are too many to be held have none any more, and so no feedback.
+        """
         self.journal.forget(since)
-        self._kept_prompts = {row[PROMPT_ID] for row in self.prompts.read()}
-        calls = {served.request_id: served for served in self.journal.read() if served.at >= since}
-        outcomes = {row[REQUEST_ID]: row for row in self.outcomes.read()}
-        return list(calls.values()), list(outcomes.values())
+        self._kept_prompts.update(self.prompts.read(_decode_prompt_ids))
+        calls = bound_prompts(served for served in self.journal.read() if served.at >= since)
+        outcomes: dict[str, Row] = {}
+        num_outcomes = 0
+        for row in self.outcomes.read():
+            num_outcomes += row[REQUEST_ID] not in outcomes
+            outcomes[row[REQUEST_ID]] = row
+            if len(outcomes) > MOST_CALLS:
+                del outcomes[next(iter(outcomes))]
+        return calls, list(outcomes.values()), num_outcomes
 
     def write_calls(self, calls: Sequence[Served]) -> None:
         self.journal.write(calls, _now())
@@ -303,7 +318,7 @@ class _Folder:
         new = {key: prompt for key, prompt in prompts.items() if key not in self._kept_prompts}
         if new:  # before the outcomes: none should be without its prompt
             self.prompts.write([{PROMPT_ID: key, PROMPT: prompt} for key, prompt in new.items()], _now())
-            self._kept_prompts |= new.keys()
+            self._kept_prompts.update(new)
             _tidy(self.prompts)
         self.outcomes.write([_outcome(given, served) for given, served in batch], _now())
         _tidy(self.outcomes)
@@ -359,6 +374,11 @@ def _encode_prompts(rows: Sequence[Row]) -> bytes:
 def _decode_table(data: bytes) -> list[Row]:
     rows: list[Row] = pq.read_table(BytesIO(data)).to_pylist()
     return rows
+
+
+def _decode_prompt_ids(data: bytes) -> list[str | None]:
+    ids: list[str | None] = pq.read_table(BytesIO(data), columns=[PROMPT_ID])[PROMPT_ID].to_pylist()
+    return ids
 
 
 def _decode_prompts(data: bytes) -> list[Row]:

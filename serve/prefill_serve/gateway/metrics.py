@@ -38,6 +38,18 @@ class GatewayMetrics:
                     self.tokens.inc(tokens, tags={"target": target, "kind": kind.removesuffix("_tokens")})
 
 
+class MemoryMetrics:
+    """Of the one process that remembers calls."""
+
+    def __init__(self) -> None:
+        self.calls = gauge("remembered_calls", "Calls that feedback can still come for")
+        self.prompt_bytes = gauge("remembered_prompt_bytes", "Of their prompts, where prompts are kept")
+
+    def holds(self, num_calls: int, prompt_bytes: int) -> None:
+        self.calls.set(float(num_calls))
+        self.prompt_bytes.set(float(prompt_bytes))
+
+
 class BudgetMetrics:
     """Of the one process that keeps the accounts."""
 

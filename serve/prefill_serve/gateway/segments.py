@@ -8,11 +8,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 from prefill_router import storage
 
 Row = TypeVar("Row")
+Part = TypeVar("Part")
+_READ_FILES = 16
 _TIME = "%Y%m%dT%H%M%S"
 MOST_FILES = 64
 SMALL_BYTES = 4 << 20
@@ -36,11 +38,16 @@ class Segments(Generic[Row]):
         name = f"{at.strftime(_TIME)}-{uuid.uuid4().hex[:12]}{self.suffix}"
         storage.write_bytes(storage.join(self.uri, name), self._encode(rows))
 
-    def read(self) -> Iterator[Row]:
-        """All rows, the oldest file first."""
-        names = self._names()
-        for data in storage.read_many([storage.join(self.uri, name) for name in names]):
-            yield from self._decode(data)
+    @overload
+    def read(self) -> Iterator[Row]: ...
+    @overload
+    def read(self, decode: Callable[[bytes], list[Part]]) -> Iterator[Part]: ...
+    def read(self, decode: Callable[[bytes], list[Any]] | None = None) -> Iterator[Any]:
+        """All rows, or what `decode` takes of them, the oldest file first. A few files at a time are held."""
+        uris = [storage.join(self.uri, name) for name in self._names()]
+        for start in range(0, len(uris), _READ_FILES):
+            for data in storage.read_many(uris[start : start + _READ_FILES]):
+                yield from (decode or self._decode)(data)
 
     def merge(self, at: datetime) -> None:
         """Makes one file of many small ones, where there are many."""

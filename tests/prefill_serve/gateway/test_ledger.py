@@ -26,6 +26,7 @@ from prefill_serve.gateway.ledger import (
     OtherFeedback,
     UnknownRequest,
 )
+from prefill_serve.gateway.remembered import LatestNames, bound_prompts
 from prefill_serve.gateway.segments import MOST_FILES
 from prefill_serve.gateway.served import Served, Usage
 
@@ -464,11 +465,10 @@ def test_a_call_of_more_than_a_week_ago_is_forgotten(tmp_path: Path) -> None:
     run(scenario)
 
 
-def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED", 2)
-
+def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
+        ledger._remembered.most_calls = 2
         for name in ("r-1", "r-2", "r-3"):
             await ledger.record(served(name), [])
         with pytest.raises(UnknownRequest):
@@ -477,6 +477,68 @@ def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path, monkeypatch: 
         assert (await ledger.stats("ann")).calls == 3
 
     run(scenario)
+
+
+def test_feedback_on_forgotten_calls_is_forgotten_after_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ledger = await opened(tmp_path)
+        ledger._remembered.most_calls = 2
+        for i in range(7):
+            await ledger.record(served(f"r-{i}"), [])
+            assert await ledger.feedback(right(f"r-{i}"), "ann")
+        for known in ("r-3", "r-6"):  # of a call that is forgotten by now, and of one that is not
+            assert not await ledger.feedback(right(known), "ann")
+        with pytest.raises(UnknownRequest):
+            await ledger.feedback(right("r-2"), "ann")
+        assert (await ledger.stats("ann")).feedback == 7
+        await ledger.close()
+        assert (await (await opened(tmp_path)).stats("ann")).feedback == 7
+
+    run(scenario)
+    assert len(outcomes(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("prompt", ["x" * 10_000, [{"role": "user", "content": "x" * 10_000}]])
+def test_prompts_that_are_kept_take_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: Prompt
+) -> None:
+    """They are held with their calls until feedback comes, which may be never."""
+    monkeypatch.setattr(module, "_UNSAVED_BYTES", 50_000)
+
+    async def scenario() -> None:
+        ledger = await opened(tmp_path, keep_prompts=True)
+        ledger._remembered.most_prompt_bytes = 50_000
+        monkeypatch.setattr(module._Folder, "write_calls", _fail)
+        for i in range(50):
+            await ledger.record(served(f"r-{i}", prompt=prompt), [])
+        assert ledger._remembered.prompt_bytes <= 50_000
+        assert len(ledger._remembered) == 4
+        with pytest.raises(UnknownRequest):
+            await ledger.feedback(right("r-45"), "ann")
+        assert await ledger.feedback(right("r-46"), "ann")
+        await ledger._save()
+        assert len(ledger._unsaved) == 4
+        monkeypatch.undo()
+        await ledger._save()
+
+    run(scenario)
+
+
+def test_a_ledger_that_is_read_anew_holds_the_latest_prompts_alone() -> None:
+    calls = [served(f"r-{i}", prompt="x" * 10_000) for i in (0, 1, 1, 2, 3)]
+    found = bound_prompts(calls, 25_000)
+    assert [call.request_id for call in found] == ["r-0", "r-1", "r-2", "r-3"]
+    assert [call.prompt_id is not None and call.prompt is not None for call in found] == [False, False, True, True]
+
+
+def test_names_that_were_met_are_the_latest() -> None:
+    names = LatestNames(2)
+    names.update(["a", "b", "a", "c"])
+    assert [name in names for name in "abc"] == [True, False, True]
+
+
+def _fail(*_: Any) -> None:
+    raise OSError("no space left")
 
 
 def test_a_folder_that_is_taken_away_gets_no_more_feedback(tmp_path: Path) -> None:
