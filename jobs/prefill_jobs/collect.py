@@ -31,7 +31,7 @@ from prefill_router.console import say
 from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow, refuse_output, tell_unread
 from prefill_router.errors import UserError
 from prefill_router.estimates import Contents, PromptEstimates
-from prefill_router.graders import Grader, load_grader
+from prefill_router.graders import BoundedGrader, Grader, bounded, load_grader
 from prefill_router.lease import Lease
 from prefill_router.plan import CorpusPlan, in_order, plan, read_shard
 from prefill_router.pool import Pool, Target, load_pool
@@ -95,7 +95,7 @@ class _Collection:
         config: CollectConfig,
         pool: Pool,
         asked: Asked,
-        grader: Grader | None,
+        grader: Grader | BoundedGrader | None,
         judge: Target | None,
         planned: CorpusPlan,
         lease: Lease,
@@ -372,7 +372,7 @@ def _estimation(config: CollectConfig, pool: Pool) -> Estimation:
     return Estimation(router, config.router, storage.join(storage.absolute(config.out), "estimates", router.version))
 
 
-def _grader(config: CollectConfig) -> Grader | None:
+def _grader(config: CollectConfig) -> Grader | BoundedGrader | None:
     if config.grader is None:
         if config.regrade:
             raise UserError("regrade: give the --grader that answers are to be graded with")
@@ -380,7 +380,7 @@ def _grader(config: CollectConfig) -> Grader | None:
     options = load_toml(config.grader_options) if config.grader_options else {}
     if config.grader == "judge" and config.judge is None:
         raise UserError("grader = judge, but no --judge names the target of the pool that judges")
-    return load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})})
+    return bounded(load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})}))
 
 
 def _judge(config: CollectConfig) -> Target | None:
@@ -397,6 +397,6 @@ def _first(unfit: Sequence[BadRow | None]) -> str:
     return f"{bad.prompt_id}: {bad.reason}"
 
 
-def _named(grader: Grader | None) -> list[str]:
+def _named(grader: Grader | BoundedGrader | None) -> list[str]:
     """The columns that a grader's options may name."""
     return [] if grader is None else [value for value in grader.options.values() if isinstance(value, str)]

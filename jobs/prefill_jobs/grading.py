@@ -21,7 +21,7 @@ from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.calls import Answer, Asked, Call, call_key
 from prefill_router.collection.journal import CallState
 from prefill_router.corpus import BadRow, Message, Row
-from prefill_router.graders import Grader, Reply
+from prefill_router.graders import BoundedGrader, Grader, Reply
 from prefill_router.plan import Shard, read_shard
 from prefill_router.pool import Target
 from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
@@ -46,7 +46,7 @@ class Grading:
     out: str
     targets: tuple[Target, ...]
     asked: Asked
-    grader: Grader | None
+    grader: Grader | BoundedGrader | None
     columns: tuple[str, ...]
     max_prompt_bytes: int
     judge: Target | None = None
@@ -65,7 +65,9 @@ class Grading:
     def score(self, answer: Answer, row: Row, ask: Any = None) -> float | None:
         if self.grader is None:
             return None
-        grader = self.grader if ask is None else replace(self.grader, options={**self.grader.options, "ask": ask})
+        grader = self.grader
+        if isinstance(grader, Grader) and ask is not None:
+            grader = replace(grader, options={**grader.options, "ask": ask})
         return grader(answer.text, self._fields(row)).score
 
     def unfit(self, shard: Shard) -> list[BadRow | None]:

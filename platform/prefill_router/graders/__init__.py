@@ -6,9 +6,11 @@ calls missing, never wrong.
 
 from prefill_router.corpus import Message
 from prefill_router.graders import choice, code, gym, json_schema, judge, numeric, text
+from prefill_router.graders.bounded import BoundedGrader, bounded
 from prefill_router.graders.grade import Grade
 from prefill_router.graders.judge import Ask, Reply
 from prefill_router.graders.registry import Grader, grader, grader_names, load_grader
 
-__all__ = ["Ask", "Grade", "Grader", "Message", "Reply", "grader", "grader_names", "load_grader"]
+__all__ = ["Ask", "BoundedGrader", "Grade", "Grader", "Message", "Reply", "bounded"]
+__all__ += ["grader", "grader_names", "load_grader"]
 __all__ += ["choice", "code", "gym", "json_schema", "judge", "numeric", "text"]  # imported for the names they register

@@ -26,7 +26,7 @@ def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
     return lacking(row, options["tests"])
 
 
-@grader("code", check=_check, unfit=_unfit)
+@grader("code", check=_check, unfit=_unfit, keeps_time=True)
 def code(
     answer: str,
     row: Row,

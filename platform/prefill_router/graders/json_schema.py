@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Annotated, Any
 
 import regex
@@ -76,11 +76,52 @@ def _pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationEr
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 
 
+def _pattern_properties(validator: Any, patterns: Mapping[str, Any], value: Any, _: Any) -> Iterator[ValidationError]:
+    for pattern, schema in patterns.items() if isinstance(value, dict) else ():
+        for name in _matching(value, pattern):
+            yield from validator.descend(value[name], schema, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, schema: Any, value: Any, whole: Any) -> Iterator[ValidationError]:
+    if not isinstance(value, dict):
+        return
+    known = set(whole.get("properties", ())).union(*(_matching(value, p) for p in whole.get("patternProperties", ())))
+    for name in [name for name in value if name not in known]:
+        if schema is False:
+            yield ValidationError(f"{name!r} is one more than the schema names")
+        else:
+            yield from validator.descend(value[name], schema, path=name)
+
+
+def _matching(names: Mapping[str, Any], pattern: str) -> list[str]:
+    return [name for name in names if regex.search(pattern, name, timeout=_PATTERN_S)]
+
+
+def _unique_items(_: Any, is_on: Any, value: Any, __: Any) -> Iterator[ValidationError]:
+    """Each is looked up among those before it, not compared with them all."""
+    if is_on and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
+        yield ValidationError(f"{short(value)} has equal items")
+
+
+def _hashable(value: Any) -> Hashable:
+    """Equal for values that are equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(item)) for key, item in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else (isinstance(value, bool), value)
+
+
+_KEYWORDS = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+    "uniqueItems": _unique_items,
+}
+
+
 def _validator(schema: Mapping[str, Any]) -> Any:
     """Of the draft that the schema names, with an empty registry, since the default one asks the network."""
-    return extend(validator_for(schema, default=Draft202012Validator), {"pattern": _pattern})(
-        schema, registry=Registry()
-    )
+    kind = extend(validator_for(schema, default=Draft202012Validator), _KEYWORDS)
+    return kind(schema, registry=Registry())
 
 
 def find_json(answer: str) -> Any:

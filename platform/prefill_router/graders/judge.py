@@ -45,7 +45,7 @@ class _Judged(NamedTuple):
     cost_usd: float
 
 
-@grader("judge", unfit=without_reference)
+@grader("judge", unfit=without_reference, keeps_time=True)
 def judge(
     answer: str,
     row: Row,

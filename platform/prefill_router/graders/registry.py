@@ -28,13 +28,16 @@ Unfit = Callable[[Row, Mapping[str, Any]], str | None]
 _GRADERS: dict[str, Callable[..., Grade]] = {}
 _CHECKS: dict[str, Check] = {}
 _UNFIT: dict[Callable[..., Grade], Unfit] = {}
+_KEEPING_TIME: set[Callable[..., Grade]] = set()
 
 
-def grader(name: str, check: Check | None = None, unfit: Unfit | None = None) -> Callable[[F], F]:
+def grader(
+    name: str, check: Check | None = None, unfit: Unfit | None = None, *, keeps_time: bool = False
+) -> Callable[[F], F]:
     """Registers a function by name. `check` gets the options when it is loaded, to raise UserError for what lacks.
 
     `unfit` gets a row and the options, and says why no answer to the row can be graded, or None where one can. The
-    function is called for fit rows alone.
+    function is called for fit rows alone. One that `keeps_time` bounds by itself how long it takes.
     """
 
     def register(function: F) -> F:
@@ -44,6 +47,8 @@ def grader(name: str, check: Check | None = None, unfit: Unfit | None = None) ->
             _CHECKS[name] = check
         if unfit is not None:
             _UNFIT[function] = unfit
+        if keeps_time:
+            _KEEPING_TIME.add(function)
         return function
 
     return register
@@ -73,6 +78,11 @@ class Grader:
         if not isinstance(grade, Grade) or not (grade.score is None or 0.0 <= grade.score <= 1.0):
             raise UserError(f"grader {self.spec} returned {short(grade)}, must be a Grade with a score from 0 to 1")
         return grade
+
+    @property
+    def keeps_time(self) -> bool:
+        """Does it bound by itself how long it takes?"""
+        return self.function in _KEEPING_TIME
 
     def unfit(self, row: Row) -> str | None:
         """Why no answer to a row can be graded; None where one can, or where the grader declares no needs."""
