@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 
+from prefill_router import chat_template
 from prefill_router.console import say
 from prefill_router.errors import one_line
 
@@ -66,15 +66,21 @@ def check_json(folder: Path) -> None:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raises ValueError where the chat template is none; which messages it takes is seen when they come."""
+    """Raises ValueError where the chat template is none, or renders no end of text.
+
+    Which messages it takes is seen when they come.
+    """
     if tokenizer.chat_template is None:
         return
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"its chat template is broken in line {error.lineno} ({one_line(error)}): {_REMEDY}") from None
-    except Exception:  # templates raise what they like
-        return
+        chat_template.of_tokenizer(tokenizer).render([{"role": "user", "content": ""}], add_generation_prompt=False)
+    except chat_template.TemplateError as error:
+        if error.line is not None:
+            raise ValueError(
+                f"its chat template is broken in line {error.line} ({one_line(error)}): {_REMEDY}"
+            ) from None
+        if error.is_endless:
+            raise ValueError(f"its chat template is not fit for use: {error}: choose another model") from None
 
 
 def explained(source: Path, error: Exception) -> str:

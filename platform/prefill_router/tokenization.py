@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router.chat_template import ChatTemplate, TemplateError, of_tokenizer
 from prefill_router.corpus import Prompt
 from prefill_router.errors import UserError, one_line
 
@@ -69,12 +70,12 @@ class PromptTokenizer:
         for name in arguments:
             if name in _RESERVED:
                 raise UserError(f"template argument {name} cannot be given: it is set for every prompt")
-        self._arguments, self._given = dict(arguments), dict(arguments)
-        self._template: str | None = tokenizer.chat_template
-        if self._template is not None and _DATE_OF_TODAY in self._template:
-            self._template = _frozen(today) + self._template
-            self._given["date"] = today.isoformat()
-        self._wants_parts = self._template is not None and self._find_parts()
+        self._given, before = dict(arguments), ""
+        if _DATE_OF_TODAY in (tokenizer.chat_template or ""):
+            self._given["date"], before = today.isoformat(), _frozen(today)
+        has_template = tokenizer.chat_template is not None
+        self._template = of_tokenizer(tokenizer, before, arguments) if has_template else None
+        self._wants_parts = self._template is not None and self._find_parts(self._template)
         control = sorted(_control_tokens(tokenizer), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")  # the longest first, or never
         self._control_ids = set(tokenizer.convert_tokens_to_ids(control)) - {tokenizer.unk_token_id}
@@ -99,8 +100,8 @@ class PromptTokenizer:
             return prompt if isinstance(prompt, str) else _plain(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            return self._apply(messages, self._wants_parts)
-        except Exception as error:  # templates raise what they like
+            return self._template.render(self._adapted(messages, self._wants_parts))
+        except TemplateError as error:
             raise UserError(f"the chat template of {self.model} refuses the messages: {one_line(error)}") from None
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
@@ -173,29 +174,27 @@ class PromptTokenizer:
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], wants_parts: bool) -> str:
+    def _adapted(self, messages: Sequence[Mapping[str, Any]], wants_parts: bool) -> list[dict[str, Any]]:
+        """Messages as the template takes them."""
         adapted = [dict(message) for message in messages]
         for message in adapted:
-            if message["role"] == "developer" and "developer" not in str(self._template):
+            if message["role"] == "developer" and "developer" not in self.tokenizer.chat_template:
                 message["role"] = "system"
             if wants_parts and isinstance(message["content"], str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
-        rendered = self.tokenizer.apply_chat_template(
-            adapted, chat_template=self._template, tokenize=False, add_generation_prompt=True, **self._arguments
-        )
-        return str(rendered)
+        return adapted
 
-    def _find_parts(self) -> bool:
+    def _find_parts(self, template: ChatTemplate) -> bool:
         """Does the template want a message's content as a list of parts? Raises UserError if no text comes through."""
         failed = False
         for wants_parts in (False, True):
             try:
-                if _PROBE in self._apply([{"role": "user", "content": _PROBE}], wants_parts):
+                if _PROBE in template.render(self._adapted([{"role": "user", "content": _PROBE}], wants_parts)):
                     return wants_parts
-            except Exception:  # templates raise what they like
-                failed = True
+            except TemplateError:
+                failed = True  # which messages it takes is seen when they come
         if failed:
-            return False  # which messages it takes is seen when they come
+            return False
         raise UserError(f"the chat template of {self.model} leaves out what a prompt says: every prompt would be alike")
 
 
