@@ -39,18 +39,23 @@ def code(
     memory_mib: Annotated[int, Field(ge=64)] = 512,
     unconfined: bool = False,
     site_packages: bool = False,
+    together: bool = False,
 ) -> Grade:
     """1 where all tests pass: asserts, functions named test_…, or `check(candidate)` with the row's `entry_point`.
 
     `tests` is a column of Python source, or a list of it; the source in `setup`, if there is any, runs before the
-    answer's. Tests that cannot run grade nothing. Raises UserError on a machine that cannot confine the code, unless
+    answer's. Tests that cannot run grade nothing. Code and tests have a process each, and values go between them as
+    data; tests that need the code's own objects, as arrays and coroutines, run `together` with it, where code that is
+    written to forge a pass can do so. Raises UserError on a machine that cannot confine the code, unless
     that is accepted by `unconfined`.
     """
     given = [str(test) for test in references(row, tests)]
     name = None if is_absent(row.get(entry_point)) else str(row[entry_point])
     before = "" if is_absent(row.get(setup)) else f"{row[setup]}\n"
     memory_bytes = memory_mib * MIB
-    sandbox = Sandbox(cpu_s, wall_s, memory_bytes, unconfined=unconfined, site_packages=site_packages)
+    sandbox = Sandbox(
+        cpu_s, wall_s, memory_bytes, unconfined=unconfined, site_packages=site_packages, together=together
+    )
     verdict = sandbox.run(before + python_of(answer), "\n".join(given), name)
     if verdict.status == "passed":
         return right("passed the tests")

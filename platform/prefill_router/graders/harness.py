@@ -1,10 +1,13 @@
 """The program that runs an answer's code and a row's tests, in a process that it first confines.
 
-It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. How the
-tests went goes over a pipe, behind a secret that waits unread in another pipe until they are through, so that neither
-what the code prints nor how it ends says that it passed. Code and tests do share a process, and code that is written
-against this very file can find the pipes and forge a verdict, or return objects that equal everything. What is held
-off is what models do of themselves: print a verdict, leave early, replace a builtin.
+It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. Code and
+tests have a process each. The tests call what the code defines, by `wire`: values come back as plain data, of which
+the judge makes its own objects, so that nothing the code does to its process is done to the tests, and it never sees
+them. How the tests went goes over a pipe that only the judge has, behind a secret that waits unread in another one.
+
+What is left to the code: its answers to calls, its own objects (what they say of their attributes and of each other),
+and names that tests take from it. `together` runs both in one process, for tests that need the code's own objects.
+There, code that is written against this very file can forge a verdict.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _SIGKILL, _O_PATH, _FILTER = 9, 0o10000000, 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _CAPABILITY_VERSION = 0x20080522
 _MOST_DETAIL = 1000  # characters
+_PEER_GONE = 3  # exit status
 _SOLUTION = "solution"  # as what module the code runs
 
 Names = dict[str, Any]
@@ -186,40 +190,111 @@ def _describe(error: BaseException, lines: list[str]) -> str:
     return f"{text} at test line {at}: {lines[at - 1].strip()}" if 0 < at <= len(lines) else text
 
 
-def _attempt(report: Report, step: Callable[[], object], lines: list[str]) -> None:
+def _attempt(report: Report, step: Callable[[], object], lines: list[str], peer: Any = None) -> None:
+    """A step that must not fail. Where the `peer` that runs the code has gone, how it ended says why, not the tests."""
+    caught: BaseException | None = None
     try:
         step()
-    except MemoryError:
-        report.end("memory", "MemoryError")
     except BaseException as error:
-        report.end("failed", _describe(error, lines))
+        caught = error
+    if peer is not None and peer.is_gone:
+        _exit(_PEER_GONE)
+    if peer is not None and peer.is_unportable:
+        report.end("broken", f"{caught}: run the tests together with the code")
+    if isinstance(caught, MemoryError):
+        report.end("memory", "MemoryError")
+    if caught is not None:
+        report.end("failed", _describe(caught, lines))
 
 
-def main() -> None:
-    report_fd = int(sys.argv[1])
+def _request() -> Names:
+    """What standard input says before the secret. It holds nothing more for what runs later."""
     size = int.from_bytes(read(0, 8), "little")
     data = b""
     while len(data) < size:
         data += read(0, size - len(data))
-    request = marshal.loads(data)
-    report = Report(report_fd, dup(0))
+    request: Names = marshal.loads(data)
+    return request
+
+
+def _without_input() -> None:
     null = open_fd("/dev/null", O_RDWR)
     dup2(null, 0)
     close(null)
+
+
+def _wire() -> Any:
+    """The module beside this file."""
+    sys.path.insert(0, __file__.rpartition("/")[0])
+    try:
+        return __import__("wire")
+    finally:
+        sys.path.pop(0)
+
+
+def judge_main(report_fd: int, reads: int, writes: int) -> None:
+    """The process of the tests. The code's names are those of another process, where calls of them go."""
+    request, wire = _request(), _wire()
+    report = Report(report_fd, dup(0))
+    _without_input()
+    peer = wire.Peer(reads, writes, shares_all=False)
+    try:
+        Confinement(request).put_on()
+        kind, *reason = peer.receive()
+    except (Exception, wire.Gone) as error:
+        report.end("broken", f"{type(error).__name__}: {error}")
+    if kind != "ready":
+        report.end("broken", str(reason[0]))
+    report.started()
+    tests = _tests(report, request)
+    solution: Names = {}
+    _attempt(report, lambda: solution.update(wire.Remote(peer, 0)()), [], peer)
+    module = ModuleType(_SOLUTION)
+    vars(module).update(solution)
+    sys.modules[_SOLUTION] = module
+    _attempt(report, lambda: tests.run(solution), tests.lines, peer)
+    report.end("passed")
+
+
+def code_main(reads: int, writes: int) -> None:
+    """The process of an answer's code, which knows neither the tests nor the verdict's pipe."""
+    request, wire = _request(), _wire()
+    _without_input()
+    peer = wire.Peer(reads, writes, shares_all=True)
+    try:
+        Confinement(request).put_on()
+    except Exception as error:
+        peer.send(["broken", f"{type(error).__name__}: {error}"])
+        _exit(1)
+    sys.path += request["packages"]
+    module = ModuleType(_SOLUTION)
+    sys.modules[_SOLUTION] = sys.modules["__main__"] = module
+    names = vars(module)
+    names["__builtins__"] = builtins
+
+    def run() -> Names:
+        exec(compile(request["code"], "<answer>", "exec", dont_inherit=True), names)
+        return {name: value for name, value in names.items() if not name.startswith("__")}
+
+    peer.hold_first(run)
+    peer.send(["ready"])
+    try:
+        peer.serve()
+    except wire.Gone:
+        _exit(0)
+
+
+def together_main(report_fd: int) -> None:
+    """Code and tests in one process, where that is asked for: code can reach all that tests and the verdict have."""
+    request = _request()
+    report = Report(report_fd, dup(0))
+    _without_input()
     try:
         Confinement(request).put_on()
     except Exception as error:
         report.end("broken", f"{type(error).__name__}: {error}")
     report.started()
-    judge(report, request)
-
-
-def judge(report: Report, request: Names) -> None:
-    sys.path += request["packages"]
-    try:
-        tests = Tests(request["tests"], request["entry_point"])
-    except Exception as error:
-        report.end("broken", _describe(error, []))
+    tests = _tests(report, request)
     module = ModuleType(_SOLUTION)
     sys.modules[_SOLUTION] = sys.modules["__main__"] = module
     solution = vars(module)
@@ -230,5 +305,17 @@ def judge(report: Report, request: Names) -> None:
     report.end("passed")
 
 
+def _tests(report: Report, request: Names) -> Tests:
+    """Ends the process where they cannot run."""
+    sys.path += request["packages"]
+    try:
+        return Tests(request["tests"], request["entry_point"])
+    except Exception as error:
+        report.end("broken", _describe(error, []))
+        raise
+
+
+_MAIN: dict[str, Callable[..., None]] = {"judge": judge_main, "code": code_main, "together": together_main}
+
 if __name__ == "__main__":
-    main()
+    _MAIN[sys.argv[1]](*map(int, sys.argv[2:]))

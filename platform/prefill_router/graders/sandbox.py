@@ -1,15 +1,15 @@
-"""Runs code that a model wrote, against tests, in a process that can do nothing but compute.
+"""Runs code that a model wrote, against tests in another process, where it can do nothing but compute.
 
-It has a folder of its own that is removed, a budget of time, memory, files and output, and no network, no other
-processes and no other files; see `confinement` for how, and `harness` for what happens inside, and what a code that is
+Both have a folder that is removed, a budget of time, memory, threads, files and output, and no network, no other
+processes and no other files; see `confinement` for how, and `harness` for what happens inside, and what code that is
 written against it could still do. On a machine that cannot confine a process nothing is run, unless that is accepted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import marshal
-import math
 import os
 import secrets
 import selectors
@@ -26,13 +26,13 @@ from typing import Any, Literal, NamedTuple
 from prefill_router.errors import UserError
 from prefill_router.graders import confinement
 
-Status = Literal["passed", "failed", "ended", "timeout", "memory", "output", "files", "broken", "killed"]
+Status = Literal["passed", "failed", "ended", "timeout", "memory", "output", "files", "threads", "broken", "killed"]
 Stopped = tuple[Status, str]
 _REPORTED: tuple[Status, ...] = ("passed", "failed", "memory", "broken")
 _STARTED = b"+"
 _HARNESS = str(Path(__file__).with_name("harness.py"))
 _LOOK_EVERY_S = 0.05
-_ENDS_WITHIN_S = 0.001
+_ENDS_WITHIN_S, _MOMENT_S = 0.001, 1.0
 _MOST_REPORT_BYTES = 8192
 _MOST_READ_BYTES = 65536
 MIB = 1024 * 1024
@@ -54,7 +54,8 @@ class Sandbox:
     """Limits of one run. `wall_s` is larger than `cpu_s`, since others work on the machine too.
 
     `unconfined` accepts that protections which the machine has not are done without. `site_packages` lets code import
-    what is installed beside this package. Raises UserError where a protection lacks.
+    what is installed beside this package. `together` runs code and tests in one process, which code can use to forge a
+    verdict. Raises UserError where a protection lacks.
     """
 
     cpu_s: int = 5
@@ -65,8 +66,10 @@ class Sandbox:
     num_files: int = 256
     open_files: int = 32
     output_bytes: int = MIB
+    threads: int = 64
     unconfined: bool = False
     site_packages: bool = False
+    together: bool = False
 
     def __post_init__(self) -> None:
         lacks = confinement.lacking()
@@ -81,12 +84,18 @@ class Sandbox:
         """Runs `code`, then `tests` on the names that it defines. Raises UserError where the sandbox does not start."""
         secret = secrets.token_hex(16).encode()
         with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=self.unconfined) as folder:
-            request = {"code": code, "tests": tests, "entry_point": entry_point, **self._confinement(folder)}
-            with _started(folder) as run:
-                run.send(request, secret)
-                stopped = run.watch(self)
-                returned, cpu_s = run.end()
-        return self._verdict(run, stopped, returned, cpu_s, secret)
+            judged = {"tests": tests, "entry_point": entry_point, **self._confinement(folder)}
+            graded = {"code": code, **self._confinement(folder)}
+            with _started(folder, together=self.together) as (judge, runner):
+                if runner is not judge:
+                    runner.send(graded, b"")
+                judge.send(judged if runner is not judge else {**judged, **graded}, secret)
+                stopped = _watched(judge, runner, self)
+                if stopped is None and not judge.report.strip(_STARTED) and not runner.ends_soon():
+                    stopped = "ended", "left its tests without an answer"
+                judge_ended = judge.end()
+                returned, cpu_s = judge_ended if judge_ended[0] < 0 else runner.end()
+        return self._verdict(judge, stopped, returned, cpu_s, secret, bytes(runner.output))
 
     def _confinement(self, folder: str) -> dict[str, Any]:
         lacks = confinement.lacking()
@@ -109,10 +118,12 @@ class Sandbox:
         # Code may catch the signal of the first limit, not that of the second.
         return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **{name: (value, value) for name, value in same.items()}}
 
-    def _verdict(self, run: _Run, stopped: Stopped | None, returned: int, cpu_s: float, secret: bytes) -> Verdict:
+    def _verdict(
+        self, run: _Run, stopped: Stopped | None, returned: int, cpu_s: float, secret: bytes, printed: bytes
+    ) -> Verdict:
         if stopped is not None and not run.report:  # the machine is at fault, not the code, which had not begun
             return Verdict("killed", f"not started within {self.wall_s:g} s", "", cpu_s)
-        output = run.output[: self.output_bytes].decode(errors="replace")
+        output = printed[: self.output_bytes].decode(errors="replace")
         if not run.report.startswith(_STARTED):
             _, reason = _reported(bytes(run.report), secret) or self._ending(returned, cpu_s)
             raise UserError(f"the sandbox did not start: {reason} {output}".rstrip())
@@ -140,9 +151,9 @@ def _reported(report: bytes, secret: bytes) -> Stopped | None:
 
 
 class _Run:
-    """A process of the harness, and what it wrote so far."""
+    """A process of the harness, and what it wrote so far. One without a `report_fd` reports nothing."""
 
-    def __init__(self, process: subprocess.Popen[bytes], report_fd: int, folder: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], report_fd: int | None, folder: str) -> None:
         self.process, self.report_fd, self.folder = process, report_fd, folder
         self.output, self.report = bytearray(), bytearray()
         self._cpu_s = 0.0
@@ -152,25 +163,6 @@ class _Run:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:  # its end says why
             stdin.write(len(data).to_bytes(8, "little") + data + secret)
-
-    def watch(self, sandbox: Sandbox) -> Stopped | None:
-        """Reads until the process ends, or goes beyond a limit that the kernel does not keep."""
-        deadline = time.monotonic() + sandbox.wall_s
-        look_at = time.monotonic() + _LOOK_EVERY_S
-        with selectors.DefaultSelector() as selector:
-            for fd, into in self._pipes():
-                os.set_blocking(fd, False)
-                selector.register(fd, selectors.EVENT_READ, into)
-            while not self._has_ended():
-                self._read(selector)
-                if stopped := self._beyond(sandbox, deadline):
-                    return stopped
-                if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + _LOOK_EVERY_S
-                    if _is_full(self.folder, sandbox):
-                        return "files", f"more than {sandbox.num_files} files or {sandbox.folder_bytes} bytes"
-            self._read(selector)
-        return self._beyond(sandbox, math.inf)
 
     def end(self) -> tuple[int, float]:
         """Kills what is left of the process and its group. Its exit status, and the CPU time that it took, in s."""
@@ -182,62 +174,117 @@ class _Run:
             self._cpu_s = usage.ru_utime + usage.ru_stime
         return self.process.returncode, self._cpu_s
 
-    def _pipes(self) -> list[tuple[int, bytearray]]:
+    def pipes(self) -> list[tuple[int, bytearray]]:
         assert self.process.stdout is not None
-        return [(self.process.stdout.fileno(), self.output), (self.report_fd, self.report)]
+        report = [] if self.report_fd is None else [(self.report_fd, self.report)]
+        return [(self.process.stdout.fileno(), self.output), *report]
 
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Without reaping it: until then its number, and that of its group, are nobody else's."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def _read(self, selector: selectors.BaseSelector) -> None:
-        """Waits for what is written, and takes it. A pipe that nobody holds any more is a process about to end."""
-        if not selector.get_map():
+    def ends_soon(self) -> bool:
+        """Has it ended, or does it in a moment?"""
+        deadline = time.monotonic() + _MOMENT_S
+        while not (ended := self.has_ended()) and time.monotonic() < deadline:
             time.sleep(_ENDS_WITHIN_S)
-            return
-        for key, _ in selector.select(_LOOK_EVERY_S):
-            if data := os.read(key.fd, _MOST_READ_BYTES):
-                key.data.extend(data)
-            else:
-                selector.unregister(key.fd)
+        return ended
 
-    def _beyond(self, sandbox: Sandbox, deadline: float) -> Stopped | None:
+    def beyond(self, sandbox: Sandbox) -> Stopped | None:
         if len(self.output) > sandbox.output_bytes:
             return "output", f"more than {sandbox.output_bytes} bytes of output"
         if len(self.report) > _MOST_REPORT_BYTES:
             return "ended", "wrote into the pipe of the verdict"
-        if time.monotonic() > deadline:
-            return "timeout", f"more than {sandbox.wall_s:g} s"
         return None
+
+    def num_threads(self) -> int:
+        """0 of a process that has ended."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/task"))  # noqa: PTH208 - names are enough
+        except OSError:
+            return 0
+
+
+def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
+    """Reads until the judge ends, or one of both goes beyond a limit that the kernel does not keep."""
+    runs = [judge] if runner is judge else [judge, runner]
+    deadline = time.monotonic() + sandbox.wall_s
+    look_at = time.monotonic() + _LOOK_EVERY_S
+    with selectors.DefaultSelector() as selector:
+        for fd, into in itertools.chain.from_iterable(run.pipes() for run in runs):
+            os.set_blocking(fd, False)
+            selector.register(fd, selectors.EVENT_READ, into)
+        while not judge.has_ended():
+            _read(selector)
+            if stopped := judge.beyond(sandbox) or runner.beyond(sandbox):
+                return stopped
+            if time.monotonic() > deadline:
+                return "timeout", f"more than {sandbox.wall_s:g} s"
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + _LOOK_EVERY_S
+                if _is_full(judge.folder, sandbox):
+                    return "files", f"more than {sandbox.num_files} files or {sandbox.folder_bytes} bytes"
+                if max(run.num_threads() for run in runs) > sandbox.threads:
+                    return "threads", f"more than {sandbox.threads} threads"
+        _read(selector)
+    return judge.beyond(sandbox) or runner.beyond(sandbox)
+
+
+def _read(selector: selectors.BaseSelector) -> None:
+    """Waits for what is written, and takes it. A pipe that nobody holds any more is a process about to end."""
+    if not selector.get_map():
+        time.sleep(_ENDS_WITHIN_S)
+        return
+    for key, _ in selector.select(_LOOK_EVERY_S):
+        if data := os.read(key.fd, _MOST_READ_BYTES):
+            key.data.extend(data)
+        else:
+            selector.unregister(key.fd)
 
 
 @contextlib.contextmanager
-def _started(folder: str) -> Iterator[_Run]:
-    """A harness that waits for its request. It is killed in the end, whatever happens."""
-    report_fd, theirs = os.pipe()
-    command = [sys.executable, "-s", "-S", "-P", "-B", "-u", "-X", "utf8", _HARNESS, str(theirs)]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=confinement.environment(folder),
-            pass_fds=(theirs,),
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(report_fd)
-        raise
-    finally:
-        os.close(theirs)
+def _started(folder: str, *, together: bool) -> Iterator[tuple[_Run, _Run]]:
+    """The judge and what runs the code, which wait for their requests: one process where they are `together`.
+
+    They are killed in the end, whatever happens.
+    """
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+
+        def pipe(reads: contextlib.ExitStack) -> tuple[int, int]:
+            ends = os.pipe()
+            reads.callback(os.close, ends[0])
+            theirs.callback(os.close, ends[1])
+            return ends
+
+        report_fd, reports = pipe(ours)
+        if together:
+            judge = runner = ours.enter_context(_process(folder, ["together"], [reports], report_fd))
+        else:
+            (judge_reads, code_writes), (code_reads, judge_writes) = pipe(theirs), pipe(theirs)
+            runner = ours.enter_context(_process(folder, ["code"], [code_reads, code_writes]))
+            judge = ours.enter_context(_process(folder, ["judge"], [reports, judge_reads, judge_writes], report_fd))
+        theirs.close()
+        yield judge, runner
+
+
+@contextlib.contextmanager
+def _process(folder: str, role: list[str], fds: list[int], report_fd: int | None = None) -> Iterator[_Run]:
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-u", "-X", "utf8", _HARNESS, *role, *map(str, fds)]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        env=confinement.environment(folder),
+        pass_fds=fds,
+        start_new_session=True,
+    )
     run = _Run(process, report_fd, folder)
     try:
         yield run
     finally:
         run.end()
-        os.close(report_fd)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
