@@ -8,18 +8,24 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from prefill_serve.endpoint import RECORD_AFTER_S, Endpoint
+from prefill_serve.gateway.ledger import LedgerSettings, LocalLedger
 from prefill_serve.settings import Settings
 
 
 class Api:
-    """A client, and the endpoint behind it."""
+    """A client, and the endpoint and the ledger behind it."""
 
-    def __init__(self, client: TestClient, endpoint: Endpoint) -> None:
-        self.client, self.endpoint = client, endpoint
+    def __init__(self, client: TestClient, endpoint: Endpoint, ledger: LocalLedger) -> None:
+        self.client, self.endpoint, self.ledger = client, endpoint, ledger
 
     def configure(self, **settings: Any) -> None:
         assert self.client.portal is not None
         self.client.portal.call(self.endpoint.configure, Settings.model_validate({"open": True, **settings}))
+
+    def keep(self, **settings: Any) -> None:
+        """Other settings of the ledger."""
+        assert self.client.portal is not None
+        self.client.portal.call(self.ledger.configure, LedgerSettings.model_validate(settings))
 
     def settle(self) -> None:
         """Until what was asked has been recorded."""

@@ -351,6 +351,9 @@ class ServeConfig(StrictModel):
     host: str = Field("127.0.0.1", description="Address to listen on; one that others can reach needs --keys")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
     keys: Uri | None = Field(None, description='Who may ask: a TOML file of NAME = "sha256:...", see the key command')
+    admins: tuple[str, ...] = Field(
+        (), description="A name in --keys that sees the figures of all callers; may be given several times"
+    )
     pool: OtherPool = None
     tolerance: Tolerance = None
     replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from prefill_router import storage
 from prefill_router.counterfactual import Log
 from prefill_router.errors import UserError
-from prefill_router.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT_ID, PROPENSITY, REQUEST_ID, TARGET
+from prefill_router.schema import (
+    CALL_ID,
+    CORRECT,
+    OUTCOMES,
+    OUTPUT_TOKENS,
+    PROMPT_ID,
+    PROPENSITY,
+    REQUEST_ID,
+    TARGET,
+)
 from prefill_router.split import prompt_hashes
 
 _BATCH_ROWS = 1 << 17
@@ -168,9 +177,10 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
     tables = []
     for file in _files(uri):
         with storage.damage(file), storage.open_parquet(file) as parquet:
-            if missing := [name for name in wanted if name not in parquet.schema_arrow.names]:
+            names = parquet.schema_arrow.names
+            if missing := [name for name in wanted if name not in names]:
                 raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
-            table = _first_of_requests(parquet.read(wanted), requests)
+            table = _first_of_requests(parquet.read([*wanted, *({CALL_ID} & set(names))]), requests)
         tables.append(table.filter(pc.is_valid(table[CORRECT])))
     table = pa.concat_tables(tables)
     keys = prompt_hashes(table[PROMPT_ID].to_pylist())
@@ -238,16 +248,22 @@ def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
     with storage.damage(uri), storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
         _check_names(names, uri)
-        wanted = [name for name in (*OUTCOMES.names, REQUEST_ID) if name in names]
+        wanted = [name for name in (*OUTCOMES.names, REQUEST_ID, CALL_ID) if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
             table = pa.Table.from_batches([batch])
             yield _normalised(_first_of_requests(table, requests) if REQUEST_ID in names else table, uri)
 
 
 def _first_of_requests(table: pa.Table, requests: set[int]) -> pa.Table:
-    """The rows of requests that are not known yet, by their hashes; those are known from now on."""
+    """The rows of requests that are not known yet, by their hashes; those are known from now on.
+
+    Two callers may give their requests one id: where a table tells the calls apart, it is by `call_id`.
+    """
+    ids = table[REQUEST_ID]
+    if CALL_ID in table.column_names:
+        ids = pc.coalesce(table[CALL_ID], ids)
     is_new = np.zeros(len(table), bool)
-    for i, request in enumerate(prompt_hashes(table[REQUEST_ID].to_pylist()).tolist()):
+    for i, request in enumerate(prompt_hashes(ids.to_pylist()).tolist()):
         is_new[i] = request not in requests
         requests.add(request)
     return table.filter(pa.array(is_new))

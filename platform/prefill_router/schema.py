@@ -41,8 +41,11 @@ COST_USD = "cost_usd"
 PROPENSITY = "propensity"
 REQUEST_ID = "request_id"
 AT = "answered_at"
+CALLER = "caller"
+CALL_ID = "call_id"
 
-# Outcomes of requests that were answered; a pair stands as often as it was graded, a request once.
+# Outcomes of requests that were answered; a pair stands as often as it was graded, a call once. Request ids are the
+# callers' own: two callers may have the same.
 FEEDBACK = pa.schema(
     [
         *OUTCOMES,
@@ -50,6 +53,8 @@ FEEDBACK = pa.schema(
         pa.field(PROPENSITY, pa.float64(), nullable=False),
         pa.field(REQUEST_ID, pa.string(), nullable=False),
         pa.field(AT, pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field(CALLER, pa.string()),
+        pa.field(CALL_ID, pa.string()),
     ]
 )
 

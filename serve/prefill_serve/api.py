@@ -24,7 +24,7 @@ from prefill_router.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gate import HUNG_UP, Gate, Refusal, phrase
 from prefill_serve.gateway.ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
-from prefill_serve.gateway.proxy import NoUpstream
+from prefill_serve.gateway.proxy import NoUpstream, UnknownAnswer
 from prefill_serve.gateway.routes import gateway_routes
 from prefill_serve.http import (
     BatchItem,
@@ -35,6 +35,7 @@ from prefill_serve.http import (
     Health,
     RouteRequest,
     RouteResponse,
+    Status,
 )
 from prefill_serve.lanes import Overloaded
 from prefill_serve.playground import playground_routes
@@ -46,6 +47,7 @@ _RETRY = {"description": "Seconds to wait", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed"},
     401: {"model": ErrorResponse, "description": "No valid key"},
+    403: {"model": ErrorResponse, "description": "Not for this caller"},
     404: {"model": ErrorResponse, "description": "A target is not in the pool"},
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
@@ -62,6 +64,7 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     NoFeedback: (404, "no_feedback"),
     UnknownRequest: (404, "request_not_found"),
     OtherFeedback: (409, "other_feedback"),
+    UnknownAnswer: (404, "response_not_found"),
 }
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
@@ -125,11 +128,24 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
 
     @routes.get("/health", response_model=Health)
     async def health() -> Response:
-        """What serves. 200 as long as the process answers, also while settings are refused."""
+        """200 as long as a router serves, also while new settings are refused."""
+        if endpoint.serving is None:
+            raise NotReady
+        return _json(Health(status="ok"))
+
+    @routes.get("/ready", response_model=Health)
+    async def ready() -> Response:
+        """200 once a real forward pass has run, 503 before."""
+        return await health()
+
+    @routes.get("/v1/status", response_model=Status, responses=_ERRORS)
+    async def status(http: Request) -> Response:
+        """What serves, and why the latest settings were refused; for administrators."""
         serving = endpoint.now
+        if not serving.settings.is_admin(http.state.holder):
+            raise Refusal(403, "only administrators see this: start the endpoint with --admins NAME", "not_admin")
         return _json(
-            Health(
-                status="ok",
+            Status(
                 router_version=serving.primary.version,
                 encoder=serving.engine.encoder.name,
                 targets=serving.primary.router.pool.target_names,
@@ -138,11 +154,6 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
                 refused=endpoint.refused,
             )
         )
-
-    @routes.get("/ready", response_model=Health)
-    async def ready() -> Response:
-        """200 once a real forward pass has run, 503 before."""
-        return await health()
 
     return routes
 

@@ -29,7 +29,7 @@ RECORD_AFTER_S = 0.005  # what is counted and logged of a request waits until it
 _DICE = SystemRandom()  # which a fork does not repeat
 
 
-_Key = tuple[tuple[str, ...], bytes]  # the heads that were asked, and the prompt's content
+_Key = tuple[str, tuple[str, ...], bytes]  # the caller, the heads that were asked, and the prompt's content
 
 
 class NotReady(Exception):  # noqa: N818 - a state, not a fault
@@ -59,7 +59,8 @@ class Endpoint:
         self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # told what `route` decides
         self._configuring = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
-        # Tasks, so that equal prompts that come at once are read once.
+        # Tasks, so that equal prompts that come at once are read once. Each caller's own: an answer that comes from
+        # the cache tells that the prompt was asked before, in words and by its speed.
         self._readings: OrderedDict[_Key, asyncio.Task[Reading]] = OrderedDict()
 
     # --- settings ------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Endpoint:
         Raises UserError for a request that cannot be met, or one of its kinds here; Overloaded where it would wait for
         too long.
         """
-        routing = await self.read(request)
+        routing = await self.read(request, holder=holder)
         decision = routing.decide(routing.policy)
         if decision.target is None:
             raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
@@ -119,7 +120,7 @@ class Endpoint:
             _later(self.on_routed, routing, decision, request_id, holder)
         return answer
 
-    async def read(self, request: RouteRequest, max_wait_s: float = math.inf) -> Routing:
+    async def read(self, request: RouteRequest, max_wait_s: float = math.inf, holder: str = "") -> Routing:
         """A prompt as the router that serves at the moment reads it. Raises what `route` does, but for NoTarget."""
         serving = self.now
         max_wait_s = min(max_wait_s, serving.settings.limits.wait_s)
@@ -129,7 +130,7 @@ class Endpoint:
         head = serving.head_for(digest)
         _check_targets(policy, head)
         asked = serving.asked(head)
-        key = tuple(each.name for each in asked), digest
+        key = holder, tuple(each.name for each in asked), digest
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
         if cached is None:
@@ -143,7 +144,7 @@ class Endpoint:
         except Overloaded as refusal:
             if refusal.max_wait_s >= max_wait_s:
                 raise
-            return await self.read(request, max_wait_s)  # another caller had less patience
+            return await self.read(request, max_wait_s, holder)  # the other request had less patience
         return Routing(serving, head, question, policy, reading, is_cached)
 
     def record(self, routing: Routing, decision: Decision, request_id: str) -> None:

@@ -226,7 +226,7 @@ class Metadata(StrictModel):
     tolerance: float = Field(description="What the decision was made with")
     propensity: float = Field(description="With which the target was chosen: below 1 where others are explored")
     is_canary: bool
-    is_cached: bool
+    is_cached: bool = Field(description="This caller asked the same prompt lately")
     noted: dict[str, int] = Field(description="Parts of messages that are no text, which nobody read")
     ignored: list[str] = Field(description="The request's fields that have no say in routing")
     drift: Drift | None = None
@@ -276,7 +276,14 @@ class BatchResponse(StrictModel):
 
 
 class Health(StrictModel):
+    """All that a probe is told, as it needs no key."""
+
     status: str
+
+
+class Status(StrictModel):
+    """What serves, for administrators."""
+
     router_version: str
     encoder: str
     targets: list[str]

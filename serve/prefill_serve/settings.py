@@ -57,6 +57,7 @@ class Settings(StrictModel):
     safe: SafeTarget | None = None
     explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
     keys: dict[str, Hash] = Field(default_factory=dict, description="Bearer keys' SHA-256, by the name of their holder")
+    admins: list[str] = Field(default_factory=list, description="Holders of keys that see the figures of all callers")
     open: bool = Field(False, description="Answer without a key: only where none but the machine's own reach it")
     limits: Limits = Limits()
     gateway: GatewaySettings | None = Field(None, description="Answer calls too, by the upstreams of the pool")
@@ -69,3 +70,13 @@ class Settings(StrictModel):
         if bool(self.keys) == self.open:
             raise ValueError("give keys, or set open = true where only this machine can reach the endpoint")
         return self
+
+    @model_validator(mode="after")
+    def _admins_have_keys(self) -> Settings:
+        if unknown := sorted(set(self.admins) - set(self.keys)):
+            raise ValueError(f"admins: {', '.join(unknown)} must be among the holders of keys")
+        return self
+
+    def is_admin(self, holder: str) -> bool:
+        """Without keys every caller is the operator of the machine."""
+        return self.open or holder in self.admins

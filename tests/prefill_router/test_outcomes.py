@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefill_router.errors import UserError
-from prefill_router.outcomes import Outcomes, load_outcomes, target_names
+from prefill_router.outcomes import Outcomes, load_log, load_outcomes, target_names
 from prefill_router.split import prompt_hashes
 
 NAN = float("nan")
@@ -190,3 +190,18 @@ def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_onc
     outcomes = load_outcomes(str(tmp_path), ["big", "small"]).align(["p", "q"])
     np.testing.assert_allclose(outcomes.correct, [[0.5, NAN], [NAN, 1.0]])
     np.testing.assert_allclose(outcomes.output_tokens, [[20.0, NAN], [NAN, 5.0]])
+
+
+def test_two_callers_may_give_their_requests_one_id(tmp_path: Path) -> None:
+    rows = {
+        "prompt_id": ["p", "q"],
+        "target": ["big", "big"],
+        "correct": pa.array([1.0, 0.0], pa.float32()),
+        "output_tokens": pa.array([1, 2], pa.int32()),
+        "propensity": [0.5, 0.5],
+        "request_id": ["same", "same"],
+    }
+    write(tmp_path / "1.parquet", **rows, call_id=["a", "b"])
+    write(tmp_path / "2.parquet", **rows, call_id=["a", "b"])
+    assert load_outcomes(str(tmp_path), ["big"]).align(["p", "q"]).correct.tolist() == [[1.0], [0.0]]
+    assert load_log(str(tmp_path), ["big"])[1].reward.tolist() == [1.0, 0.0]

@@ -15,9 +15,9 @@ from served import Api
 
 @pytest.fixture(scope="module")
 def served(router: str) -> Iterator[Api]:
-    endpoint = Endpoint()
-    with TestClient(create_api(endpoint, LocalLedger()), raise_server_exceptions=False) as client:
-        yield Api(client, endpoint)
+    endpoint, ledger = Endpoint(), LocalLedger()
+    with TestClient(create_api(endpoint, ledger), raise_server_exceptions=False) as client:
+        yield Api(client, endpoint, ledger)
 
 
 @pytest.fixture

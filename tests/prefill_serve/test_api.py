@@ -414,12 +414,12 @@ def test_bad_settings_are_refused_and_the_old_ones_stay(api: Api, router: str, t
     ]:
         with pytest.raises(UserError, match=reason):
             api.configure(**settings)
-        health = api.client.get("/health").raise_for_status().json()
-        assert reason in health["refused"]
-        assert health["router_version"] == Router.load(router).version
+        status = api.client.get("/v1/status").raise_for_status().json()
+        assert reason in status["refused"]
+        assert status["router_version"] == Router.load(router).version
         assert api.post({"prompt": QUESTION}).status_code == 200
     api.configure(router=router)
-    assert api.client.get("/health").json()["refused"] is None
+    assert api.client.get("/v1/status").json()["refused"] is None
 
 
 def test_a_canary_answers_its_share_and_a_prompt_always_goes_the_same_way(api: Api, router: str, other: str) -> None:
@@ -524,7 +524,7 @@ def test_strangers_go_to_the_safe_target(api: Api, router: str) -> None:
 
 def test_the_openapi_document_says_what_is_answered(api: Api) -> None:
     document = api.client.get("/openapi.json").raise_for_status().json()
-    routing = {"/v1/route", "/v1/route/batch", "/v1/router", "/health", "/ready"}
+    routing = {"/v1/route", "/v1/route/batch", "/v1/router", "/v1/status", "/health", "/ready"}
     gateway = {f"/v1/{name}" for name in ("chat/completions", "responses", "models", "stats", "feedback")}
     assert set(document["paths"]) == routing | gateway
     for operations in document["paths"].values():

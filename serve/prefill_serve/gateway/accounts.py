@@ -43,7 +43,7 @@ class Saving(StrictModel):
 
 
 class Stats(StrictModel):
-    """Since the oldest call that is remembered."""
+    """Figures of one caller's calls, or of all callers' together, since the oldest call that is remembered."""
 
     since: datetime | None
     calls: int
@@ -59,8 +59,8 @@ class Stats(StrictModel):
     against_dearest: Saving | None
     against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
     targets: dict[str, TargetStats]
-    spent_today_usd: float = Field(description="By the key that asks")
-    reserved_usd: float = Field(description="What the calls of that key which are under way are expected to cost")
+    spent_today_usd: float = Field(description="Today, in UTC")
+    reserved_usd: float = Field(description="What calls under way are expected to cost")
     feedback: int = Field(description="Outcomes that were recorded")
 
 
@@ -158,8 +158,8 @@ class Accounts:
             shares[None] = _share(sum(spent.values()), budgets.usd_per_day)
         return shares
 
-    def stats(self, now: datetime, holder: str, num_feedback: int) -> Stats:
-        """What `holder` is told; what others spend is nobody's business."""
+    def stats(self, now: datetime, reserved_usd: float, num_feedback: int) -> Stats:
+        """The figures of all calls that were booked here."""
         targets = {
             name: TargetStats(
                 answered=sums.answered,
@@ -187,8 +187,8 @@ class Accounts:
             against_dearest=self._against(self._would_cost),
             against_best_single=self._against(self._p_correct),
             targets=targets,
-            spent_today_usd=self.spent_today(now).get(holder, 0.0),
-            reserved_usd=self.reservations.usd().get(holder, 0.0),
+            spent_today_usd=sum(self.spent_today(now).values()),
+            reserved_usd=reserved_usd,
             feedback=num_feedback,
         )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,8 @@ from prefill_router.errors import UserError
 from prefill_router.gauges import REFRESHER
 from prefill_router.schema import (
     AT,
+    CALL_ID,
+    CALLER,
     CORRECT,
     COST_USD,
     FEEDBACK,
@@ -47,9 +50,10 @@ _KEPT = timedelta(days=7)  # a call in the journal, and so the time for its feed
 _JOURNAL_S = 1.0
 _LOOK_EVERY = 64  # calls that gather
 _UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # calls that are kept where the journal cannot be written, their prompts
-_PATIENCE_S = 1.0  # for the record of a call whose caller is quick with its feedback
+_PATIENCE_S = 1.0  # for the record of a call whose caller is quick to come back to it
 
 Row = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class UnknownRequest(UserError):  # noqa: N818 - an answer, not a fault
@@ -115,10 +119,11 @@ class Ledger(Protocol):
     """As LocalLedger; where it is another process, calls may fail or take long."""
 
     async def target(self, keys: Sequence[Key]) -> str | None: ...
+    async def target_of_answer(self, key: Key) -> str | None: ...
     async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int: ...
     async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None: ...
     async def feedback(self, given: Feedback, holder: str) -> bool: ...
-    async def stats(self, holder: str) -> Stats: ...
+    async def stats(self, holder: str | None) -> Stats: ...
 
 
 class LocalLedger:
@@ -127,9 +132,10 @@ class LocalLedger:
     def __init__(self) -> None:
         self.settings = LedgerSettings()
         self.accounts, self.conversations, self.metrics = Accounts(), Conversations(), BudgetMetrics()
+        self._accounts_of: defaultdict[str, Accounts] = defaultdict(Accounts)  # each caller's calls alone
         self.memory = MemoryMetrics()
         self._remembered: Remembered[_Given] = Remembered()
-        self._num_feedback = 0
+        self._num_feedback: Counter[str] = Counter()  # by caller
         self._folder: _Folder | None = None
         self._unsaved: list[Served] = []
         self._pending: list[tuple[_Given, Served]] = []
@@ -146,15 +152,17 @@ class LocalLedger:
         if settings.folder is not None and self._folder is None:
             folder = _Folder(settings.folder)
             calls, outcomes, num_feedback = await asyncio.to_thread(folder.read, _now() - _KEPT)
-            self._num_feedback = max(self._num_feedback, num_feedback)
+            self._num_feedback |= num_feedback
             for served in calls:
-                if self._remembered.call(served.request_id) is None:
+                if served.call_id not in self._remembered:
                     self._take(served)
+                    if served.answer_key is not None and served.target is not None:
+                        self.conversations.keep([bytes.fromhex(served.answer_key)], served.target)
             for row in outcomes:
-                if self._remembered.given(row[REQUEST_ID]) is None:
-                    given = _Given(row[CORRECT], row[OUTPUT_TOKENS], asyncio.get_running_loop().create_future())
+                if not self._remembered.has_given(row[CALL_ID]):
+                    given = _Given(row[CORRECT], row[OUTPUT_TOKENS])
                     given.written.set_result(None)
-                    self._remembered.give(row[REQUEST_ID], given)
+                    self._remembered.give((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
             self._folder = folder
         self.settings = settings
         self._tell_budgets()
@@ -165,6 +173,10 @@ class LocalLedger:
     async def target(self, keys: Sequence[Key]) -> str | None:
         """Of the conversation that is found by one of these."""
         return self.conversations.target(keys)
+
+    async def target_of_answer(self, key: Key) -> str | None:
+        """The target that keeps an answer; it is waited for, as its caller may go on before it has been recorded."""
+        return await _awaited(lambda: self.conversations.target([key]))
 
     async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
         """Takes the first bid that budgets have room for, or else the last; its expected cost counts until `record`.
@@ -196,34 +208,40 @@ class LocalLedger:
     async def feedback(self, given: Feedback, holder: str) -> bool:
         """Records an outcome, and says whether it is new. It is kept for good once this returns.
 
-        Raises UserError where there is no folder, no such call, or other feedback on it.
+        Raises UserError where there is no folder, the caller made no such call, or other feedback on it stands.
         """
         if self._folder is None:
             raise NoFeedback("feedback is not recorded here: start the endpoint with --feedback FOLDER")
         value, length = _float32(given.value), given.output_tokens
-        known = self._remembered.given(given.request_id)
+        alias = holder, given.request_id
+        if alias not in self._remembered.aliases:
+            await _awaited(lambda: self._remembered.call(alias))
+        served, known = self._remembered.call(alias), self._remembered.given(alias)
         if known is not None:  # of a call that may be forgotten by now
             if value != known.value or length not in (None, known.output_tokens):
                 raise OtherFeedback(f'request "{given.request_id}": has other feedback, which stands')
             await asyncio.shield(known.written)
             return False
-        served = await self._find(given.request_id)
-        # What others asked is nobody's business.
-        if served is None or served.holder != holder or served.target is None or served.prompt_id is None:
+        if served is None or served.target is None or served.prompt_id is None:
             raise UnknownRequest(f'request "{given.request_id}": is not known, or too old, or had no answer')
         if length is None and served.usage is not None:
             length = served.usage.output_tokens
-        new = _Given(value, length, asyncio.get_running_loop().create_future())
-        self._remembered.give(given.request_id, new)
-        self._num_feedback += 1
+        new = _Given(value, length)
+        self._remembered.give(alias, served.call_id, new)
+        self._num_feedback[holder] += 1
         self._pending.append((new, served))
         self._tasks.add(task := asyncio.create_task(self._commit(self._folder)))
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(new.written)
         return True
 
-    async def stats(self, holder: str) -> Stats:
-        return self.accounts.stats(_now(), holder, self._num_feedback)
+    async def stats(self, holder: str | None) -> Stats:
+        """The figures of one caller; None: those of all callers together."""
+        reserved_usd = self.accounts.reservations.usd()
+        if holder is None:
+            return self.accounts.stats(_now(), sum(reserved_usd.values()), self._num_feedback.total())
+        accounts = self._accounts_of[holder]
+        return accounts.stats(_now(), reserved_usd.get(holder, 0.0), self._num_feedback[holder])
 
     async def close(self) -> None:
         """Saves what has not been."""
@@ -232,14 +250,9 @@ class LocalLedger:
 
     def _take(self, served: Served) -> None:
         self.accounts.book(served)
+        self._accounts_of[served.holder].book(served)
         self._remembered.add(served)
         self.memory.holds(len(self._remembered), self._remembered.prompt_bytes)
-
-    async def _find(self, request_id: str) -> Served | None:
-        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
-        while self._remembered.call(request_id) is None and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        return self._remembered.call(request_id)
 
     async def _commit(self, folder: _Folder) -> None:
         """Writes all feedback that waits, as one file: while it does, more can gather for the next."""
@@ -251,9 +264,9 @@ class LocalLedger:
                 await asyncio.to_thread(folder.write_outcomes, batch)
             except Exception as error:
                 log.exception("feedback was not written")
-                self._num_feedback -= len(batch)
                 for given, served in batch:
-                    self._remembered.take_back(served.request_id)
+                    self._remembered.take_back(served.call_id)
+                    self._num_feedback[served.holder] -= 1
                     given.written.set_exception(error)
                     given.written.exception()  # its callers may have gone
                 return
@@ -277,10 +290,11 @@ class LocalLedger:
 
 
 class _Given:
-    """Feedback on a call; `written` is done once it is kept."""
+    """Feedback on a call; `written` is done once it is kept. Belongs to the event loop that it is made on."""
 
-    def __init__(self, value: float, output_tokens: int | None, written: asyncio.Future[None]) -> None:
-        self.value, self.output_tokens, self.written = value, output_tokens, written
+    def __init__(self, value: float, output_tokens: int | None) -> None:
+        self.value, self.output_tokens = value, output_tokens
+        self.written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class _Folder:
@@ -288,23 +302,26 @@ class _Folder:
 
     def __init__(self, uri: str) -> None:
         self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
-        self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_table)
+        self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_outcomes)
         self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
         self._kept_prompts = LatestNames()  # one that is forgotten may be kept again, which changes nothing
 
-    def read(self, since: datetime) -> tuple[list[Served], list[Row], int]:
-        """Calls since a time and the latest outcomes, each once, and how many outcomes there are.
+    def read(self, since: datetime) -> tuple[list[Served], list[Row], Counter[str]]:
+        """Calls since a time and the latest outcomes, each once, and how many outcomes there are, by caller.
 
         Calls whose prompts are too many to be held have none any more, and so no feedback.
         """
         self.journal.forget(since)
         self._kept_prompts.update(self.prompts.read(_decode_prompt_ids))
         calls = bound_prompts(served for served in self.journal.read() if served.at >= since)
+        callers = {served.call_id: served.holder for served in calls}
         outcomes: dict[str, Row] = {}
-        num_outcomes = 0
+        num_outcomes: Counter[str] = Counter()
         for row in self.outcomes.read():
-            num_outcomes += row[REQUEST_ID] not in outcomes
-            outcomes[row[REQUEST_ID]] = row
+            if row[CALLER] is None:
+                row[CALLER] = callers.get(row[CALL_ID], "")
+            num_outcomes[row[CALLER]] += row[CALL_ID] not in outcomes
+            outcomes[row[CALL_ID]] = row
             if len(outcomes) > MOST_CALLS:
                 del outcomes[next(iter(outcomes))]
         return calls, list(outcomes.values()), num_outcomes
@@ -342,6 +359,8 @@ def _outcome(given: _Given, served: Served) -> Row:
         PROPENSITY: served.propensity,
         REQUEST_ID: served.request_id,
         AT: served.at,
+        CALLER: served.holder,
+        CALL_ID: served.call_id,
     }
 
 
@@ -354,8 +373,13 @@ def _decode_calls(data: bytes) -> list[Served]:
 
 
 def _encode_outcomes(rows: Sequence[Row]) -> bytes:
-    unique = {row[REQUEST_ID]: row for row in rows}
+    unique = {row[CALL_ID]: row for row in rows}
     return storage.encode_parquet(pa.Table.from_pylist(list(unique.values()), schema=FEEDBACK))
+
+
+def _decode_outcomes(data: bytes) -> list[Row]:
+    """Files of before name neither the caller nor the call, and have each request id once."""
+    return [{CALLER: None, CALL_ID: row[REQUEST_ID], **row} for row in _decode_table(data)]
 
 
 def _encode_prompts(rows: Sequence[Row]) -> bytes:
@@ -383,6 +407,15 @@ def _decode_prompt_ids(data: bytes) -> list[str | None]:
 
 def _decode_prompts(data: bytes) -> list[Row]:
     return [{PROMPT_ID: row[PROMPT_ID], PROMPT: row[PROMPT] or row[MESSAGES]} for row in _decode_table(data)]
+
+
+async def _awaited(find: Callable[[], _T | None]) -> _T | None:
+    """What is found within a moment."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + _PATIENCE_S
+    while (found := find()) is None and clock() < deadline:
+        await asyncio.sleep(0.02)
+    return found
 
 
 def _float32(value: float) -> float:

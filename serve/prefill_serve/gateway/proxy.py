@@ -45,6 +45,10 @@ class NoUpstream(UserError):  # noqa: N818 - an answer, not a fault
     """No target of the pool has an upstream."""
 
 
+class UnknownAnswer(UserError):  # noqa: N818 - an answer, not a fault
+    """A call goes on from an answer that its caller was not given, or too long ago."""
+
+
 class Caller(NamedTuple):
     """Who calls: the holder of the key, the request's id, and the caller's own id of the conversation."""
 
@@ -66,6 +70,13 @@ class _Passage:
     failed: list[str] = field(default_factory=list)
     ticket: str = field(default_factory=lambda: uuid4().hex)  # not the request's id, which callers may repeat
     reserving: list[asyncio.Future[int]] = field(default_factory=list)
+    answer_key: Key | None = None  # by which the caller's next call finds the target that keeps the answer
+
+    def keep_answer(self, answer_id: str | None) -> None:
+        """Notes the id by which the upstream keeps the answer, if it told one."""
+        if answer_id is not None:
+            self.answer_key = answer_key(self.caller.holder, answer_id)
+            self.keys.append(self.answer_key)
 
     def choose(self, plan: Plan) -> Choice | None:
         """The next target to ask: of those that can take the call, one that is ready where there is one."""
@@ -112,8 +123,7 @@ class Proxy:
         if isinstance(answered, Stream):
             headers = {**_headers(passage), "cache-control": "no-cache", "x-accel-buffering": "no"}
             return _Relay(passage, answered, headers, self._finish)
-        if (answer_id := call.answer_id(answered)) is not None:
-            passage.keys.append(answer_key(caller.holder, answer_id))
+        passage.keep_answer(call.answer_id(answered))
         self._record(passage, "answered", passage.choice.target, call.usage(answered))
         content = json.dumps({**answered, "model": passage.choice.target})
         return Response(content, 200, _headers(passage), "application/json")
@@ -145,13 +155,27 @@ class Proxy:
     async def _plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
         if not channels:
             raise NoUpstream("this endpoint routes, and does not answer: give it a pool whose targets have upstreams")
+        if call.pinned is not None and call.pinned not in channels:
+            raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
+        await self._require_own_answer(call, caller)
         if call.pinned is not None:
-            if call.pinned not in channels:
-                raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
             return Fixed([call.pinned], guessed_tokens(call)), []
         earlier, here = keys_of(call, caller.holder, caller.session)
         past = asyncio.create_task(self._past(earlier))
         return await self._routed(call, caller, past), [here]
+
+    async def _require_own_answer(self, call: Call, caller: Caller) -> None:
+        """Raises UnknownAnswer for a call that goes on from another caller's answer, or from none.
+
+        An upstream keeps the answers to all callers under one key, and would go on from any of them. Without keys there
+        is one caller, and the upstream may be asked.
+        """
+        if call.continues is None or self.endpoint.now.settings.open:
+            return
+        if await self.ledger.target_of_answer(answer_key(caller.holder, call.continues)) is None:
+            raise UnknownAnswer(
+                f'previous_response_id "{call.continues}": is not known, or too old: send the conversation as input'
+            )
 
     async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self._settings
@@ -160,7 +184,7 @@ class Proxy:
             return Fixed([target], guessed_tokens(call), sticky=target)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
-                routing = await self.endpoint.read(call.question, settings.route_timeout_s)
+                routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.holder)
         except UnknownTarget:
             raise
         except Exception as error:  # whatever it is: the caller wants an answer
@@ -230,8 +254,7 @@ class Proxy:
     def _finish(self, passage: _Passage, stream: Stream, end: End) -> None:
         """Once a stream has been relayed, or its caller has gone."""
         assert passage.choice is not None
-        if stream.answer_id is not None:
-            passage.keys.append(answer_key(passage.caller.holder, stream.answer_id))
+        passage.keep_answer(stream.answer_id)
         self._record(passage, end, passage.choice.target, stream.usage)
         self._spawn(stream.close())  # on its own: a caller that has gone cancels whatever is awaited here
 
@@ -254,6 +277,7 @@ class Proxy:
             is_sticky=isinstance(plan, Fixed) and plan.sticky is not None,
             usage=usage,
             cost_usd=cost_usd,
+            answer_key=passage.answer_key.hex() if passage.answer_key is not None else None,
         )
         self.metrics.ended(served)
         if plan.sticky is not None and target is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from prefill_serve.gateway.served import Served
+
+Alias = tuple[str, str]  # a caller, and the request id that the caller gave or was told
 
 MOST_CALLS = 200_000
 MOST_PROMPT_BYTES = 256 << 20  # of the prompts that calls bring along, where prompts are kept
@@ -21,65 +23,80 @@ Given = TypeVar("Given")
 
 
 class Remembered(Generic[Given]):
-    """Calls by their ids, and what was given for them. The oldest are forgotten first."""
+    """Calls, and what was given for them. The oldest are forgotten first.
+
+    A request id counts for its caller only: others may use the same one, and do not find the call. Where a caller gives
+    several calls one id, all are remembered, and the id finds the latest.
+    """
 
     def __init__(self, most_calls: int = MOST_CALLS, most_prompt_bytes: int = MOST_PROMPT_BYTES) -> None:
         self.most_calls, self.most_prompt_bytes = most_calls, most_prompt_bytes
         self.prompt_bytes = 0
         self.num_forgotten = 0  # calls
-        self._calls: OrderedDict[str, Served] = OrderedDict()
+        self.aliases: dict[Alias, str] = {}  # the call_id of the latest, which may be forgotten but for what was given
+        self._calls: OrderedDict[str, Served] = OrderedDict()  # by call_id, as all that follows
         self._given: dict[str, Given] = {}  # of these calls
-        self._former: OrderedDict[str, Given] = OrderedDict()  # of calls that are forgotten
+        self._former: OrderedDict[str, tuple[Alias, Given]] = OrderedDict()  # of calls that are forgotten
 
     def __len__(self) -> int:
         """Calls."""
         return len(self._calls)
 
-    def __iter__(self) -> Iterator[str]:
-        """The ids of the calls, the oldest first."""
-        return iter(self._calls)
+    def __contains__(self, call_id: str) -> bool:
+        return call_id in self._calls
 
-    def call(self, request_id: str) -> Served | None:
-        return self._calls.get(request_id)
+    def call(self, alias: Alias) -> Served | None:
+        return self._calls.get(self.aliases.get(alias, ""))
 
     def add(self, served: Served) -> None:
-        """In place of an earlier call with the same id."""
-        self._take_out(served.request_id)
-        self._calls[served.request_id] = served
+        """A call that is not remembered yet; what was given for it may be."""
+        self._calls[served.call_id] = served
+        self.aliases[served.alias] = served.call_id
         self.prompt_bytes += num_bytes(served)
-        if (given := self._former.pop(served.request_id, None)) is not None:
-            self._given[served.request_id] = given
+        if (former := self._former.pop(served.call_id, None)) is not None:
+            self._given[served.call_id] = former[1]
         while len(self._calls) > self.most_calls or (self.prompt_bytes > self.most_prompt_bytes and self._calls):
-            self._forget(next(iter(self._calls)))
+            self._forget_oldest()
 
-    def given(self, request_id: str) -> Given | None:
-        return self._given.get(request_id) or self._former.get(request_id)
+    def given(self, alias: Alias) -> Given | None:
+        call_id = self.aliases.get(alias, "")
+        _, former = self._former.get(call_id, (None, None))
+        return self._given.get(call_id, former)
 
-    def give(self, request_id: str, given: Given) -> None:
-        if request_id in self._calls:
-            self._given[request_id] = given
-        else:
-            self._keep_former(request_id, given)
+    def has_given(self, call_id: str) -> bool:
+        return call_id in self._given or call_id in self._former
 
-    def take_back(self, request_id: str) -> None:
+    def give(self, alias: Alias, call_id: str, given: Given) -> None:
+        if call_id in self._calls:
+            self._given[call_id] = given
+            return
+        if self.aliases.get(alias) not in self._calls:
+            self.aliases[alias] = call_id
+        self._keep_former(alias, call_id, given)
+
+    def take_back(self, call_id: str) -> None:
         """What was given."""
-        self._given.pop(request_id, None)
-        self._former.pop(request_id, None)
+        self._given.pop(call_id, None)
+        self._former.pop(call_id, None)
 
-    def _forget(self, request_id: str) -> None:
-        self._take_out(request_id)
+    def _forget_oldest(self) -> None:
+        call_id, served = self._calls.popitem(last=False)
+        self.prompt_bytes -= num_bytes(served)
         self.num_forgotten += 1
-        if (given := self._given.pop(request_id, None)) is not None:
-            self._keep_former(request_id, given)
+        if (given := self._given.pop(call_id, None)) is not None:
+            self._keep_former(served.alias, call_id, given)
+        else:
+            self._forget_alias(served.alias, call_id)
 
-    def _take_out(self, request_id: str) -> None:
-        if (served := self._calls.pop(request_id, None)) is not None:
-            self.prompt_bytes -= num_bytes(served)
-
-    def _keep_former(self, request_id: str, given: Given) -> None:
-        self._former[request_id] = given
+    def _keep_former(self, alias: Alias, call_id: str, given: Given) -> None:
+        self._former[call_id] = alias, given
         while len(self._former) > self.most_calls:
-            self._former.popitem(last=False)
+            oldest, (its_alias, _) = self._former.popitem(last=False)
+            self._forget_alias(its_alias, oldest)
+
+    def _forget_alias(self, alias: Alias, call_id: str) -> None:
+        if self.aliases.get(alias) == call_id:
+            del self.aliases[alias]
 
 
 class LatestNames:
@@ -116,15 +133,15 @@ def bound_prompts(calls: Iterable[Served], most_bytes: int = MOST_PROMPT_BYTES) 
     holding: deque[str] = deque()
     size = 0
     for served in calls:
-        if served.request_id in found:
+        if served.call_id in found:
             continue
-        found[served.request_id] = served
-        holding.append(served.request_id)
+        found[served.call_id] = served
+        holding.append(served.call_id)
         size += num_bytes(served)
         while size > most_bytes:
             oldest = found[holding.popleft()]
             size -= num_bytes(oldest)
-            found[oldest.request_id] = replace(oldest, prompt=None, prompt_id=None)
+            found[oldest.call_id] = replace(oldest, prompt=None, prompt_id=None)
     return list(found.values())
 
 

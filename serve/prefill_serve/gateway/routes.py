@@ -97,12 +97,19 @@ def gateway_routes(endpoint: Endpoint, ledger: Ledger, errors: dict[int | str, d
 
     @routes.get("/v1/stats", responses=errors, tags=["gateway"])
     async def stats(http: Request) -> Stats:
-        """What calls cost, were expected to cost, and would have cost on one target."""
-        return await ledger.stats(http.state.holder)
+        """What calls cost, were expected to cost, and would have cost on one target.
+
+        The caller's own calls; with the key of an administrator, and without keys, those of all callers.
+        """
+        holder = http.state.holder
+        return await ledger.stats(None if endpoint.now.settings.is_admin(holder) else holder)
 
     @routes.post("/v1/feedback", responses=errors, tags=["gateway"])
     async def feedback(given: Feedback, http: Request) -> Recorded:
-        """Says whether an answer was right. Once this is acknowledged it is kept; to repeat it changes nothing."""
+        """Says whether an answer was right. Once this is acknowledged it is kept; to repeat it changes nothing.
+
+        Only the caller of a request can judge it. Where a caller gave several requests one id, it is the latest.
+        """
         return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.holder))
 
     return routes

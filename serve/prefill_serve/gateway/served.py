@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 # refused: the upstream did not take the call; cancelled: the caller hung up; routed: a decision alone was asked for
 End = Literal["answered", "failed", "refused", "cancelled", "routed"]
@@ -23,7 +24,7 @@ class Usage(NamedTuple):
 class Served:
     """One request, once it has ended. Estimates are of all targets, and empty where none were made."""
 
-    request_id: str
+    request_id: str  # the caller's: other callers, and later calls, may have the same
     holder: str  # of the key, "" without one
     at: datetime
     end: End
@@ -39,12 +40,20 @@ class Served:
     router_version: str | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    answer_key: str | None = None  # by which the caller's next call finds the target that keeps the answer, as hex
+    call_id: str = field(default_factory=lambda: uuid4().hex)  # no other call has the same
+
+    @property
+    def alias(self) -> tuple[str, str]:
+        """What the caller knows the call by."""
+        return self.holder, self.request_id
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"at": self.at.isoformat()})
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Served:
-        served = cls(**json.loads(line))
+        fields = json.loads(line)
+        served = cls(**{"call_id": fields["request_id"], **fields})  # lines of before had no other id
         usage = Usage(*served.usage) if served.usage is not None else None
         return replace(served, at=datetime.fromisoformat(str(served.at)), usage=usage)

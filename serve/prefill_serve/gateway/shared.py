@@ -46,6 +46,9 @@ class RemoteLedger:
     async def target(self, keys: Sequence[Key]) -> str | None:
         return await self._call("target", keys)  # type: ignore[no-any-return]
 
+    async def target_of_answer(self, key: Key) -> str | None:
+        return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
+
     async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
         return await self._call("reserve", ticket, holder, bids)  # type: ignore[no-any-return]
 
@@ -55,7 +58,7 @@ class RemoteLedger:
     async def feedback(self, given: Feedback, holder: str) -> bool:
         return await self._call("feedback", given, holder)  # type: ignore[no-any-return]
 
-    async def stats(self, holder: str) -> Stats:
+    async def stats(self, holder: str | None) -> Stats:
         return await self._call("stats", holder)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *arguments: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -525,8 +527,8 @@ def test_prompts_that_are_kept_take_bounded_memory(
 
 
 def test_a_ledger_that_is_read_anew_holds_the_latest_prompts_alone() -> None:
-    calls = [served(f"r-{i}", prompt="x" * 10_000) for i in (0, 1, 1, 2, 3)]
-    found = bound_prompts(calls, 25_000)
+    calls = [served(f"r-{i}", prompt="x" * 10_000) for i in range(4)]
+    found = bound_prompts([*calls[:2], *calls[1:]], 25_000)
     assert [call.request_id for call in found] == ["r-0", "r-1", "r-2", "r-3"]
     assert [call.prompt_id is not None and call.prompt is not None for call in found] == [False, False, True, True]
 
@@ -585,3 +587,91 @@ def test_budgets_change_while_calls_are_remembered(tmp_path: Path) -> None:
         assert (await ledger.stats("ann")).calls == 1
 
     run(scenario)
+
+
+# --- request ids are the callers' own ----------------------------------------------------------------------------
+
+
+def test_calls_with_one_request_id_are_all_booked_before_and_after_a_restart(tmp_path: Path) -> None:
+    """A caller who repeats an id, or takes another's, spends no less."""
+
+    async def scenario() -> None:
+        old = await opened(tmp_path)
+        for holder in ("ann", "ann", "bob"):
+            await old.record(served("same", holder=holder), [])
+        await old.close()
+        for ledger in (old, await opened(tmp_path)):
+            spent = [(await ledger.stats(who)).spent_today_usd for who in ("ann", "bob", "eve", None)]
+            assert spent == [0.5, 0.25, 0.0, 0.75]
+
+    run(scenario)
+
+
+def test_feedback_by_an_id_is_on_the_callers_latest_call_before_and_after_a_restart(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        old = await opened(tmp_path)
+        await old.record(served("same", "first"), [])
+        assert await old.feedback(right("same"), "ann")
+        await old.record(served("same", "of bob", holder="bob"), [])
+        await old.record(served("same", "second"), [])
+        assert await old.feedback(wrong("same"), "ann")
+        await old.close()
+        for ledger in (old, await opened(tmp_path)):
+            assert not await ledger.feedback(wrong("same"), "ann")
+            with pytest.raises(OtherFeedback):
+                await ledger.feedback(right("same"), "ann")
+            assert [(await ledger.stats(who)).feedback for who in ("ann", "bob", None)] == [2, 0, 2]
+
+    run(scenario)
+    assert sorted(row[1:4] for row in outcomes(tmp_path)) == [("first", "small", 1.0), ("second", "small", 0.0)]
+    got = load_outcomes(str(tmp_path / "outcomes"), ["small"]).align(["first", "second"])
+    assert got.correct[:, 0].tolist() == [1.0, 0.0]
+
+
+def test_of_feedback_that_comes_twice_before_its_call_one_is_new(tmp_path: Path) -> None:
+    async def scenario() -> list[bool]:
+        ledger = await opened(tmp_path)
+        early = [asyncio.create_task(ledger.feedback(right(), "ann")) for _ in range(2)]
+        await asyncio.sleep(0)
+        await ledger.record(served(), [])
+        return await asyncio.gather(*early)
+
+    assert sorted(run(scenario)) == [False, True]
+    assert len(outcomes(tmp_path)) == 1
+
+
+def test_a_folder_of_before_calls_had_ids_of_their_own_is_read(tmp_path: Path) -> None:
+    """Its outcomes name no caller; the journal does."""
+
+    async def scenario() -> None:
+        old = await opened(tmp_path)
+        for name in ("r-1", "r-2"):
+            await old.record(served(name), [])
+        await old.feedback(right("r-1"), "ann")
+        await old.close()
+        for path in (tmp_path / "journal").iterdir():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            new = ("call_id", "answer_key")
+            path.write_text("".join(json.dumps({k: v for k, v in x.items() if k not in new}) + "\n" for x in lines))
+        for path in (tmp_path / "outcomes").iterdir():
+            pq.write_table(pq.read_table(path).drop_columns(["caller", "call_id"]), path)
+        new_ledger = await opened(tmp_path)
+        assert await new_ledger.stats("ann") == await old.stats("ann")
+        assert not await new_ledger.feedback(right("r-1"), "ann")
+        assert await new_ledger.feedback(right("r-2"), "ann")
+        with pytest.raises(UnknownRequest):
+            await new_ledger.feedback(right("r-1"), "")
+
+    run(scenario)
+    assert load_outcomes(str(tmp_path / "outcomes"), ["small"]).correct.sum() == 2.0
+
+
+def test_an_answer_is_found_by_its_caller_after_a_restart(tmp_path: Path) -> None:
+    async def scenario() -> list[str | None]:
+        old = await opened(tmp_path)
+        await old.record(served(answer_key=b"answer".hex()), [b"answer"])
+        await old.close()
+        new = await opened(tmp_path)
+        return [await new.target_of_answer(key) for key in (b"answer", b"nobody's")]
+
+    assert run(scenario) == ["small", None]
