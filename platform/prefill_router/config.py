@@ -354,6 +354,11 @@ class ServeConfig(StrictModel):
     admins: tuple[str, ...] = Field(
         (), description="A name in --keys that sees the figures of all callers; may be given several times"
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="A name by which the endpoint may be asked, beside localhost; may be given several times "
+        "[with --keys any]",
+    )
     pool: OtherPool = None
     tolerance: Tolerance = None
     replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")

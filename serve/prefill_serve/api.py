@@ -47,10 +47,11 @@ _RETRY = {"description": "Seconds to wait", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed"},
     401: {"model": ErrorResponse, "description": "No valid key"},
-    403: {"model": ErrorResponse, "description": "Not for this caller"},
+    403: {"model": ErrorResponse, "description": "Not for this caller, by this host, or for a page of another site"},
     404: {"model": ErrorResponse, "description": "A target is not in the pool"},
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
+    415: {"model": ErrorResponse, "description": "The body is not JSON by its content type"},
     429: {"model": ErrorResponse, "description": "Too busy", "headers": {"Retry-After": _RETRY}},
     502: {"model": ErrorResponse, "description": "No upstream answered"},
     504: {"model": ErrorResponse, "description": "No upstream answered in time"},
@@ -223,13 +224,15 @@ def _add_documents(api: FastAPI) -> None:
 
     @api.get("/docs", include_in_schema=False)
     async def documents() -> HTMLResponse:
-        return get_swagger_ui_html(
+        page = get_swagger_ui_html(
             openapi_url="../openapi.json",
             title=api.title,
             swagger_js_url="docs/static/swagger-ui-bundle.js",
             swagger_css_url="docs/static/swagger-ui.css",
             swagger_favicon_url="docs/static/favicon.png",
         )
+        page.headers["content-security-policy"] = "frame-ancestors 'none'"  # what it sends is its user's own click
+        return page
 
 
 def _json(model: BaseModel) -> Response:

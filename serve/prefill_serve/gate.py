@@ -1,6 +1,6 @@
-"""What every request passes before the API sees it: an id, a key, a limit on its body; and what is counted of it.
+"""What every request passes before the API sees it: an id, checks of its origin, a key and a limit on its body.
 
-Plain ASGI, so that a refusal costs nothing and a body that is too long is never held whole.
+It counts requests too. Plain ASGI, so that a refusal costs nothing and a body that is too long is never held whole.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.http import error_body
+from prefill_serve.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
 from prefill_serve.traces import tracer
 
 log = logging.getLogger("ray.serve")
 
+PROBES = ("/health", "/ready")  # asked by any name, as Kubernetes does by a pod's address
 # No key is asked for: probes, and what anyone may know.
-OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs", "/playground.")
+OPEN_PATHS = (*PROBES, "/openapi.json", "/docs", "/playground.")
 HUNG_UP = 499  # a caller that did not wait for its answer, as nginx says it; nobody reads it
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
@@ -85,7 +87,10 @@ class Gate:
         with tracer.start_as_current_span("request", propagate.extract(headers)) as span:
             propagate.inject(MutableHeaders(scope=scope))  # FastAPI takes its spans' parent from there
             try:
+                self._require_own_origin(scope["path"], headers)
                 state["holder"] = self._holder(scope["path"], headers)
+                if not has_json_or_nothing(headers):
+                    raise _not_json()
                 await self.app(scope, self._bounded(headers, receive_or_left), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
@@ -101,10 +106,22 @@ class Gate:
                     fields = {"route_id": request_id, "status": status, "route": route}
                     log.warning("hung up" if status == HUNG_UP else "refused", extra=fields)
 
+    def _require_own_origin(self, path: str, headers: Headers) -> None:
+        """Keeps web pages away where no key does. Raises Refusal for a host that is not allowed, and a foreign page."""
+        settings = self.endpoint.serving.settings if self.endpoint.serving is not None else None
+        if settings is None or path in PROBES or not (settings.open or settings.allowed_hosts):
+            return
+        if not has_allowed_host(headers, settings.allowed_hosts):
+            message = "the request's Host is no name of this machine's own, as localhost: allow it with --allowed-hosts"
+            raise Refusal(403, message, "host_not_allowed")
+        if settings.open and not _is_open_path(path) and not is_from_own_page(headers):
+            message = "a page of another site sent the request: use keys for programs that run in browsers"
+            raise Refusal(403, message, "origin_not_allowed")
+
     def _holder(self, path: str, headers: Headers) -> str:
         """Whose key it is. Every key is compared, each in constant time, so that the time tells nothing of them."""
         serving = self.endpoint.serving
-        if serving is None or serving.settings.open or path == "/" or path.startswith(OPEN_PATHS):
+        if serving is None or serving.settings.open or _is_open_path(path):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"
@@ -145,3 +162,12 @@ def _too_large(limit: int) -> Refusal:
 def phrase(status: int) -> str:
     """A status in words, for what Starlette says of a path or a method."""
     return HTTPStatus(status).phrase.lower()
+
+
+def _is_open_path(path: str) -> bool:
+    return path == "/" or path.startswith(OPEN_PATHS)
+
+
+def _not_json() -> Refusal:
+    message = "the body must be JSON: send the header Content-Type: application/json"
+    return Refusal(415, message, "unsupported_media_type")

@@ -101,6 +101,7 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
         "safe": {"target": config.safe_target, "beyond": config.safe_beyond} if config.safe_target else None,
         "keys": keys,
         "admins": list(config.admins),
+        "allowed_hosts": list(config.allowed_hosts),
         "open": not keys,
         "limits": {
             "body_bytes": config.max_body_bytes,

@@ -11,7 +11,9 @@ from pydantic import Field, StringConstraints, model_validator
 
 from prefill_router.strict import StrictModel
 from prefill_serve.gateway.ledger import LedgerSettings
+from prefill_serve.origins import HOST_NAME
 
+HostName = Annotated[str, StringConstraints(pattern=HOST_NAME)]
 Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -59,6 +61,9 @@ class Settings(StrictModel):
     keys: dict[str, Hash] = Field(default_factory=dict, description="Bearer keys' SHA-256, by the name of their holder")
     admins: list[str] = Field(default_factory=list, description="Holders of keys that see the figures of all callers")
     open: bool = Field(False, description="Answer without a key: only where none but the machine's own reach it")
+    allowed_hosts: list[HostName] = Field(
+        default_factory=list, description="Host headers that are answered beside localhost [with keys any]"
+    )
     limits: Limits = Limits()
     gateway: GatewaySettings | None = Field(None, description="Answer calls too, by the upstreams of the pool")
     cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")

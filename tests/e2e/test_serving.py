@@ -6,6 +6,7 @@ Most tests share one endpoint, and the last one kills it.
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -139,6 +140,25 @@ def test_nothing_listens_for_others(two: Serve) -> None:
 
 
 @pytest.mark.slow("an endpoint of its own, which grows and shrinks")
+def test_a_web_page_reaches_nothing_through_the_proxy(two: Serve) -> None:
+    rebound = {"host": f"evil.example:{two.port}"}
+    with httpx.Client(base_url=two.url, timeout=300) as client:
+        for path in ("/v1/stats", "/v1/router", "/", "/docs"):
+            assert client.get(path).status_code == 200
+            assert client.get(path, headers=rebound).status_code == 403
+        body = {"prompt": QUESTION}
+        assert client.post("/v1/route", json=body, headers={"origin": "https://evil.example"}).status_code == 403
+        plain = {"content-type": "text/plain"}
+        assert client.post("/v1/route", content=b'{"prompt": "what is one"}', headers=plain).status_code == 415
+        for probe in ("/health", "/ready"):
+            assert client.get(probe, headers=rebound).json() == {"status": "ok"}
+        assert client.get("/-/healthz", headers=rebound).status_code == 200
+        assert client.get("/-/routes", headers=rebound).json() == {"/": "prefill-router"}
+    with socket.create_connection(("127.0.0.1", two.port), 300) as bare:
+        bare.sendall(b"GET /v1/stats HTTP/1.0\r\n\r\n")  # which needs no Host
+        assert bare.recv(1024).split()[1] in (b"400", b"403")
+
+
 def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: Path, command: Any) -> None:
     keys = tmp_path / "keys.toml"
     made = command("key", "ann", keys=keys)

@@ -16,7 +16,8 @@ from served import Api
 @pytest.fixture(scope="module")
 def served(router: str) -> Iterator[Api]:
     endpoint, ledger = Endpoint(), LocalLedger()
-    with TestClient(create_api(endpoint, ledger), raise_server_exceptions=False) as client:
+    api = create_api(endpoint, ledger)
+    with TestClient(api, "http://127.0.0.1", raise_server_exceptions=False) as client:
         yield Api(client, endpoint, ledger)
 
 

@@ -303,7 +303,7 @@ def test_a_caller_who_hangs_up_is_no_fault_of_ours(
 
         async def send(_message: Any) -> None: ...
 
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
         task = asyncio.create_task(api.client.app(scope, receive, send))  # type: ignore[call-arg,arg-type]
         if how == "is cancelled":
@@ -537,7 +537,7 @@ def test_the_openapi_document_says_what_is_answered(api: Api) -> None:
 
 def test_the_documents_page_asks_no_other_host(api: Api) -> None:
     page = api.client.get("/docs").raise_for_status().text
-    assert "http://" not in page.replace("http://testserver", "")
+    assert "http://" not in page
     assert "https://" not in page
     for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
         assert f"docs/static/{name}" in page

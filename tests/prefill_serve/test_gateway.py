@@ -28,6 +28,7 @@ from prefill_serve.gateway.proxy import LEDGER_S
 from upstream import Fault, Upstream
 
 ASKED = "what is one plus two"
+JSON = {"content-type": "application/json"}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}},
 ]
@@ -222,7 +223,7 @@ def test_only_targets_that_can_take_a_call_are_asked(
 def test_a_call_that_makes_no_sense_is_refused_here(
     gateway: Gateway, upstreams: dict[str, Upstream], body: bytes, status: int, what: str
 ) -> None:
-    answer = gateway.http.post("/v1/chat/completions", content=body)
+    answer = gateway.http.post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == status
     assert what in answer.json()["error"]["message"]
     assert not any(upstream.completions for upstream in upstreams.values())
@@ -238,7 +239,7 @@ def test_damaged_calls_are_answered_in_the_documented_shape(
         path = "/v1/responses" if number % 5 == 0 else "/v1/chat/completions"
         whole = {**call, "input": [_user(ASKED)]} if number % 5 == 0 else call
         body = json.dumps(mutated(whole, dice)).encode()
-        answer = gateway.http.post(path, content=damaged(body, dice) if number % 3 == 0 else body)
+        answer = gateway.http.post(path, content=damaged(body, dice) if number % 3 == 0 else body, headers=JSON)
         if answer.status_code == 200:
             assert answer.headers["x-router-selected-model"] in PRICES
         else:

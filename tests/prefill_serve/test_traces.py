@@ -26,7 +26,7 @@ from prefill_serve.traces import export_traces
 router, collector = sys.argv[1:]
 export_traces(collector)
 endpoint = Endpoint()
-with TestClient(create_api(endpoint, LocalLedger())) as client:
+with TestClient(create_api(endpoint, LocalLedger()), "http://127.0.0.1") as client:
     client.portal.call(endpoint.configure, Settings(router=router, open=True))
     headers = {"x-request-id": "r1", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     client.post("/v1/route", json={"prompt": "what is one"}, headers=headers).raise_for_status()
