@@ -30,7 +30,7 @@ from prefill_serve.gateway.ledger import Bid, Ledger
 from prefill_serve.gateway.metrics import GatewayMetrics
 from prefill_serve.gateway.plan import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
 from prefill_serve.gateway.served import End, Served, Usage
-from prefill_serve.gateway.upstream import Channel, Failed, Refused, Stream
+from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused, Stream
 from prefill_serve.settings import GatewaySettings
 
 log = logging.getLogger("ray.serve")
@@ -218,7 +218,8 @@ class Proxy:
         failure: Failed | None = None
         while (channel := await self._next(passage)) is not None:
             try:
-                return await (channel.stream(passage.call) if passage.call.is_stream else channel.answer(passage.call))
+                attempt = Attempt(passage.call, passage.caller.holder)
+                return await (channel.stream(attempt) if passage.call.is_stream else channel.answer(attempt))
             except Failed as failed:
                 failure = failed
                 passage.failed.append(channel.target.name)
@@ -226,8 +227,7 @@ class Proxy:
                 fields = {"route_id": passage.caller.request_id, "reason": str(failed)}
                 log.warning("upstream failed", extra=fields)
             finally:
-                is_open = channel.breaker.is_open
-                self.metrics.breaker.set(float(is_open), {"target": channel.target.name})
+                self._tell_breaker(channel)
         if failure is not None and failure.refusal is not None:
             raise failure.refusal
         if failure is None:
@@ -237,6 +237,7 @@ class Proxy:
 
     async def _next(self, passage: _Passage) -> Channel | None:
         """The way to the next target to ask. Where there are budgets, what it is expected to cost is reserved."""
+        self._probe_in_doubt(passage.channels)
         plan, budgets = passage.plan, self._settings.ledger.budgets
         passage.choice = passage.choose(plan)
         if passage.choice is not None and budgets != Budgets():
@@ -248,6 +249,22 @@ class Proxy:
             taken = await self._told(asyncio.shield(reserving))
             passage.plan, passage.choice = ways[-1 if taken is None else taken]  # in doubt, the thrifty way
         return None if passage.choice is None else passage.channels[passage.choice.target]
+
+    def _probe_in_doubt(self, channels: dict[str, Channel]) -> None:
+        """Begins to probe upstreams whose breakers want it; no call waits for that."""
+        for channel in channels.values():
+            if channel.breaker.wants_probe:
+                channel.breaker.begin_probe()
+                self._spawn(self._probe(channel))
+
+    async def _probe(self, channel: Channel) -> None:
+        await channel.probe()
+        log.info("probed", extra={"target": channel.target.name, "is_open": channel.breaker.is_open})
+        self._tell_breaker(channel)
+
+    def _tell_breaker(self, channel: Channel) -> None:
+        if self._channels.get(channel.target.name) is channel:  # not of a target that is no more
+            self.metrics.breaker.set(float(channel.breaker.is_open), {"target": channel.target.name})
 
     # --- and back ------------------------------------------------------------------------------------------------
 

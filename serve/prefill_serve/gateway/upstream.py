@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import httpx
 
 from prefill_router.pool import Target
-from prefill_router.transport import is_callers_fault, post_request, retry_after_s
+from prefill_router.transport import is_callers_fault, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
-from prefill_serve.gateway.calls import Body, Call, json_object
+from prefill_serve.gateway.calls import Body, Call, ChatCall, json_object
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
 from prefill_serve.gateway.served import Usage
 
 _END_S = 0.1
 _PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may
 _TOO_LONG = b"context_length_exceeded"
+_PROBE_S = 10.0
+_PROBE = [{"role": "user", "content": "Hi"}]
+
+
+@dataclass
+class Attempt:
+    """One call at one upstream, for the caller whose key it came with."""
+
+    call: Call
+    holder: str = ""
 
 
 class Failed(Exception):  # noqa: N818 - others make up for it
@@ -47,10 +58,10 @@ class Refused(Exception):  # noqa: N818 - an answer
 class Stream:
     """An answer that comes in pieces, of which the first has come and is no error. It must be closed."""
 
-    def __init__(self, channel: Channel, call: Call, response: httpx.Response) -> None:
+    def __init__(self, channel: Channel, attempt: Attempt, response: httpx.Response) -> None:
         self.usage: Usage | None = None
         self.answer_id: str | None = None
-        self._channel, self._call, self._response = channel, call, response
+        self._channel, self._attempt, self._call, self._response = channel, attempt, attempt.call, response
         self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
         self._begun: set[int] = set()
         self._ended: set[int] = set()
@@ -64,7 +75,7 @@ class Stream:
             self._first = [event for event in await self._next_events() if data_of(event)]
         if not data_of(self._first[0]).startswith(b"{"):
             self.is_whole = False
-            raise self._channel.failure("malformed", "streamed what is no JSON")
+            raise self._channel.failure(self._attempt, "malformed", "streamed what is no JSON")
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """What the caller gets, as it comes. Raises Failed where it breaks off, or says that the answer failed."""
@@ -88,13 +99,15 @@ class Stream:
             async with asyncio.timeout(self._channel.upstream.timeout_s):
                 piece = await anext(self._pieces, None)
         except Exception as error:
-            raise self._channel.failure_of(error) from error
+            raise self._channel.failure_of(self._attempt, error) from error
         if piece is None:
             return self._last_events()
         events = list(self._for_caller(self._splitter.feed(piece)))
         if self._splitter.is_too_long and not self.is_whole and self._failure is None:
             most = self._splitter.max_bytes
-            self._failure = self._channel.failure("too_large", f"streamed an event of more than {most:,} bytes")
+            self._failure = self._channel.failure(
+                self._attempt, "too_large", f"streamed an event of more than {most:,} bytes"
+            )
         return events
 
     def _last_events(self) -> list[bytes]:
@@ -115,7 +128,9 @@ class Stream:
                 self._begun |= note.begun
                 self._ended |= note.ended
                 if note.error is not None:
-                    self._failure = self._channel.failure("error_event", f"streamed an error: {note.error}")
+                    self._failure = self._channel.failure(
+                        self._attempt, "error_event", f"streamed an error: {note.error}"
+                    )
                 elif note.is_last and not self._call.is_whole(self._begun, self._ended):
                     self._failure = self._cut()
                 if self._failure is not None:
@@ -126,7 +141,7 @@ class Stream:
                 yield event
 
     def _cut(self) -> Failed:
-        return self._channel.failure("cut", "ended its stream before the answer was whole")
+        return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was whole")
 
 
 class Channel:
@@ -143,25 +158,25 @@ class Channel:
         """Would a call go out at once?"""
         return not self.breaker.is_open and not self._places.locked()
 
-    async def answer(self, call: Call) -> Body:
+    async def answer(self, attempt: Attempt) -> Body:
         """The whole answer to a call."""
-        async with self._in_time():
-            response = await self._send(call)
+        async with self._in_time(attempt):
+            response = await self._send(attempt)
             try:
                 body = json_object(await response.aread())
             finally:
                 await self.release(response)
         if not body:
-            raise self.failure("malformed", "answered with what is no JSON object")
-        if (said := call.error(body)) is not None:
-            raise self.failure("error", f"answered 200 with an error: {said}")
+            raise self.failure(attempt, "malformed", "answered with what is no JSON object")
+        if (said := attempt.call.error(body)) is not None:
+            raise self.failure(attempt, "error", f"answered 200 with an error: {said}")
         self.breaker.succeed()
         return body
 
-    async def stream(self, call: Call) -> Stream:
+    async def stream(self, attempt: Attempt) -> Stream:
         """The answer to a call, once its first event has come."""
-        async with self._in_time():
-            stream = Stream(self, call, await self._send(call))
+        async with self._in_time(attempt):
+            stream = Stream(self, attempt, await self._send(attempt))
             try:
                 await stream.begin()
             except BaseException:
@@ -169,8 +184,24 @@ class Channel:
                 raise
             return stream
 
+    async def probe(self) -> None:
+        """Asks for one token, and tells the breaker whether the upstream answers."""
+        call = ChatCall({"messages": _PROBE, self.upstream.limit_field: 1})
+        request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
+        try:
+            async with asyncio.timeout(min(self.upstream.timeout_s, _PROBE_S)):
+                response = await self.http.send(request)
+        except Exception:
+            self.breaker.fail_probe()
+            return
+        body = json_object(response.content)
+        if is_callers_fault(response.status_code) or (response.is_success and body and call.error(body) is None):
+            self.breaker.pass_probe()
+        else:
+            self.breaker.fail_probe(retry_after_s(response.headers.get("retry-after")) or 0.0)
+
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
+    async def _in_time(self, attempt: Attempt) -> AsyncIterator[None]:
         """Whatever goes wrong inside is a failure of the upstream, and so is what takes too long."""
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
@@ -178,19 +209,19 @@ class Channel:
         except (Failed, Refused):
             raise
         except Exception as error:
-            raise self.failure_of(error) from error
+            raise self.failure_of(attempt, error) from error
 
-    async def _send(self, call: Call) -> httpx.Response:
+    async def _send(self, attempt: Attempt) -> httpx.Response:
         """The head of an answer with status 200; whoever gets it holds a place, and releases it."""
         await self._take_place()
         response = None
         try:
-            self.breaker.begin()
+            call = attempt.call
             request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
                 return response
-            raise self._status_failure(response, await response.aread())
+            raise self._status_failure(attempt, response, await response.aread())
         except BaseException:
             await self.release(response)
             raise
@@ -212,29 +243,31 @@ class Channel:
 
     # --- failures ------------------------------------------------------------------------------------------------
 
-    def failure(self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0) -> Failed:
+    def failure(
+        self, attempt: Attempt, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0
+    ) -> Failed:
         """A failure, which the breaker has counted."""
-        self.breaker.fail(retry_after_s)
+        self.breaker.fail(attempt.holder, retry_after_s)
         return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s)
 
-    def failure_of(self, error: Exception) -> Failed:
+    def failure_of(self, attempt: Attempt, error: Exception) -> Failed:
         if isinstance(error, TimeoutError | httpx.ReadTimeout):  # not those of the transport, which calls more so
-            return self.failure("timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
-        return self.failure("connection", "the connection failed")
+            return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
+        return self.failure(attempt, "connection", "the connection failed")
 
-    def _status_failure(self, response: httpx.Response, content: bytes) -> Failed | Refused:
+    def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> Failed | Refused:
+        """The breaker counts what is no answer to a mistake of the caller's or of the pool's."""
         status = response.status_code
         if is_callers_fault(status):
-            self.breaker.succeed()  # it works, and says what it does not take
             refused = Refused(status, content)
             if _TOO_LONG in content:  # but another may have a longer context
                 return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
             return refused
         error = json_object(content).get("error")
         said = error.get("message") if isinstance(error, dict) else error
-        return self.failure(
-            f"status_{status}",
-            f"answered {status}" + (f": {said}" if said else ""),
-            status if status in (429, 503, 504) else 502,
-            retry_after_s(response.headers.get("retry-after")) or 0.0,
-        )
+        reason, message = f"status_{status}", f"answered {status}" + (f": {said}" if said else "")
+        if 400 <= status < 500 and not is_passing(status):  # a key or a name, of the pool or of what the caller asked
+            self.breaker.doubt()
+            return Failed(reason, f"{self.target.name}: {message}")
+        after_s = retry_after_s(response.headers.get("retry-after")) or 0.0
+        return self.failure(attempt, reason, message, status if status in (429, 503, 504) else 502, after_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from prefill_serve.gateway.breaker import Breaker
@@ -25,99 +27,157 @@ def breaker(clock: Clock) -> Breaker:
     return Breaker(clock)
 
 
-def fail(breaker: Breaker, times: int = 1) -> None:
-    for _ in range(times):
-        breaker.begin()
-        breaker.fail()
+def fail(breaker: Breaker, callers: Iterable[str]) -> None:
+    for caller in callers:
+        breaker.fail(caller)
 
 
-def pause_s(breaker: Breaker, clock: Clock) -> float:
-    """How long the breaker stays open from now on."""
+def until_probed_s(breaker: Breaker, clock: Clock) -> float:
+    """How long it takes from now on until the breaker wants a probe."""
     start_s = clock.now_s
-    while breaker.is_open:
+    while not breaker.wants_probe:
         clock.now_s += 0.5
     return clock.now_s - start_s
 
 
-def test_four_failures_in_a_row_leave_it_closed_and_the_fifth_opens_it(breaker: Breaker) -> None:
-    fail(breaker, 4)
+# --- evidence of callers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callers", ["ababa", "aabbb", "abcde", "aaabb", "bbaaa", "aaaaaaaabb"])
+def test_five_failures_that_several_callers_share_open_it(breaker: Breaker, callers: str) -> None:
+    fail(breaker, callers[:-1])
     assert not breaker.is_open
-    fail(breaker)
+    fail(breaker, callers[-1])
     assert breaker.is_open
+
+
+@pytest.mark.parametrize("callers", ["aaaaa", "a" * 100, "aaaab", "baaaa", "a" * 50 + "b" + "a" * 50])
+def test_failures_of_one_caller_are_a_doubt_and_do_not_open_it(breaker: Breaker, callers: str) -> None:
+    fail(breaker, callers[:4])
+    assert not breaker.wants_probe
+    fail(breaker, callers[4:])
+    assert not breaker.is_open
+    assert breaker.wants_probe
 
 
 def test_a_success_in_between_begins_the_row_anew(breaker: Breaker) -> None:
-    fail(breaker, 4)
+    fail(breaker, "abab")
     breaker.succeed()
-    fail(breaker, 4)
+    fail(breaker, "abab")
     assert not breaker.is_open
 
 
-def test_each_trial_that_fails_doubles_the_pause_up_to_a_minute(breaker: Breaker, clock: Clock) -> None:
-    fail(breaker, 5)
-    pauses = []
-    for _ in range(7):
-        pauses.append(pause_s(breaker, clock))
-        fail(breaker)
-    assert pauses == [2, 4, 8, 16, 32, 60, 60]
+def test_what_a_caller_can_provoke_is_a_doubt_and_no_failure(breaker: Breaker) -> None:
+    for _ in range(100):
+        breaker.doubt()
+    assert not breaker.is_open
+    assert breaker.wants_probe
+    fail(breaker, "abab")
+    assert not breaker.is_open
 
 
-def test_after_a_pause_one_call_tries_while_others_wait(breaker: Breaker, clock: Clock) -> None:
-    fail(breaker, 5)
-    pause_s(breaker, clock)
-    breaker.begin()
+def test_one_caller_that_is_told_when_to_come_back_is_a_doubt(breaker: Breaker) -> None:
+    for _ in range(100):
+        breaker.fail("a", retry_after_s=60.0)
+    assert not breaker.is_open
+    assert breaker.wants_probe
+
+
+# --- probes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_that_fails_opens_it_whoever_raised_the_doubt(breaker: Breaker) -> None:
+    fail(breaker, "aaaaa")
+    breaker.begin_probe()
+    assert not breaker.wants_probe
+    breaker.fail_probe()
     assert breaker.is_open
 
 
-def test_a_trial_that_is_never_heard_of_makes_room_for_another(breaker: Breaker, clock: Clock) -> None:
-    fail(breaker, 5)
-    pause_s(breaker, clock)
-    breaker.begin()
-    assert pause_s(breaker, clock) == 4
+def test_a_probe_that_passes_settles_the_doubt(breaker: Breaker) -> None:
+    fail(breaker, "aaaaa")
+    breaker.begin_probe()
+    breaker.pass_probe()
+    assert not breaker.is_open
+    assert not breaker.wants_probe
+
+
+def test_a_probe_is_made_every_ten_seconds_at_most(breaker: Breaker, clock: Clock) -> None:
+    breaker.doubt()
+    breaker.begin_probe()
+    breaker.pass_probe()
+    breaker.doubt()
+    assert until_probed_s(breaker, clock) == 10
+
+
+def test_failures_that_several_callers_share_open_it_though_probes_pass(breaker: Breaker) -> None:
+    fail(breaker, "aaaaa")
+    breaker.begin_probe()
+    breaker.pass_probe()
+    fail(breaker, "bb")
+    assert breaker.is_open
+
+
+def test_each_probe_that_fails_doubles_the_pause_up_to_a_minute(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, "ababa")
+    pauses = []
+    for _ in range(7):
+        pauses.append(until_probed_s(breaker, clock))
+        breaker.begin_probe()
+        breaker.fail_probe()
+    assert pauses == [2, 4, 8, 16, 32, 60, 60]
+
+
+def test_after_a_pause_callers_wait_for_the_probe(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, "ababa")
+    until_probed_s(breaker, clock)
+    assert breaker.is_open
+    breaker.begin_probe()
+    assert breaker.is_open
+    breaker.pass_probe()
     assert not breaker.is_open
 
 
-def test_a_trial_that_succeeds_closes_it_and_forgets_the_past(breaker: Breaker, clock: Clock) -> None:
-    fail(breaker, 5)
-    pause_s(breaker, clock)
-    fail(breaker)
-    breaker.begin()
-    breaker.succeed()
-    assert not breaker.is_open
-    fail(breaker, 5)
-    assert pause_s(breaker, clock) == 2
+def test_a_probe_that_is_never_heard_of_makes_room_for_another(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, "ababa")
+    until_probed_s(breaker, clock)
+    breaker.begin_probe()
+    assert until_probed_s(breaker, clock) == 10
 
 
-def test_retry_after_opens_it_at_the_first_failure(breaker: Breaker, clock: Clock) -> None:
-    breaker.fail(retry_after_s=7)
-    assert pause_s(breaker, clock) == 7
-
-
-def test_retry_after_is_believed_for_a_minute_at_most(breaker: Breaker, clock: Clock) -> None:
-    breaker.fail(retry_after_s=86_400)
-    assert pause_s(breaker, clock) == 60
-
-
-def test_another_failure_does_not_shorten_what_retry_after_said(breaker: Breaker, clock: Clock) -> None:
-    breaker.fail(retry_after_s=30)
-    fail(breaker, 4)
-    assert pause_s(breaker, clock) == 30
-
-
-def test_a_call_that_goes_out_in_spite_of_it_does_not_shorten_what_retry_after_said(
-    breaker: Breaker, clock: Clock
+@pytest.mark.parametrize("closes", [Breaker.pass_probe, Breaker.succeed])
+def test_a_probe_or_a_call_that_succeeds_closes_it_and_forgets_the_past(
+    breaker: Breaker, clock: Clock, closes: object
 ) -> None:
-    fail(breaker, 4)
-    breaker.fail(retry_after_s=30)
-    breaker.begin()
-    assert pause_s(breaker, clock) == 30
+    fail(breaker, "ababa")
+    until_probed_s(breaker, clock)
+    breaker.begin_probe()
+    breaker.fail_probe()
+    assert callable(closes)
+    closes(breaker)
+    assert not breaker.is_open
+    fail(breaker, "abab")
+    assert not breaker.is_open
+    fail(breaker, "a")
+    assert until_probed_s(breaker, clock) == 2
+
+
+def test_one_caller_does_not_prolong_a_pause(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, "ababa")
+    for _ in range(100):
+        breaker.fail("a", retry_after_s=60.0)
+    assert until_probed_s(breaker, clock) == 2
+
+
+@pytest.mark.parametrize(("retry_after_s", "pause_s"), [(0, 2), (7, 7), (86_400, 60)])
+def test_retry_after_is_believed_for_a_minute_at_most(
+    breaker: Breaker, clock: Clock, retry_after_s: float, pause_s: float
+) -> None:
+    breaker.begin_probe()
+    breaker.fail_probe(retry_after_s)
+    assert until_probed_s(breaker, clock) == pause_s
 
 
 def test_calls_under_way_that_fail_together_make_one_pause(breaker: Breaker, clock: Clock) -> None:
-    for _ in range(20):
-        breaker.begin()
-    for _ in range(20):
-        breaker.fail()
-    assert pause_s(breaker, clock) == 2
-    fail(breaker)
-    assert pause_s(breaker, clock) == 4
+    fail(breaker, "ab" * 10)
+    assert until_probed_s(breaker, clock) == 2

@@ -20,7 +20,7 @@ from prefill_serve.gateway import upstream as module
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.served import Usage
-from prefill_serve.gateway.upstream import Channel, Failed, Refused
+from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused
 from upstream import Fault, Upstream
 
 SAID = [{"role": "user", "content": "how do you do"}]
@@ -77,8 +77,18 @@ class Watched(Breaker):
     def succeed(self) -> None:
         self.heard.append("succeeded")
 
-    def fail(self, retry_after_s: float = 0.0) -> None:
+    def fail(self, caller: str, retry_after_s: float = 0.0) -> None:
+        assert caller == "ann"
         self.heard.append(f"failed, {retry_after_s:g}")
+
+    def doubt(self) -> None:
+        self.heard.append("doubted")
+
+    def pass_probe(self) -> None:
+        self.heard.append("passed")
+
+    def fail_probe(self, retry_after_s: float = 0.0) -> None:
+        self.heard.append(f"probe failed, {retry_after_s:g}")
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +112,16 @@ async def channel_to(url: str, **way: Any) -> AsyncIterator[tuple[Channel, Watch
         yield channel, breaker
 
 
+def attempt(call: Call) -> Attempt:
+    return Attempt(call, "ann")
+
+
 async def ask(channel: Channel, call: Call, pieces: list[bytes]) -> None:
     """Until the answer is whole; `pieces` gets what there was of it."""
     if not call.is_stream:
-        pieces.append(json.dumps(await channel.answer(call)).encode())
+        pieces.append(json.dumps(await channel.answer(attempt(call))).encode())
         return
-    stream = await channel.stream(call)
+    stream = await channel.stream(attempt(call))
     try:
         async for piece in stream.pieces():
             pieces.append(piece)
@@ -195,7 +209,8 @@ def test_a_fault_is_a_failure_with_its_reason(
     assert (failure.reason, failure.status, failure.refusal) == (reason, status, None)
     retry_after_s = 1.0 if fault in (Fault.RATE_LIMIT, Fault.OVERLOADED) else 0.0
     assert failure.retry_after_s == retry_after_s
-    assert heard == [f"failed, {retry_after_s:g}"]
+    doubtful = fault in (Fault.UNAUTHORIZED, Fault.NOT_FOUND)
+    assert heard == ["doubted" if doubtful else f"failed, {retry_after_s:g}"]
     is_midway = stream and fault in (Fault.ERROR_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.RESET_MIDWAY, Fault.STALL)
     assert (b"small: " in got) == is_midway
     assert b"The server failed" not in got  # the caller hears of it from the gateway
@@ -219,7 +234,8 @@ def test_a_fault_is_a_failure_with_its_reason(
 )
 def test_any_other_status_is_a_failure(scripted: Scripted, status: int, to_caller: int, stream: bool) -> None:
     failure, heard, _ = failed(scripted.answers(status=status, headers={"location": "/"}), chat(stream))
-    assert (failure.reason, failure.status, heard) == (f"status_{status}", to_caller, ["failed, 0"])
+    assert (failure.reason, failure.status) == (f"status_{status}", to_caller)
+    assert heard == ["doubted" if status in (402, 403, 418) else "failed, 0"]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +408,7 @@ def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted,
             with pytest.raises(Refused) as caught:
                 await ask(channel, chat(stream), [])
             assert (caught.value.status, caught.value.content) == (status, content)
-            assert breaker.heard == ["succeeded"]
+            assert breaker.heard == []  # whether the upstream can answer, it does not tell
             assert channel.is_ready
 
     run(scenario)
@@ -402,9 +418,44 @@ def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted,
 def test_a_prompt_that_is_too_long_here_may_fit_elsewhere(small: Upstream, stream: bool) -> None:
     small.faults(Fault.BAD_REQUEST)
     failure, heard, _ = failed(small.url, chat(stream))
-    assert (failure.reason, failure.status, heard) == ("too_long", 400, ["succeeded"])
+    assert (failure.reason, failure.status, heard) == ("too_long", 400, [])
     assert failure.refusal is not None
     assert b"context_length_exceeded" in failure.refusal.content
+
+
+# --- probes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "heard"),
+    [
+        (None, "passed"),
+        (Fault.BAD_REQUEST, "passed"),  # it reads what it gets
+        (Fault.UNAUTHORIZED, "probe failed, 0"),
+        (Fault.NOT_FOUND, "probe failed, 0"),
+        (Fault.RATE_LIMIT, "probe failed, 1"),
+        (Fault.ERROR, "probe failed, 0"),
+        (Fault.HANG, "probe failed, 0"),
+        (Fault.RESET, "probe failed, 0"),
+        (Fault.EMPTY, "probe failed, 0"),
+        (Fault.NOT_JSON, "probe failed, 0"),
+        (Fault.ERROR_FIRST, "probe failed, 0"),
+        (Fault.CUT, "probe failed, 0"),
+    ],
+)
+def test_a_probe_tells_whether_the_upstream_answers(small: Upstream, fault: Fault | None, heard: str) -> None:
+    small.faults(fault)
+
+    async def scenario() -> None:
+        way: dict[str, Any] = {"timeout_s": HASTY_S if fault in TIMEOUTS else PATIENT_S}
+        async with channel_to(small.url, limit_field="max_completion_tokens", model="m", **way) as (channel, breaker):
+            await channel.probe()
+            assert breaker.heard == [heard]
+            assert channel.is_ready
+
+    run(scenario)
+    asked = small.completions[-1].body
+    assert (asked["model"], asked["max_completion_tokens"], len(str(asked)) < 200) == ("m", 1, True)
 
 
 # --- places ------------------------------------------------------------------------------------------------------
@@ -416,16 +467,16 @@ def test_an_upstream_that_has_as_many_calls_as_it_may_is_full(small: Upstream, m
 
     async def scenario() -> None:
         async with channel_to(small.url, concurrency=2) as (channel, breaker):
-            under_way = [await channel.stream(chat(stream=True)) for _ in range(2)]
+            under_way = [await channel.stream(attempt(chat(stream=True))) for _ in range(2)]
             assert not channel.is_ready
             with pytest.raises(Failed) as caught:
-                await channel.answer(chat())
+                await channel.answer(attempt(chat()))
             assert (caught.value.reason, caught.value.status) == ("full", 429)
             assert breaker.heard == []  # it is well
             for stream in under_way:
                 await stream.close()
             assert channel.is_ready
-            await channel.answer(chat())
+            await channel.answer(attempt(chat()))
 
     run(scenario)
 
@@ -456,7 +507,7 @@ def test_a_stream_tells_what_is_billed(small: Upstream, kind: Any) -> None:
 
     async def scenario() -> tuple[Usage | None, bool]:
         async with channel_to(small.url) as (channel, _):
-            stream = await channel.stream(kind(stream=True))
+            stream = await channel.stream(attempt(kind(stream=True)))
             async for _piece in stream.pieces():
                 pass
             await stream.close()
