@@ -385,7 +385,7 @@ class ServeConfig(StrictModel):
     route_timeout_s: float = Field(1.0, gt=0.0, description="For a call's routing; then the default target answers")
     stick_margin: float = Field(0.05, ge=0.0, le=1.0, description="More P(correct) that moves a conversation")
     explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
-    budgets: Uri | None = Field(None, description="What may be spent: a TOML file with usd_per_day and [keys]")
+    budgets: Uri | None = Field(None, description="What may be spent: a TOML file with usd_per_day, [keys] and [hard]")
     feedback: Uri | None = Field(None, description="Folder for calls and the outcomes that feedback makes of them")
     keep_prompts: bool = Field(False, description="Keep prompts in --feedback too, for training on them")
     traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")

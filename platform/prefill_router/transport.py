@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+import aiohttp
 import httpx
 from httpx_aiohttp import HttpxAiohttpClient
 
@@ -32,6 +33,11 @@ def post_request(
     timeout = httpx.Timeout(upstream.timeout_s, connect=_CONNECT_S)
     every = {**upstream.headers, **(headers or {})}
     return http.build_request("POST", upstream.url(path), content=content, headers=every, timeout=timeout)
+
+
+def has_connected(error: BaseException) -> bool:
+    """Could the request have reached its upstream? The transport names a refused and a lost connection alike."""
+    return not isinstance(error.__cause__, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
 
 
 def is_passing(status: int) -> bool:

@@ -52,7 +52,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
     415: {"model": ErrorResponse, "description": "The body is not JSON by its content type"},
-    429: {"model": ErrorResponse, "description": "Too busy", "headers": {"Retry-After": _RETRY}},
+    429: {
+        "model": ErrorResponse,
+        "description": "Too busy, or a hard limit of a budget is reached",
+        "headers": {"Retry-After": _RETRY},
+    },
     502: {"model": ErrorResponse, "description": "No upstream answered"},
     504: {"model": ErrorResponse, "description": "No upstream answered in time"},
     503: {"model": ErrorResponse, "description": "Nothing serves yet", "headers": {"Retry-After": _RETRY}},

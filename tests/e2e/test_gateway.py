@@ -5,6 +5,7 @@ The tests share one endpoint, and the last one kills it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from gateway import write_pool
+from gateway import PRICES, write_pool
 from serving import Serve, serving, wait_until
 from upstream import Upstream
 
@@ -141,6 +142,17 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         with ThreadPoolExecutor(12) as callers:
             burst = list(callers.map(lambda _: ask(slow, tolerance=0.0), range(12)))
         assert burst.count("big") == 3, "what is under way with one replica counts with the other"
+        wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
+
+        body = {"model": "big", "messages": slow, "max_tokens": 50}
+        most_usd = (len(json.dumps(body)) + 4 * 50) * PRICES["big"] / 1e6
+        budgets.write_text(f"[hard]\nusd_per_day = {stats()['spent_today_usd'] + 3.5 * most_usd}\n")
+        serve.reload("took over")
+        with ThreadPoolExecutor(12) as callers:
+            asked = list(callers.map(lambda _: client.post("/v1/chat/completions", json=body), range(12)))
+        assert Counter(answer.status_code for answer in asked) == {200: 3, 429: 9}, (
+            "a hard limit holds for both replicas"
+        )
         wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
         budgets.write_text("usd_per_day = 1000.0\n")
         serve.reload("took over")

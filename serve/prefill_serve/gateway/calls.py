@@ -9,14 +9,14 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ValidationError
 
 from prefill_router.errors import UserError
-from prefill_router.pool import Target
+from prefill_router.pool import Target, Upstream
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.served import Usage
 from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body, input_messages
@@ -24,9 +24,15 @@ from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body, input_mes
 _ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
 _UNSAID = "the upstream failed"
+_MOST_TOKENS = 10**8  # no call has more: a usage or a limit beyond is none
+_IMAGE_TOKENS = 2000
 # Most events have none of it, and need not be parsed.
 _NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]')
 _NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
+_STRING = rb'"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
+_TEXT_IN_CHAT = re.compile(rb'"(?:content|refusal|reasoning|reasoning_content|arguments)' + _STRING)
+_TEXT_IN_RESPONSES = re.compile(rb'"(?:text|refusal|arguments)' + _STRING)
+_DELTA_IN_RESPONSES = re.compile(rb'"delta' + _STRING)
 
 Body = dict[str, Any]
 
@@ -56,8 +62,10 @@ class Call(ABC):
     """One call, with its body as it came."""
 
     body: Body
+    answer_tokens: int | None = None  # the limit of an answer, where the caller states none
 
     path: ClassVar[str]  # below an upstream's base URL
+    limit_fields: ClassVar[tuple[str, ...]]  # that limit the tokens of an answer
 
     @classmethod
     def read(cls, raw: bytes) -> Call:
@@ -100,6 +108,21 @@ class Call(ABC):
         return None
 
     @property
+    def num_answers(self) -> int:
+        return 1
+
+    @property
+    def stated_limit(self) -> int:
+        """The caller's limit of an answer's tokens, the largest of several; 0 without one."""
+        return max(_whole(self.body.get(name)) for name in self.limit_fields)
+
+    @cached_property
+    def most_input_tokens(self) -> int:
+        """An upper bound for what was said, images apart: no token has less than a byte."""
+        images = _images([message.get("content") for message in self.messages])
+        return _num_bytes(self.body) - sum(map(_num_bytes, images)) + _IMAGE_TOKENS * len(images)
+
+    @property
     def question(self) -> RouteRequest:
         """What the router is asked. Raises UserError where it would not understand what was said."""
         return self._question(messages=self.messages)
@@ -121,13 +144,27 @@ class Call(ABC):
         """The body that the target's upstream gets."""
         body = {name: value for name, value in self.body.items() if name not in _ROUTER_FIELDS}
         assert target.upstream is not None
+        if self.answer_tokens is not None and not self.stated_limit:
+            body = {name: value for name, value in body.items() if name not in self.limit_fields}
+            body[self._limit_field(target.upstream)] = self.answer_tokens
         return json.dumps({**body, "model": target.upstream.model or target.name}).encode()
+
+    def _limit_field(self, upstream: Upstream) -> str:  # noqa: ARG002 - of chats alone
+        return self.limit_fields[0]
 
     # --- answers -------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def usage(self, answer: Body) -> Usage | None:
         """Of a whole answer."""
+
+    @abstractmethod
+    def text_bytes(self, event: bytes) -> int:
+        """The length of what an event of a stream adds to the answer."""
+
+    @abstractmethod
+    def answer_bytes(self, answer: Body) -> int:
+        """The length of what a whole answer says."""
 
     @abstractmethod
     def answer_id(self, answer: Body) -> str | None:
@@ -154,6 +191,7 @@ class ChatCall(Call):
     """POST /v1/chat/completions."""
 
     path = "/chat/completions"
+    limit_fields = ("max_completion_tokens", "max_tokens")
 
     @cached_property
     def messages(self) -> list[Body]:
@@ -164,7 +202,14 @@ class ChatCall(Call):
         has_tools = any(self.body.get(name) for name in ("tools", "functions"))
         reserved = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
         contents = [message.get("content") for message in self.messages]
-        return Needs(has_tools, _has_image(contents), reserved if isinstance(reserved, int) else 0)
+        return Needs(has_tools, bool(_images(contents)), reserved if isinstance(reserved, int) else 0)
+
+    @property
+    def num_answers(self) -> int:
+        return _whole(self.body.get("n")) or 1
+
+    def _limit_field(self, upstream: Upstream) -> str:
+        return upstream.limit_field
 
     @property
     def _wants_usage(self) -> bool:
@@ -176,10 +221,17 @@ class ChatCall(Call):
             return super().for_upstream(target)
         options = self.body.get("stream_options")
         given = options if isinstance(options, dict) else {}
-        return ChatCall({**self.body, "stream_options": {**given, "include_usage": True}}).for_upstream(target)
+        body = {**self.body, "stream_options": {**given, "include_usage": True}}
+        return replace(self, body=body).for_upstream(target)
 
     def usage(self, answer: Body) -> Usage | None:
         return _usage(answer.get("usage"), "prompt_tokens", "completion_tokens", "prompt_tokens_details")
+
+    def text_bytes(self, event: bytes) -> int:
+        return sum(map(len, _TEXT_IN_CHAT.findall(event)))
+
+    def answer_bytes(self, answer: Body) -> int:
+        return self.text_bytes(_encoded(answer))
 
     def answer_id(self, answer: Body) -> str | None:  # noqa: ARG002 - chat completions are not gone on from
         return None
@@ -193,7 +245,7 @@ class ChatCall(Call):
             return Note(is_last=True)
         body = json_object(data)
         usage, choices = self.usage(body), body.get("choices")
-        is_for_caller = usage is None or self._wants_usage or bool(choices)
+        is_for_caller = not isinstance(body.get("usage"), dict) or self._wants_usage or bool(choices)
         begun = _indices(choices) if has_many else frozenset[int]()
         ended = _indices(choices, "finish_reason")
         return Note(usage, self.error(body), is_for_caller=is_for_caller, begun=begun, ended=ended)
@@ -210,6 +262,7 @@ class ResponsesCall(Call):
     """POST /v1/responses."""
 
     path = "/responses"
+    limit_fields = ("max_output_tokens",)
 
     @cached_property
     def messages(self) -> list[Body]:
@@ -222,7 +275,8 @@ class ResponsesCall(Call):
     def needs(self) -> Needs:
         reserved = self.body.get("max_output_tokens")
         contents = [message.get("content") for message in self.messages]
-        return Needs(bool(self.body.get("tools")), _has_image(contents), reserved if isinstance(reserved, int) else 0)
+        has_images = bool(_images(contents))
+        return Needs(bool(self.body.get("tools")), has_images, reserved if isinstance(reserved, int) else 0)
 
     @property
     def continues(self) -> str | None:
@@ -231,6 +285,12 @@ class ResponsesCall(Call):
 
     def usage(self, answer: Body) -> Usage | None:
         return _usage(answer.get("usage"), "input_tokens", "output_tokens", "input_tokens_details")
+
+    def text_bytes(self, event: bytes) -> int:
+        return sum(map(len, _DELTA_IN_RESPONSES.findall(event)))
+
+    def answer_bytes(self, answer: Body) -> int:
+        return sum(map(len, _TEXT_IN_RESPONSES.findall(_encoded(answer))))
 
     def answer_id(self, answer: Body) -> str | None:
         given = answer.get("id")
@@ -270,18 +330,38 @@ def _objects(given: Any, name: str) -> list[Body]:
     return given
 
 
-def _has_image(contents: list[Any]) -> bool:
+def _images(contents: list[Any]) -> list[Body]:
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") in _IMAGES for part in parts)
+    return [part for part in parts if isinstance(part, dict) and part.get("type") in _IMAGES]
+
+
+def _encoded(body: Body) -> bytes:
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _num_bytes(body: Body) -> int:
+    return len(_encoded(body))
+
+
+def _whole(given: Any) -> int:
+    """A number above 0 as lenient upstreams read it, who take "5" and 5.0 too; 0 for anything else."""
+    try:
+        return min(max(int(given), 0), _MOST_TOKENS)
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _usage(given: Any, input_name: str, output_name: str, details_name: str) -> Usage | None:
+    """None for numbers that cannot be: no whole ones, below zero, too many, or more cached than there are."""
     if not isinstance(given, dict):
         return None
     details = given.get(details_name)
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    numbers = [n for n in (given.get(input_name), given.get(output_name), cached or 0) if isinstance(n, int) and n >= 0]
-    return Usage(*numbers) if len(numbers) == len(Usage._fields) else None
+    numbers: list[Any] = [given.get(input_name), given.get(output_name), cached or 0]
+    if not all(type(number) is int and 0 <= number <= _MOST_TOKENS for number in numbers):
+        return None
+    usage = Usage(*numbers)
+    return usage if usage.cached_tokens <= usage.input_tokens else None
 
 
 def _indices(choices: Any, having: str | None = None) -> frozenset[int]:

@@ -37,7 +37,8 @@ from prefill_router.schema import (
     TARGET,
 )
 from prefill_router.strict import StrictModel
-from prefill_serve.gateway.accounts import Accounts, Budgets, Stats
+from prefill_serve.gateway.accounts import Accounts, Stats
+from prefill_serve.gateway.budgets import Budgets, DailyLimits, Exhausted, Reserved
 from prefill_serve.gateway.conversations import Conversations, Key
 from prefill_serve.gateway.metrics import BudgetMetrics, MemoryMetrics
 from prefill_serve.gateway.remembered import MOST_CALLS, LatestNames, Remembered, bound_prompts, latest
@@ -107,6 +108,8 @@ class Bid(NamedTuple):
 
     target: str
     usd: float | None
+    least_usd: float = 0.0  # to reserve: a guess where nobody has said, or the most it can cost where a limit is hard
+    lost_usd: float = 0.0  # what earlier attempts of the same call may have cost
 
 
 class LedgerSettings(StrictModel):
@@ -120,7 +123,8 @@ class Ledger(Protocol):
 
     async def target(self, keys: Sequence[Key]) -> str | None: ...
     async def target_of_answer(self, key: Key) -> str | None: ...
-    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int: ...
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted: ...
+    async def renew(self, tickets: Sequence[str]) -> None: ...
     async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None: ...
     async def feedback(self, given: Feedback, holder: str) -> bool: ...
     async def stats(self, holder: str | None) -> Stats: ...
@@ -164,6 +168,9 @@ class LocalLedger:
                     given.written.set_result(None)
                     self._remembered.give((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
             self._folder = folder
+        hard = settings.budgets.hard
+        if settings.folder is None and (hard.keys or hard.usd_per_day is not None):
+            log.warning("hard limits forget at a restart what was spent: start the endpoint with --feedback FOLDER")
         self.settings = settings
         self._tell_budgets()
 
@@ -178,18 +185,29 @@ class LocalLedger:
         """The target that keeps an answer; it is waited for, as its caller may go on before it has been recorded."""
         return await _awaited(lambda: self.conversations.target([key]))
 
-    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
-        """Takes the first bid that budgets have room for, or else the last; its expected cost counts until `record`.
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
+        """Takes the first bid that budgets have room for, or else the last that hard limits have.
 
-        A ticket has one reservation at a time. It lapses where its call is never recorded.
+        What a bid costs counts until `record`. A ticket has one reservation at a time, which lapses where its call is
+        never recorded.
         """
-        costs = [self.accounts.usual_usd(bid.target) if bid.usd is None else bid.usd for bid in bids]
-        self.accounts.reservations.end(ticket)
-        now, last = _now(), len(bids) - 1
-        fitting = (n for n, usd in enumerate(costs) if self.accounts.fits(usd, self.settings.budgets, holder, now))
-        taken = next(fitting, last)
-        self.accounts.reservations.make(ticket, holder, costs[taken])
-        return taken
+        accounts, budgets, now = self.accounts, self.settings.budgets, _now()
+        accounts.reservations.end(ticket)
+        costs = [max(accounts.usual_usd(bid.target) if bid.usd is None else bid.usd, bid.least_usd) for bid in bids]
+
+        def fitting(places: Sequence[int], limits: DailyLimits) -> list[int]:
+            return [n for n in places if accounts.fits(costs[n] + bids[n].lost_usd, limits, holder, now)]
+
+        allowed = fitting(range(len(bids)), budgets.hard)
+        if not allowed:
+            return accounts.exhausted(costs[-1] + bids[-1].lost_usd, budgets.hard, holder, now)
+        taken = next(iter(fitting(allowed, budgets)), allowed[-1])
+        accounts.reservations.make(ticket, holder, costs[taken] + bids[taken].lost_usd)
+        return Reserved(taken, costs[taken])
+
+    async def renew(self, tickets: Sequence[str]) -> None:
+        """Keeps reservations of calls that are still under way."""
+        self.accounts.reservations.renew(tickets)
 
     async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
         """A call that has ended, and with it what its ticket had reserved."""
@@ -355,7 +373,7 @@ def _outcome(given: _Given, served: Served) -> Row:
         TARGET: served.target,
         CORRECT: given.value,
         OUTPUT_TOKENS: given.output_tokens,
-        COST_USD: served.cost_usd,
+        COST_USD: served.reported_usd,
         PROPENSITY: served.propensity,
         REQUEST_ID: served.request_id,
         AT: served.at,

@@ -23,7 +23,7 @@ class GatewayMetrics:
         self.defaults = counter("default_served", "Calls without a routing decision, by why", "reason")
         self.breaker = gauge("breaker_open", "1 where the latest call left the upstream alone for a while", "target")
         self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")
-        self.cost = counter("actual_cost_usd", "By upstreams' usage and the pool's prices", "target")
+        self.cost = counter("actual_cost_usd", "What calls are charged, reported by upstreams or not", "target", "kind")
         self.tokens = counter("upstream_tokens", "By upstreams' usage", "target", "kind")
         self.first_seconds = histogram("first_event_seconds", "From the call to the answer's first event", SECONDS)
 
@@ -31,7 +31,10 @@ class GatewayMetrics:
         target = served.target or "none"
         self.calls.inc(1, tags={"end": served.end, "target": target})
         if served.cost_usd:
-            self.cost.inc(served.cost_usd, tags={"target": target})
+            self.cost.inc(served.cost_usd, tags={"target": target, "kind": served.cost_kind})
+        for lost, usd in served.lost_usd.items():
+            if usd:
+                self.cost.inc(usd, tags={"target": lost, "kind": "reserved"})
         if served.usage is not None:
             for kind, tokens in served.usage._asdict().items():
                 if tokens:

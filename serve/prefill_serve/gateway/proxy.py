@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -23,12 +24,14 @@ from prefill_router.errors import UserError
 from prefill_router.transport import http_client
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
 from prefill_serve.gate import Refusal
-from prefill_serve.gateway.accounts import Budgets
+from prefill_serve.gateway.budgets import Budgets, Exhausted, Reserved
 from prefill_serve.gateway.calls import Body, Call
+from prefill_serve.gateway.charges import OverLimit, charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.conversations import Key, answer_key, keys_of
-from prefill_serve.gateway.ledger import Bid, Ledger
+from prefill_serve.gateway.ledger import Bid, Ledger, LedgerAway
 from prefill_serve.gateway.metrics import GatewayMetrics
 from prefill_serve.gateway.plan import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
+from prefill_serve.gateway.reservations import LAPSES_S
 from prefill_serve.gateway.served import End, Served, Usage
 from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused, Stream
 from prefill_serve.settings import GatewaySettings
@@ -37,6 +40,8 @@ log = logging.getLogger("ray.serve")
 
 _WAIT = (429, 503)
 LEDGER_S = 0.25  # what the past may say of a call, it says within this time
+_RENEW_S = LAPSES_S / 4
+_HARD_LEDGER_S = 5.0  # a call under a hard limit cannot go on without the ledger
 _T = TypeVar("_T")
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
@@ -69,7 +74,10 @@ class _Passage:
     choice: Choice | None = None
     failed: list[str] = field(default_factory=list)
     ticket: str = field(default_factory=lambda: uuid4().hex)  # not the request's id, which callers may repeat
-    reserving: list[asyncio.Future[int]] = field(default_factory=list)
+    reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
+    reserved_usd: float = 0.0  # for the target that is asked
+    attempt: Attempt | None = None  # under way
+    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: what attempts without an answer may have cost
     answer_key: Key | None = None  # by which the caller's next call finds the target that keeps the answer
 
     def keep_answer(self, answer_id: str | None) -> None:
@@ -88,6 +96,27 @@ class _Passage:
         ready = [name for name in able if self.channels[name].is_ready]
         return plan.choose(ready) or plan.choose(able)
 
+    def bid(self, choice: Choice) -> Bid:
+        """What the call is expected to cost at a target; where its answers have a limit for it, the most it can."""
+        target, call = self.channels[choice.target].target, self.call
+        usd, least_usd = None, 0.0
+        if call.answer_tokens is not None:
+            least_usd = most_usd(target, call)
+            usd = None if call.continues else least_usd  # what an upstream keeps of a conversation may cost as much
+        elif choice.expected_usd is not None:
+            usd = expected_usd(choice.expected_usd, call)
+        else:
+            least_usd = guessed_usd(target, call, self.plan.input_tokens)
+        return Bid(choice.target, usd, least_usd, sum(self.lost_usd.values()))
+
+    def lose(self) -> None:
+        """Charges the attempt under way, which ends without an answer, where its upstream may bill it."""
+        if self.attempt is not None and self.attempt.is_billable and self.choice is not None:
+            target = self.channels[self.choice.target].target
+            charge = charge_of(target, None, self.reserved_usd, self.plan.input_tokens, 0)
+            self.lost_usd[target.name] = charge.usd
+        self.attempt = None
+
 
 class Proxy:
     """Answers calls with what the endpoint serves at the moment. Belongs to one event loop."""
@@ -97,6 +126,8 @@ class Proxy:
         self._http = http_client()
         self._channels: dict[str, Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: WeakValueDictionary[str, _Passage] = WeakValueDictionary()  # by ticket
+        self._renewing: asyncio.Task[None] | None = None
 
     async def answer(self, call: Call, caller: Caller) -> Response:
         """The answer of a target's upstream, whole or as a stream.
@@ -104,15 +135,20 @@ class Proxy:
         Raises UserError for a call that no target can take, Refusal where no upstream gave an answer.
         """
         started = perf_counter()
+        hard = self._settings.ledger.budgets.hard
+        if hard.covers(caller.holder):  # what an answer can cost must be known before
+            call = replace(call, answer_tokens=hard.answer_tokens)
         channels = self._current_channels()
         plan, keys = await self._plan(call, caller, channels)
         passage = _Passage(call, caller, plan, channels, keys)
         try:
             answered = await self._ask(passage)
-        except Refused as refused:
+        except (Refused, OverLimit) as refused:
             self._record(passage, "refused")
+            if isinstance(refused, OverLimit):
+                raise
             return Response(refused.content, refused.status, _headers(passage), "application/json")
-        except Refusal:
+        except (Refusal, LedgerAway):
             self._record(passage, "failed")
             raise
         except asyncio.CancelledError:
@@ -122,13 +158,17 @@ class Proxy:
         assert passage.choice is not None
         if isinstance(answered, Stream):
             headers = {**_headers(passage), "cache-control": "no-cache", "x-accel-buffering": "no"}
-            return _Relay(passage, answered, headers, self._finish)
+            return Relay(passage, answered, headers, self._finish)
         passage.keep_answer(call.answer_id(answered))
-        self._record(passage, "answered", passage.choice.target, call.usage(answered))
+        usage = call.usage(answered)
+        text_bytes = 0 if usage is not None and usage.output_tokens else call.answer_bytes(answered)
+        self._record(passage, "answered", passage.choice.target, usage, text_bytes)
         content = json.dumps({**answered, "model": passage.choice.target})
         return Response(content, 200, _headers(passage), "application/json")
 
     async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._http.aclose()
 
@@ -204,10 +244,10 @@ class Proxy:
         """The target of a conversation. Where the ledger takes too long, a call has no past."""
         return await self._told(self.ledger.target(keys)) if keys else None
 
-    async def _told(self, answer: Awaitable[_T]) -> _T | None:
+    async def _told(self, answer: Awaitable[_T], patience_s: float | None = None) -> _T | None:
         """What the ledger says; None where it does not in time."""
         try:
-            async with asyncio.timeout(LEDGER_S):
+            async with asyncio.timeout(patience_s or LEDGER_S):
                 return await answer
         except Exception:
             log.warning("the ledger does not answer", exc_info=True)
@@ -218,9 +258,12 @@ class Proxy:
         failure: Failed | None = None
         while (channel := await self._next(passage)) is not None:
             try:
-                attempt = Attempt(passage.call, passage.caller.holder)
-                return await (channel.stream(attempt) if passage.call.is_stream else channel.answer(attempt))
+                passage.attempt = attempt = Attempt(passage.call, passage.caller.holder)
+                answered = await (channel.stream(attempt) if passage.call.is_stream else channel.answer(attempt))
+                passage.attempt = None
+                return answered
             except Failed as failed:
+                passage.lose()
                 failure = failed
                 passage.failed.append(channel.target.name)
                 self.metrics.failures.inc(1, tags={"target": channel.target.name, "reason": failed.reason})
@@ -236,19 +279,44 @@ class Proxy:
         raise Refusal(failure.status, f"no upstream answered; the last: {failure}", "upstream_failed", headers=after)
 
     async def _next(self, passage: _Passage) -> Channel | None:
-        """The way to the next target to ask. Where there are budgets, what it is expected to cost is reserved."""
+        """The way to the next target to ask. Where there are budgets, what it is expected to cost is reserved.
+
+        Raises OverLimit where a hard limit has no room, LedgerAway where one cannot be held.
+        """
         self._probe_in_doubt(passage.channels)
         plan, budgets = passage.plan, self._settings.ledger.budgets
         passage.choice = passage.choose(plan)
         if passage.choice is not None and budgets != Budgets():
             thrifty = plan.thrifty(budgets.tolerance) if isinstance(plan, Routed) else plan
             ways = [(passage.plan, passage.choice), (thrifty, passage.choose(thrifty) or passage.choice)]
-            bids = [Bid(choice.target, choice.expected_usd) for _, choice in ways]
-            reserving = asyncio.ensure_future(self.ledger.reserve(passage.ticket, passage.caller.holder, bids))
-            passage.reserving.append(reserving)
-            taken = await self._told(asyncio.shield(reserving))
-            passage.plan, passage.choice = ways[-1 if taken is None else taken]  # in doubt, the thrifty way
+            reserved = await self._reserve(passage, [passage.bid(choice) for _, choice in ways])
+            passage.plan, passage.choice = ways[reserved.bid]
+            passage.reserved_usd = reserved.usd
+        elif passage.choice is not None:
+            bid = passage.bid(passage.choice)
+            passage.reserved_usd = max(bid.usd or 0.0, bid.least_usd)
         return None if passage.choice is None else passage.channels[passage.choice.target]
+
+    async def _reserve(self, passage: _Passage, bids: list[Bid]) -> Reserved:
+        """What the ledger takes of some bids. In doubt it is the last, the thrifty one, but never past a hard limit."""
+        is_hard = passage.call.answer_tokens is not None
+        reserving = asyncio.ensure_future(self.ledger.reserve(passage.ticket, passage.caller.holder, bids))
+        passage.reserving.append(reserving)
+        self._under_way[passage.ticket] = passage
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew())
+        found = await self._told(asyncio.shield(reserving), _HARD_LEDGER_S if is_hard else LEDGER_S)
+        if isinstance(found, Exhausted):
+            raise OverLimit(found)
+        if found is None and is_hard:
+            raise LedgerAway("a hard limit cannot be held without the ledger")
+        return found or Reserved(len(bids) - 1, max(bids[-1].usd or 0.0, bids[-1].least_usd))
+
+    async def _renew(self) -> None:
+        """Keeps the reservations of calls under way, however long a caller draws out an answer."""
+        while self._under_way:
+            await asyncio.sleep(_RENEW_S)
+            await self._told(self.ledger.renew(list(self._under_way)), _HARD_LEDGER_S)
 
     def _probe_in_doubt(self, channels: dict[str, Channel]) -> None:
         """Begins to probe upstreams whose breakers want it; no call waits for that."""
@@ -272,17 +340,26 @@ class Proxy:
         """Once a stream has been relayed, or its caller has gone."""
         assert passage.choice is not None
         passage.keep_answer(stream.answer_id)
-        self._record(passage, end, passage.choice.target, stream.usage)
+        self._record(passage, end, passage.choice.target, stream.usage, stream.text_bytes)
         self._spawn(stream.close())  # on its own: a caller that has gone cancels whatever is awaited here
 
-    def _record(self, passage: _Passage, end: End, target: str | None = None, usage: Usage | None = None) -> None:
-        """What became of a call; `target` is the one that answered, or began to."""
+    def _record(
+        self,
+        passage: _Passage,
+        end: End,
+        target: str | None = None,
+        usage: Usage | None = None,
+        text_bytes: int = 0,
+    ) -> None:
+        """What became of a call; `target` is the one that answered, or began to, with a text of some length."""
         call, caller, plan = passage.call, passage.caller, passage.plan
         routing = plan.routing if isinstance(plan, Routed) else None
         decision = passage.choice.decision if passage.choice is not None else None
-        cost_usd = None
-        if target is not None and usage is not None:
-            cost_usd = passage.channels[target].target.cost(*usage)
+        passage.lose()
+        charge = None
+        if target is not None:
+            answering = passage.channels[target].target
+            charge = charge_of(answering, usage, passage.reserved_usd, plan.input_tokens, text_bytes)
         served = Served(
             request_id=caller.request_id,
             holder=caller.holder,
@@ -292,8 +369,10 @@ class Proxy:
             failed=passage.failed,
             is_pinned=call.pinned is not None,
             is_sticky=isinstance(plan, Fixed) and plan.sticky is not None,
-            usage=usage,
-            cost_usd=cost_usd,
+            usage=usage if charge is not None and charge.kind == "reported" else None,
+            cost_usd=None if charge is None else charge.usd,
+            cost_kind="reported" if charge is None else charge.kind,
+            lost_usd=passage.lost_usd,
             answer_key=passage.answer_key.hex() if passage.answer_key is not None else None,
         )
         self.metrics.ended(served)
@@ -342,6 +421,7 @@ class Proxy:
                     await self.ledger.record(served, [])
                 else:  # a reservation that came after its end would stay
                     await asyncio.gather(*passage.reserving, return_exceptions=True)
+                    self._under_way.pop(passage.ticket, None)
                     await self.ledger.record(served, passage.keys, passage.ticket)
             except Exception:
                 log.exception("the ledger did not take a call", extra={"route_id": served.request_id})
@@ -353,7 +433,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Relay(StreamingResponse):
+class Relay(StreamingResponse):
     """An answer's events under the target's name. One that breaks off ends with an error event."""
 
     def __init__(
@@ -366,6 +446,10 @@ class _Relay(StreamingResponse):
         self._passage, self._stream, self._finish = passage, stream, finish
         self._end: End = "cancelled"
         super().__init__(self._events(), 200, headers, "text/event-stream")
+
+    def abandon(self) -> None:
+        """Ends an answer that nobody takes: its caller has gone as it came."""
+        self._finish(self._passage, self._stream, self._end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import NamedTuple
 
-LAPSES_S = 600.0  # where a replica dies, nobody says what became of its calls
+LAPSES_S = 600.0  # unless renewed: where a replica dies, nobody says what became of its calls
 _PER_USD = 10**12  # whole numbers, so that what is given back leaves nothing
 
 
@@ -31,6 +31,14 @@ class Reservations:
         made = _Reservation(holder, round(usd * _PER_USD), self._clock() + LAPSES_S)
         self._under_way[ticket] = made
         self._parts[holder] += made.parts
+
+    def renew(self, tickets: Iterable[str]) -> None:
+        """Puts off their lapse; some may have ended."""
+        for ticket in tickets:
+            if ticket in self._under_way:
+                until = self._clock() + LAPSES_S
+                self._under_way[ticket] = self._under_way[ticket]._replace(until=until)
+                self._under_way.move_to_end(ticket)
 
     def end(self, ticket: str) -> None:
         """There may be none."""

@@ -16,7 +16,7 @@ from prefill_serve.gate import HUNG_UP
 from prefill_serve.gateway.accounts import Stats
 from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.ledger import Feedback, Ledger
-from prefill_serve.gateway.proxy import Caller, Proxy
+from prefill_serve.gateway.proxy import Caller, Proxy, Relay
 from prefill_serve.http import ROUTED_NAMES
 
 _SESSION = "x-session-id"
@@ -142,6 +142,12 @@ async def _unless_gone(http: Request, answering: Coroutine[Any, Any, Response]) 
         if work.done():
             return work.result()
         return Response(status_code=HUNG_UP)
+    except asyncio.CancelledError:
+        if work.done() and not work.cancelled() and work.exception() is None:
+            answer = work.result()
+            if isinstance(answer, Relay):  # it holds a place at its upstream, and is not paid for
+                answer.abandon()
+        raise
     finally:
         for task in (gone, work):
             task.cancel()

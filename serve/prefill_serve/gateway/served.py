@@ -8,8 +8,12 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
-# refused: the upstream did not take the call; cancelled: the caller hung up; routed: a decision alone was asked for
+# refused: the upstream, or a hard limit, did not take the call; cancelled: the caller hung up;
+# routed: a decision alone was asked for
 End = Literal["answered", "failed", "refused", "cancelled", "routed"]
+
+# reported: by the upstream; estimated: from what was relayed; reserved: what had been set aside
+CostKind = Literal["reported", "estimated", "reserved"]
 
 
 class Usage(NamedTuple):
@@ -42,11 +46,22 @@ class Served:
     cost_usd: float | None = None
     answer_key: str | None = None  # by which the caller's next call finds the target that keeps the answer, as hex
     call_id: str = field(default_factory=lambda: uuid4().hex)  # no other call has the same
+    cost_kind: CostKind = "reported"  # also of records that were written before there were others
+    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: for attempts without an answer, as reserved
 
     @property
     def alias(self) -> tuple[str, str]:
         """What the caller knows the call by."""
         return self.holder, self.request_id
+
+    @property
+    def reported_usd(self) -> float | None:
+        return self.cost_usd if self.cost_kind == "reported" else None
+
+    @property
+    def charged_usd(self) -> float:
+        """With what attempts without an answer may have cost."""
+        return (self.cost_usd or 0.0) + sum(self.lost_usd.values())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"at": self.at.isoformat()})

@@ -13,6 +13,7 @@ from ray.serve.schema import LoggingConfig
 
 from prefill_router.strict import validate
 from prefill_serve.gateway.accounts import Stats
+from prefill_serve.gateway.budgets import Exhausted, Reserved
 from prefill_serve.gateway.conversations import Key
 from prefill_serve.gateway.ledger import Bid, Feedback, LedgerAway, LedgerSettings, LocalLedger
 from prefill_serve.gateway.served import Served
@@ -49,8 +50,11 @@ class RemoteLedger:
     async def target_of_answer(self, key: Key) -> str | None:
         return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
 
-    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> int:
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
         return await self._call("reserve", ticket, holder, bids)  # type: ignore[no-any-return]
+
+    async def renew(self, tickets: Sequence[str]) -> None:
+        await self._call("renew", tickets)
 
     async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
         await self._call("record", served, keys, ticket)

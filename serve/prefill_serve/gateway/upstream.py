@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx
 
 from prefill_router.pool import Target
-from prefill_router.transport import is_callers_fault, is_passing, post_request, retry_after_s
+from prefill_router.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Body, Call, ChatCall, json_object
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
@@ -19,6 +19,7 @@ from prefill_serve.gateway.served import Usage
 _END_S = 0.1
 _PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may
 _TOO_LONG = b"context_length_exceeded"
+_MAY_BILL = (408, 504)  # a proxy that had no more patience says nothing of what is billed behind it
 _PROBE_S = 10.0
 _PROBE = [{"role": "user", "content": "Hi"}]
 
@@ -29,6 +30,7 @@ class Attempt:
 
     call: Call
     holder: str = ""
+    is_billable: bool = False  # the upstream has got it, and has not refused it
 
 
 class Failed(Exception):  # noqa: N818 - others make up for it
@@ -61,6 +63,7 @@ class Stream:
     def __init__(self, channel: Channel, attempt: Attempt, response: httpx.Response) -> None:
         self.usage: Usage | None = None
         self.answer_id: str | None = None
+        self.text_bytes = 0  # of the answer so far
         self._channel, self._attempt, self._call, self._response = channel, attempt, attempt.call, response
         self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
         self._begun: set[int] = set()
@@ -121,12 +124,14 @@ class Stream:
     def _for_caller(self, events: list[bytes]) -> Iterator[bytes]:
         """Those that the caller gets; what comes before an error is not lost."""
         for event in events:
+            self.text_bytes += self._call.text_bytes(event)
             note = self._call.note(event)
             if note is not None:
-                self.usage = note.usage or self.usage
                 self.answer_id = note.answer_id or self.answer_id
                 self._begun |= note.begun
                 self._ended |= note.ended
+                if self._call.is_whole(self._begun, self._ended):  # before, a usage is of what there was so far
+                    self.usage = note.usage or self.usage
                 if note.error is not None:
                     self._failure = self._channel.failure(
                         self._attempt, "error_event", f"streamed an error: {note.error}"
@@ -218,11 +223,14 @@ class Channel:
         try:
             call = attempt.call
             request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
+            attempt.is_billable = True
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
                 return response
+            attempt.is_billable = response.status_code in _MAY_BILL
             raise self._status_failure(attempt, response, await response.aread())
-        except BaseException:
+        except BaseException as error:
+            attempt.is_billable = attempt.is_billable and has_connected(error)
             await self.release(response)
             raise
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.accounts import Accounts, Budgets
+from prefill_serve.gateway.accounts import Accounts
+from prefill_serve.gateway.budgets import Budgets, DailyLimits, HardLimits
 from prefill_serve.gateway.served import Served, Usage
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -115,6 +116,27 @@ def test_answers_without_a_usage_are_unmetered_and_out_of_the_comparison_of_cost
     assert stats.expected_cost_usd == pytest.approx(0.01)
 
 
+def test_a_cost_that_was_not_reported_is_charged_and_out_of_the_comparison() -> None:
+    stats = stats_of(routed(), routed(cost_usd=0.5, cost_kind="estimated", usage=None))
+    assert (stats.unmetered, stats.answered) == (1, 2)
+    assert stats.metered_cost_usd == pytest.approx(0.02)
+    assert stats.actual_cost_usd == stats.spent_today_usd == pytest.approx(0.52)
+
+
+def test_stats_say_which_costs_were_reported() -> None:
+    stats = stats_of(
+        routed(cost_usd=0.25),
+        routed(cost_usd=0.5, cost_kind="estimated"),
+        routed(cost_usd=0.125, cost_kind="reserved", end="cancelled", lost_usd={"big": 0.0625}),
+        routed(cost_usd=None, end="failed", target=None, lost_usd={"big": 1.0}),
+        routed(end="routed", usage=None, cost_usd=None),
+    )
+    charged = {kind: (each.calls, each.cost_usd) for kind, each in stats.charged.items()}
+    assert charged == {"reported": (1, 0.25), "estimated": (1, 0.5), "reserved": (3, 1.1875)}
+    assert stats.spent_today_usd == stats.actual_cost_usd == 1.9375
+    assert stats.targets["big"].actual_cost_usd == 1.0625
+
+
 def test_what_was_not_routed_is_not_compared() -> None:
     stats = stats_of(unrouted(usage=Usage(1, 1), cost_usd=1.0), routed(cost_usd=0.02))
     assert stats.metered_cost_usd == pytest.approx(0.02)
@@ -197,3 +219,36 @@ def test_a_call_of_yesterday_that_is_booked_late_costs_nothing_today() -> None:
     accounts = booked(routed(cost_usd=0.5), routed(cost_usd=9.0, at=NOON - timedelta(days=1)))
     assert accounts.spent_today(NOON) == {"ann": 0.5}
     assert accounts.stats(NOON, 0.0, 0).actual_cost_usd == pytest.approx(9.5)
+
+
+@pytest.mark.parametrize(
+    ("hard", "key", "left_usd", "is_soon"),
+    [
+        ({"keys": {"ann": 1.0}}, "ann", 0.25, False),
+        ({"keys": {"ann": 1.25}}, "ann", 0.5, True),
+        ({"keys": {"ann": 9.0}, "usd_per_day": 1.75}, None, 0.25, True),
+        ({"keys": {"bob": 0.1}, "usd_per_day": 1.0}, None, -0.5, False),
+        ({"keys": {"ann": 1.0}, "usd_per_day": 1.0}, "ann", 0.25, False),
+    ],
+)
+def test_a_refusal_says_which_limit_and_until_when(
+    hard: dict[str, Any], key: str | None, left_usd: float, is_soon: bool
+) -> None:
+    accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.5, holder="bob"))
+    accounts.reservations.make("t", "ann", 0.25)
+    accounts.reservations.make("u", "bob", 0.25)
+    limits = HardLimits(**hard)
+    assert not accounts.fits(0.75, limits, "ann", NOON)
+    found = accounts.exhausted(0.75, limits, "ann", NOON)
+    assert (found.key, found.left_usd, found.call_usd) == (key, left_usd, 0.75)
+    wait_s = 5 if is_soon else 12 * 3600
+    assert (found.until, found.retry_after_s) == (NOON + timedelta(seconds=wait_s), wait_s)
+
+
+def test_a_share_is_of_the_lower_limit() -> None:
+    budgets = Budgets(
+        usd_per_day=8.0, keys={"ann": 4.0, "bob": 1.0}, hard=HardLimits(usd_per_day=4.0, keys={"ann": 2.0})
+    )
+    assert budgets.lowest == DailyLimits(usd_per_day=4.0, keys={"ann": 2.0, "bob": 1.0})
+    assert booked(routed(cost_usd=1.0)).shares(budgets, NOON) == {"ann": 0.5, "bob": 0.0, None: 0.25}
+    assert Budgets().lowest == DailyLimits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -265,7 +266,24 @@ def test_without_a_word_on_the_cache_nothing_was_cached(details: Any) -> None:
     assert chat().usage({"usage": {**CHAT_USAGE, "prompt_tokens_details": details}}) == Usage(7, 5, 0)
 
 
-@pytest.mark.parametrize("usage", [None, 7, {}, {"prompt_tokens": 7}, {**CHAT_USAGE, "completion_tokens": -1}])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        7,
+        {},
+        {"prompt_tokens": 7},
+        {**CHAT_USAGE, "completion_tokens": -1},
+        {**CHAT_USAGE, "completion_tokens": True},
+        {**CHAT_USAGE, "completion_tokens": 5.0},
+        {**CHAT_USAGE, "completion_tokens": float("nan")},
+        {**CHAT_USAGE, "completion_tokens": float("inf")},
+        {**CHAT_USAGE, "completion_tokens": 10**30},
+        {**CHAT_USAGE, "prompt_tokens": "7"},
+        {**CHAT_USAGE, "prompt_tokens_details": {"cached_tokens": -1}},
+        {**CHAT_USAGE, "prompt_tokens_details": {"cached_tokens": 8}},
+    ],
+)
 def test_a_usage_that_is_none_is_not_metered(usage: Any) -> None:
     assert chat().usage({"usage": usage}) is None
 
@@ -295,6 +313,55 @@ def test_what_is_no_json_object_is_read_as_an_empty_one(data: bytes) -> None:
     assert json_object(data) == {}
 
 
+# --- the text of an answer, for those that tell no usage ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "num_bytes"),
+    [
+        ({"content": "hello"}, 5),
+        ({"content": ""}, 0),
+        ({"content": None}, 0),
+        ({"role": "assistant", "refusal": "no"}, 2),
+        ({"reasoning_content": "so", "content": "hello"}, 7),
+        ({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": '{"a":1}'}}]}, 9),
+        ({"content": 'say "content":"no more" \\'}, 30),
+    ],
+)
+def test_the_text_of_a_chat_is_counted(said: dict[str, Any], num_bytes: int) -> None:
+    answer = {"id": "content", "choices": [{"index": 0, "delta": said, "finish_reason": None}]}
+    assert chat(stream=True).text_bytes(event(answer)) == num_bytes
+    assert chat().answer_bytes({"choices": [{"message": said}]}) == num_bytes
+
+
+def test_the_text_of_a_response_is_counted_once() -> None:
+    call = responses(stream=True)
+    assert call.text_bytes(event({"type": "response.output_text.delta", "delta": "hello"})) == 5
+    assert call.text_bytes(event({"type": "response.output_text.done", "text": "hello"})) == 0
+    parts = [{"type": "output_text", "text": "hello"}]
+    assert call.answer_bytes({"output": [{"type": "message", "content": parts}]}) == 5
+
+
+# --- limits of answers -------------------------------------------------------------------------------------------
+
+
+def test_a_call_whose_caller_states_no_limit_is_sent_with_the_gateways() -> None:
+    way = Upstream(base_url="http://127.0.0.1/v1", limit_field="max_completion_tokens")
+    other = TARGET.model_copy(update={"upstream": way})
+    for call in (chat(), chat(stream=True), chat(max_tokens=None), chat(max_tokens=0), chat(max_tokens=[])):
+        assert sent(call) == sent(replace(call, answer_tokens=None))
+        limited = replace(call, answer_tokens=9)
+        assert sent(limited) == {**sent(call), "max_tokens": 9}
+        rest = {name: value for name, value in sent(call).items() if name != "max_tokens"}
+        assert sent(limited, other) == {**rest, "max_completion_tokens": 9}
+    assert sent(replace(responses(), answer_tokens=9)) == {**sent(responses()), "max_output_tokens": 9}
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": "5"}])
+def test_a_limit_that_the_caller_states_stays(fields: dict[str, Any]) -> None:
+    assert sent(replace(chat(**fields), answer_tokens=3)) == sent(chat(**fields))
+
+
 # --- events of chat completions ----------------------------------------------------------------------------------
 
 
@@ -312,6 +379,11 @@ def test_the_chunk_of_the_usage_is_hidden_from_a_caller_who_did_not_ask() -> Non
     assert chat(stream=True).note(chunk) == Note(Usage(7, 5, 3), is_for_caller=False)
     asked = chat(stream=True, stream_options={"include_usage": True})
     assert asked.note(chunk) == Note(Usage(7, 5, 3), is_for_caller=True)
+
+
+def test_the_chunk_of_a_usage_that_cannot_be_is_hidden_too() -> None:
+    chunk = event({"choices": [], "usage": {**CHAT_USAGE, "prompt_tokens": -1}})
+    assert chat(stream=True).note(chunk) == Note(None, is_for_caller=False)
 
 
 def test_a_usage_beside_a_choice_hides_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prefill_router import corpus
 from prefill_router.corpus import Prompt, content_hash
 from prefill_router.outcomes import load_outcomes
 from prefill_serve.gateway import ledger as module
-from prefill_serve.gateway.accounts import Budgets
+from prefill_serve.gateway.budgets import Budgets, Exhausted, HardLimits, Reserved
 from prefill_serve.gateway.ledger import (
     Bid,
     Feedback,
@@ -49,6 +49,13 @@ async def opened(folder: Path, **settings: Any) -> LocalLedger:
     ledger = LocalLedger()
     await ledger.configure(LedgerSettings(folder=str(folder), **settings))
     return ledger
+
+
+async def taken_by(ledger: LocalLedger, ticket: str, holder: str, bids: Sequence[Bid] = BIDS) -> int:
+    """The bid that is taken of some."""
+    reserved = await ledger.reserve(ticket, holder, bids)
+    assert isinstance(reserved, Reserved)
+    return reserved.bid
 
 
 def served(request_id: str = "r-1", prompt_id: str | None = None, **fields: Any) -> Served:
@@ -368,10 +375,10 @@ def test_a_spent_budget_shows_at_the_next_call() -> None:
         taken = []
         for name in ("r-1", "r-2"):
             await ledger.record(served(name), [])
-            taken.append(await ledger.reserve(name, "ann", BIDS))
+            taken.append(await taken_by(ledger, name, "ann"))
             await ledger.record(served(f"{name}, too", cost_usd=0.0), [], name)
         assert taken == [0, 1]
-        assert await ledger.reserve("t", "bob", BIDS) == 0
+        assert await taken_by(ledger, "t", "bob") == 0
 
     run(scenario)
 
@@ -382,11 +389,11 @@ def test_what_is_under_way_counts_until_it_is_recorded() -> None:
     async def scenario() -> None:
         ledger = LocalLedger()
         await ledger.configure(LedgerSettings(budgets=Budgets(keys={"ann": 0.5})))
-        assert [await ledger.reserve(ticket, "ann", bids) for ticket in "abcd"] == [0, 0, 1, 1]
+        assert [await taken_by(ledger, ticket, "ann", bids) for ticket in "abcd"] == [0, 0, 1, 1]
         assert (await ledger.stats("ann")).reserved_usd == 0.42
         assert (await ledger.stats("bob")).reserved_usd == 0.0
         await ledger.record(served(end="failed", target=None, usage=None, cost_usd=None), [], "a")
-        assert [await ledger.reserve(ticket, "ann", bids) for ticket in "eef"] == [0, 0, 1]  # one reservation for e
+        assert [await taken_by(ledger, ticket, "ann", bids) for ticket in "eef"] == [0, 0, 1]  # one reservation for e
         for ticket in "bcdef":
             await ledger.record(served(ticket, cost_usd=0.1), [], ticket)
         stats = await ledger.stats("ann")
@@ -410,6 +417,120 @@ def test_where_nobody_has_said_what_a_call_costs_it_is_what_its_target_usually_d
     assert run(scenario) == [pytest.approx(0.3), 0.0]
 
 
+def test_what_is_reserved_is_at_least_what_the_bid_says_beside_what_was_lost() -> None:
+    async def scenario() -> None:
+        ledger = LocalLedger()
+        await ledger.record(served(cost_usd=0.2), [])
+        for bid, usd in [(Bid("small", None, 0.1), 0.2), (Bid("small", None, 0.3), 0.3), (Bid("small", 0.1, 0.3), 0.3)]:
+            assert await ledger.reserve("t", "ann", [bid]) == Reserved(0, usd)
+            assert await ledger.reserve("t", "ann", [bid._replace(lost_usd=1.0)]) == Reserved(0, usd)
+            assert (await ledger.stats("ann")).reserved_usd == pytest.approx(usd + 1.0)
+
+    run(scenario)
+
+
+def test_what_upstreams_did_not_report_is_not_usual() -> None:
+    async def scenario() -> None:
+        ledger = LocalLedger()
+        await ledger.record(served(cost_usd=0.2), [])
+        await ledger.record(served(cost_usd=9.0, cost_kind="reserved", usage=None), [])
+        assert await ledger.reserve("t", "ann", [Bid("small", None)]) == Reserved(0, 0.2)
+
+    run(scenario)
+
+
+# --- hard limits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hard", [{"usd_per_day": 0.1}, {"keys": {"ann": 0.1}}])
+def test_what_a_hard_limit_has_no_room_for_is_not_reserved(hard: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(budgets=Budgets(hard=HardLimits(**hard))))
+        taken = [await ledger.reserve(f"t-{n}", "ann", BIDS) for n in range(5)]
+        assert taken[:2] == [Reserved(0, 0.05)] * 2
+        assert all(isinstance(each, Exhausted) and each.retry_after_s == 5 for each in taken[2:])
+        await ledger.record(served(cost_usd=0.01), [], "t-0")  # it cost less than it could
+        assert await ledger.reserve("t-6", "ann", BIDS) == Reserved(1, 0.01)
+        assert (await ledger.stats("ann")).reserved_usd == pytest.approx(0.06)
+
+    run(scenario)
+
+
+def test_a_hard_limit_counts_what_a_call_that_was_lost_may_have_cost() -> None:
+    async def scenario() -> None:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(budgets=Budgets(hard=HardLimits(usd_per_day=0.1))))
+        assert await ledger.reserve("t", "ann", [Bid("big", 0.08)]) == Reserved(0, 0.08)
+        assert isinstance(await ledger.reserve("t", "ann", [Bid("small", 0.03, lost_usd=0.08)]), Exhausted)
+        lost = served(end="refused", target=None, usage=None, cost_usd=None, lost_usd={"big": 0.08})
+        await ledger.record(lost, [], "t")
+        assert isinstance(await ledger.reserve("u", "ann", [Bid("small", 0.03)]), Exhausted)
+        assert await ledger.reserve("u", "ann", [Bid("small", 0.01)]) == Reserved(0, 0.01)
+
+    run(scenario)
+
+
+def test_beyond_a_soft_budget_the_last_bid_is_taken_and_beyond_the_hard_one_none() -> None:
+    async def scenario() -> list[Any]:
+        ledger = LocalLedger()
+        await ledger.configure(LedgerSettings(budgets=Budgets(usd_per_day=0.05, hard=HardLimits(usd_per_day=0.07))))
+        return [await ledger.reserve(f"t-{n}", "ann", BIDS) for n in range(4)]
+
+    taken = run(scenario)
+    assert taken[:3] == [Reserved(0, 0.05), Reserved(1, 0.01), Reserved(1, 0.01)]
+    assert isinstance(taken[3], Exhausted)
+
+
+def test_after_a_restart_charges_of_every_kind_count_and_hard_limits_hold(tmp_path: Path) -> None:
+    budgets = Budgets(hard=HardLimits(keys={"ann": 1.0}))
+
+    async def scenario() -> None:
+        old = await opened(tmp_path, budgets=budgets)
+        await old.record(served("r-1", cost_usd=0.3), [])
+        await old.record(served("r-2", cost_usd=0.2, cost_kind="estimated", usage=None), [])
+        await old.record(served("r-3", end="cancelled", cost_usd=0.25, cost_kind="reserved", usage=None), [])
+        await old.record(served("r-4", end="failed", target=None, cost_usd=None, lost_usd={"big": 0.25}), [])
+        await old.close()
+        new = await opened(tmp_path, budgets=budgets)
+        stats = await new.stats("ann")
+        assert stats == await old.stats("ann")
+        assert stats.spent_today_usd == pytest.approx(1.0)
+        assert {kind: each.calls for kind, each in stats.charged.items()} == {
+            "reported": 1,
+            "estimated": 1,
+            "reserved": 2,
+        }
+        assert isinstance(await new.reserve("t", "ann", BIDS), Exhausted)
+
+    run(scenario)
+
+
+def test_an_outcome_has_no_cost_that_its_upstream_did_not_report(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ledger = await opened(tmp_path)
+        await ledger.record(served(cost_kind="reserved"), [])
+        await ledger.feedback(right(output_tokens=7), "ann")
+
+    run(scenario)
+    with duckdb.connect() as db:
+        assert db.execute(f"select cost_usd from '{tmp_path}/outcomes/*.parquet'").fetchall() == [(None,)]
+
+
+@pytest.mark.parametrize("folder", [None, "kept"])
+def test_hard_limits_that_a_restart_would_forget_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, folder: str | None
+) -> None:
+    hard = HardLimits(usd_per_day=1.0)
+    kept = None if folder is None else str(tmp_path / folder)
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        run(lambda: LocalLedger().configure(LedgerSettings(folder=kept, budgets=Budgets(hard=hard))))
+    assert ("--feedback FOLDER" in caplog.text) == (folder is None)
+
+
+# --- after a restart ---------------------------------------------------------------------------------------------
+
+
 def test_a_new_ledger_on_the_folder_knows_what_the_old_one_did(tmp_path: Path) -> None:
     async def scenario() -> None:
         old = await opened(tmp_path)
@@ -420,7 +541,7 @@ def test_a_new_ledger_on_the_folder_knows_what_the_old_one_did(tmp_path: Path) -
 
         new = await opened(tmp_path, budgets=Budgets(usd_per_day=0.5))
         assert await new.stats("ann") == await old.stats("ann")
-        assert await new.reserve("t", "bob", BIDS) == 1
+        assert await taken_by(new, "t", "bob") == 1
         assert not await new.feedback(Feedback(request_id="r-1", score=0.1), "ann")
         with pytest.raises(OtherFeedback):
             await new.feedback(right("r-1"), "ann")
@@ -583,7 +704,7 @@ def test_budgets_change_while_calls_are_remembered(tmp_path: Path) -> None:
         ledger = await opened(tmp_path)
         await ledger.record(served(), [])
         await ledger.configure(LedgerSettings(folder=str(tmp_path), budgets=Budgets(usd_per_day=0.1)))
-        assert await ledger.reserve("t", "ann", BIDS) == 1
+        assert await taken_by(ledger, "t", "ann") == 1
         assert (await ledger.stats("ann")).calls == 1
 
     run(scenario)

@@ -61,3 +61,17 @@ def test_of_calls_whose_end_nobody_tells_nothing_is_held_for_ever() -> None:
     assert reservations.usd() == {"ann": 0.5}
     clock.now_s += LAPSES_S
     assert reservations.usd() == {}
+
+
+def test_a_call_that_lasts_keeps_its_reservation_while_it_is_renewed() -> None:
+    clock = Clock()
+    reservations = Reservations(clock)
+    for ticket in ("long", "of a replica that dies", "ended"):
+        reservations.make(ticket, "ann", 0.25)
+    reservations.end("ended")
+    for _ in range(5):
+        clock.now_s += LAPSES_S / 2
+        reservations.renew(["long", "ended", "of nobody"])
+    assert reservations.usd() == {"ann": 0.25}
+    clock.now_s += LAPSES_S
+    assert reservations.usd() == {}

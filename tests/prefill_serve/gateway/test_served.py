@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -26,6 +27,8 @@ MOST = Served(
     router_version="v",
     usage=Usage(10, 5, 3),
     cost_usd=1 / 7,
+    cost_kind="estimated",
+    lost_usd={"small": 1 / 11},
 )
 
 
@@ -33,6 +36,13 @@ MOST = Served(
 def test_a_record_comes_back_as_it_went(served: Served) -> None:
     assert Served.from_json(served.to_json()) == served
     assert Served.from_json(served.to_json().encode()) == served
+
+
+def test_a_cost_of_a_record_from_before_there_were_kinds_was_reported() -> None:
+    fields = json.loads(MOST.to_json())
+    del fields["cost_kind"], fields["lost_usd"]
+    served = Served.from_json(json.dumps(fields))
+    assert served.reported_usd == served.charged_usd == 1 / 7
 
 
 def test_usage_comes_back_by_name() -> None:

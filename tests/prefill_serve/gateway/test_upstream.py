@@ -116,12 +116,12 @@ def attempt(call: Call) -> Attempt:
     return Attempt(call, "ann")
 
 
-async def ask(channel: Channel, call: Call, pieces: list[bytes]) -> None:
+async def ask(channel: Channel, call: Call, pieces: list[bytes], made: Attempt | None = None) -> None:
     """Until the answer is whole; `pieces` gets what there was of it."""
     if not call.is_stream:
-        pieces.append(json.dumps(await channel.answer(attempt(call))).encode())
+        pieces.append(json.dumps(await channel.answer(made or attempt(call))).encode())
         return
-    stream = await channel.stream(attempt(call))
+    stream = await channel.stream(made or attempt(call))
     try:
         async for piece in stream.pieces():
             pieces.append(piece)
@@ -456,6 +456,61 @@ def test_a_probe_tells_whether_the_upstream_answers(small: Upstream, fault: Faul
     run(scenario)
     asked = small.completions[-1].body
     assert (asked["model"], asked["max_completion_tokens"], len(str(asked)) < 200) == ("m", 1, True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "is_billable"),
+    [
+        (Fault.ERROR, False),
+        (Fault.BAD_REQUEST, False),
+        (Fault.RATE_LIMIT, False),
+        (Fault.HANG, True),
+        (Fault.RESET, True),
+        (Fault.ERROR_FIRST, True),
+        (Fault.CUT, True),
+    ],
+)
+def test_an_upstream_may_bill_what_it_has_taken(small: Upstream, fault: Fault, stream: bool, is_billable: bool) -> None:
+    small.faults(fault)
+    made = attempt(chat(stream))
+
+    async def scenario() -> None:
+        async with channel_to(small.url, timeout_s=HASTY_S if fault in TIMEOUTS else PATIENT_S) as (channel, _):
+            with pytest.raises((Failed, Refused)):
+                await ask(channel, made.call, [], made)
+
+    run(scenario)
+    assert made.is_billable == is_billable
+
+
+@pytest.mark.parametrize(("status", "is_billable"), [(408, True), (504, True), (502, False), (404, False)])
+def test_a_proxy_that_lost_patience_does_not_tell_what_is_billed(
+    scripted: Scripted, status: int, is_billable: bool
+) -> None:
+    made = attempt(chat())
+
+    async def scenario() -> None:
+        async with channel_to(scripted.answers(status=status)) as (channel, _):
+            with pytest.raises(Failed):
+                await channel.answer(made)
+
+    run(scenario)
+    assert made.is_billable == is_billable
+
+
+def test_an_upstream_that_was_not_reached_bills_nothing() -> None:
+    made = attempt(chat())
+
+    async def scenario() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            async with channel_to(f"http://127.0.0.1:{taken.getsockname()[1]}") as (channel, _):
+                with pytest.raises(Failed):
+                    await channel.answer(made)
+
+    run(scenario)
+    assert not made.is_billable
 
 
 # --- places ------------------------------------------------------------------------------------------------------

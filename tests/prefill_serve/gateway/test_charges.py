@@ -1,0 +1,105 @@
+"""What a call is expected to cost, can cost at most, and is charged."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from prefill_router.pool import Target
+from prefill_serve.gateway.budgets import Exhausted
+from prefill_serve.gateway.calls import ChatCall, ResponsesCall
+from prefill_serve.gateway.charges import Charge, OverLimit, charge_of, expected_usd, guessed_usd, most_usd
+from prefill_serve.gateway.served import Usage
+
+TARGET = Target(name="t", input_price=1e6, output_price=1e6)  # a dollar a token
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}
+
+
+def chat(content: Any = "hello", **fields: Any) -> ChatCall:
+    return ChatCall({"messages": [{"role": "user", "content": content}], **fields}, answer_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("usage", "reserved_usd", "text_bytes", "charge"),
+    [
+        (Usage(3, 4), 100.0, 1000, Charge(7.0, "reported")),
+        (Usage(3, 0), 100.0, 0, Charge(3.0, "reported")),
+        (Usage(3, 0), 100.0, 1, Charge(100.0, "reserved")),
+        (None, 100.0, 30, Charge(100.0, "reserved")),
+        (None, 0.0, 0, Charge(5.0, "estimated")),
+        (None, 100.0, 300, Charge(105.0, "estimated")),
+        (None, 0.0, 4, Charge(7.0, "estimated")),
+    ],
+)
+def test_a_charge_is_what_is_reported_or_the_larger_of_what_was_reserved_and_relayed(
+    usage: Usage | None, reserved_usd: float, text_bytes: int, charge: Charge
+) -> None:
+    assert charge_of(TARGET, usage, reserved_usd, 5, text_bytes) == charge
+
+
+@pytest.mark.parametrize(("n", "answers"), [(None, 1), (1, 1), (3, 3), ("3", 3), (-1, 1), (10**9, 128), ([], 1)])
+def test_several_answers_are_expected_to_cost_as_much(n: Any, answers: int) -> None:
+    assert expected_usd(0.5, chat(n=n)) == 0.5 * answers
+    assert guessed_usd(TARGET, chat(n=n, max_tokens=10), 7) == 7 + 10 * answers
+    assert guessed_usd(TARGET, chat(n=n), 7) == 7 + 512 * answers
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 1000),
+        ({"max_tokens": 10}, 10),
+        ({"max_tokens": "10"}, 10),
+        ({"max_tokens": 10.0}, 10),
+        ({"max_tokens": 10, "max_completion_tokens": 20}, 20),
+        ({"max_tokens": 0}, 1000),
+        ({"max_tokens": -5}, 1000),
+        ({"max_tokens": float("nan")}, 1000),
+        ({"max_tokens": float("inf")}, 1000),
+        ({"max_tokens": {"many": 1}}, 1000),
+        ({"max_tokens": 10**400}, 10**8),
+        ({"max_tokens": 10, "n": 1000}, 10_000),
+        ({"max_tokens": 10, "n": "1000"}, 10_000),
+    ],
+)
+def test_the_most_that_a_call_can_cost_is_by_its_bytes_and_the_limit_of_its_answers(
+    fields: dict[str, Any], tokens: int
+) -> None:
+    call = chat(**fields)
+    assert most_usd(TARGET, call) == call.most_input_tokens + tokens
+
+
+@pytest.mark.parametrize("text", ["a a a a", "7" * 100, "\U0001f600" * 10, "\ud800", "\u4e09"])
+def test_no_text_has_more_tokens_than_are_counted(text: str) -> None:
+    assert chat(text).most_input_tokens >= len(text.encode("utf-8", "surrogatepass"))
+    tools = [{"type": "function", "function": {"name": "f", "description": text}}]
+    assert chat(tools=tools).most_input_tokens >= len(text.encode("utf-8", "surrogatepass"))
+
+
+def test_an_image_is_not_counted_by_its_bytes_but_text_that_looks_like_one_is() -> None:
+    assert chat([IMAGE]).most_input_tokens < 3000
+    assert chat([IMAGE, IMAGE]).most_input_tokens > 4000
+    assert chat(IMAGE["image_url"]["url"]).most_input_tokens > 300_000  # type: ignore[index]
+
+
+def test_a_context_bounds_what_a_call_can_cost() -> None:
+    target = TARGET.model_copy(update={"context_tokens": 500})
+    assert most_usd(target, chat("x" * 10_000)) == 1000
+    assert most_usd(target, ResponsesCall({"input": "x", "max_output_tokens": 5, "previous_response_id": "r"})) == 505
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("ann", 'key "ann": 0.25 of its 2 USD a day are left, and this call can cost 0.5 USD'),
+        (None, "the hard limit of all keys together has no room, and this call can cost 0.5 USD"),
+    ],
+)
+def test_a_refusal_says_what_and_until_when(key: str | None, said: str) -> None:
+    refusal = OverLimit(Exhausted(key, 2.0, 0.25, 0.5, datetime(2026, 3, 2, tzinfo=UTC), 77))
+    assert refusal.status_code == 429
+    assert refusal.body["error"]["message"].startswith(said)
+    assert "2026-03-02T00:00:00Z" in refusal.body["error"]["message"]
+    assert refusal.headers == {"retry-after": "77"}

@@ -1,0 +1,50 @@
+"""Reservations of calls under way; what else a proxy does, calls through the gateway show."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from prefill_serve.gateway.calls import ChatCall
+from prefill_serve.gateway.ledger import Bid, LocalLedger
+from prefill_serve.gateway.plan import Fixed
+from prefill_serve.gateway.proxy import Caller, Proxy, _Passage
+
+
+class Watched(LocalLedger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.renewed: asyncio.Queue[Sequence[str]] = asyncio.Queue()
+
+    async def renew(self, tickets: Sequence[str]) -> None:
+        await super().renew(tickets)
+        self.renewed.put_nowait(tickets)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_reservation_is_renewed_while_its_call_is_under_way(monkeypatch: pytest.MonkeyPatch, closes: bool) -> None:
+    monkeypatch.setattr("prefill_serve.gateway.proxy._RENEW_S", 0.001)
+    endpoint: Any = None  # is not asked
+
+    async def scenario() -> None:
+        ledger = Watched()
+        proxy = Proxy(endpoint, ledger)
+        passage = _Passage(ChatCall({}), Caller("ann", "r"), Fixed(["t"], 0), {}, [])
+        ticket = passage.ticket
+        await proxy._reserve(passage, [Bid("t", 0.5)])
+        for _ in range(3):
+            assert await ledger.renewed.get() == [ticket]
+        assert (await ledger.stats("ann")).reserved_usd == 0.5
+        renewing = proxy._renewing
+        assert renewing is not None
+        if closes:
+            await proxy.close()
+        else:
+            del passage  # a call that nobody remembers is under way no more
+        await asyncio.wait({renewing})
+        assert renewing.cancelled() == closes
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

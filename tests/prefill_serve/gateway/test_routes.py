@@ -1,0 +1,37 @@
+"""A caller who leaves at the moment that its answer comes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from prefill_serve.gateway.proxy import Relay
+from prefill_serve.gateway.routes import _unless_gone
+
+
+class Waiting:
+    """A request whose caller does not say that it leaves."""
+
+    async def receive(self) -> Any:
+        await asyncio.Event().wait()
+
+
+def test_an_answer_that_comes_as_its_caller_is_gone_is_ended_and_recorded() -> None:
+    ended: list[tuple[Any, ...]] = []
+    passage: Any = "the call"
+    stream: Any = "its stream"
+
+    async def scenario() -> None:
+        async def answering() -> Any:
+            serving.cancel()  # as Ray Serve tells of a caller that has left
+            return Relay(passage, stream, {}, lambda *what: ended.append(what))
+
+        request: Any = Waiting()
+        serving = asyncio.create_task(_unless_gone(request, answering()))
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert ended == [("the call", "its stream", "cancelled")]
