@@ -140,10 +140,11 @@ class Upstream(LoopbackServer):
         """`models` are those it lists; one that it does not list is answered by the first, and the answer says so."""
         super().__init__()
         self.name, self.key, self.models = name, key, tuple(models)
-        self.first_byte_s = 0.0  # before any head; it may be set any time, as the next three
+        self.first_byte_s = 0.0  # before any head; it may be set any time, as the next four
         self.between_chunks_s = 0.0
         self.slow_s = 1.0
         self.retry_after_s = 1
+        self.quotes = ""  # at the end of what errors say
         self.calls: list[Call] = []
         self._queue: deque[Fault | None] = deque()
         self._at_random: tuple[float, Sequence[Fault], random.Random] = (0.0, (), random.Random())
@@ -251,12 +252,12 @@ class Upstream(LoopbackServer):
             await response.write(b"data: warming up\n\n")
             return response
         if fault is Fault.ERROR_FIRST:
-            await response.write(reply.error(_error_of(Fault.ERROR), 0).encode())
+            await response.write(reply.error(self._error_of(Fault.ERROR), 0).encode())
             return response
         call.billed = replace(reply.usage, completion_tokens=0)
         for n, event in enumerate(events):
             if n == midway and fault in _MIDWAY:
-                await self._break_off(fault, response, event, reply.error(_error_of(Fault.ERROR), n))
+                await self._break_off(fault, response, event, reply.error(self._error_of(Fault.ERROR), n))
                 return response
             await asyncio.sleep(self.slow_s if fault is Fault.SLOW_CHUNKS else self.between_chunks_s if n else 0)
             await response.write(event.encode())
@@ -277,7 +278,7 @@ class Upstream(LoopbackServer):
     async def _send_whole(self, request: web.Request, call: Call, reply: Reply) -> web.StreamResponse:
         fault, body = call.fault, encode(reply.body())
         if fault in (Fault.ERROR_FIRST, Fault.ERROR_MIDWAY):
-            return _json(_error_of(Fault.ERROR))
+            return _json(self._error_of(Fault.ERROR))
         call.billed = reply.usage
         if fault is Fault.NOT_JSON:
             body = b"<html><body>warming up</body></html>"
@@ -320,7 +321,11 @@ class Upstream(LoopbackServer):
     def _error(self, fault: Fault) -> web.Response:
         status, *_ = _ERRORS[fault]
         waits = fault in (Fault.RATE_LIMIT, Fault.OVERLOADED)
-        return _json(_error_of(fault), status, {"Retry-After": str(self.retry_after_s)} if waits else {})
+        return _json(self._error_of(fault), status, {"Retry-After": str(self.retry_after_s)} if waits else {})
+
+    def _error_of(self, fault: Fault) -> Json:
+        _status, kind, code, param, message = _ERRORS[fault]
+        return error_body(f"{message}{self.quotes}", kind, code, param)
 
     def _cached_tokens(self, prompt: Prompt) -> int:
         """Of the messages at the prompt's beginning, those that an earlier prompt began with too."""
@@ -332,11 +337,6 @@ class Upstream(LoopbackServer):
                 cached = tokens
             self._prefixes.add(key)
         return cached
-
-
-def _error_of(fault: Fault) -> Json:
-    _status, kind, code, param, message = _ERRORS[fault]
-    return error_body(message, kind, code, param)
 
 
 def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
-from prefill_router import storage, strict
+from prefill_router import storage, strict, upstream_keys
 from prefill_router.errors import UserError
 
 
@@ -24,9 +23,10 @@ class _AsWritten(strict.StrictModel):
 class Upstream(_AsWritten):
     """Where a target answers: an API in the way of OpenAI's."""
 
-    base_url: str = Field(pattern=r"^https?://", description="As https://api.openai.com/v1")
+    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$", description="As https://api.openai.com/v1, without a key")
     model: str | None = Field(None, min_length=1, description="The target's name there [its name in the pool]")
-    key_env: str | None = Field(None, min_length=1, description="Environment variable that holds the API key")
+    allow_http: bool = Field(False, description="Send the key over plain http, within a network that you trust")
+    key_env: str | None = Field(None, description="Environment variable that holds the API key, as EXAMPLE_API_KEY")
     responses: bool = Field(False, description="Has POST /responses too")
     concurrency: int = Field(256, ge=1, description="Calls at a time, of each replica")
     requests_per_minute: float | None = Field(None, gt=0.0, description="That `collect` begins")
@@ -36,15 +36,29 @@ class Upstream(_AsWritten):
     )
     timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
 
+    @field_validator("key_env")
+    @classmethod
+    def _is_safe_to_send(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None:
+            upstream_keys.check_name(name)
+            if "base_url" in info.data and not info.data.get("allow_http"):
+                upstream_keys.check_transport(info.data["base_url"])
+        return name
+
     def url(self, path: str) -> str:
         return f"{self.base_url.rstrip('/')}{path}"
 
     @property
+    def key(self) -> str | None:
+        """The key that the environment holds at the moment; None where the upstream wants none."""
+        return None if self.key_env is None else upstream_keys.value(self.key_env)
+
+    @property
     def headers(self) -> dict[str, str]:
-        """Of a request with a JSON body, with the key that the environment holds at the moment."""
+        """Of a request with a JSON body."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if self.key_env is not None:
-            headers["authorization"] = f"Bearer {os.environ.get(self.key_env, '')}"
+        if (key := self.key) is not None:
+            headers["authorization"] = f"Bearer {key}"
         return headers
 
 

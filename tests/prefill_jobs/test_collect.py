@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from collected import asked_twice, billed_usd, is_right, outcomes, write_pool_of, write_prompts
@@ -15,7 +16,7 @@ from prefill_jobs.collect import CollectManifest, collect
 from prefill_router.config import CollectConfig
 from prefill_router.errors import UserError
 from prefill_router.shards import read_quarantine
-from upstream import Fault, Upstream
+from upstream import _ERRORS, Fault, Upstream
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -201,12 +202,33 @@ def test_what_cannot_be_is_one_line(
 
 def test_a_target_that_cannot_be_asked_is_one_line(upstreams: dict[str, Upstream], tmp_path: Path) -> None:
     write_prompts(tmp_path / "corpus.jsonl", 2)
-    pool = Path(write_pool_of(tmp_path / "pool.toml", upstreams, key_env="NO_SUCH_KEY_AT_ALL"))
-    with pytest.raises(UserError, match='target "big": the environment of the workers has no NO_SUCH_KEY_AT_ALL'):
+    pool = Path(write_pool_of(tmp_path / "pool.toml", upstreams, key_env="NO_SUCH_API_KEY"))
+    with pytest.raises(UserError, match='target "big": the environment of the workers has no NO_SUCH_API_KEY'):
         collected(tmp_path, str(pool))
     pool.write_text('[[pool]]\nname = "big"\ninput_price = 1.0\noutput_price = 1.0\n')
     with pytest.raises(UserError, match='target "big" has no upstream'):
         collected(tmp_path, str(pool))
+
+
+def test_what_an_upstream_quotes_is_kept_nowhere(
+    upstreams: dict[str, Upstream], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its error a code that is a word, and never the key: neither in what is said, nor in any file."""
+    key = "sk_live_Secret"
+    monkeypatch.setenv("BIG_API_KEY", key)
+    monkeypatch.setitem(_ERRORS, Fault.UNAUTHORIZED, (401, "error", "live_Secret", None, f"No such key: {key}."))
+    write_prompts(tmp_path / "corpus.jsonl", 2)
+    upstreams["big"].quotes = f" of {key} and org-Secret"
+    upstreams["big"].faults(Fault.UNAUTHORIZED, Fault.NOT_FOUND)
+    pool = write_pool_of(tmp_path / "pool.toml", {"big": upstreams["big"]}, key_env="BIG_API_KEY")
+    collected(tmp_path, pool, attempts=1)
+    said = capsys.readouterr()
+    assert "big: status 40" in said.err
+    answers = [row for file in (tmp_path / "out" / "answers").iterdir() for row in pq.read_table(file).to_pylist()]
+    assert sorted(row["reason"] for row in answers) == ["status 401 [redacted]", "status 404 model_not_found"]
+    assert "Secret" not in said.out + said.err
+    kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in kept if b"Secret" in path.read_bytes()]
 
 
 def asked(upstream: Upstream) -> set[str]:

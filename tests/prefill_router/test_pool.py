@@ -98,3 +98,65 @@ def test_expected_cost_is_the_formula_in_usd_per_million_tokens() -> None:
     cost = pool.expected_cost(np.array([1000, 0], np.int32), np.array([[500, 1000], [0, 10]], np.float32))
     assert cost.dtype == np.float64
     np.testing.assert_allclose(cost, [[(1000 * 2 + 500 * 8) / 1e6, 400 / 1e6], [0, 4 / 1e6]], rtol=1e-12)
+
+
+# --- keys of upstreams -----------------------------------------------------------------------------------------------
+
+
+def upstream(**fields: object) -> str:
+    way = {"base_url": "https://api.example.com/v1", **fields}
+    values = ", ".join(f"{key} = {str(value).lower() if value is True else repr(value)}" for key, value in way.items())
+    return f'[[pool]]\nname = "x"\n{PRICES}upstream = {{ {values} }}'
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "OPENAI_API_KEY_2", "DEEPSEEK_APIKEY", "AZURE_OPENAI_API_KEY", "HF_TOKEN", "small_key"]
+)
+def test_a_key_of_a_providers_is_taken(tmp_path: Path, name: str) -> None:
+    load_pool(write(tmp_path, upstream(key_env=name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", r"must not be a variable of AWS_\*"),
+        ("aws_session_token", r"must not be a variable of AWS_\*"),
+        ("RAY_AUTH_TOKEN", r"must not be a variable of RAY_\*"),
+        ("GITHUB_TOKEN", r"must not be a variable of GITHUB_\*"),
+        ("CI_JOB_TOKEN", r"must not be a variable of CI_\*"),
+        ("AZURE_STORAGE_KEY", r"must not be a variable of AZURE_STORAGE_\*"),
+        ("PATH", "must have KEY or TOKEN as a word"),
+        ("HOME", "must have KEY or TOKEN as a word"),
+        ("DATABASE_URL", "must have KEY or TOKEN as a word"),
+        ("TOKENIZERS_PARALLELISM", "must have KEY or TOKEN as a word"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "must have KEY or TOKEN as a word"),
+        ("", "must have KEY or TOKEN as a word"),
+        ("MY KEY", "must have KEY or TOKEN as a word"),
+    ],
+)
+def test_a_variable_of_others_is_not_sent_to_an_upstream(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"target \"x\": upstream.key_env = '{name}', {reason}"):
+        load_pool(write(tmp_path, upstream(key_env=name)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:8000"])
+def test_a_key_may_go_over_loopback(tmp_path: Path, host: str) -> None:
+    load_pool(write(tmp_path, upstream(base_url=f"http://{host}/v1", key_env="SMALL_KEY")))
+
+
+@pytest.mark.parametrize("host", ["gpu-1:8000", "10.0.0.1", "localhost.example.com", "127.0.0.1.nip.io"])
+def test_a_key_does_not_go_over_a_network_in_the_clear(tmp_path: Path, host: str) -> None:
+    url = f"http://{host}/v1"
+    reason = f"must not be sent to {host.partition(':')[0]} over plain http: use https in base_url, or set allow_http"
+    with pytest.raises(UserError, match=reason):
+        load_pool(write(tmp_path, upstream(base_url=url, key_env="SMALL_KEY")))
+    load_pool(write(tmp_path, upstream(base_url=url)))
+    load_pool(write(tmp_path, upstream(base_url=url, key_env="SMALL_KEY", allow_http=True)))
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:secret@example.com/v1", "https://example.com/v1?api-key=secret", "ftp://x"]
+)
+def test_a_key_does_not_stand_in_the_url(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match=r"upstream\.base_url = "):
+        load_pool(write(tmp_path, upstream(base_url=url)))

@@ -9,10 +9,12 @@ from email.utils import format_datetime
 import aiohttp
 import httpx
 import pytest
+from aiohttp import web
 from httpx_aiohttp import AiohttpTransport
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from loopback import LoopbackServer
 from prefill_router.pool import Upstream
 from prefill_router.transport import (
     LONGEST_RETRY_AFTER_S,
@@ -110,3 +112,35 @@ def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytes
     assert request.content == b"{}"
     assert request.extensions["timeout"]["read"] == 7.0
     assert request.extensions["timeout"]["connect"] == 5.0
+
+
+class Redirecting(LoopbackServer):
+    """Sends whoever asks to another server."""
+
+    def __init__(self, status: int, to: str) -> None:
+        super().__init__()
+        self.status, self.to, self.num_asked = status, to, 0
+
+    async def app(self) -> web.Application:
+        async def redirect(request: web.Request) -> web.Response:
+            self.num_asked += 1
+            return web.Response(status=self.status, headers={"location": f"{self.to}{request.path}"})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", redirect)
+        return app
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_takes_no_key_elsewhere(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Nor to another path: an upstream is asked where its base URL says."""
+    monkeypatch.setenv("SMALL_KEY", "sk-1")
+
+    async def scenario(url: str) -> int:
+        async with http_client() as http:
+            upstream = Upstream(base_url=url, key_env="SMALL_KEY")
+            return (await http.send(post_request(http, upstream, "/chat/completions", b"{}"))).status_code
+
+    with Redirecting(500, "") as other, Redirecting(status, other.url) as first:
+        assert asyncio.run(scenario(first.url)) == status
+        assert (first.num_asked, other.num_asked) == (1, 0)

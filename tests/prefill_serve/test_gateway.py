@@ -46,6 +46,8 @@ BEFORE_AN_ANSWER = [
     Fault.NOT_JSON,
     Fault.ERROR_FIRST,
 ]
+SILENT = (Fault.HANG, Fault.RESET, Fault.EMPTY, Fault.NOT_JSON, Fault.CUT, Fault.TRUNCATED)  # they say nothing
+SILENT += (Fault.RESET_MIDWAY, Fault.STALL)
 MIDWAY = [Fault.ERROR_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.RESET_MIDWAY, Fault.STALL]
 
 
@@ -299,6 +301,38 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(
     stream = gateway.client.chat.completions.create(model="mid", messages=[_user(ASKED)], stream=True)
     with pytest.raises(openai.APIError):
         list(stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("fault", [f for f in BEFORE_AN_ANSWER + MIDWAY if f not in SILENT])
+def test_what_an_upstream_quotes_reaches_no_caller_and_no_log(
+    gateway: Gateway,
+    upstreams: dict[str, Upstream],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Fault,
+    stream: bool,
+) -> None:
+    """Neither its key, nor a part of it that providers leave of one, nor the id of an account."""
+    key = "sk-proj-Ab3dEf6hIj9kLmNoPq"
+    monkeypatch.setenv("MID_KEY", key)
+    _configure(gateway, upstreams, tmp_path, {"mid": {"upstream": {"key_env": "MID_KEY"}}})
+    quoted = ("Ab3d", "NoPq", "org-Secret1")
+    upstreams["mid"].quotes = f" Key {key} (Ab3d...NoPq) of org-Secret1, at the end."
+    upstreams["mid"].faults(fault)
+    try:
+        answer = gateway.chat(ASKED, model="mid", stream=stream)
+    finally:
+        upstreams["mid"].quotes = ""
+    assert "upstream_failed" in answer.text or answer.status_code == 400
+    logged = "".join(str(vars(record)) for record in caplog.records)
+    assert not [part for part in quoted if part in answer.text or part in logged]
+    if fault is Fault.BAD_REQUEST:
+        assert "The prompt is too long. Key [redacted] ([redacted]) of [redacted], at the end." in answer.text
+    else:
+        assert "at the end" not in answer.text
+        assert "Key [redacted] ([redacted]) of [redacted], at the end." in logged
 
 
 def test_all_that_fail_are_named_by_the_last(gateway: Gateway, upstreams: dict[str, Upstream]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from dataclasses import dataclass
 from time import monotonic
 
 import httpx
 
 from prefill_router.collection.calls import Answer, Call, parse_answer
+from prefill_router.redaction import redacted
 from prefill_router.transport import is_passing, post_request, retry_after_s
 
 _LONGEST_S = 120.0  # that is waited before another attempt
 _NO_QUOTA = "insufficient_quota"
+_CODE = re.compile(r"[A-Za-z_]{1,60}")  # of an error: all that is kept of an upstream's words
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
         return Miss(f"no answer within {upstream.timeout_s:g} s", may_be_paid=True)
     except (httpx.HTTPError, OSError) as error:
         return Miss(f"the connection failed: {type(error).__name__}", may_be_paid=True)
-    return _read(response, monotonic() - started_s)
+    return _read(response, upstream.key, monotonic() - started_s)
 
 
 def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
@@ -52,13 +55,13 @@ def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
     return rng.random() * min(0.5 * 2.0**attempt, _LONGEST_S)
 
 
-def _read(response: httpx.Response, latency_s: float) -> Answer | Miss:
+def _read(response: httpx.Response, key: str | None, latency_s: float) -> Answer | Miss:
     try:
         body = response.json()
     except ValueError:
         body = None
     if response.status_code != httpx.codes.OK:
-        return _refusal(response, body)
+        return _refusal(response, body, key)
     if not isinstance(body, dict):
         return Miss("answered 200 with what is no JSON", may_be_paid=True)
     if body.get("error"):
@@ -67,10 +70,12 @@ def _read(response: httpx.Response, latency_s: float) -> Answer | Miss:
     return answer if answer is not None else Miss("answered 200 without a choice", may_be_paid=True)
 
 
-def _refusal(response: httpx.Response, body: object) -> Miss:
+def _refusal(response: httpx.Response, body: object, key: str | None) -> Miss:
     status = response.status_code
     error = body.get("error") if isinstance(body, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     is_final = not is_passing(status) or code == _NO_QUOTA
-    reason = f"status {status}" + (f" {code}" if isinstance(code, str) else "")
-    return Miss(reason, is_final=is_final, retry_after_s=retry_after_s(response.headers.get("retry-after")))
+    said = f" {redacted(code, key)}" if isinstance(code, str) and _CODE.fullmatch(code) else ""
+    return Miss(
+        f"status {status}{said}", is_final=is_final, retry_after_s=retry_after_s(response.headers.get("retry-after"))
+    )

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from prefill_router.errors import UserError
 from prefill_router.pool import Target, Upstream
+from prefill_serve.gateway.errors import is_error, said_in
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.served import Usage
 from prefill_serve.http import ROUTED_NAMES, RouteRequest, error_body, input_messages
@@ -27,7 +28,8 @@ _UNSAID = "the upstream failed"
 _MOST_TOKENS = 10**8  # no call has more: a usage or a limit beyond is none
 _IMAGE_TOKENS = 2000
 # Most events have none of it, and need not be parsed.
-_NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]')
+_NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]|^event: ?error', re.M)
+_ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.M)
 _NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
 _STRING = rb'"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
 _TEXT_IN_CHAT = re.compile(rb'"(?:content|refusal|reasoning|reasoning_content|arguments)' + _STRING)
@@ -171,8 +173,8 @@ class Call(ABC):
         """By which an upstream keeps a whole answer, so that another call can go on from it."""
 
     def error(self, answer: Body) -> str | None:
-        """What went wrong, where an answer says that something did."""
-        return _message(answer.get("error"))
+        """The upstream's words, where an answer says that something went wrong."""
+        return (said_in(answer) or _UNSAID) if is_error(answer) else None
 
     @abstractmethod
     def note(self, event: bytes) -> Note | None:
@@ -248,7 +250,10 @@ class ChatCall(Call):
         is_for_caller = not isinstance(body.get("usage"), dict) or self._wants_usage or bool(choices)
         begun = _indices(choices) if has_many else frozenset[int]()
         ended = _indices(choices, "finish_reason")
-        return Note(usage, self.error(body), is_for_caller=is_for_caller, begun=begun, ended=ended)
+        error = self.error(body)
+        if error is None and _ERROR_EVENT.search(event):
+            error = said_in(body) or _UNSAID
+        return Note(usage, error, is_for_caller=is_for_caller, begun=begun, ended=ended)
 
     def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:
         """[DONE] alone does not tell: some upstreams send it after whatever they have."""
@@ -307,7 +312,7 @@ class ResponsesCall(Call):
         if kind == "response.failed":
             return Note(self.usage(answer), self.error(answer) or _UNSAID)
         if kind == "error":
-            return Note(error=_message(body.get("error") or body.get("message") or _UNSAID))
+            return Note(error=said_in(body) or _UNSAID)
         return Note(error=self.error(body)) if kind is None else None
 
     def error_event(self, message: str, code: str) -> bytes:
@@ -369,10 +374,3 @@ def _indices(choices: Any, having: str | None = None) -> frozenset[int]:
     given = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     indices = [choice.get("index", 0) for choice in given if having is None or choice.get(having)]
     return frozenset(index for index in indices if isinstance(index, int))
-
-
-def _message(error: Any) -> str | None:
-    if not error:
-        return None
-    said = error.get("message") if isinstance(error, dict) else error
-    return str(said or _UNSAID)

@@ -267,8 +267,7 @@ class Proxy:
                 failure = failed
                 passage.failed.append(channel.target.name)
                 self.metrics.failures.inc(1, tags={"target": channel.target.name, "reason": failed.reason})
-                fields = {"route_id": passage.caller.request_id, "reason": str(failed)}
-                log.warning("upstream failed", extra=fields)
+                log.warning("upstream failed", extra=failed.for_log(passage.caller.request_id))
             finally:
                 self._tell_breaker(channel)
         if failure is not None and failure.refusal is not None:
@@ -467,6 +466,7 @@ class Relay(StreamingResponse):
                 yield rename(piece)
         except Failed as failed:
             self._end = "failed"
+            log.warning("upstream failed", extra=failed.for_log(self._passage.caller.request_id))
             yield self._passage.call.error_event(str(failed), "upstream_failed")
 
 

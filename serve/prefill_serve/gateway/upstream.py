@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import httpx
 
 from prefill_router.pool import Target
+from prefill_router.redaction import redacted
 from prefill_router.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Body, Call, ChatCall, json_object
+from prefill_serve.gateway.errors import refusal_body, said_in
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
 from prefill_serve.gateway.served import Usage
 
@@ -43,14 +45,24 @@ class Failed(Exception):  # noqa: N818 - others make up for it
         status: int = 502,
         retry_after_s: float = 0.0,
         refusal: Refused | None = None,
+        said: str | None = None,
     ) -> None:
-        """`refusal` is what the upstream said, where the caller should hear it if no other target helps."""
+        """`message` is for the caller, `said` are the upstream's words, redacted, for the log alone.
+
+        `refusal` is what the caller gets instead if no other target helps.
+        """
         super().__init__(message)
         self.reason, self.status, self.retry_after_s, self.refusal = reason, status, retry_after_s, refusal
+        self.said = said
+
+    def for_log(self, request_id: str) -> dict[str, str]:
+        """Fields of a log line."""
+        said = {} if self.said is None else {"said": self.said}
+        return {"route_id": request_id, "reason": str(self), **said}
 
 
 class Refused(Exception):  # noqa: N818 - an answer
-    """What an upstream answers to a mistake of the caller's."""
+    """What a caller gets whose own mistake an upstream has refused: the upstream's message, redacted."""
 
     def __init__(self, status: int, content: bytes) -> None:
         super().__init__(f"status {status}")
@@ -134,7 +146,7 @@ class Stream:
                     self.usage = note.usage or self.usage
                 if note.error is not None:
                     self._failure = self._channel.failure(
-                        self._attempt, "error_event", f"streamed an error: {note.error}"
+                        self._attempt, "error_event", "streamed an error", said=note.error
                     )
                 elif note.is_last and not self._call.is_whole(self._begun, self._ended):
                     self._failure = self._cut()
@@ -174,7 +186,7 @@ class Channel:
         if not body:
             raise self.failure(attempt, "malformed", "answered with what is no JSON object")
         if (said := attempt.call.error(body)) is not None:
-            raise self.failure(attempt, "error", f"answered 200 with an error: {said}")
+            raise self.failure(attempt, "error", "answered 200 with an error", said=said)
         self.breaker.succeed()
         return body
 
@@ -252,11 +264,23 @@ class Channel:
     # --- failures ------------------------------------------------------------------------------------------------
 
     def failure(
-        self, attempt: Attempt, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0
+        self,
+        attempt: Attempt,
+        reason: str,
+        message: str,
+        status: int = 502,
+        retry_after_s: float = 0.0,
+        said: str | None = None,
     ) -> Failed:
-        """A failure, which the breaker has counted."""
+        """A failure, which the breaker has counted; `said` are the upstream's words."""
         self.breaker.fail(attempt.holder, retry_after_s)
-        return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s)
+        return self._failed(reason, message, status, retry_after_s, said)
+
+    def _failed(
+        self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0, said: str | None = None
+    ) -> Failed:
+        said = None if said is None else redacted(said, self.upstream.key)
+        return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s, said=said)
 
     def failure_of(self, attempt: Attempt, error: Exception) -> Failed:
         if isinstance(error, TimeoutError | httpx.ReadTimeout):  # not those of the transport, which calls more so
@@ -267,15 +291,13 @@ class Channel:
         """The breaker counts what is no answer to a mistake of the caller's or of the pool's."""
         status = response.status_code
         if is_callers_fault(status):
-            refused = Refused(status, content)
+            refused = Refused(status, refusal_body(status, json_object(content), self.target.name, self.upstream.key))
             if _TOO_LONG in content:  # but another may have a longer context
                 return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
             return refused
-        error = json_object(content).get("error")
-        said = error.get("message") if isinstance(error, dict) else error
-        reason, message = f"status_{status}", f"answered {status}" + (f": {said}" if said else "")
+        reason, message, said = f"status_{status}", f"answered {status}", said_in(json_object(content))
         if 400 <= status < 500 and not is_passing(status):  # a key or a name, of the pool or of what the caller asked
             self.breaker.doubt()
-            return Failed(reason, f"{self.target.name}: {message}")
+            return self._failed(reason, message, said=said)
         after_s = retry_after_s(response.headers.get("retry-after")) or 0.0
-        return self.failure(attempt, reason, message, status if status in (429, 503, 504) else 502, after_s)
+        return self.failure(attempt, reason, message, status if status in (429, 503, 504) else 502, after_s, said)

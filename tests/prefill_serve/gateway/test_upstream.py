@@ -241,17 +241,22 @@ def test_any_other_status_is_a_failure(scripted: Scripted, status: int, to_calle
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b'{"error": {"message": "no such key"}}', "t: answered 403: no such key"),
-        (b'{"error": "no such key"}', "t: answered 403: no such key"),
-        (b'{"error": {"code": 7}}', "t: answered 403"),
-        (b"<html>Forbidden</html>", "t: answered 403"),
-        (b"[]", "t: answered 403"),
-        (b"", "t: answered 403"),
+        (b'{"error": {"message": "no such key"}}', "no such key"),
+        (b'{"error": "no such key"}', "no such key"),
+        (b'{"object": "error", "message": "no such key"}', "no such key"),
+        (b'{"detail": [{"loc": ["key"], "msg": "no such key"}]}', "no such key"),
+        (b'{"error": {"code": 7}}', None),
+        (b'{"error": [7]}', None),
+        (b"<html>Forbidden</html>", None),
+        (b"[]", None),
+        (b"", None),
     ],
 )
-def test_what_an_upstream_says_of_its_failure_is_told(scripted: Scripted, body: bytes, said: str) -> None:
+def test_what_an_upstream_says_of_its_failure_is_for_the_log_alone(
+    scripted: Scripted, body: bytes, said: str | None
+) -> None:
     failure, _, _ = failed(scripted.answers(body, status=403), chat())
-    assert str(failure) == said
+    assert (str(failure), failure.said) == ("t: answered 403", said)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,7 @@ def test_nobody_listening_is_a_failure() -> None:
         (b"[" * 100_000, "malformed"),
         (b'{"error": {"message": "it broke"}}', "error"),
         (b'{"error": "it broke", "choices": []}', "error"),
+        (b'{"object": "error", "message": "it broke"}', "error"),
     ],
 )
 def test_a_200_without_an_answer_is_a_failure(scripted: Scripted, body: bytes, reason: str) -> None:
@@ -313,6 +319,8 @@ def test_an_error_that_is_null_is_none(scripted: Scripted) -> None:
         ([DONE], "cut", b""),
         ([WHOLE], "cut", b""),
         ([ERROR, DONE], "error_event", b""),
+        ([b'data: {"object":"error","message":"it broke"}\n\n', DONE], "error_event", b""),
+        ([CONTENT, b'event: error\ndata: {"message":"it broke"}\n\n', DONE], "error_event", CONTENT),
         ([CONTENT + ERROR + DONE], "error_event", CONTENT),
         ([CONTENT, CONTENT[:-2], b"\n\n" + ERROR], "error_event", 2 * CONTENT),
         ([CONTENT, DONE], "cut", CONTENT),
@@ -400,16 +408,42 @@ def test_what_is_slow_but_in_time_is_an_answer(small: Upstream) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 405, 413, 415, 422])
 def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted, status: int, stream: bool) -> None:
-    content = b'{"error":  {"message": "temperature: too hot"}}'
-    url = scripted.answers(content, status=status)
+    said = {"message": "temperature: too hot", "type": "bad_value", "param": "temperature", "code": "too_hot"}
+    url = scripted.answers(
+        json.dumps({"error": {**said, "metadata": {"user": "ann"}}, "user": "ann"}).encode(), status=status
+    )
 
     async def scenario() -> None:
         async with channel_to(url) as (channel, breaker):
             with pytest.raises(Refused) as caught:
                 await ask(channel, chat(stream), [])
-            assert (caught.value.status, caught.value.content) == (status, content)
+            assert caught.value.status == status
+            assert json.loads(caught.value.content) == {"error": said}
             assert breaker.heard == []  # whether the upstream can answer, it does not tell
             assert channel.is_ready
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"error": {"message": "max_tokens: too many for sk-live-1234567"}}', "max_tokens: too many for [redacted]"),
+        (b'{"object": "error", "message": "max_tokens: too many"}', "max_tokens: too many"),
+        (b'{"detail": [{"loc": ["body", "n"], "msg": "Field required"}]}', "Field required"),
+        (b"<html>sk-live-1234567</html>", "t: answered 422"),
+        (b'{"error": {"message": "no", "code": "sk-live-1234567", "param": "a b", "type": 7}}', "no"),
+    ],
+)
+def test_of_a_refusal_nothing_is_passed_on_but_what_it_says(scripted: Scripted, content: bytes, message: str) -> None:
+    url = scripted.answers(content, status=422)
+
+    async def scenario() -> None:
+        async with channel_to(url) as (channel, _):
+            with pytest.raises(Refused) as caught:
+                await ask(channel, chat(), [])
+            kind = {"type": "invalid_request_error", "param": None, "code": "invalid_request"}
+            assert json.loads(caught.value.content) == {"error": {"message": message, **kind}}
 
     run(scenario)
 
