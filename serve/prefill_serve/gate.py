@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefill_serve import attempts
 from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.http import error_body
 from prefill_serve.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
@@ -56,6 +57,7 @@ class Gate:
     def __init__(self, app: ASGIApp, endpoint: Endpoint, *, names_requests: bool = True) -> None:
         """`names_requests`: answers have the request's id among their headers, which a server may do itself."""
         self.app, self.endpoint, self.names_requests = app, endpoint, names_requests
+        self.attempts = attempts.Attempts.of_environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,9 +93,13 @@ class Gate:
                 state["holder"] = self._holder(scope["path"], headers)
                 if not has_json_or_nothing(headers):
                     raise _not_json()
-                await self.app(scope, self._bounded(headers, receive_or_left), send_with_id)
+                with self.attempts.begun(headers.get(attempts.HEADER), request_id):
+                    await self.app(scope, self._bounded(headers, receive_or_left), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
+            except attempts.TooManyDeaths:
+                lost = Refusal(500, attempts.MESSAGE, attempts.CODE, headers=attempts.NOT_AGAIN)
+                await lost.response(scope, receive, send_with_id)
             except asyncio.CancelledError:  # as Ray Serve says that the caller has left
                 has_left = True
                 raise

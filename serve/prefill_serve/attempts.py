@@ -1,0 +1,70 @@
+"""Attempts at a request: one that ended two replicas is refused by the third, and noted in its log.
+
+HAProxy sends a request again whose replica died, under the same name. A replica notes in a file, which all replicas of
+its machine see, that it has begun the request, and removes the file once it has ended it, however it ended. A file
+that a replica finds was thus left by one that died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+log = logging.getLogger("ray.serve")
+
+HEADER = "x-router-call"  # which HAProxy sets, whatever a caller says
+FOLDER = "PREFILL_ROUTER_ATTEMPTS_PATH"
+MOST_DEATHS = 2
+MESSAGE = "replicas ended while they had this request: it is not tried again; the endpoint's log names it"
+CODE = "replicas_lost"
+NOT_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients would try twice more
+_NAME = re.compile(r"[0-9a-f-]{36}")
+
+
+class TooManyDeaths(Exception):  # noqa: N818 - a refusal
+    """Two replicas died while they had this request."""
+
+
+class Attempts:
+    """Those of one machine; without a folder nothing is counted."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @classmethod
+    def of_environment(cls) -> Attempts:
+        folder = os.environ.get(FOLDER)
+        return cls(Path(folder) if folder else None)
+
+    @contextmanager
+    def begun(self, name: str | None, request_id: str) -> Iterator[None]:
+        """Counts an attempt at the request `name` until the block ends. Raises TooManyDeaths instead of a third."""
+        if self._folder is None or name is None or not _NAME.fullmatch(name):
+            yield
+            return
+        file = self._folder / name
+        try:
+            if (deaths := _note(file)) >= MOST_DEATHS:
+                log.error("a request ended replicas", extra={"route_id": request_id, "deaths": deaths})
+                raise TooManyDeaths
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()
+
+
+def _note(file: Path) -> int:
+    """Adds this process to those that began a request; returns how many were there. A full disk stops no request."""
+    try:
+        with file.open("ab", buffering=0) as attempts:
+            before = file.read_bytes().count(b"\n")
+            attempts.write(b"%d\n" % os.getpid())
+            return before
+    except OSError:
+        return 0
