@@ -80,6 +80,7 @@ def _serves_config(folder: Path, port: int, ports: Sequence[int]) -> str:
         retry_on=ours["RETRY_ON"],
         retries=int(ours["RETRIES"]),
         observe_error_limit=int(ours["OBSERVE_ERROR_LIMIT"]),
+        timeout_client_s=int(ours["TIMEOUT_CLIENT_S"]),
         timeout_server_s=int(ours["TIMEOUT_SERVER_S"]),
         bufsize=int(ours["TUNE_BUFSIZE"]),
         metrics_enabled=False,

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefill_serve import attempts
+from prefill_serve.arrival import MOST_S, in_time
 from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.http import error_body
 from prefill_serve.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
@@ -94,7 +95,7 @@ class Gate:
                 if not has_json_or_nothing(headers):
                     raise _not_json()
                 with self.attempts.begun(headers.get(attempts.HEADER), request_id):
-                    await self.app(scope, self._bounded(headers, receive_or_left), send_with_id)
+                    await self.app(scope, self._bounded(headers, in_time(receive_or_left, _too_slow())), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
             except attempts.TooManyDeaths:
@@ -163,6 +164,11 @@ def _states_more(stated: str, limit: int) -> bool:
 
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body must have at most {limit:,} bytes", "request_too_large")
+
+
+def _too_slow() -> Refusal:
+    message = f"the body was not there within {MOST_S:g} s"
+    return Refusal(408, message, "request_timeout", headers={"connection": "close"})
 
 
 def phrase(status: int) -> str:

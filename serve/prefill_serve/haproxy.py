@@ -30,11 +30,18 @@ from prefill_router.errors import UserError
 from prefill_serve import attempts
 
 PROGRAM = "prefill-router-haproxy"
-ERRORS = (502, 503, 504)  # that HAProxy answers itself
+ERRORS = (408, 502, 503, 504)  # that HAProxy answers itself
 _FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-_DEFAULTS = "    option http-buffer-request\n"  # only a request that is at hand as a whole can be sent again
+_IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
+_QUIET_S = 60  # of a caller that has more to send, or an answer to read
+# Only a request that is at hand as a whole can be sent again. Replicas do not speak HTTP/2.
+_DEFAULTS = f"""\
+    option http-buffer-request
+    option disable-h2-upgrade
+    timeout http-request {_IN_TIME_S}s
+"""
 _FRONTEND = f"    http-request set-header {attempts.HEADER} %[uuid]"
 
 
@@ -91,6 +98,7 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "4",
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_QUIET_S),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "600",  # an upstream's own limit comes first
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
@@ -161,6 +169,7 @@ def error_answer(status: int) -> str:
 
 
 _ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
+    408: (408, "request_timeout", f"the request was not there within {_IN_TIME_S} s", {"connection": "close"}),
     502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
     503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
 }

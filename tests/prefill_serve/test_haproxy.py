@@ -1,6 +1,6 @@
 """HAProxy's config, what it does with replicas that die, and the folder of its files.
 
-Serve runs it in e2e/test_serving.py.
+What it does with callers is in test_wire.py; Serve runs it in e2e/test_serving.py.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
     mended = haproxy.mended(config, Path("/tmp/x"))
     assert "    option redispatch 1\n    option http-buffer-request\n" in mended
     errors = [line.split()[1:] for line in mended.splitlines() if line.strip().startswith("errorfile")]
-    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in (502, 503, 504)]
+    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in (408, 502, 503, 504)]
 
 
 @pytest.mark.parametrize(
     ("status", "said", "code", "header"),
     [
+        (408, 408, "request_timeout", "connection: close"),
         (502, 500, "replicas_lost", "x-should-retry: false"),
         (503, 503, "unavailable", "retry-after: 2"),
         (504, 503, "unavailable", "retry-after: 2"),
