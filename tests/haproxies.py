@@ -101,10 +101,10 @@ def _listens(port: int) -> bool:
 
 
 class Recorder:
-    """A replica that answers everything with 200, or hangs up on it as if it had died, and keeps what it got."""
+    """A replica that gives everything the same answer, or hangs up on it as if it had died, and keeps what it got."""
 
-    def __init__(self, *, dies: bool = False, waits_s: float = 0.0) -> None:
-        self.dies, self.waits_s, self.got = dies, waits_s, list[bytes]()
+    def __init__(self, *, dies: bool = False, waits_s: float = 0.0, answer: bytes = OK) -> None:
+        self.dies, self.waits_s, self.answer, self.got = dies, waits_s, answer, list[bytes]()
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -120,12 +120,14 @@ class Recorder:
     def _serve(self, client: socket.socket) -> None:
         with client:
             while piece := _received(client):
-                if not piece.startswith(b"GET /health"):
-                    self.got.append(piece)
-                    if self.dies:
-                        return
-                    time.sleep(self.waits_s)
-                client.sendall(OK)
+                if piece.startswith(b"GET /health"):
+                    client.sendall(OK)
+                    continue
+                self.got.append(piece)
+                if self.dies:
+                    return
+                time.sleep(self.waits_s)
+                client.sendall(self.answer)
 
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)

@@ -30,7 +30,7 @@ from prefill_router.errors import UserError
 from prefill_serve import attempts
 
 PROGRAM = "prefill-router-haproxy"
-ERRORS = (408, 502, 503, 504)  # that HAProxy answers itself
+ERRORS = (408, 500, 502, 503, 504)  # that HAProxy answers itself
 _FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -42,7 +42,12 @@ _DEFAULTS = f"""\
     option disable-h2-upgrade
     timeout http-request {_IN_TIME_S}s
 """
-_FRONTEND = f"    http-request set-header {attempts.HEADER} %[uuid]"
+# Errors in plain text are Serve's, of its proxy or before a replica's API: they name actors, processes and addresses.
+_FRONTEND = f"""\
+    http-request set-header {attempts.HEADER} %[uuid]
+    acl serves_own res.hdr(content-type) -m beg text/plain
+    http-response return status 500 default-errorfiles if serves_own {{ status 500 }}
+    http-response return status 503 default-errorfiles if serves_own {{ status 503 }}"""
 
 
 @contextmanager
@@ -170,6 +175,7 @@ def error_answer(status: int) -> str:
 
 _ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
     408: (408, "request_timeout", f"the request was not there within {_IN_TIME_S} s", {"connection": "close"}),
+    500: (500, "internal_error", "the endpoint failed; its log says why", {}),
     502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
     503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
 }

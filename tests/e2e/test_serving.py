@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import shutil
 import socket
+import stat
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +22,14 @@ import httpx
 import psutil
 import pytest
 
+from gateway import write_pool
 from listeners import listeners
 from prefill_router.router import Router
 from prefill_router.strict import load_toml
 from prefill_serve.client import RouteError, RouterClient
 from serving import Serve, serving, wait_until
+from upstream import Fault, Upstream
+from wire import read_to_end
 
 QUESTION = "what is one plus two"
 PATIENT = {"threads": 1, "max_wait_s": 120}  # a busy machine is no reason to refuse
@@ -56,6 +62,16 @@ def asking(serve: Serve, threads: int = 4) -> Iterator[Counter[Any]]:
         stop.set()
         for worker in workers:
             worker.join()
+
+
+def servers_up(folder: Path) -> int:
+    """How many replicas the HAProxy that answers new callers sends requests to."""
+    (path,) = folder.glob("*/admin.sock")
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(path))
+        admin.sendall(b"show stat\n")
+        rows = [line.split(",") for line in read_to_end(admin).decode().splitlines()]
+    return sum("REPLICA" in name and status == "UP" for _, name, *_, status in (row[:18] for row in rows if row[17:]))
 
 
 def wait_for_more(answers: Counter[Any], number: int = 40) -> None:
@@ -139,7 +155,68 @@ def test_nothing_listens_for_others(two: Serve) -> None:
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-@pytest.mark.slow("an endpoint of its own, which grows and shrinks")
+def test_haproxy_runs_with_what_the_endpoint_gives_it(two: Serve) -> None:
+    """As its process has read it, and as it says itself."""
+    (process, *_) = two.processes("haproxy.cfg")
+    config = Path(next(part for part in process.cmdline() if part.endswith("haproxy.cfg"))).read_text()
+    settings = {line.strip() for line in config.splitlines()}
+    assert {
+        "maxconn 4096",
+        "nbthread 2",
+        "tune.bufsize 65536",
+        "retry-on conn-failure empty-response",
+        "retries 4",
+        "option redispatch 1",
+        "option http-buffer-request",
+        "option disable-h2-upgrade",
+        "timeout http-request 30s",
+        "timeout http-keep-alive 90s",
+        "timeout client 60s",
+        "timeout server 600s",
+        f"bind 127.0.0.1:{two.port}",
+    } <= settings
+    sockets = [Path(word) for line in settings for word in line.split() if word.endswith(".sock")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in sockets if path.name != "metrics.sock"} == {0o600}
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(next(path for path in sockets if path.name == "admin.sock")))
+        admin.sendall(b"show info\n")
+        info = dict(line.split(": ", 1) for line in read_to_end(admin).decode().splitlines() if ": " in line)
+    assert info["Version"].startswith("2.8.")
+    assert (info["Maxconn"], info["Nbthread"]) == ("4096", "2")
+
+
+@pytest.mark.slow("an endpoint of its own, of which two replicas are killed")
+def test_a_request_that_ends_two_replicas_is_not_given_to_a_third(router: str, tmp_path: Path) -> None:
+    """Its log names the request; the replica goes on."""
+    request_id = f"ends-replicas-{tmp_path.name}"
+    with Upstream("big") as upstream:
+        upstream.faults(Fault.HANG, rate=1.0)
+        patient = {"upstream": {"timeout_s": 600.0}}
+        pool = write_pool(tmp_path / "pool.toml", {"big": upstream, "small": upstream}, big=patient, small=patient)
+        with serving(router, replicas=2, pool=pool, **PATIENT) as serve, ThreadPoolExecutor(1) as caller:
+            folder = serve.folder()
+            assert folder is not None
+            wait_until(lambda: servers_up(folder) == 2, "two replicas that HAProxy knows")
+            call = {"model": "big", "messages": [{"role": "user", "content": QUESTION}]}
+            url, headers = f"{serve.url}/v1/chat/completions", {"x-request-id": request_id}
+            answering = caller.submit(httpx.post, url, json=call, headers=headers, timeout=600)
+            for attempt in (1, 2):
+                wait_until(lambda n=attempt: len(upstream.completions) == n, f"attempt {attempt}")  # type: ignore[misc]
+                (attempts,) = (folder / "attempts").iterdir()
+                killed = int(attempts.read_text().split()[-1])
+                psutil.Process(killed).kill()
+            answer = answering.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "replicas_lost")
+            assert answer.headers["x-should-retry"] == "false"
+            assert len(upstream.completions) == 2
+            assert not list((folder / "attempts").iterdir())
+            logs = (Path(tempfile.gettempdir()) / "ray").glob("session_*/logs/serve/*.log")
+            noted = [line for log in logs for line in log.read_text().splitlines() if request_id in line]
+            assert any("a request ended replicas" in line for line in noted), noted
+            with RouterClient(serve.url, timeout_s=300) as client:
+                assert client.route(QUESTION).selected_model
+
+
 def test_a_web_page_reaches_nothing_through_the_proxy(two: Serve) -> None:
     rebound = {"host": f"evil.example:{two.port}"}
     with httpx.Client(base_url=two.url, timeout=300) as client:
@@ -159,6 +236,7 @@ def test_a_web_page_reaches_nothing_through_the_proxy(two: Serve) -> None:
         assert bare.recv(1024).split()[1] in (b"400", b"403")
 
 
+@pytest.mark.slow("an endpoint of its own, which grows and shrinks")
 def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: Path, command: Any) -> None:
     keys = tmp_path / "keys.toml"
     made = command("key", "ann", keys=keys)

@@ -55,13 +55,14 @@ def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
     mended = haproxy.mended(config, Path("/tmp/x"))
     assert "    option redispatch 1\n    option http-buffer-request\n" in mended
     errors = [line.split()[1:] for line in mended.splitlines() if line.strip().startswith("errorfile")]
-    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in (408, 502, 503, 504)]
+    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in haproxy.ERRORS]
 
 
 @pytest.mark.parametrize(
     ("status", "said", "code", "header"),
     [
         (408, 408, "request_timeout", "connection: close"),
+        (500, 500, "internal_error", "cache-control: no-cache"),
         (502, 500, "replicas_lost", "x-should-retry: false"),
         (503, 503, "unavailable", "retry-after: 2"),
         (504, 503, "unavailable", "retry-after: 2"),
@@ -143,6 +144,28 @@ def test_a_request_whose_replica_died_goes_to_one_that_lives() -> None:
         assert len(living.got) == 1
     for replica in (dying, living):
         replica.close()
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "internal_error"), (503, "unavailable")])
+def test_what_serve_says_of_its_actors_reaches_no_caller(status: int, code: str) -> None:
+    said = b"The actor died: pid=17, ip: 10.0.0.1"
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: text/plain\r\ncontent-length: {len(said)}\r\n\r\n"
+    replica = Recorder(answer=head.encode() + said)
+    with haproxy_before([replica.port]) as proxy:
+        answer = exchange(proxy.port, request("GET /v1/stats"))
+    replica.close()
+    assert status_of(answer) == status
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+    assert b"10.0.0.1" not in answer
+
+
+def test_errors_of_the_api_pass_as_they_are() -> None:
+    said = b'{"error": {"code": "not_ready"}}'
+    head = f"HTTP/1.1 503 X\r\ncontent-type: application/json\r\ncontent-length: {len(said)}\r\n\r\n"
+    replica = Recorder(answer=head.encode() + said)
+    with haproxy_before([replica.port]) as proxy:
+        assert exchange(proxy.port, request("GET /v1/stats")).endswith(said)
+    replica.close()
 
 
 # --- its folder ------------------------------------------------------------------------------------------------------
