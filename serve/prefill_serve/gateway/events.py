@@ -46,3 +46,11 @@ def data_of(event: bytes) -> bytes:
     """What an event carries; nothing where it is a comment, which only keeps the connection alive."""
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line.removeprefix(b" ") for line in lines)
+
+
+def has_plain_words(event: bytes) -> bool:
+    """Does an event carry what is no JSON object, nor a stream's end? Some upstreams put errors so among an answer."""
+    if b"data: {" in event:
+        return False
+    data = data_of(event).strip()
+    return bool(data) and not data.startswith(b"{") and data != b"[DONE]"

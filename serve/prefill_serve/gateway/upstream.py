@@ -15,7 +15,7 @@ from prefill_router.transport import has_connected, is_callers_fault, is_passing
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.calls import Body, Call, ChatCall, json_object
 from prefill_serve.gateway.errors import refusal_body, said_in
-from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of
+from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
 from prefill_serve.gateway.served import Usage
 
 _END_S = 0.1
@@ -96,7 +96,7 @@ class Stream:
         """What the caller gets, as it comes. Raises Failed where it breaks off, or says that the answer failed."""
         yield b"".join(self._first)
         while not self.is_whole:
-            yield b"".join(await self._next_events())
+            yield b"".join(event for event in await self._next_events() if not has_plain_words(event))
 
     async def close(self) -> None:
         if self.is_whole:

@@ -346,6 +346,7 @@ def test_a_stream_that_does_not_end_as_it_should_is_a_failure(
         [CONTENT + FINISH + DONE],
         [CONTENT[:20], CONTENT[20:] + FINISH + DONE[:3], DONE[3:]],
         [CONTENT, FINISH, DONE, b"whatever comes after"],
+        [CONTENT, b"data: no such key: sk-1\n\n", b'data: "no such key: sk-1"\n\n', FINISH, DONE],
         [CONTENT, FINISH, DONE[:-1]],
         [CONTENT, FINISH, DONE[:-2]],
     ],
