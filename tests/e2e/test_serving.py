@@ -29,7 +29,7 @@ from prefill_router.strict import load_toml
 from prefill_serve.client import RouteError, RouterClient
 from serving import Serve, serving, wait_until
 from upstream import Fault, Upstream
-from wire import read_to_end
+from wire import ATTACKS, REFUSED, exchange, read_to_end, status_of
 
 QUESTION = "what is one plus two"
 PATIENT = {"threads": 1, "max_wait_s": 120}  # a busy machine is no reason to refuse
@@ -183,6 +183,25 @@ def test_haproxy_runs_with_what_the_endpoint_gives_it(two: Serve) -> None:
         info = dict(line.split(": ", 1) for line in read_to_end(admin).decode().splitlines() if ": " in line)
     assert info["Version"].startswith("2.8.")
     assert (info["Maxconn"], info["Nbthread"]) == ("4096", "2")
+
+
+@pytest.mark.slow("one of the attackers is waited for until its time is over")
+def test_no_attack_is_the_endpoints_trouble(two: Serve) -> None:
+    """No 5xx, no replica that ends, and no memory that is kept."""
+
+    def attack() -> int:
+        for name, sent in ATTACKS.items():
+            status = status_of(exchange(two.port, sent))
+            assert status in REFUSED or status == 200, name
+        members = [*two.processes("haproxy.cfg"), *map(psutil.Process, before)]
+        return sum(int(process.memory_info().rss) for process in members)
+
+    before = two.replicas()
+    first = attack()
+    assert attack() - first < 64 << 20
+    assert two.replicas() == before
+    with RouterClient(two.url, timeout_s=300) as client:
+        assert client.route(QUESTION).selected_model
 
 
 @pytest.mark.slow("an endpoint of its own, of which two replicas are killed")
