@@ -24,7 +24,8 @@ RTOL, ATOL = 1e-3, 1e-4
 @torch.inference_mode()
 def states_alone(backbone: Any, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
     """Every layer's states (L + 1, S, D) of each prompt, run alone and without padding."""
-    outputs = [backbone(input_ids=torch.tensor([ids]), output_hidden_states=True) for ids in prompts]
+    options = {"output_hidden_states": True, "use_cache": False}
+    outputs = [backbone(input_ids=torch.tensor([ids]), **options) for ids in prompts]
     return [np.stack([states[0].float().numpy() for states in output.hidden_states]) for output in outputs]
 
 

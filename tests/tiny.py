@@ -40,11 +40,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, config: Any = None) -> Path:
-    """A random causal LM, a Llama of four blocks where no `config` is given, and a tokenizer of whole words."""
-    import torch
+def save_word_tokenizer(folder: Path, chat_template: str | None) -> None:
+    """A tokenizer of whole words, those of VOCABULARY, that begins with <bos>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL)
@@ -55,6 +54,14 @@ def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
+
+
+def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, config: Any = None) -> Path:
+    """A random causal LM, a Llama of four blocks where no `config` is given, and a tokenizer of whole words."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    save_word_tokenizer(folder, chat_template)
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES)).save_pretrained(folder)
     return folder
