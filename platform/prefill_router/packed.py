@@ -23,6 +23,7 @@ from prefill_router.decoder import Pack, Visit
 from prefill_router.hooked import DeepestLayerReached, HookedBackbone, states_of
 
 _NAME = "prefill_router"  # of our attention, in transformers
+_POSITIONS = ("position_ids", "cache_position")  # which it is given, and has used before
 _running = threading.local()
 
 
@@ -117,13 +118,19 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: Tensor | None,
+    mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_options: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for transformers' attention: (1, H, T, E), (1, K, T, E), (1, K, T, V) -> (1, T, H, V)."""
+    """Stands in for transformers' attention: (1, H, T, E), (1, K, T, E), (1, K, T, V) -> (1, T, H, V).
+
+    Raises ValueError for a mask or a bias of the model's own, which may be too small to show in bfloat16.
+    """
+    biases = [name for name, value in options.items() if isinstance(value, Tensor) and name not in _POSITIONS]
+    if mask is not None or biases:
+        raise ValueError(f"its attention has {', '.join(biases) or 'a mask'} of its own")
     by_token = (states[0].transpose(0, 1) for states in (query, key, value))
     return _running.run.attend(*by_token, Scoring(scaling, sliding_window, softcap, s_aux))[None], None

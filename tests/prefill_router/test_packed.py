@@ -22,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from prefill_router import packed
 from prefill_router.encoder import EncoderSpec, PrefillEncoder
 from prefill_router.packed import PackedBackbone
 from reference import hidden_states, relative_error
@@ -121,6 +122,22 @@ def test_what_meets_outside_of_attention_is_padded_and_exact(tmp_path: Path, nam
     assert_exact(encoder, prompts(6))
     shallow, whole = encoder.encode(prompts(6), layers=[1]), encoder.encode(prompts(6))
     assert all(np.array_equal(shallow[name], whole[name]) for name in shallow)
+
+
+@pytest.mark.parametrize("name", ["mask", "position_bias"])
+def test_a_bias_of_a_models_own_is_not_ignored(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One so small that two prompts would not show it in bfloat16."""
+
+    def biased(*arguments: Any, **options: Any) -> Any:
+        layer, query, key, value, mask = arguments
+        bias = torch.full((1, 1, query.shape[2], query.shape[2]), 1e-4)
+        mask, options = (bias, options) if name == "mask" else (mask, {**options, name: bias})
+        return attend(layer, query, key, value, mask, **options)
+
+    attend = packed._attend
+    monkeypatch.setattr(packed, "_attend", biased)
+    encoder = load(tmp_path, PACKED["learned positions"], "bfloat16")
+    assert not isinstance(encoder.backbone, PackedBackbone)
 
 
 def test_a_window_that_the_model_does_not_tell_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
