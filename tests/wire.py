@@ -7,7 +7,7 @@ from contextlib import suppress
 
 # Of HAProxy, uvicorn and the gate, and 0 for a connection that is reset while the caller still sends; none of a replica
 # in trouble.
-REFUSED = {0, 400, 401, 404, 405, 408, 413, 501}
+REFUSED = {0, 400, 401, 403, 404, 405, 408, 413, 415, 501}
 
 
 def exchange(port: int, *pieces: bytes, wait_s: float = 60.0) -> bytes:
@@ -28,8 +28,9 @@ def read_to_end(client: socket.socket) -> bytes:
 
 
 def request(line: str, *headers: str, body: bytes = b"") -> bytes:
-    """The bytes of a request; it asks for the connection's end after it."""
-    return "\r\n".join([f"{line} HTTP/1.1", "Host: a", *headers, "Connection: close", "", ""]).encode() + body
+    """The bytes of a request from this machine, of JSON; it asks for the connection's end after it."""
+    first = [f"{line} HTTP/1.1", "Host: 127.0.0.1", *["Content-Type: application/json"] * line.startswith("POST")]
+    return "\r\n".join([*first, *headers, "Connection: close", "", ""]).encode() + body
 
 
 def status_of(answer: bytes) -> int:
@@ -46,7 +47,7 @@ def _of_length(*lengths: str, more: tuple[str, ...] = (), body: bytes = b"{}") -
 
 
 # A second request in the body of the first: the one that must never be read as one.
-_INNER = b"GET /v1/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+_INNER = b"GET /v1/smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 _CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(_INNER), _INNER)
 
 # Source: RFC 9112, 6.3 and 11.2; Kettle, "HTTP Desync Attacks", 2019.

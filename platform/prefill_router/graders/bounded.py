@@ -6,6 +6,9 @@ nothing inside a process can break off all that it may be busy with.
 
 from __future__ import annotations
 
+import functools
+import pickle
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,12 +22,12 @@ WALL_S = 10.0  # for one answer
 class BoundedGrader:
     """Grades as its `grader` does, and says that an answer is not graded where that takes more than `wall_s`.
 
-    Threads take turns. It pickles as its grader does; each copy starts a process of its own when it needs one.
+    Threads take turns. It pickles as its grader does. Equal graders of a process share the one that grades for them.
     """
 
     def __init__(self, grader: Grader, wall_s: float = WALL_S) -> None:
         self.grader, self.wall_s = grader, wall_s
-        self._child = Child(_grading, grader)
+        self._child = _child_of(pickle.dumps(grader), tuple(sys.path))
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -51,6 +54,12 @@ class BoundedGrader:
 
     def __reduce__(self) -> tuple[type[BoundedGrader], tuple[Grader, float]]:
         return BoundedGrader, (self.grader, self.wall_s)
+
+
+@functools.lru_cache(maxsize=8)
+def _child_of(pickled_grader: bytes, _path: tuple[str, ...]) -> Child:
+    """The process that finds a grader's module along the path as it is now."""
+    return Child(_grading, pickle.loads(pickled_grader))
 
 
 def bounded(grader: Grader) -> Grader | BoundedGrader:
