@@ -85,7 +85,8 @@ def test_a_shared_prefix_is_computed_once(tiny_encoder: PrefillEncoder) -> None:
 
 
 def test_padding_is_counted_where_there_is_some(tmp_path: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_act="gelu")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}  # which no pack is run with
+    config = LlamaConfig(**SIZES, rope_parameters=dynamic)
     spec = EncoderSpec(model=str(save_tiny_model(tmp_path, config=config)), dtype="float32")
     encoder = PrefillEncoder.load(spec, device="cpu")
     lengths = [50, 20, 4]
