@@ -135,7 +135,7 @@ def test_the_entry_point_must_be_defined() -> None:
         ("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)", "timeout"),
         ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "timeout"),
         (
-            "import os, time\nfor fd in range(30):\n    try: os.close(fd)\n    except OSError: pass\ntime.sleep(60)",
+            "import os, time\nos.closerange(0, 10_000)\ntime.sleep(60)",  # whichever those of the verdict are
             "ended",
         ),
         ("x = 'a' * 2**40", "memory"),
