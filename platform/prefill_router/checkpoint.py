@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,18 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
     """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
     if gguf := _gguf(source):
         weights_id = _sha256([gguf])
-        return replace(_load(str(_unpacked(gguf, weights_id)), dtype), weights_id=weights_id)
+        return Checkpoint(*_load(str(_unpacked(gguf, weights_id)), dtype), weights_id, None)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load(str(path), dtype)
+        model, backbone, tokenizer = _load(str(path), dtype)
+        return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)
     _check_path(source, "encoder")
     try:
-        loaded = _load(source, dtype, revision)
+        model, backbone, tokenizer = _load(source, dtype, revision)
     except UserError as error:
         raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
-    commit = getattr(loaded.model.config, "_commit_hash", None)
-    return replace(loaded, weights_id=f"{source}@{commit}", revision=commit)
+    commit = getattr(model.config, "_commit_hash", None)
+    return Checkpoint(model, backbone, tokenizer, f"{source}@{commit}", commit)
 
 
 def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Path]:
@@ -132,7 +133,8 @@ def load_config(source: str, revision: str | None = None) -> Any:
             return _config_of(str(folder) if folder.is_dir() else source, revision)
 
 
-def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> Checkpoint:
+def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any, Any]:
+    """A model, its backbone and its tokenizer."""
     from transformers import AutoTokenizer
 
     with load_errors(source), _quiet():
@@ -142,7 +144,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> Check
         backbone = backbone_of(model).eval().requires_grad_(False)
         check_load(report, model, backbone)
         model_files.check_template(tokenizer)
-        return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)
+    return model, backbone, tokenizer
 
 
 def _config_of(source: str, revision: str | None = None) -> Any:
@@ -186,8 +188,9 @@ def _weights_id(backbone: Any) -> str:
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content.data).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

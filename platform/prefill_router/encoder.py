@@ -157,12 +157,15 @@ class PrefillEncoder:
         """Raises ValueError unless prompts are read as `backbone`, a model of transformers, reads them."""
         expected = expected_states(backbone, self.num_layers, self.hidden_size, self.spec.max_tokens)
         check_causal(backbone, self.spec.max_tokens)
-        if isinstance(self.backbone, HookedBackbone):
-            self.backbone.has_embedding = expected.holds(self.backbone.run)
-            is_selective = selects_keys(text_config(backbone))
-            self.backbone.is_mixed = not is_selective and expected.holds_in_company(self.backbone.run)
-            self.backbone = _packed(backbone, self.backbone, expected) or self.backbone
-        expected.check(self.backbone.run)
+        if isinstance(self.backbone, Decoder):
+            expected.check(self.backbone.run)
+            return
+        if not expected.holds(self.backbone.run):
+            self.backbone.has_embedding = False
+            expected.check(self.backbone.run)
+        is_selective = selects_keys(text_config(backbone))
+        self.backbone.is_mixed = not is_selective and expected.holds_in_company(self.backbone.run)
+        self.backbone = _packed(backbone, self.backbone, expected) or self.backbone
 
     @property
     def name(self) -> str:
@@ -374,7 +377,8 @@ def _packed(backbone: Any, hooked: HookedBackbone, expected: ExpectedStates) -> 
         return None
     try:
         packed = PackedBackbone(backbone, hooked.blocks)
-        is_exact = expected.holds_in_company(packed.run) and expected.holds_after_prefix(packed.run)
+        checks = (expected.holds, expected.holds_in_company, expected.holds_after_prefix)
+        is_exact = all(check(packed.run) for check in checks)
         if is_exact and (packed.windows - {None} or not has_windows(config)):
             return packed
     except Exception as error:  # models raise what they like at what they do not expect
