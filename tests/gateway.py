@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +23,7 @@ from prefill_serve.settings import Settings
 from upstream import Upstream
 
 PRICES = {"big": 2.0, "mid": 0.5, "small": 0.1}
+_numbers = itertools.count(1)
 
 
 def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapping[str, Any]) -> str:
@@ -35,6 +38,24 @@ def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapp
         lines += [f"upstream = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in way.items())} }}"]
     path.write_text("\n".join(lines))
     return str(path)
+
+
+@contextmanager
+def gateway_of_two(router: str, folder: Path, **settings: Any) -> Iterator[tuple[Gateway, dict[str, Upstream]]]:
+    """A gateway with two targets, "big" and "small", each before an upstream of its own."""
+    with ExitStack() as stack:
+        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+        pool = write_pool(folder / "pool.toml", upstreams)
+        yield stack.enter_context(Gateway(router=router, pool=pool, **settings)), upstreams
+
+
+def renewed_pool(folder: Path, upstreams: Mapping[str, Upstream], timeout_s: float) -> str:
+    """A pool file that no gateway has seen, so that it knows nothing of its upstreams, which are made well."""
+    for upstream in upstreams.values():
+        upstream.faults()
+        upstream.calls.clear()
+    way = {"timeout_s": timeout_s, "concurrency": 100 + next(_numbers)}
+    return write_pool(folder / "pool.toml", upstreams, **{name: {"upstream": way} for name in upstreams})
 
 
 class Gateway:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import PRICES, Gateway, write_pool
+from gateway import PRICES, Gateway, gateway_of_two, renewed_pool
 from prefill_serve.gateway.ledger import LedgerAway
 from upstream import Fault, Upstream
 
@@ -26,30 +25,17 @@ PATHS = ["/v1/chat/completions", "/v1/responses"]
 
 @pytest.fixture(scope="module")
 def served(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, dict[str, Upstream]]]:
-    folder = tmp_path_factory.mktemp("budgets")
-    with ExitStack() as stack:
-        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        pool = write_pool(folder / "pool.toml", upstreams)
-        settings: dict[str, Any] = {"router": router, "pool": pool}
-        yield stack.enter_context(Gateway(**settings)), upstreams
-
-
-_number = 0
+    with gateway_of_two(router, tmp_path_factory.mktemp("budgets")) as gateway_and_upstreams:
+        yield gateway_and_upstreams
 
 
 @pytest.fixture
 def gateway(served: tuple[Gateway, dict[str, Upstream]], tmp_path: Path) -> Gateway:
     """Nothing is known of its upstreams, which are well; there are budgets that nobody will reach."""
-    global _number
-    _number += 1
     gateway, upstreams = served
     for upstream in upstreams.values():
-        upstream.faults()
-        upstream.calls.clear()
         upstream.between_chunks_s, upstream.slow_s = 0.0, 30.0
-    way = {"timeout_s": 20.0, "concurrency": 100 + _number}
-    pool = write_pool(tmp_path / "pool.toml", upstreams, big={"upstream": way}, small={"upstream": way})
-    gateway.configure(pool=pool, gateway=with_budgets(usd_per_day=1e6))
+    gateway.configure(pool=renewed_pool(tmp_path, upstreams, 20.0), gateway=with_budgets(usd_per_day=1e6))
     return gateway
 
 

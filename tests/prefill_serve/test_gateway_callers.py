@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway import Gateway, write_pool
+from gateway import Gateway, gateway_of_two, renewed_pool
 from prefill_serve.gateway.plan import Routed
 from upstream import Fault, Upstream
 
@@ -23,29 +22,15 @@ KEYS = {name: f"sha256:{hashlib.sha256(name.encode()).hexdigest()}" for name in 
 def served(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, dict[str, Upstream]]]:
     """A gateway with three keys, each of which is its holder's name."""
     folder = tmp_path_factory.mktemp("callers")
-    with ExitStack() as stack:
-        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        pool = write_pool(folder / "pool.toml", upstreams)
-        settings: dict[str, Any] = {"router": router, "pool": pool, "open": False, "keys": KEYS}
-        yield stack.enter_context(Gateway(**settings)), upstreams
-
-
-_number = 0
+    with gateway_of_two(router, folder, open=False, keys=KEYS) as gateway_and_upstreams:
+        yield gateway_and_upstreams
 
 
 @pytest.fixture
 def gateway(served: tuple[Gateway, dict[str, Upstream]], tmp_path: Path) -> Gateway:
     """Nothing is known of its upstreams, which are well."""
-    global _number
-    _number += 1
     gateway, upstreams = served
-    for upstream in upstreams.values():
-        upstream.faults()
-        upstream.calls.clear()
-    way = {"timeout_s": 1.0, "concurrency": 100 + _number}
-    gateway.configure(
-        pool=write_pool(tmp_path / "pool.toml", upstreams, big={"upstream": way}, small={"upstream": way})
-    )
+    gateway.configure(pool=renewed_pool(tmp_path, upstreams, 1.0))
     return gateway
 
 
