@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from gateway import write_pool
-from prefill_router.pool import load_pool
+from prefill_router.policy.pool import load_pool
 from upstream import Call, Upstream
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from prefill_jobs.cli import main
+from prefill_jobs.cli.command_line import main
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
     """
     import ray
 
-    from prefill_jobs import cluster
+    from prefill_jobs.runtime import cluster
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     ray.init(run.serve("ray")["address"], **quiet)
@@ -95,8 +95,8 @@ def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
 def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
     """Every layer of the tiny model on the small corpus."""
     from here import without_ray
-    from prefill_jobs.extract import extract
-    from prefill_router.config import ExtractConfig
+    from prefill_jobs.extract.extract_job import extract
+    from prefill_router.common.options import ExtractConfig
 
     def build(out: Path) -> None:
         corpus = str(small_data / "corpus.parquet")
@@ -110,8 +110,8 @@ def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
 def router(run: Run, activations: str, small_data: Path) -> str:
     """A router trained on them."""
     from here import without_ray
-    from prefill_jobs.train import train
-    from prefill_router.config import TrainConfig
+    from prefill_jobs.train.train_job import train
+    from prefill_router.common.options import TrainConfig
 
     def build(out: Path) -> None:
         outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")

@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from loopback import LoopbackServer, Lost, reset
-from prefill_router import storage
+from prefill_router.storage import uris
 
 # They belong to one connection, and each side of the proxy has its own.
 _HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding", "Expect", "Content-Length")
@@ -179,11 +179,11 @@ def fault_proxy(seed: int = 0) -> Iterator[FaultProxy]:
     """Puts a proxy between `s3_bucket`'s server and this process, with the processes and Ray workers it starts."""
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"], seed) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage._s3.cache_clear()
+        uris._s3.cache_clear()
         try:
             yield proxy
         finally:
-            storage._s3.cache_clear()
+            uris._s3.cache_clear()
 
 
 @pytest.fixture

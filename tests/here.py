@@ -20,9 +20,10 @@ import cloudpickle
 import pytest
 import torch
 
-from prefill_jobs import cluster, fit, train
-from prefill_jobs.collector import AskShard
-from prefill_router.errors import UserError
+from prefill_jobs.collect.collector import AskShard
+from prefill_jobs.runtime import cluster
+from prefill_jobs.train import train_job, trunk_fit
+from prefill_router.common.errors import UserError
 
 Row = dict[str, Any]
 NUM_CPUS = 2
@@ -139,14 +140,14 @@ def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any
         yield copied(result)
 
 
-def fit_here(task: fit.FitTask, workers: int, out: str, name: str) -> fit.Fit:
+def fit_here(task: trunk_fit.FitTask, workers: int, out: str, name: str) -> trunk_fit.Fit:
     """Fits as one worker of Ray Train does."""
     task, rates = copied(task), []
     trainer = task.trainer(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        feed = fit.project(task, Path(folder), torch.device("cpu"))
-        fit.fit(feed, trainer, task.seed, rates.append)
-    return fit.Fit(trainer.fitted(), rates[-1])
+        feed = trunk_fit.project(task, Path(folder), torch.device("cpu"))
+        trunk_fit.fit(feed, trainer, task.seed, rates.append)
+    return trunk_fit.Fit(trainer.fitted(), rates[-1])
 
 
 @contextmanager
@@ -164,5 +165,5 @@ def without_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(cluster, name, stand_in)
-        patch.setattr(train, "fit_on_ray", fit_here)
+        patch.setattr(train_job, "fit_on_ray", fit_here)
         yield

@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from prefill_jobs.ingest import ingest as run
-from prefill_router import corpus, storage
-from prefill_router.config import IngestConfig
+from prefill_jobs.ingest_job import ingest as run
+from prefill_router import storage
+from prefill_router.common.options import IngestConfig
+from prefill_router.corpus import reader
 from prefill_router.ingest.tables import IngestSummary
 from prefill_router.outcomes import load_outcomes, target_names
 
@@ -20,7 +21,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "ingest"
 
 @dataclass(frozen=True)
 class Ingested:
-    prompts: dict[str, corpus.Prompt]  # by their ids
+    prompts: dict[str, reader.Prompt]  # by their ids
     outcomes: dict[tuple[str, str], tuple[float, int | None]]  # by prompt and target: correct, output_tokens
     extras: dict[str, dict[str, Any]]  # the corpus' other columns, by prompt
     quarantine: list[tuple[str, int, str | None, str]]  # file's name, row, prompt_id, reason
@@ -38,11 +39,11 @@ def ingest(format: str, source: Path | str, out: Path | str, **options: Any) -> 
     return Ingested(prompts, outcomes, extras, _quarantine(str(out)), summary)
 
 
-def _corpus(out: str) -> tuple[dict[str, corpus.Prompt], dict[str, dict[str, Any]]]:
-    prompts, extras = dict[str, corpus.Prompt](), dict[str, dict[str, Any]]()
+def _corpus(out: str) -> tuple[dict[str, reader.Prompt], dict[str, dict[str, Any]]]:
+    prompts, extras = dict[str, reader.Prompt](), dict[str, dict[str, Any]]()
     for file in storage.list_files(f"{out}/corpus", [".parquet"]):
-        for _, _, row in corpus.read(file):
-            assert isinstance(row, corpus.Row)
+        for _, _, row in reader.read(file):
+            assert isinstance(row, reader.Row)
             assert row.prompt_id not in prompts
             prompts[row.prompt_id] = row.prompt
         for fields in storage.read_table(file).to_pylist():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefill_router import storage
+from prefill_router.storage import uris
 from run import Run
 
 BUCKET = "prefill-router-tests"
@@ -28,8 +29,8 @@ def s3_bucket(run: Run) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        storage._s3.cache_clear()
+        uris._s3.cache_clear()
         filesystem, bucket = storage.resolve(f"s3://{BUCKET}")
         filesystem.makedirs(bucket, exist_ok=True)
         yield f"s3://{BUCKET}"
-    storage._s3.cache_clear()
+    uris._s3.cache_clear()

@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.counterfactual import Log
-from prefill_router.errors import UserError
-from prefill_router.schema import (
+from prefill_router.common.errors import UserError
+from prefill_router.common.schema import (
     CALL_ID,
     CORRECT,
     OUTCOMES,
@@ -30,7 +29,8 @@ from prefill_router.schema import (
     REQUEST_ID,
     TARGET,
 )
-from prefill_router.split import prompt_hashes
+from prefill_router.corpus.split import prompt_hashes
+from prefill_router.evaluation.off_policy import Log
 
 _BATCH_ROWS = 1 << 17
 

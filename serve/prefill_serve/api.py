@@ -20,13 +20,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
-from prefill_serve.gate import HUNG_UP, Gate, Refusal, phrase
-from prefill_serve.gateway.ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
 from prefill_serve.gateway.proxy import NoUpstream, UnknownAnswer
 from prefill_serve.gateway.routes import gateway_routes
-from prefill_serve.http import (
+from prefill_serve.gateway.state.call_ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
+from prefill_serve.middleware.gate import HUNG_UP, Gate, Refusal, phrase
+from prefill_serve.playground import playground_routes
+from prefill_serve.scheduler import Overloaded
+from prefill_serve.wire import (
     BatchItem,
     BatchRequest,
     BatchResponse,
@@ -37,8 +39,6 @@ from prefill_serve.http import (
     RouteResponse,
     Status,
 )
-from prefill_serve.lanes import Overloaded
-from prefill_serve.playground import playground_routes
 
 log = logging.getLogger("ray.serve")
 

@@ -18,12 +18,12 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from prefill_router.strict import StrictModel, validate
+from prefill_router.common.validation import StrictModel, validate
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.gateway.ledger import LocalLedger
-from prefill_serve.gateway.shared import RemoteLedger, SharedLedger
-from prefill_serve.scaling import WORK_S, ByWork
+from prefill_serve.gateway.state.call_ledger import LocalLedger
+from prefill_serve.gateway.state.shared import RemoteLedger, SharedLedger
+from prefill_serve.launcher.scaling import WORK_S, ByWork
 from prefill_serve.settings import Settings
 from prefill_serve.traces import export_traces
 

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import tenacity
 
-from prefill_router.errors import UserError
-from prefill_router.transport import retry_after_s
-from prefill_serve.http import BatchItem, BatchResponse, RouteResponse
+from prefill_router.common.errors import UserError
+from prefill_router.upstreams.transport import retry_after_s
+from prefill_serve.wire import BatchItem, BatchResponse, RouteResponse
 
 _BUSY = (429, 503)  # of the endpoint's own, whose 409 says that no target meets the constraints
 _LONGEST_WAIT_S = 30.0

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import SystemRandom
 
-from prefill_router.corpus import Prompt, content_digest
-from prefill_router.decision import Decision, Policy, Prediction, decide_one, explain, explore
-from prefill_router.errors import UserError
-from prefill_router.policy import STRANGER
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.reader import Prompt, content_digest
+from prefill_router.policy.decision import Decision, Policy, Prediction, decide_one, explain, explore
+from prefill_router.policy.selection import STRANGER
+from prefill_serve.endpoint_metrics import Metrics
 from prefill_serve.engine import Estimate, Head, Reading, Times
-from prefill_serve.http import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
-from prefill_serve.lanes import Overloaded
-from prefill_serve.metrics import Metrics
+from prefill_serve.scheduler import Overloaded
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
 from prefill_serve.traces import tracer
+from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
 
 log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request id, in Serve's own files
 

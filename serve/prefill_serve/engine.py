@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.baselines.router import BaselineRouter
-from prefill_router.corpus import Prompt
-from prefill_router.decision import Prediction
-from prefill_router.encoder import PrefillEncoder
-from prefill_router.memory import PrefixMemory
-from prefill_router.router import Router
-from prefill_router.schema import ActivationColumn
-from prefill_router.sentences import SentenceEncoder
-from prefill_router.tokenization import Tokens
-from prefill_serve.lanes import Batch, Lanes
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.common.schema import ActivationColumn
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.prefix_cache import PrefixMemory
+from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.encoder.tokenization import Tokens
+from prefill_router.policy.decision import Prediction
+from prefill_router.router.artifact import Router
+from prefill_serve.scheduler import Batch, Lanes
 
 REMEMBERED_TOKENS = 16_384  # of prefixes: some 12 KB each in SmolLM2's lower half
 _IDLE_S = 0.05

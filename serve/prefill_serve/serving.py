@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefill_router import artifact
-from prefill_router.errors import UserError
-from prefill_router.pool import load_pool
-from prefill_router.router import Router
+from prefill_router.baselines import any_router
+from prefill_router.common.errors import UserError
+from prefill_router.policy.pool import load_pool
+from prefill_router.router.artifact import Router
 from prefill_serve.engine import Engine, Head
 from prefill_serve.settings import Settings
 
@@ -79,7 +79,7 @@ def _check_default(settings: Settings, primary: Head) -> None:
 
 
 def _head(settings: Settings, uri: str) -> Head:
-    router = artifact.load(uri)
+    router = any_router.load(uri)
     version = router.version
     if settings.pool is not None:
         router = router.with_pool(load_pool(settings.pool))

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from prefill_router.strict import StrictModel
-from prefill_serve.gateway.ledger import LedgerSettings
-from prefill_serve.origins import HOST_NAME
+from prefill_router.common.validation import StrictModel
+from prefill_serve.gateway.state.call_ledger import LedgerSettings
+from prefill_serve.middleware.origins import HOST_NAME
 
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME)]
 Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]

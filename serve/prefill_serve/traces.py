@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from opentelemetry import trace
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 
 tracer = trace.get_tracer("prefill_router")
 

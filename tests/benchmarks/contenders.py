@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prefill_router import checkpoint
-from prefill_router.corpus import Prompt
-from prefill_router.encoder import PrefillEncoder
-from prefill_router.prefixes import PrefixGroup
-from prefill_router.schema import NUM_TOKENS, ActivationColumn
-from prefill_router.work import Work
+from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.prefixes import PrefixGroup
 
 Pooled = dict[str, NDArray[Any]]  # (N, D) for each column
 
@@ -143,7 +143,7 @@ class UnsharedEngine(Engine):
     """The engine, but what prompts have in common at their beginning is computed for each."""
 
     def run(self, prompts: Sequence[Prompt]) -> tuple[Pooled, Work]:
-        with mock.patch("prefill_router.encoder.shared_prefixes", _apart):
+        with mock.patch("prefill_router.encoder.prefill_encoder.shared_prefixes", _apart):
             return super().run(prompts)
 
 

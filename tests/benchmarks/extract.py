@@ -37,9 +37,9 @@ import torch
 from contenders import Contender, PeerLoop, Pooled, SortedLoop, UnsharedEngine
 from race import Bench, Check, Chunk, timed
 
-from prefill_router.console import say
-from prefill_router.corpus import Prompt
-from prefill_router.encoder import EncoderSpec, PrefillEncoder
+from prefill_router.common.console import say
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
 
 ROOT = Path(__file__).parents[2]
 MMLU_PRO = ROOT.parent / "shared" / "data" / "mmlu_pro" / "prompts.parquet"

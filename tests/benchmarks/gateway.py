@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from prefill_router.console import say
-from prefill_router.router import Router
+from prefill_router.common.console import say
+from prefill_router.router.artifact import Router
 from serving import serving
 from upstream import Upstream
 

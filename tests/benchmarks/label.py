@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from chaos.job import ExtractJob, Job, LabelJob
-from prefill_router.about import versions
-from prefill_router.router import Router
+from prefill_router.common.versions import versions
+from prefill_router.router.artifact import Router
 
 _REPEATS = 0.3
 _WORDS = [

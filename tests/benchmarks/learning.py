@@ -24,16 +24,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefill_router.about import versions
-from prefill_router.console import say
-from prefill_router.evaluation import Contender, HeldOut, scoring
-from prefill_router.kernel import fit_kernel
-from prefill_router.learning import LearningCurve, Score, learning_curve
-from prefill_router.length import median_logs, median_tokens
+from prefill_router.common.console import say
+from prefill_router.common.schema import PROMPT_ID
+from prefill_router.common.versions import versions
+from prefill_router.corpus.split import prompt_hashes
+from prefill_router.evaluation.contenders import Contender, HeldOut, scoring
+from prefill_router.evaluation.learning_curve import LearningCurve, Score, learning_curve
 from prefill_router.outcomes import Answers, load_outcomes
-from prefill_router.pool import Pool, load_pool
-from prefill_router.schema import PROMPT_ID
-from prefill_router.split import prompt_hashes
+from prefill_router.policy.pool import Pool, load_pool
+from prefill_router.predictor.answer_length import median_logs, median_tokens
+from prefill_router.predictor.kernel_ridge import fit_kernel
 
 Array = NDArray[Any]
 _PROMPT_TOKENS = 230  # the mean: prompts are priced alike

@@ -31,18 +31,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from prefill_router import ledger, shards, store_keys
-from prefill_router.about import versions
-from prefill_router.commits import Commit, shard_name
-from prefill_router.encoder import EncoderIdentity, EncoderSpec
-from prefill_router.features import ActivationStore, Manifest, read_manifest, to_table, write_manifest
-from prefill_router.ledger import Ledger
-from prefill_router.s3 import S3
-from prefill_router.schema import NUM_TOKENS, activation_columns
-from prefill_router.shard_list import ActivationShard, ShardList
-from prefill_router.sources import Sources
-from prefill_router.split import prompt_hashes
-from prefill_router.units import of_keys
+from prefill_router.activations import commit_log, store_keys
+from prefill_router.activations.activation_store import (
+    ActivationStore,
+    Manifest,
+    read_manifest,
+    to_table,
+    write_manifest,
+)
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_records import Commit, shard_name
+from prefill_router.activations.reuse import Sources
+from prefill_router.activations.shard_list import ActivationShard, ShardList
+from prefill_router.common.schema import NUM_TOKENS, activation_columns
+from prefill_router.common.versions import versions
+from prefill_router.corpus.split import prompt_hashes
+from prefill_router.corpus.split_groups import of_keys
+from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.s3 import S3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -64,7 +71,9 @@ def record(index: int, rows: int) -> Commit:
     """Every tenth prompt was truncated; one in a thousand shards refused a row."""
     name = shard_name(digest(index), COLUMNS)
     sha256 = hashlib.sha256(name.encode()).hexdigest()
-    file = shards.ShardFile(name=shards.file_name(name), rows=rows, bytes=18_000_000 + index % 1000, sha256=sha256)
+    file = parquet_objects.ShardFile(
+        name=parquet_objects.file_name(name), rows=rows, bytes=18_000_000 + index % 1000, sha256=sha256
+    )
     start = index * 97 % (len(_KEYS) - rows)
     refused = {"uri": "corpus.jsonl", "row": index, "prompt_id": name, "content": name, "reason": "ends the encoder"}
     return Commit(
@@ -83,7 +92,7 @@ def commit_one_by_one(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     records = [record(index, rows) for index in range(num_shards)]
     started = time.perf_counter()
     for each in records:
-        ledger.commit(uri, each)
+        commit_log.commit(uri, each)
     committed = time.perf_counter()
     opened = Ledger.open(uri)
     alone = time.perf_counter()
@@ -166,7 +175,7 @@ def finish(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     opened.tidy(names)
     tidied = time.perf_counter()
     assert manifest.rows == num_shards * rows
-    size = sum(path.stat().st_size for path in [Path(uri, shards.MANIFEST), *Path(uri, "shards").glob("*")])
+    size = sum(path.stat().st_size for path in [Path(uri, parquet_objects.MANIFEST), *Path(uri, "shards").glob("*")])
     return {"write_manifest_s": written - started, "tidy_s": tidied - written, "manifest_bytes": size}
 
 
@@ -179,7 +188,7 @@ def read(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     assert manifest is not None
     assert manifest.rows == num_shards * rows
     peak = peak_bytes() - begun_bytes
-    stay = pa.array(shards.file_name(shard_name(digest(index), COLUMNS)) for index in range(num_shards))
+    stay = pa.array(parquet_objects.file_name(shard_name(digest(index), COLUMNS)) for index in range(num_shards))
     assert pc.all(pc.is_in(manifest.shards.table["file"], value_set=stay)).as_py()
     checked = time.perf_counter()
     return {"read_manifest_s": ended - started, "nothing_is_lost_s": checked - ended, "peak_over_start_bytes": peak}
@@ -210,7 +219,9 @@ def hash_ids(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     values[NUM_TOKENS] = np.full(rows, 200, np.int32)
     written = []
     for index in range(num_shards):
-        file = shards.write_shard(uri, index, to_table([f"{digest(index)}{row:03d}" for row in range(rows)], values))
+        file = parquet_objects.write_shard(
+            uri, index, to_table([f"{digest(index)}{row:03d}" for row in range(rows)], values)
+        )
         written.append(ActivationShard(file=file, num_tokens=200 * rows, num_truncated=0))
     listed = ShardList.of(written)
     manifest = Manifest(encoder=IDENTITY, columns=COLUMNS[:3], corpus="corpus", is_sample=False, shards=listed)
@@ -279,7 +290,7 @@ def main() -> None:
         }
     finally:
         shutil.rmtree(folder)
-    settings = {"shards": arguments.shards, "rows": arguments.rows, "segment": ledger.SEGMENT_RECORDS}
+    settings = {"shards": arguments.shards, "rows": arguments.rows, "segment": commit_log.SEGMENT_RECORDS}
     print(json.dumps({**settings, **_rounded(result), "versions": versions()}))  # noqa: T201
 
 

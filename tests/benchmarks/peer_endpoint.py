@@ -14,8 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from prefill_router import checkpoint
-from prefill_router.router import Router
+from prefill_router.encoder import checkpoint
+from prefill_router.router.artifact import Router
 
 router = Router.load(sys.argv[1])
 loaded = checkpoint.load_causal_lm(router.encoder_identity.spec.model, None, torch.float32)

@@ -44,16 +44,16 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from prefill_jobs import cluster
-from prefill_jobs.graded import GradedStore
-from prefill_jobs.probe import probe_store
-from prefill_router.console import say
-from prefill_router.corpus import content_hash
-from prefill_router.moments import LabelledMoments
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.runtime import cluster
+from prefill_jobs.train.probe_job import probe_store
+from prefill_router.common.console import say
+from prefill_router.common.schema import PROMPT, PROMPT_ID, TARGET, ActivationColumn
+from prefill_router.corpus.reader import content_hash
 from prefill_router.outcomes import target_names
-from prefill_router.pool import Pool, Target
-from prefill_router.probe import SHRINKAGE, LayerProbe, choose, joint_columns, probe_column
-from prefill_router.schema import PROMPT, PROMPT_ID, TARGET, ActivationColumn
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.probe.layer_scores import SHRINKAGE, LayerProbe, choose, joint_columns, probe_column
+from prefill_router.probe.moments import LabelledMoments
 
 FOLDS = 5
 PCA_SIZE = 100

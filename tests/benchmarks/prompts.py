@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from prefill_router import checkpoint
-from prefill_router.console import say
-from prefill_router.corpus import Prompt
-from prefill_router.encoder import PrefillEncoder
+from prefill_router.common.console import say
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
 
 def sampled(encoder: PrefillEncoder, corpus: Path, num_prompts: int) -> list[str]:

@@ -14,12 +14,12 @@ import torch
 from contenders import Contender, Engine, Pooled
 from numpy.typing import NDArray
 
-from prefill_router.console import say
-from prefill_router.corpus import Prompt
-from prefill_router.encoder import PrefillEncoder
-from prefill_router.hardware import measured_peak_flops
-from prefill_router.schema import POOLINGS
-from prefill_router.work import Work
+from prefill_router.common.console import say
+from prefill_router.common.schema import POOLINGS
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder.hardware import measured_peak_flops
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.prefill_work import Work
 
 # Relative L2 error of a column over all prompts: bfloat16 has 8 bits, and what we store of float32 has 11.
 TOLERANCE = {"float32": {"last": 0.001, "mean": 0.001}, "bfloat16": {"last": 0.03, "mean": 0.02}}

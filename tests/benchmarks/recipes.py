@@ -29,24 +29,24 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.baselines import knn_p_correct
-from prefill_router.calibration import fit_calibration
-from prefill_router.console import say
-from prefill_router.features import ActivationStore
-from prefill_router.feed import Feed, Rows
-from prefill_router.kernel import fit_kernel
-from prefill_router.length import log_lengths, median_logs, median_tokens
+from prefill_router.common.console import say
+from prefill_router.common.schema import NUM_TOKENS, PROMPT, PROMPT_ID, ActivationColumn
+from prefill_router.corpus.split import Part, Split, prompt_hashes
 from prefill_router.metrics import score_routing
-from prefill_router.moments import LabelledMoments, Moments
 from prefill_router.outcomes import load_outcomes, target_names
-from prefill_router.pool import Pool, load_pool
-from prefill_router.probe import LayerProbe, choose_columns, joint_columns, probe_column
-from prefill_router.projection import fit_projection
-from prefill_router.recipe import RECIPES, RouterRecipe
-from prefill_router.schema import NUM_TOKENS, PROMPT, PROMPT_ID, ActivationColumn
-from prefill_router.split import Part, Split, prompt_hashes
-from prefill_router.stacking import best_weight, stacked
-from prefill_router.training import Trainer, fit
+from prefill_router.policy.pool import Pool, load_pool
+from prefill_router.predictor.answer_length import log_lengths, median_logs, median_tokens
+from prefill_router.predictor.calibration import fit_calibration
+from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.kernel_ridge import fit_kernel
+from prefill_router.predictor.recipe import RECIPES, RouterRecipe
+from prefill_router.predictor.stacking import best_weight, stacked
+from prefill_router.predictor.training import Trainer, fit
+from prefill_router.probe.layer_scores import LayerProbe, choose_columns, joint_columns, probe_column
+from prefill_router.probe.moments import LabelledMoments, Moments
+from prefill_router.probe.projection import fit_projection
 
 Array = NDArray[Any]
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_jobs import cluster
-from prefill_jobs.graded import GradedStore
-from prefill_jobs.predict import predict_graded
-from prefill_router.about import versions
-from prefill_router.kernel import fit_kernel
-from prefill_router.router import Router
-from prefill_router.sampling import active, at_random
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.predictions import predict_graded
+from prefill_jobs.runtime import cluster
+from prefill_router.common.versions import versions
+from prefill_router.predictor.kernel_ridge import fit_kernel
+from prefill_router.query_log.sampling import active, at_random
+from prefill_router.router.artifact import Router
 
 Array = NDArray[Any]
 _FIRST, _BATCH, _HELD_OUT = 300, 150, 1500

@@ -29,9 +29,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefill_router.console import say
-from prefill_router.router import Router
-from prefill_router.tokenization import Tokens
+from prefill_router.common.console import say
+from prefill_router.encoder.tokenization import Tokens
+from prefill_router.router.artifact import Router
 
 HERE = Path(__file__).parent
 MS = 1e3

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefill_router import shards
-from prefill_router.encoder import EncoderIdentity, EncoderSpec
-from prefill_router.features import Manifest, to_table, write_manifest
-from prefill_router.schema import OUTCOMES, ActivationColumn
-from prefill_router.shard_list import ActivationShard
+from prefill_router.activations.activation_store import Manifest, to_table, write_manifest
+from prefill_router.activations.shard_list import ActivationShard
+from prefill_router.common.schema import OUTCOMES, ActivationColumn
+from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.storage import parquet_objects
 
 COLUMNS = [ActivationColumn("last", 1), ActivationColumn("mean", 1)]
 TARGETS = ["small", "medium", "large", "huge"]
@@ -35,7 +35,7 @@ def write_store(folder: Path, num_rows: int, hidden_size: int) -> None:
             traits = rng.normal(size=(count, _TRAITS))
             encoded = {column.name: _activations(traits, hidden_size, rng) for column in COLUMNS}
             table = to_table(ids, encoded | {"num_tokens": rng.integers(20, 400, count).astype(np.int32)})
-            file = shards.write_shard(str(folder / "activations"), index, table)
+            file = parquet_objects.write_shard(str(folder / "activations"), index, table)
             files.append(ActivationShard(file=file, num_tokens=0, num_truncated=0))
             writer.write_table(_outcomes(ids, traits, rng))
     identity = EncoderIdentity(

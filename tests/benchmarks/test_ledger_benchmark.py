@@ -14,7 +14,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(Path(__file__).parent)  # as when it is run as a script
     module = importlib.import_module("ledger")
     monkeypatch.setattr(module, "_PENDING", 10)
-    monkeypatch.setattr("prefill_router.ledger.SEGMENT_RECORDS", 16)
+    monkeypatch.setattr("prefill_router.activations.commit_log.SEGMENT_RECORDS", 16)
     return module
 
 

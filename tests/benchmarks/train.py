@@ -30,11 +30,11 @@ from synthetic import write_store
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prefill_router.console import say
-from prefill_router.draws import fold, seed_keys
-from prefill_router.feed import Feed, Rows
-from prefill_router.recipe import Recipe
-from prefill_router.training import Trainer, fit
+from prefill_router.common.console import say
+from prefill_router.predictor.counter_random import fold, seed_keys
+from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.recipe import Recipe
+from prefill_router.predictor.training import Trainer, fit
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,11 +18,11 @@ from chaos.job import ExtractJob
 from command import Command
 from corpora import write_corpus
 from faults import FaultProxy, Faults
-from prefill_jobs.extract import extract
+from prefill_jobs.extract.extract_job import extract
 from prefill_router import storage
-from prefill_router.config import ExtractConfig
-from prefill_router.features import ActivationStore
-from prefill_router.ledger import Ledger
+from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.common.options import ExtractConfig
 from tiny import random_prompts
 
 DRIVER_KILLS, WORKER_KILLS = 3, 6  # tests/crashes kills a job at every point; here Ray and its workers die too

@@ -12,10 +12,10 @@ import pytest
 
 from chaos.job import LabelJob
 from corpora import write_jsonl
-from prefill_jobs.label import label
-from prefill_router.config import LabelConfig
-from prefill_router.ledger import Ledger
-from prefill_router.strict import validate
+from prefill_jobs.label.label_job import label
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.common.options import LabelConfig
+from prefill_router.common.validation import validate
 from tiny import random_prompts
 
 TWICE = pytest.mark.slow("two Rays are killed")

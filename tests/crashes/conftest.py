@@ -11,7 +11,7 @@ from crashes.bucket import Bucket
 from crashes.disk import Disk
 from crashes.enumeration import Machines
 from crashes.process import simulate
-from prefill_router import storage
+from prefill_router.storage import uris
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def buckets(one_process: None, monkeypatch: pytest.MonkeyPatch) -> Machines:
 
     def make() -> Bucket:
         bucket = Bucket()
-        monkeypatch.setattr(storage, "_s3", lambda: bucket.filesystem)
+        monkeypatch.setattr(uris, "_s3", lambda: bucket.filesystem)
         return bucket
 
     return make

@@ -12,19 +12,21 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from crashes.enumeration import Scenario
-from prefill_router import features, ledger, shards, storage
-from prefill_router.commits import Commit, bad_rows, shard_name
-from prefill_router.corpus import BadRow, content_hash
-from prefill_router.draft import Draft
-from prefill_router.encoder import EncoderIdentity, EncoderSpec, Reading
-from prefill_router.features import Manifest
-from prefill_router.keys import digest_of, row_keys
-from prefill_router.ledger import Ledger, Place
-from prefill_router.plan import Repeats
-from prefill_router.schema import NUM_TOKENS, ActivationColumn
-from prefill_router.shard_list import ShardList
-from prefill_router.sources import Sources
-from prefill_router.work import Work
+from prefill_router import storage
+from prefill_router.activations import activation_store, commit_log
+from prefill_router.activations.activation_store import Manifest
+from prefill_router.activations.commit_log import Ledger, Place
+from prefill_router.activations.commit_records import Commit, bad_rows, shard_name
+from prefill_router.activations.reuse import Sources
+from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_list import ShardList
+from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
+from prefill_router.corpus.plan import Repeats
+from prefill_router.corpus.reader import BadRow, content_hash
+from prefill_router.corpus.row_keys import digest_of, row_keys
+from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, Reading
+from prefill_router.encoder.prefill_work import Work
+from prefill_router.storage import parquet_objects
 
 COLUMNS = [ActivationColumn("last", 1), ActivationColumn("mean", 2)]
 NAMES = [column.name for column in COLUMNS]
@@ -50,12 +52,12 @@ class Extraction(Scenario):
         self.committed: set[str] = set()  # the names of shards whose commit has returned
 
     def run(self) -> None:
-        if features.read_manifest(self.out) is None:
+        if activation_store.read_manifest(self.out) is None:
             self._extract([OLD])
         self._extract(PARTS)
 
     def _extract(self, parts: list[Repeats]) -> None:
-        ledger.claim_encoder(self.out, IDENTITY)
+        commit_log.claim_encoder(self.out, IDENTITY)
         opened = Ledger.open(self.out)
         names = [shard_name(rows.digest, NAMES) for rows in parts]
         for i, (rows, name) in enumerate(zip(parts, names, strict=True)):
@@ -66,7 +68,7 @@ class Extraction(Scenario):
 
     def _done(self, rows: Repeats, name: str, sources: Sequence[Place]) -> Commit:
         """As an actor does a shard: one that is committed is not done again."""
-        record = ledger.find(self.out, name)
+        record = commit_log.find(self.out, name)
         if record is None:
             assert name not in self.committed, "a committed shard is computed again"
             draft = Draft.of_repeats(rows, COLUMNS)
@@ -95,9 +97,9 @@ class Extraction(Scenario):
             corpus="corpus",
             is_sample=False,
             shards=ShardList(records),
-            quarantine=shards.write_quarantine(self.out, bad),
+            quarantine=parquet_objects.write_quarantine(self.out, bad),
         )
-        features.write_manifest(self.out, manifest)
+        activation_store.write_manifest(self.out, manifest)
         opened.tidy(names)
 
     def check(self) -> None:
@@ -109,7 +111,7 @@ class Extraction(Scenario):
     def result(self) -> Any:
         check_store(self.out)
         opened = Ledger.open(self.out)
-        records = {place.name: ledger.read(self.out, place) for place in opened.places(np.arange(len(opened)))}
+        records = {place.name: commit_log.read(self.out, place) for place in opened.places(np.arange(len(opened)))}
         return objects(self.out), records, len(opened), sorted(self.computed)
 
 
@@ -121,7 +123,7 @@ def objects(out: str) -> dict[str, bytes]:
 
 def check_store(out: str) -> None:
     """Asserts that a manifest, where there is one, names only objects that are there as it describes them."""
-    manifest = features.read_manifest(out)
+    manifest = activation_store.read_manifest(out)
     if manifest is None:
         return
     for shard in manifest.shards:
@@ -130,7 +132,7 @@ def check_store(out: str) -> None:
         check_object(out, manifest.quarantine)
 
 
-def check_object(out: str, file: shards.ShardFile) -> None:
+def check_object(out: str, file: parquet_objects.ShardFile) -> None:
     data = storage.read_bytes(storage.join(out, file.name))
     assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
     assert pq.read_metadata(io.BytesIO(data)).num_rows == file.rows

@@ -16,20 +16,22 @@ import pytest
 from crashes.enumeration import Scenario
 from crashes.extraction import check_object, check_store, objects
 from crashes.life import Crash, ignore_the_dead
-from prefill_jobs import collector, estimator, extractor
-from prefill_jobs.collect import CollectManifest, collect
-from prefill_jobs.collector import AskedShard, AskShard
-from prefill_jobs.extract import extract
-from prefill_jobs.label import LabelManifest, label
+from prefill_jobs.collect import collector
+from prefill_jobs.collect.collect_job import CollectManifest, collect
+from prefill_jobs.collect.collector import AskedShard, AskShard
+from prefill_jobs.extract import extractor
+from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.label import estimator
+from prefill_jobs.label.label_job import LabelManifest, label
 from prefill_router import storage
+from prefill_router.activations.commit_log import Ledger
 from prefill_router.collection.answers import ShardPlace, load_states
-from prefill_router.collection.calls import Answer, Call, Spent
-from prefill_router.collection.client import Miss
 from prefill_router.collection.journal import CallState
-from prefill_router.config import CollectConfig, ExtractConfig, LabelConfig
-from prefill_router.corpus import content_hash
-from prefill_router.encoder import EncoderSpec, PrefillEncoder
-from prefill_router.ledger import Ledger
+from prefill_router.collection.target_calls import Answer, Call, Spent
+from prefill_router.collection.target_client import Miss
+from prefill_router.common.options import CollectConfig, ExtractConfig, LabelConfig
+from prefill_router.corpus.reader import content_hash
+from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
 
 Options = dict[str, Any]
 

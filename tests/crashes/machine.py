@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, redirect_stderr
 from io import StringIO
 
 from crashes.life import Crash, Life
-from prefill_jobs import decider
-from prefill_router import segments
+from prefill_jobs.label import decider
+from prefill_router.activations import commit_segments
 
 
 class Machine(ABC):
@@ -41,5 +41,5 @@ class Machine(ABC):
 
 def forget() -> None:
     """Clears what a process keeps in memory, which a new one does not have."""
-    segments.read.cache_clear()
+    commit_segments.read.cache_clear()
     decider._load.cache_clear()

@@ -12,8 +12,10 @@ from typing import Any, Self
 import pytest
 
 from crashes.life import here
-from prefill_jobs import estimation
-from prefill_router import corpus, lease, plan, scan, storage
+from prefill_jobs.label import estimation
+from prefill_router import storage
+from prefill_router.corpus import plan, reader, scan
+from prefill_router.storage import lease
 
 
 def simulate(patch: pytest.MonkeyPatch) -> None:
@@ -26,7 +28,7 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lease, "_started", lambda _pid: life.number if (life := here()) is not None else 0)
     patch.setattr(lease.Lease, "_keep", lambda _self: None)
     patch.setattr(os, "fsync", lambda _descriptor: None)  # a process dies, and not its machine
-    for module in (storage, corpus, scan, plan, estimation):
+    for module in (storage, reader, scan, plan, estimation):
         patch.setattr(module, "ThreadPoolExecutor", _OneThread)
 
 

@@ -12,12 +12,12 @@ import pytest
 from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.life import mortal
 from prefill_router import storage
-from prefill_router.schema import PROMPT_ID, REQUEST_ID
-from prefill_serve.gateway import ledger as module
-from prefill_serve.gateway import segments
-from prefill_serve.gateway.ledger import Feedback, LedgerSettings, LocalLedger, UnknownRequest
-from prefill_serve.gateway.segments import Segments
-from prefill_serve.gateway.served import Served, Usage
+from prefill_router.common.schema import PROMPT_ID, REQUEST_ID
+from prefill_serve.gateway.call_record import Served, Usage
+from prefill_serve.gateway.state import call_ledger as module
+from prefill_serve.gateway.state import row_files
+from prefill_serve.gateway.state.call_ledger import Feedback, LedgerSettings, LocalLedger, UnknownRequest
+from prefill_serve.gateway.state.row_files import Segments
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 CALLS = [
@@ -40,7 +40,7 @@ NAMES = [call.request_id for call in CALLS]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are made one by twos, on a clock that stands still."""
-    monkeypatch.setattr(segments, "MOST_FILES", 2)
+    monkeypatch.setattr(row_files, "MOST_FILES", 2)
     monkeypatch.setattr(module, "_now", lambda: NOW)
     monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(module, "_JOURNAL_S", 0.0)

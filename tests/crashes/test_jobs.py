@@ -13,8 +13,8 @@ from corpora import write_jsonl
 from crashes.enumeration import Machines, crash_everywhere
 from crashes.jobs import Collecting, Extracting, Labelling, Readings, Targets
 from here import sequential
-from prefill_jobs import cluster
-from prefill_router import features, ledger
+from prefill_jobs.runtime import cluster
+from prefill_router.activations import activation_store, commit_log
 from tiny import random_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,8 +30,8 @@ def _small(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(sequential, "is_set", True)
     monkeypatch.setattr(cluster, "threads_per_worker", lambda _workers: 1)
-    monkeypatch.setattr(ledger, "SEGMENT_RECORDS", 2)
-    monkeypatch.setattr(features, "MAX_LISTED", 2)
+    monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 2)
+    monkeypatch.setattr(activation_store, "MAX_LISTED", 2)
 
 
 @pytest.fixture

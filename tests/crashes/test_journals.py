@@ -10,10 +10,10 @@ from typing import Any
 from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.life import mortal
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
-from prefill_router.collection.calls import Answer, Asked, Call, Spent
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.purse import Allowance, Purse
-from prefill_router.pool import Target, Upstream
+from prefill_router.collection.target_calls import Answer, Asked, Call, Spent
+from prefill_router.policy.pool import Target, Upstream
 
 TARGET = Target(name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost"))
 CALLS = [Call(f"p{i}", f"prompt {i}", TARGET, Asked(max_output_tokens=100)) for i in range(3)]

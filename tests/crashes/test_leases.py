@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from crashes.enumeration import Machines, Scenario, crash_everywhere
-from prefill_router import lease, storage
-from prefill_router.lease import Lease
+from prefill_router import storage
+from prefill_router.storage import lease
+from prefill_router.storage.lease import Lease
 
 
 class Holding(Scenario):

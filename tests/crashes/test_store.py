@@ -10,20 +10,21 @@ import pytest
 from crashes.bucket import Bucket
 from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.extraction import IDENTITY, NAMES, PARTS, Extraction, check_store, objects
-from prefill_router import commits, features, ledger, segments, storage
-from prefill_router.commits import Commit, shard_name
-from prefill_router.features import Manifest
-from prefill_router.keys import row_keys
-from prefill_router.ledger import Ledger
-from prefill_router.shard_list import ActivationShard, ShardList
-from prefill_router.shards import ShardFile, file_name
+from prefill_router import storage
+from prefill_router.activations import activation_store, commit_log, commit_records, commit_segments
+from prefill_router.activations.activation_store import Manifest
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_records import Commit, shard_name
+from prefill_router.activations.shard_list import ActivationShard, ShardList
+from prefill_router.corpus.row_keys import row_keys
+from prefill_router.storage.parquet_objects import ShardFile, file_name
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of two records, and a manifest that lists more than three shards in an object of its own."""
-    monkeypatch.setattr(ledger, "SEGMENT_RECORDS", 2)
-    monkeypatch.setattr(features, "MAX_LISTED", 3)
+    monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 2)
+    monkeypatch.setattr(activation_store, "MAX_LISTED", 3)
 
 
 def test_a_store_is_the_same_whenever_its_writer_died(machines: Machines) -> None:
@@ -79,7 +80,7 @@ class Gathering(Scenario):
         for each in RECORDS:
             is_dropped = each not in self.kept and each.name in self.entered
             if opened.positions([each.name])[0] < 0 and not is_dropped:
-                opened.add(ledger.commit(self.out, each))
+                opened.add(commit_log.commit(self.out, each))
                 self.entered.add(each.name)
         opened.tidy([each.name for each in self.kept])
 
@@ -100,7 +101,7 @@ class Gathering(Scenario):
 def _held(out: str) -> dict[str, Commit]:
     """Every record of a ledger, as an actor reads it."""
     opened = Ledger.open(out)
-    held = {place.name: ledger.read(out, place) for place in opened.places(np.arange(len(opened)))}
+    held = {place.name: commit_log.read(out, place) for place in opened.places(np.arange(len(opened)))}
     assert {name: keys.tolist() for name, keys in _keys(opened).items()} == {
         name: each.row_keys.tolist() for name, each in held.items()
     }
@@ -120,13 +121,13 @@ class Rewriting(Scenario):
     """Writes a segment anew without some of its records, and removes the old one."""
 
     def run(self) -> None:
-        whole = segments.write(self.out, commits.to_table(RECORDS), [each.row_keys for each in RECORDS])
+        whole = commit_segments.write(self.out, commit_records.to_table(RECORDS), [each.row_keys for each in RECORDS])
         rest = whole.keep(np.arange(len(RECORDS)) % 2 == 0)
         assert rest is not None
-        segments.remove(self.out, set(segments.list_digests(self.out)) - {rest.digest})
+        commit_segments.remove(self.out, set(commit_segments.list_digests(self.out)) - {rest.digest})
 
     def check(self) -> None:
-        for segment in segments.read_all(self.out):
+        for segment in commit_segments.read_all(self.out):
             assert len(segment.read_keys()) == len(segment.records)
 
     def result(self) -> Any:
@@ -153,14 +154,14 @@ class Committing(Scenario):
 
     def run(self) -> None:
         for each in self.manifests:
-            features.write_manifest(self.out, each)
+            activation_store.write_manifest(self.out, each)
 
     def check(self) -> None:
         """A reader sees one of them, whole."""
-        assert features.read_manifest(self.out) in [None, *self.manifests]
+        assert activation_store.read_manifest(self.out) in [None, *self.manifests]
 
     def result(self) -> Any:
-        return features.read_manifest(self.out), storage.list_names(storage.join(self.out, "shards"))
+        return activation_store.read_manifest(self.out), storage.list_names(storage.join(self.out, "shards"))
 
 
 def test_a_reader_sees_one_manifest_or_another_and_always_its_list(machines: Machines) -> None:
@@ -176,7 +177,7 @@ class Clearing(Scenario):
         storage.write_bytes(storage.join(out, "notes.txt"), b"mine")
 
     def run(self) -> None:
-        ledger.clear(self.out)
+        commit_log.clear(self.out)
 
     def check(self) -> None:
         check_store(self.out)

@@ -23,11 +23,13 @@ from crashes.life import here
 from crashes.machine import Machine
 from crashes.process import simulate
 from crashes.turns import Turns
-from prefill_router import features, ledger, storage
-from prefill_router.errors import UserError
-from prefill_router.lease import Holder, Lease
-from prefill_router.ledger import Ledger
-from prefill_router.sources import Sources
+from prefill_router import storage
+from prefill_router.activations import activation_store, commit_log
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.reuse import Sources
+from prefill_router.common.errors import UserError
+from prefill_router.storage import uris
+from prefill_router.storage.lease import Holder, Lease
 
 WRITERS = st.integers(0, 1)
 QUICK = settings(
@@ -51,7 +53,7 @@ class Contest(RuleBasedStateMachine):
         simulate(self.patch)
         machine = self.kind(Path(self.folder.name) / "disk")
         if isinstance(machine, Bucket):
-            self.patch.setattr(storage, "_s3", lambda: machine.filesystem)
+            self.patch.setattr(uris, "_s3", lambda: machine.filesystem)
         self.out = machine.uri
         self._watching = machine.watched()
         self._watching.__enter__()
@@ -123,8 +125,8 @@ class TwoExtractions(Contest):
     """Two extractions of a corpus into a store that held less, neither of which knows of the other."""
 
     def prepare(self) -> None:
-        self.patch.setattr(ledger, "SEGMENT_RECORDS", 2)
-        self.patch.setattr(features, "MAX_LISTED", 3)
+        self.patch.setattr(commit_log, "SEGMENT_RECORDS", 2)
+        self.patch.setattr(activation_store, "MAX_LISTED", 3)
         # Until Python 3.12 all threads share this lock, which processes do not.
         self.patch.setattr(vars(Sources)["_contents"], "lock", nullcontext(), raising=False)
         Extraction(self.out)._extract([OLD])
@@ -144,7 +146,7 @@ class TwoExtractions(Contest):
 
 def records(out: str) -> dict[str, Any]:
     opened = Ledger.open(out)
-    return {place.name: ledger.read(out, place) for place in opened.places(np.arange(len(opened)))}
+    return {place.name: commit_log.read(out, place) for place in opened.places(np.arange(len(opened)))}
 
 
 @cache

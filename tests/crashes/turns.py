@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from crashes.life import Crash, Life
 from crashes.machine import forget
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 
 _PATIENCE_S = 60.0  # for one step on a busy machine
 

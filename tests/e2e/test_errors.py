@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefill_router.config import COMMANDS
+from prefill_router.common.options import COMMANDS
 
 
 def run(name: str, flags: list[object]) -> subprocess.CompletedProcess[str]:

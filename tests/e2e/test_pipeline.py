@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
-from prefill_jobs import train
-from prefill_jobs.pipeline import Pipeline
-from prefill_router.config import PipelineConfig, load_command
-from prefill_router.router import Router
+from prefill_jobs.pipeline.pipeline_job import Pipeline
+from prefill_jobs.train import train_job
+from prefill_router.common.options import PipelineConfig, load_command
+from prefill_router.router.artifact import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -107,7 +107,7 @@ def test_another_price_teaches_nothing_anew(
     pool.write_text(pool.read_text().replace("input_price = ", "input_price = 1"))
     with monkeypatch.context() as patch:
         for name in ("fit_on_ray", "fit_kernel", "probe_store"):
-            patch.setattr(train, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+            patch.setattr(train_job, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
         result = command("pipeline", str(folder / "router.toml"))
     assert result.status == 0, result.err
     assert ran(result.err) == ["train", "evaluate", "publish"]
@@ -116,7 +116,7 @@ def test_another_price_teaches_nothing_anew(
     # It is what training anew would have made of the new prices.
     file = str(folder / "router.toml")
     settings = Pipeline(PipelineConfig(**load_command(file, "pipeline"), file=file)).train
-    anew = train.train(settings.model_copy(update={"out": str(tmp_path / "anew")}))
+    anew = train_job.train(settings.model_copy(update={"out": str(tmp_path / "anew")}))
     assert repriced.default_tolerance == anew.default_tolerance
     assert repriced.training["validation"] == anew.training["validation"]
     assert repriced.training["validation"]["cost"] != before.training["validation"]["cost"]
@@ -182,7 +182,7 @@ def test_keys_that_a_pipeline_does_not_go_by_are_told(
 
 
 def test_intervals_decide_at_the_gate() -> None:
-    from prefill_jobs.gate import _FIGURES
+    from prefill_jobs.pipeline.publish_gate import _FIGURES
     from prefill_router.metrics import Interval
 
     by_name = {figure.name: figure for figure in _FIGURES}

@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from gateway import Gateway, write_pool
-from prefill_router.router import Router
+from prefill_router.router.artifact import Router
 from upstream import Fault, Upstream
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow("a browser")]

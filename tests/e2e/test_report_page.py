@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route
 
-from prefill_router.evaluation import Contender, HeldOut, evaluate, oracle, scoring
-from prefill_router.learning import learning_curve
-from prefill_router.pool import Pool, Target
-from prefill_router.report import render_html
+from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate, oracle, scoring
+from prefill_router.evaluation.learning_curve import learning_curve
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.reports.evaluation_page import render_html
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow("a browser")]
 

@@ -8,8 +8,8 @@ import duckdb
 
 from command import Command
 from prefill_router import storage
-from prefill_router.features import ActivationStore
-from prefill_router.router import Router
+from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.router.artifact import Router
 
 
 def test_from_a_file_of_prompts_to_decisions(

@@ -28,10 +28,10 @@ from manifests import (
     load_all,
     render,
 )
-from prefill_jobs.cli import build_app
-from prefill_router.config import COMMANDS, load_command, must_be_given
-from prefill_router.strict import validate
-from prefill_serve.haproxy import environment
+from prefill_jobs.cli.command_line import build_app
+from prefill_router.common.options import COMMANDS, load_command, must_be_given
+from prefill_router.common.validation import validate
+from prefill_serve.launcher.haproxy import environment
 
 needs_kuberay = pytest.mark.skipif(not HAS_KUBERAY, reason="../shared/data/kuberay is not there")
 

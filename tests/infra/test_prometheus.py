@@ -14,10 +14,10 @@ import pytest
 from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
 from manifests import INFRA, load_all
-from prefill_jobs.metrics import CollectMetrics, JobMetrics, TrainMetrics
-from prefill_router.gauges import KeptGauge
-from prefill_serve.gateway.metrics import BudgetMetrics, GatewayMetrics, MemoryMetrics
-from prefill_serve.metrics import Metrics
+from prefill_jobs.runtime.job_metrics import CollectMetrics, JobMetrics, TrainMetrics
+from prefill_router.common.gauges import KeptGauge
+from prefill_serve.endpoint_metrics import Metrics
+from prefill_serve.gateway.gateway_metrics import BudgetMetrics, GatewayMetrics, MemoryMetrics
 from prometheus import DASHBOARDS, PROMTOOL, metrics_in, panels
 
 FOLDER = INFRA / "prometheus"

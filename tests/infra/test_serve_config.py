@@ -12,8 +12,8 @@ from ray._common.utils import import_attr
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from manifests import INFRA, KUBERNETES, load_all, render
-from prefill_router.errors import UserError
-from prefill_router.strict import StrictModel, validate
+from prefill_router.common.errors import UserError
+from prefill_router.common.validation import StrictModel, validate
 from prefill_serve.app import DEPLOYMENT, AppArgs, build_app
 from prefill_serve.settings import Settings
 

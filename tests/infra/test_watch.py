@@ -42,7 +42,7 @@ DID_NOT_HAPPEN = {
 TRAINING = "rate(ray_train_report_total_blocked_time_s[30s])"
 _JOBS = """
 import json, sys
-from prefill_jobs.cli import main
+from prefill_jobs.cli.command_line import main
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)

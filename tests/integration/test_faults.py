@@ -14,8 +14,9 @@ import pyarrow as pa
 import pytest
 
 from faults import FaultProxy, Faults
-from prefill_router import s3, storage
-from prefill_router.lease import Lease
+from prefill_router import storage
+from prefill_router.storage import s3, uris
+from prefill_router.storage.lease import Lease
 
 ONE_IN_FIVE = [
     Faults(error_500=0.2),
@@ -240,7 +241,7 @@ def test_a_store_that_is_not_there_is_one_line(
     hopeless: None, s3_bucket: str, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    storage._s3.cache_clear()
+    uris._s3.cache_clear()
     with pytest.raises(OSError, match=rf"^{root}: Could not connect to the endpoint URL: [^\n]+$"):
         storage.exists(root)
-    storage._s3.cache_clear()
+    uris._s3.cache_clear()

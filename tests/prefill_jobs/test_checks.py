@@ -12,8 +12,14 @@ import pytest
 
 from command import Command
 from ports import free_port
-from prefill_jobs import collect, compare, demo, evaluate, extract, label, pipeline, train
-from prefill_router.router import Router
+from prefill_jobs.collect import collect_job
+from prefill_jobs.demo import demo_job
+from prefill_jobs.evaluate import compare_job, evaluate_job
+from prefill_jobs.extract import extract_job
+from prefill_jobs.label import label_job
+from prefill_jobs.pipeline import pipeline_job
+from prefill_jobs.train import train_job
+from prefill_router.router.artifact import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -26,14 +32,14 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("came to what takes long")
 
     for module, names in (
-        (extract, ["plan"]),
-        (label, ["plan"]),
-        (collect, ["plan"]),
-        (train, ["units_of", "target_names"]),
-        (evaluate, ["of_corpus", "embed"]),
-        (compare, ["of_corpus"]),
-        (pipeline, ["extract", "run_probe"]),
-        (demo, ["extract"]),
+        (extract_job, ["plan"]),
+        (label_job, ["plan"]),
+        (collect_job, ["plan"]),
+        (train_job, ["units_of", "target_names"]),
+        (evaluate_job, ["of_corpus", "embed"]),
+        (compare_job, ["of_corpus"]),
+        (pipeline_job, ["extract", "run_probe"]),
+        (demo_job, ["extract"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, called)

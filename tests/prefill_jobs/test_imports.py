@@ -12,16 +12,18 @@ _REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 _BARE = 120  # modules that Python itself and the virtual environment load, at most
 # Of torch, but for its compiler; of Ray Data, with pandas.
 _SELDOM = {"transformers", "matplotlib", "sklearn", "scipy", "litellm", "torch._dynamo", "torch._inductor", "sympy"}
+_ENCODING = ("extract.extractor", "label.estimator", "graded.embeddings", "train.trunk_fit")
+_CHOOSING = ("label.decider", "collect.collector", "collect.grading")
 _FIT = """
 import torch
-from prefill_router.feed import Feed, Rows
-from prefill_router.recipe import Recipe
-from prefill_router.training import Trainer, fit
+from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.recipe import Recipe
+from prefill_router.predictor.training import Trainer, fit
 rows = Rows(torch.randn(8, 3), torch.ones(8, 2), torch.arange(8, dtype=torch.int32))
 fit(Feed([8], {0: rows}, {0: rows}, rows[:0]), Trainer(Recipe(num_seeds=2, keep=1, max_epochs=2), 3, [1.0, 1.0], 0), 0)
 """
 _HELP = """
-from prefill_jobs.cli import main
+from prefill_jobs.cli.command_line import main
 try:
     main(["--help"])
 except SystemExit as ended:
@@ -45,8 +47,12 @@ def test_the_core_imports_nothing_by_itself() -> None:
 @pytest.mark.parametrize(
     ("workers", "unwanted"),
     [
-        pytest.param(("extractor", "estimator", "embed", "fit"), _SELDOM, id="encoding"),
-        pytest.param(("decider", "collector", "grading"), _SELDOM | {"torch"}, id="without_an_encoder"),
+        pytest.param(
+            ("extract.extractor", "label.estimator", "graded.embeddings", "train.trunk_fit"), _SELDOM, id="encoding"
+        ),
+        pytest.param(
+            ("label.decider", "collect.collector", "collect.grading"), _SELDOM | {"torch"}, id="without_an_encoder"
+        ),
     ],
 )
 def test_a_worker_imports_what_it_uses(workers: tuple[str, ...], unwanted: set[str]) -> None:
@@ -57,7 +63,7 @@ def test_a_worker_imports_what_it_uses(workers: tuple[str, ...], unwanted: set[s
 
 def test_training_never_imports_torchs_compiler() -> None:
     loaded = modules_after(_FIT)
-    assert "prefill_router.training" in loaded
+    assert "prefill_router.predictor.training" in loaded
     assert not loaded & _SELDOM
 
 

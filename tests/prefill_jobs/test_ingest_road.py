@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
-from prefill_router.router import Router
+from prefill_router.router.artifact import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import ray
 
-from prefill_jobs import cluster, endings, fit
-from prefill_jobs.extract import extract
-from prefill_jobs.train import train
+from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.runtime import cluster, ray_failures
+from prefill_jobs.train import trunk_fit
+from prefill_jobs.train.train_job import train
 from prefill_router import storage
-from prefill_router.config import ExtractConfig, TrainConfig
-from prefill_router.errors import UserError
-from prefill_router.features import ActivationStore
-from prefill_router.feed import Window
-from prefill_router.plan import plan
-from prefill_router.router import Router
-from prefill_router.training import Trainer
+from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ExtractConfig, TrainConfig
+from prefill_router.corpus.plan import plan
+from prefill_router.predictor.data_loader import Window
+from prefill_router.predictor.training import Trainer
+from prefill_router.router.artifact import Router
 
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 
@@ -95,14 +96,14 @@ def test_what_ray_ends_is_one_line_with_the_rest_in_a_file(local_ray: None) -> N
             pytest.raises(
                 UserError, match=f"^Ray ended the job: .*{what}.*: run it again, what is done stays; see "
             ) as e,
-            endings.in_one_line(),
+            ray_failures.in_one_line(),
         ):
             ray.get(getattr(ray.remote(Fragile).remote(), method).remote())
         assert "\n" not in str(e.value)
         details = Path(str(e.value).rpartition("see ")[2])
         assert "Traceback" in details.read_text()
         details.unlink()
-    with pytest.raises(UserError, match=r"^corpus.csv: column prompt is missing$"), endings.in_one_line():
+    with pytest.raises(UserError, match=r"^corpus.csv: column prompt is missing$"), ray_failures.in_one_line():
         ray.get(ray.remote(Fragile).remote().refuse.remote())
 
 
@@ -181,13 +182,13 @@ def test_a_worker_killed_amid_an_epoch_changes_nothing(
             os.kill(os.getpid(), signal.SIGKILL)
         whole_pass(self, window)
 
-    fit_worker = fit._fit_worker
+    fit_worker = trunk_fit._fit_worker
 
     def worker_that_dies(config: dict[str, Any]) -> None:
         Trainer.train = die_once  # type: ignore[method-assign]
         fit_worker(config)
 
-    monkeypatch.setattr(fit, "_fit_worker", worker_that_dies)
+    monkeypatch.setattr(trunk_fit, "_fit_worker", worker_that_dies)
     resumed = trained(activations, small_data, tmp_path / "router")
     assert killed.exists()
     for a, b in zip(resumed.predict(PROMPTS), undisturbed[0].predict(PROMPTS), strict=True):

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefill_router.encoder import EncoderSpec, PrefillEncoder
-from prefill_router.kernel import KernelMachine
-from prefill_router.moments import Moments
-from prefill_router.pool import Pool, Target
-from prefill_router.projection import fit_projection
-from prefill_router.router import Router
-from prefill_router.schema import ActivationColumn
-from prefill_router.trunk import SharedTrunkNet
+from prefill_router.common.schema import ActivationColumn
+from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.predictor.kernel_ridge import KernelMachine
+from prefill_router.predictor.trunk import SharedTrunkNet
+from prefill_router.probe.moments import Moments
+from prefill_router.probe.projection import fit_projection
+from prefill_router.router.artifact import Router
 from tiny import random_prompts
 
 COLUMNS = [ActivationColumn("last", 2), ActivationColumn("mean", 3)]

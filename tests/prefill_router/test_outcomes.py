@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.split import prompt_hashes
 from prefill_router.outcomes import Outcomes, load_log, load_outcomes, target_names
-from prefill_router.split import prompt_hashes
 
 NAN = float("nan")
 # Target "other" is in no pool; (q, small) and (r, big) are missing.

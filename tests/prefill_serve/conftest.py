@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.gateway.ledger import LocalLedger
+from prefill_serve.gateway.state.call_ledger import LocalLedger
 from served import Api
 
 

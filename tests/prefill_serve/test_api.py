@@ -18,12 +18,12 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
-from prefill_router.errors import UserError
-from prefill_router.router import Router
+from prefill_router.common.errors import UserError
+from prefill_router.router.artifact import Router
 from prefill_serve.endpoint import Endpoint, Routing
-from prefill_serve.http import RouteRequest
-from prefill_serve.lanes import Lanes, Overloaded
+from prefill_serve.scheduler import Lanes, Overloaded
 from prefill_serve.settings import Settings
+from prefill_serve.wire import RouteRequest
 from served import Api
 
 QUESTION = "what is one plus two"

@@ -13,8 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from gateway import Gateway, write_pool
-from prefill_router.corpus import content_hash
-from prefill_serve.gateway import ledger as module
+from prefill_router.corpus.reader import content_hash
+from prefill_serve.gateway.state import call_ledger as module
 from prefill_serve.settings import Settings
 from served import Api
 from upstream import Upstream

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from prefill_router.baselines import BASELINES, Always, Mixture, Random
 from prefill_router.baselines.base import Baseline, Reads
-from prefill_router.length import median_logs, median_tokens
 from prefill_router.metrics import best_tolerance
-from prefill_router.pool import Pool
+from prefill_router.policy.pool import Pool
+from prefill_router.predictor.answer_length import median_logs, median_tokens
 
 Array = NDArray[Any]
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_router.baselines.base import Baseline
-from prefill_router.feed import Feed, Rows
-from prefill_router.recipe import Recipe
-from prefill_router.training import Trainer, fit
-from prefill_router.trunk import SharedTrunkNet
+from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.recipe import Recipe
+from prefill_router.predictor.training import Trainer, fit
+from prefill_router.predictor.trunk import SharedTrunkNet
 
 Array = NDArray[Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from prefill_router import storage
-from prefill_router.collection.calls import Answer, Spent
 from prefill_router.collection.journal import CallState, merged, read_states
-from prefill_router.schema import ANSWERS
+from prefill_router.collection.target_calls import Answer, Spent
+from prefill_router.common.schema import ANSWERS
 
 _TOLD = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "latency_s")
 _NOTES = b"notes"  # in an object's metadata: the files of the journal that it has taken in

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prefill_router import storage
-from prefill_router.collection.calls import Answer, Call, Spent
+from prefill_router.collection.target_calls import Answer, Call, Spent
 
 _SUFFIX = ".jsonl"
 

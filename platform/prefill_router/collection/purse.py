@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from prefill_router.collection.calls import Spent
+from prefill_router.collection.target_calls import Spent
 
 _SLICES = 50  # of what is left, that a worker takes at a time
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefill_router.child import Child, ChildDied
+from prefill_router.common.child_process import Child, ChildDied
 from prefill_router.graders.grade import Grade, Row, missing
 from prefill_router.graders.registry import Grader
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders.grade import Grade, Row, lacking, missing, nested, references, short, wrong
 from prefill_router.graders.harmless import is_harmless
 from prefill_router.graders.registry import grader

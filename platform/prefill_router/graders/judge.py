@@ -13,8 +13,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from prefill_router.corpus import Message
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.reader import Message
 from prefill_router.graders.grade import Grade, Row, is_absent, references, short, without_reference
 from prefill_router.graders.registry import grader
 

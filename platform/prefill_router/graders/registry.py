@@ -17,9 +17,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
+from prefill_router.common.validation import StrictModel, validate
 from prefill_router.graders.grade import Grade, Row, missing, short
-from prefill_router.strict import StrictModel, validate
 
 F = TypeVar("F", bound=Callable[..., Grade])
 Check = Callable[[Mapping[str, Any]], object]

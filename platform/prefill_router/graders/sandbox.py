@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import confinement
 
 Status = Literal["passed", "failed", "ended", "timeout", "memory", "output", "files", "threads", "broken", "killed"]

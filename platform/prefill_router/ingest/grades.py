@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from prefill_router.corpus import fit_text
-from prefill_router.errors import UnfitError, shown
+from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.schema import CORRECT, OUTPUT_TOKENS, TARGET
+from prefill_router.corpus.reader import fit_text
 from prefill_router.ingest.records import Answer
-from prefill_router.schema import CORRECT, OUTPUT_TOKENS, TARGET
 
 _WORDS = {"true": 1.0, "false": 0.0}
 _MAX_NAME_BYTES = 1024

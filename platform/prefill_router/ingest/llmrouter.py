@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UnfitError, shown
+from prefill_router.common.errors import UnfitError, shown
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import (
     CATEGORY,
     LETTERS,
@@ -25,7 +26,6 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.textfiles import Fields, read_jsonl
 
 _USED = ("query", "choices", "task_name", "model_name", "performance", "output_tokens")
 _KNOWN = (

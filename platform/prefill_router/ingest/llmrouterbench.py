@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prefill_router.compressed import open_bytes
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UserError, shown
+from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, read_json
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
-from prefill_router.textfiles import Fields, read_json
+from prefill_router.storage.compression import open_bytes
 
 _KNOWN = (
     *("index", "origin_query", "prompt", "prediction", "ground_truth", "score", "prompt_tokens", "completion_tokens"),

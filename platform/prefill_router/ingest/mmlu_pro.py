@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from typing import IO, TypeGuard
 
 from prefill_router import storage
-from prefill_router.compressed import open_bytes
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UserError, shown
+from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, read_json
 from prefill_router.ingest.records import (
     CATEGORY,
     LETTERS,
@@ -40,7 +40,7 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.textfiles import Fields, read_json
+from prefill_router.storage.compression import open_bytes
 
 _MAX_MEMBER_BYTES = 4 << 30
 _OUTPUTS = ("model_outputs", "generated_text", "response")  # what the answer is called, by the script that wrote it

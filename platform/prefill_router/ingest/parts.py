@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefill_router import shards, storage
-from prefill_router.corpus import BadRow
+from prefill_router import storage
+from prefill_router.common.schema import QUARANTINE
+from prefill_router.corpus.reader import BadRow
 from prefill_router.ingest.records import text
-from prefill_router.schema import QUARANTINE
+from prefill_router.storage import parquet_objects
 
 _PART_ROWS = 1 << 15
 _PART_BYTES = 16 << 20  # of prompts, before compression
@@ -36,7 +37,7 @@ class Parts:
     def flush(self) -> None:
         num_rows = len(self._columns[0])
         if num_rows:
-            shards.write_shard(self.uri, self._num_parts, pa.table(self._columns, schema=self.schema))
+            parquet_objects.write_shard(self.uri, self._num_parts, pa.table(self._columns, schema=self.schema))
             self.num_rows += num_rows
             self._num_parts += 1
             self._columns, self._num_bytes = [[] for _ in self.schema], 0

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from prefill_router.corpus import MAX_PROMPT_BYTES, BadRow
-from prefill_router.errors import shown
+from prefill_router.common.errors import shown
+from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow
 
 CATEGORY = pa.field("category", pa.string())  # the benchmark, task or subject that a prompt is from
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

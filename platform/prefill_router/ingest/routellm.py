@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from prefill_router import storage, textfiles
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UserError
+from prefill_router import storage
+from prefill_router.common.errors import UserError
+from prefill_router.corpus import text_files
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, open_csv, require_columns
 from prefill_router.ingest.grades import is_grade
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown
-from prefill_router.textfiles import Fields, open_csv, require_columns
 
 _RESPONSE = "_response"
 _INDEX = "Unnamed:"  # how pandas calls the index that it has written
@@ -40,9 +41,9 @@ def read(uri: str, options: Options) -> Iterator[Item]:
                 yield Record(uri, row, fields["prompt"], answers, extras={CATEGORY.name: category})
 
 
-def _first_good(rows: Iterator[textfiles.Record]) -> tuple[list[textfiles.Record], Fields]:
+def _first_good(rows: Iterator[text_files.Record]) -> tuple[list[text_files.Record], Fields]:
     """The rows up to the first that is whole, and that one."""
-    start: list[textfiles.Record] = []
+    start: list[text_files.Record] = []
     for row in rows:
         start.append(row)
         if not isinstance(row[2], str):

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prefill_router.compressed import open_bytes, unpacked
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UserError, shown
+from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, read_json, read_jsonl
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.textfiles import Fields, read_json, read_jsonl
+from prefill_router.storage.compression import open_bytes, unpacked
 
 _PREDICTION = ("global index", "prompt", "prediction", "generated_result", "cost", "accuracy", "for_optimality")
 _CACHED = (

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from prefill_router import storage
-from prefill_router.corpus import BadRow
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.formats import column_values
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.text_files import Fields, check_unique, open_csv, require_columns
 from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
-from prefill_router.readers import column_values
-from prefill_router.row_groups import batch_rows
-from prefill_router.textfiles import Fields, check_unique, open_csv, require_columns
+from prefill_router.storage.row_groups import batch_rows
 
 _USED = ("sample_id", "prompt", "eval_name")
 _KNOWN = ("oracle_model_to_route_to",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from prefill_router.corpus import id_digest
+from prefill_router.corpus.reader import id_digest
 
 _HALF = (1 << 64) - 1
 

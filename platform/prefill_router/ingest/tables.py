@@ -13,22 +13,16 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from prefill_router import shards, storage
-from prefill_router.console import say
-from prefill_router.corpus import (
-    BadRow,
-    Prompt,
-    content_digest,
-    fit_messages,
-    fit_prompt,
-    fit_text,
-)
-from prefill_router.errors import UnfitError, UserError, shown
+from prefill_router import storage
+from prefill_router.common.console import say
+from prefill_router.common.errors import UnfitError, UserError, shown
+from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
+from prefill_router.corpus.reader import BadRow, Prompt, content_digest, fit_messages, fit_prompt, fit_text
 from prefill_router.ingest.grades import Grade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
 from prefill_router.ingest.seen import Place, Seen
-from prefill_router.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
+from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
 QUARANTINE_FILE, SUMMARY = "quarantine/rows.parquet", "summary.json"
@@ -230,4 +224,4 @@ def clear(out: str) -> None:
     storage.remove(storage.join(out, SUMMARY))
     storage.remove(storage.join(out, QUARANTINE_FILE))
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
-        shards.remove_shards(storage.join(out, folder))
+        parquet_objects.remove_shards(storage.join(out, folder))

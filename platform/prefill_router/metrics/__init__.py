@@ -9,6 +9,7 @@ does not depend on what came of it; where it depends on how hard a prompt is, `c
 from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval
 from prefill_router.metrics.choices import Zones, agreement_zones, risk_coverage_curve, routing_shares
 from prefill_router.metrics.curve import auccc, cost_coverage_curve, pareto_frontier, tolerance_curve
+from prefill_router.metrics.discrimination import brier_score, expected_calibration_error, reliability_curve, roc_auc
 from prefill_router.metrics.missing import completeness_weights
 from prefill_router.metrics.peers import (
     arena_score,
@@ -17,7 +18,6 @@ from prefill_router.metrics.peers import (
     call_performance_threshold,
 )
 from prefill_router.metrics.scores import RoutingScores, Scorer, best_tolerance, score_routing
-from prefill_router.metrics.targets import brier_score, expected_calibration_error, reliability_curve, roc_auc
 
 __all__ = [
     "Interval",

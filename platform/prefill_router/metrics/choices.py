@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.metrics.targets import once, ratio
+from prefill_router.metrics.discrimination import once, ratio
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.metrics.targets import ratio
+from prefill_router.metrics.discrimination import ratio
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prefill_router.metrics.curve import Points
-from prefill_router.metrics.targets import once, ratio
+from prefill_router.metrics.discrimination import once, ratio
 
 Array = NDArray[np.float64]
 

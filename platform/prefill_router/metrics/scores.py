@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.metrics.choices import RiskCoverage, zone_terms
 from prefill_router.metrics.curve import Points, Sweep, checked, complete, tolerance_curve
+from prefill_router.metrics.discrimination import TargetScores, ratio
 from prefill_router.metrics.peers import GapRecovered, arena_score, average_improvement_in_quality
-from prefill_router.metrics.targets import TargetScores, ratio
-from prefill_router.policy import choose
+from prefill_router.policy.selection import choose
 
 Array = NDArray[np.float64]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prefill_router.pool import Target
-from prefill_serve.gate import Refusal
-from prefill_serve.gateway.budgets import Exhausted
-from prefill_serve.gateway.calls import Call
-from prefill_serve.gateway.served import CostKind, Usage
+from prefill_router.policy.pool import Target
+from prefill_serve.gateway.call_record import CostKind, Usage
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.state.budgets import Exhausted
+from prefill_serve.middleware.gate import Refusal
 
 _BYTES_A_TOKEN = 3  # of text that was relayed; rather too many tokens than too few
 _USUAL_TOKENS = 512  # of an answer whose length nobody has predicted

@@ -18,22 +18,22 @@ from weakref import WeakValueDictionary
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from prefill_router.corpus import Prompt, content_hash
-from prefill_router.decision import Decision
-from prefill_router.errors import UserError
-from prefill_router.transport import http_client
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.reader import Prompt, content_hash
+from prefill_router.policy.decision import Decision
+from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
-from prefill_serve.gate import Refusal
-from prefill_serve.gateway.budgets import Budgets, Exhausted, Reserved
-from prefill_serve.gateway.calls import Body, Call
+from prefill_serve.gateway.call_record import End, Served, Usage
+from prefill_serve.gateway.candidates import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
 from prefill_serve.gateway.charges import OverLimit, charge_of, expected_usd, guessed_usd, most_usd
-from prefill_serve.gateway.conversations import Key, answer_key, keys_of
-from prefill_serve.gateway.ledger import Bid, Ledger, LedgerAway
-from prefill_serve.gateway.metrics import GatewayMetrics
-from prefill_serve.gateway.plan import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
-from prefill_serve.gateway.reservations import LAPSES_S
-from prefill_serve.gateway.served import End, Served, Usage
+from prefill_serve.gateway.gateway_metrics import GatewayMetrics
+from prefill_serve.gateway.openai_calls import Body, Call
+from prefill_serve.gateway.state.budgets import Budgets, Exhausted, Reserved
+from prefill_serve.gateway.state.call_ledger import Bid, Ledger, LedgerAway
+from prefill_serve.gateway.state.conversations import Key, answer_key, keys_of
+from prefill_serve.gateway.state.reservations import LAPSES_S
 from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused, Stream
+from prefill_serve.middleware.gate import Refusal
 from prefill_serve.settings import GatewaySettings
 
 log = logging.getLogger("ray.serve")

@@ -10,14 +10,14 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field
 
-from prefill_router.strict import StrictModel
+from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.gate import HUNG_UP
-from prefill_serve.gateway.accounts import Stats
-from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
-from prefill_serve.gateway.ledger import Feedback, Ledger
+from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.proxy import Caller, Proxy, Relay
-from prefill_serve.http import ROUTED_NAMES
+from prefill_serve.gateway.state.accounts import Stats
+from prefill_serve.gateway.state.call_ledger import Feedback, Ledger
+from prefill_serve.middleware.gate import HUNG_UP
+from prefill_serve.wire import ROUTED_NAMES
 
 _SESSION = "x-session-id"
 _HEADERS = {

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import httpx
 
-from prefill_router.pool import Target
-from prefill_router.redaction import redacted
-from prefill_router.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
+from prefill_router.policy.pool import Target
+from prefill_router.upstreams.redaction import redacted
+from prefill_router.upstreams.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
-from prefill_serve.gateway.calls import Body, Call, ChatCall, json_object
-from prefill_serve.gateway.errors import refusal_body, said_in
+from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
-from prefill_serve.gateway.served import Usage
+from prefill_serve.gateway.openai_calls import Body, Call, ChatCall, json_object
+from prefill_serve.gateway.upstream_errors import refusal_body, said_in
 
 _END_S = 0.1
 _PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-from prefill_router.router import Router
+from prefill_router.router.artifact import Router
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.http import CurvePoint, RouterCard, ServedTarget, SinglePoint
+from prefill_serve.wire import CurvePoint, RouterCard, ServedTarget, SinglePoint
 
 FOLDER = Path(__file__).parent
 PATHS = ("/", "/playground.css", "/playground.js")

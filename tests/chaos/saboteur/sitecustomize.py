@@ -62,5 +62,8 @@ def _gather_often(ledger: Any) -> None:
     ledger.SEGMENT_RECORDS = 8
 
 
-_SABOTAGES = {"prefill_router.encoder": _slow_down, "prefill_router.ledger": _gather_often}
+_SABOTAGES = {
+    "prefill_router.encoder.prefill_encoder": _slow_down,
+    "prefill_router.activations.commit_log": _gather_often,
+}
 sys.meta_path.insert(0, _Sabotage())

@@ -8,8 +8,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefill_router.collection.calls import Spent
 from prefill_router.collection.purse import Allowance, Purse
+from prefill_router.collection.target_calls import Spent
 
 
 async def spend(budget: Spent, calls: list[Spent], num_workers: int, seed: int) -> tuple[Spent, int, Purse]:

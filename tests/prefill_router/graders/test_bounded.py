@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import BoundedGrader, Grade, bounded, load_grader
 
 # Each level holds the next one twice: 2 ** 60 ways to the last.
@@ -21,7 +21,7 @@ ENDLESS = {"$defs": {**LEVELS, "a60": {}}, "$ref": "#/$defs/a0"}
 
 HOSTILE = """
 import os, signal
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import Grade
 
 def grade(answer, row):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import load_grader
 from prefill_router.graders.harmless import is_harmless
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import load_grader
 from prefill_router.graders.json_schema import find_json
 

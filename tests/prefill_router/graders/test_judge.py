@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import Grade, Message, Reply, load_grader
 
 ROW = {"reference": "It is Paris.", "prompt": "Which is the capital of France?"}

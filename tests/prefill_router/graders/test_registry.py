@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import Grade, grader_names, load_grader
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from prefill_router.errors import UserError
+from prefill_router.common.errors import UserError
 from prefill_router.graders import confinement
 from prefill_router.graders import sandbox as sandbox_module
 from prefill_router.graders.sandbox import Sandbox, Verdict

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.calls import ChatCall
-from prefill_serve.gateway.ledger import Bid, LocalLedger
-from prefill_serve.gateway.plan import Fixed
+from prefill_serve.gateway.candidates import Fixed
+from prefill_serve.gateway.openai_calls import ChatCall
 from prefill_serve.gateway.proxy import Caller, Proxy, _Passage
+from prefill_serve.gateway.state.call_ledger import Bid, LocalLedger
 
 
 class Watched(LocalLedger):

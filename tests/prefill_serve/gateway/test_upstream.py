@@ -13,13 +13,13 @@ import pytest
 from aiohttp import web
 
 from loopback import LoopbackServer
-from prefill_router.pool import Target
-from prefill_router.pool import Upstream as Way
-from prefill_router.transport import LONGEST_RETRY_AFTER_S, http_client
+from prefill_router.policy.pool import Target
+from prefill_router.policy.pool import Upstream as Way
+from prefill_router.upstreams.transport import LONGEST_RETRY_AFTER_S, http_client
 from prefill_serve.gateway import upstream as module
 from prefill_serve.gateway.breaker import Breaker
-from prefill_serve.gateway.calls import Call, ChatCall, ResponsesCall
-from prefill_serve.gateway.served import Usage
+from prefill_serve.gateway.call_record import Usage
+from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused
 from upstream import Fault, Upstream
 

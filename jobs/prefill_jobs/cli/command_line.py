@@ -1,0 +1,247 @@
+"""The `prefill-router` command. Every flag is a field of its command's config, which is where its help comes from.
+
+Exit status: 0; 1 with one line that says what to do; 2 for usage; of a submitted job that fails, its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import typer
+from botocore.exceptions import BotoCoreError
+
+from prefill_jobs.cli.flags import Read, add_command
+from prefill_jobs.submit.submit_commands import add_submit
+from prefill_jobs.submit.submit_request import require_secrets
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import COMMANDS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line, of the process by default; a user's error is one line on stderr and status 1."""
+    with _told():
+        require_secrets()
+        build_app()(arguments)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (UserError, OSError, BotoCoreError) as error:
+        say(f"prefill-router: {' '.join(str(error).split())}")
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="prefill-router",
+        help="Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, run in _JOBS.items():
+        add_command(app, name, {name: COMMANDS[name]}, partial(_run_job, run))
+    add_submit(app, [name for name in _JOBS if name not in _HERE])
+    for entry in entry_points(group="prefill_router.commands"):
+        add_command(app, entry.name, {entry.name: COMMANDS[entry.name]}, partial(_run_entry, entry))
+    return app
+
+
+def _run_job(run: Callable[[Any], None], read: Read) -> None:
+    with _told():  # here, as click ends without a word where a pipe or a connection breaks
+        run(read())
+
+
+def _run_entry(entry: EntryPoint, read: Read) -> None:
+    with _told():
+        entry.load()(read)
+
+
+# --- what each command prints ------------------------------------------------------------------------------------
+# The jobs are imported when they run, so that --help does not wait for Ray and torch.
+
+
+def _ingest(config: Any) -> None:
+    from prefill_jobs.ingest_job import ingest
+
+    summary = ingest(config)
+    counts = f"{summary.prompts:,} prompts, {summary.outcomes:,} outcomes of {len(summary.targets):,} targets"
+    typer.echo(f"{config.out}: {counts}, {summary.quarantined:,} rows quarantined")
+    for name, target in summary.targets.items():
+        typer.echo(f"{name}: {target.graded:,} graded, accuracy {target.accuracy:.1%}")
+    if summary.ignored:
+        typer.echo(f"ignored: {', '.join(summary.ignored)}")
+    typer.echo(json.dumps(summary.to_dict()))
+
+
+def _demo(config: Any) -> None:
+    from prefill_jobs.demo.demo_job import demo
+
+    demo(config)
+
+
+def _extract(config: Any) -> None:
+    from prefill_jobs.extract.extract_job import extract
+
+    summary = extract(config)
+    manifest = summary.manifest
+    num_tokens = manifest.shards.total("num_tokens")
+    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
+    _say_truncated(manifest.shards.total("num_truncated"))
+    typer.echo(json.dumps(summary.to_dict()))
+
+
+def _probe(config: Any) -> None:
+    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.train.probe_job import run_probe
+    from prefill_router.probe.layer_scores import by_encoder, choose, coverage, joint_columns
+
+    with results_apart():
+        probes = run_probe(config)
+    encoders = by_encoder(probes)
+    for target, best in choose(probes).items():
+        column = f"{best.encoder} {best.column.name}" if len(encoders) > 1 else best.column.name
+        interval = f"{best.fisher_j_low:.4f} to {best.fisher_j_high:.4f}"
+        typer.echo(f"{target}: {column}, J = {best.fisher_j_corrected:.4f} ({interval}), d_eff = {best.d_eff:.1f}")
+    for encoder, rows in encoders.items():
+        joint = joint_columns(rows)
+        names = ", ".join(column.name for column in joint)
+        typer.echo(
+            f"for the whole pool, by {encoder}: {names}, with {coverage(rows, joint):.1%} of the targets' best J"
+        )
+
+
+def _train(config: Any) -> None:
+    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.train.train_job import train, train_folds
+
+    if config.folds is not None:
+        with results_apart():
+            routers = train_folds(config)
+        for fold, router in enumerate(routers):
+            typer.echo(f"{config.out}/fold-{fold}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+        return
+    with results_apart():
+        router = train(config)
+    typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+    if config.extend is None:
+        losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
+        typer.echo(f"validation losses of the kept trunks: {losses}")
+
+
+def _inspect(config: Any) -> None:
+    from prefill_router.reports.router_card import card
+    from prefill_router.router.artifact import Router
+
+    about, targets = card(Router.load(config.router))
+    for what, text in about:
+        typer.echo(f"{what:<11} {text}")
+    typer.echo()
+    widths = [max(map(len, column)) for column in zip(*targets, strict=True)]
+    for row in targets:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _evaluate(config: Any) -> None:
+    import numpy as np
+
+    from prefill_jobs.evaluate.evaluate_job import evaluate
+    from prefill_jobs.evaluate.log_job import evaluate_log
+    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_router.outcomes import is_feedback
+    from prefill_router.reports.evaluation_page import (
+        against_baselines,
+        calibration_line,
+        headline,
+        metric_rows,
+        policy_rows,
+    )
+
+    if is_feedback(config.outcomes):
+        with results_apart():
+            report = evaluate_log(config)
+        for row in policy_rows(report):
+            typer.echo("  ".join(row))
+        typer.echo(f"report: {config.out}/log.html")
+        return
+    with results_apart():
+        evaluation = evaluate(config)
+    typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
+    typer.echo(against_baselines(evaluation))
+    typer.echo(f"mean AUC {np.nanmean(evaluation.router.auc):.3f}, {calibration_line(evaluation)}")
+    for name, text in metric_rows(evaluation.router):
+        typer.echo(f"{name}: {text}")
+    typer.echo(f"report: {config.out}/report.html")
+
+
+def _compare(config: Any) -> None:
+    from prefill_jobs.evaluate.compare_job import compare
+    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_router.reports.evaluation_page import headline, paired_rows
+
+    with results_apart():
+        evaluation = compare(config)
+    typer.echo(f"{evaluation.num_held_out:,} prompts new to all: {headline(evaluation)}")
+    for other in evaluation.standings[1:]:
+        typer.echo(f"{config.routers[0]} less {other.title}:")
+        for name, text in paired_rows(other):
+            typer.echo(f"  {name}: {text}")
+    typer.echo(f"report: {config.out}/report.html")
+
+
+def _collect(config: Any) -> None:
+    from prefill_jobs.collect.collect_job import collect
+    from prefill_router.common.money import usd
+
+    manifest = collect(config)
+    for target, spending in manifest.spending.items():
+        lost = f", and at most {usd(spending.lost_usd)} on calls that brought none" if spending.lost_usd else ""
+        typer.echo(f"{target}: {spending.answers:,} answers for {usd(spending.cost_usd)}{lost}")
+    typer.echo(
+        f"{config.out}: {manifest.outcomes:,} outcomes, {manifest.graded:,} graded, {manifest.missing:,} missing"
+    )
+
+
+def _label(config: Any) -> None:
+    from prefill_jobs.label.label_job import label
+
+    manifest = label(config)
+    counts = ", ".join(f"{target} {count:,}" for target, count in manifest.decisions.items())
+    typer.echo(f"{config.out}: {manifest.lines:,} decisions: {counts}")
+    typer.echo(f"report: {config.out}/report.html")
+
+
+def _pipeline(config: Any) -> None:
+    from prefill_jobs.pipeline.pipeline_job import pipeline
+
+    pipeline(config)
+
+
+def _say_truncated(count: int) -> None:
+    if count:
+        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")
+
+
+_JOBS: dict[str, Callable[[Any], None]] = {
+    "ingest": _ingest,
+    "demo": _demo,
+    "extract": _extract,
+    "probe": _probe,
+    "train": _train,
+    "inspect": _inspect,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "collect": _collect,
+    "label": _label,
+    "pipeline": _pipeline,
+}
+_HERE = ("demo", "inspect")  # make no use of a cluster

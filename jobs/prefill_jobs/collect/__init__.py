@@ -1,0 +1,1 @@
+"""`collect`: a corpus and a pool in, the targets' graded answers out."""

@@ -1,0 +1,152 @@
+"""The actor of `collect`: the calls of a shard go out, and their answers are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import random
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import httpx
+
+from prefill_jobs.runtime.cluster import Shared
+from prefill_jobs.runtime.job_metrics import CollectMetrics
+from prefill_router.collection.answers import ShardPlace, load_states, write_states
+from prefill_router.collection.journal import Journal
+from prefill_router.collection.purse import Allowance
+from prefill_router.collection.rate_limits import Limits
+from prefill_router.collection.target_calls import Answer, Asked, Call, Spent
+from prefill_router.collection.target_client import Miss, ask, backoff_s
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.plan import Shard, read_shard
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.upstreams.transport import http_client
+
+_LEFT_OUT = Miss("left out: the budget is used up")
+
+
+@dataclass(frozen=True)
+class AskTask:
+    """The prompts of a shard that are to be asked, by their places in it, and the calls that are answered elsewhere."""
+
+    shard: Shard
+    rows: tuple[int, ...]
+    elsewhere: frozenset[str]
+
+
+@dataclass(frozen=True)
+class AskedShard:
+    """What came of a shard's calls in this run."""
+
+    answered: int = 0
+    failed: int = 0
+    left_out: int = 0  # for want of budget
+    reasons: Mapping[str, int] = field(default_factory=dict)  # of those that failed, with the target's name
+
+
+class AskShard:
+    """Calls overlap, of several shards at once: one event loop makes them all."""
+
+    def __init__(
+        self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Shared
+    ) -> None:
+        self.pool, self.asked, self.out, self.attempts = pool, asked, out, attempts
+        self.max_prompt_bytes, self.purse = max_prompt_bytes, purse
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._limits = {target.name: Limits(target, num_workers) for target in pool.targets}
+        self._allowance = Allowance(self._draw, self._give_back)
+        self._rng = random.Random()
+        self._metrics = CollectMetrics()
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        return http_client()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        for target in self.pool.targets:
+            _check_key(target)
+        return {"done": pickle.dumps(self._start(row["task"]))}
+
+    def _start(self, pickled: bytes) -> AskedShard:
+        task: AskTask = pickle.loads(pickled)
+        return asyncio.run_coroutine_threadsafe(self._ask_shard(task), self._loop).result()
+
+    async def _ask_shard(self, task: AskTask) -> AskedShard:
+        rows = await asyncio.to_thread(read_shard, task.shard, self.max_prompt_bytes)
+        place = ShardPlace(self.out, task.shard.digest)
+        calls = (
+            Call(rows[i].prompt_id, rows[i].prompt, target, self.asked)
+            for i in task.rows
+            for target in self.pool.targets
+        )
+        return await self._make([call for call in calls if call.key not in task.elsewhere], place)
+
+    async def _make(self, calls: Sequence[Call], place: ShardPlace) -> AskedShard:
+        """Makes those calls that have no answer at their place."""
+        states = await asyncio.to_thread(load_states, place)
+        wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
+        if not wanted:
+            return AskedShard()
+        journal = Journal(place.journal)
+        tried = await asyncio.gather(*(self._ask(call, journal) for call in wanted))
+        await self._allowance.give_back()
+        states = await asyncio.to_thread(load_states, place)
+        await asyncio.to_thread(write_states, place, states)
+        misses = [(call.target.name, miss) for call, miss in zip(wanted, tried, strict=True) if miss is not None]
+        reasons = Counter(f"{name}: {miss.reason}" for name, miss in misses if miss is not _LEFT_OUT)
+        num_failed = reasons.total()
+        return AskedShard(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
+
+    async def _ask(self, call: Call, journal: Journal) -> Miss | None:
+        """Asks until there is an answer, or no use in asking; then returns why."""
+        limits, miss = self._limits[call.target.name], _LEFT_OUT
+        for attempt in range(self.attempts):
+            if attempt > 0:
+                wait_s = backoff_s(attempt, miss, self._rng)
+                if miss.retry_after_s:
+                    limits.hold(wait_s)  # for all of the target's calls
+                await asyncio.sleep(wait_s)
+            async with limits.place(call.worst.tokens):
+                if not await self._allowance.reserve(call.worst):
+                    break
+                found = await self._attempt(call, journal)
+            if isinstance(found, Answer):
+                return None
+            miss = found
+            if miss.is_final:
+                break
+        return miss
+
+    async def _attempt(self, call: Call, journal: Journal) -> Answer | Miss:
+        """One attempt, of which both ends are noted."""
+        name = await journal.begin(call)
+        found = await ask(call, self._http)
+        if isinstance(found, Answer):
+            spent, lost = found.spent(call), Spent()
+            await journal.end(name, found, spent, lost, None)
+        else:
+            spent, lost = Spent(), call.worst if found.may_be_paid else Spent()
+            await journal.end(name, None, spent, lost, found.reason)
+        self._metrics.attempt(call.target.name, (spent + lost).usd, is_answered=isinstance(found, Answer))
+        await self._allowance.settle(call.worst, spent + lost)
+        return found
+
+    async def _draw(self, wanted: Spent) -> Spent:
+        return await self.purse.call_async("draw", wanted)  # type: ignore[no-any-return]
+
+    async def _give_back(self, part: Spent) -> None:
+        await self.purse.call_async("give_back", part)
+
+
+def _check_key(target: Target) -> None:
+    """Raises UserError where this process has no key for a target."""
+    name = target.upstream.key_env if target.upstream is not None else None
+    if name is not None and not os.environ.get(name):
+        raise UserError(f'target "{target.name}": the environment of the workers has no {name}, which holds its key')

@@ -1,0 +1,1 @@
+"""`demo`: the main job end to end."""

@@ -1,0 +1,89 @@
+"""`compare`: routers on the same prompts, none of which any of them was trained on, with paired differences."""
+
+# N prompts, T targets
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.leakage import held_out
+from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.runtime import cluster
+from prefill_router import storage
+from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import CompareConfig
+from prefill_router.common.versions import versions
+from prefill_router.corpus.split import Keys
+from prefill_router.corpus.split_groups import of_corpus
+from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, evaluate
+from prefill_router.outcomes import check_columns
+from prefill_router.policy.pool import load_pool
+from prefill_router.reports import evaluation_page
+from prefill_router.router.artifact import Router
+
+
+def compare(config: CompareConfig) -> Evaluation:
+    """Writes report.json and report.html to `config.out`. The first router is the one that others are held against.
+
+    Each reads the store of its own encoder. Raises UserError where a router lacks its store or a target of the pool,
+    and where no prompt is new to all of them.
+    """
+    storage.check_output(config.out)
+    uris = config.routers
+    loaded = [Router.load(uri) for uri in uris]
+    pool = loaded[0].pool if config.pool is None else load_pool(config.pool)
+    routers = [router.with_pool(pool) for router in loaded]
+    stores = [_store_of(uri, router, config.activations.split(",")) for uri, router in zip(uris, routers, strict=True)]
+    check_columns(config.outcomes)
+    units = None if config.corpus is None else of_corpus(config.corpus)
+    graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, units=units) for s in stores]
+    cluster.connect()
+    predicted = [predict_graded(router, g) for router, g in zip(routers, graded, strict=True)]
+    first, kept = predicted[0], graded[0].units
+    keys = reduce(np.intersect1d, [of.keys for of in predicted])
+    keys = keys[held_out(routers, keys, kept, drop=config.drop_leaked)]
+    rows = _rows(first, keys)
+    contenders = [_contender(uri, router, of, keys) for uri, router, of in zip(uris, routers, predicted, strict=True)]
+    result = evaluate(
+        pool,
+        routers[0].version,
+        HeldOut(first.num_tokens[rows], first.correct[rows], first.output_tokens[rows], kept.of(keys)),
+        contenders[0],
+        contenders[1:],
+        p_uncalibrated=first.p_uncalibrated[rows],
+        num_seen=len(first.keys) - len(keys),
+        num_draws=config.draws,
+        about={
+            "Outcomes": config.outcomes,
+            **{uri: f"version {r.version}; {r.split.describe()}" for uri, r in zip(uris, loaded, strict=True)},
+            "Versions": versions(),
+        },
+    )
+    evaluation_page.write(config.out, result)
+    return result
+
+
+def _store_of(uri: str, router: Router, stores: Sequence[str]) -> str:
+    """The first store that the router's encoder wrote."""
+    wanted = router.encoder_identity.fingerprint
+    for store in stores:
+        if ActivationStore.open(store).manifest.encoder.fingerprint == wanted:
+            return store
+    raise UserError(f"{uri}: none of --activations was written by its encoder, {router.encoder_identity.spec.model}")
+
+
+def _contender(uri: str, router: Router, of: GradedPrediction, keys: Keys) -> Contender:
+    rows = _rows(of, keys)
+    p_correct, expected = (values[rows] for values in of.prediction)
+    return Contender(uri, uri, p_correct, expected, router.default_tolerance)
+
+
+def _rows(of: GradedPrediction, keys: Keys) -> NDArray[np.int64]:
+    order = np.argsort(of.keys)
+    return np.asarray(order[np.searchsorted(of.keys, keys, sorter=order)])

@@ -1,0 +1,224 @@
+"""`evaluate`: a router and its rivals on the prompts that it was not trained on, as JSON and an HTML report."""
+
+# N prompts, T targets
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs.graded.embeddings import Embeddings, embed, load_embeddings
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.leakage import held_out
+from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.runtime import cluster
+from prefill_jobs.train.probe_job import load_probes
+from prefill_router import storage
+from prefill_router.baselines import NearestNeighbours
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import EvaluateConfig
+from prefill_router.common.versions import versions
+from prefill_router.corpus.split import Part
+from prefill_router.corpus.split_groups import Units, of_corpus
+from prefill_router.encoder.checkpoint import check_sentence_model
+from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, oracle, scoring
+from prefill_router.evaluation.contenders import evaluate as score
+from prefill_router.evaluation.learning_curve import LearningCurve, learning_curve
+from prefill_router.outcomes import check_columns
+from prefill_router.predictor.answer_length import median_tokens
+from prefill_router.reports import evaluation_page
+from prefill_router.router.artifact import MANIFEST, Router
+
+
+def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
+    """Writes report.json and report.html to `config.out`; `notice` stands on top of the page.
+
+    The prompts that training saw are left out, and are what baselines are fitted on. Of the routers of several folds,
+    each judges its own, and the learning curve is the first one's. Raises UserError where a held-out prompt repeats one
+    that was trained on.
+    """
+    storage.check_output(config.out)
+    routers = [Router.load(uri) for uri in _folds(config.router)]
+    router = routers[0]
+    check_columns(config.outcomes)
+    probes = None if config.probe is None else load_probes(config.probe)
+    if config.corpus is not None:
+        check_sentence_model(config.sentence_encoder)
+    units = None if config.corpus is None else of_corpus(config.corpus)
+    graded = GradedStore.open(
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+    )
+    cluster.connect()
+    trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
+    result = score(
+        router.pool,
+        router.version,
+        _together(trial.prompts for trial in trials),
+        _joined(trial.router_as_contender() for trial in trials),
+        [_joined(rivals) for rivals in zip(*(trial.rivals(config.keep_baselines) for trial in trials), strict=True)],
+        p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
+        median_output_tokens=np.concatenate([trial.medians for trial in trials]),
+        num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
+        num_draws=config.draws,
+        about=_about(config, router, graded),
+    )
+    result = replace(result, learning=trials[0].learning())
+    evaluation_page.write(config.out, result, probes, notice)
+    return result
+
+
+def _folds(uri: str) -> list[str]:
+    """A router, or those of the folds that lie below it."""
+    folds = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("fold-")]
+    return [uri] if storage.exists(storage.join(uri, MANIFEST)) or not folds else folds
+
+
+def _trials(
+    routers: Sequence[Router], graded: GradedStore, embeddings: Embeddings | None, *, drop: bool
+) -> list[Trial]:
+    """One for each router, which is judged on the prompts that are new to it and to none before it."""
+    trials: list[Trial] = []
+    for router in routers:
+        predicted = predict_graded(router, graded, with_features=True)
+        is_new = held_out([router], predicted.keys, graded.units, drop=drop)
+        for trial in trials:
+            is_new = is_new & ~trial.is_held_out
+        trials.append(Trial(router, predicted, graded.units, embeddings, is_new))
+    return trials
+
+
+def _together(parts: Iterable[HeldOut]) -> HeldOut:
+    """The held-out prompts of all folds."""
+    fields = zip(*((p.num_tokens, p.correct, p.output_tokens, p.clusters) for p in parts), strict=True)
+    return HeldOut(*(np.concatenate(values) for values in fields))
+
+
+def _joined(parts: Iterable[Contender]) -> Contender:
+    """What the contenders of all folds say of their own prompts; their tolerance is the mean."""
+    of_folds = list(parts)
+    return replace(
+        of_folds[0],
+        p_correct=np.concatenate([part.p_correct for part in of_folds]),
+        expected_output_tokens=np.concatenate([part.expected_output_tokens for part in of_folds]),
+        tolerance=float(np.mean([part.tolerance for part in of_folds])),
+    )
+
+
+def _embeddings(config: EvaluateConfig) -> Embeddings | None:
+    """Those that lie at `embeddings`, made first where a corpus is given."""
+    kept = config.embeddings or storage.join(config.out, "embeddings")
+    if config.corpus is not None:
+        return embed(config.corpus, config.sentence_encoder, kept)
+    return None if config.embeddings is None else load_embeddings(kept)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The graded prompts of a store: those that a router was trained on, and those that it is judged on."""
+
+    router: Router
+    predicted: GradedPrediction
+    units: Units
+    embeddings: Embeddings | None
+    is_held_out: NDArray[np.bool_]  # (N,)
+
+    @property
+    def is_seen(self) -> NDArray[np.bool_]:
+        return np.isin(self.predicted.keys, self.router.training_prompts)
+
+    @property
+    def is_training(self) -> NDArray[np.bool_]:
+        """Those seen that are not for validation."""
+        parts = self.router.split.parts(self.units.of(self.predicted.keys))
+        return np.asarray(self.is_seen & (parts != Part.VALIDATION))
+
+    @property
+    def prompts(self) -> HeldOut:
+        rows, of = self.is_held_out, self.predicted
+        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
+
+    @property
+    def medians(self) -> NDArray[np.float32]:
+        return median_tokens(self.predicted.estimates.log_lengths[self.is_held_out])
+
+    def router_as_contender(self) -> Contender:
+        p_correct, expected_output_tokens = (values[self.is_held_out] for values in self.predicted.prediction)
+        tolerance = self.router.default_tolerance
+        return Contender("router", "prefill router", p_correct, expected_output_tokens, tolerance)
+
+    def learning(self) -> LearningCurve:
+        """Of a kernel machine as the router's, on the pool's targets alone."""
+        features, training = self.predicted.features, self.is_training
+        assert features is not None
+        try:
+            score = scoring(self.router.pool, self.prompts, self.router_as_contender())
+        except UserError as error:  # of one fold's prompts, where those of all folds do
+            return LearningCurve.silent(str(error))
+        say(f"evaluate: a learning curve of {int(training.sum()):,} training prompts")
+        return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
+
+    def rivals(self, keep: str | None) -> Iterator[Contender]:
+        """Every baseline that the data allow; those that can be served are written to `keep`."""
+        readable, held, is_training = self._readable(), self.is_held_out, self.is_training
+        is_validation = self.is_seen & ~is_training
+        training, validation = readable[is_training], readable[is_validation]
+        if not len(training):
+            say("evaluate: none of the store's prompts was trained on: baselines have nothing to be fitted on")
+        else:
+            for fitted in fit_all(self.router.pool, training, validation):
+                yield self._rival(fitted, readable[held])
+                if keep is not None and self.embeddings is not None:
+                    folder = re.sub(r"[^\w.-]+", "-", fitted.title)
+                    self._served(fitted, self.embeddings).save(storage.join(keep, folder))
+            activations = replace(readable, embedding=self.predicted.features)
+            parts = (activations[rows] for rows in (is_training, is_validation))
+            neighbours = fit_one(self.router.pool, "knn_activations", NearestNeighbours(), *parts)
+            neighbours = replace(neighbours, title="k nearest neighbours by activations")
+            yield self._rival(neighbours, activations[held])
+        yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
+
+    def _readable(self) -> Prompts:
+        of = self.predicted
+        if self.embeddings is None:
+            return Prompts(of.num_tokens, of.correct, of.output_tokens, of.num_tokens, None)
+        is_known, vectors, lengths = self.embeddings.at(of.keys)
+        if not is_known.all():
+            say(f"evaluate: {int((~is_known).sum()):,} prompts have no embedding: to semantic baselines they are blank")
+        return Prompts(of.num_tokens, of.correct, of.output_tokens, lengths, vectors)
+
+    def _rival(self, fitted: Fitted, held_out: Prompts) -> Contender:
+        p = fitted.p_correct(held_out)
+        expected = np.broadcast_to(fitted.output_tokens, p.shape)
+        name = fitted.title if fitted.name == "always" else fitted.name
+        return Contender(name, fitted.title, p, expected, fitted.tolerance)
+
+    def _served(self, fitted: Fitted, embeddings: Embeddings) -> BaselineRouter:
+        return BaselineRouter(
+            name=fitted.name,
+            baseline=fitted.baseline,
+            pool=self.router.pool,
+            output_tokens=fitted.output_tokens,
+            default_tolerance=fitted.tolerance,
+            sentence_encoder=embeddings.sentence_encoder,
+            fingerprint=embeddings.fingerprint,
+        )
+
+
+def _about(config: EvaluateConfig, router: Router, graded: GradedStore) -> dict[str, str]:
+    encoder = router.encoder_identity
+    return {
+        "Prompts": f"{config.activations}, of {graded.store.manifest.corpus}",
+        "Outcomes": config.outcomes,
+        "Router": f"{config.router}, version {router.version}",
+        "Encoder": f"{encoder.spec.model}, {', '.join(column.name for column in router.columns)}",
+        "Split": router.split.describe(),
+        "Sentence encoder": config.sentence_encoder if config.corpus or config.embeddings else "none: give --corpus",
+        "Versions": versions(),
+    }

@@ -1,0 +1,68 @@
+"""`evaluate` on feedback: what the router, and each target for all, would have been worth on the requests of a log."""
+
+# N requests, T targets
+
+from __future__ import annotations
+
+import numpy as np
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.leakage import held_out
+from prefill_jobs.graded.predictions import predict_graded
+from prefill_jobs.runtime import cluster
+from prefill_router import storage
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import EvaluateConfig
+from prefill_router.common.versions import versions
+from prefill_router.corpus.split_groups import of_corpus
+from prefill_router.evaluation.off_policy import PolicyValue, policy_value
+from prefill_router.outcomes import load_log
+from prefill_router.policy.selection import choose
+from prefill_router.reports.log_page import LogReport, write_report
+from prefill_router.router.artifact import Router
+
+
+def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
+    """Writes log.json and log.html to `config.out`: policies' values, the router first. Only prompts new to it count.
+
+    Raises UserError where the log has no request on a prompt that is in the store and was not trained on.
+    """
+    storage.check_output(config.out)
+    router = Router.load(config.router)
+    units = None if config.corpus is None else of_corpus(config.corpus)
+    graded = GradedStore.open(
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+    )
+    cluster.connect()
+    predicted = predict_graded(router, graded)
+    is_new = held_out([router], predicted.keys, graded.units, drop=config.drop_leaked)
+    keys, log = load_log(config.outcomes, router.pool.target_names)
+    order = np.argsort(predicted.keys)
+    place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]
+    is_counted = (predicted.keys[place] == keys) & is_new[place]
+    if not is_counted.any():
+        raise UserError(f"{config.outcomes}: no request is on a prompt of the store that is new to the router")
+    place, log = place[is_counted], log[is_counted]
+    p_correct, lengths = (values[place] for values in predicted.prediction)
+    expected = router.pool.expected_cost(predicted.num_tokens[place], lengths)
+    policies = {"router": choose(p_correct, expected, router.default_tolerance)}
+    policies |= {f"always {name}": np.full(len(place), t) for t, name in enumerate(router.pool.target_names)}
+    values = [policy_value(name, log, choice, p_correct, config.draws) for name, choice in policies.items()]
+    report = LogReport(
+        router_version=router.version,
+        pool=router.pool.name,
+        num_requests=len(place),
+        explored=float((log.propensity < 1.0).mean()),
+        mean_reward=float(log.reward.mean()),
+        policies=values,
+        num_draws=config.draws,
+        about={
+            "Feedback": config.outcomes,
+            "Prompts": f"{config.activations}, of {graded.store.manifest.corpus}",
+            "Router": config.router,
+            "Tolerance": f"{router.default_tolerance:.3f}",
+            "Versions": versions(),
+        },
+    )
+    write_report(config.out, report)
+    return values

@@ -1,0 +1,1 @@
+"""`extract`: corpus to activations."""

@@ -1,0 +1,85 @@
+"""What an extraction would cost, told before it runs: prompts, tokens, GPU-hours and bytes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from prefill_jobs.extract.extract_job import parse_layers, parse_pooling
+from prefill_router.activations.activation_store import read_manifest
+from prefill_router.common.options import ExtractConfig
+from prefill_router.common.schema import ActivationColumn, activation_columns
+from prefill_router.corpus.plan import plan
+from prefill_router.corpus.reader import Row, files, read
+from prefill_router.encoder.model_size import EncoderSize
+
+_GPU_FLOPS = 0.5 * 989e12  # half of what an H100 (SXM) can do in dense bf16 products, by its data sheet
+_GPU = "half of an H100's peak"
+_BYTES_PER_TOKEN = 4  # of English text, where nothing has been read yet
+_ROWS_LOOKED_AT = 1000
+_BYTES_PER_ROW = 80  # beside activations: the id, its length, and the ledger's key
+_PROBED_COLUMNS = 3  # about as many as a probe chooses
+
+
+@dataclass(frozen=True)
+class ExtractionCost:
+    prompts: int
+    tokens: int
+    flops: float
+    bytes: int
+    is_bound: bool = False  # layers are not known yet: it is at most so much
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.flops / _GPU_FLOPS / 3600
+
+    @property
+    def text(self) -> str:
+        most = "at most " if self.is_bound else ""
+        return (
+            f"{most}{self.prompts:,} prompts, about {self.tokens:,} tokens, {self.gpu_hours:.2g} GPU-hours at {_GPU}, "
+            f"{self.bytes / 1e6:,.1f} MB"
+        )
+
+
+def extraction_cost(
+    config: ExtractConfig, sample: ExtractConfig | None, chosen: ExtractConfig | None = None
+) -> ExtractionCost:
+    """Of `config`'s corpus less what its store holds, and what is copied from the store of the `sample`.
+
+    Lengths are those of that store, where it is there. `chosen` is the config with the layers that the probe has told;
+    without it, all layers are run.
+    """
+    size = EncoderSize.of(config.encoder)
+    layers, pooling = parse_layers((chosen or config).layers), parse_pooling((chosen or config).pooling)
+    indices = range(size.num_layers + 1) if layers == "all" else layers
+    columns = activation_columns(indices, pooling)
+    missing, copied = _missing(config, columns, sample)
+    prompts = missing - copied
+    mean_tokens = min(_mean_tokens(config, sample), config.max_tokens)
+    flops = prompts * size.block.flops([round(mean_tokens)], 0, max(indices))
+    is_bound = sample is not None and chosen is None
+    num_columns = _PROBED_COLUMNS if is_bound else len(columns)
+    num_bytes = missing * (num_columns * size.hidden_size * 2 + _BYTES_PER_ROW)
+    return ExtractionCost(prompts, round(prompts * mean_tokens), flops, num_bytes, is_bound)
+
+
+def _missing(config: ExtractConfig, columns: list[ActivationColumn], sample: ExtractConfig | None) -> tuple[int, int]:
+    """Prompts of the corpus that a finished store has not, or not with these columns, and those that the sample has."""
+    planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
+    held, num_prompts = read_manifest(config.out), int(planned.is_first.sum())
+    if held is not None and {column.name for column in columns} <= set(held.columns):
+        return max(0, num_prompts + planned.num_repeated - held.rows), 0
+    if sample is None:
+        return num_prompts, 0
+    sampled = plan(sample.corpus, sample.shard_rows, sample.limit, sample.max_prompt_bytes)
+    return num_prompts, min(num_prompts, int(sampled.is_first.sum()))
+
+
+def _mean_tokens(config: ExtractConfig, sample: ExtractConfig | None) -> float:
+    held = read_manifest(sample.out) if sample is not None else None
+    if held is not None and held.rows:
+        return held.shards.total("num_tokens") / held.rows
+    rows = itertools.islice(read(files(config.corpus)[0]), _ROWS_LOOKED_AT)
+    sizes = [len(str(row.prompt).encode()) for _, _, row in rows if isinstance(row, Row)]
+    return max(1.0, sum(sizes) / max(1, len(sizes)) / _BYTES_PER_TOKEN)

@@ -1,0 +1,258 @@
+"""`extract`: corpus to activations, each shard once.
+
+Plan the corpus, hand every shard that the ledger does not know to an actor, then those rows that repeat an earlier
+prompt, and commit them all in one manifest.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from prefill_jobs.extract.extract_summary import ExtractSummary
+from prefill_jobs.extract.extractor import Done, ExtractShard, Request, Source, Task
+from prefill_jobs.extract.guarded_encoder import Attempts
+from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime.progress import Progress
+from prefill_router import storage
+from prefill_router.activations import commit_log
+from prefill_router.activations.activation_store import Manifest, read_manifest, write_manifest
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_records import bad_rows, shard_name
+from prefill_router.activations.reuse import Sources
+from prefill_router.activations.shard_list import ShardList
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ExtractConfig
+from prefill_router.common.schema import POOLINGS, Pooling
+from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
+from prefill_router.corpus.reader import refuse_output, tell_unread
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, check
+from prefill_router.router.artifact import Router
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.lease import Lease
+
+_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+
+
+def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
+    """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last.
+
+    What an `other` store holds of its prompts is copied. Raises UserError where that is another encoder's.
+    """
+    layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
+    spec = EncoderSpec(
+        model=config.encoder,
+        max_tokens=config.max_tokens,
+        mean_over=config.mean_over,
+        template_arguments=config.template_arguments,
+        template_date=config.template_date,
+    )
+    return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
+
+
+def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
+    """`extract` with a router's encoder and the columns that it reads, whatever `config` says of them.
+
+    Raises UserError where the store at `config.out`, or the encoder that can be loaded, is another's.
+    """
+    columns = [column.name for column in router.columns]
+    request = Request(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
+    return _extract(config, request, router.encoder_identity)
+
+
+def _extract(
+    config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None, other: str | None = None
+) -> ExtractSummary:
+    storage.require(config.corpus, "corpus")
+    refuse_output(config.out, config.corpus)
+    if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
+        check(request.encoder, [] if request.layers == "all" else request.layers)
+    tell_unread(config.corpus, "extract")
+    with cluster.connected():
+        planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
+        planned.check_bad(planned.bad, config.max_bad_fraction)
+        with Lease.acquire(config.out, "extract") as lease:
+            if encoder is not None:
+                commit_log.claim_encoder(config.out, encoder)
+            return _Extraction(config, planned, request, lease, other).run()
+
+
+class _Extraction:
+    def __init__(
+        self, config: ExtractConfig, planned: CorpusPlan, request: Request, lease: Lease, other: str | None
+    ) -> None:
+        self.config, self.plan, self.lease = config, planned, lease
+        if config.overwrite:
+            commit_log.clear(config.out)
+        self.other = None if other is None else Ledger.open(other)
+        if self.other is not None and self.other.encoder is not None:
+            commit_log.claim_encoder(config.out, self.other.encoder)
+        self.ledger = Ledger.open(config.out)
+        before = read_manifest(config.out)
+        if before is not None:
+            _check_nothing_is_lost(config.out, before, self.ledger, self.plan)
+        self.request = request if before is None else replace(request, also=[*request.also, *before.columns])
+        self.encoder = self.ledger.encoder
+        self.parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
+
+    def run(self) -> ExtractSummary:
+        # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+        spec = self.request.encoder
+        cluster.on_every_node(checkpoint.fetch, spec.model, spec.revision)
+        self.workers = self.actors.number
+        summary = ExtractSummary(len(self.plan.bad), self.workers)
+        progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
+        progress.quarantine(len(self.plan.bad))
+        if self.plan.num_repeated:
+            say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one: they are computed once")
+        if self.plan.bad:
+            say(f"extract: {len(self.plan.bad):,} rows are bad and go to the quarantine; {self.plan.bad[0].message}")
+        self._do(self.plan.shards, self._shard_tasks, progress, summary)
+        self._do(self.plan.repeats, self._repeat_tasks, progress, summary)
+        return self._finish(summary)
+
+    @property
+    def actors(self) -> cluster.Actors:
+        config = self.config
+        return cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
+
+    def _shard_tasks(self, pending: Sequence[int]) -> list[Task]:
+        """Shards, each with the finished ones that hold some of its prompts."""
+        digests = [part.digest for part in self.parts]
+        ledgers = [self.ledger, *([] if self.other is None else [self.other])]
+        sources = [(held.uri, Sources(held, digests)) for held in ledgers]
+        spans = list(self.plan.spans())
+
+        def sources_of(i: int) -> tuple[Source, ...]:
+            keys = self.plan.keys[spans[i][1]]
+            return tuple((store, place) for store, found in sources for place in found.of(i, keys))
+
+        return [Task(spans[i][0], sources_of(i)) for i in pending]
+
+    def _repeat_tasks(self, pending: Sequence[int]) -> list[Task]:
+        places = self.ledger.places(self._positions(self.plan.shards))
+        repeats = [self.plan.repeats[i] for i in pending]
+        out = self.config.out
+        return [Task(rows, tuple((out, places[i]) for i in dict.fromkeys(rows.sources))) for rows in repeats]
+
+    def _names(self, parts: Sequence[Shard | Repeats]) -> list[str]:
+        assert self.encoder is not None
+        columns = [column.name for column in self.request.columns(self.encoder)]
+        return [shard_name(part.digest, columns) for part in parts]
+
+    def _positions(self, parts: Sequence[Shard | Repeats]) -> NDArray[np.int64]:
+        """Of their records in the ledger; -1 where there is none."""
+        return np.full(len(parts), -1) if self.encoder is None else self.ledger.positions(self._names(parts))
+
+    def _do(
+        self,
+        parts: Sequence[Shard | Repeats],
+        to_tasks: Callable[[Sequence[int]], list[Task]],
+        progress: Progress,
+        summary: ExtractSummary,
+    ) -> None:
+        """Has those parts done that the ledger does not know."""
+        positions = self._positions(parts)
+        done = self.ledger.records.take(positions[positions >= 0])
+        num_rows, num_refused = pc.sum(done["rows"], min_count=0).as_py(), sum(1 for _ in bad_rows(done))
+        summary.reuse(num_rows, num_refused)
+        progress.skip(num_rows + num_refused)
+        pending = np.flatnonzero(positions < 0).tolist()
+        if not pending:
+            return
+        arguments = {
+            "request": self.request,
+            "threads": cluster.threads_per_worker(self.workers),
+            "attempts": cluster.Shared(Attempts),
+        }
+        items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
+        options = self.actors.options(_CALLS)
+        for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
+            finished: Done = pickle.loads(row["done"])
+            self.lease.check()
+            self._check_encoder(finished.encoder)
+            self.ledger.add(finished.record)
+            summary.add(finished)
+            num_refused = len(finished.record.refused)
+            progress.add(
+                finished.record.rows + num_refused, finished.work, summary.capacity.flops, finished.num_retries
+            )
+            progress.quarantine(num_refused)
+
+    def _check_encoder(self, encoder: EncoderIdentity) -> None:
+        if self.encoder is None:
+            self.encoder = encoder
+        if encoder.fingerprint != self.encoder.fingerprint:
+            raise UserError("the workers' encoders differ (weights, tokenizer or dtype): give every node the same")
+
+    def _finish(self, summary: ExtractSummary) -> ExtractSummary:
+        records = self.ledger.records.take(self._positions(self.parts))
+        bad = [*self.plan.bad, *bad_rows(records)]
+        self.plan.check_bad(bad, self.config.max_bad_fraction)
+        assert self.encoder is not None
+        manifest = Manifest(
+            encoder=self.encoder,
+            columns=[column.name for column in self.request.columns(self.encoder)],
+            corpus=self.config.corpus,
+            is_sample=self.config.limit is not None,
+            shards=ShardList(records.filter(pc.is_valid(records["file"]))),
+            quarantine=parquet_objects.write_quarantine(self.config.out, bad),
+        )
+        self.lease.check()
+        write_manifest(self.config.out, manifest)
+        self.ledger.tidy(self._names(self.parts))
+        summary.finish(manifest)
+        storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
+        return summary
+
+
+def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:
+    """Raises UserError where a finished store holds rows that the corpus now lacks: a run only ever adds."""
+    parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
+    stay = pa.array(parquet_objects.file_name(shard_name(part.digest, before.columns)) for part in parts)
+    others = before.shards.table.filter(pc.invert(pc.is_in(before.shards.table["file"], value_set=stay)))
+    if not len(others):
+        return
+    positions = entries.positions(others["file"].combine_chunks(), "file")
+    lost = _num_lost(entries, positions[positions >= 0], planned)
+    for file, rows, position in zip(others["file"].to_pylist(), others["rows"].to_pylist(), positions, strict=True):
+        if num_lost := lost.get(position, rows):
+            raise UserError(
+                f"{out}: holds {num_lost:,} rows of shard {file} that this corpus has not, or has otherwise "
+                f"({before.corpus} was extracted): choose another folder, or replace it with extract --overwrite"
+            )
+
+
+def _num_lost(entries: Ledger, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
+    """How many rows of each of these records the corpus lacks."""
+    held = dict(entries.keys(positions))
+    is_lost = ~planned.has(np.concatenate([np.zeros((0, 3), np.uint64), *held.values()]))
+    parts = np.split(is_lost, np.cumsum([len(keys) for keys in held.values()]))
+    return {position: int(part.sum()) for position, part in zip(held, parts, strict=False)}
+
+
+def parse_layers(text: str) -> Literal["all"] | list[int]:
+    if text.strip() == "all":
+        return "all"
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f'layers = "{text}", must be "all" or indices like 0,15,30') from None
+
+
+def parse_pooling(text: str) -> list[Pooling]:
+    names = [name.strip() for name in text.split(",")]
+    chosen = [pooling for pooling in POOLINGS if pooling in names]
+    for name in names:
+        if name not in chosen:
+            raise UserError(f'pooling = "{name}", must be last, mean or both, as last,mean')
+    return chosen

@@ -1,0 +1,73 @@
+"""What an extraction took, counted shard by shard, and said as JSON when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prefill_jobs.extract.extractor import Done
+from prefill_jobs.runtime.capacity import Capacity
+from prefill_router.activations.activation_store import Manifest
+from prefill_router.encoder.prefill_work import Work
+
+
+class ExtractSummary:
+    """`manifest` is there once the extraction has ended."""
+
+    manifest: Manifest
+
+    def __init__(self, num_bad: int, workers: int) -> None:
+        self.num_quarantined, self.workers = num_bad, workers
+        self.work = Work()
+        self.num_reused = self.num_copied = self.num_retries = self.num_shards_computed = 0
+        self.seconds = 0.0
+        self.capacity = Capacity()
+        self._started = time.monotonic()
+
+    def reuse(self, num_rows: int, num_refused: int) -> None:
+        """What an earlier run left done."""
+        self.num_reused += num_rows
+        self.num_quarantined += num_refused
+
+    def add(self, done: Done) -> None:
+        self.capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
+        self.num_retries += done.num_retries
+        if not done.is_new:
+            self.reuse(done.record.rows, len(done.record.refused))
+            return
+        self.num_shards_computed += 1
+        self.work += done.work
+        self.num_copied += done.num_copied
+        self.num_quarantined += len(done.record.refused)
+
+    def finish(self, manifest: Manifest) -> None:
+        self.manifest, self.seconds = manifest, time.monotonic() - self._started
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine.
+
+        `peak_flops` is what the workers could reach in a second, on the whole job's average.
+        """
+        return {
+            "prompts": self.manifest.rows,
+            "computed": self.work.prompts,
+            "reused": self.num_reused,
+            "copied": self.num_copied,
+            "quarantined": self.num_quarantined,
+            "tokens": self.work.tokens,
+            "computed_tokens": self.work.computed_tokens,
+            "padding_waste": round(self.work.padding_waste, 4),
+            "clamped": self.work.clamped,
+            "flops": self.work.flops,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": round(self.work.tokens / self.seconds, 1),
+            "encoder_seconds": round(self.work.seconds, 3),
+            "peak_flops": self.capacity.flops / self.seconds,
+            "mfu": round(self.work.flops / self.capacity.encoder_flops, 4) if self.work.seconds else None,
+            "shards": len(self.manifest.shards),
+            "shards_computed": self.num_shards_computed,
+            "bytes": self.manifest.shards.total("bytes"),
+            "retries": self.num_retries,
+            "workers": self.workers,
+        }

@@ -1,0 +1,1 @@
+"""Activations joined with graded answers: what probes, training and evaluation read."""

@@ -1,0 +1,122 @@
+"""Sentence embeddings of a corpus, for semantic baselines: each prompt embedded once, on Ray Data, and kept."""
+
+# N prompts, D hidden size
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime.progress import Progress
+from prefill_router import storage
+from prefill_router.common import validation
+from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID
+from prefill_router.corpus.plan import Shard, plan, read_shard
+from prefill_router.corpus.split import Keys, prompt_hashes
+from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.parquet_objects import ShardFile
+
+EMBEDDING = "embedding"
+_SHARD_ROWS = 512
+
+
+class Manifest(validation.StrictModel):
+    """Commits the embeddings of a corpus."""
+
+    sentence_encoder: str
+    fingerprint: str
+    shards: list[ShardFile]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of unit length by the prompts' hashes."""
+
+    sentence_encoder: str
+    fingerprint: str
+    keys: Keys  # (N,) ascending
+    vectors: NDArray[np.float16]  # (N, D)
+    num_tokens: NDArray[np.int32]  # (N,) in the sentence encoder's tokens, those too that it cut
+
+    def at(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.int32]]:
+        """Which prompts are embedded (N,), their embeddings (N, D) and lengths (N,); zeros for those that are not."""
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        known = self.keys[place] == keys
+        vectors = np.where(known[:, None], self.vectors[place], 0.0).astype(np.float32)
+        return known, vectors, np.where(known, self.num_tokens[place], 0)
+
+
+def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
+    """Embeds the prompts of a corpus, those that `out` does not hold already. Bad rows are left out."""
+    fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
+    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=cluster.spread).shards
+    items = [{"index": i, "shard": pickle.dumps(shard)} for i, shard in enumerate(shards_of_corpus)]
+    arguments = {"sentence_encoder": sentence_encoder, "fingerprint": fingerprint, "out": out}
+    arguments["threads"] = cluster.threads_per_worker(1)  # type: ignore[assignment]
+    progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
+    written: dict[int, ShardFile] = {}
+    for row in cluster.map_rows(items, EmbedShard, fn_constructor_kwargs=arguments, **cluster.Actors(1).options(1)):
+        written[int(row["index"])] = ShardFile.model_validate_json(row["file"])
+        progress.add(written[int(row["index"])].rows, Work(tokens=row["num_tokens"]))
+    files = [written[i] for i in sorted(written)]
+    manifest = Manifest(sentence_encoder=sentence_encoder, fingerprint=fingerprint, shards=files)
+    storage.write_json(storage.join(out, parquet_objects.MANIFEST), manifest.model_dump())
+    return load_embeddings(out)
+
+
+def load_embeddings(uri: str) -> Embeddings:
+    path = storage.join(uri, parquet_objects.MANIFEST)
+    storage.require(path, "embeddings")
+    manifest = validation.validate(Manifest, storage.read_json(path), path)
+    columns = (PROMPT_ID, NUM_TOKENS, EMBEDDING)
+    table = pa.concat_tables(
+        [parquet_objects.read_shard(uri, file, columns) for file in manifest.shards]
+    ).combine_chunks()
+    keys = prompt_hashes(table[PROMPT_ID].to_pylist())
+    vectors = table[EMBEDDING].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    order = np.argsort(keys)
+    lengths = np.asarray(table[NUM_TOKENS], np.int32)
+    return Embeddings(manifest.sentence_encoder, manifest.fingerprint, keys[order], vectors[order], lengths[order])
+
+
+class EmbedShard:
+    """Embeds one shard, unless its object lies there. The encoder is loaded with the first that does not."""
+
+    def __init__(self, sentence_encoder: str, fingerprint: str, out: str, threads: int) -> None:
+        self.source, self.fingerprint, self.out = sentence_encoder, fingerprint, out
+        torch.set_num_threads(threads)
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder:
+        return SentenceEncoder.load(self.source)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        shard = pickle.loads(item["shard"])
+        name = hashlib.sha256(f"{self.fingerprint} {shard.digest}".encode()).hexdigest()[:32]
+        lies_there = storage.exists(storage.join(self.out, f"part-{name}.parquet"))
+        table = self._stored(name) if lies_there else self._table(shard)
+        file = parquet_objects.create_shard(self.out, name, table)
+        return {**item, "file": file.model_dump_json(), "num_tokens": int(np.sum(table[NUM_TOKENS]))}
+
+    def _stored(self, name: str) -> pa.Table:
+        return storage.read_table(storage.join(self.out, f"part-{name}.parquet"))
+
+    def _table(self, shard: Shard) -> pa.Table:
+        rows = read_shard(shard)
+        tokens = self.encoder.tokenize([row.prompt for row in rows])
+        vectors = self.encoder.forward(tokens).astype(np.float16)
+        width = vectors.shape[1]
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), width)
+        ids = pa.array([row.prompt_id for row in rows], pa.string())
+        return pa.table({PROMPT_ID: ids, NUM_TOKENS: pa.array(tokens.full_lengths), EMBEDDING: values})

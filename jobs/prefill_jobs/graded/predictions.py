@@ -1,0 +1,56 @@
+"""A router's predictions for the graded prompts of an activation store, beside what came of them, on Ray Data."""
+
+# N prompts, T targets of the router, F features
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.runtime import cluster
+from prefill_router.corpus.split import Keys
+from prefill_router.policy.decision import Prediction
+from prefill_router.router.artifact import Estimates, Router
+
+
+@dataclass(frozen=True)
+class GradedPrediction:
+    """In the store's order. Outcomes are those of the graded store's targets, predictions those of the router's."""
+
+    keys: Keys  # (N,)
+    num_tokens: NDArray[np.int32]  # (N,)
+    correct: NDArray[np.float32]  # (N, T), NaN where missing
+    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing
+    estimates: Estimates  # (N, T) each
+    p_uncalibrated: NDArray[np.float32]  # (N, T)
+    prediction: Prediction  # (N, T) each
+    features: NDArray[np.float32] | None  # (N, F), where asked for
+
+
+def predict_graded(router: Router, graded: GradedStore, *, with_features: bool = False) -> GradedPrediction:
+    """Raises UserError where the store was written by another encoder than the router's."""
+    router.check_encoder(graded.store.manifest.encoder.fingerprint, graded.store.uri)
+    items = [{"shard": shard} for shard in range(graded.store.num_shards)]
+    arguments = {"router": router, "graded": graded, "with_features": with_features}
+    rows = cluster.map_rows(items, _predict_shard, fn_kwargs=arguments)
+    parts = [row["arrays"] for row in sorted(rows, key=lambda row: int(row["shard"]))]
+    gathered: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    estimates = Estimates(*(gathered.pop(name) for name in Estimates._fields))
+    return GradedPrediction(
+        **{"features": None, **gathered},
+        estimates=estimates,
+        p_uncalibrated=router.uncalibrated(estimates),
+        prediction=router.prediction(estimates),
+    )
+
+
+def _predict_shard(item: dict[str, Any], router: Router, graded: GradedStore, with_features: bool) -> dict[str, Any]:
+    rows = graded.of_pool().rows(int(item["shard"]), router.projections)
+    arrays = rows._asdict() | router.estimates(rows.features)._asdict()
+    if not with_features:
+        del arrays["features"]
+    return {**item, "arrays": arrays}

@@ -1,0 +1,46 @@
+"""How a training wants its prompts split, and what it keeps on one side."""
+
+from __future__ import annotations
+
+from prefill_jobs.graded.embeddings import embed
+from prefill_jobs.runtime import cluster
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import TrainConfig
+from prefill_router.corpus import split_groups
+from prefill_router.corpus.split import Split
+from prefill_router.corpus.split_groups import Units
+
+
+def split_of(config: TrainConfig, fold: int) -> Split:
+    held_out = config.held_out_categories
+    if held_out and config.folds:
+        raise UserError("train: give --folds or --hold-out, not both")
+    if config.corpus is None and (config.likeness is not None or held_out):
+        raise UserError("train: --likeness and --hold-out need the prompts: give --corpus")
+    with_corpus = "text" if config.likeness is None else "similarity"
+    return Split.model_validate(
+        {
+            "seed": config.seed,
+            "test_fraction": 0.0 if held_out else 1.0 / config.folds if config.folds else config.test_fraction,
+            "folds": config.folds,
+            "fold": fold,
+            "held_out": held_out,
+            "units": "content" if config.corpus is None else with_corpus,
+        }
+    )
+
+
+def units_of(config: TrainConfig) -> Units | None:
+    """By text, or by similarity too, where the corpus is given; None is by exact content."""
+    if config.corpus is None:
+        return None
+    by_text = split_groups.of_corpus(config.corpus, config.held_out_categories, config.category)
+    if config.likeness is None:
+        return by_text
+    cluster.connect()
+    embeddings = embed(config.corpus, config.sentence_encoder, f"{config.out.rstrip('/')}-embeddings")
+    joined = by_text.joined_where_similar(embeddings.keys, embeddings.vectors, config.likeness)
+    num_units = len(set(joined.units.tolist()))
+    say(f"train: {len(joined.keys):,} prompts, {num_units:,} that are not alike at a cosine of {config.likeness}")
+    return joined

@@ -1,0 +1,1 @@
+"""`label`: a query log in, a decision for every line out."""

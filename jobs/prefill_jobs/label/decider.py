@@ -1,0 +1,229 @@
+"""The tasks of `label` that choose: estimates and the lines of a shard in, decisions out, partitioned as asked."""
+
+# N lines, T targets, K shadow prices
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from prefill_router import storage
+from prefill_router.common.schema import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
+from prefill_router.corpus.plan import Place, Shard, read_shard
+from prefill_router.corpus.reader import BadRow, Row, folder_keys
+from prefill_router.policy.selection import NO_TARGET
+from prefill_router.query_log.aggregates import UNKNOWN, Lines, Tally, day_of
+from prefill_router.query_log.allocation import Totals, totals
+from prefill_router.query_log.assignment import Choice
+from prefill_router.query_log.estimates import ContentIndex, PromptEstimates, contents_of
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.parquet_objects import ShardFile
+
+DAY = "day"
+_USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS)
+_CACHED_OBJECTS = 64  # of estimates, in each process: prompts that come again come often
+
+
+@dataclass(frozen=True)
+class DecideContext:
+    """What is the same for all shards."""
+
+    log: str
+    out: str  # of decisions
+    estimates: str
+    choice: Choice
+    router_version: str
+    max_prompt_bytes: int
+    by: tuple[str, ...]  # columns of the log, told apart in the report
+    time: str | None
+    partition_by: tuple[str, ...] | None  # `day` and some of `by`; None: the folders of the log
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What decisions carry of their lines."""
+        return ((DAY,) if self.time is not None else ()) + self.by
+
+    @property
+    def extras(self) -> list[str]:
+        """What is read of a line beside its prompt."""
+        return list(dict.fromkeys([*self.by, *([self.time] if self.time else []), *_USED]))
+
+
+@dataclass(frozen=True)
+class DecideTask:
+    shard: Shard
+    position: int  # of its first line among all of the log
+    objects: tuple[str, ...]  # that hold the estimates of its prompts
+
+
+@dataclass(frozen=True)
+class Decided:
+    files: list[ShardFile]
+    tally: Tally
+    bad: list[BadRow]
+
+
+def decide_shard(item: dict[str, Any], context: DecideContext) -> dict[str, Any]:
+    return {"decided": pickle.dumps(_decide(pickle.loads(item["task"]), context))}
+
+
+def total_object(item: dict[str, Any], uri: str, choice: Choice, prices: NDArray[np.float64]) -> dict[str, Any]:
+    """What the lines of one object of estimates cost and answer at prices (K,)."""
+    estimates = _load(uri, item["object"])
+    p, _, cost_usd = choice.read(estimates)
+    weights = np.where([reason is None for reason in estimates.reasons], pickle.loads(item["weights"]), 0)
+    found: Totals = totals(p, cost_usd, weights, choice.eligible(p, cost_usd), prices)
+    return {"totals": pickle.dumps(found)}
+
+
+def _decide(task: DecideTask, context: DecideContext) -> Decided:
+    rows = read_shard(task.shard, context.max_prompt_bytes, context.extras)
+    estimates = _estimates_of(rows, task, context)
+    is_good = np.array([reason is None for reason in estimates.reasons], np.bool_)
+    bad = [
+        BadRow(*place, row.prompt_id, reason)
+        for row, place, reason in zip(rows, task.shard.places, estimates.reasons, strict=True)
+        if reason is not None
+    ]
+    good = np.flatnonzero(is_good)
+    if not len(good):
+        return Decided([], Tally(), bad)
+    rows, estimates = [rows[i] for i in good], estimates.take(good)
+    places = [task.shard.places[i] for i in good]
+    p, lengths, cost_usd = context.choice.read(estimates)
+    chosen = context.choice(p, cost_usd, task.position + good)
+    columns = _columns(rows, context)
+    used, used_cost_usd = _used(rows, estimates, context)
+    lines = Lines(
+        estimates.input_tokens.astype(np.int64), p, cost_usd, estimates.percentile, chosen, used, used_cost_usd
+    )
+    table = _table(rows, places, lines, lengths, columns, context)
+    files = _write(table, places, columns, task.shard, context)
+    return Decided(files, Tally.of(lines, columns, context.choice.eligible(p, cost_usd)), bad)
+
+
+def _estimates_of(rows: Sequence[Row], task: DecideTask, context: DecideContext) -> PromptEstimates:
+    held = PromptEstimates.concatenate([_load(context.estimates, name) for name in task.objects])
+    places = ContentIndex(held.contents).find(contents_of([row.content_digest for row in rows]))
+    assert (places >= 0).all(), "a line's prompt was not estimated"
+    return held.take(places)
+
+
+@lru_cache(maxsize=_CACHED_OBJECTS)
+def _load(uri: str, name: str) -> PromptEstimates:
+    return PromptEstimates.load(uri, name)
+
+
+def _columns(rows: Sequence[Row], context: DecideContext) -> dict[str, list[str]]:
+    places = {name: i for i, name in enumerate(context.extras)}
+    columns = {name: [_text(row.extras[places[name]]) for row in rows] for name in context.by}
+    if context.time is None:
+        return columns
+    return {DAY: [day_of(row.extras[places[context.time]]) for row in rows], **columns}
+
+
+def _text(value: object) -> str:
+    if value is None or value == "":
+        return UNKNOWN
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _used(
+    rows: Sequence[Row], estimates: PromptEstimates, context: DecideContext
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The target that each line went to, as far as the log tells, and what that cost."""
+    targets = context.choice.pool.targets
+    known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
+    known |= {target.name: t for t, target in enumerate(targets)}
+    model, given, made = (context.extras.index(name) for name in _USED)
+    used = np.array([known.get(row.extras[model], NO_TARGET) for row in rows], np.int64)
+    cost = np.full(len(rows), np.nan)
+    for i, (row, t) in enumerate(zip(rows, used.tolist(), strict=True)):
+        output_tokens = _count(row.extras[made])
+        if t != NO_TARGET and output_tokens is not None:
+            input_tokens = _count(row.extras[given])
+            counted = float(estimates.input_tokens[i]) if input_tokens is None else input_tokens
+            cost[i] = targets[t].cost(counted, output_tokens)
+    return used, cost
+
+
+def _count(value: object) -> float | None:
+    """A number of tokens, which a CSV has as text."""
+    try:
+        count = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return count if 0.0 <= count < 1e12 else None
+
+
+def _table(
+    rows: Sequence[Row],
+    places: Sequence[Place],
+    lines: Lines,
+    lengths: NDArray[np.float64],
+    columns: dict[str, list[str]],
+    context: DecideContext,
+) -> pa.Table:
+    names = context.choice.pool.target_names
+
+    def by_target(values: NDArray[Any]) -> pa.Array:
+        return pa.StructArray.from_arrays([pa.array(column.astype(np.float32)) for column in values.T], names)
+
+    arrays = [
+        pa.array([row.prompt_id for row in rows]),
+        pa.array([_relative(place.uri, context.log) for place in places]),
+        pa.array([place.row for place in places]),
+        pa.array([None if t == NO_TARGET else names[t] for t in lines.chosen], pa.string()),
+        pa.array(lines.input_tokens, pa.int32()),
+        by_target(lines.p_correct),
+        by_target(lengths),
+        by_target(lines.cost_usd),
+        pa.array(lines.percentile, from_pandas=True),
+        pa.array([context.router_version] * len(rows)),
+        *(pa.array(values, pa.string()) for values in columns.values()),
+    ]
+    return pa.table(arrays, schema=decisions(names, context.columns))
+
+
+def _write(
+    table: pa.Table, places: Sequence[Place], columns: dict[str, list[str]], shard: Shard, context: DecideContext
+) -> list[ShardFile]:
+    """One object for each partition that the lines are in. What its folders say of them is no column of it, as in Hive:
+    readers would find it twice, and not always of one type."""
+    first = shard.extents[0]
+    identity = f"{_relative(first.uri, context.log)}\n{first.first_row}\n{shard.digest}"
+    name = f"part-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.parquet"
+    if context.partition_by is None:
+        folders = [_folder_of(_relative(place.uri, context.log), context) for place in places]
+    else:
+        keys = [[f"{column}={quote(value, safe='')}" for value in columns[column]] for column in context.partition_by]
+        folders = ["/".join(parts) for parts in zip(*keys, strict=True)]
+    files = []
+    for folder in sorted(set(folders)):
+        path = f"{folder}/{name}" if folder else name
+        there = table.filter(pa.array([other == folder for other in folders]))
+        said = [column for column in table.column_names if column in folder_keys(path)]
+        files.append(parquet_objects.write_named(context.out, path, there.drop_columns(said)))
+    return files
+
+
+def _folder_of(file: str, context: DecideContext) -> str:
+    """The log's folders, of which those that are called as one of our own columns are renamed."""
+    ours = {name for name in decisions([]).names if name not in context.columns}
+    parts = file.split("/")[:-1]
+    return "/".join(f"log_{part}" if "=" in part and part.partition("=")[0] in ours else part for part in parts)
+
+
+def _relative(uri: str, log: str) -> str:
+    """A file's place below the log, or its name where the log is that file."""
+    return uri.removeprefix(log).strip("/") or storage.name(uri)

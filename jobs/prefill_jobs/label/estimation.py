@@ -1,0 +1,129 @@
+"""Estimates of a corpus: the encoder reads each prompt once that no run has read, and what the router says is kept."""
+
+# N rows of the corpus, M estimates
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs.extract.guarded_encoder import Attempts
+from prefill_jobs.label.estimator import Estimated, EstimateShard, EstimateTask
+from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime.capacity import Capacity
+from prefill_jobs.runtime.progress import Progress
+from prefill_router import storage
+from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.reuse import Sources
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.corpus.plan import CorpusPlan
+from prefill_router.corpus.reader import MAX_PROMPT_BYTES
+from prefill_router.encoder import checkpoint
+from prefill_router.query_log.estimates import ContentIndex, Contents, contents_of
+from prefill_router.router.artifact import Router
+from prefill_router.storage.lease import Lease
+
+_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+_READERS = 32
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """What a router is to say of a corpus, and where that is kept."""
+
+    router: Router | BaselineRouter
+    router_uri: str
+    out: str  # of this router alone
+    actors: cluster.Actors = field(default_factory=cluster.Actors)
+    max_prompt_bytes: int = MAX_PROMPT_BYTES
+    activations: str | None = None  # a store: the encoder reads only what it lacks
+
+    def check(self) -> None:
+        """Raises UserError where the encoder cannot be loaded, unless it may not be needed any more."""
+        if not storage.list_names(self.out):
+            self.router.require_encoder()
+
+    def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
+        """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
+        contents = planned.keys[:, 1:]
+        known = Held.read(self.out).index.find(contents) >= 0
+        wanted = planned.is_first
+        progress = Progress(task, int(wanted.sum()))
+        progress.skip(int((wanted & known).sum()))
+        tasks = self._tasks(planned, wanted & ~known)
+        if not tasks:
+            return 0
+        if isinstance(self.router, Router):
+            # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+            cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
+        arguments = {
+            "router": storage.absolute(self.router_uri),
+            "out": self.out,
+            "activations": self.activations,
+            "max_prompt_bytes": self.max_prompt_bytes,
+            "threads": cluster.threads_per_worker(self.actors.number),
+            "attempts": cluster.Shared(Attempts),
+        }
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        options = self.actors.options(_CALLS)
+        capacity, num_read = Capacity(), 0
+        for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
+            lease.check()
+            done: Estimated = pickle.loads(row["done"])
+            capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
+            num_read += done.work.prompts
+            progress.add(done.num_prompts, done.work, capacity.flops, done.num_retries)
+            progress.quarantine(done.num_refused)
+        return num_read
+
+    def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
+        """The shards with rows (N,) that are wanted, each with those of the store that hold some of their prompts."""
+        digests = [shard.digest for shard in planned.shards]
+        sources = None if self.activations is None else Sources(Ledger.open(self.activations), digests)
+        tasks = []
+        for i, (shard, span) in enumerate(planned.spans()):
+            rows = np.flatnonzero(wanted[span])
+            if len(rows):
+                found = () if sources is None else sources.of(i, planned.keys[span][rows])
+                tasks.append(EstimateTask(shard, rows, found))
+        return tasks
+
+
+@dataclass(frozen=True)
+class Held:
+    """The prompts whose estimates lie at an output, object by object."""
+
+    names: list[str]
+    contents: Contents  # (M, 2)
+    owners: NDArray[np.int64]  # (M,) places among the names, ascending
+
+    @classmethod
+    def read(cls, uri: str) -> Held:
+        names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
+
+        def contents(name: str) -> Contents:
+            return contents_of(storage.read_table(storage.join(uri, name), ["content"])["content"].to_pylist())
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            parts = list(readers.map(contents, names))
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return cls(names, np.concatenate([np.zeros((0, 2), np.uint64), *parts]), owners)
+
+    @cached_property
+    def index(self) -> ContentIndex:
+        return ContentIndex(self.contents)
+
+    def names_of(self, places: NDArray[np.int64]) -> tuple[str, ...]:
+        """The objects that hold these of the M estimates."""
+        return tuple(self.names[i] for i in np.unique(self.owners[places]))
+
+    def by_object(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Values (M,) of the estimates, in the order of each object."""
+        ends = np.searchsorted(self.owners, np.arange(1, len(self.names)))
+        return dict(zip(self.names, np.split(values, ends), strict=True))

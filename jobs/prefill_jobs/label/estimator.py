@@ -1,0 +1,179 @@
+"""The actor of `label`: the prompts of a shard in, an object with what the router says of them out."""
+
+# N prompts
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefill_jobs.extract.guarded_encoder import SafeReader, begin
+from prefill_jobs.runtime import cluster
+from prefill_router import storage
+from prefill_router.activations.commit_log import Place
+from prefill_router.activations.shard_builder import Draft
+from prefill_router.baselines import any_router
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.common.schema import ActivationColumn
+from prefill_router.corpus.plan import Shard, read_shard
+from prefill_router.corpus.reader import Row
+from prefill_router.encoder.hardware import measured_peak_flops
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.prefill_work import Work
+from prefill_router.query_log.estimates import PromptEstimates, contents_of
+from prefill_router.router.artifact import Router
+from prefill_router.storage import parquet_objects
+
+_NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
+
+
+@dataclass(frozen=True)
+class EstimateTask:
+    """Some rows of a shard, counted among those that stay in it."""
+
+    shard: Shard
+    rows: NDArray[np.int64]
+    sources: tuple[Place, ...] = ()  # shards of a store that hold some of their activations
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """What came of a task."""
+
+    num_prompts: int
+    num_refused: int  # of them
+    num_retries: int
+    work: Work
+    worker: str
+    peak_flops: float
+    worked_s: float  # since the worker's first task began
+
+
+class EstimateShard:
+    """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
+
+    def __init__(
+        self,
+        router: str,
+        out: str,
+        activations: str | None,
+        max_prompt_bytes: int,
+        threads: int,
+        attempts: cluster.Shared,
+    ) -> None:
+        self.uri, self.out, self.activations = router, out, activations
+        self.max_prompt_bytes, self.attempts = max_prompt_bytes, attempts
+        self.threads = min(threads, os.cpu_count() or 1)
+        self.worker = cluster.worker_id()
+        self._loading = threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        _ = self.began_s
+        torch.set_num_threads(self.threads)  # of the thread that calls
+        task: EstimateTask = pickle.loads(row["task"])
+        attempt = begin(self.attempts, task.shard.digest)
+        self._load(with_encoder=not task.sources)  # with them there may be nothing to read
+        rows = read_shard(task.shard, self.max_prompt_bytes)
+        wanted = [rows[i] for i in task.rows]
+        contents = contents_of([row.content_digest for row in wanted])
+        name = hashlib.sha256(contents.tobytes()).hexdigest()[:32]
+        file, work = parquet_objects.file_name(name), Work()
+        if attempt > 1 and storage.exists(storage.join(self.out, file)):  # the one before ended before it could say so
+            estimates = PromptEstimates.load(self.out, file)
+        else:
+            estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
+            work = self._fill(estimates, wanted, task, attempt)
+            parquet_objects.create_shard(self.out, name, estimates.to_table())
+        num_refused = sum(reason is not None for reason in estimates.reasons)
+        peak_flops = self.peak_flops if work.prompts else 0.0
+        worked_s = time.monotonic() - self.began_s
+        done = Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, peak_flops, worked_s)
+        return {"done": pickle.dumps(done)}
+
+    @cached_property
+    def began_s(self) -> float:
+        """When the first task began."""
+        return time.monotonic()
+
+    def _load(self, *, with_encoder: bool) -> None:
+        with self._loading:
+            _ = self.router
+            if with_encoder:
+                _ = self.reader, self.peak_flops  # which is measured while nothing else is under way
+
+    @cached_property
+    def router(self) -> Router | BaselineRouter:
+        return any_router.load(self.uri)
+
+    @cached_property
+    def reader(self) -> SafeReader | None:
+        encoder = self.router.encoder
+        return SafeReader(encoder, self.threads) if isinstance(encoder, PrefillEncoder) else None
+
+    @cached_property
+    def peak_flops(self) -> float:
+        encoder = self.router.encoder
+        return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
+
+    def _fill(self, estimates: PromptEstimates, rows: Sequence[Row], task: EstimateTask, attempt: int) -> Work:
+        router, prompts = self.router, [row.prompt for row in rows]
+        if isinstance(router, BaselineRouter):
+            tokens = router.encoder.tokenize(prompts)
+            _put(estimates, np.arange(len(prompts)), tokens.full_lengths, tokens.is_truncated)
+            _predict(estimates, np.arange(len(prompts)), *router.predict_tokens(tokens))
+            return Work(prompts=len(prompts), tokens=int(tokens.num_tokens.sum()))
+        draft = self._draft(rows, task, router.columns)
+        work = self._complete(draft, attempt)
+        estimates.reasons[list(draft.refused)] = list(draft.refused.values())
+        kept = np.array([i for i in range(len(prompts)) if i not in draft.refused], np.int64)
+        if len(kept):
+            _put(estimates, kept, draft.full_lengths[kept], draft.is_truncated[kept])
+            features = router.features(draft.activations(kept.tolist()))
+            _predict(estimates, kept, *router.predict_features(features))
+            if router.distance is not None:
+                estimates.percentile[kept] = router.distance.percentile(router.distance(features))
+        return work
+
+    def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> Draft:
+        """What the store holds of the prompts. What it could not read is not tried again."""
+        ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
+        draft = Draft(task.shard.digest, ids, contents, columns)
+        for source in task.sources:
+            assert self.activations is not None
+            draft.copy(self.activations, source)
+        draft.prompts = [row.prompt for row in rows]
+        return draft
+
+    def _complete(self, draft: Draft, attempt: int) -> Work:
+        """Has the encoder read what the draft misses; without that it need not even be loaded."""
+        cut = np.flatnonzero(draft.is_truncated)  # of a store, which does not say how long they were
+        if not len(cut) and not any(draft.missing()):
+            return Work()
+        self._load(with_encoder=True)
+        assert self.reader is not None
+        work = self.reader.complete(draft, attempt)
+        draft.full_lengths[cut] = self.reader.encoder.tokenize([draft.prompts[i] for i in cut]).full_lengths
+        return work
+
+
+def _put(estimates: PromptEstimates, rows: NDArray[Any], lengths: NDArray[Any], is_truncated: NDArray[Any]) -> None:
+    estimates.input_tokens[rows] = lengths
+    estimates.is_truncated[rows] = is_truncated
+
+
+def _predict(estimates: PromptEstimates, rows: NDArray[Any], p: NDArray[Any], output_tokens: NDArray[Any]) -> None:
+    is_finite = np.isfinite(p).all(1) & np.isfinite(output_tokens).all(1)
+    estimates.reasons[rows[~is_finite]] = _NOT_FINITE
+    estimates.p_correct[rows] = np.where(is_finite[:, None], p, 0.0)
+    estimates.output_tokens[rows] = np.where(is_finite[:, None], output_tokens, 0.0)

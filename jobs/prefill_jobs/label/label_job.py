@@ -1,0 +1,325 @@
+"""`label`: a query log in, a decision for every line out, and what the log costs.
+
+Plan the log, let the encoder read each prompt once that no earlier run has read, spend the budget if there is one, and
+decide for every line. Estimates are kept by what a prompt holds, decisions by where a line stands.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from prefill_jobs.extract.extract_job import extract_for
+from prefill_jobs.label.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
+from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.runtime import cluster
+from prefill_router import storage
+from prefill_router.baselines import any_router
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ExtractConfig, LabelConfig, names_in
+from prefill_router.common.validation import StrictModel, validate
+from prefill_router.corpus.plan import CorpusPlan, in_order, plan
+from prefill_router.corpus.reader import BadRow, files, refuse_output, tell_unread
+from prefill_router.policy.decision import Policy
+from prefill_router.policy.pool import load_pool
+from prefill_router.query_log.aggregates import UNKNOWN, Tally
+from prefill_router.query_log.allocation import Allocation, Totals, solve
+from prefill_router.query_log.assignment import Choice
+from prefill_router.query_log.estimates import Contents
+from prefill_router.reports.label_page import LabelReport, write_report
+from prefill_router.router.artifact import Router
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.lease import Lease
+from prefill_router.storage.parquet_objects import ShardFile
+
+_ESTIMATES, _DECISIONS = "estimates", "decisions"
+
+
+class LogFile(StrictModel):
+    """A file of the log that has been decided."""
+
+    uri: str
+    bytes: int
+
+
+class LabelManifest(StrictModel):
+    """manifest.json: what was decided, written last."""
+
+    format: int = 2
+    router_version: str
+    settings: dict[str, Any] = Field(description="What the decisions hang on")
+    inputs: list[LogFile]
+    files: list[ShardFile]
+    lines: int
+    repeated: int = Field(description="Lines whose prompt stands earlier: computed once")
+    computed: int = Field(description="Prompts that the encoder read in the latest run")
+    quarantined: int
+    decisions: dict[str, int]
+    tally: list[dict[str, Any]] = Field(description="What the report is made of, to which later runs add")
+
+
+def label(config: LabelConfig) -> LabelManifest:
+    """Writes decisions and their report to `config.out`, and last the manifest, which it returns.
+
+    Raises UserError where the log cannot be read, an output of another kind lies there, or a budget is too small.
+    """
+    router = any_router.load(config.router)
+    choice = _choice(config, router)
+    storage.require(config.log, "log")
+    refuse_output(config.out, config.log)
+    _estimation(config, router).check()
+    tell_unread(config.log, "label")
+    with Lease.acquire(config.out, "label") as lease:
+        before = _before(config, router, choice)
+        inputs = _new_files(config, before)
+        if before is not None and not inputs:
+            say(f"label: {config.log} holds no new file")
+            _keep_activations(config, router)
+            return before
+        with cluster.connected():
+            num_read = _keep_activations(config, router)
+            planned = plan(
+                config.log,
+                config.shard_rows,
+                config.limit,
+                config.max_prompt_bytes,
+                keep_repeats=True,
+                only=[file.uri for file in inputs],
+                spread=cluster.spread,
+            )
+            planned.check_bad(planned.bad, config.max_bad_fraction)
+            return _Labelling(config, router, choice, planned, inputs, before, lease).run(num_read)
+
+
+class _Labelling:
+    def __init__(
+        self,
+        config: LabelConfig,
+        router: Router | BaselineRouter,
+        choice: Choice,
+        planned: CorpusPlan,
+        inputs: list[LogFile],
+        before: LabelManifest | None,
+        lease: Lease,
+    ) -> None:
+        self.config, self.router, self.choice, self.plan = config, router, choice, planned
+        self.inputs, self.before, self.lease = inputs, before, lease
+        self.estimation = _estimation(config, router)
+        self.estimates = self.estimation.out
+        self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
+
+    def run(self, num_read: int) -> LabelManifest:
+        """`num_read` prompts were read for their activations."""
+        self._say()
+        computed = num_read + self.estimation.run(self.plan, self.lease, "label")
+        held = Held.read(self.estimates)
+        places = held.index.find(self._contents)
+        allocation = self._allocate(held, places)
+        decided = self._decide(held, places, replace(self.choice, allocation=allocation))
+        bad = in_order([*self.plan.bad, *decided.bad])
+        self.plan.check_bad(bad, self.config.max_bad_fraction)
+        self.lease.check()
+        return self._finish(decided, bad, computed, allocation)
+
+    def _say(self) -> None:
+        num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
+        if repeated:
+            say(f"label: {repeated:,} of {num_lines:,} lines repeat a prompt: they are computed once")
+        if self.plan.bad:
+            say(f"label: {len(self.plan.bad):,} lines are bad and go to the quarantine; {self.plan.bad[0].message}")
+
+    @property
+    def _contents(self) -> Contents:
+        return self.plan.keys[:, 1:]
+
+    def _allocate(self, held: Held, places: NDArray[np.int64]) -> Allocation | None:
+        """How the budget is spent, where there is one: a few passes over the estimates of the log's prompts."""
+        if self.config.budget_usd is None:
+            return None
+        weights = held.by_object(np.bincount(places, minlength=len(held.owners)))
+        items = [{"object": name, "weights": pickle.dumps(counts)} for name, counts in weights.items() if counts.any()]
+
+        def evaluate(prices: NDArray[np.float64]) -> Totals:
+            arguments = {"uri": self.estimates, "choice": self.choice, "prices": prices}
+            found = [pickle.loads(row["totals"]) for row in cluster.map_rows(items, total_object, fn_kwargs=arguments)]
+            return Totals(*(np.sum(values, axis=0) for values in zip(*found, strict=True)))
+
+        typical = self.choice.pool.expected_cost(np.array([1000]), np.full((1, len(self.choice.pool.targets)), 500.0))
+        return solve(self.config.budget_usd, float(typical.mean()), evaluate)
+
+    def _decide(self, held: Held, places: NDArray[np.int64], choice: Choice) -> Decided:
+        context = DecideContext(
+            log=storage.absolute(self.config.log),
+            out=self.decisions,
+            estimates=self.estimates,
+            choice=choice,
+            router_version=self.router.version,
+            max_prompt_bytes=self.config.max_prompt_bytes,
+            by=names_in(self.config.by),
+            time=self.config.time,
+            partition_by=names_in(self.config.partition_by) or None,
+        )
+        items = []
+        for shard, rows in self.plan.spans():
+            located = shard.located()
+            task = DecideTask(located, rows.start, held.names_of(places[rows]))
+            items.append({"task": pickle.dumps(task)})
+        if self.before is None:  # whatever lies there is of an earlier run, or of one that did not finish
+            storage.remove(storage.join(self.config.out, parquet_objects.MANIFEST))
+            parquet_objects.remove_shards(self.decisions, at_any_depth=True)
+        whole = Decided([], Tally(), [])
+        for row in cluster.map_rows(items, decide_shard, fn_kwargs={"context": context}):
+            part: Decided = pickle.loads(row["decided"])
+            whole.files.extend(part.files)
+            whole.bad.extend(part.bad)
+            whole.tally.merge(part.tally)
+        return whole
+
+    def _finish(
+        self, decided: Decided, bad: Sequence[BadRow], computed: int, allocation: Allocation | None
+    ) -> LabelManifest:
+        before, config, out = self.before, self.config, self.config.out
+        tally = decided.tally if before is None else Tally.from_json(before.tally).merge(decided.tally)
+        names = self.choice.pool.target_names
+        for column in tally.columns:
+            if tally.values_of(column) == [UNKNOWN]:
+                say(f"label: no line tells its {column}: is it called otherwise in {config.log}? See --by and --time")
+        bad = [*self._bad_before(), *bad]
+        parquet_objects.write_quarantine(out, bad)
+        report = LabelReport(
+            router_version=self.router.version,
+            pool=self.choice.pool,
+            tolerance=self.choice.tolerance,
+            allocation=allocation,
+            tally=tally,
+            num_quarantined=len(bad),
+            about={"Log": config.log, "Router": config.router},
+        )
+        write_report(out, report)
+        everything = tally.everything
+        counts = {name: int(count) for name, count in zip(names, everything["chosen"], strict=True) if count}
+        if undecided := int(everything["lines"] - everything["chosen"].sum()):
+            counts["none"] = undecided
+        files = sorted([*(before.files if before else []), *decided.files], key=lambda file: file.name)
+        manifest = LabelManifest(
+            router_version=self.router.version,
+            settings=_settings(config, self.choice),
+            inputs=[*(before.inputs if before else []), *self.inputs],
+            files=files,
+            lines=int(everything["lines"]),
+            repeated=self.plan.num_repeated + (before.repeated if before else 0),
+            computed=computed,
+            quarantined=len(bad),
+            decisions=counts,
+            tally=tally.to_json(),
+        )
+        self.lease.check()
+        storage.write_json(storage.join(out, parquet_objects.MANIFEST), manifest.model_dump())
+        parquet_objects.remove_shards(self.decisions, keep={file.name for file in files}, at_any_depth=True)
+        return manifest
+
+    def _bad_before(self) -> list[BadRow]:
+        """The lines of the files decided before that are in quarantine."""
+        known = {file.uri for file in self.before.inputs} if self.before is not None else set()
+        return [row for row in parquet_objects.read_quarantine(self.config.out) if row.uri in known]
+
+
+def _estimation(config: LabelConfig, router: Router | BaselineRouter) -> Estimation:
+    """What the router is to say of the log."""
+    out = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
+    actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
+    return Estimation(router, config.router, out, actors, config.max_prompt_bytes, config.activations)
+
+
+def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> int:
+    """Extracts the whole log where that is asked for, and returns how many prompts the encoder read for it."""
+    if config.activations is None:
+        return 0
+    assert isinstance(router, Router)
+    shared = {"limit", "max_prompt_bytes", "max_bad_fraction", "shard_rows"}
+    workers = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker"}
+    extraction = ExtractConfig(corpus=config.log, out=config.activations, **config.model_dump(include=shared | workers))
+    return extract_for(router, extraction).work.prompts
+
+
+def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
+    pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
+    known = {name: t for t, name in enumerate(router.pool.target_names)}
+    if config.incremental and config.limit is not None:
+        raise UserError("incremental and limit: a file that is decided is decided whole: leave one of them out")
+    if config.budget_usd is not None and config.tolerance is not None:
+        raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
+    if config.activations is not None and not isinstance(router, Router):
+        raise UserError(f"activations: {config.router} is a baseline, which reads none: leave --activations out")
+    if config.activations is not None and storage.absolute(config.activations) == storage.absolute(config.out):
+        raise UserError(f"activations: {config.activations} is --out as well: choose another folder")
+    for column in names_in(config.partition_by):
+        if column == DAY and config.time is None:
+            raise UserError("partition_by = day, but no --time names the column that tells it")
+        if column != DAY and column not in names_in(config.by):
+            raise UserError(f"partition_by: {column} must be day, or one of the columns of --by")
+    return Choice(
+        pool=pool,
+        outputs=tuple(known[name] for name in pool.target_names),
+        tolerance=router.default_tolerance if config.tolerance is None else config.tolerance,
+        allowed=Policy(allowed=names_in(config.targets) or None).mask(pool),
+        max_cost_usd=config.max_cost,
+        min_p_correct=config.min_p,
+    )
+
+
+def _settings(config: LabelConfig, choice: Choice) -> dict[str, Any]:
+    """What must not change from one run to an incremental one."""
+    return {
+        "pool": choice.pool.model_dump(mode="json"),
+        "tolerance": None if config.budget_usd is not None else choice.tolerance,
+        "allowed": choice.allowed.tolist(),
+        **config.model_dump(include={"log", "max_cost", "min_p", "by", "time", "partition_by"}),
+    }
+
+
+def _before(config: LabelConfig, router: Router | BaselineRouter, choice: Choice) -> LabelManifest | None:
+    """The finished run that this one adds to. Raises UserError where one lies there that is not to be touched."""
+    path = storage.join(config.out, parquet_objects.MANIFEST)
+    finished = storage.exists(path)
+    if not config.incremental:
+        if finished and not config.overwrite:
+            raise UserError(
+                f"{config.out}: already holds decisions: add those of new files with --incremental, or decide "
+                "anew with --overwrite"
+            )
+        return None
+    if not finished:
+        return None
+    before = validate(LabelManifest, storage.read_json(path), path)
+    settings = _settings(config, choice)
+    changed = [name for name, value in settings.items() if before.settings.get(name) != value]
+    if before.router_version != router.version:
+        changed.insert(0, "router")
+    if changed:
+        raise UserError(
+            f"{config.out}: was decided with another {changed[0]}: incremental runs go on as the first began; decide "
+            "anew with --overwrite"
+        )
+    return before
+
+
+def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFile]:
+    """The log's files that are not decided yet. Raises UserError where one that is has changed."""
+    known = {file.uri: file.bytes for file in before.inputs} if before is not None else {}
+    new = []
+    uris = files(config.log)
+    for uri, size in zip(uris, storage.sizes_bytes(uris), strict=True):
+        if known.get(uri, size) != size:
+            raise UserError(f"{uri}: has changed since it was decided: decide anew with --overwrite")
+        if uri not in known:
+            new.append(LogFile(uri=uri, bytes=size))
+    return new

@@ -1,0 +1,1 @@
+"""`pipeline`: from a corpus and outcomes to a published router."""

@@ -1,0 +1,319 @@
+"""`pipeline`: from a corpus and graded answers to a published router, step by step, each only where it is out of date.
+
+A step is up to date where its output lies there and all that it reads is as it was: its settings, and files by size
+and time or ETag, or else by what they hold. So a restart goes on where it was, and new prompts cost what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from prefill_jobs.evaluate.evaluate_job import evaluate
+from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
+from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.pipeline.publish_gate import Gate
+from prefill_jobs.train.probe_job import TABLE as PROBES
+from prefill_jobs.train.probe_job import load_probes, run_probe
+from prefill_jobs.train.train_job import train
+from prefill_router import storage
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import (
+    EvaluateConfig,
+    ExtractConfig,
+    PipelineConfig,
+    ProbeConfig,
+    TrainConfig,
+    load_command,
+)
+from prefill_router.common.validation import StrictModel, validate
+from prefill_router.corpus.reader import files
+from prefill_router.corpus.split import Part
+from prefill_router.outcomes import check_columns
+from prefill_router.policy.pool import load_pool
+from prefill_router.probe.layer_scores import joint_columns
+from prefill_router.router.artifact import MANIFEST as ROUTER
+from prefill_router.storage.lease import Lease
+from prefill_router.storage.parquet_objects import MANIFEST
+
+C = TypeVar("C", bound=StrictModel)
+
+_STATE = "pipeline.json"
+_STAGES = ("extract", "probe", "train", "evaluate")
+_INPUTS = ("corpus", "outcomes", "pool", "encoder")  # keys of [pipeline] that its steps have, too
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    output: str  # what lies there once it has run
+    reads: Callable[[], Mapping[str, Any]]  # settings and stamps: cheap to tell
+    run: Callable[[], str]  # returns what to say of it
+    content: Callable[[], str] | None = None  # a digest of all that it reads, where that is less than `reads` tells
+    cost: Callable[[], ExtractionCost] | None = None
+
+
+class Done(StrictModel):
+    """What a step had read when it ran."""
+
+    reads: str
+    content: str | None = None
+
+
+def pipeline(config: PipelineConfig) -> list[str]:
+    """Runs the steps that are out of date and returns their names; with `config.plan`, says which and does not.
+
+    Raises UserError where the gate keeps the new router back.
+    """
+    whole = Pipeline(config)
+    if config.plan:
+        return whole.plan()
+    with Lease.acquire(config.out, "pipeline"):
+        return whole.run()
+
+
+class Pipeline:
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self._tables = {name: load_command(config.file, name) if config.file else {} for name in _STAGES}
+        self._state_uri = storage.join(config.out, _STATE)
+        self._ignored: set[str] = set()
+        _ = self.sample, self.probe, self.extract, self.train, self.evaluate  # what is wrong with one costs nothing yet
+        if self._ignored:
+            say(f"pipeline: {config.file}: {', '.join(sorted(self._ignored))} do not count: a pipeline sets them")
+        stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
+        self._state = {name: validate(Done, done, self._state_uri) for name, done in stored.items()}
+
+    def check(self) -> None:
+        """Raises UserError for what a later step would, where it can be told before the first."""
+        load_pool(self.config.pool)
+        check_columns(self.config.outcomes)
+        _ = self.sample, self.probe, self.extract, self.train, self.evaluate
+        split_of(self.train, 0)
+        storage.check_output(self.config.publish)
+
+    def run(self) -> list[str]:
+        self.check()
+        ran = []
+        for step in self.steps:
+            if self._is_current(step):
+                say(f"pipeline: {step.name}: up to date")
+                continue
+            say(f"pipeline: {step.name}")
+            said = step.run()
+            self._remember(step)
+            say(f"pipeline: {step.name}: {said}")
+            ran.append(step.name)
+        say(f"pipeline: ran {', '.join(ran)}" if ran else "pipeline: everything is up to date, and nothing was run")
+        return ran
+
+    def plan(self) -> list[str]:
+        """Says what would run. What comes after a step that would is taken to be out of date."""
+        would: list[str] = []
+        for step in self.steps:
+            if not would and self._is_current(step):
+                say(f"pipeline: {step.name}: up to date")
+                continue
+            would.append(step.name)
+            say(f"pipeline: {step.name}: would run" + (f", {step.cost().text}" if step.cost is not None else ""))
+        return would
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        corpus, outcomes, pool = self.config.corpus, self.config.outcomes, self.config.pool.partition("#")[0]
+        return (
+            Step(
+                "sample",
+                storage.join(self.sample.out, MANIFEST),
+                lambda: {"corpus": _stamps(corpus), "settings": _settings(self.sample)},
+                lambda: self._extract(self.sample),
+                cost=lambda: extraction_cost(self.sample, None),
+            ),
+            Step(
+                "probe",
+                storage.join(self.probe.out, PROBES),
+                lambda: {
+                    "outcomes": _stamps(outcomes),
+                    "targets": load_pool(self.config.pool).target_names,
+                    "sample": _digest(self.sample.out),
+                    "settings": _settings(self.probe),
+                },
+                self._probe,
+                content=self._graded_sample,
+            ),
+            Step(
+                "extract",
+                storage.join(self.extract.out, MANIFEST),
+                lambda: {"corpus": _stamps(corpus), "settings": _settings(self.whole)},
+                lambda: self._extract(self.whole, self.sample.out),
+                cost=lambda: extraction_cost(self.extract, self.sample, self._layers_or_none),
+            ),
+            Step(
+                "train",
+                storage.join(self.train.out, ROUTER),
+                lambda: {
+                    "activations": _digest(self.extract.out),
+                    "outcomes": _stamps(outcomes),
+                    "pool": _stamps(pool),
+                    "settings": _settings(self.train),
+                },
+                lambda: f"router {train(self.train, keep_learnt=True).version}",
+            ),
+            Step(
+                "evaluate",
+                storage.join(self.evaluate.out, "report.json"),
+                lambda: {"router": _digest(self.train.out, ROUTER), "settings": _settings(self.evaluate)},
+                self._evaluate,
+            ),
+            Step(
+                "publish",
+                storage.join(self.config.publish, ROUTER),
+                lambda: {"router": _digest(self.train.out, ROUTER), "publish": self.config.publish},
+                self._publish,
+            ),
+        )
+
+    def _extract(self, config: ExtractConfig, other: str | None = None) -> str:
+        summary = extract(config, other)
+        return f"{summary.manifest.rows:,} prompts, {summary.work.prompts:,} of them computed"
+
+    def _probe(self) -> str:
+        run_probe(self.probe, split_of(self.train, 0), units_of(self.train))
+        return f"layers {self.whole.layers}, {self.whole.pooling}"
+
+    def _evaluate(self) -> str:
+        evaluation = evaluate(self.evaluate)
+        low_high = evaluation.standings[0].intervals["mdp_auccc"]
+        return f"{self.evaluate.out}/report.html, MDP-AUCCC x 1000 {low_high.value * 1000:.1f}"
+
+    def _publish(self) -> str:
+        gate = Gate(self.config, self.train.out, self.extract.out)
+        objections = [] if self.config.accept else gate.objections()
+        if objections:
+            raise UserError(
+                f"gate: the new router is worse than the published one and does not take its place: "
+                f"{'; '.join(objections)}; see {self.config.out}/gate/report.html, or publish it with --accept"
+            )
+        return f"{self.config.publish}: router {gate.publish().version}"
+
+    # --- their settings ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sample(self) -> ExtractConfig:
+        given = {"layers": "all", "out": self._below("sample")}
+        config = self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **given)
+        return config.model_copy(update={"limit": self.config.sample})
+
+    @cached_property
+    def probe(self) -> ProbeConfig:
+        data = {"activations": self.sample.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
+        return self._stage(ProbeConfig, "probe", **data, out=self._below("probe"), ignore_unknown=True)
+
+    @cached_property
+    def extract(self) -> ExtractConfig:
+        """Without the layers, which the probe will tell."""
+        where = {"out": self._below("activations")}
+        return self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **where)
+
+    @property
+    def whole(self) -> ExtractConfig:
+        """With the layers that the probe has told."""
+        columns = joint_columns(load_probes(self.probe.out))
+        layers = ",".join(map(str, sorted({column.layer for column in columns})))
+        pooling = ",".join(sorted({column.pooling for column in columns}))
+        return self.extract.model_copy(update={"layers": layers, "pooling": pooling})
+
+    @property
+    def _layers_or_none(self) -> ExtractConfig | None:
+        return self.whole if storage.exists(storage.join(self.probe.out, PROBES)) else None
+
+    @cached_property
+    def train(self) -> TrainConfig:
+        data = {"activations": self.extract.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
+        where = {"out": self._below("router"), "corpus": self.config.corpus}
+        return self._stage(TrainConfig, "train", **data, **where, ignore_unknown=True, overwrite=True)
+
+    @cached_property
+    def evaluate(self) -> EvaluateConfig:
+        data = {"router": self.train.out, "activations": self.extract.out, "outcomes": self.config.outcomes}
+        return self._stage(
+            EvaluateConfig, "evaluate", **data, out=self._below("report"), probe=self.probe.out, ignore_unknown=True
+        )
+
+    def _stage(self, model: type[C], command: str, **given: Any) -> C:
+        """The config of a step: what the file's table for its command says, under what the pipeline sets.
+
+        Raises UserError where that table names another input than [pipeline] does.
+        """
+        table = self._tables[command]
+        others = [key for key in given if key in table and table[key] != given[key]]
+        if inputs := [key for key in others if key in _INPUTS]:
+            key = inputs[0]
+            raise UserError(
+                f'{self.config.file}: [{command}] {key} = "{table[key]}", but a pipeline goes by [pipeline] {key} = '
+                f'"{given[key]}": set it there, and leave it out of [{command}]'
+            )
+        self._ignored.update(f"[{command}] {key}" for key in others)
+        return validate(model, {**table, **given}, command)
+
+    def _below(self, name: str) -> str:
+        return storage.join(self.config.out, name)
+
+    # --- what is up to date ------------------------------------------------------------------------------------------
+
+    def _is_current(self, step: Step) -> bool:
+        done = self._state.get(step.name)
+        if done is None or not storage.exists(step.output):
+            return False
+        if done.reads == _hash(step.reads()):
+            return True
+        if step.content is None or done.content != step.content():
+            return False
+        self._remember(step)
+        return True
+
+    def _remember(self, step: Step) -> None:
+        content = step.content() if step.content is not None else None
+        self._state[step.name] = Done(reads=_hash(step.reads()), content=content)
+        storage.write_json(self._state_uri, {name: done.model_dump() for name, done in self._state.items()})
+
+    def _graded_sample(self) -> str:
+        """A digest of the sample and of those outcomes that probing sees: others say nothing of the layers."""
+        graded = GradedStore.open(
+            self.sample.out, self.config.outcomes, self.config.pool, ignore_unknown=True, units=units_of(self.train)
+        )
+        answers = graded.only(split_of(self.train, 0), Part.TRAIN).answers(np.sort(graded.keys))
+        digest = hashlib.sha256(_digest(self.sample.out).encode())
+        digest.update(np.ascontiguousarray(answers.correct).tobytes())
+        digest.update(_hash(_settings(self.probe)).encode())
+        return digest.hexdigest()
+
+
+def _settings(config: StrictModel) -> dict[str, Any]:
+    """What of a config changes what comes out."""
+    size = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker", "overwrite"}
+    return config.model_dump(mode="json", exclude=size)
+
+
+def _stamps(uri: str) -> dict[str, str]:
+    storage.require(uri, "file or folder")
+    return {file: storage.stamp(file) for file in files(uri)}
+
+
+def _digest(uri: str, name: str = MANIFEST) -> str:
+    return hashlib.sha256(storage.read_bytes(storage.join(uri, name))).hexdigest()
+
+
+def _hash(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""How jobs meet Ray, and what they say while they run."""

@@ -1,0 +1,63 @@
+"""How Ray ends a job: as a line that says what happened and what to do, with all that Ray said in a file."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as messages
+
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+
+_STAYS = "run it again, what is done stays"
+_MEMORY = ("OutOfMemoryError", "running low on memory", "memory pressure")
+_NO_ROOM = ("cannot be scheduled", "infeasible")
+_SHOWN_CHARACTERS = 300
+
+_heard: deque[str] = deque(maxlen=1000)
+
+
+def listen() -> None:
+    """Keeps what Ray would print for the file, as it is said of each try, and most tries are made again."""
+    messages.remove_handler("ray_print_logs")
+    messages.remove_handler(__name__)
+    messages.add_handler(__name__, _hear)
+
+
+def _hear(message: Mapping[str, Any]) -> None:
+    for line in message["lines"]:
+        _heard.append(line)
+        if any(words in line for words in _NO_ROOM):
+            say(f"ray: {_shown(line)}")
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Makes a UserError of what Ray raises; one of ours that it has wrapped stays what it was."""
+    try:
+        yield
+    except Exception as error:
+        if not any(kind.__module__.startswith("ray.") for kind in type(error).__mro__):
+            raise
+        cause = getattr(error, "cause", None)  # of what a task raised
+        raise cause if isinstance(cause, UserError) else UserError(_line(error, cause or error)) from error
+
+
+def _line(error: Exception, cause: Exception) -> str:
+    details = "\n".join([*traceback.format_exception(error), "What Ray said meanwhile:", *_heard])
+    with tempfile.NamedTemporaryFile("w", prefix="prefill-router-", suffix=".log", delete=False) as file:
+        file.write(details)
+    what, remedy = _shown(f"{type(cause).__name__}: {cause}"), _STAYS
+    if any(words in details for words in _MEMORY):
+        what, remedy = "a node ran out of memory", f"give it fewer --workers, and {_STAYS}"
+    return f"Ray ended the job: {what}: {remedy}; see {file.name}"
+
+
+def _shown(text: str) -> str:
+    line = text.strip().splitlines()[0]
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."

@@ -1,0 +1,1 @@
+"""`submit`: any job as one of a Ray cluster."""

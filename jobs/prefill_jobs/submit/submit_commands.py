@@ -1,0 +1,114 @@
+"""`prefill-router submit`: every job as a command that a cluster runs, and commands for what became of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefill_jobs.cli.flags import Read, add_command
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import COMMANDS, SubmitConfig
+
+if TYPE_CHECKING:
+    from prefill_jobs.submit.submission import Submission
+
+_Id = Annotated[str, typer.Argument(help="Submission id")]
+_Address = Annotated[str | None, typer.Option(help="Dashboard of the Ray cluster \\[RAY_API_SERVER_ADDRESS]")]
+_FAILED = ("FAILED", "STOPPED")
+
+
+def add_submit(app: typer.Typer, jobs: Sequence[str]) -> None:
+    group = typer.Typer(
+        help="Runs a job on a Ray cluster, by its Jobs API: with this code, these options and no secrets.",
+        no_args_is_help=True,
+    )
+    for job in jobs:
+        add_command(group, job, {job: COMMANDS[job], "submit": SubmitConfig}, _submit)
+    for name, run in (("status", _status), ("logs", _logs), ("stop", _stop), ("list", _list)):
+        group.command(name)(run)
+    app.add_typer(group, name="submit")
+
+
+def _submit(read_job: Read, read_submit: Read) -> None:
+    config, submit = read_job(), read_submit()
+    if submit.address != "local":
+        _run(config, submit)
+        return
+    if submit.detach:
+        raise UserError("detach: a Ray on this machine ends with the command: follow the job")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads them while it is imported
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from prefill_jobs.submit.submission import local_head
+
+    with local_head() as address:
+        _run(config, submit.model_copy(update={"address": address}), is_local=True)
+
+
+def _run(config: object, submit: SubmitConfig, *, is_local: bool = False) -> None:
+    from prefill_jobs.submit import submission
+
+    job = submission.submit(config, submit)  # type: ignore[arg-type]
+    say(f"submit: {job.submission_id} at {job.cluster.address}")
+    if submit.detach:
+        typer.echo(job.submission_id)
+    else:
+        _follow(job, is_local=is_local)
+
+
+def _follow(job: Submission, *, is_local: bool = False) -> None:
+    try:
+        job.follow(partial(typer.echo, nl=False))
+    except KeyboardInterrupt:
+        if is_local:
+            raise UserError(f"{job.submission_id} ends with its Ray: the same command goes on where it was") from None
+        again = f"prefill-router submit logs {job.submission_id} --follow"
+        raise UserError(f"{job.submission_id} goes on: {again} follows it, submit stop ends it") from None
+
+
+def _find(submission_id: str, address: str | None) -> Submission:
+    from prefill_jobs.submit.submission import Cluster
+
+    return Cluster.at(address).find(submission_id)
+
+
+def _status(submission_id: _Id, address: _Address = None) -> None:
+    """Prints a job's status; exit status 1 where it failed or was stopped."""
+    details = _find(submission_id, address).details
+    typer.echo(details.status.value)
+    if details.status.value in _FAILED:
+        raise typer.Exit(1)
+
+
+def _logs(
+    submission_id: _Id,
+    address: _Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job has ended, and with its exit status")] = False,
+) -> None:
+    """Prints what a job has said."""
+    job = _find(submission_id, address)
+    if follow:
+        _follow(job)
+    else:
+        typer.echo(job.logs, nl=False)
+
+
+def _stop(submission_id: _Id, address: _Address = None) -> None:
+    """Ends a job; what it has committed stays, and the same job goes on from there."""
+    typer.echo(_find(submission_id, address).stop().value)
+
+
+def _list(address: _Address = None) -> None:
+    """Prints the cluster's jobs, the latest last: id, status, seconds, command."""
+    from prefill_jobs.submit.submission import Cluster
+
+    for job in Cluster.at(address).list():
+        end_ms = job.end_time or time.time() * 1000
+        seconds = (end_ms - (job.start_time or end_ms)) / 1000
+        typer.echo(f"{job.submission_id}  {job.status.value:<9}  {seconds:7.0f} s  {job.entrypoint}")

@@ -1,0 +1,1 @@
+"""`probe` and `train`: activations and outcomes to a router."""

@@ -1,0 +1,98 @@
+"""`train --extend`: an existing router with targets added, dropped or repriced, as the pool's file says.
+
+What the router says of the targets that it knew stays as it is: trunk and kernel machine are frozen, and a new target
+is an output more. Without new targets nothing is learnt, and no data is read.
+"""
+
+# N prompts, M new targets
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.runtime import cluster
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import TrainConfig
+from prefill_router.corpus.split import Part
+from prefill_router.policy.pool import Pool, Target, load_pool
+from prefill_router.predictor.answer_length import mean_scale, spread
+from prefill_router.predictor.extension import combined, extended
+from prefill_router.predictor.kernel_ridge import KernelMachine
+from prefill_router.router.artifact import Router
+
+MIN_OUTCOMES = 50  # of a new target, on prompts that are not held out
+
+
+def extend(config: TrainConfig) -> Router:
+    """The router at `config.extend`, for the pool at `config.pool`."""
+    assert config.extend is not None
+    router, pool = Router.load(config.extend), load_pool(config.pool)
+    known = set(router.pool.target_names)
+    new = [target for target in pool.targets if target.name not in known]
+    dropped = sorted(known - set(pool.target_names))
+    say(f"train: extend {router.version} by {_names(t.name for t in new)}; drop {_names(dropped)}")
+    training = {**router.training, "extends": router.version, "run": None}
+    if new:
+        router, num_answers = _learnt(router, new, config)
+        training["num_answers"] = {**training.get("num_answers", {}), **num_answers}
+    return replace(router.with_pool(pool), training=training)
+
+
+def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple[Router, dict[str, int]]:
+    """The router with `new` targets after its own, and how many answers taught each."""
+    activations, outcomes = config.data
+    pool = Pool(name=router.pool.name, targets=tuple(new))
+    wanted = split_of(config, 0)
+    if (wanted.units, wanted.held_out) != (router.split.units, router.split.held_out):
+        raise UserError(
+            f"the router was trained with {router.split.describe()}: give --corpus, --likeness and --hold-out as then, "
+            "or what is held out would be learnt from"
+        )
+    units = units_of(config)
+    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, units=units)
+    cluster.connect()
+    predicted = predict_graded(router, graded.only(router.split, Part.TRAIN, Part.VALIDATION), with_features=True)
+    assert predicted.features is not None
+    num_answers = dict(zip(graded.pool.target_names, (~np.isnan(predicted.correct)).sum(0).tolist(), strict=True))
+    for name, count in num_answers.items():
+        if count < MIN_OUTCOMES:
+            raise UserError(
+                f'{outcomes}: target "{name}" has {count} outcomes on prompts that are not held out; at least '
+                f"{MIN_OUTCOMES} are wanted, and a few hundred are better"
+            )
+    kernel = _extended_kernel(router.kernel, predicted)
+    logs = kernel(predicted.features)[:, -len(new) :]
+    router = replace(
+        router,
+        pool=router.pool.model_copy(update={"targets": (*router.pool.targets, *new)}),
+        trunk=extended(router.trunk, torch.from_numpy(predicted.features), torch.from_numpy(predicted.correct)),
+        kernel=kernel,
+        length_spread=np.concatenate([router.length_spread, spread(predicted.output_tokens, logs)]),
+        length_scale=np.concatenate([router.length_scale, mean_scale(predicted.output_tokens, logs)]),
+        calibration=router.calibration.with_more(len(new)),
+        training_prompts=np.union1d(router.training_prompts, predicted.keys),
+        training_units=np.union1d(router.training_units, graded.units.of(predicted.keys)),
+    )
+    return router, num_answers
+
+
+def _extended_kernel(machine: KernelMachine, predicted: GradedPrediction) -> KernelMachine:
+    """With outputs of new targets after those of the known ones, P(correct) and lengths each."""
+    assert predicted.features is not None
+    known = len(machine.mean) // 2
+    p, logs = machine.of_outputs(range(known)), machine.of_outputs(range(known, 2 * known))
+    more_p = combined(p, predicted.features, predicted.correct)
+    more_logs = combined(logs, predicted.features, np.log1p(predicted.output_tokens))
+    return p.joined(more_p).joined(logs).joined(more_logs)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "no target"

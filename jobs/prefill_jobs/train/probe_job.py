@@ -1,0 +1,196 @@
+"""`probe`: d_eff and Fisher J of every layer and pooling, for every target, in one pass over the activation store."""
+
+# N prompts, D hidden size
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.runtime import cluster
+from prefill_router import storage
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ProbeConfig
+from prefill_router.common.schema import ActivationColumn
+from prefill_router.corpus.split import Part, Split
+from prefill_router.corpus.split_groups import Units
+from prefill_router.probe import layer_scores
+from prefill_router.probe.layer_scores import LayerProbe
+from prefill_router.probe.moments import LabelledMoments, Moments
+
+TABLE = "probe.parquet"
+
+# Rows are gathered to batches of this many times D, so that moments of groups are merged seldom beside what they cost.
+_BATCH = 8
+
+
+def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | None = None) -> list[LayerProbe]:
+    """Probes one store an encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg.
+
+    Of a split, training's outcomes alone are looked at; `units` are what it keeps together.
+    """
+    from prefill_router.reports import (
+        figures,  # which imports matplotlib: training, which imports this module, draws nothing
+    )
+
+    storage.check_output(config.out)
+    stores = _open(config, units)
+    if split is not None:
+        stores = [graded.only(split, Part.TRAIN) for graded in stores]
+    cluster.connect()
+    probes = [row for graded in stores for row in probe_store(graded)]
+    storage.write_bytes(storage.join(config.out, TABLE), storage.encode_parquet(to_table(probes)))
+    storage.write_bytes(storage.join(config.out, "probe.svg"), figures.to_svg(figures.probe_figure(probes)).encode())
+    storage.write_json(storage.join(config.out, "probe.json"), _summary(stores[0].pool.name, probes))
+    return probes
+
+
+def _open(config: ProbeConfig, units: Units | None) -> list[GradedStore]:
+    """Raises UserError where two stores are of one encoder."""
+    stores = [
+        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, units=units)
+        for uri in config.activations.split(",")
+    ]
+    for name, count in Counter(map(_encoder, stores)).items():
+        if count > 1:
+            raise UserError(f"{config.activations}: {count} stores are of encoder {name}: give one store an encoder")
+    sizes = {_encoder(graded): len(graded.graded_keys) for graded in stores}
+    if len(set(sizes.values())) > 1:
+        counts = ", ".join(f"{size:,} by {name}" for name, size in sizes.items())
+        say(f"probe: the encoders have read different numbers of graded prompts: {counts}")
+    return stores
+
+
+def _encoder(graded: GradedStore) -> str:
+    return graded.store.manifest.encoder.spec.model
+
+
+def _summary(pool: str, probes: Sequence[LayerProbe]) -> dict[str, Any]:
+    """What was chosen: for each target its encoder and column, for each encoder the joint set of the pool."""
+    chosen = layer_scores.choose(probes)
+    return {
+        "pool": pool,
+        "shrinkage": layer_scores.SHRINKAGE,
+        "columns": {target: row.column.name for target, row in chosen.items()},
+        "encoders": {target: row.encoder for target, row in chosen.items()},
+        "joint_columns": {
+            encoder: [column.name for column in layer_scores.joint_columns(rows)]
+            for encoder, rows in layer_scores.by_encoder(probes).items()
+        },
+    }
+
+
+# --- the pass over a store ----------------------------------------------------------------------------------------
+
+
+def probe_store(graded: GradedStore) -> list[LayerProbe]:
+    """Every column's probes, by column."""
+    rows = _by_column(graded, graded.store.columns, _labelled_moments, _probes)
+    return sorted((_from_row(p) for row in rows for p in json.loads(row["probes"])), key=lambda p: p.column)
+
+
+def column_moments(graded: GradedStore, columns: Sequence[ActivationColumn]) -> dict[ActivationColumn, Moments]:
+    """The moments of each column over the graded prompts."""
+    rows = _by_column(graded, columns, _moments, _to_arrays)
+    return {
+        ActivationColumn.parse(r["column"]): Moments(r["count"], torch.tensor(r["mean"]), torch.tensor(r["scatter"]))
+        for r in rows
+    }
+
+
+def _by_column(
+    graded: GradedStore,
+    columns: Sequence[ActivationColumn],
+    function: Callable[[GradedStore, dict[str, Any]], Any],
+    finish: Callable[[GradedStore, str, Any], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """A task reads one column of all shards or, where there are more CPUs than columns, of some, to be merged."""
+    slices = min(graded.store.num_shards, ceil(cluster.num_cpus() / len(columns)))
+    cuts = np.linspace(0, graded.store.num_shards, slices + 1).astype(int).tolist()
+    items = [
+        {"column": column.name, "start": start, "stop": stop}
+        for column in columns
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    functions = functools.partial(function, graded), functools.partial(finish, graded)
+    return cluster.merge_rows(items, "column", *functions, **cluster.task_resources())
+
+
+def _labelled_moments(graded: GradedStore, item: dict[str, Any]) -> LabelledMoments:
+    device = _task_device()
+    parts = (LabelledMoments.of(x, correct, keys, device) for x, correct, keys in _batches(graded, item))
+    return functools.reduce(LabelledMoments.merge, parts).to(torch.device("cpu"))
+
+
+def _moments(graded: GradedStore, item: dict[str, Any]) -> Moments:
+    device = _task_device()
+    parts = (Moments.of(x[~np.isnan(correct).all(1)], device) for x, correct, _ in _batches(graded, item))
+    return functools.reduce(Moments.merge, parts).to(torch.device("cpu"))
+
+
+def _batches(graded: GradedStore, item: dict[str, Any]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """The activations of some shards, whether targets were right, and the prompts' hashes."""
+    shards = graded.batches(ActivationColumn.parse(item["column"]), range(item["start"], item["stop"]))
+    least = _BATCH * graded.store.manifest.encoder.hidden_size
+    held: list[tuple[NDArray[Any], ...]] = []
+    for shard in shards:
+        held.append(shard)
+        if sum(len(x) for x, *_ in held) >= least:
+            yield tuple(map(np.concatenate, zip(*held, strict=True)))
+            held = []
+    if held:
+        yield tuple(map(np.concatenate, zip(*held, strict=True)))
+
+
+def _probes(graded: GradedStore, column: str, moments: LabelledMoments) -> dict[str, Any]:
+    moments = moments.to(_task_device())
+    found = layer_scores.probe_column(
+        _encoder(graded), ActivationColumn.parse(column), graded.pool.target_names, moments
+    )
+    return {"probes": json.dumps([_to_row(p) for p in found])}
+
+
+def _to_arrays(_graded: GradedStore, column: str, moments: Moments) -> dict[str, Any]:
+    return {"column": column, "count": moments.count, "mean": moments.mean.numpy(), "scatter": moments.scatter.numpy()}
+
+
+def _task_device() -> torch.device:
+    """Where a task computes; on a CPU with one thread, for there is a task a core."""
+    torch.set_num_threads(1)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def _to_row(p: LayerProbe) -> dict[str, Any]:
+    return {**asdict(p), "column": p.column.name}
+
+
+def _from_row(row: dict[str, Any]) -> LayerProbe:
+    return LayerProbe(**{**row, "column": ActivationColumn.parse(row["column"])})
+
+
+def to_table(probes: Sequence[LayerProbe]) -> pa.Table:
+    """The probes as a table; pooling and layer stand beside the column's name."""
+    return pa.Table.from_pylist([{**_to_row(p), "pooling": p.column.pooling, "layer": p.column.layer} for p in probes])
+
+
+def load_probes(uri: str) -> list[LayerProbe]:
+    """The table that `probe` wrote below `uri`."""
+    path = storage.join(uri, TABLE)
+    storage.require(path, "probe table: run probe first")
+    return [_from_row(row) for row in storage.read_table(path).drop_columns(["pooling", "layer"]).to_pylist()]

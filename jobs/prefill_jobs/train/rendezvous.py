@@ -1,0 +1,60 @@
+"""Where the workers of a training meet: in a file, if all are on this machine.
+
+Torch's own meeting place, which Ray Train takes, is a port on every address of rank 0's machine that asks for no token.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.backend import BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+
+from prefill_router.common.addresses import is_loopback
+
+
+def torch_config(backend: str) -> TorchConfig:
+    """The process group's configuration: a file's on a Ray that listens on loopback alone, a port's elsewhere."""
+    is_alone = is_loopback(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return FileConfig(backend=backend) if is_alone else TorchConfig(backend=backend)
+
+
+@dataclass
+class FileConfig(TorchConfig):
+    """A process group whose workers meet in a file."""
+
+    @property
+    def backend_cls(self) -> type[FileBackend]:
+        return FileBackend
+
+
+class FileBackend(_TorchBackend):
+    """Sets up and ends the process group of one group of workers after another."""
+
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, TorchConfig)
+        self._folder = tempfile.TemporaryDirectory(prefix="prefill-router-")
+        worker_group.execute(_set_torch_distributed_env_vars)
+        group = {
+            "backend": backend_config.backend,
+            "world_size": len(worker_group),
+            "init_method": Path(self._folder.name, "workers").as_uri(),
+            "timeout_s": backend_config.timeout_s,
+        }
+        setup = _setup_torch_process_group
+        ranks = range(len(worker_group))
+        ray.get([worker_group.execute_single_async(rank, setup, world_rank=rank, **group) for rank in ranks])
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        finally:
+            if self._folder is not None:
+                self._folder.cleanup()

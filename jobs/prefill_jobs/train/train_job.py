@@ -1,0 +1,259 @@
+"""`train`: activations and outcomes to a router. Probe, project, fit SharedTrunkNet on Ray Train, write the artifact.
+
+Only outcomes of the train and validation parts are ever read here; those of the test part stay unseen for `evaluate`.
+"""
+
+# N prompts, T targets of the pool, F features
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.graded.predictions import predict_graded
+from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.runtime import cluster
+from prefill_jobs.train.extend_job import extend
+from prefill_jobs.train.kernel_sample import sample_rows
+from prefill_jobs.train.probe_job import column_moments, probe_store
+from prefill_jobs.train.trunk_fit import FitTask, fit_on_ray
+from prefill_router import storage
+from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.common.console import say
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import TrainConfig
+from prefill_router.corpus.split import Part, Split
+from prefill_router.encoder.checkpoint import check_sentence_model
+from prefill_router.evaluation.contenders import finite, thinned
+from prefill_router.metrics import Scorer, best_tolerance
+from prefill_router.outcomes import check_columns, target_names
+from prefill_router.policy.pool import load_pool
+from prefill_router.predictor.answer_length import log_lengths, mean_scale, mean_tokens, median_logs, spread
+from prefill_router.predictor.calibration import fit_calibration
+from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS, KernelMachine, fit_kernel
+from prefill_router.predictor.recipe import RECIPES, RouterRecipe
+from prefill_router.predictor.stacking import best_weight, stacked
+from prefill_router.probe import layer_scores
+from prefill_router.probe.projection import Projection, fit_projection
+from prefill_router.router.artifact import MANIFEST, Router
+
+
+def train(config: TrainConfig, fold: int = 0, *, keep_learnt: bool = False) -> Router:
+    """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out.
+
+    With `keep_learnt`, a router there that has learnt from the same data by the same settings keeps what it has learnt:
+    what goes by prices is all that is chosen anew.
+    """
+    _check(config)
+    before = _router_at(config.out) if keep_learnt else None
+    router = _fitted(config, split_of(config, fold), before) if config.extend is None else extend(config)
+    router.save(config.out)
+    return router
+
+
+def _router_at(uri: str) -> Router | None:
+    """None where there is none that can be read: it is trained anew."""
+    try:
+        return Router.load(uri)
+    except UserError:
+        return None
+
+
+def train_folds(config: TrainConfig) -> list[Router]:
+    """Trains a router for each of `config.folds`, on all prompts but that fold's, below `config.out`."""
+    assert config.folds is not None
+    outs = [storage.join(config.out, f"fold-{fold}") for fold in range(config.folds)]
+    of_folds = [config.model_copy(update={"out": out}) for out in outs]
+    for of_fold in of_folds:
+        _check(of_fold)
+    routers = []
+    for fold, of_fold in enumerate(of_folds):
+        say(f"train: fold {fold + 1} of {config.folds}")
+        routers.append(train(of_fold, fold))
+    return routers
+
+
+def _check(config: TrainConfig) -> None:
+    """Raises UserError for what can be told before prompts are embedded or outcomes read."""
+    storage.check_output(config.out)
+    if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
+        raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
+    load_pool(config.pool)
+    if config.activations is not None:
+        ActivationStore.open(config.activations)
+    if config.outcomes is not None:
+        check_columns(config.outcomes)
+    if config.likeness is not None:
+        check_sentence_model(config.sentence_encoder)
+
+
+def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
+    activations, outcomes = config.data
+    recipe = _recipe(config)
+    pool = load_pool(config.pool)
+    others = set(target_names(outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
+    graded = GradedStore.open(
+        activations,
+        outcomes,
+        pool,
+        ignore_unknown=config.ignore_unknown,
+        more_targets=tuple(sorted(others)),
+        units=units_of(config),
+    )
+    parts = _Parts.of(graded, split)
+    cluster.connect()
+    run = _run_name(config, graded, [*pool.target_names, *sorted(others)])
+    if before is not None and before.training.get("run") == run:
+        say(f"train: router {before.version} has learnt from the same data: what goes by prices is all that is new")
+        return tuned(before.with_pool(pool), graded.only(split, Part.VALIDATION), recipe)
+
+    training = graded.only(split, Part.TRAIN)
+    say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
+    probes = probe_store(training.of_pool())
+    chosen = layer_scores.choose_columns(probes)
+    columns = set(chosen.values() if recipe.columns == "own" else layer_scores.joint_columns(probes))
+    moments = column_moments(training, sorted(columns))
+    projections = [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
+
+    task = FitTask(
+        graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
+        split=split,
+        projections=projections,
+        recipe=recipe.trunk,
+        weights=((parts.num_answers.max() / parts.num_answers) ** recipe.trunk.balance).tolist(),
+        seed=config.seed,
+    )
+    names = ", ".join(p.column.name for p in projections)
+    say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
+    fitted, num_targets = fit_on_ray(task, config.workers, config.out, run), len(pool.targets)
+    router = Router(
+        encoder_identity=graded.store.manifest.encoder,
+        pool=pool,
+        projections=projections,
+        trunk=fitted.trunk.net.of_outputs(range(num_targets)),
+        kernel=_kernel_machine(training, projections, is_fitted=recipe.kernel),
+        kernel_weight=0.0,
+        length_spread=np.zeros(num_targets, np.float32),
+        length_scale=np.ones(num_targets, np.float32),
+        default_tolerance=0.0,
+        split=split,
+        training_prompts=np.sort(task.graded.graded_keys),
+        training_units=np.unique(graded.units.of(task.graded.graded_keys)),
+        training={
+            "recipe": config.recipe,
+            "run": run,
+            "activations": activations,
+            "outcomes": outcomes,
+            "columns": {target: column.name for target, column in chosen.items()},
+            "num_train": parts.num_train,
+            "num_validation": parts.num_validation,
+            "num_answers": dict(zip(pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
+            "other_targets": sorted(others),
+            "metrics": fitted.to_dict(),
+        },
+    )
+    return tuned(router, graded.only(split, Part.VALIDATION), recipe)
+
+
+def _recipe(config: TrainConfig) -> RouterRecipe:
+    recipe = RECIPES[config.recipe]
+    num_seeds = config.seeds or recipe.trunk.num_seeds
+    keep = min(config.keep or recipe.trunk.keep, num_seeds)
+    max_epochs = config.max_epochs or recipe.trunk.max_epochs
+    return replace(
+        recipe,
+        trunk=replace(recipe.trunk, num_seeds=num_seeds, keep=keep, max_epochs=max_epochs, precision=config.precision),
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the graded prompts of a store leave for training to see."""
+
+    num_train: int
+    num_validation: int
+    num_answers: NDArray[np.float64]  # (T,) in training
+
+    @classmethod
+    def of(cls, graded: GradedStore, split: Split) -> _Parts:
+        keys = graded.graded_keys
+        parts = graded.parts(keys, split)
+        train, validation = (graded.outcomes.at(keys[parts == part]) for part in (Part.TRAIN, Part.VALIDATION))
+        if len(train.correct) < 2 or not len(validation.correct):
+            raise UserError(
+                f"{len(keys)} graded prompts leave {len(train.correct)} to train on and {len(validation.correct)} to "
+                "validate: grade more prompts, or lower --test-fraction"
+            )
+        return cls(
+            len(train.correct),
+            len(validation.correct),
+            np.maximum((~np.isnan(train.correct)).sum(0), 1).astype(np.float64),
+        )
+
+
+def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> str:
+    """The same for the same training, whatever the prices, so that a run whose driver was killed goes on."""
+    digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
+    digest.update(json.dumps(targets).encode())
+    digest.update(graded.store.manifest.model_dump_json().encode())
+    for array in (graded.outcomes.keys, graded.outcomes.correct, graded.outcomes.output_tokens):
+        digest.update(np.ascontiguousarray(array).data)
+    return f"train-{digest.hexdigest()[:16]}"
+
+
+def _kernel_machine(training: GradedStore, projections: list[Projection], *, is_fitted: bool) -> KernelMachine:
+    """Of P(correct), then log lengths, of the pool's targets; unless it is fitted, medians are all that it tells."""
+    num_targets = len(training.pool.targets)
+    num_features = sum(projection.num_features for projection in projections)
+    if not is_fitted:
+        medians = median_logs(training.of_pool().answers(training.keys).output_tokens)
+        return KernelMachine.constant(np.concatenate([np.zeros_like(medians), medians]), num_features)
+    rows = sample_rows(training, projections, MAX_LANDMARKS)
+    say(f"train: fit a kernel machine to {len(rows.keys):,} prompts")
+    machine = fit_kernel(rows.features, [rows.correct, log_lengths(rows.output_tokens)])
+    num_all = rows.correct.shape[1]
+    return machine.of_outputs([*range(num_targets), *range(num_all, num_all + num_targets)])
+
+
+def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
+    """The router with what is chosen on the validation prompts: the kernel machine's weight, calibration, tolerance.
+
+    How good it is on them is entered in what is told of its training.
+    """
+    predicted = predict_graded(router, validation)
+    correct, estimates = predicted.correct, predicted.estimates
+    weight = best_weight(estimates.p_trunk, estimates.p_kernel, correct) if recipe.kernel else 0.0
+    p_correct = stacked(estimates.p_trunk, estimates.p_kernel, weight)
+    calibration = router.calibration
+    if recipe.calibrate:
+        calibration = fit_calibration(p_correct, correct)
+        p_correct = calibration(p_correct)
+    scale = mean_scale(predicted.output_tokens, estimates.log_lengths)
+    expected_tokens = mean_tokens(estimates.log_lengths, scale)
+    tokens = np.where(np.isnan(predicted.output_tokens), expected_tokens, predicted.output_tokens)
+    expected, paid = (router.pool.expected_cost(predicted.num_tokens, t) for t in (expected_tokens, tokens))
+    tolerance = best_tolerance(correct, p_correct, expected, paid)
+    scores: dict[str, Any] = {}
+    if not np.isnan(correct).any(1).all():
+        scorer = Scorer(correct, p_correct, expected, tolerance, paid)
+        scores = asdict(scorer.scores())
+        scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
+        del scores["ece"]  # of the prompts that calibration was fitted on
+        scores["curve"] = thinned(scorer.curve()).tolist()  # tolerance, cost, accuracy
+        singles = np.concatenate(scorer.singles(np.ones((1, len(correct)), int))).T
+        scores["singles"] = dict(zip(router.pool.target_names, singles.tolist(), strict=True))  # cost, accuracy
+    return replace(
+        router,
+        kernel_weight=weight,
+        length_spread=spread(predicted.output_tokens, estimates.log_lengths),
+        length_scale=scale,
+        calibration=calibration,
+        default_tolerance=tolerance,
+        training={**router.training, "validation": finite(scores)},
+    )

@@ -1,0 +1,152 @@
+"""The activation store: Parquet shards of pooled hidden states, and the manifest that commits them.
+
+Readers trust the manifest alone: a store without one is unfinished, whatever objects lie there.
+"""
+
+# N prompts, D hidden size
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from prefill_router import storage
+from prefill_router.activations.shard_list import ShardList
+from prefill_router.common import validation
+from prefill_router.common.errors import UserError
+from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
+from prefill_router.encoder.prefill_encoder import EncoderIdentity
+from prefill_router.storage import parquet_objects
+from prefill_router.storage.parquet_objects import ShardFile
+
+_LISTS = "shards"  # the folder of the lists that are too long for a manifest
+MAX_LISTED = 10_000  # shards that the manifest itself lists, in 3 MB
+
+
+class Manifest(validation.StrictModel):
+    format: Literal[1] = 1
+    encoder: EncoderIdentity
+    columns: list[str]
+    corpus: str
+    is_sample: bool  # extracted with --limit: the corpus may hold more prompts
+    shards: ShardList
+    quarantine: ShardFile | None = None  # the rows that could not be encoded, and why
+
+    @property
+    def rows(self) -> int:
+        return self.shards.total("rows")
+
+
+def to_table(prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """What `PrefillEncoder.encode` returned, as the store's table."""
+    columns = [ActivationColumn.parse(name) for name in encoded if name != NUM_TOKENS]
+    hidden_size = encoded[columns[0].name].shape[1]
+    schema = activations(columns, hidden_size)
+    arrays: list[pa.Array] = [pa.array(prompt_ids, pa.string()), pa.array(encoded[NUM_TOKENS], pa.int32())]
+    for column in columns:
+        values = pa.array(encoded[column.name].reshape(-1), pa.float16())
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=schema.field(column.name).type))
+    return pa.table(arrays, schema=schema)
+
+
+def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """The inverse of `to_table`: (n, D) float16 of each activation column, and `num_tokens` (n,) int32."""
+    encoded: dict[str, NDArray[Any]] = {}
+    for field in table.schema:
+        if pa.types.is_fixed_size_list(field.type):
+            values = table[field.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            encoded[field.name] = values.reshape(len(table), field.type.list_size)
+    encoded[NUM_TOKENS] = np.asarray(table[NUM_TOKENS], np.int32)
+    return encoded
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Commits a store: only now is there anything for a reader. A long list of shards is an object, written before."""
+    file = None
+    if len(manifest.shards) > MAX_LISTED:
+        file = parquet_objects.write_addressed(uri, _LISTS, manifest.shards.table)
+    listed = manifest.model_dump()["shards"] if file is None else file.model_dump()
+    header = manifest.model_dump(exclude={"shards"})
+    storage.write_json(storage.join(uri, parquet_objects.MANIFEST), {**header, "shards": listed})
+    _remove_lists(uri, keep=file)
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """None where no finished extraction lies."""
+    path = storage.join(uri, parquet_objects.MANIFEST)
+    if not storage.exists(path):
+        return None
+    content = storage.read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("shards"), dict):
+        file = validation.validate(ShardFile, content["shards"], path)
+        content["shards"] = ShardList(parquet_objects.read_addressed(uri, file))
+    return validation.validate(Manifest, content, path)
+
+
+def remove_manifest(uri: str) -> None:
+    """Makes a store unfinished."""
+    storage.remove(storage.join(uri, parquet_objects.MANIFEST))
+    _remove_lists(uri, keep=None)
+
+
+def _remove_lists(uri: str, keep: ShardFile | None) -> None:
+    folder = storage.join(uri, _LISTS)
+    paths = [storage.join(folder, name) for name in storage.list_names(folder)]
+    storage.remove_many([path for path in paths if keep is None or path != storage.join(uri, keep.name)])
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """A finished extraction. Make one with `ActivationStore.open`."""
+
+    uri: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, uri: str) -> ActivationStore:
+        """Raises UserError where no finished extraction lies at `uri`."""
+        manifest = read_manifest(uri)
+        if manifest is None:
+            raise UserError(
+                f"{uri}: no finished extraction lies here ({parquet_objects.MANIFEST} is missing): run extract first"
+            )
+        return cls(uri, manifest)
+
+    @property
+    def columns(self) -> list[ActivationColumn]:
+        return [ActivationColumn.parse(name) for name in self.manifest.columns]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    def prompt_ids(self, shard: int | None = None) -> pa.Array:
+        """The ids of one shard, or of the whole store, in its order."""
+        indices = range(self.num_shards) if shard is None else [shard]
+        parts = [self._read(i, [PROMPT_ID])[PROMPT_ID].combine_chunks() for i in indices]
+        return pa.concat_arrays(parts)
+
+    def read(self, shard: int, columns: Sequence[ActivationColumn]) -> tuple[pa.Array, dict[str, NDArray[Any]]]:
+        """The ids of one shard, and what `PrefillEncoder.encode` returned for them, of `columns` alone."""
+        missing = [column.name for column in columns if column.name not in self.manifest.columns]
+        if missing:
+            raise UserError(f"{self.uri}: has no column {missing[0]}: extract that layer and pooling too")
+        table = self._read(shard, [PROMPT_ID, NUM_TOKENS, *(column.name for column in columns)])
+        width = self.manifest.encoder.hidden_size
+        for column in columns:
+            kind = table[column.name].type
+            if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
+                path = storage.join(self.uri, self.manifest.shards[shard].file.name)
+                raise UserError(
+                    f"{path}: column {column.name} is {kind}, must be vectors of {width} by "
+                    f"{parquet_objects.MANIFEST}: remove {self.uri} and extract again"
+                )
+        return table[PROMPT_ID].combine_chunks(), from_table(table)
+
+    def _read(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        return parquet_objects.read_shard(self.uri, self.manifest.shards[shard].file, columns)

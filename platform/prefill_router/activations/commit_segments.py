@@ -1,0 +1,138 @@
+"""Segments of a ledger: each holds some thousands of its records, so that a large one is listed and read in seconds.
+
+Of a segment, the records are a Parquet object that is named by its checksum. The keys of their rows, which take far
+more room and are seldom wanted, lie beside it, 24 bytes a row: those of one shard can be read alone, and none need be.
+"""
+
+# n rows of a shard
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from prefill_router import storage
+from prefill_router.activations import commit_records
+from prefill_router.activations.commit_records import Commit
+from prefill_router.common.errors import UserError
+from prefill_router.common.schema import COMMITS
+from prefill_router.corpus.row_keys import Keys
+
+_RECORDS, _KEYS = ".parquet", ".keys"
+_KEYS_SHA256 = b"keys_sha256"
+_KEY_BYTES = 24
+# What a ledger wants of every record; which rows were truncated is asked of few.
+LISTED = [name for name in COMMITS.names if name != "truncated"]
+NONE = COMMITS.empty_table().select(LISTED)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Records that lie together in the folder `uri`."""
+
+    uri: str
+    digest: str
+    records: pa.Table
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum(self.records["rows"].to_numpy())
+
+    @cached_property
+    def _keys_path(self) -> str:
+        return storage.join(self.uri, self.digest + _KEYS)
+
+    def read_keys(self) -> list[Keys]:
+        """The keys (n, 3) of each shard."""
+        data = self._read(0, int(self._ends[-1]))
+        if hashlib.sha256(data).hexdigest().encode() != self.records.schema.metadata[_KEYS_SHA256]:
+            raise _damaged(self._keys_path)
+        return np.split(_as_keys(data), self._ends[:-1])
+
+    def _read(self, start: int, end: int) -> bytes:
+        try:
+            data = storage.read_range(self._keys_path, _KEY_BYTES * start, _KEY_BYTES * end)
+        except FileNotFoundError:
+            raise _damaged(self._keys_path) from None
+        if len(data) != _KEY_BYTES * (end - start):
+            raise _damaged(self._keys_path)
+        return data
+
+    def find(self, name: str) -> Commit | None:
+        """One record with its keys. The segment must have been read with all columns."""
+        row = pc.index(self.records["name"], name).as_py()
+        if row < 0:
+            return None
+        end = int(self._ends[row])
+        start = end - self.records["rows"][row].as_py()
+        return commit_records.from_table(self.records, row, _as_keys(self._read(start, end)))
+
+    def keep(self, stays: NDArray[np.bool_]) -> Segment | None:
+        """A segment of those records that stay: this one where all do, or one that is written now."""
+        if stays.all() or not stays.any():
+            return self if stays.all() else None
+        keys = [keys for keys, stay in zip(self.read_keys(), stays, strict=True) if stay]
+        return write(self.uri, read(self.uri, self.digest).records.filter(stays), keys)
+
+
+def write(uri: str, records: pa.Table, keys: Sequence[Keys]) -> Segment:
+    """Writes a segment into the folder `uri`. It is there once its records are."""
+    held = np.concatenate([np.zeros((0, 3), np.uint64), *keys]).tobytes()
+    records = records.replace_schema_metadata({_KEYS_SHA256: hashlib.sha256(held).hexdigest().encode()})
+    data = storage.encode_parquet(records, dictionaries=["columns"])
+    digest = hashlib.sha256(data).hexdigest()
+    storage.write_bytes(storage.join(uri, digest + _KEYS), held)
+    storage.write_bytes(storage.join(uri, digest + _RECORDS), data)
+    return Segment(uri, digest, records.select(LISTED))
+
+
+def list_digests(uri: str) -> list[str]:
+    """The segments in the folder `uri`."""
+    return [name.removesuffix(_RECORDS) for name in storage.list_names(uri) if name.endswith(_RECORDS)]
+
+
+def read_all(uri: str) -> list[Segment]:
+    """Every segment in the folder `uri`, of the columns `LISTED`."""
+    digests = list_digests(uri)
+    objects = storage.read_many([storage.join(uri, digest + _RECORDS) for digest in digests])
+    return [_parse(uri, digest, data, LISTED) for digest, data in zip(digests, objects, strict=True)]
+
+
+@lru_cache(64)
+def read(uri: str, digest: str) -> Segment:
+    """One segment with all columns. It never changes, so that it is read once by a process that asks again soon."""
+    return _parse(uri, digest, storage.read_bytes(storage.join(uri, digest + _RECORDS)), COMMITS.names)
+
+
+def remove(uri: str, digests: Collection[str]) -> None:
+    """Deletes segments, and keys whose records a writer that died did not write, or did delete."""
+    storage.remove_many([storage.join(uri, digest + _RECORDS) for digest in digests])
+    names = storage.list_names(uri)
+    orphans = {n.removesuffix(_KEYS) for n in names if n.endswith(_KEYS)} - {n.removesuffix(_RECORDS) for n in names}
+    storage.remove_many([storage.join(uri, digest + _KEYS) for digest in sorted(orphans)])
+
+
+def _parse(uri: str, digest: str, data: bytes, columns: Sequence[str]) -> Segment:
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise _damaged(storage.join(uri, digest + _RECORDS))
+    return Segment(uri, digest, pq.read_table(io.BytesIO(data), columns=list(columns)))
+
+
+def _as_keys(data: bytes) -> Keys:
+    return np.frombuffer(data, "<u8").reshape(-1, 3)
+
+
+def _damaged(path: str) -> UserError:
+    segment = path.removesuffix(_KEYS).removesuffix(_RECORDS)
+    return UserError(
+        f"{path}: is damaged: remove {segment}{_RECORDS}, and the shards that it records are computed again"
+    )

@@ -1,0 +1,14 @@
+"""Whatever routes, from where it lies: a router that was trained, or a baseline that an evaluation has kept."""
+
+from __future__ import annotations
+
+from prefill_router import storage
+from prefill_router.baselines import baseline_router as baselines
+from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.router.artifact import Router
+
+
+def load(uri: str) -> Router | BaselineRouter:
+    """Raises UserError where neither lies at `uri`, or it is damaged."""
+    is_baseline = storage.exists(storage.join(uri, baselines.MANIFEST))
+    return BaselineRouter.load(uri) if is_baseline else Router.load(uri)

@@ -1,0 +1,168 @@
+"""A baseline as a router: with a pool, a sentence encoder and a tolerance, it decides, is written down and is served.
+
+The artifact is `baseline.json`, which names the weights by their hash and is written last, and safetensors.
+"""
+
+# N prompts, T targets, F features
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import SafetensorError
+
+from prefill_router import storage
+from prefill_router.baselines import BASELINES
+from prefill_router.baselines.base import Baseline
+from prefill_router.common import validation
+from prefill_router.common.errors import UserError, one_line
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.encoder.tokenization import Tokens
+from prefill_router.policy.decision import Decision, Policy, Prediction, decide
+from prefill_router.policy.pool import Pool
+
+MANIFEST = "baseline.json"
+_REMEDY = "copy the baseline again, or evaluate again"
+
+
+class BaselineManifest(validation.StrictModel):
+    """baseline.json."""
+
+    format: Literal[1]
+    version: str
+    baseline: str
+    settings: dict[str, Any]
+    pool: Pool
+    sentence_encoder: str = Field(min_length=1)
+    fingerprint: str
+    default_tolerance: float = Field(ge=0.0, le=1.0)
+    weights: str = Field(pattern=r"^[\w-]+\.safetensors$")
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class BaselineRouter:
+    """Routes prompts as `Router` does. Prompts are counted in the sentence encoder's tokens."""
+
+    name: str  # in BASELINES
+    baseline: Baseline
+    pool: Pool
+    output_tokens: NDArray[np.float32]  # (T,) each target's median in training: what an answer is expected to take
+    default_tolerance: float
+    sentence_encoder: str
+    fingerprint: str
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder:
+        """Raises UserError where the encoder that can be loaded is not the one that the baseline was fitted on."""
+        encoder = SentenceEncoder.load(self.sentence_encoder)
+        if encoder.fingerprint != self.fingerprint:
+            raise UserError(f"{self.sentence_encoder}: is not the sentence encoder that the baseline was fitted on")
+        return encoder
+
+    def require_encoder(self) -> None:
+        """Raises UserError where the sentence encoder is missing; nothing of it is read."""
+        checkpoint.check_sentence_model(self.sentence_encoder)
+
+    def with_pool(self, pool: Pool) -> BaselineRouter:
+        """The same router at other prices. Raises UserError for other targets than it was fitted for."""
+        prices = {target.name: target for target in pool.targets}
+        if set(prices) != set(self.pool.target_names):
+            raise UserError(
+                f"a baseline serves the targets that it was fitted for: {', '.join(self.pool.target_names)}"
+            )
+        targets = tuple(prices[name] for name in self.pool.target_names)
+        return replace(self, pool=pool.model_copy(update={"targets": targets}))
+
+    def predict(self, prompts: Sequence[Prompt]) -> Prediction:
+        """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
+        return self.predict_tokens(self.encoder.tokenize(prompts))
+
+    def route(self, prompt: Prompt, policy: Policy | None = None) -> Decision:
+        return self.decide(self.encoder.tokenize([prompt]), [policy or Policy()])[0]
+
+    def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
+        """The decision for each tokenised prompt, under its own policy."""
+        prediction = self.predict_tokens(tokens)
+        return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
+
+    def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
+        return policy.mask(self.pool)
+
+    def predict_tokens(self, tokens: Tokens) -> Prediction:
+        """The prediction for prompts that `encoder` has tokenised."""
+        reads = type(self.baseline).reads
+        x = self.encoder.forward(tokens) if reads == "embedding" else tokens.full_lengths[:, None]
+        p_correct = self.baseline.predict_proba(x).astype(np.float32)
+        return Prediction(p_correct, np.broadcast_to(self.output_tokens, p_correct.shape))
+
+    # --- the artifact --------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> str:
+        return self._manifest_and_weights[0].version
+
+    @cached_property
+    def _manifest_and_weights(self) -> tuple[BaselineManifest, bytes]:
+        tensors = {**self.baseline.tensors(), "output_tokens": self.output_tokens}
+        weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+        digest = hashlib.sha256(weights).hexdigest()
+        content: dict[str, Any] = {
+            "format": 1,
+            "baseline": self.name,
+            "settings": self.baseline.settings(),
+            "pool": self.pool.model_dump(),
+            "sentence_encoder": self.sentence_encoder,
+            "fingerprint": self.fingerprint,
+            "default_tolerance": self.default_tolerance,
+            "weights": f"weights-{digest[:16]}.safetensors",
+            "weights_sha256": digest,
+        }
+        version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return BaselineManifest(version=version, **content), weights
+
+    def save(self, uri: str) -> None:
+        """Writes the artifact, its manifest last."""
+        manifest, weights = self._manifest_and_weights
+        storage.write_bytes(storage.join(uri, manifest.weights), weights)
+        storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump())
+
+    @classmethod
+    def load(cls, uri: str) -> BaselineRouter:
+        """Raises UserError where no baseline lies at `uri`, or it is damaged."""
+        path = storage.join(uri, MANIFEST)
+        storage.require(path, "baseline")
+        manifest = validation.validate(BaselineManifest, storage.read_json(path), path)
+        weights = storage.read_bytes(storage.join(uri, manifest.weights))
+        if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+            raise UserError(
+                f"{uri}: the checksum of {manifest.weights} is not the one in {MANIFEST}: it is damaged: {_REMEDY}"
+            )
+        if manifest.baseline not in BASELINES:
+            raise UserError(f'{path}: baseline "{manifest.baseline}" is unknown: it is one of {", ".join(BASELINES)}')
+        try:
+            tensors = safetensors.numpy.load(weights)
+            output_tokens = tensors.pop("output_tokens")
+            baseline = BASELINES[manifest.baseline].restored(manifest.settings, tensors)
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: does not fit its weights: {one_line(error)}: {_REMEDY}") from None
+        return cls(
+            name=manifest.baseline,
+            baseline=baseline,
+            pool=manifest.pool,
+            output_tokens=output_tokens,
+            default_tolerance=manifest.default_tolerance,
+            sentence_encoder=manifest.sentence_encoder,
+            fingerprint=manifest.fingerprint,
+        )

@@ -1,0 +1,136 @@
+"""One call: a prompt to a target. What it asks for, what it can cost at most, and what an answer to it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefill_router.corpus.reader import Message, Prompt, content_hash
+from prefill_router.policy.pool import Target
+
+_TEMPLATE_TOKENS = 64  # that an upstream may add to a prompt
+_MESSAGE_TOKENS = 16  # and to each of its messages
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every target alike."""
+
+    max_output_tokens: int
+    temperature: float | None = None
+    seed: int | None = None
+
+
+def call_key(content: str, target: str, asked: Asked) -> str:
+    """The name of a call, from the content hash of its prompt: ids may change, what was paid for stays."""
+    return hashlib.sha256(json.dumps([content, target, asdict(asked)]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Call:
+    prompt_id: str
+    prompt: Prompt
+    target: Target
+    asked: Asked
+
+    @property
+    def key(self) -> str:
+        """Names the call, whenever it is made: by it an upstream can tell that it was asked before."""
+        return call_key(content_hash(self.prompt), self.target.name, self.asked)
+
+    @property
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def max_input_tokens(self) -> int:
+        """More than any tokenizer makes of the prompt: a token holds a byte at least."""
+        num_bytes = sum(len(message["content"].encode()) for message in self.messages)
+        return num_bytes + _TEMPLATE_TOKENS + _MESSAGE_TOKENS * len(self.messages)
+
+    @property
+    def worst(self) -> Spent:
+        """What the call can cost at most, if the upstream keeps to its limit."""
+        usd = self.target.cost(self.max_input_tokens, self.asked.max_output_tokens)
+        return Spent(usd, self.max_input_tokens + self.asked.max_output_tokens)
+
+    def body(self) -> bytes:
+        assert self.target.upstream is not None
+        fields: dict[str, Any] = {
+            "model": self.target.upstream.model or self.target.name,
+            "messages": self.messages,
+            self.target.upstream.limit_field: self.asked.max_output_tokens,
+        }
+        for name in ("temperature", "seed"):
+            if (value := getattr(self.asked, name)) is not None:
+                fields[name] = value
+        return json.dumps(fields).encode()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Money and tokens."""
+
+    usd: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.usd + other.usd, self.tokens + other.tokens)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.usd - other.usd, self.tokens - other.tokens)
+
+    def beyond(self, limit: Spent) -> Spent:
+        """What exceeds a limit."""
+        return Spent(max(0.0, self.usd - limit.usd), max(0, self.tokens - limit.tokens))
+
+    def fits(self, limit: Spent) -> bool:
+        return self.usd <= limit.usd and self.tokens <= limit.tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a target said. `usage` is None where the upstream told none; the worst case is then taken as spent."""
+
+    text: str
+    finish_reason: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int
+    latency_s: float
+
+    def spent(self, call: Call) -> Spent:
+        if self.input_tokens is None or self.output_tokens is None:
+            return call.worst
+        usd = call.target.cost(self.input_tokens, self.output_tokens, self.cached_tokens)
+        return Spent(usd, self.input_tokens + self.output_tokens)
+
+
+def parse_answer(body: Mapping[str, Any], latency_s: float) -> Answer | None:
+    """The answer in the body of a chat completion; None where there is none in it."""
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return None
+    message = choices[0].get("message")
+    if not isinstance(message, dict):
+        return None
+    text, reason = message.get("content") or message.get("refusal") or "", choices[0].get("finish_reason")
+    usage = body.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    details = counts.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Answer(
+        text=text if isinstance(text, str) else json.dumps(text),
+        finish_reason=reason if isinstance(reason, str) else None,
+        input_tokens=_count(counts.get("prompt_tokens")),
+        output_tokens=_count(counts.get("completion_tokens")),
+        cached_tokens=_count(cached) or 0,
+        latency_s=latency_s,
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

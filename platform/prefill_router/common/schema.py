@@ -1,0 +1,202 @@
+"""Column names and Arrow schemas of every table that crosses a boundary, in one place.
+
+All tables are Parquet with zstd and standard Arrow types, so DuckDB, Polars and pandas read them in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pyarrow as pa
+
+from prefill_router.common.errors import UserError
+
+PROMPT_ID = "prompt_id"
+PROMPT = "prompt"
+MESSAGES = "messages"
+TARGET = "target"
+CORRECT = "correct"
+INPUT_TOKENS = "input_tokens"
+OUTPUT_TOKENS = "output_tokens"
+MODEL = "model"
+NUM_TOKENS = "num_tokens"
+
+Pooling = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+MeanOver = Literal["all", "after_first"]
+
+OUTCOMES = pa.schema(
+    [
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field(TARGET, pa.string(), nullable=False),
+        pa.field(CORRECT, pa.float32()),
+        pa.field(OUTPUT_TOKENS, pa.int32()),
+    ]
+)
+
+COST_USD = "cost_usd"
+PROPENSITY = "propensity"
+REQUEST_ID = "request_id"
+AT = "answered_at"
+CALLER = "caller"
+CALL_ID = "call_id"
+
+# Outcomes of requests that were answered; a pair stands as often as it was graded, a call once. Request ids are the
+# callers' own: two callers may have the same.
+FEEDBACK = pa.schema(
+    [
+        *OUTCOMES,
+        pa.field(COST_USD, pa.float64()),
+        pa.field(PROPENSITY, pa.float64(), nullable=False),
+        pa.field(REQUEST_ID, pa.string(), nullable=False),
+        pa.field(AT, pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field(CALLER, pa.string()),
+        pa.field(CALL_ID, pa.string()),
+    ]
+)
+
+# What targets said, as `collect` was told: all that grading and paying need. A call without an answer has a reason.
+ANSWERS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field(TARGET, pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field(INPUT_TOKENS, pa.int32()),
+        pa.field(OUTPUT_TOKENS, pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("latency_s", pa.float32()),
+        pa.field(COST_USD, pa.float64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("lost_usd", pa.float64(), nullable=False),  # on attempts that may have been paid for in vain
+        pa.field("lost_tokens", pa.int64(), nullable=False),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+# The shards of a store, as its manifest names them.
+SHARDS = pa.schema(
+    [
+        pa.field("file", pa.string()),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field(NUM_TOKENS, pa.int64(), nullable=False),
+        pa.field("num_truncated", pa.int64(), nullable=False),
+    ]
+)
+
+_REFUSED = pa.struct(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+# Shards that are done. There is no file where no row could be read; `columns` are joined by commas.
+COMMITS = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        *SHARDS,
+        pa.field("columns", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("truncated", pa.list_(pa.int32()), nullable=False),
+        pa.field("refused", pa.list_(_REFUSED), nullable=False),
+    ]
+)
+
+# Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
+QUARANTINE = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, order=True)
+class ActivationColumn:
+    """One pooled layer of the activation store, named like `last_012`.
+
+    `layer` is the index in transformers' `hidden_states`: 0 is the embedding, L the output of block L, and the deepest
+    index is taken after the final norm.
+    """
+
+    pooling: Pooling
+    layer: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.pooling}_{self.layer:03d}"
+
+    @classmethod
+    def parse(cls, name: str) -> ActivationColumn:
+        match = re.fullmatch(r"(last|mean)_(\d{3,})", name)
+        if match is None:
+            raise UserError(f'"{name}" is no activation column: expected a pooling and a layer, like last_012')
+        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
+
+
+def activation_columns(layers: Iterable[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
+    """Every (pooling, layer) asked for, poolings first, as the store orders them."""
+    return [ActivationColumn(p, layer) for p in dict.fromkeys(pooling) for layer in sorted(set(layers))]
+
+
+def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Schema:
+    """`prompt_id`, `num_tokens`, then a float16 vector of width `hidden_size` for each column."""
+    vector = pa.list_(pa.field("element", pa.float16(), nullable=False), hidden_size)
+    return pa.schema(
+        [
+            pa.field(PROMPT_ID, pa.string(), nullable=False),
+            pa.field(NUM_TOKENS, pa.int32(), nullable=False),
+            *(pa.field(column.name, vector, nullable=False) for column in columns),
+        ]
+    )
+
+
+def estimates(num_targets: int) -> pa.Schema:
+    """What a router says of prompts, by their content; `reason` where one could not be read."""
+    vector = pa.list_(pa.field("element", pa.float32(), nullable=False), num_targets)
+    return pa.schema(
+        [
+            pa.field("content", pa.binary(16), nullable=False),
+            pa.field(INPUT_TOKENS, pa.int32(), nullable=False),
+            pa.field("is_truncated", pa.bool_(), nullable=False),
+            pa.field("p_correct", vector, nullable=False),
+            pa.field(OUTPUT_TOKENS, vector, nullable=False),
+            pa.field("percentile", pa.float32()),
+            pa.field("reason", pa.string()),
+        ]
+    )
+
+
+def decisions(targets: Sequence[str], extras: Sequence[str] = ()) -> pa.Schema:
+    """One line of a log a row, of the file and the row (from 0) where it stands, with the columns asked for as text.
+
+    `target` is null where no target met the constraints.
+    """
+    per_target = pa.struct([pa.field(t, pa.float32()) for t in targets])
+    return pa.schema(
+        [
+            pa.field(PROMPT_ID, pa.string(), nullable=False),
+            pa.field("file", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field(TARGET, pa.string()),
+            pa.field(INPUT_TOKENS, pa.int32(), nullable=False),
+            pa.field("p_correct", per_target),
+            pa.field("expected_output_tokens", per_target),
+            pa.field("expected_cost_usd", per_target),
+            pa.field("percentile", pa.float32()),
+            pa.field("router_version", pa.string(), nullable=False),
+            *(pa.field(name, pa.string()) for name in extras),
+        ]
+    )

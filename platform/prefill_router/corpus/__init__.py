@@ -1,0 +1,1 @@
+"""Prompts: files of any format, row by row, cut into shards and split into train, validation and test."""

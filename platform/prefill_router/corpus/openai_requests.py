@@ -1,0 +1,150 @@
+"""What a row asks: a prompt of a corpus, or a request to an endpoint as its log holds it.
+
+Source: OpenAI's API reference, chat completions (model, messages), responses (model, input) and batch (custom_id,
+method, url, body); Anthropic's API reference, messages (model, system, messages). A request's body stands by itself,
+below "request", whose "response" may stand beside it, or below "body". A request, and messages, may also be JSON in a
+text, as a CSV holds them.
+
+Of a content in parts the texts are joined. Calls of tools, and what a model thinks, are read by no router and have no
+text; an image, a sound or a file makes a row unfit. A request's parameters, such as its temperature, are no part of a
+prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.schema import INPUT_TOKENS, MESSAGES, MODEL, OUTPUT_TOKENS, PROMPT
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+WRAPPERS = ("request", "body", "input")  # which hold, or are, a request where there is no prompt and no messages
+BESIDE_MESSAGES = ("system",)
+KEYS = (*WRAPPERS, "instructions", "response", "usage", MODEL)
+
+_SILENT_PARTS = ("tool_use", "tool_call", "function_call", "thinking", "redacted_thinking", "reasoning", "refusal")
+_CALLS = ("tool_calls", "function_call")
+
+Fields = dict[str, Any]
+
+
+def prompt_of(fields: Fields) -> tuple[object, object, list[str]]:
+    """The prompt or the messages of a row, unchecked, and the keys of its messages that have no place in ours.
+
+    Raises UnfitError where the row holds neither.
+    """
+    body = _body(fields)
+    held = next((key for key in (MESSAGES, PROMPT, "input") if _holds(body, key)), None)
+    if held is None:
+        if PROMPT in fields:
+            return fields[PROMPT], None, []
+        raise UnfitError(
+            f"has neither {PROMPT} nor {MESSAGES}"
+            if body is fields
+            else f"holds no request: it has none of {MESSAGES}, input and {PROMPT}"
+        )
+    value = body[held]
+    if held == PROMPT or (held == "input" and isinstance(value, str)):
+        return value, None, []
+    value = _parsed(value, "[", held)
+    if not isinstance(value, list):
+        return None, value, []
+    system = _text(body.get("instructions" if held == "input" else "system"), "system")
+    messages: list[Any] = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    left_out: dict[str, None] = {}
+    for i, message in enumerate(value):
+        messages.append(_message(message, f"{held}[{i}]"))
+        if isinstance(message, dict):
+            left_out.update(dict.fromkeys(key for key in message if key not in ("role", "content", "type")))
+    return None, messages, list(left_out)
+
+
+def _holds(body: Fields, key: str) -> bool:
+    """A prompt that is an object is the name of a template, in a request that has an input."""
+    value = body.get(key)
+    return value is not None and not (key == PROMPT and isinstance(value, dict) and "input" in body)
+
+
+def _message(message: Any, key: str) -> Any:
+    """A message whose content is text; one that is none as it is, for it is refused where it is checked."""
+    if not isinstance(message, dict):
+        return message
+    if "role" not in message:
+        kind = message.get("type")
+        if kind == "function_call_output":
+            return {"role": "tool", "content": _text(message.get("output"), key)}
+        return {"role": "assistant", "content": ""} if kind in _SILENT_PARTS else message
+    if "content" not in message and not any(message.get(call) for call in _CALLS):
+        return message
+    return {"role": message["role"], "content": _text(message.get("content"), key)}
+
+
+def model_of(fields: Fields) -> object:
+    """The model that was asked, or that says it answered."""
+    return _body(fields).get("model") or _response(fields).get("model")
+
+
+def usage_of(fields: Fields) -> tuple[object, object]:
+    """Tokens of the prompt and of the answer, as the upstream counted them."""
+    usage = _object(_response(fields).get("usage", fields.get("usage")))
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    return prompt, usage.get("completion_tokens", usage.get("output_tokens"))
+
+
+def extra(fields: Fields, name: str) -> object:
+    """What a request's log calls otherwise than our columns: the model that was used, and its usage."""
+    if name == MODEL:
+        return model_of(fields)
+    return dict(zip((INPUT_TOKENS, OUTPUT_TOKENS), usage_of(fields), strict=True)).get(name)
+
+
+def _body(fields: Fields) -> Fields:
+    """The request itself, wherever it stands in the row."""
+    request = _object(fields.get("request")) or fields
+    return _object(request.get("body")) or request
+
+
+def _response(fields: Fields) -> Fields:
+    response = _object(fields.get("response"))
+    return _object(response.get("body", response))
+
+
+def _object(value: object) -> Fields:
+    try:
+        value = _parsed(value, "{", "")
+    except UnfitError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parsed(value: object, begin: str, key: str) -> object:
+    """What a text holds that begins as JSON does. Raises UnfitError where it is none."""
+    if not isinstance(value, str) or not value.lstrip().startswith(begin):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UnfitError(f"{key} = {shown(value)}, is text, but not JSON: {error}") from None
+
+
+def _text(content: object, key: str) -> object:
+    """Text, however it is written; an answer that only calls tools has none."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = _object(part).get("type", "text")
+        if kind in _SILENT_PARTS:
+            continue
+        value = part if isinstance(part, str) else _object(part).get("text")
+        if kind == "tool_result":
+            value = _text(_object(part).get("content"), key)
+        elif kind not in TEXT_PARTS:
+            value = None
+        if not isinstance(value, str):
+            raise UnfitError(f"{key}.content holds {shown(part)}, which is no text")
+        texts.append(value)
+    return "\n".join(texts)

@@ -1,0 +1,59 @@
+"""The key of a row: 192 bits that stand for its prompt_id and its prompt, where texts would take too much room."""
+
+# n rows
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_router.corpus.reader import Row, id_digest
+
+Keys = NDArray[np.uint64]  # (n, 3), a row each: 64 bits of its prompt_id, 128 bits of its prompt
+KEY_BYTES = 24
+
+
+def row_keys(prompt_ids: Iterable[str], contents: Iterable[str]) -> Keys:
+    """The key of each row, from its id and the hex of its content digest."""
+    keys = bytearray()
+    for prompt_id, content in zip(prompt_ids, contents, strict=True):
+        keys += id_digest(prompt_id) + bytes.fromhex(content)
+    return as_keys(keys)
+
+
+def keys_of(rows: Iterable[Row]) -> Keys:
+    return as_keys(b"".join(map(key_of, rows)))
+
+
+def key_of(row: Row) -> bytes:
+    return id_digest(row.prompt_id) + row.content_digest
+
+
+def as_keys(data: bytes | bytearray) -> Keys:
+    return np.frombuffer(data, "<u8").reshape(-1, 3)
+
+
+def as_values(keys: Keys) -> NDArray[np.void]:
+    """(n, 3) keys as n values that numpy can compare."""
+    return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
+
+
+def content_hashes(keys: Keys) -> list[str]:
+    """The content digest of each row, in hex."""
+    return [key.tobytes().hex() for key in keys[:, 1:]]
+
+
+def have_own_hash(keys: Keys) -> NDArray[np.bool_]:
+    """Whether each row's id is the hash of its content."""
+    hashes = bytearray()
+    for content in content_hashes(keys):
+        hashes += id_digest(content)
+    return np.asarray(np.frombuffer(hashes, "<u8") == keys[:, 0])
+
+
+def digest_of(keys: Keys) -> str:
+    """What names these rows, in this order."""
+    return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,83 @@
+"""Train, validation and test, split by a hash, so that any shard can be split alone.
+
+It is the hash of a prompt's unit (see `units`): prompts that are the same, or nearly, are never on two sides.
+"""
+
+# N prompts
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from prefill_router.common.validation import Fraction, StrictModel
+from prefill_router.corpus.reader import prompt_hash
+
+Keys = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or of units
+
+
+def prompt_hashes(prompt_ids: Iterable[str]) -> Keys:
+    return np.array([prompt_hash(prompt_id) for prompt_id in prompt_ids], np.uint64)
+
+
+class Part(IntEnum):
+    TRAIN = 0
+    VALIDATION = 1
+    TEST = 2
+
+
+class Split(StrictModel):
+    """`validation_fraction` is a share of the prompts that are not in the test part.
+
+    With `folds`, the test part is fold number `fold` of so many equal ones. With `held_out`, it is the prompts of these
+    categories, and `test_fraction` is 0.
+    """
+
+    seed: int = 0
+    test_fraction: Fraction = 0.2
+    validation_fraction: Fraction = 0.15
+    folds: int | None = Field(None, ge=2)
+    fold: int = Field(0, ge=0)
+    held_out: tuple[str, ...] = ()
+    units: Literal["content", "text", "similarity"] = "content"  # what is never on two sides: see `units`
+
+    def describe(self) -> str:
+        """For people."""
+        what = f"{self.test_fraction:.0%} of the prompts"
+        if self.folds:
+            what = f"fold {self.fold + 1} of {self.folds}"
+        if self.held_out:
+            what = ", ".join(self.held_out)
+        return (
+            f"{what} held out, {self.validation_fraction:.0%} of the rest for validation, by a hash with seed "
+            f"{self.seed}; {_ALIKE[self.units]} on one side"
+        )
+
+    def parts(self, keys: Keys) -> NDArray[np.int8]:
+        """The Part of each prompt (N,), by the hash of its unit."""
+        draws = mixed(keys ^ mixed(np.array([self.seed], np.uint64))) / float(2**64)
+        if self.folds:
+            draws = (draws - self.fold / self.folds) % 1.0
+        rest = (draws - self.test_fraction) / (1.0 - self.test_fraction)
+        parts = np.where(rest < self.validation_fraction, Part.VALIDATION, Part.TRAIN)
+        return np.where(draws < self.test_fraction, Part.TEST, parts).astype(np.int8)
+
+
+_ALIKE = {
+    "content": "equal prompts",
+    "text": "prompts equal but for case, space and punctuation",
+    "similarity": "prompts with similar embeddings",
+}
+
+
+def mixed(x: Keys) -> Keys:
+    """Hashes of hashes: the mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))

@@ -1,0 +1,136 @@
+"""Causal LMs of transformers over packs: no padding, shared prefixes, and no code for a family.
+
+Where the tokens of a model meet in attention alone, prompts can be laid end to end: transformers hands the attention of
+each layer to a function by name, which keeps them apart, and takes the positions of their tokens from us.
+"""
+
+# T tokens of a pack, H heads, K key-value heads, E head size, D hidden size
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefill_router.encoder.attention import Attention, KeyValue, Scoring, attention_for
+from prefill_router.encoder.decoder import Pack, Visit
+from prefill_router.encoder.hooked_backbone import DeepestLayerReached, HookedBackbone, states_of
+
+_NAME = "prefill_router"  # of our attention, in transformers
+_POSITIONS = ("position_ids", "cache_position")  # which it is given, and has used before
+_running = threading.local()
+
+
+class PackedBackbone(HookedBackbone):
+    """Threads may share it: what a run needs is held for its thread."""
+
+    is_packed = True
+
+    def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
+        """Hands the attention of `backbone` over to packs. Raises ValueError if the model does not let it."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_NAME, _attend)
+        backbone.set_attn_implementation(_NAME)
+        if backbone.config._attn_implementation != _NAME:
+            raise ValueError("its attention cannot be replaced")
+        super().__init__(backbone, blocks)
+        self.windows: set[int | None] = set()  # that its layers asked for
+        blocks[0].register_forward_pre_hook(_before, with_kwargs=True)
+        for i, block in enumerate(blocks[:-1]):
+            block.register_forward_hook(partial(_after, i + 1))
+
+    def run(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None:
+        """As `Decoder.run`. Raises ValueError if a block has another number of attentions than one."""
+        start = pack.prefix_tokens
+        positions = torch.cat([torch.arange(start, start + n) for n in pack.lengths]).to(self.device)
+        run = _Run(pack, visit, deepest, keep, self.device)
+        with _run_of_this_thread(run):
+            try:
+                inputs = {"input_ids": pack.ids[None], "position_ids": positions[None], "use_cache": False}
+                visit(len(self.blocks), self.backbone(**inputs).last_hidden_state[0])
+            except DeepestLayerReached:
+                pass
+        self.windows |= run.windows
+        if run.num_attended != deepest:
+            raise ValueError(f"{deepest} of its blocks have {run.num_attended} attentions")
+
+
+@dataclass
+class _Run:
+    """One pack on its way through a model."""
+
+    pack: Pack
+    visit: Visit
+    deepest: int
+    keep: list[KeyValue] | None
+    device: torch.device
+    num_attended: int = 0
+    windows: set[int | None] = field(default_factory=set)
+    _attentions: dict[tuple[Any, ...], Attention] = field(default_factory=dict)
+
+    def reached(self, layer: int, states_TD: Tensor) -> None:
+        self.visit(layer, states_TD)
+        if layer == self.deepest:
+            raise DeepestLayerReached
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of the next layer: (T, H, E), (T, K, E), (T, K, V) -> (T, H, V)."""
+        prefix = self.pack.prefix[self.num_attended] if self.pack.prefix else None
+        self.num_attended += 1
+        self.windows.add(scoring.window)
+        if self.keep is not None:
+            self.keep.append((key, value))
+        kind = (scoring.scale, scoring.window, scoring.softcap, id(scoring.sinks))
+        if kind not in self._attentions:
+            options = (self.pack.lengths, self.pack.prefix_tokens, self.device, query.dtype)
+            self._attentions[kind] = attention_for(*options, scoring)
+        return self._attentions[kind](query, key, value, prefix)
+
+
+@contextmanager
+def _run_of_this_thread(run: _Run) -> Iterator[None]:
+    _running.run = run
+    try:
+        yield
+    finally:
+        _running.run = None
+
+
+def _before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (run := getattr(_running, "run", None)) is not None:
+        run.reached(0, (args[0] if args else kwargs["hidden_states"])[0])
+
+
+def _after(layer: int, _block: nn.Module, _args: Any, output: Any) -> None:
+    if (run := getattr(_running, "run", None)) is not None:
+        run.reached(layer, states_of(output)[0])
+
+
+def _attend(
+    _layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Stands in for transformers' attention: (1, H, T, E), (1, K, T, E), (1, K, T, V) -> (1, T, H, V).
+
+    Raises ValueError for a mask or a bias of the model's own, which may be too small to show in bfloat16.
+    """
+    biases = [name for name, value in options.items() if isinstance(value, Tensor) and name not in _POSITIONS]
+    if mask is not None or biases:
+        raise ValueError(f"its attention has {', '.join(biases) or 'a mask'} of its own")
+    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
+    return _running.run.attend(*by_token, Scoring(scaling, sliding_window, softcap, s_aux))[None], None

@@ -1,0 +1,87 @@
+"""Pooling: a layer's states of a pack, reduced to a vector a prompt while the layer is at hand."""
+
+# B prompts in a pack, T their tokens, D hidden size, C columns, P tokens of a shared prefix
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefill_router.common.schema import ActivationColumn
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass
+class PrefixSums:
+    """What a shared prefix adds to the mean of the prompts that continue it: the sum of its states, a layer each."""
+
+    num_tokens: int
+    leave_out_first: bool
+    start: PrefixSums | None = None  # of the tokens before those that are visited
+    by_layer: dict[int, Tensor] = field(default_factory=dict)  # (D,) float32
+
+    def visit(self, layer: int, states_TD: Tensor) -> None:
+        if self.start is not None:
+            self.by_layer[layer] = self.start.by_layer[layer] + states_TD.sum(0, dtype=torch.float32)
+        else:
+            self.by_layer[layer] = states_TD[int(self.leave_out_first) :].sum(0, dtype=torch.float32)
+
+
+class Pooler:
+    """Collects `columns` of one pack, layer by layer, as float16; values beyond its range are clamped to it.
+
+    `mean` is over a prompt's tokens, without the first of them when `leave_out_first`, unless it is the only one.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[ActivationColumn],
+        lengths: Sequence[int],
+        device: torch.device,
+        leave_out_first: bool,
+        prefix: PrefixSums | None = None,
+    ) -> None:
+        self.columns, self.prefix = columns, prefix
+        # With a prefix, the first token is the prefix's.
+        self.skipped = [int(leave_out_first and prefix is None and n > 1) for n in lengths]
+        self.lengths = list(lengths)
+        ends = np.cumsum(lengths)
+        counts = np.array(lengths) - self.skipped
+        if prefix is not None:
+            counts = counts + prefix.num_tokens - int(prefix.leave_out_first)
+        self.last = torch.from_numpy(ends - 1).to(device)
+        self.first = torch.from_numpy((ends - lengths)[np.array(self.skipped, bool)]).to(device)
+        self.segments = torch.tensor(self.lengths, device=device)
+        self.counts = torch.from_numpy(counts)[:, None].to(device, torch.float32)
+        self.pooled: dict[ActivationColumn, Tensor] = {}
+
+    def visit(self, layer: int, states_TD: Tensor) -> None:
+        for column in self.columns:
+            if column.layer == layer:
+                pooled = states_TD[self.last].float() if column.pooling == "last" else self._mean(layer, states_TD)
+                self.pooled[column] = pooled.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+
+    def result(self) -> Tensor:
+        """(C, B, D) float16, on the device."""
+        return torch.stack([self.pooled[column] for column in self.columns])
+
+    def _mean(self, layer: int, states_TD: Tensor) -> Tensor:
+        sums_BD = self._sums(states_TD)
+        if self.prefix is not None:
+            sums_BD += self.prefix.by_layer[layer]
+        return sums_BD / self.counts
+
+    def _sums(self, states_TD: Tensor) -> Tensor:
+        """(B, D) float32. Each prompt is summed by itself, so that its companions do not change a bit of it."""
+        if states_TD.is_cuda:  # one kernel; unsafe: the lengths are not checked, which would wait for the device
+            states = states_TD.float()
+            if len(self.first):
+                states = states.index_fill(0, self.first, 0)
+            return torch.segment_reduce(states, "sum", lengths=self.segments, unsafe=True)
+        parts = zip(torch.split(states_TD, self.lengths), self.skipped, strict=True)
+        return torch.stack([part[skipped:].sum(0, dtype=torch.float32) for part, skipped in parts])

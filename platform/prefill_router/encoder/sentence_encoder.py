@@ -1,0 +1,114 @@
+"""A sentence encoder: what semantic routers read in place of prefill activations.
+
+Any bidirectional model of the sentence-transformers kind: its last states are pooled as its own files say, and scaled
+to unit length.
+"""
+
+# N prompts, D hidden size, B prompts in a batch, S tokens of the longest
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.batching import token_budget_batches
+from prefill_router.encoder.hardware import bound_kernel_caches, preferred_dtype
+from prefill_router.encoder.tokenization import Tokens
+
+_BUDGET_TOKENS = {"cpu": 2048, "cuda": 65536}
+_Pooling = Literal["mean", "cls", "last"]
+_POOLINGS: dict[str, _Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+class SentenceEncoder:
+    """Make one with `SentenceEncoder.load`."""
+
+    def __init__(self, source: str, loaded: checkpoint.Checkpoint, pooling: _Pooling, max_tokens: int) -> None:
+        self.name, self.model, self.tokenizer = source, loaded.model.eval().requires_grad_(False), loaded.tokenizer
+        self.pooling, self.max_tokens = pooling, max_tokens
+        dtype = str(self.model.dtype)
+        parts = [loaded.weights_id, pooling, max_tokens, dtype, loaded.tokenizer.backend_tokenizer.to_str()]
+        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        self._tokenizing = threading.Lock()  # a fast tokenizer may not be lent twice
+
+    @classmethod
+    def load(cls, source: str, device: str | None = None) -> SentenceEncoder:
+        """Loads a hub id, a directory or `package:NAME` on CUDA when there is one, otherwise the CPU.
+
+        Raises UserError where there is no such model.
+        """
+        bound_kernel_caches()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded, folder = checkpoint.load_sentence_model(source, getattr(torch, preferred_dtype(device)))
+        loaded.model.to(device)
+        positions = getattr(loaded.model.config, "max_position_embeddings", 512)
+        stated = _read(folder / "sentence_bert_config.json").get("max_seq_length", positions)
+        return cls(source, loaded, _pooling(folder), min(stated, positions))
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
+        """Token ids of each prompt, its first `max_tokens`; a conversation is its messages' texts, a line each."""
+        if not prompts:
+            return Tokens([], np.zeros(0, np.int32))
+        texts = [p if isinstance(p, str) else "\n".join(m["content"] for m in p) for p in prompts]
+        with self._tokenizing:
+            ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        lengths = np.array([len(i) for i in ids], np.int32)
+        # What ends a sequence stays at its end.
+        cut = [i if len(i) <= self.max_tokens else [*i[: self.max_tokens - 1], i[-1]] for i in ids]
+        return Tokens(cut, lengths)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Embeddings (N, D) of unit length."""
+        lengths = tokens.num_tokens.tolist()
+        embeddings = np.empty((len(lengths), self.model.config.hidden_size), np.float32)
+        device = self.model.device
+        for batch in token_budget_batches(lengths, _BUDGET_TOKENS.get(device.type, _BUDGET_TOKENS["cpu"])):
+            rows = [torch.tensor(tokens.ids[i]) for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            mask = (torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]).to(device)
+            states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            pooled = _pooled(states.float(), mask, self.pooling)
+            embeddings[batch] = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        return embeddings
+
+    def embed(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+        return self.forward(self.tokenize(prompts))
+
+
+def _pooled(states_BSD: Tensor, mask_BS: Tensor, pooling: _Pooling) -> Tensor:
+    if pooling == "cls":
+        return states_BSD[:, 0]
+    if pooling == "last":
+        return states_BSD[torch.arange(len(states_BSD), device=states_BSD.device), mask_BS.sum(1) - 1]
+    weights = mask_BS[..., None].float()
+    return (states_BSD * weights).sum(1) / weights.sum(1)
+
+
+def _pooling(folder: Path) -> _Pooling:
+    """As the model's files say; the mean where they say nothing."""
+    stated = _read(folder / "1_Pooling" / "config.json")
+    modes = [key for key, is_on in stated.items() if key.startswith("pooling_mode_") and is_on]
+    if len(modes) > 1 or any(mode not in _POOLINGS for mode in modes):
+        raise UserError(f"{folder}: {', '.join(modes)} is not supported: use one of {', '.join(_POOLINGS)}")
+    return _POOLINGS[modes[0]] if modes else "mean"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}

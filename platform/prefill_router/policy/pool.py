@@ -1,0 +1,139 @@
+"""Targets and their prices: the set of models that a router chooses from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
+
+from prefill_router import storage
+from prefill_router.common import validation
+from prefill_router.common.errors import UserError
+from prefill_router.policy import key_variables
+
+
+class _AsWritten(validation.StrictModel):
+    """Is written as it was read: an artifact's version is of its content, which new fields must not change."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+
+class Upstream(_AsWritten):
+    """Where a target answers: an API in the way of OpenAI's."""
+
+    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$", description="As https://api.openai.com/v1, without a key")
+    model: str | None = Field(None, min_length=1, description="The target's name there [its name in the pool]")
+    allow_http: bool = Field(False, description="Send the key over plain http, within a network that you trust")
+    key_env: str | None = Field(None, description="Environment variable that holds the API key, as EXAMPLE_API_KEY")
+    responses: bool = Field(False, description="Has POST /responses too")
+    concurrency: int = Field(256, ge=1, description="Calls at a time, of each replica")
+    requests_per_minute: float | None = Field(None, gt=0.0, description="That `collect` begins")
+    tokens_per_minute: float | None = Field(None, gt=0.0, description="Of prompts and answers, that `collect` asks for")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the limit of an answer's tokens is called there"
+    )
+    timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
+
+    @field_validator("key_env")
+    @classmethod
+    def _is_safe_to_send(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None:
+            key_variables.check_name(name)
+            if "base_url" in info.data and not info.data.get("allow_http"):
+                key_variables.check_transport(info.data["base_url"])
+        return name
+
+    def url(self, path: str) -> str:
+        return f"{self.base_url.rstrip('/')}{path}"
+
+    @property
+    def key(self) -> str | None:
+        """The key that the environment holds at the moment; None where the upstream wants none."""
+        return None if self.key_env is None else key_variables.value(self.key_env)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request with a JSON body."""
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if (key := self.key) is not None:
+            headers["authorization"] = f"Bearer {key}"
+        return headers
+
+
+class Target(_AsWritten):
+    """A candidate model. Prices are USD per million tokens."""
+
+    name: str = Field(min_length=1)
+    input_price: float = Field(ge=0.0)
+    output_price: float = Field(ge=0.0)
+    cached_input_price: float | None = Field(None, ge=0.0, description="Of input that the upstream had cached")
+    context_tokens: int | None = Field(None, ge=1, description="Of prompt and answer together")
+    tools: bool = Field(True, description="Can call tools")
+    images: bool = Field(True, description="Reads images")
+    upstream: Upstream | None = None
+
+    def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
+        """USD for an answer; `cached_tokens` are among the `input_tokens`."""
+        cached_price = self.input_price if self.cached_input_price is None else self.cached_input_price
+        full = input_tokens - cached_tokens
+        return (full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price) / 1e6
+
+
+class Pool(validation.StrictModel):
+    """Targets in the order of the file, which breaks ties."""
+
+    name: str
+    targets: tuple[Target, ...] = Field(min_length=1)
+
+    @property
+    def target_names(self) -> list[str]:
+        return [target.name for target in self.targets]
+
+    @property
+    def prices(self) -> dict[str, tuple[float, float]]:
+        """USD per million input and output tokens, by target."""
+        return {target.name: (target.input_price, target.output_price) for target in self.targets}
+
+    def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Expected cost (N, T) in USD of prompts with `input_tokens` (N,) and expected `output_tokens` (N, T).
+
+        Source: METHOD, "Choosing": input_tokens * input_price + E[output_tokens_t] * output_price.
+        """
+        input_price = np.array([t.input_price for t in self.targets]) / 1e6
+        output_price = np.array([t.output_price for t in self.targets]) / 1e6
+        return np.asarray(input_tokens, np.float64)[:, None] * input_price + output_tokens * output_price
+
+
+def load_pool(uri: str) -> Pool:
+    """The pool `pool.toml#name` of a file of `[[name]]` tables; `#name` may be left out where the file has one pool.
+
+    Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
+    """
+    path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
+    pools = validation.load_toml(path)
+    if not pools:
+        raise UserError(f"{path}: holds no pool: list its targets as [[NAME]] tables")
+    if not name and len(pools) != 1:
+        raise UserError(f"{path}: holds {len(pools)} pools ({', '.join(pools)}): name one as {path}#NAME")
+    name = name or next(iter(pools))
+    if name not in pools:
+        raise UserError(f'{path}: no pool "{name}"; it holds {", ".join(pools)}')
+    if not isinstance(pools[name], list) or not pools[name]:
+        raise UserError(f"{path}: {name} must be a list of targets, each [[{name}]] with name and prices")
+    targets = tuple(_target(entry, path, name, i) for i, entry in enumerate(pools[name]))
+    names = [t.name for t in targets]
+    repeated = next((n for n in names if names.count(n) > 1), None)
+    if repeated is not None:
+        raise UserError(f'{path}: target "{repeated}" stands twice in pool "{name}"')
+    return Pool(name=name, targets=targets)
+
+
+def _target(entry: Any, path: str, pool: str, index: int) -> Target:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {pool}[{index}] = {entry!r}, must be a table with name, input_price and output_price")
+    label = f'target "{entry["name"]}"' if "name" in entry else f"{pool}[{index}]"
+    return validation.validate(Target, entry, f"{path}: {label}")

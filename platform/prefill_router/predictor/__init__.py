@@ -1,0 +1,1 @@
+"""P(correct) of every target: SharedTrunkNet, the kernel machine beside it, their calibration."""

@@ -1,0 +1,167 @@
+"""What a log costs and where its lines go, as sums that are counted shard by shard and added up in any order."""
+
+# N lines, T targets, K tolerances
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefill_router.policy.selection import NO_TARGET, STRANGER, choose
+
+TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
+EVERYTHING = ("", "")  # the segment of all lines
+OTHERS = "(others)"
+UNKNOWN = "unknown"  # of a line that has no value
+_MOST_VALUES = 1000  # of a column, that are told apart
+
+Segment = tuple[str, str]  # a column and a value
+
+
+class Lines(NamedTuple):
+    """N lines of a log, with the targets in the order of the pool that they are to go to."""
+
+    input_tokens: NDArray[np.int64]  # (N,)
+    p_correct: NDArray[np.float64]  # (N, T)
+    cost_usd: NDArray[np.float64]  # (N, T) expected
+    percentile: NDArray[np.float32]  # (N,) share of training prompts that lie nearer, NaN where unknown
+    chosen: NDArray[np.int64]  # (N,)
+    used: NDArray[np.int64]  # (N,) the target that answered it, by the log; NO_TARGET where that is not in the pool
+    used_cost_usd: NDArray[np.float64]  # (N,) NaN where the log does not tell
+
+    def take(self, rows: NDArray[Any]) -> Lines:
+        return Lines(*(values[rows] for values in self))
+
+
+@dataclass
+class Sums:
+    """Of the lines of one segment. All can be added."""
+
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def add(self, other: Mapping[str, NDArray[np.float64]]) -> None:
+        for name, value in other.items():
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        return self.values[name]
+
+    def total(self, name: str) -> float:
+        return float(self.values[name].sum())
+
+    def share(self, name: str, of: str = "lines") -> float:
+        """One sum by another; NaN where that is nothing."""
+        whole = self.total(of)
+        return self.total(name) / whole if whole else float("nan")
+
+
+@dataclass
+class Tally:
+    """Sums by segment: of all lines, and of those that agree in a column."""
+
+    segments: dict[Segment, Sums] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lines: Lines, columns: Mapping[str, Sequence[str]], eligible: NDArray[np.bool_]) -> Tally:
+        """`columns` holds the value of each line by a column's name; `eligible` (N, T) the targets it may go to."""
+        tally = cls({EVERYTHING: Sums(_sums(lines) | _at_tolerances(lines, eligible))})
+        for column, values in columns.items():
+            names, places = np.unique(np.asarray(values, object).astype(str), return_inverse=True)
+            for i, name in enumerate(names.tolist()):
+                tally.segments[column, name] = Sums(_sums(lines.take(np.flatnonzero(places == i))))
+        return tally
+
+    def merge(self, other: Tally) -> Tally:
+        """Takes in another, and returns itself."""
+        for segment, sums in other.segments.items():
+            self._sums_of(segment).add(sums.values)
+        return self
+
+    def _sums_of(self, segment: Segment) -> Sums:
+        column, _ = segment
+        if segment not in self.segments and len(self.values_of(column)) >= _MOST_VALUES:
+            segment = column, OTHERS
+        return self.segments.setdefault(segment, Sums())
+
+    @property
+    def everything(self) -> Sums:
+        return self.segments[EVERYTHING]
+
+    @property
+    def columns(self) -> list[str]:
+        return sorted({column for column, _ in self.segments} - {""})
+
+    def values_of(self, column: str) -> list[str]:
+        return sorted(value for name, value in self.segments if name == column)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [
+            {"column": column, "value": value, "sums": {name: x.tolist() for name, x in sums.values.items()}}
+            for (column, value), sums in self.segments.items()
+        ]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Mapping[str, Any]]) -> Tally:
+        def sums(entry: Mapping[str, Any]) -> Sums:
+            return Sums({name: np.asarray(values, np.float64) for name, values in entry["sums"].items()})
+
+        return cls({(entry["column"], entry["value"]): sums(entry) for entry in content})
+
+
+def day_of(value: object) -> str:
+    """The day, in UTC, of a date, a time as text (ISO 8601) or a number (seconds or milliseconds since 1970)."""
+    try:
+        if isinstance(value, str):
+            value = float(value) if value.replace(".", "", 1).isdigit() else datetime.fromisoformat(value)
+        if isinstance(value, (int, float)):
+            value = datetime.fromtimestamp(value / 1e3 if value > 1e11 else value, UTC)
+        if isinstance(value, datetime):
+            value = (value.astimezone(UTC) if value.tzinfo is not None else value).date()
+    except (ValueError, OverflowError, OSError):
+        return UNKNOWN
+    return value.isoformat() if isinstance(value, date) else UNKNOWN
+
+
+def _sums(lines: Lines) -> dict[str, NDArray[np.float64]]:
+    num_targets, chosen = lines.p_correct.shape[1], lines.chosen
+    is_known, is_paid = ~np.isnan(lines.percentile), ~np.isnan(lines.used_cost_usd)
+    used = np.where(is_paid, lines.used, NO_TARGET)
+    instead = np.where(used != NO_TARGET, chosen, NO_TARGET)
+    sums: dict[str, Any] = {
+        "lines": len(lines.chosen),
+        "input_tokens": lines.input_tokens.sum(),
+        "cost_usd": lines.cost_usd.sum(0),
+        "correct": lines.p_correct.sum(0),
+        "chosen": np.bincount(chosen[chosen != NO_TARGET], minlength=num_targets),
+        "chosen_cost_usd": _picked(lines.cost_usd, chosen),
+        "chosen_correct": _picked(lines.p_correct, chosen),
+        "placed": is_known.sum(),
+        "strangers": (lines.percentile[is_known] >= STRANGER).sum(),
+        "percentile": lines.percentile[is_known].sum(dtype=np.float64),
+        "used": np.bincount(used[used != NO_TARGET], minlength=num_targets),
+        "used_cost_usd": lines.used_cost_usd[used != NO_TARGET].sum(),
+        "used_correct": _picked(lines.p_correct, used),
+        "used_expected_cost_usd": _picked(lines.cost_usd, used),
+        "instead_cost_usd": _picked(lines.cost_usd, instead),
+        "instead_correct": _picked(lines.p_correct, instead),
+    }
+    return {name: np.asarray(value, np.float64) for name, value in sums.items()}
+
+
+def _at_tolerances(lines: Lines, eligible: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+    choices = [choose(lines.p_correct, lines.cost_usd, tolerance, eligible) for tolerance in TOLERANCES]
+    return {
+        "tolerance_cost_usd": np.array([_picked(lines.cost_usd, chosen) for chosen in choices]),
+        "tolerance_correct": np.array([_picked(lines.p_correct, chosen) for chosen in choices]),
+    }
+
+
+def _picked(values: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """The sum of values (N, T) of one target (N,) each, but for lines that have none."""
+    rows = np.flatnonzero(targets != NO_TARGET)
+    return float(values[rows, targets[rows]].sum())

@@ -1,0 +1,68 @@
+"""A router's card: what it is, on what it was trained, and how good it was on its validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prefill_router.common.money import usd
+from prefill_router.router.artifact import FORMAT, Router
+
+Rows = list[tuple[str, ...]]
+
+
+def card(router: Router) -> tuple[Rows, Rows]:
+    """Rows of (what, text), and a table of the targets whose first row is its head."""
+    return list(_about(router)), _targets(router)
+
+
+def _about(router: Router) -> Iterator[tuple[str, ...]]:
+    identity, training, net = router.encoder_identity, router.training, router.trunk
+    yield "router", f"{router.version}, format {FORMAT}"
+    if "extends" in training:
+        yield "extends", str(training["extends"])
+    yield "encoder", f"{identity.spec.model}, {identity.spec.dtype}, fingerprint {identity.fingerprint}"
+    names = ", ".join(f"{p.column.name} ({p.num_features} features)" for p in router.projections)
+    yield "reads", f"{names} of {identity.num_layers} layers"
+    sizes = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
+    yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
+    if len(router.kernel.landmarks):
+        yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} beside the trunk"
+    if "num_train" in training:
+        yield "trained", f"by recipe {training.get('recipe')}, on {training['num_train']:,} prompts"
+        yield "validated", f"on {training.get('num_validation', 0):,} more"
+    yield "held out", router.split.describe()
+    yield "tolerance", f"{router.default_tolerance:.3f}"
+    if validation := training.get("validation"):
+        yield from _scores(validation)
+
+
+def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """How good the router was at its tolerance."""
+    accuracy, best, oracle = (validation[f"{name}accuracy"] for name in ("", "best_single_", "oracle_"))
+    yield "accuracy", f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {oracle:.1%}"
+    cost, best_cost = validation["cost"], validation["best_single_cost"]
+    yield "cost", f"{usd(1000 * cost)} a thousand prompts, the best single target {usd(1000 * best_cost)}"
+
+
+def _targets(router: Router) -> Rows:
+    training = router.training
+    head = ("target", "input /M", "output /M", "answers", "AUC", "calibration", "best column")
+    auc = training.get("validation", {}).get("auc", {})
+    rows = [
+        (
+            target.name,
+            usd(target.input_price),
+            usd(target.output_price),
+            _number(training.get("num_answers", {}).get(target.name), ","),
+            _number(auc.get(target.name), ".3f"),
+            kind,
+            training.get("columns", {}).get(target.name, "-"),
+        )
+        for target, kind in zip(router.pool.targets, router.calibration.kinds, strict=True)
+    ]
+    return [head, *rows]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

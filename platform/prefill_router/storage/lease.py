@@ -1,0 +1,229 @@
+"""One writer at a time on an output: a lease, which its holder renews while it lives and others take once it is dead.
+
+It saves work and tells a user who else is writing. Nothing that is written depends on it: objects are named by what
+they hold and created only where there is none, so that two writers, should there ever be two, do no harm.
+
+`<output>/_lease/` holds numbered records, of which the highest is the lease. Only who created a record ever changes
+it; to take over is to create the next number, which storage grants to one of all that try. The highest is never
+deleted, not even when it is released, so that no number is granted twice.
+
+A holder is taken for dead where its process on this very machine has ended, or its last sign of life is `EXPIRES_S`
+old by the clock of whoever asks. Clocks are taken to agree within half a minute: one that is wrongly taken for dead
+finds out when it next renews.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import AwareDatetime
+
+from prefill_router import storage
+from prefill_router.common import validation
+from prefill_router.common.errors import UserError
+
+RENEW_S = 10.0
+EXPIRES_S = 60.0
+_FOLDER = "_lease"
+
+
+class Holder(validation.StrictModel):
+    """The record: who holds the lease, and when it was last alive."""
+
+    id: str
+    job: str
+    host: str
+    machine: str  # tells apart hosts, and containers, of the same name
+    pid: int
+    started: int  # of the process, in the machine's ticks: its number may come back
+    since: AwareDatetime
+    renewed: AwareDatetime
+    released: bool = False
+
+    @classmethod
+    def this_process(cls, job: str) -> Holder:
+        now, pid = datetime.now(UTC), os.getpid()
+        return cls(
+            id=uuid.uuid4().hex,
+            job=job,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=pid,
+            started=_started(pid),
+            since=now,
+            renewed=now,
+        )
+
+    @property
+    def age_s(self) -> float:
+        """Since the last sign of life; never negative, though its clock may be ahead."""
+        return max(0.0, (datetime.now(UTC) - self.renewed).total_seconds())
+
+    @property
+    def is_over(self) -> bool:
+        return self.released or self.age_s > EXPIRES_S or self._has_ended()
+
+    def _has_ended(self) -> bool:
+        if not self.machine or self.machine != _machine():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # another user's
+            return False
+        return _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return (
+            f"host {self.host}, pid {self.pid}, since {self.since.astimezone(UTC):%H:%M:%S} UTC, "
+            f"last sign of life {self.age_s:.0f} s ago"
+        )
+
+
+class Lease:
+    """Held from `acquire` until `release` or the end of a `with`; a thread renews it every `RENEW_S`."""
+
+    def __init__(self, uri: str, number: int, holder: Holder) -> None:
+        self._uri, self._number, self._holder = uri, number, holder
+        self._lost = ""  # why, once it is
+        self._renewed_at = time.monotonic()
+        self._renewing = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, uri: str, job: str) -> Lease:
+        """Raises UserError where another process, or this one, holds a lease on the output at `uri`."""
+        holder = Holder.this_process(job)
+        while True:
+            number, other = _current(uri)
+            if other is not None and not other.is_over:
+                raise UserError(
+                    f"{uri}: another {other.job} is writing here ({other}): wait for it, or choose another --out"
+                )
+            if _claim(uri, number + 1, holder):
+                return cls(uri, number + 1, holder)
+
+    def check(self) -> None:
+        """Raises UserError where another took over, or may have: while renewals go well, it only looks at a clock."""
+        if not self._lost and self._silent_s > EXPIRES_S:
+            try:
+                self._renew()  # whether this process was stopped for a while, or storage is out of reach
+            except OSError as error:
+                raise UserError(
+                    f"{self._uri}: for {self._silent_s:.0f} s the lease could not be renewed, so that another "
+                    f"{self._holder.job} may be writing here: run it again when storage answers: {error}"
+                ) from error
+        if self._lost:
+            raise UserError(self._lost)
+
+    def release(self) -> None:
+        """Lets others in at once. Where storage fails, they get in when the lease expires."""
+        self._ended.set()
+        if self._lost or self._silent_s > EXPIRES_S / 2:
+            return
+        self._thread.join()  # or its last renewal might undo the release
+        with suppress(OSError):
+            _write(self._uri, self._number, self._holder.model_copy(update={"released": True}))
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.release()
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._renewed_at
+
+    def _keep(self) -> None:
+        while not self._lost and not self._ended.wait(RENEW_S):
+            with suppress(OSError, UserError):  # `check` says so when it has lasted too long
+                self._renew()
+
+    def _renew(self) -> None:
+        with self._renewing:
+            now = time.monotonic()
+            number, other = _current(self._uri)
+            if number != self._number:
+                what = f"another {other.job} has taken over here ({other})" if other else "the lease was deleted"
+                self._lost = f"{self._uri}: {what}, so that this one stops"
+                return
+            _write(self._uri, self._number, self._holder.model_copy(update={"renewed": datetime.now(UTC)}))
+            self._renewed_at = now
+
+
+def _current(uri: str) -> tuple[int, Holder | None]:
+    """The highest number and its record; 0 and None where there never was a lease."""
+    while numbers := _numbers(uri):
+        with suppress(FileNotFoundError):  # superseded and cleared away since
+            return max(numbers), _read(uri, max(numbers))
+    return 0, None
+
+
+def _claim(uri: str, number: int, holder: Holder) -> bool:
+    """Whether the lease is `holder`'s now."""
+    if not _create(uri, number, holder):
+        return False
+    numbers = _numbers(uri)
+    if max(numbers, default=0) != number:
+        # Who saw the numbers long ago can create one that was granted and cleared away since.
+        storage.remove(_path(uri, number))
+        return False
+    for past in set(numbers) - {number}:
+        storage.remove(_path(uri, past))
+    return True
+
+
+def _create(uri: str, number: int, holder: Holder) -> bool:
+    if storage.create_bytes(_path(uri, number), holder.model_dump_json().encode()):
+        return True
+    try:
+        return _read(uri, number).id == holder.id  # it is where the answer to the first attempt was lost
+    except FileNotFoundError:
+        return False
+
+
+def _numbers(uri: str) -> list[int]:
+    stems = (name.removesuffix(".json") for name in storage.list_names(storage.join(uri, _FOLDER)))
+    return [int(stem) for stem in stems if stem.isdecimal()]
+
+
+def _path(uri: str, number: int) -> str:
+    return storage.join(uri, _FOLDER, f"{number:06d}.json")
+
+
+def _read(uri: str, number: int) -> Holder:
+    path = _path(uri, number)
+    return validation.validate(Holder, storage.read_json(path), path)
+
+
+def _write(uri: str, number: int, holder: Holder) -> None:
+    storage.write_json(_path(uri, number), holder.model_dump(mode="json"))
+
+
+def _machine() -> str:
+    """This boot of this machine, and the namespace in which its process numbers count; empty outside Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int:
+    """When a process was started, in ticks since boot; 0 where there is none that still runs, or outside Linux."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in "ZX" else int(fields[18])

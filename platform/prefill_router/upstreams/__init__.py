@@ -1,0 +1,1 @@
+"""HTTP to upstreams, for `collect` and for the gateway."""

@@ -1,0 +1,77 @@
+"""What operators watch, as Prometheus has it from Ray's exporter; Ray adds the node and the worker."""
+
+from __future__ import annotations
+
+import math
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from prefill_router.common.gauges import KeptGauge
+from prefill_router.policy.decision import Decision
+from prefill_serve.engine import Estimate, Reading
+
+SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+_SHARES = [i / 20 for i in range(1, 21)]
+_TOKENS = [16.0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+_DISTANCES = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0]
+
+
+class Metrics:
+    """One of each a process; every name begins with `prefill_router_`."""
+
+    def __init__(self) -> None:
+        self.requests = counter("requests", "HTTP requests by route and status", "route", "status")
+        self.request_seconds = histogram("request_seconds", "From the request's head to its answer", SECONDS, "route")
+        self.phase_seconds = histogram("phase_seconds", "tokenize, queue, encode, head", SECONDS, "phase")
+        self.batch_tokens = histogram("batch_tokens", "Tokens that a prompt's batch held", _TOKENS)
+        self.batch_fill = histogram("batch_fill", "Of what a batch may hold", _SHARES)
+        self.queued_tokens = gauge("queued_tokens", "Tokens of the prompts that wait")
+        self.prompts = counter("prompts", "Prompts by where their estimates came from", "source")
+        self.truncated = counter("truncated_prompts", "Prompts whose middle the encoder did not read")
+        self.routed = counter("routed", "Decisions by target, and by router or canary", "target", "role")
+        self.expected_cost = counter("expected_cost_usd", "Of the chosen targets' answers", "target")
+        self.p_correct = histogram("p_correct", "Of the chosen target", _SHARES, "role")
+        self.distance = histogram("drift_distance", "From the training prompts, 1 for an ordinary one", _DISTANCES)
+        self.strangers = counter("out_of_distribution", "Prompts unlike those of training")
+        self.shadow = counter("shadow", "Shadow's choices: the same target or another", "agrees")
+        self.settings = counter("settings", "Settings that were taken over or refused", "outcome")
+        self.router = gauge("info", "1 for the routers that serve", "version", "role")
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self.requests.inc(1, tags={"route": route, "status": str(status)})
+        self.request_seconds.observe(max(seconds, 1e-9), tags={"route": route})
+
+    def read(self, reading: Reading, budget_tokens: int) -> None:
+        self.prompts.inc(1, tags={"source": "encoder"})
+        for phase, seconds in reading.times._asdict().items():
+            self.phase_seconds.observe(max(seconds, 1e-9), tags={"phase": phase})
+        self.batch_tokens.observe(reading.batch_tokens)
+        self.batch_fill.observe(max(min(1.0, reading.batch_tokens / budget_tokens), 1e-9))
+
+    def decided(self, decision: Decision, estimate: Estimate, role: str, is_stranger: bool) -> None:
+        assert decision.target is not None
+        self.routed.inc(1, tags={"target": decision.target, "role": role})
+        cost_usd = decision.expected_cost_usd[decision.target]
+        if cost_usd > 0.0 and math.isfinite(cost_usd):
+            self.expected_cost.inc(cost_usd, tags={"target": decision.target})
+        self.p_correct.observe(max(decision.p_correct[decision.target], 1e-9), tags={"role": role})
+        if decision.is_truncated:
+            self.truncated.inc(1)
+        if estimate.distance is not None:
+            self.distance.observe(max(estimate.distance, 1e-9))
+        if is_stranger:
+            self.strangers.inc(1)
+
+
+def counter(name: str, description: str, *tags: str) -> Counter:
+    """A counter of this package, with its labels."""
+    # Ray's exporter ends a counter's name in _total.
+    return Counter(f"prefill_router_{name}", description=description, tag_keys=tags)
+
+
+def gauge(name: str, description: str, *tags: str) -> KeptGauge:
+    return KeptGauge(Gauge(f"prefill_router_{name}", description=description, tag_keys=tags))
+
+
+def histogram(name: str, description: str, boundaries: list[float], *tags: str) -> Histogram:
+    return Histogram(f"prefill_router_{name}", description=description, boundaries=boundaries, tag_keys=tags)

@@ -1,0 +1,106 @@
+"""Which target a call goes to, and which after that: the router's choice among those that can take it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from prefill_router.policy.decision import Decision, Policy
+from prefill_router.policy.pool import Target
+from prefill_serve.endpoint import Routing
+from prefill_serve.gateway.openai_calls import Call, ResponsesCall
+
+_CHARACTERS_A_TOKEN = 3  # where nothing was tokenised; rather too many tokens than too few
+
+
+class Choice(NamedTuple):
+    """A target, and the decision for it where the router made one."""
+
+    target: str
+    decision: Decision | None
+
+    @property
+    def expected_usd(self) -> float | None:
+        return None if self.decision is None else self.decision.expected_cost_usd[self.target]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The router's choice, but for a conversation that has a target which is hardly worse."""
+
+    routing: Routing
+    policy: Policy
+    sticky: str | None
+    stick_margin: float
+
+    @property
+    def input_tokens(self) -> int:
+        return self.routing.reading.input_tokens
+
+    def thrifty(self, tolerance: float | None) -> Routed:
+        """As where a budget has no room: by its tolerance, wherever the conversation was."""
+        policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
+        return replace(self, policy=policy, sticky=None)
+
+    def choose(self, among: Collection[str]) -> Choice | None:
+        """One of some targets; None where none of them meets the constraints."""
+        allowed = [name for name in among if self.policy.allowed is None or name in self.policy.allowed]
+        if not allowed:
+            return None
+        kept = self._decide([self.sticky]) if self.sticky in allowed and self.sticky is not None else None
+        chosen = self._decide(allowed, explores=kept is None)
+        if chosen is None or kept is None:
+            return chosen
+        assert chosen.decision is not None
+        gain = chosen.decision.p_correct[chosen.target] - chosen.decision.p_correct[kept.target]
+        return kept if gain <= self.stick_margin else chosen
+
+    def _decide(self, allowed: Sequence[str], *, explores: bool = False) -> Choice | None:
+        decision = self.routing.decide(replace(self.policy, allowed=list(allowed)), explores=explores)
+        return None if decision.target is None else Choice(decision.target, decision)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Targets in an order that no router made: the caller's own, the conversation's, or where routing fails."""
+
+    order: Sequence[str]
+    input_tokens: int
+    sticky: str | None = None
+
+    def choose(self, among: Collection[str]) -> Choice | None:
+        return next((Choice(name, None) for name in self.order if name in among), None)
+
+
+Plan = Routed | Fixed
+
+
+def default_order(targets: Sequence[Target], default: str | None, allowed: Sequence[str] | None) -> list[str]:
+    """The default target before all others, those by their price."""
+    by_price = sorted(targets, key=lambda target: target.input_price + target.output_price)
+    names = [target.name for target in by_price if allowed is None or target.name in allowed]
+    return sorted(names, key=lambda name: name != default)
+
+
+def can_take(target: Target, call: Call, input_tokens: int) -> bool:
+    """Has the target what the call needs?"""
+    needs = call.needs
+    return (
+        target.upstream is not None
+        and (target.upstream.responses or not isinstance(call, ResponsesCall))
+        and (target.tools or not needs.tools)
+        and (target.images or not needs.images)
+        and (target.context_tokens is None or input_tokens + needs.output_tokens <= target.context_tokens)
+    )
+
+
+def guessed_tokens(call: Call) -> int:
+    """Tokens of a call that no tokenizer has seen, images not among them."""
+    return sum(_num_characters(message.get("content")) for message in call.messages) // _CHARACTERS_A_TOKEN
+
+
+def _num_characters(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(_num_characters(part.get("text")) for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0

@@ -1,0 +1,1 @@
+"""What outlives a call: money, conversations, decisions until their feedback comes."""

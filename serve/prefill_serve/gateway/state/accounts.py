@@ -1,0 +1,245 @@
+"""Money: what calls cost and were expected to, what any single target would have cost, and what budgets still hold."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from math import ceil, inf
+from typing import get_args
+
+from pydantic import Field
+
+from prefill_router.common.validation import StrictModel
+from prefill_serve.gateway.call_record import CostKind, Served
+from prefill_serve.gateway.state.budgets import Budgets, DailyLimits, Exhausted, HardLimits
+from prefill_serve.gateway.state.reservations import Reservations
+
+_SOON_S = 5  # until some of the calls under way have ended
+
+
+class TargetStats(StrictModel):
+    """Of one target."""
+
+    answered: int
+    failed: int = Field(description="Calls that it did not answer, and others made up for or not")
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    actual_cost_usd: float = Field(description="By the upstream's usage and the pool's prices, or as it was charged")
+    expected_cost_usd: float = Field(description="Of the same answers, before they were made")
+
+
+class Charged(StrictModel):
+    """Costs of one kind."""
+
+    calls: int = Field(description="Answers, and attempts without one that an upstream may bill")
+    cost_usd: float
+
+
+class Saving(StrictModel):
+    """What the routed calls would have been expected to cost, had one target answered all."""
+
+    target: str
+    expected_cost_usd: float
+    saved_usd: float = Field(description="Less what the calls were expected to cost as they were routed")
+
+
+class Stats(StrictModel):
+    """Figures of one caller's calls, or of all callers' together, since the oldest call that is remembered."""
+
+    since: datetime | None
+    calls: int
+    answered: int
+    failed: int
+    cancelled: int = Field(description="By the caller, before the end")
+    sticky: int = Field(description="Answered without a routing decision, where the answer is that they go on from")
+    by_default: int = Field(description="Answered without a routing decision, which failed or came too late")
+    unmetered: int = Field(description="Answered by upstreams that told no usage")
+    actual_cost_usd: float
+    charged: dict[CostKind, Charged] = Field(
+        description="The same: as upstreams reported it, as it was estimated from what was relayed, or as reserved"
+    )
+    expected_cost_usd: float = Field(description="Of answers that were routed and metered")
+    metered_cost_usd: float = Field(description="Actual cost of the same answers")
+    against_dearest: Saving | None
+    against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
+    targets: dict[str, TargetStats]
+    spent_today_usd: float = Field(description="Today, in UTC")
+    reserved_usd: float = Field(description="What calls under way are expected to cost")
+    feedback: int = Field(description="Outcomes that were recorded")
+
+
+@dataclass
+class _Sums:
+    answered: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    actual_usd: float = 0.0
+    metered: int = 0
+    metered_usd: float = 0.0
+    expected_usd: float = 0.0
+
+
+@dataclass
+class Accounts:
+    """Sums over calls. A call is booked once; what is reserved for it beforehand is ended apart."""
+
+    since: datetime | None = None
+    ends: Counter[str] = field(default_factory=Counter)
+    sticky: int = 0
+    by_default: int = 0
+    unmetered: int = 0
+    expected_usd: float = 0.0
+    metered_usd: float = 0.0
+    routed_usd: float = 0.0
+    reservations: Reservations = field(default_factory=Reservations)
+    charged_calls: Counter[CostKind] = field(default_factory=Counter)
+    charged_usd: defaultdict[CostKind, float] = field(default_factory=lambda: defaultdict(float))
+    _targets: defaultdict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    _would_cost: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _p_correct: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _day: str = ""
+    _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def book(self, served: Served) -> None:
+        self.since = min(self.since or served.at, served.at)
+        self.ends[served.end] += 1
+        for target in served.failed:
+            self._targets[target].failed += 1
+        for target, usd in served.lost_usd.items():
+            self._charge(target, usd, "reserved")
+        self._spend(served)
+        if served.target is None or served.end == "routed":
+            return
+        sums = self._targets[served.target]
+        sums.failed += served.end == "failed"
+        if served.usage is not None:
+            sums.input_tokens += served.usage.input_tokens
+            sums.output_tokens += served.usage.output_tokens
+            sums.cached_tokens += served.usage.cached_tokens
+        if served.cost_usd is not None:
+            self._charge(served.target, served.cost_usd, served.cost_kind)
+        if served.end == "answered":
+            sums.answered += 1
+            self.sticky += served.is_sticky
+            self.by_default += not (served.p_correct or served.is_pinned or served.is_sticky)
+            if served.reported_usd is None:
+                self.unmetered += 1
+            else:
+                sums.metered += 1
+                sums.metered_usd += served.reported_usd
+            if served.p_correct:
+                self._compare(served, sums, served.expected_cost_usd[served.target])
+
+    def _charge(self, target: str, usd: float, kind: CostKind) -> None:
+        self._targets[target].actual_usd += usd
+        self.charged_calls[kind] += 1
+        self.charged_usd[kind] += usd
+
+    def _compare(self, served: Served, sums: _Sums, expected_usd: float) -> None:
+        """An answer beside what was expected of it, and of the other targets."""
+        self.routed_usd += expected_usd
+        for target, p in served.p_correct.items():
+            self._p_correct[target] += p
+            self._would_cost[target] += served.expected_cost_usd[target]
+        if served.reported_usd is not None:
+            self.expected_usd += expected_usd
+            self.metered_usd += served.reported_usd
+            sums.expected_usd += expected_usd
+
+    def _spend(self, served: Served) -> None:
+        if (day := served.at.astimezone(UTC).date().isoformat()) > self._day:
+            self._day = day
+            self._spent.clear()
+        if day == self._day:
+            self._spent[served.holder] += served.charged_usd
+
+    def spent_today(self, now: datetime) -> dict[str, float]:
+        return dict(self._spent) if now.astimezone(UTC).date().isoformat() == self._day else {}
+
+    def usual_usd(self, target: str) -> float:
+        """What an answer of a target has cost on average, by its upstream's reports; 0 before the first."""
+        sums = self._targets[target] if target in self._targets else _Sums()
+        return sums.metered_usd / max(sums.metered, 1)
+
+    def fits(self, usd: float, limits: DailyLimits, holder: str, now: datetime) -> bool:
+        """Does today's budget of the holder, and that of all together, hold as much beside what is under way?"""
+        taken = Counter(self.spent_today(now))
+        taken.update(self.reservations.usd())
+        of_all = inf if limits.usd_per_day is None else limits.usd_per_day
+        return taken[holder] + usd <= limits.keys.get(holder, inf) and taken.total() + usd <= of_all
+
+    def exhausted(self, usd: float, limits: HardLimits, holder: str, now: datetime) -> Exhausted:
+        """Which limit has no room for a call, and until when: midnight, unless it has once others have ended."""
+        spent = self.spent_today(now)
+        key: str | None = holder
+        limit_usd = limits.keys.get(holder, inf)
+        spent_usd, reserved_usd = spent.get(holder, 0.0), self.reservations.usd().get(holder, 0.0)
+        if limits.usd_per_day is not None and spent_usd + reserved_usd + usd <= limit_usd:
+            key, limit_usd = None, limits.usd_per_day
+            spent_usd, reserved_usd = sum(spent.values()), sum(self.reservations.usd().values())
+        until = now + timedelta(seconds=_SOON_S)
+        if spent_usd + usd > limit_usd:
+            until = datetime.combine(now.astimezone(UTC).date() + timedelta(days=1), datetime.min.time(), UTC)
+        after_s = ceil((until - now).total_seconds())
+        return Exhausted(key, limit_usd, limit_usd - spent_usd - reserved_usd, usd, until, after_s)
+
+    def shares(self, budgets: Budgets, now: datetime) -> dict[str | None, float]:
+        """How much of its budget each holder that has one has spent today; under None, all together."""
+        spent, lowest = self.spent_today(now), budgets.lowest
+        shares: dict[str | None, float] = {who: _share(spent.get(who, 0.0), usd) for who, usd in lowest.keys.items()}
+        if lowest.usd_per_day is not None:
+            shares[None] = _share(sum(spent.values()), lowest.usd_per_day)
+        return shares
+
+    def stats(self, now: datetime, reserved_usd: float, num_feedback: int) -> Stats:
+        """The figures of all calls that were booked here."""
+        targets = {
+            name: TargetStats(
+                answered=sums.answered,
+                failed=sums.failed,
+                input_tokens=sums.input_tokens,
+                output_tokens=sums.output_tokens,
+                cached_tokens=sums.cached_tokens,
+                actual_cost_usd=sums.actual_usd,
+                expected_cost_usd=sums.expected_usd,
+            )
+            for name, sums in sorted(self._targets.items())
+        }
+        return Stats(
+            since=self.since,
+            calls=self.ends.total(),
+            answered=self.ends["answered"],
+            failed=self.ends["failed"],
+            cancelled=self.ends["cancelled"],
+            sticky=self.sticky,
+            by_default=self.by_default,
+            unmetered=self.unmetered,
+            actual_cost_usd=sum(sums.actual_usd for sums in self._targets.values()),
+            charged={
+                kind: Charged(calls=self.charged_calls[kind], cost_usd=self.charged_usd[kind])
+                for kind in get_args(CostKind)
+            },
+            expected_cost_usd=self.expected_usd,
+            metered_cost_usd=self.metered_usd,
+            against_dearest=self._against(self._would_cost),
+            against_best_single=self._against(self._p_correct),
+            targets=targets,
+            spent_today_usd=sum(self.spent_today(now).values()),
+            reserved_usd=reserved_usd,
+            feedback=num_feedback,
+        )
+
+    def _against(self, measure: dict[str, float]) -> Saving | None:
+        if not measure:
+            return None
+        target = max(measure, key=measure.__getitem__)
+        would_usd = self._would_cost[target]
+        return Saving(target=target, expected_cost_usd=would_usd, saved_usd=would_usd - self.routed_usd)
+
+
+def _share(spent_usd: float, budget_usd: float) -> float:
+    return spent_usd / budget_usd if budget_usd > 0.0 else 1.0

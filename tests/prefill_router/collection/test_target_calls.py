@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from prefill_router.collection.answers import ShardPlace, load_states, write_states
+from prefill_router.collection.journal import Journal
+from prefill_router.collection.rate_limits import Pace
+from prefill_router.collection.target_calls import Answer, Asked, Call, Spent, parse_answer
+from prefill_router.collection.target_client import Miss, backoff_s
+from prefill_router.policy.pool import Target, Upstream
+
+TARGET = Target(
+    name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost", model="small-1")
+)
+CALL = Call("p1", "name a river", TARGET, Asked(max_output_tokens=100))
+ANSWER = Answer("the Rhine", "stop", 5, 3, 0, 0.25)
+
+
+def test_a_call_is_named_by_what_it_asks_and_not_by_an_id() -> None:
+    assert Call("p2", "name a river", TARGET, CALL.asked).key == CALL.key
+    others = [
+        Call("p1", "name a lake", TARGET, CALL.asked),
+        Call("p1", "name a river", TARGET, Asked(max_output_tokens=101)),
+        Call("p1", "name a river", TARGET.model_copy(update={"name": "big"}), CALL.asked),
+    ]
+    assert len({CALL.key, *(other.key for other in others)}) == 4
+
+
+@pytest.mark.parametrize("text", ["a", "naïve 漢字 🎉" * 50, "\x00\n\t "])
+def test_no_tokenizer_makes_more_of_a_prompt_than_its_worst(text: str) -> None:
+    call = Call("p", text, TARGET, CALL.asked)
+    assert call.max_input_tokens > len(text.encode())
+    assert call.worst == Spent((call.max_input_tokens * 1.0 + 100 * 4.0) / 1e6, call.max_input_tokens + 100)
+
+
+def test_an_answer_without_usage_is_taken_to_have_cost_the_worst() -> None:
+    assert ANSWER.spent(CALL) == Spent((5 * 1.0 + 3 * 4.0) / 1e6, 8)
+    assert Answer("x", "stop", None, None, 0, 0.1).spent(CALL) == CALL.worst
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"choices": []}, {"choices": [7]}, {"choices": [{"message": None}]}, {"choices": "x"}],
+)
+def test_what_holds_no_answer_is_none(body: dict[str, object]) -> None:
+    assert parse_answer(body, 0.1) is None
+
+
+def test_an_answer_is_read_whatever_else_is_missing() -> None:
+    found = parse_answer({"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": "x"}}, 0.1)
+    assert found == Answer("", None, None, None, 0, 0.1)
+
+
+def test_no_minute_begins_more_than_it_may() -> None:
+    pace, rng = Pace(per_minute=30), random.Random(0)
+    now, begun = 0.0, []
+    for _ in range(200):
+        now += rng.expovariate(2.0)
+        begun.append(now + pace.delay_s(1, now))
+    for start in begun:
+        assert sum(start <= moment < start + 60.0 - 1e-6 for moment in begun) <= 30
+    assert begun[-1] < 200 * 2.0 + 5  # and no fewer than it may, where that many come
+
+
+def test_backoff_is_what_the_upstream_asks_or_grows_at_random() -> None:
+    rng = random.Random(0)
+    assert 3.0 <= backoff_s(1, Miss("x", retry_after_s=3.0), rng) <= 3.3
+    for attempt, at_once in [(1, None), (3, 0.0), (6, None)]:
+        waits = [backoff_s(attempt, Miss("x", retry_after_s=at_once), rng) for _ in range(200)]
+        assert 0.0 <= min(waits) < max(waits) <= 0.5 * 2**attempt
+        assert max(waits) > 0.4 * 2**attempt
+
+
+def place(tmp_path: Path) -> ShardPlace:
+    return ShardPlace(str(tmp_path), "0" * 32)
+
+
+async def noted(at: ShardPlace, *ends: Answer | Miss | None) -> None:
+    """Attempts at the call, the last of which may have no end."""
+    journal = Journal(at.journal)
+    for end in ends:
+        name = await journal.begin(CALL)
+        if isinstance(end, Answer):
+            await journal.end(name, end, end.spent(CALL), Spent(), None)
+        elif end is not None:
+            await journal.end(name, None, Spent(), CALL.worst if end.may_be_paid else Spent(), end.reason)
+
+
+def test_an_attempt_without_an_end_may_have_been_paid_for(tmp_path: Path) -> None:
+    asyncio.run(noted(place(tmp_path), Miss("status 500"), Miss("cut", may_be_paid=True), None))
+    (state,) = load_states(place(tmp_path)).values()
+    assert state.answer is None
+    assert state.attempts == 3
+    assert state.lost == CALL.worst + CALL.worst
+
+
+def test_notes_become_part_of_their_shard_once(tmp_path: Path) -> None:
+    at = place(tmp_path)
+    asyncio.run(noted(at, None, ANSWER))
+    before = load_states(at)
+    write_states(at, before)
+    assert not Path(at.journal).exists()
+    assert load_states(at) == before
+    # Where the process dies between the two, notes that lie in both count once.
+    again = place(tmp_path / "again")
+    asyncio.run(noted(again, None, ANSWER))
+    notes = {file.name: file.read_bytes() for file in Path(again.journal).iterdir()}
+    write_states(again, load_states(again))
+    Path(again.journal).mkdir()
+    for name, data in notes.items():
+        (Path(again.journal) / name).write_bytes(data)
+    (state,) = load_states(again).values()
+    assert (state.answer, state.attempts, state.lost) == (ANSWER, 2, CALL.worst)
+
+
+def test_an_answer_stays_whatever_comes_after(tmp_path: Path) -> None:
+    at = place(tmp_path)
+    asyncio.run(noted(at, ANSWER))
+    write_states(at, load_states(at))
+    asyncio.run(noted(at, None))
+    (state,) = load_states(at).values()
+    assert (state.answer, state.spent, state.lost) == (ANSWER, ANSWER.spent(CALL), CALL.worst)

@@ -1,0 +1,333 @@
+"""Every format that `ingest` reads: a small file in its true form, and the very tables that it must become."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from corpora import write, write_jsonl
+from ingested import FIXTURES, ingest
+from prefill_router.common.errors import UserError
+from prefill_router.corpus.reader import Prompt, content_hash
+
+
+def ids(prompts: list[Prompt]) -> dict[str, Prompt]:
+    """Prompts by the ids that they get where a format gives none."""
+    return {content_hash(prompt): prompt for prompt in prompts}
+
+
+def test_toolkit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ingest("toolkit", FIXTURES / "toolkit.csv", tmp_path)
+    paris, prime = "What is the capital of France?", 'Prove that "2", the number,\nis prime'
+    assert found.prompts == ids([paris, prime])
+    assert found.outcomes == {
+        (content_hash(paris), "nemotron-3-nano-reasoning"): (1.0, 45),
+        (content_hash(paris), "gpt-oss-20b-high"): (1.0, 38),
+        (content_hash(prime), "nemotron-3-nano-reasoning"): (0.0, 312),
+        (content_hash(prime), "gpt-oss-20b-high"): (0.0, None),
+    }
+    assert found.summary.ignored == {'column "embedding_id"': 1}
+    assert capsys.readouterr().err == 'ingest: ignored: column "embedding_id"\n'
+
+
+def test_toolkit_keeps_where_a_prompt_is_from(tmp_path: Path) -> None:
+    csv = write(tmp_path / "t.csv", "question,model,isCorrect,source,category\nhi,m,1,swe,code\n")
+    found = ingest("toolkit", csv, tmp_path / "out")
+    assert found.extras == {content_hash("hi"): {"category": "code", "source": "swe"}}
+    assert found.outcomes == {(content_hash("hi"), "m"): (1.0, None)}
+
+
+# --- MMLU-Pro ----------------------------------------------------------------------------------------------------
+
+MMLU_PRO = (FIXTURES / "mmlu_pro.json").read_text()
+MMLU_PRO_PROMPTS = {
+    "mmlu-pro-70": "Which one divides?\n\nA. a muscle\nB. a shoot tip",
+    "mmlu-pro-71": "Which of them holds DNA?\n\nA. a nucleus\nB. a wall\nC. sap",
+    "mmlu-pro-72": "Which of them is alive?\n\nA. a cell\nB. a stone",
+    "mmlu-pro-73": "Which of them is dead?\n\nA. a cell\nB. a stone",
+}
+
+
+def zipped(path: Path, **members: str) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return path
+
+
+def mmlu_pro_outcomes(target: str) -> dict[tuple[str, str], tuple[float, None]]:
+    """An answer without a letter is wrong; no answer at all is ungraded."""
+    return {("mmlu-pro-70", target): (1.0, None), ("mmlu-pro-71", target): (0.0, None)} | {
+        ("mmlu-pro-72", target): (0.0, None)
+    }
+
+
+def test_mmlu_pro(tmp_path: Path) -> None:
+    source = tmp_path / "eval_results"
+    source.mkdir()
+    members = {
+        "../../model_outputs.json": MMLU_PRO,
+        "summary.json": '{"biology": {"acc": 0.5}}',
+        "__MACOSX/m.json": "?",
+    }
+    zipped(source / "model_outputs_Meta-Llama-3_1-8B_5shots.zip", **members)
+    by_subject = {"biology_result.json": MMLU_PRO, "notes.txt": "-"}
+    zipped(source / "model_outputs_gpt-4o_0shots.json.zip", **by_subject)
+    write(source / "business_summary.json", '{"total": {"acc": 0.5}}')
+    found = ingest("mmlu-pro", source, tmp_path / "out")
+    assert found.prompts == MMLU_PRO_PROMPTS
+    assert found.outcomes == mmlu_pro_outcomes("Meta-Llama-3_1-8B") | mmlu_pro_outcomes("gpt-4o")
+    assert found.extras["mmlu-pro-70"] == {"category": "biology", "source": "ori_mmlu-anatomy"}
+    assert (found.summary.ungraded, found.summary.quarantined) == (2, 0)
+    assert found.summary.ignored == {'file "notes.txt" in a zip': 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval_results", "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("model_outputs_gpt-4o_5shots.json", "gpt-4o"),
+        ("gpt4o/biology_result.json", "gpt4o"),
+        ("Llama-2-7b-hf/CoT/all/biology.json", "Llama-2-7b-hf"),
+    ],
+)
+def test_mmlu_pro_as_json(tmp_path: Path, name: str, target: str) -> None:
+    path = tmp_path / "results" / name
+    path.parent.mkdir(parents=True)
+    write(path, json.dumps({"biology": json.loads(MMLU_PRO)}))
+    found = ingest("mmlu-pro", tmp_path / "results", tmp_path / "out")
+    assert found.outcomes == mmlu_pro_outcomes(target)
+
+
+def test_a_target_that_only_the_user_knows(tmp_path: Path) -> None:
+    path = write(tmp_path / "answers.json", MMLU_PRO)
+    with pytest.raises(UserError, match=r"answers.json: its name does not tell the model, .*: give --target"):
+        ingest("mmlu-pro", path, tmp_path / "out")
+    assert ingest("mmlu-pro", path, tmp_path / "out", target="gpt-4o").outcomes == mmlu_pro_outcomes("gpt-4o")
+
+
+# --- RouterBench -------------------------------------------------------------------------------------------------
+
+ROUTERBENCH_PROMPTS = {
+    "mmlu-anatomy.val.1": "Answer with the letter.\n\nWhich is a bone?\nA) ulna\nB) liver",
+    "mtbench-2.dev.3": "It's a poem\n\nNow shorten it",
+}
+ROUTERBENCH_OUTCOMES = {
+    ("mmlu-anatomy.val.1", "claude-v2"): (1.0, None),
+    ("mmlu-anatomy.val.1", "mistralai/mistral-7b-chat"): (0.0, None),
+    ("mtbench-2.dev.3", "claude-v2"): (0.75, None),
+}
+
+
+def test_routerbench(tmp_path: Path) -> None:
+    found = ingest("routerbench", FIXTURES / "routerbench.csv", tmp_path)
+    assert (found.prompts, found.outcomes) == (ROUTERBENCH_PROMPTS, ROUTERBENCH_OUTCOMES)
+    assert found.extras["mtbench-2.dev.3"] == {"category": "mtbench"}
+    assert (found.summary.ungraded, found.summary.ignored) == (1, {})
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_routerbench_as_parquet(tmp_path: Path, as_list: bool) -> None:
+    prompts = [["one"], ["it's", "two\nlines"]]
+    table = {
+        "sample_id": ["a", "b"],
+        "prompt": prompts if as_list else [str(turns) for turns in prompts],
+        "eval_name": ["x", "x"],
+        "m": [0.25, float("nan")],
+        "m|total_cost": [0.1, 0.2],
+        "embedding": [[1.0], [2.0]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "r.parquet")
+    found = ingest("routerbench", tmp_path / "r.parquet", tmp_path / "out")
+    assert found.prompts == {"a": "one", "b": "it's\n\ntwo\nlines"}
+    assert found.outcomes == {("a", "m"): (0.25, None)}
+    assert (found.summary.ungraded, found.summary.ignored) == (1, {'column "embedding"': 1})
+
+
+def test_routerbench_in_its_long_form(tmp_path: Path) -> None:
+    lines = ["sample_id,prompt,eval_name,model_name,performance,model_response,cost"]
+    lines += ["a,['one'],x,m,1.0,yes,0.1", "a,['one'],x,n,0.5,no,0.1", "b,[no list,x,m,0,-,0"]
+    found = ingest("routerbench", write(tmp_path / "raw.csv", "\n".join(lines)), tmp_path / "out")
+    assert found.prompts == {"a": "one", "b": "[no list"}
+    assert found.outcomes == {("a", "m"): (1.0, None), ("a", "n"): (0.5, None), ("b", "m"): (0.0, None)}
+
+
+@pytest.mark.parametrize("format_name", ["routerbench", "toolkit"])
+def test_a_pickle_is_refused(tmp_path: Path, format_name: str) -> None:
+    pickle = write(tmp_path / "routerbench_0shot.pkl", b"\x80\x04N.")
+    for source in (pickle, tmp_path):
+        with pytest.raises(UserError, match=r"routerbench_0shot.pkl: a pickle runs code .* export it with pandas"):
+            ingest(format_name, source, tmp_path / "out")
+
+
+# --- RouteLLM ----------------------------------------------------------------------------------------------------
+
+
+def test_routellm(tmp_path: Path) -> None:
+    found = ingest("routellm", FIXTURES / "routellm", tmp_path)
+    bone = "Which of the following is a bone?\nA. Ulna\nB. Liver\nAnswer:"
+    robe = "A robe takes 2 bolts of blue fiber and half that much white fiber.  How many bolts in total does it take?"
+    assert found.prompts == ids([robe, bone])
+    assert found.outcomes == {
+        (content_hash(bone), "mixtral-8x7b-instruct-v0.1"): (0.0, None),
+        (content_hash(bone), "gpt-4-1106-preview"): (1.0, None),
+        (content_hash(robe), "mixtral-8x7b-instruct-v0.1"): (1.0, None),
+        (content_hash(robe), "gpt-4-1106-preview"): (1.0, None),
+    }
+    assert found.extras[content_hash(bone)] == {"category": "mmlu_anatomy"}
+    assert found.extras[content_hash(robe)] == {"category": "gsm8k"}
+
+
+def test_routellm_tells_models_from_other_columns_by_the_first_good_row(tmp_path: Path) -> None:
+    text = "Unnamed: 0,prompt,m,domain\nragged\n0,one,True,law\n1,two,False,1\n"
+    found = ingest("routellm", write(tmp_path / "r.csv", text), tmp_path / "out")
+    assert found.outcomes == {(content_hash("one"), "m"): (1.0, None), (content_hash("two"), "m"): (0.0, None)}
+    assert found.summary.ignored == {'column "Unnamed: 0"': 1, 'column "domain"': 1}
+    assert [row[1] for row in found.quarantine] == [0]
+
+
+# --- LLMRouter, LLMRouterBench, RouterArena ----------------------------------------------------------------------
+
+
+def test_llmrouter(tmp_path: Path) -> None:
+    found = ingest("llmrouter", FIXTURES / "llmrouter.jsonl", tmp_path)
+    apples, bone, who = (
+        "Janet has 4 apples and gives 2 away. How many are left?",
+        "Which is a bone?\n\nA. ulna\nB. liver",
+        "Who wrote it?",
+    )
+    assert found.prompts == ids([apples, bone, who])
+    assert found.outcomes == {
+        (content_hash(apples), "llama3-chatqa-1.5-8b"): (1.0, 4),
+        (content_hash(bone), "qwen2.5-7b-instruct"): (1.0, 3),
+        (content_hash(who), "qwen2.5-7b-instruct"): (0.5, 5),
+    }
+    assert found.extras[content_hash(bone)] == {"category": "mmlu"}
+    assert (found.summary.ungraded, found.summary.ignored) == (1, {})  # the call that failed
+
+
+@pytest.mark.parametrize(
+    ("choices", "metric", "tail"),
+    [
+        ('{"text": ["x", "y"], "label": ["1", "2"]}', "em_mc", "\n\n1. x\n2. y"),
+        (["x", "y"], "em_mc", "\n\nA. x\nB. y"),
+        ('["assert f(1) == 2"]', "code_eval", "\n\nassert f(1) == 2"),
+        ("", "em_mc", ""),
+    ],
+)
+def test_llmrouter_shows_the_choices_that_models_were_shown(
+    tmp_path: Path, choices: object, metric: str, tail: str
+) -> None:
+    row = {"query": "which?", "choices": choices, "metric": metric, "model_name": "m", "performance": 1}
+    found = ingest("llmrouter", write_jsonl(tmp_path / "l.jsonl", row), tmp_path / "out")
+    assert list(found.prompts.values()) == ["which?" + tail]
+
+
+def test_llmrouterbench_takes_the_newest_run(tmp_path: Path) -> None:
+    found = ingest("llmrouterbench", FIXTURES / "llmrouterbench", tmp_path)
+    two, three = "Question: What is 2+2?\nAnswer:", "Question: What is 3+3?\nAnswer:"
+    assert found.prompts == ids([two, three])
+    assert found.outcomes == {(content_hash(two), "glm-4.6"): (1.0, 5), (content_hash(two), "gpt-5"): (0.0, 9)}
+    assert found.extras[content_hash(two)] == {"category": "aime"}
+    assert (found.summary.ungraded, found.summary.repeated_pairs) == (1, 1)
+    assert found.summary.ignored == {"demo run": 1}
+    reason = 'target "glm-4.6" was graded on this prompt before'
+    assert found.quarantine == [("aime-test-glm-4.6-20250901_120000.json", 0, content_hash(two), reason)]
+
+
+def test_llmrouterbench_before_it_wrote_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "bench" / "aime" / "test" / "gpt-5" / "20251001_120000.json"
+    path.parent.mkdir(parents=True)
+    write(path, '{"performance": 1.0, "records": [{"index": 1, "prompt": "hi", "score": 1.0, "completion_tokens": 2}]}')
+    found = ingest("llmrouterbench", tmp_path / "bench", tmp_path / "out")
+    assert found.outcomes == {(content_hash("hi"), "gpt-5"): (1.0, 2)}
+    assert found.extras == {content_hash("hi"): {"category": "aime"}}
+
+
+def test_routerarena(tmp_path: Path) -> None:
+    found = ingest("routerarena", FIXTURES / "routerarena.json", tmp_path)
+    assert found.prompts == {
+        "ArcMMLU_98": "Question: how many volumes?\n\nOptions: \nA. Three\nB. Four",
+        "AIME_112": "Question: how many coins?",
+        "AIME_58": "Question: which product?",
+    }
+    assert found.outcomes == {
+        ("ArcMMLU_98", "gemini-2.0-flash-001"): (1.0, 66),
+        ("ArcMMLU_98", "gpt-4o-mini"): (0.0, 12),
+    }
+    assert found.extras["ArcMMLU_98"] == {"category": "ArcMMLU"}
+    assert found.summary.ungraded == 2  # one that was not graded yet, one call that failed
+
+
+def test_routerarena_cached_results(tmp_path: Path) -> None:
+    found = ingest("routerarena", FIXTURES / "routerarena.jsonl", tmp_path)
+    assert found.prompts == {"AIME_112": "Question: how many coins?", "AIME_7": "Question: how far?"}
+    assert found.outcomes == {("AIME_112", "gemini-2.0-flash-001"): (0.0, 686)}
+    assert (found.summary.ungraded, found.summary.ignored) == (1, {})
+
+
+# --- lm-evaluation-harness ---------------------------------------------------------------------------------------
+
+
+def test_lm_eval(tmp_path: Path) -> None:
+    found = ingest("lm-eval", FIXTURES / "lm_eval", tmp_path)
+    assert found.prompts == {
+        "gsm8k-0": "Question: how many eggs?\nAnswer:",
+        "gsm8k-1": "Question: how many bolts?\nAnswer:",
+        "copa-0": "It rained so",
+    }
+    assert found.outcomes == {
+        ("gsm8k-0", "org/small"): (1.0, None),
+        ("gsm8k-1", "org/small"): (0.0, None),
+        ("gsm8k-0", "org__chat"): (0.0, None),  # the same document, given as a conversation
+        ("copa-0", "org__chat"): (1.0, None),
+    }
+    assert found.extras["gsm8k-0"] == {"category": "gsm8k"}
+    assert found.summary.other_wordings == 1
+    assert found.summary.ignored == {'filter "flexible-extract" of gsm8k': 2}
+    assert (found.summary.files, found.summary.files_ignored) == (3, 0)
+
+
+def test_lm_eval_of_one_chat_model(tmp_path: Path) -> None:
+    samples = FIXTURES / "lm_eval" / "org__chat" / "samples_gsm8k_2025-06-08T05-42-41.351110.jsonl"
+    path = tmp_path / "samples_gsm8k.jsonl.gz"
+    path.write_bytes(gzip.compress(samples.read_bytes()))
+    found = ingest("lm-eval", path, tmp_path / "out", target="chat")
+    assert found.prompts == {"gsm8k-0": [{"role": "user", "content": "Question: how many eggs?\nAnswer:"}]}
+    assert found.outcomes == {("gsm8k-0", "chat"): (0.0, None)}
+
+
+# --- OpenAI ------------------------------------------------------------------------------------------------------
+
+
+def test_openai_log(tmp_path: Path) -> None:
+    found = ingest("openai-log", FIXTURES / "openai.jsonl", tmp_path)
+    river = {"role": "user", "content": "name a river"}
+    prompts: list[Prompt] = [
+        [{"role": "system", "content": "be brief"}, river],
+        [{"role": "user", "content": "one\ntwo"}],
+        [river, {"role": "assistant", "content": ""}],
+        "name a lake",
+    ]
+    assert found.prompts == ids(prompts)
+    assert [tuple(found.extras[content_hash(prompt)].values()) for prompt in prompts] == [
+        ("gpt-4o-mini", None, None),
+        ("gpt-4o", 12, None),
+        ("gpt-4o-mini", None, "request-1"),
+        ("gpt-4o-mini", 7, None),
+    ]
+    assert found.outcomes == {}
+    assert not (tmp_path / "outcomes").exists()
+    assert found.summary.repeated_prompts == 1
+    assert found.summary.ignored == {'key "tool_calls" of messages': 1}
+    image = '{"type": "image_url", "image_url": {"url": "data:"}}'
+    assert [row[1:] for row in found.quarantine] == [
+        (4, None, f"messages[1].content holds {image}, which is no text"),
+        (5, None, "has neither prompt nor messages"),
+    ]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefill_router.common.errors import UserError
+from prefill_router.policy.pool import Pool, Target, load_pool
+from tiny import POOL_TOML
+
+PRICES = "input_price = 1.0\noutput_price = 2.0\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "pool.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_targets_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    pool = load_pool(write(tmp_path, POOL_TOML))
+    assert pool.name == "pool"
+    assert pool.target_names == ["big", "small"]
+    assert pool.targets[1] == Target(name="small", input_price=0.1, output_price=0.4)
+
+
+def test_a_pool_is_named_where_the_file_has_several(tmp_path: Path) -> None:
+    uri = write(tmp_path, POOL_TOML + f'[[other]]\nname = "x"\n{PRICES}')
+    assert load_pool(f"{uri}#other").target_names == ["x"]
+    assert load_pool(f"{uri}#pool").target_names == ["big", "small"]
+    with pytest.raises(UserError, match=r"holds 2 pools \(pool, other\): name one as .*pool\.toml#NAME"):
+        load_pool(uri)
+    with pytest.raises(UserError, match='no pool "othr"; it holds pool, other'):
+        load_pool(f"{uri}#othr")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[[pool]]\nname = "x"\ninput_price = 1\noutput_price = -1',
+            'target "x": output_price = -1, must be greater than or equal to 0',
+        ),
+        ('[[pool]]\nname = "x"\ninput_price = nan\noutput_price = 1', 'target "x": input_price = nan, must be '),
+        (
+            '[[pool]]\nname = "x"\ninput_price = inf\noutput_price = 1',
+            'target "x": input_price = inf, must be a finite',
+        ),
+        (
+            '[[pool]]\nname = "x"\ninput_price = "dear"\noutput_price = 1',
+            "input_price = 'dear', must be a valid number",
+        ),
+        ('[[pool]]\nname = "x"\ninput_price = 1', 'target "x": output_price is missing'),
+        (f"[[pool]]\n{PRICES}", r"pool\[0\]: name is missing"),
+        (f"[[pool]]\nname = 3\n{PRICES}", "name = 3, must be a valid string"),
+        (
+            f'[[pool]]\nname = "x"\n{PRICES}currency = "EUR"',
+            'unknown key "currency"; known: name, input_price, output_',
+        ),
+        (f'[[pool]]\nname = "x"\n{PRICES}input_prices = 2', 'unknown key "input_prices", did you mean "input_price"'),
+        # A misspelt key that is required: the misspelling says more than what is missing through it.
+        (
+            '[[pool]]\nname = "x"\ninput_price = 1\nouput_price = 2',
+            'unknown key "ouput_price", did you mean "output_price"',
+        ),
+        (f'[[pool]]\nname = "x"\n{PRICES}[[pool]]\nname = "x"\n{PRICES}', 'target "x" stands twice in pool "pool"'),
+        (f'[pool]\nname = "x"\n{PRICES}', r"pool must be a list of targets, each \[\[pool\]\] with name and prices"),
+        ("pool = []", "pool must be a list of targets"),
+        ("pool = [1]", r"pool\[0\] = 1, must be a table with name, input_price and output_price"),
+        ("", "holds no pool"),
+        ("[[pool", "not TOML"),
+    ],
+)
+def test_an_error_names_the_file_the_key_the_value_and_the_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"pool\.toml: .*{message}"):
+        load_pool(write(tmp_path, text))
+
+
+def test_an_error_reads_as_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"name = '', must have at least 1 character$"):
+        load_pool(write(tmp_path, f'[[pool]]\nname = ""\n{PRICES}'))
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml: no such file"):
+        load_pool(str(tmp_path / "nowhere.toml#pool"))
+
+
+def test_expected_cost_is_the_formula_in_usd_per_million_tokens() -> None:
+    pool = Pool(
+        name="pool",
+        targets=(
+            Target(name="a", input_price=2.0, output_price=8.0),
+            Target(name="b", input_price=0.0, output_price=0.4),
+        ),
+    )
+    cost = pool.expected_cost(np.array([1000, 0], np.int32), np.array([[500, 1000], [0, 10]], np.float32))
+    assert cost.dtype == np.float64
+    np.testing.assert_allclose(cost, [[(1000 * 2 + 500 * 8) / 1e6, 400 / 1e6], [0, 4 / 1e6]], rtol=1e-12)
+
+
+# --- keys of upstreams -----------------------------------------------------------------------------------------------
+
+
+def upstream(**fields: object) -> str:
+    way = {"base_url": "https://api.example.com/v1", **fields}
+    values = ", ".join(f"{key} = {str(value).lower() if value is True else repr(value)}" for key, value in way.items())
+    return f'[[pool]]\nname = "x"\n{PRICES}upstream = {{ {values} }}'
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "OPENAI_API_KEY_2", "DEEPSEEK_APIKEY", "AZURE_OPENAI_API_KEY", "HF_TOKEN", "small_key"]
+)
+def test_a_key_of_a_providers_is_taken(tmp_path: Path, name: str) -> None:
+    load_pool(write(tmp_path, upstream(key_env=name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", r"must not be a variable of AWS_\*"),
+        ("aws_session_token", r"must not be a variable of AWS_\*"),
+        ("RAY_AUTH_TOKEN", r"must not be a variable of RAY_\*"),
+        ("GITHUB_TOKEN", r"must not be a variable of GITHUB_\*"),
+        ("CI_JOB_TOKEN", r"must not be a variable of CI_\*"),
+        ("AZURE_STORAGE_KEY", r"must not be a variable of AZURE_STORAGE_\*"),
+        ("PATH", "must have KEY or TOKEN as a word"),
+        ("HOME", "must have KEY or TOKEN as a word"),
+        ("DATABASE_URL", "must have KEY or TOKEN as a word"),
+        ("TOKENIZERS_PARALLELISM", "must have KEY or TOKEN as a word"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "must have KEY or TOKEN as a word"),
+        ("", "must have KEY or TOKEN as a word"),
+        ("MY KEY", "must have KEY or TOKEN as a word"),
+    ],
+)
+def test_a_variable_of_others_is_not_sent_to_an_upstream(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"target \"x\": upstream.key_env = '{name}', {reason}"):
+        load_pool(write(tmp_path, upstream(key_env=name)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:8000"])
+def test_a_key_may_go_over_loopback(tmp_path: Path, host: str) -> None:
+    load_pool(write(tmp_path, upstream(base_url=f"http://{host}/v1", key_env="SMALL_KEY")))
+
+
+@pytest.mark.parametrize("host", ["gpu-1:8000", "10.0.0.1", "localhost.example.com", "127.0.0.1.nip.io"])
+def test_a_key_does_not_go_over_a_network_in_the_clear(tmp_path: Path, host: str) -> None:
+    url = f"http://{host}/v1"
+    reason = f"must not be sent to {host.partition(':')[0]} over plain http: use https in base_url, or set allow_http"
+    with pytest.raises(UserError, match=reason):
+        load_pool(write(tmp_path, upstream(base_url=url, key_env="SMALL_KEY")))
+    load_pool(write(tmp_path, upstream(base_url=url)))
+    load_pool(write(tmp_path, upstream(base_url=url, key_env="SMALL_KEY", allow_http=True)))
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:secret@example.com/v1", "https://example.com/v1?api-key=secret", "ftp://x"]
+)
+def test_a_key_does_not_stand_in_the_url(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match=r"upstream\.base_url = "):
+        load_pool(write(tmp_path, upstream(base_url=url)))

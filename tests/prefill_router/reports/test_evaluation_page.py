@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from prefill_router.common.errors import UserError
+from prefill_router.common.schema import ActivationColumn, Pooling
+from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, Interval, evaluate, oracle
+from prefill_router.evaluation.learning_curve import LearnedFigure, LearningCurve, Outlook
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.probe.layer_scores import LayerProbe
+from prefill_router.reports.evaluation_page import (
+    against_baselines,
+    calibration_line,
+    headline,
+    metric_rows,
+    outlook,
+    render_html,
+    shown,
+)
+from prefill_router.reports.figures import NARROW, WIDE, curve_figure, learning_figure, probe_figure, to_svg
+
+FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
+POOLINGS: tuple[Pooling, ...] = ("last", "mean")
+
+
+class Page(HTMLParser):
+    """The tags, links and visible text of a page; an <svg> counts as a picture without text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.num_svgs = 0
+        self.hidden: str | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "xlink:href", "src", "srcset")]
+        self.num_svgs += tag == "svg"
+        if self.hidden is None and tag in ("svg", "style"):
+            self.hidden = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.hidden:
+            self.hidden = None
+
+    def handle_data(self, data: str) -> None:
+        if self.hidden is None:
+            self.text += data
+
+
+@cache
+def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float, ...] = (1.0, 0.1)) -> Evaluation:
+    rng = np.random.default_rng(0)
+    num_prompts, shape = 60, (60, len(names))
+    p, expected = rng.random(shape), rng.uniform(50, 300, shape)
+    held_out = HeldOut(
+        num_tokens=rng.integers(10, 300, num_prompts),
+        correct=(rng.random(shape) < p).astype(np.float32),
+        output_tokens=rng.integers(5, 400, shape).astype(np.float32),
+    )
+    targets = tuple(Target(name=n, input_price=x, output_price=4 * x) for n, x in zip(names, prices, strict=True))
+    rivals = [
+        Contender("knn", "k nearest neighbours", rng.random(shape), expected, 0.0),
+        *(
+            Contender(f"always {n}", f"always {n}", np.tile(np.eye(len(names))[t], (num_prompts, 1)), expected, 0.0)
+            for t, n in enumerate(names)
+        ),
+        oracle(held_out, expected),
+    ]
+    return evaluate(
+        Pool(name="a pool", targets=targets),
+        "v1abc",
+        held_out,
+        Contender("router", "prefill router", p, expected, 0.125),
+        rivals,
+        p_uncalibrated=p**2,
+        num_seen=1234,
+        num_draws=30,
+        about={"Outcomes": "s3://bucket/<outcomes>"},
+    )
+
+
+def probes(names: tuple[str, ...] = ("large", "small"), encoder: str = "an-encoder") -> list[LayerProbe]:
+    return [
+        LayerProbe(
+            encoder, ActivationColumn(pooling, layer), target, 10.0 + layer, j, j - 0.01, j - 0.05, j + 0.03, 100, 0.5
+        )
+        for target in names
+        for pooling in POOLINGS
+        for layer, j in ((0, 0.1), (6, 0.4), (12, 0.3))
+    ]
+
+
+def learning() -> LearningCurve:
+    """Of mean AUC all is told, of MDP-AUCCC what was measured alone."""
+    auc = LearnedFigure(
+        measured=[Interval(0.6, 0.58, 0.62), Interval(0.65, 0.64, 0.66)],
+        law=[[500.0, 0.6, 0.58, 0.62], [1000.0, 0.65, 0.64, 0.66], [4000.0, 0.7, 0.68, 0.72]],
+        outlooks=[
+            Outlook(2, 2000, Interval(0.68, 0.67, 0.69), Interval(0.03, 0.02, 0.04)),
+            Outlook(4, 4000, Interval(0.7, 0.68, 0.72), Interval(0.05, 0.03, 0.07)),
+        ],
+        silence=None,
+    )
+    mdp = LearnedFigure([Interval(0.004, -0.01, 0.02), Interval(0.003, -0.01, 0.02)], [], [], "it does not rise")
+    return LearningCurve(60, [500, 1000], [2, 1], {"mean_auc": auc, "mdp_auccc": mdp})
+
+
+def dots_of(axes: Axes) -> list[tuple[float, float]]:
+    """Where the round marks stand."""
+    dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
+    return [(float(x), float(y)) for line in dots for x, y in np.asarray(line)]
+
+
+def test_page_holds_every_figure_inline() -> None:
+    assert Page(render_html(evaluation(), probes())).num_svgs == 12
+
+
+@pytest.mark.parametrize("none", [None, []])
+def test_page_without_probes_holds_the_other_figures(none: list[LayerProbe] | None) -> None:
+    page = Page(render_html(evaluation(), none))
+    assert page.num_svgs == 10
+    assert "Layer probes" not in page.text
+
+
+def test_page_fetches_nothing() -> None:
+    html = render_html(evaluation(), probes(), "a notice")
+    page = Page(html)
+    assert not FETCHING & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert "@import" not in html
+    assert all(url.startswith("#") for url in re.findall(r"url\([\"']?([^)]*)", html))
+
+
+def test_page_says_what_was_measured_on_what() -> None:
+    e = evaluation()
+    text = " ".join(Page(render_html(e)).text.split())
+    assert "Routing report: a pool" in text
+    assert "Router v1abc, tolerance 0.125." in text
+    assert "60 held-out prompts, 60 of them with an outcome of every target" in text
+    assert "1,234 prompts were left out because training saw them" in text
+    assert headline(e) in text
+    assert f"{e.router.accuracy:.1%}" in text
+    for target, accuracy, auc in zip(e.targets, e.target_accuracy, e.router.auc, strict=True):
+        assert re.search(rf"{target} ?{accuracy:.1%} ?\$[0-9.e-]+ ?[0-9.]+% ?{auc:.3f}", text)
+    assert "s3://bucket/<outcomes>" in text
+
+
+def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
+    notice = "Answers are <simulated> & made up."
+    html = render_html(evaluation(), notice=notice)
+    assert notice in Page(html).text
+    assert "<simulated>" not in html
+    assert 'class="notice"' not in render_html(evaluation())
+
+
+def test_any_name_of_a_target_is_shown_as_text() -> None:
+    names = ("<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden")
+    page = Page(render_html(evaluation(names, (1.0,) * len(names)), probes(names)))
+    for name in names:
+        assert page.text.count(name) >= 2
+    assert not {"script", "img", "b"} & set(page.tags)
+    assert page.num_svgs == 12
+
+
+def test_every_contender_has_a_row_the_router_first() -> None:
+    e = evaluation()
+    text = Page(render_html(e)).text
+    places = [text.index(f"\n{s.title}") for s in e.standings]
+    assert places[0] == min(places)
+    alone = replace(e, standings=e.standings[:1])
+    page = Page(render_html(alone))
+    assert "No baseline could be fitted" in page.text
+    assert page.num_svgs == 10
+
+
+def test_missing_outcomes_are_said_where_there_are_any() -> None:
+    e = evaluation()
+    assert "lack an outcome" not in Page(render_html(e)).text
+    text = Page(render_html(replace(e, num_complete=48, accuracy_of_complete=0.875))).text
+    assert "12 prompts lack an outcome of some target" in text
+    assert "would read 87.5%" in text
+
+
+def test_what_has_no_value_is_a_dash() -> None:
+    e = evaluation()
+    nan = float("nan")
+    nothing = Interval(nan, nan, nan)
+    ours = e.standings[0]
+    ours = replace(
+        ours,
+        scores=replace(ours.scores, efficacy=nan, auc=[nan, 0.5]),
+        intervals=dict.fromkeys(ours.intervals, nothing),
+    )
+    point = replace(e.operating_points[0], efficacy=nothing, saving_against_best_single=nothing)
+    unknown = replace(
+        e,
+        standings=[ours, *e.standings[1:]],
+        operating_points=[point],
+        length_error_tokens=nan,
+        length_error_median_rule_tokens=nan,
+    )
+    text = Page(render_html(unknown)).text
+    assert "–" in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def told(e: Evaluation, saving: Interval, **scores: float) -> str:
+    """The headline, if the router's scores were these."""
+    ours = replace(e.standings[0], scores=replace(e.router, **scores))
+    point = replace(e.operating_points[0], accuracy=Interval(0.75, 0.7, 0.8), saving_against_best_single=saving)
+    return headline(replace(e, standings=[ours, *e.standings[1:]], operating_points=[point]))
+
+
+def test_headline_compares_with_the_best_single_target() -> None:
+    e = replace(evaluation(), target_accuracy=[0.5, 0.7])
+    saving = Interval(0.75, 0.7, 0.81)
+    assert told(e, saving, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004) == (
+        "75.0% (70.0% to 80.0%) right at $1.00 for 1,000 prompts, against 70.0% at $4.00 for always small: "
+        "75.0% (70.0% to 81.0%) saved."
+    )
+
+
+def test_headline_names_the_cheaper_of_two_best_targets() -> None:
+    e = replace(evaluation(), target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
+    assert "for always small" in told(e, Interval(0.1, 0.0, 0.2))
+
+
+def test_headline_claims_no_saving_against_a_free_target() -> None:
+    assert "saved" not in told(evaluation(), Interval(*[float("nan")] * 3), best_single_cost=0.0)
+
+
+@pytest.mark.parametrize(
+    ("less", "num_beaten", "verdict"),
+    [
+        (Interval(0.004, 0.001, 0.007), 1, "it is better"),
+        (Interval(0.004, -0.001, 0.007), 0, "these prompts cannot tell"),
+        (Interval(-0.004, -0.007, -0.001), 0, "it is worse"),
+    ],
+)
+def test_the_verdict_claims_what_the_interval_does(less: Interval, num_beaten: int, verdict: str) -> None:
+    e = evaluation()
+    knn = replace(e.standings[1], router_less_this={**e.standings[1].router_less_this, "mdp_auccc": less})
+    told = against_baselines(replace(e, standings=[e.standings[0], knn]))
+    assert f"surely adds more than {num_beaten} of 1 baselines" in told
+    assert f"against the best, k nearest neighbours, {verdict}: MDP-AUCCC" in told
+
+
+def test_page_says_what_more_outcomes_would_bring() -> None:
+    told = outlook(learning())
+    assert told == (
+        "Twice the outcomes would bring about +0.030 (+0.020 to +0.040) mean AUC, four times about +0.050 (+0.030 to "
+        "+0.070). Of MDP-AUCCC x 1000 nothing is said: it does not rise."
+    )
+    assert "prompts at most" in outlook(replace(learning(), sizes=[2000, 4000]))
+    page = Page(render_html(replace(evaluation(), learning=learning())))
+    assert told in page.text
+    assert page.num_svgs == 12
+    page = Page(render_html(replace(evaluation(), learning=LearningCurve.silent("there are 3 prompts"))))
+    assert "What more outcomes would bring Nothing is said of it: there are 3 prompts." in " ".join(page.text.split())
+    assert page.num_svgs == 10
+    assert "What more outcomes" not in Page(render_html(evaluation())).text
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_learning_figure_shows_what_was_measured_and_the_law_beyond_it(width: float) -> None:
+    auc, mdp = learning_figure(learning(), width).axes
+    assert dots_of(auc) == [(500.0, 0.6), (1000.0, 0.65), (2000.0, 0.68), (4000.0, 0.7)]
+    assert dots_of(mdp) == [(500.0, 4.0), (1000.0, 3.0)]
+    lines = {line.get_linestyle(): line.get_xdata() for line in auc.lines if line.get_marker() == "None"}
+    assert np.max(lines["-"]) == np.min(lines["--"]) == 1000.0
+
+
+def test_figures_are_shown_short() -> None:
+    assert shown(0.0012345, "$") == "$1.23"
+    assert shown(0.001, "$") == "$1.00"
+    assert shown(2e-7, "$") == "$0.000200"
+    assert shown(-1e-9, "%") == "0.0%"
+    assert shown(0.0123, "+m") == "+12.3"
+
+
+def test_calibration_that_changed_nothing_says_so() -> None:
+    e = evaluation()
+    assert calibration_line(e).endswith(" before calibration")
+    reliability = {name: [[[0.5, 0.5, 9.0]]] * 2 for name in ("uncalibrated", "calibrated")}
+    same = replace(e, calibration=replace(e.calibration, ece_uncalibrated=e.calibration.ece, reliability=reliability))
+    assert calibration_line(same).endswith(": calibration changed nothing")
+    assert "Calibration changed nothing for large, small: " in Page(render_html(same)).text
+    assert "changed nothing" not in Page(render_html(e)).text
+
+
+def test_metric_rows_name_and_show_each_metric() -> None:
+    scores = replace(evaluation().router, accuracy=0.5, cost=0.00123, efficacy=float("nan"), p_auccc=0.25)
+    rows = dict(metric_rows(scores))
+    assert rows["accuracy"] == "50.0%"
+    assert rows["cost of 1,000 prompts"] == "$1.23"
+    assert rows["efficacy (gap closed)"] == "–"
+    assert rows["P-AUCCC"] == "0.2500"
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("prices", [(1.0, 0.1), (1.0, 0.0), (0.0, 0.0)])
+def test_curve_figure_shows_every_target_a_free_one_too(prices: tuple[float, ...], width: float) -> None:
+    e = evaluation(prices=prices)
+    axes = curve_figure(e, width).axes[0]
+    shown = dots_of(axes)
+    assert shown == list(zip(e.target_cost, e.target_accuracy, strict=True))
+    left, right = axes.get_xlim()
+    assert all(left <= cost <= right for cost, _ in shown)
+
+
+def test_probe_figure_marks_the_chosen_layer_of_each_target() -> None:
+    fisher_axes = probe_figure(probes()).axes[0]
+    assert dots_of(fisher_axes) == pytest.approx(np.array([(6.0, 0.39)] * 2))
+    assert len(fisher_axes.lines) == 2 * len(POOLINGS) + 2
+
+
+def test_probe_figure_has_a_row_for_each_encoder() -> None:
+    worse = [replace(p, fisher_j_corrected=p.fisher_j_corrected / 2) for p in probes(encoder="another")]
+    axes = probe_figure([*probes(), *worse]).axes
+    assert [a.get_title() for a in axes[::2]] == [f"Fisher separability by {e}" for e in ("an-encoder", "another")]
+    assert [len(dots_of(a)) for a in axes] == [2, 0, 0, 0]
+
+
+def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:
+    nothing = [replace(p, fisher_j_corrected=float("nan")) for p in probes()]
+    with pytest.raises(UserError, match="all right or all wrong"):
+        probe_figure(nothing)
+
+
+def test_svg_is_an_element_without_prologue() -> None:
+    svg = to_svg(probe_figure(probes()))
+    assert svg.startswith("<svg")
+    assert svg.rstrip().endswith("</svg>")

@@ -1,0 +1,146 @@
+"""What the status and the Retry-After of an upstream mean, and the client that asks it."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import aiohttp
+import httpx
+import pytest
+from aiohttp import web
+from httpx_aiohttp import AiohttpTransport
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from loopback import LoopbackServer
+from prefill_router.policy.pool import Upstream
+from prefill_router.upstreams.transport import (
+    LONGEST_RETRY_AFTER_S,
+    http_client,
+    is_callers_fault,
+    is_passing,
+    post_request,
+    retry_after_s,
+)
+
+NOW = datetime(2026, 11, 29, 12, 0, 0, tzinfo=UTC)
+DATES = r"\w{3}, \d{1,2} \w{3} \d{1,9} \d\d:\d\d:\d\d [A-Z+-]\w{0,9}"
+
+
+def in_seconds(seconds: float) -> str:
+    return format_datetime(NOW + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("-1", None),
+        ("nan", None),
+        ("1e9", None),
+        ("²", None),
+        ("٣", None),
+        ("0", 0.0),
+        ("7", 7.0),
+        (" 7 ", 7.0),
+        ("1.5", 1.5),
+        ("9" * 5000, LONGEST_RETRY_AFTER_S),
+        (in_seconds(30), 30.0),
+        (in_seconds(30).replace("GMT", "-0000"), 30.0),
+        (in_seconds(-30), 0.0),
+        (in_seconds(86400 * 365), LONGEST_RETRY_AFTER_S),
+        ("Sunday, 29-Nov-26 12:00:30 GMT", 30.0),
+        ("Sun Nov 29 12:00:30 2026", 30.0),
+        ("Sun, 99 Nov 2026 12:00:30 GMT", None),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", LONGEST_RETRY_AFTER_S),
+        ("Mon, 01 Jan 0001 00:00:00 +2359", 0.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
+    assert retry_after_s(value, NOW) == seconds
+
+
+@given(st.text() | st.from_regex(DATES, fullmatch=True))
+@example("Sun, 29 Nov 99999999999999999999 12:00:30 GMT")
+@example("Sun, 29 Nov 2026 12:00:30 +9999999999")
+def test_no_retry_after_is_negative_or_without_end(value: str) -> None:
+    seconds = retry_after_s(value, NOW)
+    assert seconds is None or 0.0 <= seconds <= LONGEST_RETRY_AFTER_S
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529, 599])
+def test_what_may_be_answered_at_another_try_is_not_the_callers_fault(status: int) -> None:
+    assert is_passing(status)
+    assert not is_callers_fault(status)
+
+
+@pytest.mark.parametrize("status", [400, 405, 413, 415, 422])
+def test_what_every_upstream_would_refuse_is_the_callers_fault(status: int) -> None:
+    assert is_callers_fault(status)
+    assert not is_passing(status)
+
+
+@pytest.mark.parametrize("status", [204, 301, 401, 402, 403, 404, 410, 418])
+def test_what_another_target_may_answer_is_neither(status: int) -> None:
+    assert not is_passing(status)
+    assert not is_callers_fault(status)
+
+
+def test_the_client_opens_as_many_connections_as_there_are_calls() -> None:
+    """Each upstream has its own limit; aiohttp's, where it is given none, is 100 for all."""
+
+    async def scenario() -> int:
+        async with http_client() as http:
+            assert isinstance(http._transport, AiohttpTransport)
+            async with http._transport.get_client() as session:
+                assert isinstance(session.connector, aiohttp.TCPConnector)
+                return session.connector.limit
+
+    assert asyncio.run(scenario()) > 100_000
+
+
+def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL_KEY", "sk-1")
+    upstream = Upstream(base_url="http://localhost/v1/", key_env="SMALL_KEY", timeout_s=7.0)
+    request = post_request(httpx.AsyncClient(), upstream, "/chat/completions", b"{}", {"idempotency-key": "k"})
+    assert str(request.url) == "http://localhost/v1/chat/completions"
+    assert (request.headers["authorization"], request.headers["idempotency-key"]) == ("Bearer sk-1", "k")
+    assert request.content == b"{}"
+    assert request.extensions["timeout"]["read"] == 7.0
+    assert request.extensions["timeout"]["connect"] == 5.0
+
+
+class Redirecting(LoopbackServer):
+    """Sends whoever asks to another server."""
+
+    def __init__(self, status: int, to: str) -> None:
+        super().__init__()
+        self.status, self.to, self.num_asked = status, to, 0
+
+    async def app(self) -> web.Application:
+        async def redirect(request: web.Request) -> web.Response:
+            self.num_asked += 1
+            return web.Response(status=self.status, headers={"location": f"{self.to}{request.path}"})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", redirect)
+        return app
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_takes_no_key_elsewhere(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Nor to another path: an upstream is asked where its base URL says."""
+    monkeypatch.setenv("SMALL_KEY", "sk-1")
+
+    async def scenario(url: str) -> int:
+        async with http_client() as http:
+            upstream = Upstream(base_url=url, key_env="SMALL_KEY")
+            return (await http.send(post_request(http, upstream, "/chat/completions", b"{}"))).status_code
+
+    with Redirecting(500, "") as other, Redirecting(status, other.url) as first:
+        assert asyncio.run(scenario(first.url)) == status
+        assert (first.num_asked, other.num_asked) == (1, 0)

@@ -1,0 +1,110 @@
+"""A command that serves: what it checks before it starts anything, and what it takes over while it runs."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve as ray_serve
+from ray.exceptions import RayTaskError
+
+from ports import free_port
+from prefill_router.common.errors import UserError
+from prefill_router.common.options import ServeConfig
+from prefill_router.router.artifact import Router
+from prefill_serve.app import AppArgs
+from prefill_serve.launcher import foreground
+from prefill_serve.serving import Serving
+from prefill_serve.settings import Settings
+from tokens import refusing_token
+
+HASH = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> list[AppArgs]:
+    """What Ray Serve is told to run."""
+    taken: list[AppArgs] = []
+    monkeypatch.setattr(foreground, "build_app", lambda arguments: arguments)
+    monkeypatch.setattr(foreground.ray_serve, "run", lambda arguments, **_: taken.append(arguments))
+    return taken
+
+
+def reload(started: ServeConfig, **changed: Any) -> AppArgs:
+    return foreground.reload(lambda: started.model_copy(update=changed), foreground.app_arguments(started), started)
+
+
+def test_what_only_a_restart_changes_is_said_of_each_key(
+    router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys.toml").write_text(f'ann = "{HASH}"')
+    started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"))
+    arguments = reload(started, host="0.0.0.0", port=8001, tolerance=0.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "serve: host stays 127.0.0.1 until restart, not 0.0.0.0",
+        "serve: port stays 8000 until restart, not 8001",
+        f"serve: took over {router}",
+    ]
+    assert deployed == [arguments]
+    assert arguments.tolerance == 0.5
+    reload(started)
+    assert capsys.readouterr().err.splitlines() == [f"serve: took over {router}"]
+
+
+def test_an_endpoint_that_others_reach_keeps_wanting_keys(
+    router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It still listens where it did, whatever the config says of the host now."""
+    (tmp_path / "keys.toml").write_text(f'ann = "{HASH}"')
+    started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"), host="0.0.0.0")
+    assert reload(started, host="127.0.0.1", keys=None).keys == {"ann": HASH}
+    said = capsys.readouterr().err
+    assert "refused, all goes on as before" in said
+    assert "took over" not in said
+    assert deployed == []
+
+
+def test_a_token_that_the_cluster_refuses_is_said_before_ray_tries(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_arguments, **_options: pytest.fail("Ray tries"))
+    with refusing_token() as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"{address}: the Ray cluster refuses this token.* set RAY_AUTH_MODE=token"):
+            foreground.run(lambda: ServeConfig(router=router))
+
+
+def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *_arguments, **_options: pytest.fail("Ray was started"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use: choose another with --port"):
+            foreground.run(lambda: ServeConfig(router=router, port=port))
+
+
+def test_an_encoder_that_is_missing_is_said_before_a_replica_starts(router: str, tmp_path: Path) -> None:
+    loaded = Router.load(router)
+    identity = loaded.encoder_identity
+    gone = identity.spec.model_copy(update={"model": str(tmp_path / "gone")})
+    replace(loaded, encoder_identity=identity.model_copy(update={"spec": gone})).save(str(tmp_path / "router"))
+    with pytest.raises(UserError, match=r"encoder .*gone: no such directory"):
+        Serving.check(Settings.model_validate({"open": True, "router": str(tmp_path / "router")}))
+
+
+def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster, where a port may be in use on another machine."""
+
+    def start(**_options: object) -> None:
+        raise RayTaskError("ready", "Traceback ...", OSError("Failed to bind to address"))
+
+    monkeypatch.setattr(ray_serve, "start", start)
+    port = free_port()
+    with pytest.raises(UserError, match=f"127.0.0.1:{port} does not start: Failed to bind to address$"):
+        foreground.start("127.0.0.1", port)

@@ -1,0 +1,221 @@
+"""HAProxy's config, what it does with replicas that die, and the folder of its files.
+
+What it does with callers is in test_wire.py; Serve runs it in e2e/test_serving.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions
+
+from haproxies import Recorder, haproxy_before
+from prefill_router.common.errors import UserError
+from prefill_router.common.validation import load_toml
+from prefill_serve.launcher import command, haproxy
+from prefill_serve.middleware.attempts import HEADER
+from wire import exchange, request, status_of
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """What the Ray that is installed writes, with HAProxy's statistics on every address and its metrics nowhere."""
+    settings = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=8000),
+        socket_path=str(tmp_path / "admin.sock"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "server-state"),
+        metrics_socket_path=str(tmp_path / "metrics.sock"),
+        stats_port=8404,
+        metrics_port=0,
+    )
+    path = tmp_path / "haproxy.cfg"
+    HAProxyApi(settings, config_file_path=str(path))._generate_config_file_internal()
+    return path.read_text()
+
+
+def test_nothing_but_the_endpoint_is_bound_for_others(config: str) -> None:
+    mended = haproxy.mended(config, Path("/tmp/x"))
+    binds = [line.strip() for line in mended.splitlines() if line.strip().startswith("bind")]
+    assert binds == ["bind /tmp/x/0.sock mode 600", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"]
+    assert "mode 666" in config
+    assert "mode 666" not in mended
+
+
+def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
+    mended = haproxy.mended(config, Path("/tmp/x"))
+    assert "    option redispatch 1\n    option http-buffer-request\n" in mended
+    errors = [line.split()[1:] for line in mended.splitlines() if line.strip().startswith("errorfile")]
+    assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in haproxy.ERRORS]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code", "header"),
+    [
+        (408, 408, "request_timeout", "connection: close"),
+        (500, 500, "internal_error", "cache-control: no-cache"),
+        (502, 500, "replicas_lost", "x-should-retry: false"),
+        (503, 503, "unavailable", "retry-after: 2"),
+        (504, 503, "unavailable", "retry-after: 2"),
+    ],
+)
+def test_an_error_of_haproxys_has_the_shape_of_all_others(status: int, said: int, code: str, header: str) -> None:
+    head, _, body = haproxy.error_answer(status).partition("\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {said} ")
+    assert header in head
+    assert f"content-length: {len(body)}" in head
+    assert json.loads(body)["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        ("bind *:8404", "bind [::]:8404"),
+        ("bind :0", "bind 0.0.0.0:0"),
+        ("bind :0", "bind :0\n    bind *:9000 proto h2"),
+        (" mode 666 level admin", " mode 777 level admin"),
+        ("option redispatch 1", "option redispatch 2"),
+        ("errorfile 503", "http-error status 503 file"),
+        ("frontend http_frontend", "frontend http"),
+    ],
+)
+def test_a_config_that_is_not_known_is_refused(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, others: str
+) -> None:
+    """Whatever was missed might listen on every address: nothing is started."""
+    assert words in config
+    changed = config.replace(words, others)
+    with pytest.raises(UserError, match=r"Ray .* writes a HAProxy config that is not known here .*: install a Ray"):
+        haproxy.mended(changed, tmp_path)
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(changed)
+    monkeypatch.setattr(sys, "argv", [haproxy.PROGRAM, "-db", "-f", str(path)])
+    monkeypatch.setattr(os, "execv", lambda *_arguments: pytest.fail("HAProxy was started"))
+    with pytest.raises(SystemExit, match=f"{haproxy.PROGRAM}: Ray .* is not known here"):
+        haproxy.main()
+
+
+def test_the_ray_that_is_installed_is_one_that_is_asked_for() -> None:
+    """The config of one that is not has never been looked at."""
+    project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    (asked,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
+    installed = Version(version("ray"))
+    assert installed in asked.specifier
+    assert Version(f"{installed.major}.{installed.minor + 1}.0") not in asked.specifier
+
+
+# --- requests that end replicas ---------------------------------------------------------------------------------------
+
+
+def test_a_request_that_ends_replicas_is_not_carried_to_all_of_them() -> None:
+    """Serve's own limit is no help: HAProxy counts refused connections too. Attempts have one name."""
+    replicas = [Recorder(dies=True) for _ in range(8)]
+    with haproxy_before([replica.port for replica in replicas]) as proxy:
+        forged = f"{HEADER}: 00000000-0000-0000-0000-000000000000"
+        answer = exchange(proxy.port, request("POST /v1/route", forged, "Content-Length: 2", body=b"{}"))
+        got = [piece for replica in replicas for piece in replica.got]
+        names = {line for piece in got for line in piece.splitlines() if line.startswith(HEADER.encode())}
+        assert (status_of(answer), b'"replicas_lost"' in answer) == (500, True)
+        assert len(got) == 5
+        assert len(names) == 1
+        assert forged.encode() not in names
+    for replica in replicas:
+        replica.close()
+
+
+def test_a_request_whose_replica_died_goes_to_one_that_lives() -> None:
+    """Also where half of the replicas are dead, of which HAProxy does not know yet."""
+    dying, living, dead = Recorder(dies=True), Recorder(), [Recorder(), Recorder()]
+    for replica in dead:
+        replica.close()
+    with haproxy_before([replica.port for replica in (dying, *dead, living)]) as proxy:
+        answer = exchange(proxy.port, request("POST /v1/route", "Content-Length: 2", body=b"{}"))
+        assert status_of(answer) == 200
+        assert len(dying.got) <= 1
+        assert len(living.got) == 1
+    for replica in (dying, living):
+        replica.close()
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "internal_error"), (503, "unavailable")])
+def test_what_serve_says_of_its_actors_reaches_no_caller(status: int, code: str) -> None:
+    said = b"The actor died: pid=17, ip: 10.0.0.1"
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: text/plain\r\ncontent-length: {len(said)}\r\n\r\n"
+    replica = Recorder(answer=head.encode() + said)
+    with haproxy_before([replica.port]) as proxy:
+        answer = exchange(proxy.port, request("GET /v1/stats"))
+    replica.close()
+    assert status_of(answer) == status
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
+    assert b"10.0.0.1" not in answer
+
+
+def test_errors_of_the_api_pass_as_they_are() -> None:
+    said = b'{"error": {"code": "not_ready"}}'
+    head = f"HTTP/1.1 503 X\r\ncontent-type: application/json\r\ncontent-length: {len(said)}\r\n\r\n"
+    replica = Recorder(answer=head.encode() + said)
+    with haproxy_before([replica.port]) as proxy:
+        assert exchange(proxy.port, request("GET /v1/stats")).endswith(said)
+    replica.close()
+
+
+# --- its folder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(haproxy, "_FOLDERS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_ends_with_its_block(folders: Path) -> None:
+    def interrupted() -> None:
+        with haproxy.own_folder() as folder:
+            (folder / "node").mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(folders.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next(folders: Path) -> None:
+    """And none of a process that lives, or that is somebody else's."""
+    holding = (
+        "import sys; from prefill_serve.launcher import haproxy; haproxy._FOLDERS = sys.argv[1]\n"
+        "with haproxy.own_folder() as folder: print(folder, flush=True); sys.stdin.read()"
+    )
+    (folders / "pr-of-others").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        left = Path(other.stdout.readline().strip())
+        with haproxy.own_folder():
+            assert left.is_dir()
+        other.kill()
+    assert left.is_dir()
+    with haproxy.own_folder() as folder:
+        assert sorted(folders.iterdir()) == sorted([folder, folders / "pr-of-others"])
+
+
+def test_a_serve_that_is_refused_leaves_no_folder_and_no_variable(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefill_router.common.options import ServeConfig
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(UserError, match="no router lies here"):
+        command.serve(lambda: ServeConfig(router="/nowhere"))
+    assert list(folders.iterdir()) == []
+    assert dict(os.environ) == before
