@@ -24,8 +24,8 @@ from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gateway.proxy import NoUpstream, UnknownAnswer
 from prefill_serve.gateway.routes import gateway_routes
-from prefill_serve.gateway.state.call_ledger import Ledger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
-from prefill_serve.middleware.gate import HUNG_UP, Gate, Refusal, phrase
+from prefill_serve.gateway.state.call_ledger import CallLedger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
+from prefill_serve.middleware.gate import HUNG_UP, Refusal, RequestGate, phrase
 from prefill_serve.playground import playground_routes
 from prefill_serve.scheduler import Overloaded
 from prefill_serve.wire import (
@@ -76,7 +76,7 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
 
-def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = True) -> ASGIApp:
+def create_api(endpoint: Endpoint, ledger: CallLedger, *, names_requests: bool = True) -> ASGIApp:
     """The API around an endpoint, behind its gate. The ledger is what the gateway remembers."""
     api = FastAPI(
         title="prefill-router",
@@ -92,7 +92,7 @@ def create_api(endpoint: Endpoint, ledger: Ledger, *, names_requests: bool = Tru
     api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
     api.include_router(playground_routes(endpoint, _ERRORS))
     _describe(api)
-    return Gate(api, endpoint, names_requests=names_requests)
+    return RequestGate(api, endpoint, names_requests=names_requests)
 
 
 def _routing_routes(endpoint: Endpoint) -> APIRouter:

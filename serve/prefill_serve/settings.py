@@ -31,7 +31,7 @@ class SafeTarget(StrictModel):
     beyond: float = Field(0.999, gt=0.0, le=1.0, description="Share of training prompts that lie nearer")
 
 
-class Limits(StrictModel):
+class RequestLimits(StrictModel):
     """What one request may ask for, and how long it may wait."""
 
     body_bytes: int = Field(1 << 20, ge=1)
@@ -64,7 +64,7 @@ class Settings(StrictModel):
     allowed_hosts: list[HostName] = Field(
         default_factory=list, description="Host headers that are answered beside localhost [with keys any]"
     )
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     gateway: GatewaySettings | None = Field(None, description="Answer calls too, by the upstreams of the pool")
     cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
     log_prompts: bool = Field(False, description="Write prompts into the log")

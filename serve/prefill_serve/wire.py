@@ -52,7 +52,7 @@ _Name = Annotated[str, StringConstraints(min_length=1)]
 _QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message. Text is read; an image, a sound or a file is noted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -67,7 +67,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Role
-    content: str | list[Part] | None = Field(None, examples=[_QUESTION])
+    content: str | list[ContentPart] | None = Field(None, examples=[_QUESTION])
 
     def read(self, noted: Counter[str]) -> dict[str, str]:
         noted.update(key for key in ("tool_calls", "function_call", "audio") if (self.model_extra or {}).get(key))

@@ -34,12 +34,12 @@ import pytest
 from prefill_router.activations import commit_log, store_keys
 from prefill_router.activations.activation_store import (
     ActivationStore,
-    Manifest,
+    StoreManifest,
     read_manifest,
     to_table,
     write_manifest,
 )
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import Commit, shard_name
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ActivationShard, ShardList
@@ -94,11 +94,11 @@ def commit_one_by_one(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     for each in records:
         commit_log.commit(uri, each)
     committed = time.perf_counter()
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     alone = time.perf_counter()
     opened.gather()
     gathered = time.perf_counter()
-    again = Ledger.open(uri)
+    again = CommitLog.open(uri)
     reopened = time.perf_counter()
     assert len(again) == num_shards
     return {
@@ -111,7 +111,7 @@ def commit_one_by_one(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
 
 def gather(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     """The driver's share of a run: its records come back one by one. The actors' objects are left out."""
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     gathering_s = longest_s = 0.0
     for index in range(num_shards - _PENDING):
         each = record(index, rows)
@@ -138,7 +138,7 @@ def resume(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     digests = [digest(index) for index in range(num_shards)]  # which the plan has
     begun_bytes = peak_bytes()
     started = time.perf_counter()
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     listed = time.perf_counter()
     positions = opened.positions([shard_name(each, COLUMNS) for each in digests])
     done = opened.records.take(positions[positions >= 0])
@@ -162,14 +162,14 @@ def resume(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
 
 def finish(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     """The pending shards are done; the manifest is written from the ledger."""
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     for index in range(num_shards - _PENDING, num_shards):
         opened.add(record(index, rows))
     opened.gather()
     names = [shard_name(digest(index), COLUMNS) for index in range(num_shards)]
     started = time.perf_counter()
     listed = ShardList(opened.records.take(opened.positions(names)))
-    manifest = Manifest(encoder=IDENTITY, columns=COLUMNS, corpus="corpus", is_sample=False, shards=listed)
+    manifest = StoreManifest(encoder=IDENTITY, columns=COLUMNS, corpus="corpus", is_sample=False, shards=listed)
     write_manifest(uri, manifest)
     written = time.perf_counter()
     opened.tidy(names)
@@ -224,7 +224,7 @@ def hash_ids(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
         )
         written.append(ActivationShard(file=file, num_tokens=200 * rows, num_truncated=0))
     listed = ShardList.of(written)
-    manifest = Manifest(encoder=IDENTITY, columns=COLUMNS[:3], corpus="corpus", is_sample=False, shards=listed)
+    manifest = StoreManifest(encoder=IDENTITY, columns=COLUMNS[:3], corpus="corpus", is_sample=False, shards=listed)
     store = ActivationStore(uri, manifest)
     started = time.perf_counter()
     hashes = np.concatenate([prompt_hashes(store.prompt_ids(i).to_pylist()) for i in range(num_shards)])

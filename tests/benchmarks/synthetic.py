@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prefill_router.activations.activation_store import Manifest, to_table, write_manifest
+from prefill_router.activations.activation_store import StoreManifest, to_table, write_manifest
 from prefill_router.activations.shard_list import ActivationShard
 from prefill_router.common.schema import OUTCOMES, ActivationColumn
 from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
@@ -44,7 +44,7 @@ def write_store(folder: Path, num_rows: int, hidden_size: int) -> None:
     columns = [column.name for column in COLUMNS]
     write_manifest(
         str(folder / "activations"),
-        Manifest(encoder=identity, columns=columns, corpus="synthetic", is_sample=False, shards=files),
+        StoreManifest(encoder=identity, columns=columns, corpus="synthetic", is_sample=False, shards=files),
     )
     prices = "\n".join(
         f'[[pool]]\nname = "{target}"\ninput_price = {4.0**i}\noutput_price = {4.0 ** (i + 1)}'

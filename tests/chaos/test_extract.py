@@ -21,7 +21,7 @@ from faults import FaultProxy, Faults
 from prefill_jobs.extract.extract_job import extract
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.common.options import ExtractConfig
 from tiny import random_prompts
 
@@ -124,7 +124,7 @@ def test_what_a_killed_job_has_done_is_kept_and_the_rest_is_done_by_the_next(
 
 
 def num_kept(out: Path) -> int:
-    return sum(Ledger.open(str(out)).records["rows"].to_pylist())
+    return sum(CommitLog.open(str(out)).records["rows"].to_pylist())
 
 
 def assert_nothing_was_computed_twice(proxy: FaultProxy) -> None:

@@ -13,7 +13,7 @@ import pytest
 from chaos.job import LabelJob
 from corpora import write_jsonl
 from prefill_jobs.label.label_job import label
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.common.options import LabelConfig
 from prefill_router.common.validation import validate
 from tiny import random_prompts
@@ -31,7 +31,7 @@ def num_estimated(out: Path) -> int:
 
 
 def num_kept(out: Path) -> int:
-    return sum(Ledger.open(str(out / "activations")).records["rows"].to_pylist())
+    return sum(CommitLog.open(str(out / "activations")).records["rows"].to_pylist())
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from crashes.enumeration import Scenario
 from prefill_router import storage
 from prefill_router.activations import activation_store, commit_log
-from prefill_router.activations.activation_store import Manifest
-from prefill_router.activations.commit_log import Ledger, Place
+from prefill_router.activations.activation_store import StoreManifest
+from prefill_router.activations.commit_log import CommitLog, RecordLocation
 from prefill_router.activations.commit_records import Commit, bad_rows, shard_name
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_builder import Draft
@@ -24,7 +24,7 @@ from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.plan import Repeats
 from prefill_router.corpus.reader import BadRow, content_hash
 from prefill_router.corpus.row_keys import digest_of, row_keys
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, Reading
+from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderIdentity, EncoderSpec
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.storage import parquet_objects
 
@@ -58,7 +58,7 @@ class Extraction(Scenario):
 
     def _extract(self, parts: list[Repeats]) -> None:
         commit_log.claim_encoder(self.out, IDENTITY)
-        opened = Ledger.open(self.out)
+        opened = CommitLog.open(self.out)
         names = [shard_name(rows.digest, NAMES) for rows in parts]
         for i, (rows, name) in enumerate(zip(parts, names, strict=True)):
             if opened.positions([name])[0] < 0:
@@ -66,7 +66,7 @@ class Extraction(Scenario):
                 opened.add(self._done(rows, name, sources.of(i, row_keys(rows.prompt_ids, rows.contents))))
         self._finish(opened, names)
 
-    def _done(self, rows: Repeats, name: str, sources: Sequence[Place]) -> Commit:
+    def _done(self, rows: Repeats, name: str, sources: Sequence[RecordLocation]) -> Commit:
         """As an actor does a shard: one that is committed is not done again."""
         record = commit_log.find(self.out, name)
         if record is None:
@@ -80,18 +80,18 @@ class Extraction(Scenario):
         self.committed.add(name)
         return record
 
-    def _read(self, contents: list[str]) -> Reading:
+    def _read(self, contents: list[str]) -> EncodedPrompts:
         """What an encoder would say: numbers that hang on the prompt."""
         self.computed.update(contents)
         seeds = [int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little") for content in contents]
         values = np.stack([np.random.default_rng(seed).normal(size=4).astype(np.float16) for seed in seeds])
         lengths = np.full(len(contents), 7, np.int32)
-        return Reading({**dict.fromkeys(NAMES, values), NUM_TOKENS: lengths}, Work(), lengths)
+        return EncodedPrompts({**dict.fromkeys(NAMES, values), NUM_TOKENS: lengths}, Work(), lengths)
 
-    def _finish(self, opened: Ledger, names: list[str]) -> None:
+    def _finish(self, opened: CommitLog, names: list[str]) -> None:
         records = opened.records.take(opened.positions(names))
         bad = [BadRow("corpus", 1, "", "no prompt"), *bad_rows(records)]
-        manifest = Manifest(
+        manifest = StoreManifest(
             encoder=IDENTITY,
             columns=NAMES,
             corpus="corpus",
@@ -110,7 +110,7 @@ class Extraction(Scenario):
 
     def result(self) -> Any:
         check_store(self.out)
-        opened = Ledger.open(self.out)
+        opened = CommitLog.open(self.out)
         records = {place.name: commit_log.read(self.out, place) for place in opened.places(np.arange(len(opened)))}
         return objects(self.out), records, len(opened), sorted(self.computed)
 

@@ -24,10 +24,10 @@ from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label import estimator
 from prefill_jobs.label.label_job import LabelManifest, label
 from prefill_router import storage
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.journal import CallState
-from prefill_router.collection.target_calls import Answer, Call, Spent
+from prefill_router.collection.target_calls import Spent, TargetAnswer, TargetCall
 from prefill_router.collection.target_client import Miss
 from prefill_router.common.options import CollectConfig, ExtractConfig, LabelConfig
 from prefill_router.corpus.reader import content_hash
@@ -92,7 +92,7 @@ class Extracting(Reading):
 
     def result(self) -> Any:
         self.check_readings()
-        return _without(self.out, "summary.json"), len(Ledger.open(self.out)), set(self.readings.counts)
+        return _without(self.out, "summary.json"), len(CommitLog.open(self.out)), set(self.readings.counts)
 
 
 class Labelling(Reading):
@@ -139,12 +139,12 @@ class Targets:
         """Begins anew, for calls whose answers are kept at `out`."""
         self.out, self.asked, self.billed = out, Counter[str](), Spent()
 
-    async def ask(self, call: Call, _http: httpx.AsyncClient) -> Answer | Miss:
+    async def ask(self, call: TargetCall, _http: httpx.AsyncClient) -> TargetAnswer | Miss:
         await asyncio.sleep(0)
         known = states(self.out).get(call.key)
         assert known is None or known.answer is None, "a call is made again that has an answer"
         self.asked[call.key] += 1
-        answer = Answer(f"{call.target.name}: {call.prompt}", "stop", 10, 5, 0, 0.25)
+        answer = TargetAnswer(f"{call.target.name}: {call.prompt}", "stop", 10, 5, 0, 0.25)
         self.billed += answer.spent(call)
         if call.prompt == self.CUT and self.asked[call.key] == 1:
             return Miss("the connection failed", may_be_paid=True, retry_after_s=0.0)

@@ -12,14 +12,14 @@ from crashes.life import mortal
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.purse import Allowance, Purse
-from prefill_router.collection.target_calls import Answer, Asked, Call, Spent
+from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall
 from prefill_router.policy.pool import Target, Upstream
 
 TARGET = Target(name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost"))
-CALLS = [Call(f"p{i}", f"prompt {i}", TARGET, Asked(max_output_tokens=100)) for i in range(3)]
+CALLS = [TargetCall(f"p{i}", f"prompt {i}", TARGET, Asked(max_output_tokens=100)) for i in range(3)]
 KEYS = [call.key for call in CALLS]
 REFUSED = CALLS[1]  # whose first attempt is refused, and costs nothing
-ANSWER = Answer("the Rhine", "stop", 20, 10, 0, 0.25)
+ANSWER = TargetAnswer("the Rhine", "stop", 20, 10, 0, 0.25)
 
 
 class Asking(Scenario):
@@ -46,7 +46,7 @@ class Asking(Scenario):
         await asyncio.gather(*(self._ask(call, journal, allowance) for call in wanted))
         write_states(self.place, load_states(self.place))
 
-    async def _ask(self, call: Call, journal: Journal, allowance: Allowance) -> None:
+    async def _ask(self, call: TargetCall, journal: Journal, allowance: Allowance) -> None:
         while await allowance.reserve(call.worst):
             assert call.key not in self.answered, "an answer that was noted is paid for again"
             name = await journal.begin(call)

@@ -12,8 +12,8 @@ from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.extraction import IDENTITY, NAMES, PARTS, Extraction, check_store, objects
 from prefill_router import storage
 from prefill_router.activations import activation_store, commit_log, commit_records, commit_segments
-from prefill_router.activations.activation_store import Manifest
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.activation_store import StoreManifest
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import Commit, shard_name
 from prefill_router.activations.shard_list import ActivationShard, ShardList
 from prefill_router.corpus.row_keys import row_keys
@@ -76,7 +76,7 @@ class Gathering(Scenario):
         self.entered: set[str] = set()  # whose commit has returned
 
     def run(self) -> None:
-        opened = Ledger.open(self.out)
+        opened = CommitLog.open(self.out)
         for each in RECORDS:
             is_dropped = each not in self.kept and each.name in self.entered
             if opened.positions([each.name])[0] < 0 and not is_dropped:
@@ -93,14 +93,14 @@ class Gathering(Scenario):
         names = storage.list_names(storage.join(self.out, "commits", "segments"))
         orphans = {name.partition(".")[0] for name in names if name.endswith(".keys")}
         orphans -= {name.partition(".")[0] for name in names if name.endswith(".parquet")}
-        opened = Ledger.open(self.out)
+        opened = CommitLog.open(self.out)
         opened.gather()
         return _held(self.out), len(opened), orphans, storage.list_names(storage.join(self.out, "commits"))
 
 
 def _held(out: str) -> dict[str, Commit]:
     """Every record of a ledger, as an actor reads it."""
-    opened = Ledger.open(out)
+    opened = CommitLog.open(out)
     held = {place.name: commit_log.read(out, place) for place in opened.places(np.arange(len(opened)))}
     assert {name: keys.tolist() for name, keys in _keys(opened).items()} == {
         name: each.row_keys.tolist() for name, each in held.items()
@@ -108,7 +108,7 @@ def _held(out: str) -> dict[str, Commit]:
     return held
 
 
-def _keys(opened: Ledger) -> dict[str, Any]:
+def _keys(opened: CommitLog) -> dict[str, Any]:
     names = opened.records["name"].to_pylist()
     return {names[position]: keys for position, keys in opened.keys(np.arange(len(opened)))}
 
@@ -141,10 +141,10 @@ def test_a_segment_is_there_with_its_keys_or_not_at_all(machines: Machines) -> N
 # --- the manifest --------------------------------------------------------------------------------------------------
 
 
-def manifest(num_shards: int) -> Manifest:
+def manifest(num_shards: int) -> StoreManifest:
     files = [each.file for each in RECORDS[:num_shards] if each.file is not None]
     listed = ShardList.of(ActivationShard(file=file, num_tokens=1, num_truncated=0) for file in files)
-    return Manifest(encoder=IDENTITY, columns=NAMES, corpus="corpus", is_sample=False, shards=listed)
+    return StoreManifest(encoder=IDENTITY, columns=NAMES, corpus="corpus", is_sample=False, shards=listed)
 
 
 class Committing(Scenario):
@@ -183,7 +183,7 @@ class Clearing(Scenario):
         check_store(self.out)
 
     def result(self) -> Any:
-        return objects(self.out), len(Ledger.open(self.out))
+        return objects(self.out), len(CommitLog.open(self.out))
 
 
 def test_a_store_that_is_deleted_has_no_manifest_from_the_first_on(machines: Machines) -> None:

@@ -25,7 +25,7 @@ from crashes.process import simulate
 from crashes.turns import Turns
 from prefill_router import storage
 from prefill_router.activations import activation_store, commit_log
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.reuse import Sources
 from prefill_router.common.errors import UserError
 from prefill_router.storage import uris
@@ -145,7 +145,7 @@ class TwoExtractions(Contest):
 
 
 def records(out: str) -> dict[str, Any]:
-    opened = Ledger.open(out)
+    opened = CommitLog.open(out)
     return {place.name: commit_log.read(out, place) for place in opened.places(np.arange(len(opened)))}
 
 

@@ -20,8 +20,8 @@ from prefill_jobs.runtime.job_metrics import CollectMetrics
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.purse import Allowance
-from prefill_router.collection.rate_limits import Limits
-from prefill_router.collection.target_calls import Answer, Asked, Call, Spent
+from prefill_router.collection.rate_limits import RateLimits
+from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall
 from prefill_router.collection.target_client import Miss, ask, backoff_s
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.plan import Shard, read_shard
@@ -60,7 +60,7 @@ class AskShard:
         self.max_prompt_bytes, self.purse = max_prompt_bytes, purse
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._limits = {target.name: Limits(target, num_workers) for target in pool.targets}
+        self._limits = {target.name: RateLimits(target, num_workers) for target in pool.targets}
         self._allowance = Allowance(self._draw, self._give_back)
         self._rng = random.Random()
         self._metrics = CollectMetrics()
@@ -82,13 +82,13 @@ class AskShard:
         rows = await asyncio.to_thread(read_shard, task.shard, self.max_prompt_bytes)
         place = ShardPlace(self.out, task.shard.digest)
         calls = (
-            Call(rows[i].prompt_id, rows[i].prompt, target, self.asked)
+            TargetCall(rows[i].prompt_id, rows[i].prompt, target, self.asked)
             for i in task.rows
             for target in self.pool.targets
         )
         return await self._make([call for call in calls if call.key not in task.elsewhere], place)
 
-    async def _make(self, calls: Sequence[Call], place: ShardPlace) -> AskedShard:
+    async def _make(self, calls: Sequence[TargetCall], place: ShardPlace) -> AskedShard:
         """Makes those calls that have no answer at their place."""
         states = await asyncio.to_thread(load_states, place)
         wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
@@ -104,7 +104,7 @@ class AskShard:
         num_failed = reasons.total()
         return AskedShard(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
 
-    async def _ask(self, call: Call, journal: Journal) -> Miss | None:
+    async def _ask(self, call: TargetCall, journal: Journal) -> Miss | None:
         """Asks until there is an answer, or no use in asking; then returns why."""
         limits, miss = self._limits[call.target.name], _LEFT_OUT
         for attempt in range(self.attempts):
@@ -117,24 +117,24 @@ class AskShard:
                 if not await self._allowance.reserve(call.worst):
                     break
                 found = await self._attempt(call, journal)
-            if isinstance(found, Answer):
+            if isinstance(found, TargetAnswer):
                 return None
             miss = found
             if miss.is_final:
                 break
         return miss
 
-    async def _attempt(self, call: Call, journal: Journal) -> Answer | Miss:
+    async def _attempt(self, call: TargetCall, journal: Journal) -> TargetAnswer | Miss:
         """One attempt, of which both ends are noted."""
         name = await journal.begin(call)
         found = await ask(call, self._http)
-        if isinstance(found, Answer):
+        if isinstance(found, TargetAnswer):
             spent, lost = found.spent(call), Spent()
             await journal.end(name, found, spent, lost, None)
         else:
             spent, lost = Spent(), call.worst if found.may_be_paid else Spent()
             await journal.end(name, None, spent, lost, found.reason)
-        self._metrics.attempt(call.target.name, (spent + lost).usd, is_answered=isinstance(found, Answer))
+        self._metrics.attempt(call.target.name, (spent + lost).usd, is_answered=isinstance(found, TargetAnswer))
         await self._allowance.settle(call.worst, spent + lost)
         return found
 

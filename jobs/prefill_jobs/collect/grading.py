@@ -19,7 +19,7 @@ from prefill_jobs.collect.collector import AskedShard, AskShard
 from prefill_router import storage
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.journal import CallState
-from prefill_router.collection.target_calls import Answer, Asked, Call, call_key
+from prefill_router.collection.target_calls import Asked, TargetAnswer, TargetCall, call_key
 from prefill_router.common.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
 from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.corpus.reader import BadRow, Message, Row
@@ -53,7 +53,7 @@ class Grading:
     judge: Target | None = None
     answered: Mapping[str, str] = field(default_factory=dict)  # shards by the calls to the judge that they answer
 
-    def answers(self, task: GradeTask) -> Iterator[tuple[Row, Target, Answer]]:
+    def answers(self, task: GradeTask) -> Iterator[tuple[Row, Target, TargetAnswer]]:
         """Every answer that there is to a shard's prompts."""
         rows = read_shard(task.shard, self.max_prompt_bytes, self.columns)
         states = _states(self.out, task.sources)
@@ -63,7 +63,7 @@ class Grading:
                 if state is not None and state.answer is not None:
                     yield row, target, state.answer
 
-    def score(self, answer: Answer, row: Row, ask: Any = None) -> float | None:
+    def score(self, answer: TargetAnswer, row: Row, ask: Any = None) -> float | None:
         if self.grader is None:
             return None
         grader = self.grader
@@ -85,16 +85,16 @@ class Grading:
         known = {name: value for name, value in zip(self.columns, row.extras, strict=True) if value is not None}
         return {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}
 
-    def judge_calls(self, task: GradeTask) -> list[Call]:
+    def judge_calls(self, task: GradeTask) -> list[TargetCall]:
         """What the grader would ask the judge about a shard's answers."""
         if self.judge is None:
             return []
-        calls: dict[str, Call] = {}
+        calls: dict[str, TargetCall] = {}
         for row, _, answer in self.answers(task):
             heard: list[list[Message]] = []
             self.score(answer, row, _Heard(heard))
             for messages in heard:
-                call = Call(row.prompt_id, messages, self.judge, JUDGE_ASKED)
+                call = TargetCall(row.prompt_id, messages, self.judge, JUDGE_ASKED)
                 calls[call.key] = call
         return list(calls.values())
 
@@ -163,7 +163,7 @@ class _Recalled:
 
     def __call__(self, messages: Sequence[Message]) -> Reply:
         assert self.grading.judge is not None
-        call = Call("", list(messages), self.grading.judge, JUDGE_ASKED)
+        call = TargetCall("", list(messages), self.grading.judge, JUDGE_ASKED)
         state = self.states.get(call.key)
         if state is None or state.answer is None:
             raise LookupError("the judge gave no answer")

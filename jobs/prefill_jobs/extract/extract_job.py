@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_jobs.extract.extract_summary import ExtractSummary
-from prefill_jobs.extract.extractor import Done, ExtractShard, Request, Source, Task
-from prefill_jobs.extract.guarded_encoder import Attempts
+from prefill_jobs.extract.extractor import ExtractedShard, ExtractRequest, ExtractShard, Source, Task
+from prefill_jobs.extract.guarded_encoder import ShardAttempts
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
 from prefill_router.activations import commit_log
-from prefill_router.activations.activation_store import Manifest, read_manifest, write_manifest
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.activation_store import StoreManifest, read_manifest, write_manifest
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import bad_rows, shard_name
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ShardList
@@ -56,7 +56,7 @@ def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
         template_arguments=config.template_arguments,
         template_date=config.template_date,
     )
-    return _extract(config, Request(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
+    return _extract(config, ExtractRequest(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
 
 
 def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
@@ -65,12 +65,12 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
     Raises UserError where the store at `config.out`, or the encoder that can be loaded, is another's.
     """
     columns = [column.name for column in router.columns]
-    request = Request(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
+    request = ExtractRequest(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
     return _extract(config, request, router.encoder_identity)
 
 
 def _extract(
-    config: ExtractConfig, request: Request, encoder: EncoderIdentity | None = None, other: str | None = None
+    config: ExtractConfig, request: ExtractRequest, encoder: EncoderIdentity | None = None, other: str | None = None
 ) -> ExtractSummary:
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
@@ -88,15 +88,15 @@ def _extract(
 
 class _Extraction:
     def __init__(
-        self, config: ExtractConfig, planned: CorpusPlan, request: Request, lease: Lease, other: str | None
+        self, config: ExtractConfig, planned: CorpusPlan, request: ExtractRequest, lease: Lease, other: str | None
     ) -> None:
         self.config, self.plan, self.lease = config, planned, lease
         if config.overwrite:
             commit_log.clear(config.out)
-        self.other = None if other is None else Ledger.open(other)
+        self.other = None if other is None else CommitLog.open(other)
         if self.other is not None and self.other.encoder is not None:
             commit_log.claim_encoder(config.out, self.other.encoder)
-        self.ledger = Ledger.open(config.out)
+        self.ledger = CommitLog.open(config.out)
         before = read_manifest(config.out)
         if before is not None:
             _check_nothing_is_lost(config.out, before, self.ledger, self.plan)
@@ -172,12 +172,12 @@ class _Extraction:
         arguments = {
             "request": self.request,
             "threads": cluster.threads_per_worker(self.workers),
-            "attempts": cluster.Shared(Attempts),
+            "attempts": cluster.Shared(ShardAttempts),
         }
         items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
         options = self.actors.options(_CALLS)
         for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
-            finished: Done = pickle.loads(row["done"])
+            finished: ExtractedShard = pickle.loads(row["done"])
             self.lease.check()
             self._check_encoder(finished.encoder)
             self.ledger.add(finished.record)
@@ -199,7 +199,7 @@ class _Extraction:
         bad = [*self.plan.bad, *bad_rows(records)]
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         assert self.encoder is not None
-        manifest = Manifest(
+        manifest = StoreManifest(
             encoder=self.encoder,
             columns=[column.name for column in self.request.columns(self.encoder)],
             corpus=self.config.corpus,
@@ -215,7 +215,7 @@ class _Extraction:
         return summary
 
 
-def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned: CorpusPlan) -> None:
+def _check_nothing_is_lost(out: str, before: StoreManifest, entries: CommitLog, planned: CorpusPlan) -> None:
     """Raises UserError where a finished store holds rows that the corpus now lacks: a run only ever adds."""
     parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
     stay = pa.array(parquet_objects.file_name(shard_name(part.digest, before.columns)) for part in parts)
@@ -232,7 +232,7 @@ def _check_nothing_is_lost(out: str, before: Manifest, entries: Ledger, planned:
             )
 
 
-def _num_lost(entries: Ledger, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
+def _num_lost(entries: CommitLog, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
     """How many rows of each of these records the corpus lacks."""
     held = dict(entries.keys(positions))
     is_lost = ~planned.has(np.concatenate([np.zeros((0, 3), np.uint64), *held.values()]))

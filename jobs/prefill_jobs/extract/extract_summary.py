@@ -6,16 +6,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from prefill_jobs.extract.extractor import Done
+from prefill_jobs.extract.extractor import ExtractedShard
 from prefill_jobs.runtime.capacity import Capacity
-from prefill_router.activations.activation_store import Manifest
+from prefill_router.activations.activation_store import StoreManifest
 from prefill_router.encoder.prefill_work import Work
 
 
 class ExtractSummary:
     """`manifest` is there once the extraction has ended."""
 
-    manifest: Manifest
+    manifest: StoreManifest
 
     def __init__(self, num_bad: int, workers: int) -> None:
         self.num_quarantined, self.workers = num_bad, workers
@@ -30,7 +30,7 @@ class ExtractSummary:
         self.num_reused += num_rows
         self.num_quarantined += num_refused
 
-    def add(self, done: Done) -> None:
+    def add(self, done: ExtractedShard) -> None:
         self.capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
         self.num_retries += done.num_retries
         if not done.is_new:
@@ -41,7 +41,7 @@ class ExtractSummary:
         self.num_copied += done.num_copied
         self.num_quarantined += len(done.record.refused)
 
-    def finish(self, manifest: Manifest) -> None:
+    def finish(self, manifest: StoreManifest) -> None:
         self.manifest, self.seconds = manifest, time.monotonic() - self._started
 
     def to_dict(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from prefill_jobs.extract.guarded_encoder import SafeReader, begin
 from prefill_jobs.runtime import cluster
 from prefill_router.activations import commit_log
-from prefill_router.activations.commit_log import Place
+from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.commit_records import Commit, shard_name
 from prefill_router.activations.shard_builder import Draft
 from prefill_router.common.schema import POOLINGS, ActivationColumn, Pooling
@@ -24,7 +24,7 @@ from prefill_router.encoder.hardware import measured_peak_flops
 from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
 
-Source = tuple[str, Place]  # a store, and a shard in it
+Source = tuple[str, RecordLocation]  # a store, and a shard in it
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Done:
+class ExtractedShard:
     """A shard that is done, by this task or before it."""
 
     record: Commit
@@ -51,7 +51,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Request:
+class ExtractRequest:
     """What is to be extracted, the same for every shard."""
 
     encoder: EncoderSpec
@@ -71,7 +71,7 @@ class Request:
 class ExtractShard:
     """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
 
-    def __init__(self, request: Request, threads: int, attempts: cluster.Shared) -> None:
+    def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared) -> None:
         self.request, self.attempts = request, attempts
         self.threads = min(threads, os.cpu_count() or 1)
         self.worker = cluster.worker_id()
@@ -88,7 +88,7 @@ class ExtractShard:
         done = self.extract(pickle.loads(row["task"]))
         return {"done": pickle.dumps(done)}
 
-    def extract(self, task: Task) -> Done:
+    def extract(self, task: Task) -> ExtractedShard:
         attempt = begin(self.attempts, task.rows.digest)
         with self._loading:
             columns, _ = self.columns, self.peak_flops  # which is measured while nothing else is under way
@@ -125,8 +125,8 @@ class ExtractShard:
     def reader(self) -> SafeReader:
         return SafeReader(self.encoder, self.threads)
 
-    def _done(self, record: Commit, work: Work, num_copied: int, attempt: int, *, is_new: bool) -> Done:
-        return Done(
+    def _done(self, record: Commit, work: Work, num_copied: int, attempt: int, *, is_new: bool) -> ExtractedShard:
+        return ExtractedShard(
             record=record,
             encoder=self.encoder.identity,
             work=work,

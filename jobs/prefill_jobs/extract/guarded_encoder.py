@@ -12,7 +12,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder.isolated_encoder import IsolatedEncoder
-from prefill_router.encoder.prefill_encoder import PrefillEncoder, Reading
+from prefill_router.encoder.prefill_encoder import EncodedPrompts, PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ _ATTEMPTS_IN_PLACE = 2  # then a shard's prompts are suspected of what befell th
 _MOST_ATTEMPTS = 20  # then the job is stopped
 
 
-class Attempts:
+class ShardAttempts:
     """Counts how often each shard was begun. A job shares one, which outlives the workers."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class SafeReader:
 
     def read(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn], attempt: int
-    ) -> tuple[Reading, dict[int, str]]:
+    ) -> tuple[EncodedPrompts, dict[int, str]]:
         """Reads all prompts but those that can't be, which come back by their place, with the reason."""
         if attempt <= _ATTEMPTS_IN_PLACE:
             try:
@@ -75,7 +75,7 @@ class SafeReader:
 
     def _read_here(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
-    ) -> tuple[Reading, dict[int, str]]:
+    ) -> tuple[EncodedPrompts, dict[int, str]]:
         try:
             return self.encoder.read(prompts, columns), {}
         except UserError:

@@ -31,7 +31,7 @@ EMBEDDING = "embedding"
 _SHARD_ROWS = 512
 
 
-class Manifest(validation.StrictModel):
+class EmbeddingsManifest(validation.StrictModel):
     """Commits the embeddings of a corpus."""
 
     sentence_encoder: str
@@ -70,7 +70,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
         written[int(row["index"])] = ShardFile.model_validate_json(row["file"])
         progress.add(written[int(row["index"])].rows, Work(tokens=row["num_tokens"]))
     files = [written[i] for i in sorted(written)]
-    manifest = Manifest(sentence_encoder=sentence_encoder, fingerprint=fingerprint, shards=files)
+    manifest = EmbeddingsManifest(sentence_encoder=sentence_encoder, fingerprint=fingerprint, shards=files)
     storage.write_json(storage.join(out, parquet_objects.MANIFEST), manifest.model_dump())
     return load_embeddings(out)
 
@@ -78,7 +78,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
 def load_embeddings(uri: str) -> Embeddings:
     path = storage.join(uri, parquet_objects.MANIFEST)
     storage.require(path, "embeddings")
-    manifest = validation.validate(Manifest, storage.read_json(path), path)
+    manifest = validation.validate(EmbeddingsManifest, storage.read_json(path), path)
     columns = (PROMPT_ID, NUM_TOKENS, EMBEDDING)
     table = pa.concat_tables(
         [parquet_objects.read_shard(uri, file, columns) for file in manifest.shards]

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from prefill_router import storage
 from prefill_router.common.schema import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
-from prefill_router.corpus.plan import Place, Shard, read_shard
+from prefill_router.corpus.plan import RowPosition, Shard, read_shard
 from prefill_router.corpus.reader import BadRow, Row, folder_keys
 from prefill_router.policy.selection import NO_TARGET
 from prefill_router.query_log.aggregates import UNKNOWN, Lines, Tally, day_of
 from prefill_router.query_log.allocation import Totals, totals
-from prefill_router.query_log.assignment import Choice
+from prefill_router.query_log.assignment import LogPolicy
 from prefill_router.query_log.estimates import ContentIndex, PromptEstimates, contents_of
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
@@ -41,7 +41,7 @@ class DecideContext:
     log: str
     out: str  # of decisions
     estimates: str
-    choice: Choice
+    choice: LogPolicy
     router_version: str
     max_prompt_bytes: int
     by: tuple[str, ...]  # columns of the log, told apart in the report
@@ -77,7 +77,7 @@ def decide_shard(item: dict[str, Any], context: DecideContext) -> dict[str, Any]
     return {"decided": pickle.dumps(_decide(pickle.loads(item["task"]), context))}
 
 
-def total_object(item: dict[str, Any], uri: str, choice: Choice, prices: NDArray[np.float64]) -> dict[str, Any]:
+def total_object(item: dict[str, Any], uri: str, choice: LogPolicy, prices: NDArray[np.float64]) -> dict[str, Any]:
     """What the lines of one object of estimates cost and answer at prices (K,)."""
     estimates = _load(uri, item["object"])
     p, _, cost_usd = choice.read(estimates)
@@ -168,7 +168,7 @@ def _count(value: object) -> float | None:
 
 def _table(
     rows: Sequence[Row],
-    places: Sequence[Place],
+    places: Sequence[RowPosition],
     lines: Lines,
     lengths: NDArray[np.float64],
     columns: dict[str, list[str]],
@@ -196,7 +196,7 @@ def _table(
 
 
 def _write(
-    table: pa.Table, places: Sequence[Place], columns: dict[str, list[str]], shard: Shard, context: DecideContext
+    table: pa.Table, places: Sequence[RowPosition], columns: dict[str, list[str]], shard: Shard, context: DecideContext
 ) -> list[ShardFile]:
     """One object for each partition that the lines are in. What its folders say of them is no column of it, as in Hive:
     readers would find it twice, and not always of one type."""

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_jobs.extract.guarded_encoder import Attempts
+from prefill_jobs.extract.guarded_encoder import ShardAttempts
 from prefill_jobs.label.estimator import Estimated, EstimateShard, EstimateTask
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Capacity
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.reuse import Sources
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.corpus.plan import CorpusPlan
@@ -68,7 +68,7 @@ class Estimation:
             "activations": self.activations,
             "max_prompt_bytes": self.max_prompt_bytes,
             "threads": cluster.threads_per_worker(self.actors.number),
-            "attempts": cluster.Shared(Attempts),
+            "attempts": cluster.Shared(ShardAttempts),
         }
         items = [{"task": pickle.dumps(task)} for task in tasks]
         options = self.actors.options(_CALLS)
@@ -85,7 +85,7 @@ class Estimation:
     def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
         """The shards with rows (N,) that are wanted, each with those of the store that hold some of their prompts."""
         digests = [shard.digest for shard in planned.shards]
-        sources = None if self.activations is None else Sources(Ledger.open(self.activations), digests)
+        sources = None if self.activations is None else Sources(CommitLog.open(self.activations), digests)
         tasks = []
         for i, (shard, span) in enumerate(planned.spans()):
             rows = np.flatnonzero(wanted[span])

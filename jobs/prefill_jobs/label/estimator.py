@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prefill_jobs.extract.guarded_encoder import SafeReader, begin
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
-from prefill_router.activations.commit_log import Place
+from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.shard_builder import Draft
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
@@ -44,7 +44,7 @@ class EstimateTask:
 
     shard: Shard
     rows: NDArray[np.int64]
-    sources: tuple[Place, ...] = ()  # shards of a store that hold some of their activations
+    sources: tuple[RecordLocation, ...] = ()  # shards of a store that hold some of their activations
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from prefill_router.policy.decision import Policy
 from prefill_router.policy.pool import load_pool
 from prefill_router.query_log.aggregates import UNKNOWN, Tally
 from prefill_router.query_log.allocation import Allocation, Totals, solve
-from prefill_router.query_log.assignment import Choice
+from prefill_router.query_log.assignment import LogPolicy
 from prefill_router.query_log.estimates import Contents
 from prefill_router.reports.label_page import LabelReport, write_report
 from prefill_router.router.artifact import Router
@@ -104,7 +104,7 @@ class _Labelling:
         self,
         config: LabelConfig,
         router: Router | BaselineRouter,
-        choice: Choice,
+        choice: LogPolicy,
         planned: CorpusPlan,
         inputs: list[LogFile],
         before: LabelManifest | None,
@@ -155,7 +155,7 @@ class _Labelling:
         typical = self.choice.pool.expected_cost(np.array([1000]), np.full((1, len(self.choice.pool.targets)), 500.0))
         return solve(self.config.budget_usd, float(typical.mean()), evaluate)
 
-    def _decide(self, held: Held, places: NDArray[np.int64], choice: Choice) -> Decided:
+    def _decide(self, held: Held, places: NDArray[np.int64], choice: LogPolicy) -> Decided:
         context = DecideContext(
             log=storage.absolute(self.config.log),
             out=self.decisions,
@@ -250,7 +250,7 @@ def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> i
     return extract_for(router, extraction).work.prompts
 
 
-def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
+def _choice(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
     pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
     known = {name: t for t, name in enumerate(router.pool.target_names)}
     if config.incremental and config.limit is not None:
@@ -266,7 +266,7 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
             raise UserError("partition_by = day, but no --time names the column that tells it")
         if column != DAY and column not in names_in(config.by):
             raise UserError(f"partition_by: {column} must be day, or one of the columns of --by")
-    return Choice(
+    return LogPolicy(
         pool=pool,
         outputs=tuple(known[name] for name in pool.target_names),
         tolerance=router.default_tolerance if config.tolerance is None else config.tolerance,
@@ -276,7 +276,7 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> Choice:
     )
 
 
-def _settings(config: LabelConfig, choice: Choice) -> dict[str, Any]:
+def _settings(config: LabelConfig, choice: LogPolicy) -> dict[str, Any]:
     """What must not change from one run to an incremental one."""
     return {
         "pool": choice.pool.model_dump(mode="json"),
@@ -286,7 +286,7 @@ def _settings(config: LabelConfig, choice: Choice) -> dict[str, Any]:
     }
 
 
-def _before(config: LabelConfig, router: Router | BaselineRouter, choice: Choice) -> LabelManifest | None:
+def _before(config: LabelConfig, router: Router | BaselineRouter, choice: LogPolicy) -> LabelManifest | None:
     """The finished run that this one adds to. Raises UserError where one lies there that is not to be touched."""
     path = storage.join(config.out, parquet_objects.MANIFEST)
     finished = storage.exists(path)

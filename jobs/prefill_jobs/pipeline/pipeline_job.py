@@ -20,7 +20,7 @@ from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.prompt_split import split_of, units_of
-from prefill_jobs.pipeline.publish_gate import Gate
+from prefill_jobs.pipeline.publish_gate import PublishGate
 from prefill_jobs.train.probe_job import TABLE as PROBES
 from prefill_jobs.train.probe_job import load_probes, run_probe
 from prefill_jobs.train.train_job import train
@@ -62,7 +62,7 @@ class Step:
     cost: Callable[[], ExtractionCost] | None = None
 
 
-class Done(StrictModel):
+class StepRecord(StrictModel):
     """What a step had read when it ran."""
 
     reads: str
@@ -91,7 +91,7 @@ class Pipeline:
         if self._ignored:
             say(f"pipeline: {config.file}: {', '.join(sorted(self._ignored))} do not count: a pipeline sets them")
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
-        self._state = {name: validate(Done, done, self._state_uri) for name, done in stored.items()}
+        self._state = {name: validate(StepRecord, done, self._state_uri) for name, done in stored.items()}
 
     def check(self) -> None:
         """Raises UserError for what a later step would, where it can be told before the first."""
@@ -198,7 +198,7 @@ class Pipeline:
         return f"{self.evaluate.out}/report.html, MDP-AUCCC x 1000 {low_high.value * 1000:.1f}"
 
     def _publish(self) -> str:
-        gate = Gate(self.config, self.train.out, self.extract.out)
+        gate = PublishGate(self.config, self.train.out, self.extract.out)
         objections = [] if self.config.accept else gate.objections()
         if objections:
             raise UserError(
@@ -285,7 +285,7 @@ class Pipeline:
 
     def _remember(self, step: Step) -> None:
         content = step.content() if step.content is not None else None
-        self._state[step.name] = Done(reads=_hash(step.reads()), content=content)
+        self._state[step.name] = StepRecord(reads=_hash(step.reads()), content=content)
         storage.write_json(self._state_uri, {name: done.model_dump() for name, done in self._state.items()})
 
     def _graded_sample(self) -> str:

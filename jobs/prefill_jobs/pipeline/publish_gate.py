@@ -47,7 +47,7 @@ _FIGURES = (
 )
 
 
-class Gate:
+class PublishGate:
     def __init__(self, config: PipelineConfig, router: str, activations: str) -> None:
         self.config, self.router, self.activations = config, router, activations
 

@@ -31,7 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
 
 from prefill_jobs.runtime import local_ray
-from prefill_jobs.submit.submit_request import Request
+from prefill_jobs.submit.submit_request import SubmitRequest
 from prefill_jobs.submit.wheel import write_wheel
 from prefill_router.common.addresses import is_loopback
 from prefill_router.common.console import say, silent_stderr
@@ -180,7 +180,7 @@ def submit(config: StrictModel, to: SubmitConfig) -> Submission:
     A submission id that is known there is not run again: the job that has it is returned, where it is the same
     request. Raises UserError where it is another, where no cluster answers, and for a secret's value.
     """
-    request = Request.of(config, to)
+    request = SubmitRequest.of(config, to)
     cluster = Cluster.at(to.address)
     submission = Submission(cluster, to.submission_id or _new_id(request.job))
     if to.submission_id and (known := _known(submission, request)):
@@ -201,7 +201,7 @@ def submit(config: StrictModel, to: SubmitConfig) -> Submission:
     wait=wait_fixed(_POLL_S),
     reraise=True,
 )
-def _send(client: JobSubmissionClient, name: str, request: Request, to: SubmitConfig, folder: Path) -> None:
+def _send(client: JobSubmissionClient, name: str, request: SubmitRequest, to: SubmitConfig, folder: Path) -> None:
     write_wheel(folder)
     for file, data in request.files.items():
         (folder / file).write_bytes(data)
@@ -215,7 +215,7 @@ def _send(client: JobSubmissionClient, name: str, request: Request, to: SubmitCo
     )
 
 
-def _known(submission: Submission, request: Request) -> Submission | None:
+def _known(submission: Submission, request: SubmitRequest) -> Submission | None:
     try:
         details = submission.details
     except UserError:

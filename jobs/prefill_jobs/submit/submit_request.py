@@ -25,7 +25,7 @@ _HOLDS_SECRET = re.compile(
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """`files` go into the job's working directory; `arguments` name them there."""
 
     job: str
@@ -34,7 +34,7 @@ class Request:
     env: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: StrictModel, submit: SubmitConfig) -> Request:
+    def of(cls, config: StrictModel, submit: SubmitConfig) -> SubmitRequest:
         """A command's config as its command line. Small files that lie here, such as pools, are sent along."""
         arguments: list[str] = []
         files: dict[str, bytes] = {}

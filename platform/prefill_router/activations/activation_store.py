@@ -28,7 +28,7 @@ _LISTS = "shards"  # the folder of the lists that are too long for a manifest
 MAX_LISTED = 10_000  # shards that the manifest itself lists, in 3 MB
 
 
-class Manifest(validation.StrictModel):
+class StoreManifest(validation.StrictModel):
     format: Literal[1] = 1
     encoder: EncoderIdentity
     columns: list[str]
@@ -65,7 +65,7 @@ def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
     return encoded
 
 
-def write_manifest(uri: str, manifest: Manifest) -> None:
+def write_manifest(uri: str, manifest: StoreManifest) -> None:
     """Commits a store: only now is there anything for a reader. A long list of shards is an object, written before."""
     file = None
     if len(manifest.shards) > MAX_LISTED:
@@ -76,7 +76,7 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     _remove_lists(uri, keep=file)
 
 
-def read_manifest(uri: str) -> Manifest | None:
+def read_manifest(uri: str) -> StoreManifest | None:
     """None where no finished extraction lies."""
     path = storage.join(uri, parquet_objects.MANIFEST)
     if not storage.exists(path):
@@ -85,7 +85,7 @@ def read_manifest(uri: str) -> Manifest | None:
     if isinstance(content, dict) and isinstance(content.get("shards"), dict):
         file = validation.validate(ShardFile, content["shards"], path)
         content["shards"] = ShardList(parquet_objects.read_addressed(uri, file))
-    return validation.validate(Manifest, content, path)
+    return validation.validate(StoreManifest, content, path)
 
 
 def remove_manifest(uri: str) -> None:
@@ -105,7 +105,7 @@ class ActivationStore:
     """A finished extraction. Make one with `ActivationStore.open`."""
 
     uri: str
-    manifest: Manifest
+    manifest: StoreManifest
 
     @classmethod
     def open(cls, uri: str) -> ActivationStore:

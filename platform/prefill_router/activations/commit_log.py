@@ -41,14 +41,14 @@ _ATTEMPTS = 5  # to open a ledger that a writer gathers meanwhile
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordLocation:
     """Where a record lay when it was looked for: in a segment, or alone."""
 
     name: str
     segment: str | None
 
 
-class Ledger:
+class CommitLog:
     """The records at an output, as they were when it was opened, and what was added since.
 
     A record has a position, which it keeps: those in segments come first, then those that lie alone. A million take
@@ -68,7 +68,7 @@ class Ledger:
         self._left = list(left)  # names of records that lie alone though a segment holds them
 
     @classmethod
-    def open(cls, uri: str) -> Ledger:
+    def open(cls, uri: str) -> CommitLog:
         path = storage.join(uri, _ENCODER)
         encoder = validation.validate(EncoderIdentity, storage.read_json(path), path) if storage.exists(path) else None
         for _ in range(_ATTEMPTS - 1):
@@ -98,11 +98,11 @@ class Ledger:
         found = pc.index_in(pa.array(values, pa.string()), value_set=self.records[column].combine_chunks())
         return np.asarray(found.fill_null(-1), np.int64)
 
-    def places(self, positions: NDArray[np.int64]) -> list[Place]:
+    def places(self, positions: NDArray[np.int64]) -> list[RecordLocation]:
         names = self.records["name"].take(positions).to_pylist()
         digests = [*(segment.digest for segment in self._segments), None]
         of_segments = np.searchsorted(self._ends, positions, side="right").tolist()
-        return [Place(name, digests[index]) for name, index in zip(names, of_segments, strict=True)]
+        return [RecordLocation(name, digests[index]) for name, index in zip(names, of_segments, strict=True)]
 
     def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Keys]]:
         """Some records' positions, in ascending order, with their keys (n, 3).
@@ -200,7 +200,7 @@ def find(uri: str, name: str) -> Commit | None:
         return None
 
 
-def read(uri: str, place: Place) -> Commit:
+def read(uri: str, place: RecordLocation) -> Commit:
     """The record at a place, or in a segment where it was gathered since."""
     if place.segment is None and (record := find(uri, place.name)):
         return record

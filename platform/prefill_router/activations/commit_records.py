@@ -22,7 +22,7 @@ from prefill_router.storage import parquet_objects
 _KEY_CHARACTERS = 32  # in base64, of the 24 bytes of a row
 
 
-class Refused(validation.StrictModel):
+class RejectedPrompt(validation.StrictModel):
     """A row that the encoder could not read, with the digest of its prompt."""
 
     uri: str
@@ -44,7 +44,7 @@ class Commit(validation.StrictModel):
     num_tokens: int
     truncated: list[int]  # rows, counted in the shard
     keys: str  # base64 of (n, 3) uint64, as `plan.row_keys` gives them
-    refused: list[Refused]
+    refused: list[RejectedPrompt]
 
     @model_validator(mode="after")
     def _has_a_key_for_each_row(self) -> Commit:
@@ -115,4 +115,4 @@ def bad_rows(table: pa.Table) -> Iterator[BadRow]:
     """The rows that the shards of a table lack, in its order."""
     column = table["refused"]
     for refused in column.filter(pc.greater(pc.list_value_length(column), 0)).to_pylist():
-        yield from (Refused(**fields).to_bad_row() for fields in refused)
+        yield from (RejectedPrompt(**fields).to_bad_row() for fields in refused)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.activations.commit_log import Ledger, Place
+from prefill_router.activations.commit_log import CommitLog, RecordLocation
 from prefill_router.activations.commit_records import shard_name
 from prefill_router.corpus.row_keys import Keys
 
@@ -22,11 +22,11 @@ class Sources:
     whatever columns, is a source of that part alone. Keys are read only of the records that the plan does not know.
     """
 
-    def __init__(self, ledger: Ledger, digests: Sequence[str]) -> None:
+    def __init__(self, ledger: CommitLog, digests: Sequence[str]) -> None:
         self.ledger = ledger
         self._own = [ledger.positions([shard_name(digest, c) for digest in digests]) for c in ledger.column_sets]
 
-    def of(self, index: int, keys: Keys) -> tuple[Place, ...]:
+    def of(self, index: int, keys: Keys) -> tuple[RecordLocation, ...]:
         """Where the records lie that hold prompts of part `index`, whose keys (n, 3) these are.
 
         Under whatever id: 64 bits of a prompt are compared.
@@ -35,7 +35,7 @@ class Sources:
         return tuple(self._places[position] for position in [*own, *self._strangers_with(keys)])
 
     @cached_property
-    def _places(self) -> list[Place]:
+    def _places(self) -> list[RecordLocation]:
         return self.ledger.places(np.arange(len(self.ledger)))
 
     def _strangers_with(self, keys: Keys) -> list[int]:

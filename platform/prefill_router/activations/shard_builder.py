@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from prefill_router.activations import commit_log
 from prefill_router.activations.activation_store import from_table, to_table
-from prefill_router.activations.commit_log import Place
-from prefill_router.activations.commit_records import Commit, Refused, shard_name
+from prefill_router.activations.commit_log import RecordLocation
+from prefill_router.activations.commit_records import Commit, RejectedPrompt, shard_name
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.plan import Repeats, Shard, read_shard
 from prefill_router.corpus.reader import Prompt
 from prefill_router.corpus.row_keys import row_keys
-from prefill_router.encoder.prefill_encoder import Reading
+from prefill_router.encoder.prefill_encoder import EncodedPrompts
 from prefill_router.storage import parquet_objects
 
 _NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
@@ -72,7 +72,7 @@ class Draft:
             if rows and columns:
                 yield rows, columns
 
-    def fill(self, rows: Sequence[int], reading: Reading) -> None:
+    def fill(self, rows: Sequence[int], reading: EncodedPrompts) -> None:
         """Takes what the encoder read of `rows`."""
         encoded = reading.encoded
         self._set(list(rows), encoded)
@@ -82,7 +82,7 @@ class Draft:
         is_finite = np.all([np.isfinite(values).all(1) for values in columns], axis=0)
         self.refused.update({row: _NOT_FINITE for row, fine in zip(rows, is_finite, strict=True) if not fine})
 
-    def copy(self, out: str, source: Place) -> None:
+    def copy(self, out: str, source: RecordLocation) -> None:
         """Takes over, bit for bit, what a finished shard holds of these prompts."""
         record = commit_log.read(out, source)
         if not self.prompts:  # then what the source could not read can't be read here
@@ -133,7 +133,7 @@ class Draft:
                 self.refused[row] = refused.reason
                 self.places[row] = (refused.uri, refused.row)
 
-    def _refusal(self, row: int, reason: str) -> Refused:
+    def _refusal(self, row: int, reason: str) -> RejectedPrompt:
         uri, place = self.places[row]
         content = self.contents[row]
-        return Refused(uri=uri, row=place, prompt_id=self.prompt_ids[row], content=content, reason=reason)
+        return RejectedPrompt(uri=uri, row=place, prompt_id=self.prompt_ids[row], content=content, reason=reason)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.corpus.split import Keys, prompt_hashes
 
 
@@ -29,7 +29,7 @@ def read(store: ActivationStore) -> StoreKeys:
 
     Raises UserError where the ledger, or a shard whose ids are wanted, is damaged.
     """
-    ledger = Ledger.open(store.uri)
+    ledger = CommitLog.open(store.uri)
     ends = np.cumsum(store.manifest.shards.table["rows"].to_numpy())
     prompts, contents = (np.empty(store.manifest.rows, np.uint64) for _ in range(2))
 
@@ -49,7 +49,7 @@ def read(store: ActivationStore) -> StoreKeys:
     return StoreKeys(prompts, contents)
 
 
-def _positions(store: ActivationStore, ledger: Ledger) -> NDArray[np.int64]:
+def _positions(store: ActivationStore, ledger: CommitLog) -> NDArray[np.int64]:
     """Of each shard's record in the ledger; -1 where there is none of the same object."""
     listed = store.manifest.shards.table
     positions = ledger.positions(listed["file"].combine_chunks(), "file")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.collection.journal import CallState, merged, read_states
-from prefill_router.collection.target_calls import Answer, Spent
+from prefill_router.collection.target_calls import Spent, TargetAnswer
 from prefill_router.common.schema import ANSWERS
 
 _TOLD = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "latency_s")
@@ -74,7 +74,7 @@ def _row(key: str, state: CallState) -> dict[str, object]:
 
 
 def _state(row: Mapping[str, Any]) -> CallState:
-    answer = None if row["answer"] is None else Answer(row["answer"], *(row[name] for name in _TOLD))
+    answer = None if row["answer"] is None else TargetAnswer(row["answer"], *(row[name] for name in _TOLD))
     return CallState(
         prompt_id=row["prompt_id"],
         target=row["target"],

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prefill_router import storage
-from prefill_router.collection.target_calls import Answer, Call, Spent
+from prefill_router.collection.target_calls import Spent, TargetAnswer, TargetCall
 
 _SUFFIX = ".jsonl"
 
@@ -25,7 +25,7 @@ class CallState:
 
     prompt_id: str
     target: str
-    answer: Answer | None = None
+    answer: TargetAnswer | None = None
     spent: Spent = field(default_factory=Spent)  # on the answer
     lost: Spent = field(default_factory=Spent)  # on attempts that may have been paid for, and brought no answer
     attempts: int = 0
@@ -59,7 +59,7 @@ def _apply(state: CallState, begin: dict[str, Any], end: dict[str, Any] | None) 
         return
     state.lost += Spent(**end["lost"])
     if end["answer"] is not None:
-        state.answer, state.spent = Answer(**end["answer"]), Spent(**end["spent"])
+        state.answer, state.spent = TargetAnswer(**end["answer"]), Spent(**end["spent"])
     state.reason = end["reason"]
 
 
@@ -71,14 +71,16 @@ class Journal:
         self._pending: list[tuple[str, asyncio.Future[None]]] = []
         self._writing = asyncio.Lock()
 
-    async def begin(self, call: Call) -> str:
+    async def begin(self, call: TargetCall) -> str:
         """Notes that an attempt is about to be made, and returns its name. It may be made once this returns."""
         attempt = uuid.uuid4().hex
         note = {"key": call.key, "prompt_id": call.prompt_id, "target": call.target.name, "worst": asdict(call.worst)}
         await self._write({"kind": "begin", "attempt": attempt, **note})
         return attempt
 
-    async def end(self, attempt: str, answer: Answer | None, spent: Spent, lost: Spent, reason: str | None) -> None:
+    async def end(
+        self, attempt: str, answer: TargetAnswer | None, spent: Spent, lost: Spent, reason: str | None
+    ) -> None:
         """Notes what came of it."""
         body = None if answer is None else asdict(answer)
         note = {"answer": body, "spent": asdict(spent), "lost": asdict(lost), "reason": reason}

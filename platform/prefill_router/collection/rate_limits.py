@@ -28,7 +28,7 @@ class Pace:
         self._next_s = max(self._next_s, now_s + seconds)
 
 
-class Limits:
+class RateLimits:
     """Of one target, for one of `num_workers` that share what it allows."""
 
     def __init__(self, target: Target, num_workers: int = 1) -> None:

@@ -30,7 +30,7 @@ def call_key(content: str, target: str, asked: Asked) -> str:
 
 
 @dataclass(frozen=True)
-class Call:
+class TargetCall:
     prompt_id: str
     prompt: Prompt
     target: Target
@@ -92,7 +92,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TargetAnswer:
     """What a target said. `usage` is None where the upstream told none; the worst case is then taken as spent."""
 
     text: str
@@ -102,14 +102,14 @@ class Answer:
     cached_tokens: int
     latency_s: float
 
-    def spent(self, call: Call) -> Spent:
+    def spent(self, call: TargetCall) -> Spent:
         if self.input_tokens is None or self.output_tokens is None:
             return call.worst
         usd = call.target.cost(self.input_tokens, self.output_tokens, self.cached_tokens)
         return Spent(usd, self.input_tokens + self.output_tokens)
 
 
-def parse_answer(body: Mapping[str, Any], latency_s: float) -> Answer | None:
+def parse_answer(body: Mapping[str, Any], latency_s: float) -> TargetAnswer | None:
     """The answer in the body of a chat completion; None where there is none in it."""
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -122,7 +122,7 @@ def parse_answer(body: Mapping[str, Any], latency_s: float) -> Answer | None:
     counts = usage if isinstance(usage, dict) else {}
     details = counts.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Answer(
+    return TargetAnswer(
         text=text if isinstance(text, str) else json.dumps(text),
         finish_reason=reason if isinstance(reason, str) else None,
         input_tokens=_count(counts.get("prompt_tokens")),

@@ -10,7 +10,7 @@ from time import monotonic
 
 import httpx
 
-from prefill_router.collection.target_calls import Answer, Call, parse_answer
+from prefill_router.collection.target_calls import TargetAnswer, TargetCall, parse_answer
 from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.transport import is_passing, post_request, retry_after_s
 
@@ -29,7 +29,7 @@ class Miss:
     retry_after_s: float | None = None
 
 
-async def ask(call: Call, http: httpx.AsyncClient) -> Answer | Miss:
+async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
     """One attempt at a call."""
     upstream = call.target.upstream
     assert upstream is not None
@@ -55,7 +55,7 @@ def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
     return rng.random() * min(0.5 * 2.0**attempt, _LONGEST_S)
 
 
-def _read(response: httpx.Response, key: str | None, latency_s: float) -> Answer | Miss:
+def _read(response: httpx.Response, key: str | None, latency_s: float) -> TargetAnswer | Miss:
     try:
         body = response.json()
     except ValueError:

@@ -39,13 +39,13 @@ class Extent:
     left_out: tuple[int, ...]  # counted from first_row: rows that are bad or repeats
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[RowPosition]:
         """The rows that stay, as they are counted in the file."""
         left_out = set(self.left_out)
-        return [Place(self.uri, self.first_row + row) for row in range(self.num_rows) if row not in left_out]
+        return [RowPosition(self.uri, self.first_row + row) for row in range(self.num_rows) if row not in left_out]
 
 
-class Place(NamedTuple):
+class RowPosition(NamedTuple):
     """Where a row stands; `row` counts from 0 in its file."""
 
     uri: str
@@ -64,7 +64,7 @@ class Shard:
         return sum(extent.num_rows - len(extent.left_out) for extent in self.extents)
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[RowPosition]:
         """Of the rows that stay."""
         return [place for extent in self.extents for place in extent.places]
 

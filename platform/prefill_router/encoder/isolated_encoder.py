@@ -24,7 +24,7 @@ import torch
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder, Reading
+from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderSpec, PrefillEncoder
 
 _MEMORY_SHARE = 0.8  # of the memory that is free, which the process may take
 _MOST_KILLERS = 8  # in one shard: with more, it is not the prompts
@@ -42,7 +42,7 @@ class IsolatedEncoder:
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
-    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> Reading:
+    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> EncodedPrompts:
         """Raises EncoderDied, with the reason, where the process ends or raises."""
         connection = self._start()
         try:
@@ -52,12 +52,12 @@ class IsolatedEncoder:
             raise EncoderDied(self._epitaph()) from None
         if isinstance(answer, Exception):
             raise EncoderDied(str(answer) or type(answer).__name__)
-        reading: Reading = answer
+        reading: EncodedPrompts = answer
         return reading
 
     def read_survivors(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
-    ) -> tuple[Reading, dict[int, str]]:
+    ) -> tuple[EncodedPrompts, dict[int, str]]:
         """Reads all prompts but those that end the process, which come back by their place, with how.
 
         Raises UserError where there are too many of them, or where the others end it together.

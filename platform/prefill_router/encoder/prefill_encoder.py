@@ -98,7 +98,7 @@ class EncoderIdentity(StrictModel):
         return columns
 
 
-class Reading(NamedTuple):
+class EncodedPrompts(NamedTuple):
     """Prompts that were read: their columns as of `PrefillEncoder.encode`, the work, and their lengths uncut."""
 
     encoded: dict[str, NDArray[Any]]
@@ -202,10 +202,10 @@ class PrefillEncoder:
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
         return self.identity.columns(layers, pooling)
 
-    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> Reading:
+    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> EncodedPrompts:
         """Tokenises and runs the prefill: `encode` for jobs, which count what it logs."""
         tokens = self.tokenize(prompts)
-        return Reading(*self.forward(tokens, columns), tokens.full_lengths)
+        return EncodedPrompts(*self.forward(tokens, columns), tokens.full_lengths)
 
     def render(self, prompt: Prompt) -> str:
         """The text that is tokenised: see `PromptTokenizer.render`."""

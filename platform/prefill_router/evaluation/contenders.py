@@ -118,7 +118,7 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSummary:
     """Whether P(correct) can be taken at its word. Values are one a target."""
 
     ece: list[float]
@@ -150,7 +150,7 @@ class Evaluation:
     operating_points: list[OperatingPoint]
     target_accuracy: list[float]
     target_cost: list[float]
-    calibration: Calibration
+    calibration: CalibrationSummary
     risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
     length_error_tokens: float  # mean absolute error of the router's median lengths
     length_error_median_rule_tokens: float  # the same, of each target's median length
@@ -359,10 +359,10 @@ def _interval(values: Array) -> Interval:
 # --- calibration and lengths -----------------------------------------------------------------------------------------
 
 
-def _calibration(correct: Array, p: Array, p_before: Array | None) -> Calibration:
+def _calibration(correct: Array, p: Array, p_before: Array | None) -> CalibrationSummary:
     p_uncalibrated = p if p_before is None else p_before
     rng = np.random.default_rng(0)
-    return Calibration(
+    return CalibrationSummary(
         ece=[expected_calibration_error(y, said) for y, said in _graded(correct, p)],
         ece_uncalibrated=[expected_calibration_error(y, said) for y, said in _graded(correct, p_uncalibrated)],
         ece_of_chance=[_ece_of_chance(said, rng) for _, said in _graded(correct, p)],

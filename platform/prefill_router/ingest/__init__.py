@@ -16,9 +16,9 @@ from prefill_router.ingest import (
     routerbench,
     toolkit,
 )
-from prefill_router.ingest.records import Answer, Format, Ignored, Item, Options, Record
+from prefill_router.ingest.records import Format, Ignored, Item, Options, RawAnswer, Record
 
-__all__ = ["FORMATS", "Answer", "Format", "Ignored", "Item", "Options", "Record"]
+__all__ = ["FORMATS", "Format", "Ignored", "Item", "Options", "RawAnswer", "Record"]
 
 _MODULES = (
     toolkit,

@@ -8,14 +8,14 @@ from typing import NamedTuple
 from prefill_router.common.errors import UnfitError, shown
 from prefill_router.common.schema import CORRECT, OUTPUT_TOKENS, TARGET
 from prefill_router.corpus.reader import fit_text
-from prefill_router.ingest.records import Answer
+from prefill_router.ingest.records import RawAnswer
 
 _WORDS = {"true": 1.0, "false": 0.0}
 _MAX_NAME_BYTES = 1024
 _MAX_TOKENS = (1 << 31) - 1  # what the column holds
 
 
-class Grade(NamedTuple):
+class CheckedGrade(NamedTuple):
     """An answer that is fit to be an outcome; `correct` is None where it was never graded."""
 
     target: str
@@ -23,13 +23,13 @@ class Grade(NamedTuple):
     output_tokens: int | None
 
 
-def grade(answer: Answer) -> Grade:
+def grade(answer: RawAnswer) -> CheckedGrade:
     """Raises UnfitError where the answer names no target, or its grade or its tokens are not numbers in their range."""
     target = fit_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
     if not target:
         raise UnfitError(f"{TARGET} = {shown(answer.target)}, must name a model")
     try:
-        return Grade(target, _correct(answer.correct), output_tokens(answer.output_tokens))
+        return CheckedGrade(target, _correct(answer.correct), output_tokens(answer.output_tokens))
     except UnfitError as problem:
         raise UnfitError(f"{TARGET} {shown(target)}: {problem}") from None
 

@@ -17,10 +17,10 @@ from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import (
     CATEGORY,
     LETTERS,
-    Answer,
     Format,
     Item,
     Options,
+    RawAnswer,
     Record,
     Unknown,
     lettered,
@@ -48,7 +48,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
             yield BadRow(uri, row, None, str(problem))
             continue
         correct = None if str(fields.get("response")).startswith(_FAILED) else fields.get("performance")
-        answer = Answer(fields.get("model_name"), correct, fields.get("output_tokens"))
+        answer = RawAnswer(fields.get("model_name"), correct, fields.get("output_tokens"))
         yield Record(uri, row, prompt, [answer], extras={CATEGORY.name: text(fields.get("task_name"))})
 
 

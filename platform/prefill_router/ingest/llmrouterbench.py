@@ -15,7 +15,7 @@ from typing import Any
 from prefill_router.common.errors import UserError, shown
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_json
-from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, Format, Ignored, Item, Options, RawAnswer, Record, Unknown, text
 from prefill_router.storage.compression import open_bytes
 
 _KNOWN = (
@@ -52,7 +52,7 @@ def _record(uri: str, row: int, fields: Fields, about: dict[str, Any], options: 
     folders = uri.split("/")[:-1]
     folder = dict(zip(("model_name", "split", "dataset_name"), reversed(folders), strict=False))
     target = options.target or about.get("model_name") or folder.get("model_name")
-    answer = Answer(target, fields.get("score"), fields.get("completion_tokens"))
+    answer = RawAnswer(target, fields.get("score"), fields.get("completion_tokens"))
     prompt = fields.get("prompt") or fields.get("origin_query")
     messages = prompt if isinstance(prompt, list) else None
     category = text(about.get("dataset_name") or folder.get("dataset_name"))

@@ -22,7 +22,7 @@ from prefill_router.common.errors import UserError, shown
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.grades import is_grade
-from prefill_router.ingest.records import CATEGORY, Answer, Format, Ignored, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, Format, Ignored, Item, Options, RawAnswer, Record, Unknown, text
 
 _NAME = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl(?:\.gz|\.zst)?")
 _METRICS = ("exact_match", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc")
@@ -78,7 +78,7 @@ def _record(uri: str, row: int, fields: Fields, task: str, target: str) -> Recor
         uri,
         row,
         None if messages else prompt,
-        [Answer(target, fields[metric])],
+        [RawAnswer(target, fields[metric])],
         prompt_id,
         messages,
         {CATEGORY.name: task},

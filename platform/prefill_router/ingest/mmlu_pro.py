@@ -30,11 +30,11 @@ from prefill_router.ingest.records import (
     CATEGORY,
     LETTERS,
     SOURCE,
-    Answer,
     Format,
     Ignored,
     Item,
     Options,
+    RawAnswer,
     Record,
     Unknown,
     lettered,
@@ -136,7 +136,7 @@ def _record(uri: str, row: int, fields: Fields, target: str) -> Record | BadRow:
         return BadRow(uri, row, prompt_id, "has no pred or no answer, so that it cannot be graded")
     prompt = f"{question.strip()}\n\n{lettered([choice.strip() for choice in choices])}"
     extras = {CATEGORY.name: text(fields.get("category")), SOURCE.name: text(fields.get("src"))}
-    return Record(uri, row, prompt, [Answer(target, _correct(fields))], prompt_id, extras=extras)
+    return Record(uri, row, prompt, [RawAnswer(target, _correct(fields))], prompt_id, extras=extras)
 
 
 def _are_options(choices: object) -> TypeGuard[list[str]]:

@@ -22,7 +22,7 @@ SOURCE = pa.field("source", pa.string())  # what the prompt was taken from, as i
 _MAX_UNKNOWN = 64  # names of unknown columns that are kept of one file
 
 
-class Answer(NamedTuple):
+class RawAnswer(NamedTuple):
     """A target's answer to a prompt; `correct` is None where it was never graded."""
 
     target: object
@@ -37,7 +37,7 @@ class Record:
     uri: str
     row: int
     prompt: object
-    answers: Sequence[Answer] = ()
+    answers: Sequence[RawAnswer] = ()
     prompt_id: str | None = None  # a hash of the content where the format gives none
     messages: object = None  # a conversation, in place of `prompt`
     extras: Mapping[str, object] = field(default_factory=dict)  # by the names of the format's extra columns

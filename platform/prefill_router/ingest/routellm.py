@@ -17,7 +17,7 @@ from prefill_router.corpus import text_files
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, open_csv, require_columns
 from prefill_router.ingest.grades import is_grade
-from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown
+from prefill_router.ingest.records import CATEGORY, Format, Item, Options, RawAnswer, Record, Unknown
 
 _RESPONSE = "_response"
 _INDEX = "Unnamed:"  # how pandas calls the index that it has written
@@ -37,7 +37,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
             if isinstance(fields, str):
                 yield BadRow(uri, row, None, fields)
             else:
-                answers = [Answer(model, fields[model]) for model in models]
+                answers = [RawAnswer(model, fields[model]) for model in models]
                 yield Record(uri, row, fields["prompt"], answers, extras={CATEGORY.name: category})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from prefill_router.common.errors import UserError, shown
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_json, read_jsonl
-from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, Format, Item, Options, RawAnswer, Record, Unknown, text
 from prefill_router.storage.compression import open_bytes, unpacked
 
 _PREDICTION = ("global index", "prompt", "prediction", "generated_result", "cost", "accuracy", "for_optimality")
@@ -57,7 +57,7 @@ def _record(uri: str, row: int, fields: Fields) -> Record:
         correct = fields.get("accuracy")
     if result.get("success") is False:
         correct = None
-    answer = Answer(target, correct, _object(result.get("token_usage")).get("output_tokens"))
+    answer = RawAnswer(target, correct, _object(result.get("token_usage")).get("output_tokens"))
     # ArcMMLU_98 is the 98th of ArcMMLU.
     extras = {CATEGORY.name: (index or "").rpartition("_")[0] or None}
     return Record(uri, row, prompt, [answer], index, extras=extras)

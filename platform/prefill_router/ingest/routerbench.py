@@ -21,7 +21,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.corpus.formats import column_values
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, check_unique, open_csv, require_columns
-from prefill_router.ingest.records import CATEGORY, Answer, Format, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, Format, Item, Options, RawAnswer, Record, Unknown, text
 from prefill_router.storage.row_groups import batch_rows
 
 _USED = ("sample_id", "prompt", "eval_name")
@@ -87,9 +87,9 @@ class _Columns:
 
     def record(self, row: int, fields: Fields) -> Record:
         if self.is_long:
-            answers = [Answer(fields["model_name"], _score(fields["performance"]))]
+            answers = [RawAnswer(fields["model_name"], _score(fields["performance"]))]
         else:
-            answers = [Answer(model, _score(fields[model])) for model in self.models]
+            answers = [RawAnswer(model, _score(fields[model])) for model in self.models]
         extras = {CATEGORY.name: text(fields.get("eval_name"))}
         prompt_id = text(fields.get("sample_id"))
         return Record(self.uri, row, _joined(fields["prompt"]), answers, prompt_id, extras=extras)

@@ -9,7 +9,7 @@ from prefill_router.corpus.reader import id_digest
 _HALF = (1 << 64) - 1
 
 
-class Place(Enum):
+class Recurrence(Enum):
     """How a prompt stands to those before it."""
 
     NEW = auto()
@@ -26,18 +26,18 @@ class Seen:
         self._prompts: dict[bytes, int] = {}
         self._bits: dict[str, int] = {}
 
-    def place(self, prompt_id: str, content: bytes, identity: str | None) -> Place:
+    def place(self, prompt_id: str, content: bytes, identity: str | None) -> Recurrence:
         key = id_digest(prompt_id)
         known = content[:8] if identity is None else id_digest(identity)
         marks = int.from_bytes(content[:8] + known, "little")
         before = self._prompts.get(key)
         if before is None:
             self._prompts[key] = marks
-            return Place.NEW
+            return Recurrence.NEW
         differs = before ^ marks
         if not differs & _HALF:
-            return Place.AGAIN
-        return Place.CLASH if differs >> 64 & _HALF else Place.OTHER_WORDING
+            return Recurrence.AGAIN
+        return Recurrence.CLASH if differs >> 64 & _HALF else Recurrence.OTHER_WORDING
 
     def grade(self, prompt_id: str, target: str) -> bool:
         """Notes a pair, and says whether it is new. The prompt must have been placed."""

@@ -18,10 +18,10 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UnfitError, UserError, shown
 from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
 from prefill_router.corpus.reader import BadRow, Prompt, content_digest, fit_messages, fit_prompt, fit_text
-from prefill_router.ingest.grades import Grade, grade
+from prefill_router.ingest.grades import CheckedGrade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
-from prefill_router.ingest.seen import Place, Seen
+from prefill_router.ingest.seen import Recurrence, Seen
 from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
@@ -109,18 +109,18 @@ class Tables:
         if record.answers and not grades:
             return
         place = self._seen.place(prompt_id, content, record.identity)
-        if place is Place.CLASH:
+        if place is Recurrence.CLASH:
             self._refuse(record, prompt_id, f"{PROMPT_ID} {shown(prompt_id)} stands earlier with another prompt")
             return
-        if place is Place.NEW:
+        if place is Recurrence.NEW:
             self._add_prompt(record, prompt_id, prompt)
         elif not record.answers:
             self._num_repeated_prompts += 1
-        self._num_other_wordings += place is Place.OTHER_WORDING
+        self._num_other_wordings += place is Recurrence.OTHER_WORDING
         for one in grades:
             self._add_outcome(record, prompt_id, one)
 
-    def _grades(self, record: Record, prompt_id: str) -> list[Grade]:
+    def _grades(self, record: Record, prompt_id: str) -> list[CheckedGrade]:
         grades = []
         for answer in record.answers:
             try:
@@ -138,7 +138,7 @@ class Tables:
         }
         self._corpus.add({**row, **record.extras}, _num_chars(prompt))
 
-    def _add_outcome(self, record: Record, prompt_id: str, one: Grade) -> None:
+    def _add_outcome(self, record: Record, prompt_id: str, one: CheckedGrade) -> None:
         if one.correct is None:
             self._num_ungraded += 1
         elif self._seen.grade(prompt_id, one.target):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import open_csv, require_columns
-from prefill_router.ingest.records import CATEGORY, SOURCE, Answer, Format, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, RawAnswer, Record, Unknown, text
 
 _REQUIRED = ("question", "model", "isCorrect")
 _EXTRAS = (CATEGORY, SOURCE)
@@ -25,7 +25,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
             if isinstance(fields, str):
                 yield BadRow(uri, row, None, fields)
                 continue
-            answer = Answer(fields["model"], fields["isCorrect"], fields.get("output_tokens"))
+            answer = RawAnswer(fields["model"], fields["isCorrect"], fields.get("output_tokens"))
             extras = {field.name: text(fields.get(field.name)) for field in _EXTRAS}
             yield Record(uri, row, fields["question"], [answer], extras=extras)
 

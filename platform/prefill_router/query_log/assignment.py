@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Choice:
+class LogPolicy:
     """What a user asks of the whole log. Estimates have the router's targets, of which the pool may be a part."""
 
     pool: Pool

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("prefill_router"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=jinja2.PackageLoader("prefill_router.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 Cell = str | tuple[str, str]  # a figure, or a figure and its interval
 Table = list[list[Cell]]

@@ -14,7 +14,7 @@ from prefill_serve.gateway.openai_calls import Call, ResponsesCall
 _CHARACTERS_A_TOKEN = 3  # where nothing was tokenised; rather too many tokens than too few
 
 
-class Choice(NamedTuple):
+class Candidate(NamedTuple):
     """A target, and the decision for it where the router made one."""
 
     target: str
@@ -43,7 +43,7 @@ class Routed:
         policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
         return replace(self, policy=policy, sticky=None)
 
-    def choose(self, among: Collection[str]) -> Choice | None:
+    def choose(self, among: Collection[str]) -> Candidate | None:
         """One of some targets; None where none of them meets the constraints."""
         allowed = [name for name in among if self.policy.allowed is None or name in self.policy.allowed]
         if not allowed:
@@ -56,9 +56,9 @@ class Routed:
         gain = chosen.decision.p_correct[chosen.target] - chosen.decision.p_correct[kept.target]
         return kept if gain <= self.stick_margin else chosen
 
-    def _decide(self, allowed: Sequence[str], *, explores: bool = False) -> Choice | None:
+    def _decide(self, allowed: Sequence[str], *, explores: bool = False) -> Candidate | None:
         decision = self.routing.decide(replace(self.policy, allowed=list(allowed)), explores=explores)
-        return None if decision.target is None else Choice(decision.target, decision)
+        return None if decision.target is None else Candidate(decision.target, decision)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Fixed:
     input_tokens: int
     sticky: str | None = None
 
-    def choose(self, among: Collection[str]) -> Choice | None:
-        return next((Choice(name, None) for name in self.order if name in among), None)
+    def choose(self, among: Collection[str]) -> Candidate | None:
+        return next((Candidate(name, None) for name in self.order if name in among), None)
 
 
 Plan = Routed | Fixed

@@ -24,15 +24,15 @@ from prefill_router.policy.decision import Decision
 from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing, UnknownTarget
 from prefill_serve.gateway.call_record import End, Served, Usage
-from prefill_serve.gateway.candidates import Choice, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
+from prefill_serve.gateway.candidates import Candidate, Fixed, Plan, Routed, can_take, default_order, guessed_tokens
 from prefill_serve.gateway.charges import OverLimit, charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Body, Call
 from prefill_serve.gateway.state.budgets import Budgets, Exhausted, Reserved
-from prefill_serve.gateway.state.call_ledger import Bid, Ledger, LedgerAway
+from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerAway
 from prefill_serve.gateway.state.conversations import Key, answer_key, keys_of
 from prefill_serve.gateway.state.reservations import LAPSES_S
-from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused, Stream
+from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Stream, UpstreamRefusal
 from prefill_serve.middleware.gate import Refusal
 from prefill_serve.settings import GatewaySettings
 
@@ -71,7 +71,7 @@ class _Passage:
     plan: Plan
     channels: dict[str, Channel]  # by target
     keys: list[Key]  # of its conversation
-    choice: Choice | None = None
+    choice: Candidate | None = None
     failed: list[str] = field(default_factory=list)
     ticket: str = field(default_factory=lambda: uuid4().hex)  # not the request's id, which callers may repeat
     reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class _Passage:
             self.answer_key = answer_key(self.caller.holder, answer_id)
             self.keys.append(self.answer_key)
 
-    def choose(self, plan: Plan) -> Choice | None:
+    def choose(self, plan: Plan) -> Candidate | None:
         """The next target to ask: of those that can take the call, one that is ready where there is one."""
         able = [
             name
@@ -96,7 +96,7 @@ class _Passage:
         ready = [name for name in able if self.channels[name].is_ready]
         return plan.choose(ready) or plan.choose(able)
 
-    def bid(self, choice: Choice) -> Bid:
+    def bid(self, choice: Candidate) -> Bid:
         """What the call is expected to cost at a target; where its answers have a limit for it, the most it can."""
         target, call = self.channels[choice.target].target, self.call
         usd, least_usd = None, 0.0
@@ -121,7 +121,7 @@ class _Passage:
 class Proxy:
     """Answers calls with what the endpoint serves at the moment. Belongs to one event loop."""
 
-    def __init__(self, endpoint: Endpoint, ledger: Ledger) -> None:
+    def __init__(self, endpoint: Endpoint, ledger: CallLedger) -> None:
         self.endpoint, self.ledger, self.metrics = endpoint, ledger, GatewayMetrics()
         self._http = http_client()
         self._channels: dict[str, Channel] = {}
@@ -143,7 +143,7 @@ class Proxy:
         passage = _Passage(call, caller, plan, channels, keys)
         try:
             answered = await self._ask(passage)
-        except (Refused, OverLimit) as refused:
+        except (UpstreamRefusal, OverLimit) as refused:
             self._record(passage, "refused")
             if isinstance(refused, OverLimit):
                 raise

@@ -15,7 +15,7 @@ from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
 from prefill_serve.gateway.proxy import Caller, Proxy, Relay
 from prefill_serve.gateway.state.accounts import Stats
-from prefill_serve.gateway.state.call_ledger import Feedback, Ledger
+from prefill_serve.gateway.state.call_ledger import CallLedger, Feedback
 from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import ROUTED_NAMES
 
@@ -56,7 +56,7 @@ class Recorded(StrictModel):
     is_new: bool = Field(description="False where the same was recorded before")
 
 
-def gateway_routes(endpoint: Endpoint, ledger: Ledger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """Routes around an endpoint; `errors` documents how they refuse."""
     proxy = Proxy(endpoint, ledger)
     endpoint.on_routed = proxy.note_routed

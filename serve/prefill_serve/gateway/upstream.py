@@ -44,7 +44,7 @@ class Failed(Exception):  # noqa: N818 - others make up for it
         message: str,
         status: int = 502,
         retry_after_s: float = 0.0,
-        refusal: Refused | None = None,
+        refusal: UpstreamRefusal | None = None,
         said: str | None = None,
     ) -> None:
         """`message` is for the caller, `said` are the upstream's words, redacted, for the log alone.
@@ -61,7 +61,7 @@ class Failed(Exception):  # noqa: N818 - others make up for it
         return {"route_id": request_id, "reason": str(self), **said}
 
 
-class Refused(Exception):  # noqa: N818 - an answer
+class UpstreamRefusal(Exception):  # noqa: N818 - an answer
     """What a caller gets whose own mistake an upstream has refused: the upstream's message, redacted."""
 
     def __init__(self, status: int, content: bytes) -> None:
@@ -223,7 +223,7 @@ class Channel:
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
                 yield
-        except (Failed, Refused):
+        except (Failed, UpstreamRefusal):
             raise
         except Exception as error:
             raise self.failure_of(attempt, error) from error
@@ -287,11 +287,13 @@ class Channel:
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure(attempt, "connection", "the connection failed")
 
-    def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> Failed | Refused:
+    def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> Failed | UpstreamRefusal:
         """The breaker counts what is no answer to a mistake of the caller's or of the pool's."""
         status = response.status_code
         if is_callers_fault(status):
-            refused = Refused(status, refusal_body(status, json_object(content), self.target.name, self.upstream.key))
+            refused = UpstreamRefusal(
+                status, refusal_body(status, json_object(content), self.target.name, self.upstream.key)
+            )
             if _TOO_LONG in content:  # but another may have a longer context
                 return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
             return refused

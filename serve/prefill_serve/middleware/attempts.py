@@ -29,7 +29,7 @@ class TooManyDeaths(Exception):  # noqa: N818 - a refusal
     """Two replicas died while they had this request."""
 
 
-class Attempts:
+class RequestAttempts:
     """Those of one machine; without a folder nothing is counted."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -38,7 +38,7 @@ class Attempts:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @classmethod
-    def of_environment(cls) -> Attempts:
+    def of_environment(cls) -> RequestAttempts:
         folder = os.environ.get(FOLDER)
         return cls(Path(folder) if folder else None)
 

@@ -52,13 +52,13 @@ class Refusal(HTTPException):
         return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
 
 
-class Gate:
+class RequestGate:
     """ASGI middleware around the API of an endpoint."""
 
     def __init__(self, app: ASGIApp, endpoint: Endpoint, *, names_requests: bool = True) -> None:
         """`names_requests`: answers have the request's id among their headers, which a server may do itself."""
         self.app, self.endpoint, self.names_requests = app, endpoint, names_requests
-        self.attempts = attempts.Attempts.of_environment()
+        self.attempts = attempts.RequestAttempts.of_environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

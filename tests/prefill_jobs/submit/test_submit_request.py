@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from command import Command
-from prefill_jobs.submit.submit_request import Request, require_secrets
+from prefill_jobs.submit.submit_request import SubmitRequest, require_secrets
 from prefill_router.common.errors import UserError
 from prefill_router.common.options import CompareConfig, ExtractConfig, LabelConfig, SubmitConfig
 
@@ -32,7 +32,7 @@ SECRET_VALUES = (
 
 
 def test_a_config_becomes_the_command_line_that_makes_it() -> None:
-    entrypoint = Request.of(EXTRACT, SubmitConfig()).entrypoint
+    entrypoint = SubmitRequest.of(EXTRACT, SubmitConfig()).entrypoint
     assert entrypoint == (
         "python -m prefill_jobs extract --corpus s3://b/corpus --layers 15,16 --out s3://b/out --overwrite"
     )
@@ -42,13 +42,13 @@ def test_several_values_of_an_argument_stand_without_a_flag() -> None:
     config = CompareConfig(
         routers=("s3://b/a", "s3://b/b c"), activations="s3://b/x", outcomes="s3://b/o", out="s3://b/r"
     )
-    assert "compare s3://b/a 's3://b/b c' --activations" in Request.of(config, SubmitConfig()).entrypoint
+    assert "compare s3://b/a 's3://b/b c' --activations" in SubmitRequest.of(config, SubmitConfig()).entrypoint
 
 
 def test_a_pool_that_lies_here_goes_with_the_job(tmp_path: Path) -> None:
     (tmp_path / "my pool.toml").write_text("[[p]]\n")
     config = LabelConfig(router="s3://b/r", log="s3://b/l", out="s3://b/o", pool=f"{tmp_path}/my pool.toml#p")
-    request = Request.of(config, SubmitConfig())
+    request = SubmitRequest.of(config, SubmitConfig())
     assert request.files == {"pool.toml": b"[[p]]\n"}
     assert request.arguments[-2:] == ["--pool", "pool.toml#p"]
 
@@ -56,14 +56,14 @@ def test_a_pool_that_lies_here_goes_with_the_job(tmp_path: Path) -> None:
 def test_a_pool_that_is_missing_is_said_before_anything_is_sent(tmp_path: Path) -> None:
     config = LabelConfig(router="s3://b/r", log="s3://b/l", out="s3://b/o", pool=f"{tmp_path}/none.toml")
     with pytest.raises(UserError, match=r"none\.toml: no such file"):
-        Request.of(config, SubmitConfig())
+        SubmitRequest.of(config, SubmitConfig())
 
 
 def test_the_same_request_has_the_same_digest_and_another_one_another() -> None:
-    digest = Request.of(EXTRACT, SubmitConfig()).digest
-    assert Request.of(EXTRACT, SubmitConfig(address="http://elsewhere:1", submission_id="x")).digest == digest
-    assert Request.of(EXTRACT, SubmitConfig(env=("A=1",))).digest != digest
-    assert Request.of(EXTRACT.model_copy(update={"limit": 3}), SubmitConfig()).digest != digest
+    digest = SubmitRequest.of(EXTRACT, SubmitConfig()).digest
+    assert SubmitRequest.of(EXTRACT, SubmitConfig(address="http://elsewhere:1", submission_id="x")).digest == digest
+    assert SubmitRequest.of(EXTRACT, SubmitConfig(env=("A=1",))).digest != digest
+    assert SubmitRequest.of(EXTRACT.model_copy(update={"limit": 3}), SubmitConfig()).digest != digest
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_same_request_has_the_same_digest_and_another_one_another() -> None:
 )
 def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        Request.of(EXTRACT, SubmitConfig(**options))
+        SubmitRequest.of(EXTRACT, SubmitConfig(**options))
     assert "hunter2" not in str(raised.value)
 
 
@@ -87,7 +87,7 @@ def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, o
 def test_an_argument_that_holds_a_secret_is_refused_and_not_repeated(value: str) -> None:
     """The dashboard shows a job's command line to all who see it."""
     with pytest.raises(UserError, match="corpus: holds a secret") as raised:
-        Request.of(EXTRACT.model_copy(update={"corpus": value}), SubmitConfig())
+        SubmitRequest.of(EXTRACT.model_copy(update={"corpus": value}), SubmitConfig())
     assert "hunter2" not in str(raised.value)
 
 
@@ -103,11 +103,11 @@ def test_an_argument_that_holds_a_secret_is_refused_and_not_repeated(value: str)
 )
 def test_what_is_no_secret_is_sent(setting: str) -> None:
     name, _, value = setting.partition("=")
-    assert Request.of(EXTRACT, SubmitConfig(env=(setting,))).env == {name: value}
+    assert SubmitRequest.of(EXTRACT, SubmitConfig(env=(setting,))).env == {name: value}
 
 
 def test_a_job_looks_for_its_secrets_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = Request.of(EXTRACT, SubmitConfig(secrets="ONE_KEY,OTHER_KEY")).env
+    env = SubmitRequest.of(EXTRACT, SubmitConfig(secrets="ONE_KEY,OTHER_KEY")).env
     monkeypatch.setenv("ONE_KEY", "there")
     for name, value in env.items():
         monkeypatch.setenv(name, value)

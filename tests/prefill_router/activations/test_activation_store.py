@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_router import storage
 from prefill_router.activations import activation_store
-from prefill_router.activations.activation_store import ActivationStore, Manifest, to_table, write_manifest
+from prefill_router.activations.activation_store import ActivationStore, StoreManifest, to_table, write_manifest
 from prefill_router.activations.shard_list import ActivationShard
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
@@ -46,7 +46,7 @@ def write_store(uri: str, sizes: list[int]) -> list[dict[str, NDArray[Any]]]:
         for i, part in enumerate(parts)
     ]
     identity = EncoderIdentity(spec=EncoderSpec(model="m"), num_layers=1, hidden_size=8, fingerprint="f")
-    manifest = Manifest(encoder=identity, columns=NAMES, corpus="corpus.csv", is_sample=False, shards=committed)
+    manifest = StoreManifest(encoder=identity, columns=NAMES, corpus="corpus.csv", is_sample=False, shards=committed)
     write_manifest(uri, manifest)
     return parts
 

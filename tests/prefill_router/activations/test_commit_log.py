@@ -10,8 +10,8 @@ import pytest
 
 from prefill_router import storage
 from prefill_router.activations import commit_log, commit_segments
-from prefill_router.activations.commit_log import Ledger, Place
-from prefill_router.activations.commit_records import Commit, Refused, bad_rows, shard_name
+from prefill_router.activations.commit_log import CommitLog, RecordLocation
+from prefill_router.activations.commit_records import Commit, RejectedPrompt, bad_rows, shard_name
 from prefill_router.activations.reuse import Sources
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.row_keys import Keys
@@ -31,7 +31,7 @@ def record(seed: int, columns: list[str] = COLUMNS, digest: str = "") -> Commit:
     file = parquet_objects.ShardFile(
         name=parquet_objects.file_name(name), rows=rows, bytes=100 + seed, sha256=f"{seed:064x}"
     )
-    refused = Refused(uri="c.jsonl", row=seed, prompt_id=f"p{seed}", content="0" * 32, reason="no")
+    refused = RejectedPrompt(uri="c.jsonl", row=seed, prompt_id=f"p{seed}", content="0" * 32, reason="no")
     return Commit(
         name=name,
         file=file if rows else None,
@@ -46,15 +46,15 @@ def record(seed: int, columns: list[str] = COLUMNS, digest: str = "") -> Commit:
 RECORDS = [record(seed) for seed in range(10)]
 
 
-def entered(uri: str, records: Iterable[Commit]) -> Ledger:
+def entered(uri: str, records: Iterable[Commit]) -> CommitLog:
     """A ledger whose driver got these records from its actors."""
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     for each in records:
         opened.add(commit_log.commit(uri, each))
     return opened
 
 
-def gathered(uri: str, records: Iterable[Commit]) -> Ledger:
+def gathered(uri: str, records: Iterable[Commit]) -> CommitLog:
     opened = entered(uri, records)
     opened.gather()
     return opened
@@ -62,7 +62,7 @@ def gathered(uri: str, records: Iterable[Commit]) -> Ledger:
 
 def held(uri: str) -> list[Commit]:
     """Every record that lies at `uri`, as an actor reads it."""
-    opened = Ledger.open(uri)
+    opened = CommitLog.open(uri)
     return [commit_log.read(uri, place) for place in opened.places(np.arange(len(opened)))]
 
 
@@ -97,7 +97,7 @@ def test_records_come_back_from_segments_and_alone(root: str) -> None:
 
 @pytest.mark.usefixtures("small_segments")
 def test_a_record_keeps_its_position(root: str) -> None:
-    opened = Ledger.open(root)
+    opened = CommitLog.open(root)
     names = [each.name for each in RECORDS]
     for number, each in enumerate(RECORDS):
         opened.add(commit_log.commit(root, each))
@@ -116,11 +116,11 @@ def test_the_table_says_what_the_records_do(root: str) -> None:
     assert records["rows"].to_pylist() == [each.rows for each in RECORDS]
     assert records["num_truncated"].to_pylist() == [len(each.truncated) for each in RECORDS]
     assert list(bad_rows(records)) == [refused.to_bad_row() for each in RECORDS for refused in each.refused]
-    assert Ledger.open(root).column_sets == [COLUMNS]
+    assert CommitLog.open(root).column_sets == [COLUMNS]
 
 
 def test_a_ledger_without_records_is_empty(root: str) -> None:
-    opened = Ledger.open(root)
+    opened = CommitLog.open(root)
     opened.gather()
     assert (len(opened), opened.records.num_rows, opened.column_sets) == (0, 0, [])
     assert opened.positions(["a"]).tolist() == [-1]
@@ -163,7 +163,7 @@ def test_a_kill_while_records_are_gathered_loses_none(tmp_path: Path, step: int)
     with pytest.MonkeyPatch.context() as patch:
         count = killing(patch, step)
         try:
-            Ledger.open(uri).gather()
+            CommitLog.open(uri).gather()
         except Killed:
             pass
         else:
@@ -172,7 +172,7 @@ def test_a_kill_while_records_are_gathered_loses_none(tmp_path: Path, step: int)
     gathered(uri, RECORDS[7:])
     assert alone(uri) == []
     assert by_name(held(uri)) == by_name(RECORDS)
-    Ledger.open(uri).tidy([each.name for each in RECORDS])
+    CommitLog.open(uri).tidy([each.name for each in RECORDS])
     assert len(in_segments(uri)) % 2 == 0  # no keys without records
     assert by_name(held(uri)) == by_name(RECORDS)
 
@@ -186,19 +186,19 @@ def test_a_kill_while_a_ledger_is_tidied_keeps_what_is_kept(tmp_path: Path, step
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, step)
         with suppress(Killed):
-            Ledger.open(uri).tidy([each.name for each in keep])
+            CommitLog.open(uri).tidy([each.name for each in keep])
     assert {each.name for each in held(uri)} >= {each.name for each in keep}
-    Ledger.open(uri).tidy([each.name for each in keep])
+    CommitLog.open(uri).tidy([each.name for each in keep])
     assert by_name(held(uri)) == by_name(keep)
 
 
 def test_records_that_two_writers_gathered_are_one_each(root: str) -> None:
     first = entered(root, RECORDS[:6])
-    second = Ledger.open(root)
+    second = CommitLog.open(root)
     first.gather()
     second.add(commit_log.commit(root, RECORDS[6]))
     second.gather()
-    opened = Ledger.open(root)
+    opened = CommitLog.open(root)
     assert len(opened) == 13
     assert len(set(opened.positions([each.name for each in RECORDS[:7]]).tolist())) == 7
     opened.tidy([each.name for each in RECORDS[:7]])
@@ -209,7 +209,7 @@ def test_a_record_that_lies_alone_and_in_a_segment_is_one(root: str) -> None:
     """A writer that lost its lease may enter a shard again after its record was gathered."""
     gathered(root, RECORDS[:3])
     commit_log.commit(root, RECORDS[1])
-    opened = Ledger.open(root)
+    opened = CommitLog.open(root)
     assert len(opened) == 3
     opened.add(commit_log.commit(root, RECORDS[3]))
     opened.gather()
@@ -242,7 +242,7 @@ def test_a_ledger_that_is_gathered_while_it_is_opened_is_whole(root: str, monkey
         return read_many(uris)
 
     monkeypatch.setattr(storage, "read_many", slow)
-    assert len(Ledger.open(root)) == 10
+    assert len(CommitLog.open(root)) == 10
 
 
 def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
@@ -252,7 +252,7 @@ def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
     opened.gather()
     assert [commit_log.read(root, place) for place in places] == RECORDS
     with pytest.raises(UserError, match="the record of shard nowhere is gone: start extract again"):
-        commit_log.read(root, Place("nowhere", None))
+        commit_log.read(root, RecordLocation("nowhere", None))
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
@@ -269,11 +269,11 @@ def test_a_damaged_segment_is_one_line_and_can_be_removed(root: str, damaged: by
     path = only(root, ".parquet")
     storage.write_bytes(path, damaged)
     with pytest.raises(UserError) as error:
-        Ledger.open(root)
+        CommitLog.open(root)
     text = str(error.value)
     assert text == f"{path}: is damaged: remove {path}, and the shards that it records are computed again"
     storage.remove(path)
-    assert len(Ledger.open(root)) == 0
+    assert len(CommitLog.open(root)) == 0
 
 
 def test_damaged_keys_are_an_error_where_they_are_wanted(root: str) -> None:
@@ -297,7 +297,7 @@ def test_a_damaged_record_is_one_line(root: str, damaged: bytes) -> None:
     with pytest.raises(
         UserError, match=r"\.json: is no record of a shard: remove it, and that shard is computed again$"
     ):
-        Ledger.open(root)
+        CommitLog.open(root)
 
 
 # --- tidying -------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_only_segments_with_dropped_records_are_written_again(root: str) -> None
 def test_many_records_that_an_earlier_version_left_alone_are_gathered_in_the_end(root: str) -> None:
     for each in RECORDS:
         commit_log.commit(root, each)
-    Ledger.open(root).tidy([each.name for each in RECORDS])
+    CommitLog.open(root).tidy([each.name for each in RECORDS])
     assert alone(root) == []
     assert by_name(held(root)) == by_name(RECORDS)
 
@@ -365,6 +365,6 @@ def test_keys_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A resume over shards of the plan asks for no key, however many are pending."""
     gathered(str(tmp_path), RECORDS[:5])
     monkeypatch.setattr(commit_segments.Segment, "read_keys", lambda _: pytest.fail("keys were read"))
-    opened = Ledger.open(str(tmp_path))
+    opened = CommitLog.open(str(tmp_path))
     sources = Sources(opened, [f"rows-{seed}" for seed in range(10)])
     assert [sources.of(index, keys_of(index, 2)) for index in range(5, 10)] == [()] * 5

@@ -10,8 +10,8 @@ import pytest
 
 from prefill_router import storage
 from prefill_router.activations import commit_log, store_keys
-from prefill_router.activations.activation_store import ActivationStore, Manifest, write_manifest
-from prefill_router.activations.commit_log import Ledger
+from prefill_router.activations.activation_store import ActivationStore, StoreManifest, write_manifest
+from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import Commit
 from prefill_router.activations.shard_builder import Draft
 from prefill_router.activations.shard_list import ActivationShard, ShardList
@@ -21,7 +21,7 @@ from prefill_router.corpus.reader import content_hash
 from prefill_router.corpus.row_keys import digest_of, row_keys
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.corpus.split_groups import of_store
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, Reading
+from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderIdentity, EncoderSpec
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.storage import uris
 
@@ -51,21 +51,21 @@ def commit(uri: str, number: int) -> Commit:
     draft.places = {row: ("c.jsonl", row) for row in range(len(ids))}
     values, lengths = np.ones((len(ids), 4), np.float16), np.full(len(ids), 5, np.int32)
     values[: len(ids) if number % 7 == 6 else number % 2] = np.nan
-    draft.fill(range(len(ids)), Reading({COLUMN.name: values, NUM_TOKENS: lengths}, Work(), lengths))
+    draft.fill(range(len(ids)), EncodedPrompts({COLUMN.name: values, NUM_TOKENS: lengths}, Work(), lengths))
     return draft.commit(uri)
 
 
 def finish(uri: str, records: list[Commit]) -> ActivationStore:
     shards = [ActivationShard(file=r.file, num_tokens=r.num_tokens, num_truncated=0) for r in records if r.file]
     of_records = ShardList.of(shards)
-    manifest = Manifest(encoder=IDENTITY, columns=[COLUMN.name], corpus="c", is_sample=False, shards=of_records)
+    manifest = StoreManifest(encoder=IDENTITY, columns=[COLUMN.name], corpus="c", is_sample=False, shards=of_records)
     write_manifest(uri, manifest)
     return ActivationStore.open(uri)
 
 
-def extracted(uri: str, num_shards: int) -> tuple[ActivationStore, Ledger, list[Commit]]:
+def extracted(uri: str, num_shards: int) -> tuple[ActivationStore, CommitLog, list[Commit]]:
     """A finished store of shards in another order than its ledger has them."""
-    opened, records = Ledger.open(uri), [commit(uri, number) for number in range(num_shards)]
+    opened, records = CommitLog.open(uri), [commit(uri, number) for number in range(num_shards)]
     for record in records:
         opened.add(record)
     return finish(uri, records[::-1]), opened, records

@@ -9,37 +9,37 @@ import pytest
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.rate_limits import Pace
-from prefill_router.collection.target_calls import Answer, Asked, Call, Spent, parse_answer
+from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall, parse_answer
 from prefill_router.collection.target_client import Miss, backoff_s
 from prefill_router.policy.pool import Target, Upstream
 
 TARGET = Target(
     name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost", model="small-1")
 )
-CALL = Call("p1", "name a river", TARGET, Asked(max_output_tokens=100))
-ANSWER = Answer("the Rhine", "stop", 5, 3, 0, 0.25)
+CALL = TargetCall("p1", "name a river", TARGET, Asked(max_output_tokens=100))
+ANSWER = TargetAnswer("the Rhine", "stop", 5, 3, 0, 0.25)
 
 
 def test_a_call_is_named_by_what_it_asks_and_not_by_an_id() -> None:
-    assert Call("p2", "name a river", TARGET, CALL.asked).key == CALL.key
+    assert TargetCall("p2", "name a river", TARGET, CALL.asked).key == CALL.key
     others = [
-        Call("p1", "name a lake", TARGET, CALL.asked),
-        Call("p1", "name a river", TARGET, Asked(max_output_tokens=101)),
-        Call("p1", "name a river", TARGET.model_copy(update={"name": "big"}), CALL.asked),
+        TargetCall("p1", "name a lake", TARGET, CALL.asked),
+        TargetCall("p1", "name a river", TARGET, Asked(max_output_tokens=101)),
+        TargetCall("p1", "name a river", TARGET.model_copy(update={"name": "big"}), CALL.asked),
     ]
     assert len({CALL.key, *(other.key for other in others)}) == 4
 
 
 @pytest.mark.parametrize("text", ["a", "naïve 漢字 🎉" * 50, "\x00\n\t "])
 def test_no_tokenizer_makes_more_of_a_prompt_than_its_worst(text: str) -> None:
-    call = Call("p", text, TARGET, CALL.asked)
+    call = TargetCall("p", text, TARGET, CALL.asked)
     assert call.max_input_tokens > len(text.encode())
     assert call.worst == Spent((call.max_input_tokens * 1.0 + 100 * 4.0) / 1e6, call.max_input_tokens + 100)
 
 
 def test_an_answer_without_usage_is_taken_to_have_cost_the_worst() -> None:
     assert ANSWER.spent(CALL) == Spent((5 * 1.0 + 3 * 4.0) / 1e6, 8)
-    assert Answer("x", "stop", None, None, 0, 0.1).spent(CALL) == CALL.worst
+    assert TargetAnswer("x", "stop", None, None, 0, 0.1).spent(CALL) == CALL.worst
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_holds_no_answer_is_none(body: dict[str, object]) -> None:
 
 def test_an_answer_is_read_whatever_else_is_missing() -> None:
     found = parse_answer({"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": "x"}}, 0.1)
-    assert found == Answer("", None, None, None, 0, 0.1)
+    assert found == TargetAnswer("", None, None, None, 0, 0.1)
 
 
 def test_no_minute_begins_more_than_it_may() -> None:
@@ -79,12 +79,12 @@ def place(tmp_path: Path) -> ShardPlace:
     return ShardPlace(str(tmp_path), "0" * 32)
 
 
-async def noted(at: ShardPlace, *ends: Answer | Miss | None) -> None:
+async def noted(at: ShardPlace, *ends: TargetAnswer | Miss | None) -> None:
     """Attempts at the call, the last of which may have no end."""
     journal = Journal(at.journal)
     for end in ends:
         name = await journal.begin(CALL)
-        if isinstance(end, Answer):
+        if isinstance(end, TargetAnswer):
             await journal.end(name, end, end.spent(CALL), Spent(), None)
         elif end is not None:
             await journal.end(name, None, Spent(), CALL.worst if end.may_be_paid else Spent(), end.reason)

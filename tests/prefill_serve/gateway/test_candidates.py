@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.gateway.candidates import Choice, Fixed, can_take, default_order, guessed_tokens
+from prefill_serve.gateway.candidates import Candidate, Fixed, can_take, default_order, guessed_tokens
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}
@@ -49,7 +49,7 @@ def test_the_callers_wish_holds_for_the_default_too() -> None:
 
 def test_a_fixed_order_gives_the_first_that_is_left() -> None:
     plan = Fixed(["a", "b", "c"], 0)
-    assert plan.choose({"c", "b"}) == Choice("b", None)
+    assert plan.choose({"c", "b"}) == Candidate("b", None)
     assert plan.choose([]) is None
     assert plan.choose(["other"]) is None
 

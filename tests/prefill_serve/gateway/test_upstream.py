@@ -20,7 +20,7 @@ from prefill_serve.gateway import upstream as module
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
-from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Refused
+from prefill_serve.gateway.upstream import Attempt, Channel, Failed, UpstreamRefusal
 from upstream import Fault, Upstream
 
 SAID = [{"role": "user", "content": "how do you do"}]
@@ -416,7 +416,7 @@ def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted,
 
     async def scenario() -> None:
         async with channel_to(url) as (channel, breaker):
-            with pytest.raises(Refused) as caught:
+            with pytest.raises(UpstreamRefusal) as caught:
                 await ask(channel, chat(stream), [])
             assert caught.value.status == status
             assert json.loads(caught.value.content) == {"error": said}
@@ -441,7 +441,7 @@ def test_of_a_refusal_nothing_is_passed_on_but_what_it_says(scripted: Scripted, 
 
     async def scenario() -> None:
         async with channel_to(url) as (channel, _):
-            with pytest.raises(Refused) as caught:
+            with pytest.raises(UpstreamRefusal) as caught:
                 await ask(channel, chat(), [])
             kind = {"type": "invalid_request_error", "param": None, "code": "invalid_request"}
             assert json.loads(caught.value.content) == {"error": {"message": message, **kind}}
@@ -512,7 +512,7 @@ def test_an_upstream_may_bill_what_it_has_taken(small: Upstream, fault: Fault, s
 
     async def scenario() -> None:
         async with channel_to(small.url, timeout_s=HASTY_S if fault in TIMEOUTS else PATIENT_S) as (channel, _):
-            with pytest.raises((Failed, Refused)):
+            with pytest.raises((Failed, UpstreamRefusal)):
                 await ask(channel, made.call, [], made)
 
     run(scenario)

@@ -118,7 +118,7 @@ class LedgerSettings(StrictModel):
     budgets: Budgets = Budgets()
 
 
-class Ledger(Protocol):
+class CallLedger(Protocol):
     """As LocalLedger; where it is another process, calls may fail or take long."""
 
     async def target(self, keys: Sequence[Key]) -> str | None: ...
