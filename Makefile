@@ -24,6 +24,7 @@ test-all: lint
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 # An S3 server, and a Ray cluster of two nodes, on this machine until Ctrl-C.

@@ -96,7 +96,7 @@ def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
     """Every layer of the tiny model on the small corpus."""
     from here import without_ray
     from prefill_jobs.extract.extract_job import extract
-    from prefill_router.common.options import ExtractConfig
+    from prefill_jobs.options import ExtractConfig
 
     def build(out: Path) -> None:
         corpus = str(small_data / "corpus.parquet")
@@ -110,8 +110,8 @@ def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
 def router(run: Run, activations: str, small_data: Path) -> str:
     """A router trained on them."""
     from here import without_ray
+    from prefill_jobs.options import TrainConfig
     from prefill_jobs.train.train_job import train
-    from prefill_router.common.options import TrainConfig
 
     def build(out: Path) -> None:
         outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from prefill_jobs.ingest_job import ingest as run
+from prefill_jobs.options import IngestConfig
 from prefill_router import storage
-from prefill_router.common.options import IngestConfig
 from prefill_router.corpus import reader
 from prefill_router.ingest.tables import IngestSummary
 from prefill_router.outcomes import load_outcomes, target_names

@@ -8,8 +8,8 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from prefill_serve.endpoint import RECORD_AFTER_S, Endpoint
-from prefill_serve.gateway.state.call_ledger import LedgerSettings, LocalLedger
-from prefill_serve.settings import Settings
+from prefill_serve.gateway.state.call_ledger import LocalLedger
+from prefill_serve.settings import LedgerSettings, Settings
 
 
 class Api:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from prefill_jobs.options import IngestConfig
 from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import IngestConfig
 from prefill_router.ingest import FORMATS, Options
 from prefill_router.ingest.source_files import find_source
 from prefill_router.ingest.tables import IngestSummary, Tables, claim

@@ -30,7 +30,6 @@ from prefill_router.common.schema import (
     TARGET,
 )
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.evaluation.off_policy import Log
 
 _BATCH_ROWS = 1 << 17
 
@@ -167,10 +166,10 @@ def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.
     return table[CORRECT].to_numpy(), table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
 
 
-def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
-    """The requests of feedback, with the hashes of their prompts (N,); -1 stands for a target that is not of these.
+def load_feedback(uri: str) -> pa.Table:
+    """The graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity.
 
-    Raises UserError where there is none, or propensities are missing.
+    Raises UserError if a file lacks a column that feedback has.
     """
     requests: set[int] = set()
     wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID]
@@ -182,12 +181,7 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
                 raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
             table = _first_of_requests(parquet.read([*wanted, *({CALL_ID} & set(names))]), requests)
         tables.append(table.filter(pc.is_valid(table[CORRECT])))
-    table = pa.concat_tables(tables)
-    keys = prompt_hashes(table[PROMPT_ID].to_pylist())
-    index = pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
-    chosen = np.asarray(pc.fill_null(index, -1), np.int64)
-    reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
-    return keys, Log(chosen, reward, propensity, keys)
+    return pa.concat_tables(tables)
 
 
 def target_names(uri: str) -> list[str]:

@@ -23,7 +23,7 @@ from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.gateway.state.shared import RemoteLedger, SharedLedger
-from prefill_serve.launcher.scaling import WORK_S, ByWork
+from prefill_serve.scaling import WORK_S, ByWork
 from prefill_serve.settings import Settings
 from prefill_serve.traces import export_traces
 

@@ -16,7 +16,7 @@ from prefill_router.corpus.reader import Prompt, content_digest
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide_one, explain, explore
 from prefill_router.policy.selection import STRANGER
 from prefill_serve.endpoint_metrics import Metrics
-from prefill_serve.engine import Estimate, Head, PromptEstimates, Times
+from prefill_serve.engine import Estimate, Head, PromptReading, Times
 from prefill_serve.scheduler import Overloaded
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
@@ -61,7 +61,7 @@ class Endpoint:
         self._closing: set[asyncio.Task[None]] = set()
         # Tasks, so that equal prompts that come at once are read once. Each caller's own: an answer that comes from
         # the cache tells that the prompt was asked before, in words and by its speed.
-        self._readings: OrderedDict[_Key, asyncio.Task[PromptEstimates]] = OrderedDict()
+        self._readings: OrderedDict[_Key, asyncio.Task[PromptReading]] = OrderedDict()
 
     # --- settings ------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Endpoint:
         tokens, _ = await serving.engine.tokenize("Hello.")
         await serving.engine.read(tokens, serving.heads)
 
-    async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> PromptEstimates:
+    async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> PromptReading:
         limits, engine = serving.settings.limits, serving.engine
         engine.lanes.admit(max_wait_s)  # a refusal should cost nothing, not even tokens
         with tracer.start_as_current_span("tokenize"):
@@ -191,11 +191,11 @@ class Endpoint:
         _later(self.metrics.read, reading, engine.lanes.budget_tokens)
         return reading
 
-    def _remember(self, key: _Key, task: asyncio.Task[PromptEstimates]) -> asyncio.Task[PromptEstimates]:
+    def _remember(self, key: _Key, task: asyncio.Task[PromptReading]) -> asyncio.Task[PromptReading]:
         """Keeps a reading; one that fails is forgotten, and so is what was used longest ago."""
         self._readings[key] = task
 
-        def forget_failure(done: asyncio.Task[PromptEstimates]) -> None:
+        def forget_failure(done: asyncio.Task[PromptReading]) -> None:
             if (done.cancelled() or done.exception() is not None) and self._readings.get(key) is done:
                 del self._readings[key]
             while len(self._readings) > self.now.settings.cached_prompts:
@@ -213,7 +213,7 @@ class Routing:
     head: Head
     question: Question
     policy: Policy
-    reading: PromptEstimates
+    reading: PromptReading
     is_cached: bool
 
     @property
@@ -282,7 +282,7 @@ def _check_targets(policy: Policy, head: Head) -> None:
         raise UnknownTarget(str(error)) from None
 
 
-def _decision(head: Head, reading: PromptEstimates, prediction: Prediction, policy: Policy) -> Decision:
+def _decision(head: Head, reading: PromptReading, prediction: Prediction, policy: Policy) -> Decision:
     lengths = reading.input_tokens, reading.is_truncated
     return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version)
 

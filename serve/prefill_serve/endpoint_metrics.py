@@ -8,7 +8,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from prefill_router.common.gauges import KeptGauge
 from prefill_router.policy.decision import Decision
-from prefill_serve.engine import Estimate, PromptEstimates
+from prefill_serve.engine import Estimate, PromptReading
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 _SHARES = [i / 20 for i in range(1, 21)]
@@ -41,7 +41,7 @@ class Metrics:
         self.requests.inc(1, tags={"route": route, "status": str(status)})
         self.request_seconds.observe(max(seconds, 1e-9), tags={"route": route})
 
-    def read(self, reading: PromptEstimates, budget_tokens: int) -> None:
+    def read(self, reading: PromptReading, budget_tokens: int) -> None:
         self.prompts.inc(1, tags={"source": "encoder"})
         for phase, seconds in reading.times._asdict().items():
             self.phase_seconds.observe(max(seconds, 1e-9), tags={"phase": phase})

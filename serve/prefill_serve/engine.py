@@ -83,7 +83,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PromptEstimates:
+class PromptReading:
     """One prompt, read: an estimate of each head that was asked."""
 
     estimates: list[Estimate]
@@ -111,7 +111,7 @@ class Engine:
             budget_tokens = encoder.budget_tokens
             if encoder.runs_side_by_side:
                 num_lanes = num_threads
-        self.lanes: Lanes[_Job, PromptEstimates] = Lanes(self._read, num_lanes, budget_tokens, num_threads)
+        self.lanes: Lanes[_Job, PromptReading] = Lanes(self._read, num_lanes, budget_tokens, num_threads)
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
         self._num_in_use = 0
 
@@ -124,7 +124,7 @@ class Engine:
 
     async def read(
         self, tokens: Tokens, heads: Sequence[Head], max_wait_s: float = float("inf"), tokenize_s: float = 0.0
-    ) -> PromptEstimates:
+    ) -> PromptReading:
         """Estimates of `heads` for one tokenised prompt. Raises Overloaded where it would wait longer."""
         (ids,) = tokens.ids
         job = _Job(ids, int(tokens.full_lengths[0]), tuple(heads), tokenize_s)
@@ -153,7 +153,7 @@ class Engine:
         finally:
             self._num_in_use -= 1
 
-    def _read(self, batch: Batch[_Job]) -> list[PromptEstimates]:
+    def _read(self, batch: Batch[_Job]) -> list[PromptReading]:
         started = perf_counter()
         jobs = batch.items
         tokens = Tokens([job.ids for job in jobs], np.array([job.full_length for job in jobs], np.int32))
@@ -166,7 +166,7 @@ class Engine:
         estimates = {head: head.estimate(tokens, activations) for head in heads}
         ended = perf_counter()
         return [
-            PromptEstimates(
+            PromptReading(
                 [estimates[head][i] for head in job.heads],
                 job.full_length,
                 len(job.ids) < job.full_length,

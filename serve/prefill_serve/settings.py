@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import Field, StringConstraints, model_validator
 
 from prefill_router.common.validation import StrictModel
-from prefill_serve.gateway.state.call_ledger import LedgerSettings
-from prefill_serve.middleware.origins import HOST_NAME
+
+HOST_NAME = r"^(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)$"
 
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME)]
 Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -39,6 +39,44 @@ class RequestLimits(StrictModel):
     prompt_tokens: int = Field(32768, ge=1, description="Beyond these 413; beyond the encoder's own, the middle is cut")
     batch: int = Field(256, ge=1, description="Requests in a batch")
     wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
+
+
+class DailyLimits(StrictModel):
+    """USD a day, in UTC."""
+
+    usd_per_day: float | None = Field(None, ge=0.0, description="Of all together")
+    keys: dict[str, float] = Field(default_factory=dict, description="Of single keys, by the name of their holder")
+
+
+class HardLimits(DailyLimits):
+    """Limits that no call may exceed, a call to a named target neither. Calls count by the most that they can cost."""
+
+    answer_tokens: int = Field(4096, ge=1, description="Limit of the answer to a call that sets none")
+
+    def covers(self, holder: str) -> bool:
+        """Is there a limit for calls of this key?"""
+        return self.usd_per_day is not None or holder in self.keys
+
+
+class Budgets(DailyLimits):
+    """Soft limits. What is under way counts by its expected cost."""
+
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Of what does not fit [1: the cheapest target]")
+    hard: HardLimits = Field(default_factory=HardLimits, description="Limits beyond which calls are refused with 429")
+
+    @property
+    def lowest(self) -> DailyLimits:
+        """The lower one of a soft and a hard limit, where there are both."""
+        of_all = [usd for usd in (self.usd_per_day, self.hard.usd_per_day) if usd is not None]
+        both = [*self.keys.items(), *self.hard.keys.items()]
+        keys = {name: min(usd for other, usd in both if other == name) for name, _ in both}
+        return DailyLimits(usd_per_day=min(of_all, default=None), keys=keys)
+
+
+class LedgerSettings(StrictModel):
+    folder: str | None = Field(None, min_length=1, description="For the journal, the outcomes and the prompts")
+    keep_prompts: bool = Field(False, description="Keep the prompts too, so that a router can be trained on them")
+    budgets: Budgets = Budgets()
 
 
 class GatewaySettings(StrictModel):

@@ -46,7 +46,7 @@ from prefill_router.activations.shard_list import ActivationShard, ShardList
 from prefill_router.common.schema import NUM_TOKENS, activation_columns
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.corpus.split_groups import of_keys
+from prefill_router.corpus.split_groups import by_content
 from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.s3 import S3
@@ -202,7 +202,7 @@ def keys(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
     held = store_keys.read(store)
     ended = time.perf_counter()
     peak = peak_bytes() - begun_bytes
-    units = of_keys(held)
+    units = by_content(held.prompts, held.contents)
     made = time.perf_counter()
     for index in range(0, num_shards, 1 + num_shards // 100):
         of_shard = slice(index * rows, (index + 1) * rows)

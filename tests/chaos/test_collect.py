@@ -11,7 +11,7 @@ import pytest
 from chaos.job import CollectJob
 from collected import answered, asked_twice, billed_usd, is_right, outcomes, write_pool_of, write_prompts
 from prefill_jobs.collect.collect_job import collect
-from prefill_router.common.options import CollectConfig
+from prefill_jobs.options import CollectConfig
 from upstream import Fault, Upstream
 
 

@@ -19,10 +19,10 @@ from command import Command
 from corpora import write_corpus
 from faults import FaultProxy, Faults
 from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.options import ExtractConfig
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.commit_log import CommitLog
-from prefill_router.common.options import ExtractConfig
 from tiny import random_prompts
 
 DRIVER_KILLS, WORKER_KILLS = 3, 6  # tests/crashes kills a job at every point; here Ray and its workers die too

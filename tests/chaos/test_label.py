@@ -13,8 +13,8 @@ import pytest
 from chaos.job import LabelJob
 from corpora import write_jsonl
 from prefill_jobs.label.label_job import label
+from prefill_jobs.options import LabelConfig
 from prefill_router.activations.commit_log import CommitLog
-from prefill_router.common.options import LabelConfig
 from prefill_router.common.validation import validate
 from tiny import random_prompts
 

@@ -22,6 +22,7 @@ from prefill_router.activations.shard_builder import Draft
 from prefill_router.activations.shard_list import ShardList
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.plan import Repeats
+from prefill_router.corpus.quarantine import write_quarantine
 from prefill_router.corpus.reader import BadRow, content_hash
 from prefill_router.corpus.row_keys import digest_of, row_keys
 from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderIdentity, EncoderSpec
@@ -97,7 +98,7 @@ class Extraction(Scenario):
             corpus="corpus",
             is_sample=False,
             shards=ShardList(records),
-            quarantine=parquet_objects.write_quarantine(self.out, bad),
+            quarantine=write_quarantine(self.out, bad),
         )
         activation_store.write_manifest(self.out, manifest)
         opened.tidy(names)

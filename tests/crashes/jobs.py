@@ -23,13 +23,13 @@ from prefill_jobs.extract import extractor
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label import estimator
 from prefill_jobs.label.label_job import LabelManifest, label
+from prefill_jobs.options import CollectConfig, ExtractConfig, LabelConfig
 from prefill_router import storage
 from prefill_router.activations.commit_log import CommitLog
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.journal import CallState
 from prefill_router.collection.target_calls import Spent, TargetAnswer, TargetCall
 from prefill_router.collection.target_client import Miss
-from prefill_router.common.options import CollectConfig, ExtractConfig, LabelConfig
 from prefill_router.corpus.reader import content_hash
 from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
 

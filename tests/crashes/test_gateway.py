@@ -16,8 +16,9 @@ from prefill_router.common.schema import PROMPT_ID, REQUEST_ID
 from prefill_serve.gateway.call_record import Served, Usage
 from prefill_serve.gateway.state import call_ledger as module
 from prefill_serve.gateway.state import row_files
-from prefill_serve.gateway.state.call_ledger import Feedback, LedgerSettings, LocalLedger, UnknownRequest
+from prefill_serve.gateway.state.call_ledger import Feedback, LocalLedger, UnknownRequest
 from prefill_serve.gateway.state.row_files import Segments
+from prefill_serve.settings import LedgerSettings
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 CALLS = [

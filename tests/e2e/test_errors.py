@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefill_router.common.options import COMMANDS
+from prefill_jobs.options import command_options
 
 
 def run(name: str, flags: list[object]) -> subprocess.CompletedProcess[str]:
@@ -40,9 +40,9 @@ def test_every_command_tells_its_error_on_a_busy_machine(
         "serve": (["--router", missing], "missing"),
         "submit": (["extract", "--corpus", corpus, "--out", tmp_path, "--address", f"http://{nobody}"], nobody),
     }
-    assert wrong.keys() == COMMANDS.keys()
+    assert wrong.keys() == command_options().keys()
     commands = {
-        name: [*flags, "--out", tmp_path / name] if "out" in COMMANDS[name].model_fields else flags
+        name: [*flags, "--out", tmp_path / name] if "out" in command_options()[name].model_fields else flags
         for name, (flags, _) in wrong.items()
     }
     with ThreadPoolExecutor(len(commands)) as all_at_once:

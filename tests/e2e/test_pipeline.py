@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
+from prefill_jobs.options import PipelineConfig, load_command
 from prefill_jobs.pipeline.pipeline_job import Pipeline
 from prefill_jobs.train import train_job
-from prefill_router.common.options import PipelineConfig, load_command
 from prefill_router.router.artifact import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -24,7 +24,7 @@ import pytest
 
 from gateway import write_pool
 from listeners import listeners
-from prefill_router.common.validation import load_toml
+from prefill_router import storage
 from prefill_router.router.artifact import Router
 from prefill_serve.client import RouteError, RouterClient
 from serving import Serve, serving, wait_until
@@ -315,7 +315,7 @@ def test_what_cannot_be_served_is_one_line(router: str, command: Any, flags: dic
 
 
 def test_commands_are_found_by_their_entry_points() -> None:
-    project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    project = storage.read_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
     entries = project["entry-points"]["prefill_router.commands"]
     assert entries == {
         "serve": "prefill_serve.launcher.command:serve",

@@ -18,10 +18,10 @@ from ray.job_submission import JobStatus
 from command import Command
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label.label_job import label
+from prefill_jobs.options import ExtractConfig, InspectConfig, LabelConfig, SubmitConfig, TrainConfig
 from prefill_jobs.submit.submission import JobFailedError, Submission, submit
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig, InspectConfig, LabelConfig, SubmitConfig, TrainConfig
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.router.artifact import Router
 from serving import wait_until

@@ -28,8 +28,9 @@ from manifests import (
     load_all,
     render,
 )
+from prefill_jobs import options
 from prefill_jobs.cli.command_line import build_app
-from prefill_router.common.options import COMMANDS, load_command, must_be_given
+from prefill_jobs.option_fields import must_be_given
 from prefill_router.common.validation import validate
 from prefill_serve.launcher.haproxy import environment
 
@@ -149,9 +150,9 @@ def test_jobs_are_commands_with_all_that_these_want(applied: dict[str, list[Mani
         program, name, *flags = shlex.split(manifest["spec"]["entrypoint"])
         assert (program, name) == ("prefill-router", job)
         assert known[job].make_context(job, flags).params["config"] == "/etc/prefill-router/router.toml"
-        values = load_command(str(router_toml), job)
-        assert not [key for key in COMMANDS[job].model_fields if must_be_given(COMMANDS[job], key, values)]
-        validate(COMMANDS[job], values, job)
+        values = options.load_command(str(router_toml), job)
+        assert not [key for key in options.JOBS[job].model_fields if must_be_given(options.JOBS[job], key, values)]
+        validate(options.JOBS[job], values, job)
     (config,) = (m for m in applied["common"] if m["kind"] == "ConfigMap" and m["metadata"]["name"] == "prefill-router")
     assert config["data"] == {"router.toml": router_toml.read_text()}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from collected import asked_twice, billed_usd, is_right, write_pool_of, write_prompts
 from command import Command
 from prefill_jobs.collect.collect_job import CollectManifest, collect
+from prefill_jobs.options import CollectConfig
 from prefill_router import storage
-from prefill_router.common.options import CollectConfig
 from upstream import Fault, Upstream
 
 

@@ -22,10 +22,10 @@ from corpora import packed
 from prefill_jobs.collect.collect_job import collect
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label.label_job import label
+from prefill_jobs.options import CollectConfig, ExtractConfig, LabelConfig
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import CollectConfig, ExtractConfig, LabelConfig
-from prefill_router.storage.parquet_objects import read_quarantine
+from prefill_router.corpus.quarantine import read_quarantine
 from upstream import Upstream
 
 pytestmark = pytest.mark.usefixtures("in_process", "one_thread")

@@ -13,13 +13,13 @@ import pytest
 import ray
 
 from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.options import ExtractConfig, TrainConfig
 from prefill_jobs.runtime import cluster, ray_failures
 from prefill_jobs.train import trunk_fit
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig, TrainConfig
 from prefill_router.corpus.plan import plan
 from prefill_router.predictor.data_loader import Window
 from prefill_router.predictor.training import Trainer

@@ -10,7 +10,8 @@ import pytest
 
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.outcomes import Outcomes, load_log, load_outcomes, target_names
+from prefill_router.evaluation.off_policy import load_log
+from prefill_router.outcomes import Outcomes, load_outcomes, target_names
 
 NAN = float("nan")
 # Target "other" is in no pool; (q, small) and (r, big) are missing.

@@ -18,7 +18,8 @@ from prefill_serve.gateway.call_record import Served
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics, key_label
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.state import call_ledger as module
-from prefill_serve.gateway.state.call_ledger import LedgerSettings, LocalLedger
+from prefill_serve.gateway.state.call_ledger import LocalLedger
+from prefill_serve.settings import LedgerSettings
 from served import Api
 
 Told = list[tuple[Any, float, dict[str, str]]]

@@ -19,7 +19,7 @@ from opentelemetry import trace
 from starlette.testclient import TestClient
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.gateway.state.call_ledger import LocalLedger
+from prefill_serve.gateway.state.call_ledger import (LocalLedger)
 from prefill_serve.settings import Settings
 from prefill_serve.traces import export_traces
 

@@ -17,11 +17,11 @@ import typer
 from botocore.exceptions import BotoCoreError
 
 from prefill_jobs.cli.flags import Read, add_command
-from prefill_jobs.submit.submit_commands import add_submit
+from prefill_jobs.cli.submit_commands import add_submit
+from prefill_jobs.options import JOBS, command_options
 from prefill_jobs.submit.submit_request import require_secrets
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,10 +49,10 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, run in _JOBS.items():
-        add_command(app, name, {name: COMMANDS[name]}, partial(_run_job, run))
+        add_command(app, name, {name: JOBS[name]}, partial(_run_job, run))
     add_submit(app, [name for name in _JOBS if name not in _HERE])
     for entry in entry_points(group="prefill_router.commands"):
-        add_command(app, entry.name, {entry.name: COMMANDS[entry.name]}, partial(_run_entry, entry))
+        add_command(app, entry.name, {entry.name: command_options()[entry.name]}, partial(_run_entry, entry))
     return app
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from prefill_router.common.options import CONFIG_FILE, POSITIONAL, load_command, must_be_given, schema_extra
+from prefill_jobs.option_fields import CONFIG_FILE, POSITIONAL, must_be_given, schema_extra
+from prefill_jobs.options import load_command
 from prefill_router.common.validation import StrictModel, validate
 
 _CONFIG_HELP = "TOML file with a table for each command; flags win over it"

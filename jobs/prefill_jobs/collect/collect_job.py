@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from prefill_jobs.collect.collector import AskedShard, AskShard, AskTask
 from prefill_jobs.collect.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
 from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.option_fields import names_in
+from prefill_jobs.options import CollectConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
@@ -29,10 +31,10 @@ from prefill_router.collection.purse import Purse
 from prefill_router.collection.target_calls import Asked, Spent, call_key
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import CollectConfig, names_in
 from prefill_router.common.schema import COST_USD, TARGET
-from prefill_router.common.validation import StrictModel, load_toml
+from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.plan import CorpusPlan, in_order, plan, read_shard
+from prefill_router.corpus.quarantine import write_quarantine
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, refuse_output, tell_unread
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.graders import BoundedGrader, Grader, bounded, load_grader
@@ -40,7 +42,7 @@ from prefill_router.policy.pool import Pool, Target, load_pool
 from prefill_router.query_log.estimates import Contents, PromptEstimates
 from prefill_router.query_log.sampling import active, at_random, stratified
 from prefill_router.storage.lease import Lease
-from prefill_router.storage.parquet_objects import MANIFEST, ShardFile, remove_shards, write_quarantine
+from prefill_router.storage.parquet_objects import MANIFEST, ShardFile, remove_shards
 
 _CALLS = 4  # shards that an actor has at a time, so that its calls never run out
 _JUDGEMENTS = 2  # of an answer: the reference stands before it, and behind it
@@ -378,7 +380,7 @@ def _grader(config: CollectConfig) -> Grader | BoundedGrader | None:
         if config.regrade:
             raise UserError("regrade: give the --grader that answers are to be graded with")
         return None
-    options = load_toml(config.grader_options) if config.grader_options else {}
+    options = storage.read_toml(config.grader_options) if config.grader_options else {}
     if config.grader == "judge" and config.judge is None:
         raise UserError("grader = judge, but no --judge names the target of the pool that judges")
     return bounded(load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})}))

@@ -21,13 +21,13 @@ from rich.table import Table
 from prefill_jobs.demo import simulation
 from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.options import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
 from prefill_jobs.train.probe_job import run_probe
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
 from prefill_router.common.addresses import require_free
 from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
-from prefill_router.common.options import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
 from prefill_router.corpus.plan import plan, read_shard
 from prefill_router.corpus.reader import Prompt
 from prefill_router.evaluation.contenders import Evaluation

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.options import CompareConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import CompareConfig
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Keys
 from prefill_router.corpus.split_groups import of_corpus

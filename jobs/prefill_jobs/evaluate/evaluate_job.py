@@ -15,6 +15,7 @@ from prefill_jobs.graded.embeddings import Embeddings, embed, load_embeddings
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.train.probe_job import load_probes
 from prefill_router import storage
@@ -23,7 +24,6 @@ from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import EvaluateConfig
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Part
 from prefill_router.corpus.split_groups import Units, of_corpus

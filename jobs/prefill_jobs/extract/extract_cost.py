@@ -6,8 +6,8 @@ import itertools
 from dataclasses import dataclass
 
 from prefill_jobs.extract.extract_job import parse_layers, parse_pooling
+from prefill_jobs.options import ExtractConfig
 from prefill_router.activations.activation_store import read_manifest
-from prefill_router.common.options import ExtractConfig
 from prefill_router.common.schema import ActivationColumn, activation_columns
 from prefill_router.corpus.plan import plan
 from prefill_router.corpus.reader import Row, files, read

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prefill_jobs.extract.extract_summary import ExtractSummary
 from prefill_jobs.extract.extractor import ExtractedShard, ExtractRequest, ExtractShard, Source, Task
 from prefill_jobs.extract.guarded_encoder import ShardAttempts
+from prefill_jobs.options import ExtractConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
@@ -30,9 +31,9 @@ from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ShardList
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig
 from prefill_router.common.schema import POOLINGS, Pooling
 from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
+from prefill_router.corpus.quarantine import write_quarantine
 from prefill_router.corpus.reader import refuse_output, tell_unread
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, check
@@ -205,7 +206,7 @@ class _Extraction:
             corpus=self.config.corpus,
             is_sample=self.config.limit is not None,
             shards=ShardList(records.filter(pc.is_valid(records["file"]))),
-            quarantine=parquet_objects.write_quarantine(self.config.out, bad),
+            quarantine=write_quarantine(self.config.out, bad),
         )
         self.lease.check()
         write_manifest(self.config.out, manifest)

@@ -17,7 +17,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.split import Keys, Part, Split, prompt_hashes
-from prefill_router.corpus.split_groups import Units, of_keys
+from prefill_router.corpus.split_groups import Units, by_content
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.probe.projection import Projection
@@ -69,7 +69,9 @@ class GradedStore:
         store = ActivationStore.open(activations)
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
         keys = store_keys.read(store)
-        opened = cls(store, loaded, graded, of_keys(keys) if units is None else units, keys.prompts)
+        opened = cls(
+            store, loaded, graded, by_content(keys.prompts, keys.contents) if units is None else units, keys.prompts
+        )
         unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.keys):
             raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from prefill_jobs.graded.embeddings import embed
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.corpus import split_groups
 from prefill_router.corpus.split import Split
 from prefill_router.corpus.split_groups import Units

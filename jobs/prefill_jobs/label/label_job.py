@@ -18,15 +18,17 @@ from pydantic import Field
 from prefill_jobs.extract.extract_job import extract_for
 from prefill_jobs.label.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
 from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.option_fields import names_in
+from prefill_jobs.options import ExtractConfig, LabelConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig, LabelConfig, names_in
 from prefill_router.common.validation import StrictModel, validate
 from prefill_router.corpus.plan import CorpusPlan, in_order, plan
+from prefill_router.corpus.quarantine import read_quarantine, write_quarantine
 from prefill_router.corpus.reader import BadRow, files, refuse_output, tell_unread
 from prefill_router.policy.decision import Policy
 from prefill_router.policy.pool import load_pool
@@ -193,7 +195,7 @@ class _Labelling:
             if tally.values_of(column) == [UNKNOWN]:
                 say(f"label: no line tells its {column}: is it called otherwise in {config.log}? See --by and --time")
         bad = [*self._bad_before(), *bad]
-        parquet_objects.write_quarantine(out, bad)
+        write_quarantine(out, bad)
         report = LabelReport(
             router_version=self.router.version,
             pool=self.choice.pool,
@@ -229,7 +231,7 @@ class _Labelling:
     def _bad_before(self) -> list[BadRow]:
         """The lines of the files decided before that are in quarantine."""
         known = {file.uri for file in self.before.inputs} if self.before is not None else set()
-        return [row for row in parquet_objects.read_quarantine(self.config.out) if row.uri in known]
+        return [row for row in read_quarantine(self.config.out) if row.uri in known]
 
 
 def _estimation(config: LabelConfig, router: Router | BaselineRouter) -> Estimation:

@@ -20,6 +20,7 @@ from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.options import EvaluateConfig, ExtractConfig, PipelineConfig, ProbeConfig, TrainConfig, load_command
 from prefill_jobs.pipeline.publish_gate import PublishGate
 from prefill_jobs.train.probe_job import TABLE as PROBES
 from prefill_jobs.train.probe_job import load_probes, run_probe
@@ -27,14 +28,6 @@ from prefill_jobs.train.train_job import train
 from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import (
-    EvaluateConfig,
-    ExtractConfig,
-    PipelineConfig,
-    ProbeConfig,
-    TrainConfig,
-    load_command,
-)
 from prefill_router.common.validation import StrictModel, validate
 from prefill_router.corpus.reader import files
 from prefill_router.corpus.split import Part

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefill_jobs.evaluate.compare_job import compare
+from prefill_jobs.options import CompareConfig, PipelineConfig
 from prefill_router import storage
 from prefill_router.common.console import say
-from prefill_router.common.options import CompareConfig, PipelineConfig
 from prefill_router.common.schema import CORRECT, OUTCOMES, PROMPT_ID, TARGET
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.metrics import Interval

@@ -30,13 +30,13 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
 
+from prefill_jobs.options import SubmitConfig
 from prefill_jobs.runtime import local_ray
 from prefill_jobs.submit.submit_request import SubmitRequest
 from prefill_jobs.submit.wheel import write_wheel
 from prefill_router.common.addresses import is_loopback
 from prefill_router.common.console import say, silent_stderr
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import SubmitConfig
 from prefill_router.common.validation import StrictModel
 
 _REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest

@@ -9,9 +9,10 @@ import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from prefill_jobs.option_fields import POSITIONAL, SHIPPED, names_in, schema_extra
+from prefill_jobs.options import JOBS, SubmitConfig
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import COMMANDS, POSITIONAL, SHIPPED, SubmitConfig, names_in, schema_extra
 from prefill_router.common.validation import StrictModel
 
 SECRETS = "PREFILL_ROUTER_SECRETS"  # names the variables that the job must find where it runs
@@ -65,7 +66,7 @@ class SubmitRequest:
 
 
 def command_of(config: StrictModel) -> str:
-    return next(name for name, model in COMMANDS.items() if model is type(config))
+    return next(name for name, model in JOBS.items() if model is type(config))
 
 
 def _shipped(name: str, uri: str, files: dict[str, bytes]) -> str:

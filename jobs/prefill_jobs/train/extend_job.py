@@ -17,10 +17,10 @@ import torch
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
 from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.corpus.split import Part
 from prefill_router.policy.pool import Pool, Target, load_pool
 from prefill_router.predictor.answer_length import mean_scale, spread

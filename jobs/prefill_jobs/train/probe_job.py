@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.options import ProbeConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ProbeConfig
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
 from prefill_router.corpus.split_groups import Units

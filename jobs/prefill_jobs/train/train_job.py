@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import predict_graded
 from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.train.extend_job import extend
 from prefill_jobs.train.kernel_sample import sample_rows
@@ -27,7 +28,6 @@ from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.corpus.split import Part, Split
 from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.evaluation.contenders import finite, thinned

@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
-from prefill_router import storage
 from prefill_router.common.errors import UserError
 
 
@@ -85,11 +83,3 @@ def nearest(key: str, known: list[str]) -> str:
     if close:
         return f', did you mean "{close[0]}"?'
     return f"; known: {', '.join(known)}" if known else ""
-
-
-def load_toml(uri: str) -> dict[str, Any]:
-    storage.require(uri, "file")
-    try:
-        return tomllib.loads(storage.read_bytes(uri).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{uri}: not TOML: {error}") from None

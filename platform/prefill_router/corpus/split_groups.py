@@ -18,9 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.activations import store_keys
-from prefill_router.activations.activation_store import ActivationStore
-from prefill_router.activations.store_keys import StoreKeys
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, Row
@@ -71,15 +68,10 @@ class Units:
         return replace(self, kind="similarity", keys=keys[order], units=first[groups][order])
 
 
-def of_store(uri: str) -> Units:
-    """`of_keys` of a finished activation store."""
-    return of_keys(store_keys.read(ActivationStore.open(uri)))
-
-
-def of_keys(keys: StoreKeys) -> Units:
-    """By the prompts' exact content, as the ledger of an activation store has it."""
-    prompts, first = np.unique(keys.prompts, return_index=True)
-    return Units("content", prompts, keys.contents[first])
+def by_content(prompts: Keys, contents: Keys) -> Units:
+    """Groups prompts of equal content: (N,) hashes of their ids and of their texts, as `StoreKeys` has them."""
+    known, first = np.unique(prompts, return_index=True)
+    return Units("content", known, contents[first])
 
 
 def of_corpus(uri: str, held_out: Sequence[str] = (), column: str = "category") -> Units:

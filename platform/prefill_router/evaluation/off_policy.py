@@ -9,15 +9,21 @@ doubly robust estimate, which starts from a model and corrects it (Dudik, Langfo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.schema import CORRECT, PROMPT_ID, PROPENSITY, TARGET
+from prefill_router.corpus.split import prompt_hashes
 from prefill_router.metrics import Interval, bootstrap_weights, interval
 from prefill_router.metrics.discrimination import ratio
+from prefill_router.outcomes import load_feedback
 
 Array = NDArray[Any]
 
@@ -40,6 +46,19 @@ class Log:
     def __getitem__(self, rows: Array) -> Log:
         clusters = None if self.clusters is None else self.clusters[rows]
         return Log(self.chosen[rows], self.reward[rows], self.propensity[rows], clusters)
+
+
+def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
+    """Reads feedback at `uri`: hashes of the prompts (N,), and the requests; target -1 is one that is not of `targets`.
+
+    Raises UserError if there is no graded request, or a file has no propensities.
+    """
+    table = load_feedback(uri)
+    keys = prompt_hashes(table[PROMPT_ID].to_pylist())
+    index = pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
+    chosen = np.asarray(pc.fill_null(index, -1), np.int64)
+    reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
+    return keys, Log(chosen, reward, propensity, keys)
 
 
 @dataclass(frozen=True)

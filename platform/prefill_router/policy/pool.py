@@ -114,7 +114,7 @@ def load_pool(uri: str) -> Pool:
     Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
     """
     path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
-    pools = validation.load_toml(path)
+    pools = storage.read_toml(path)
     if not pools:
         raise UserError(f"{path}: holds no pool: list its targets as [[NAME]] tables")
     if not name and len(pools) != 1:

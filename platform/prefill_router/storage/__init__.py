@@ -1,6 +1,7 @@
 """Where bytes live: local files and S3 by URI, Parquet objects, leases."""
 
 from prefill_router.storage.uris import (
+    Uri,
     absolute,
     arrow_location,
     check_output,
@@ -24,6 +25,7 @@ from prefill_router.storage.uris import (
     read_many,
     read_range,
     read_table,
+    read_toml,
     remove,
     remove_many,
     require,
@@ -36,6 +38,7 @@ from prefill_router.storage.uris import (
 )
 
 __all__ = [
+    "Uri",
     "absolute",
     "arrow_location",
     "check_output",
@@ -59,6 +62,7 @@ __all__ = [
     "read_many",
     "read_range",
     "read_table",
+    "read_toml",
     "remove",
     "remove_many",
     "require",

@@ -12,12 +12,9 @@ import pyarrow.parquet as pq
 
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.schema import QUARANTINE
 from prefill_router.common.validation import StrictModel
-from prefill_router.corpus.reader import BadRow
 
 MANIFEST = "manifest.json"
-_QUARANTINE = "quarantine/rows.parquet"
 _SHARD_NAME = re.compile(r"part-(\d{6,}|[0-9a-f]{32})\.parquet")
 
 
@@ -40,23 +37,6 @@ def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
     data = storage.encode_parquet(table)
     storage.write_bytes(storage.join(uri, name), data)
     return _described(name, len(table), data)
-
-
-def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
-    """Writes what was left out, and why; where nothing was, what an earlier run left goes."""
-    if not bad:
-        storage.remove(storage.join(uri, _QUARANTINE))
-        return None
-    columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
-    return write_named(uri, _QUARANTINE, pa.table([list(c) for c in columns], schema=QUARANTINE))
-
-
-def read_quarantine(uri: str) -> list[BadRow]:
-    """What `write_quarantine` wrote."""
-    path = storage.join(uri, _QUARANTINE)
-    if not storage.exists(path):
-        return []
-    return [BadRow(*row.values()) for row in storage.read_table(path).to_pylist()]
 
 
 def file_name(name: str) -> str:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import tomllib
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Annotated, Any, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import AfterValidator, Field
 
 from prefill_router.common.errors import UserError, one_line
 
@@ -70,6 +72,10 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def absolute(uri: str) -> str:
     """A local path as an absolute one, for a process in another folder; any other URI as it is."""
     return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())
+
+
+# An option that is a URI. Workers run in folders of their own: a relative path is made absolute where it is given.
+Uri = Annotated[str, Field(min_length=1), AfterValidator(absolute)]
 
 
 def join(uri: str, *names: str) -> str:
@@ -310,6 +316,15 @@ def read_json(uri: str) -> Any:
         return json.loads(read_bytes(uri))
     except ValueError as error:
         raise UserError(f"{uri}: not JSON: {error}") from None
+
+
+def read_toml(uri: str) -> dict[str, Any]:
+    """Raises UserError if the file is missing or not TOML."""
+    require(uri, "file")
+    try:
+        return tomllib.loads(read_bytes(uri).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{uri}: not TOML: {error}") from None
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from prefill_router.policy.pool import Target
 from prefill_serve.gateway.call_record import CostKind, Usage
 from prefill_serve.gateway.openai_calls import Call
-from prefill_serve.gateway.state.budgets import Exhausted
+from prefill_serve.gateway.state.reservations import Exhausted
 from prefill_serve.middleware.gate import Refusal
 
 _BYTES_A_TOKEN = 3  # of text that was relayed; rather too many tokens than too few

@@ -28,13 +28,12 @@ from prefill_serve.gateway.candidates import Candidate, Fixed, Plan, Routed, can
 from prefill_serve.gateway.charges import OverLimit, charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Body, Call
-from prefill_serve.gateway.state.budgets import Budgets, Exhausted, Reserved
 from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerAway
 from prefill_serve.gateway.state.conversations import Key, answer_key, keys_of
-from prefill_serve.gateway.state.reservations import LAPSES_S
+from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
 from prefill_serve.gateway.upstream import Attempt, Channel, Failed, Stream, UpstreamRefusal
 from prefill_serve.middleware.gate import Refusal
-from prefill_serve.settings import GatewaySettings
+from prefill_serve.settings import Budgets, GatewaySettings
 
 log = logging.getLogger("ray.serve")
 

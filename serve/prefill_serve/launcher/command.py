@@ -13,9 +13,8 @@ import typer
 from prefill_router import storage
 from prefill_router.common.addresses import ray_address
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import KeyConfig, ServeConfig
-from prefill_router.common.validation import load_toml
 from prefill_serve.launcher.haproxy import environment, own_folder
+from prefill_serve.launcher.serve_options import KeyConfig, ServeConfig
 
 
 def serve(read: Callable[[], ServeConfig]) -> None:
@@ -54,7 +53,7 @@ def make_key(read: Callable[[], KeyConfig]) -> None:
     """Prints a new key, and adds its hash to the file. Raises UserError where the name has one there."""
     config = read()
     text = storage.read_bytes(config.keys).decode() if storage.exists(config.keys) else ""
-    if text and config.name in load_toml(config.keys):
+    if text and config.name in storage.read_toml(config.keys):
         raise UserError(
             f"{config.keys}: {config.name} has a key there: take its line out first, or choose another name"
         )

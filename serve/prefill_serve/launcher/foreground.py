@@ -20,10 +20,10 @@ from prefill_router import storage
 from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
 from prefill_router.common.console import said_if_slow, say, silent_stderr
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ServeConfig
-from prefill_router.common.validation import load_toml, validate
+from prefill_router.common.validation import validate
 from prefill_router.policy.pool import load_pool
 from prefill_serve.app import AppArgs, build_app
+from prefill_serve.launcher.serve_options import ServeConfig
 from prefill_serve.serving import Serving
 
 _APP = "prefill-router"
@@ -89,7 +89,7 @@ def start(host: str, port: int) -> None:
 def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
     """The application's arguments for the command's. Raises UserError where others could ask without a key."""
     most = max(config.replicas, config.max_replicas or 0)
-    keys = load_toml(config.keys) if config.keys else {}
+    keys = storage.read_toml(config.keys) if config.keys else {}
     if not keys and not is_loopback(config.host):
         raise UserError(f"serve: host = {config.host}, which others can reach: give --keys, or listen on 127.0.0.1")
     arguments: dict[str, Any] = {
@@ -143,7 +143,7 @@ def _gateway(config: ServeConfig) -> dict[str, Any] | None:
         "ledger": {
             "folder": config.feedback and storage.absolute(config.feedback),
             "keep_prompts": config.keep_prompts,
-            "budgets": load_toml(config.budgets) if config.budgets else {},
+            "budgets": storage.read_toml(config.budgets) if config.budgets else {},
         },
     }
 

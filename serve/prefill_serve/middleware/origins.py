@@ -15,7 +15,6 @@ from starlette.datastructures import Headers
 
 from prefill_router.common.addresses import is_loopback
 
-HOST_NAME = r"^(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)$"
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{0,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _JSON = re.compile(r"application/([a-z0-9.+-]+\+)?json")

@@ -14,10 +14,10 @@ import pytest
 from command import Command
 from prefill_jobs.cli import command_line
 from prefill_jobs.cli.command_line import main
+from prefill_jobs.options import command_options
 from prefill_jobs.runtime import cluster
 from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
-from prefill_router.common.options import COMMANDS
 from prefill_router.router.artifact import Router
 from tiny import save_tiny_model
 
@@ -153,12 +153,12 @@ def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.Mon
 
 def assert_shown(out: str, name: str) -> None:
     """Is every field of a command's config in its help?"""
-    for key, field in COMMANDS[name].model_fields.items():
+    for key, field in command_options()[name].model_fields.items():
         is_argument = "positional" in (field.json_schema_extra or {})
         assert (f"[{key}]" if is_argument else f"--{key.replace('_', '-')}") in out
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "submit"])
+@pytest.mark.parametrize("name", [name for name in command_options() if name != "submit"])
 def test_help_shows_every_flag(command: Command, name: str) -> None:
     result = command(name, "--help")
     assert result.status == 0

@@ -13,9 +13,9 @@ import pytest
 
 from collected import asked_twice, billed_usd, is_right, outcomes, write_pool_of, write_prompts
 from prefill_jobs.collect.collect_job import CollectManifest, collect
+from prefill_jobs.options import CollectConfig
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import CollectConfig
-from prefill_router.storage.parquet_objects import read_quarantine
+from prefill_router.corpus.quarantine import read_quarantine
 from upstream import _ERRORS, Fault, Upstream
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("in_process")
 @pytest.fixture(scope="module")
 def worse(activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A router of one epoch."""
+    from prefill_jobs.options import TrainConfig
     from prefill_jobs.train.train_job import train
-    from prefill_router.common.options import TrainConfig
 
     out = str(tmp_path_factory.mktemp("worse") / "router")
     outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")

@@ -11,10 +11,10 @@ from command import Command
 from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label.label_job import label
+from prefill_jobs.options import EvaluateConfig, ExtractConfig, LabelConfig, ProbeConfig
 from prefill_jobs.train.probe_job import run_probe
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import EvaluateConfig, ExtractConfig, LabelConfig, ProbeConfig
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.router.artifact import Router
 from tiny import random_prompts

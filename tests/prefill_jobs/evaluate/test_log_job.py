@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from command import Command
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.train.train_job import train
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.common.schema import FEEDBACK
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.outcomes import load_outcomes
@@ -85,7 +85,8 @@ def test_a_router_is_trained_on_feedback(activations: str, small_data: Path, fee
 
 
 def test_other_outcomes_are_no_log(small_data: Path) -> None:
-    from prefill_router.outcomes import is_feedback, load_log
+    from prefill_router.evaluation.off_policy import load_log
+    from prefill_router.outcomes import is_feedback
 
     uri = str(small_data / "outcomes.parquet")
     assert not is_feedback(uri)

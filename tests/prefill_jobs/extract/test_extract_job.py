@@ -14,11 +14,11 @@ from command import Command
 from corpora import write_corpus, write_jsonl
 from prefill_jobs.extract.extract_job import extract, parse_layers, parse_pooling
 from prefill_jobs.extract.extract_summary import ExtractSummary
+from prefill_jobs.options import ExtractConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig
 from prefill_router.corpus.plan import plan
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.storage.lease import Lease

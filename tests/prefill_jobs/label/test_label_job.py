@@ -17,11 +17,11 @@ import pytest
 
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label.label_job import LabelManifest, label
+from prefill_jobs.options import ExtractConfig, LabelConfig
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.baselines.blind import Always
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig, LabelConfig
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.router.artifact import Router
 from tiny import CHAT_TEMPLATE, save_tiny_model

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from command import Command
+from prefill_jobs.options import CompareConfig, ExtractConfig, LabelConfig, SubmitConfig
 from prefill_jobs.submit.submit_request import SubmitRequest, require_secrets
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import CompareConfig, ExtractConfig, LabelConfig, SubmitConfig
 
 EXTRACT = ExtractConfig(corpus="s3://b/corpus", out="s3://b/out", layers="15,16", overwrite=True)
 SECRET_NAMES = (

@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.train.train_job import train
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.corpus.split import Part, prompt_hashes
-from prefill_router.corpus.split_groups import of_store
 from prefill_router.router.artifact import Router
+from stores import content_groups
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -71,7 +71,7 @@ def test_what_is_held_out_stays_unseen(router: str, activations: str, outcomes_o
     data = {"extend": router, "activations": activations, "pool": pool}
     first = train(TrainConfig(**data, outcomes=outcomes_of_three, out=str(tmp_path / "first")))
     table = pq.read_table(outcomes_of_three)
-    units = of_store(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    units = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
     is_held_out = first.split.parts(units) == Part.TEST
     flipped = np.where(is_held_out, 1.0 - table["correct"].to_numpy(), table["correct"].to_numpy())
     pq.write_table(table.set_column(2, "correct", pa.array(flipped, pa.float32())), tmp_path / "flipped.parquet")

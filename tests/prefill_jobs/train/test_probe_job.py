@@ -8,11 +8,11 @@ import pytest
 
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.graded.graded_store import GradedStore
+from prefill_jobs.options import ExtractConfig, ProbeConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.train.probe_job import column_moments, load_probes, probe_store, run_probe
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import ExtractConfig, ProbeConfig
 from prefill_router.outcomes import load_outcomes
 from prefill_router.probe.layer_scores import effective_dimensionality, fisher_separability
 

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prefill_jobs.options import TrainConfig
 from prefill_jobs.train.train_job import train
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import TrainConfig
 from prefill_router.corpus.split import Part, Split, prompt_hashes
-from prefill_router.corpus.split_groups import of_store
 from prefill_router.router.artifact import Router
+from stores import content_groups
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -45,7 +45,7 @@ def test_the_router_tells_the_prompts_that_the_small_target_answers(router: str)
 
 def test_the_test_part_is_never_seen(router: str, activations: str, small_data: Path) -> None:
     ids = pq.read_table(small_data / "corpus.parquet")["prompt_id"].to_pylist()
-    parts = Split(seed=0, test_fraction=0.2).parts(of_store(activations).of(prompt_hashes(ids)))
+    parts = Split(seed=0, test_fraction=0.2).parts(content_groups(activations).of(prompt_hashes(ids)))
     hidden = [i for i, part in zip(ids, parts, strict=True) if part == Part.TEST]
     seen = Router.load(router).training_prompts
     assert 20 < len(hidden) < 80
@@ -65,7 +65,7 @@ def test_the_published_recipe_prices_at_the_median_length(
 ) -> None:
     published = train(config(activations, small_data, tmp_path / "router", recipe="published", max_epochs=3))
     table = pq.read_table(small_data / "outcomes.parquet")
-    units = of_store(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    units = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
     seen = table.filter(pa.array(published.split.parts(units) == Part.TRAIN))
     for t, target in enumerate(["big", "small"]):
         lengths = seen.filter(pa.compute.equal(seen["target"], target))["output_tokens"].to_numpy()

@@ -20,10 +20,10 @@ from prefill_router.corpus.plan import Repeats
 from prefill_router.corpus.reader import content_hash
 from prefill_router.corpus.row_keys import digest_of, row_keys
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.corpus.split_groups import of_store
 from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderIdentity, EncoderSpec
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.storage import uris
+from stores import content_groups
 
 COLUMN = ActivationColumn("last", 1)
 IDENTITY = EncoderIdentity(spec=EncoderSpec(model="m"), num_layers=1, hidden_size=4, fingerprint="f")
@@ -83,7 +83,7 @@ def check(store: ActivationStore, unknown: Sequence[Commit] = ()) -> None:
     keys = store_keys.read(store)
     np.testing.assert_array_equal(keys.prompts, prompt_hashes(ids), strict=True)
     np.testing.assert_array_equal(keys.contents, np.array(units, np.uint64), strict=True)
-    np.testing.assert_array_equal(of_store(store.uri).of(keys.prompts), keys.contents)
+    np.testing.assert_array_equal(content_groups(store.uri).of(keys.prompts), keys.contents)
 
 
 def content_key(prompt_id: str) -> int:

@@ -15,9 +15,9 @@ import pytest
 
 from corpora import write, write_jsonl
 from ingested import FIXTURES, ingest
+from prefill_jobs.options import IngestConfig
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import IngestConfig
 from prefill_router.common.validation import validate
 from prefill_router.ingest import FORMATS, mmlu_pro, parts
 
@@ -218,7 +218,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from prefill_jobs.ingest_job import ingest
-from prefill_router.common.options import IngestConfig
+from prefill_jobs.options import (IngestConfig)
 
 def peak_after(source):
     summary = ingest(IngestConfig(format="toolkit", source=source, out=sys.argv[3], overwrite=True))

@@ -11,7 +11,7 @@ from prefill_router.policy.pool import Target
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.charges import Charge, OverLimit, charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.openai_calls import ChatCall, ResponsesCall
-from prefill_serve.gateway.state.budgets import Exhausted
+from prefill_serve.gateway.state.reservations import Exhausted
 
 TARGET = Target(name="t", input_price=1e6, output_price=1e6)  # a dollar a token
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}

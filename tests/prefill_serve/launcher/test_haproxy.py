@@ -19,8 +19,8 @@ from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
 from haproxies import Recorder, haproxy_before
+from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.validation import load_toml
 from prefill_serve.launcher import command, haproxy
 from prefill_serve.middleware.attempts import HEADER
 from wire import exchange, request, status_of
@@ -106,7 +106,7 @@ def test_a_config_that_is_not_known_is_refused(
 
 def test_the_ray_that_is_installed_is_one_that_is_asked_for() -> None:
     """The config of one that is not has never been looked at."""
-    project = load_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    project = storage.read_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
     (asked,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
     installed = Version(version("ray"))
     assert installed in asked.specifier
@@ -211,7 +211,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(folders: Path) ->
 def test_a_serve_that_is_refused_leaves_no_folder_and_no_variable(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefill_router.common.options import ServeConfig
+    from prefill_serve.launcher.serve_options import ServeConfig
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = dict(os.environ)

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from prefill_router.common.validation import StrictModel
 from prefill_serve.gateway.call_record import CostKind, Served
-from prefill_serve.gateway.state.budgets import Budgets, DailyLimits, Exhausted, HardLimits
-from prefill_serve.gateway.state.reservations import Reservations
+from prefill_serve.gateway.state.reservations import Exhausted, Reservations
+from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
 _SOON_S = 5  # until some of the calls under way have ended
 

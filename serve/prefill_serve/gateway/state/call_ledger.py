@@ -40,10 +40,11 @@ from prefill_router.common.validation import StrictModel
 from prefill_serve.gateway.call_record import Served
 from prefill_serve.gateway.gateway_metrics import BudgetMetrics, MemoryMetrics
 from prefill_serve.gateway.state.accounts import Accounts, Stats
-from prefill_serve.gateway.state.budgets import Budgets, DailyLimits, Exhausted, Reserved
 from prefill_serve.gateway.state.conversations import Conversations, Key
 from prefill_serve.gateway.state.remembered import MOST_CALLS, LatestNames, Remembered, bound_prompts, latest
+from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.state.row_files import Segments
+from prefill_serve.settings import DailyLimits, LedgerSettings
 
 log = logging.getLogger("ray.serve")
 
@@ -110,12 +111,6 @@ class Bid(NamedTuple):
     usd: float | None
     least_usd: float = 0.0  # to reserve: a guess where nobody has said, or the most it can cost where a limit is hard
     lost_usd: float = 0.0  # what earlier attempts of the same call may have cost
-
-
-class LedgerSettings(StrictModel):
-    folder: str | None = Field(None, min_length=1, description="For the journal, the outcomes and the prompts")
-    keep_prompts: bool = Field(False, description="Keep the prompts too, so that a router can be trained on them")
-    budgets: Budgets = Budgets()
 
 
 class CallLedger(Protocol):

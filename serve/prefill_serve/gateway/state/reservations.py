@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from time import monotonic
 from typing import NamedTuple
 
 LAPSES_S = 600.0  # unless renewed: where a replica dies, nobody says what became of its calls
 _PER_USD = 10**12  # whole numbers, so that what is given back leaves nothing
+
+
+class Reserved(NamedTuple):
+    """The bid that was taken, by its place, and what is reserved for it."""
+
+    bid: int
+    usd: float
+
+
+class Exhausted(NamedTuple):
+    """Why a call is refused: a hard limit has no room for it before `until`."""
+
+    key: str | None  # None: of all together
+    limit_usd: float
+    left_usd: float
+    call_usd: float
+    until: datetime
+    retry_after_s: int
 
 
 class _Reservation(NamedTuple):

@@ -14,9 +14,10 @@ from ray.serve.schema import LoggingConfig
 from prefill_router.common.validation import validate
 from prefill_serve.gateway.call_record import Served
 from prefill_serve.gateway.state.accounts import Stats
-from prefill_serve.gateway.state.budgets import Exhausted, Reserved
-from prefill_serve.gateway.state.call_ledger import Bid, Feedback, LedgerAway, LedgerSettings, LocalLedger
+from prefill_serve.gateway.state.call_ledger import Bid, Feedback, LedgerAway, LocalLedger
 from prefill_serve.gateway.state.conversations import Key
+from prefill_serve.gateway.state.reservations import Exhausted, Reserved
+from prefill_serve.settings import LedgerSettings
 
 _TIMEOUT_S = 10.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from prefill_serve.gateway.call_record import Served, Usage
 from prefill_serve.gateway.state.accounts import Accounts
-from prefill_serve.gateway.state.budgets import Budgets, DailyLimits, HardLimits
+from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 EXPECTED = {"small": 0.01, "big": 0.05}

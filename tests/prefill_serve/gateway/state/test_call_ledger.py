@@ -19,18 +19,18 @@ from prefill_router.corpus.reader import Prompt, content_hash
 from prefill_router.outcomes import load_outcomes
 from prefill_serve.gateway.call_record import Served, Usage
 from prefill_serve.gateway.state import call_ledger as module
-from prefill_serve.gateway.state.budgets import Budgets, Exhausted, HardLimits, Reserved
 from prefill_serve.gateway.state.call_ledger import (
     Bid,
     Feedback,
-    LedgerSettings,
     LocalLedger,
     NoFeedback,
     OtherFeedback,
     UnknownRequest,
 )
 from prefill_serve.gateway.state.remembered import LatestNames, bound_prompts
+from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.state.row_files import MOST_FILES
+from prefill_serve.settings import Budgets, HardLimits, LedgerSettings
 
 BIDS = [Bid("big", 0.05), Bid("small", 0.01)]
 

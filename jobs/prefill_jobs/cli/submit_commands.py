@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefill_jobs.cli.flags import Read, add_command
+from prefill_jobs.options import JOBS, SubmitConfig
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.options import COMMANDS, SubmitConfig
 
 if TYPE_CHECKING:
     from prefill_jobs.submit.submission import Submission
@@ -30,7 +30,7 @@ def add_submit(app: typer.Typer, jobs: Sequence[str]) -> None:
         no_args_is_help=True,
     )
     for job in jobs:
-        add_command(group, job, {job: COMMANDS[job], "submit": SubmitConfig}, _submit)
+        add_command(group, job, {job: JOBS[job], "submit": SubmitConfig}, _submit)
     for name, run in (("status", _status), ("logs", _logs), ("stop", _stop), ("list", _list)):
         group.command(name)(run)
     app.add_typer(group, name="submit")

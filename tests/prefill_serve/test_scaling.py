@@ -4,7 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from prefill_serve.launcher.scaling import WORK_S, ByWork
+from prefill_serve.scaling import WORK_S, ByWork
 from prefill_serve.scheduler import Lanes
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from prefill_router.common import options, validation
+from prefill_jobs import options
+from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 
 TOML = """
@@ -120,17 +121,17 @@ def test_an_encoder_that_is_no_directory_is_a_hub_id_or_a_package() -> None:
         assert validation.validate(options.ExtractConfig, values, "extract").encoder == encoder
 
 
-@pytest.mark.parametrize("command", options.COMMANDS)
+@pytest.mark.parametrize("command", options.command_options())
 def test_every_option_has_help_and_every_command_a_description(command: str) -> None:
-    model = options.COMMANDS[command]
+    model = options.command_options()[command]
     assert model.__doc__
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
 
-@pytest.mark.parametrize("command", options.COMMANDS)
+@pytest.mark.parametrize("command", options.command_options())
 def test_every_command_refuses_an_unknown_key(command: str) -> None:
-    required = [name for name, field in options.COMMANDS[command].model_fields.items() if field.is_required()]
+    required = [name for name, field in options.command_options()[command].model_fields.items() if field.is_required()]
     known = {name: {"format": "toolkit", "routers": ["x", "y"]}.get(name, "x") for name in required}
-    validation.validate(options.COMMANDS[command], known, command)
+    validation.validate(options.command_options()[command], known, command)
     with pytest.raises(UserError, match='unknown key "not_an_option"'):
-        validation.validate(options.COMMANDS[command], {**known, "not_an_option": 1}, command)
+        validation.validate(options.command_options()[command], {**known, "not_an_option": 1}, command)

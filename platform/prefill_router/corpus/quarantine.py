@@ -1,0 +1,31 @@
+"""The quarantine of a job: rows that were left out of its output, with the reason of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from prefill_router import storage
+from prefill_router.common.schema import QUARANTINE
+from prefill_router.corpus.reader import BadRow
+from prefill_router.storage.parquet_objects import ShardFile, write_named
+
+_QUARANTINE = "quarantine/rows.parquet"
+
+
+def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
+    """Writes what was left out, and why; where nothing was, what an earlier run left goes."""
+    if not bad:
+        storage.remove(storage.join(uri, _QUARANTINE))
+        return None
+    columns = zip(*((row.uri, row.row, row.prompt_id, row.reason) for row in bad), strict=True)
+    return write_named(uri, _QUARANTINE, pa.table([list(c) for c in columns], schema=QUARANTINE))
+
+
+def read_quarantine(uri: str) -> list[BadRow]:
+    """What `write_quarantine` wrote."""
+    path = storage.join(uri, _QUARANTINE)
+    if not storage.exists(path):
+        return []
+    return [BadRow(*row.values()) for row in storage.read_table(path).to_pylist()]
