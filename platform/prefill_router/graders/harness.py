@@ -1,7 +1,7 @@
 """The program that runs an answer's code and a row's tests, in a process that it first confines.
 
 It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. Code and
-tests have a process each. The tests call what the code defines, by `wire`: values come back as plain data, of which
+tests have a process each. The tests call what the code defines, by `remote_calls`: values come back as plain data, of which
 the judge makes its own objects, so that nothing the code does to its process is done to the tests, and it never sees
 them. How the tests went goes over a pipe that only the judge has, behind a secret that waits unread in another one.
 
@@ -223,32 +223,32 @@ def _without_input() -> None:
     close(null)
 
 
-def _wire() -> Any:
+def _remote_calls() -> Any:
     """The module beside this file."""
     sys.path.insert(0, __file__.rpartition("/")[0])
     try:
-        return __import__("wire")
+        return __import__("remote_calls")
     finally:
         sys.path.pop(0)
 
 
 def judge_main(report_fd: int, reads: int, writes: int) -> None:
     """The process of the tests. The code's names are those of another process, where calls of them go."""
-    request, wire = _request(), _wire()
+    request, remote_calls = _request(), _remote_calls()
     report = Report(report_fd, dup(0))
     _without_input()
-    peer = wire.Peer(reads, writes, shares_all=False)
+    peer = remote_calls.Peer(reads, writes, shares_all=False)
     try:
         Confinement(request).put_on()
         kind, *reason = peer.receive()
-    except (Exception, wire.Gone) as error:
+    except (Exception, remote_calls.Gone) as error:
         report.end("broken", f"{type(error).__name__}: {error}")
     if kind != "ready":
         report.end("broken", str(reason[0]))
     report.started()
     tests = _tests(report, request)
     solution: Names = {}
-    _attempt(report, lambda: solution.update(wire.Remote(peer, 0)()), [], peer)
+    _attempt(report, lambda: solution.update(remote_calls.Remote(peer, 0)()), [], peer)
     module = ModuleType(_SOLUTION)
     vars(module).update(solution)
     sys.modules[_SOLUTION] = module
@@ -258,9 +258,9 @@ def judge_main(report_fd: int, reads: int, writes: int) -> None:
 
 def code_main(reads: int, writes: int) -> None:
     """The process of an answer's code, which knows neither the tests nor the verdict's pipe."""
-    request, wire = _request(), _wire()
+    request, remote_calls = _request(), _remote_calls()
     _without_input()
-    peer = wire.Peer(reads, writes, shares_all=True)
+    peer = remote_calls.Peer(reads, writes, shares_all=True)
     try:
         Confinement(request).put_on()
     except Exception as error:
@@ -280,7 +280,7 @@ def code_main(reads: int, writes: int) -> None:
     peer.send(["ready"])
     try:
         peer.serve()
-    except wire.Gone:
+    except remote_calls.Gone:
         _exit(0)
 
 

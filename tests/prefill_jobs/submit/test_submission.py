@@ -15,7 +15,8 @@ import pytest
 from ray._private import ray_constants
 
 from command import Command
-from prefill_jobs.submit import submission, submit_commands
+from prefill_jobs.cli import submit_commands
+from prefill_jobs.submit import submission
 from prefill_router.common.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
