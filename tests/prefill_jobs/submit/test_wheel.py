@@ -31,7 +31,7 @@ def test_the_code_that_runs_here_wins_over_what_is_installed(tmp_path: Path) -> 
     assert file.startswith(str(tmp_path))
     assert found == version
     assert set(commands.split()) == {"serve", "key"}
-    assert (tmp_path / "prefill_router" / "templates" / "report.html").exists()
+    assert (tmp_path / "prefill_router" / "reports" / "templates" / "report.html").exists()
     assert (tmp_path / "prefill_serve" / "playground" / "index.html").exists()
 
 
