@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any
 
 import typer
 from botocore.exceptions import BotoCoreError
@@ -22,6 +22,8 @@ from prefill_jobs.options import JOBS, command_options
 from prefill_jobs.submit.submit_request import require_secrets
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
+
+_HELP = "Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,17 +45,31 @@ def _told() -> Iterator[None]:
 def build_app() -> typer.Typer:
     app = typer.Typer(
         name="prefill-router",
-        help="Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback(help=_HELP)(_root)
     for name, run in _JOBS.items():
         add_command(app, name, {name: JOBS[name]}, partial(_run_job, run))
     add_submit(app, [name for name in _JOBS if name not in _HERE])
     for entry in entry_points(group="prefill_router.commands"):
         add_command(app, entry.name, {entry.name: command_options()[entry.name]}, partial(_run_entry, entry))
     return app
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"prefill-router {version('prefill-router')}")
+        raise typer.Exit
+
+
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Holds the options of the command itself."""
 
 
 def _run_job(run: Callable[[Any], None], read: Read) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -206,3 +207,10 @@ def test_train_wants_data_unless_it_extends(command: Command, small_data: Path, 
     with pytest.raises(SystemExit) as usage:
         main(["train", "--pool", str(small_data / "pool.toml"), "--out", str(tmp_path / "router")])
     assert usage.value.code == 2
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"prefill-router {metadata.version('prefill-router')}\n"
