@@ -1,9 +1,9 @@
 """The program that runs an answer's code and a row's tests, in a process that it first confines.
 
 It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. Code and
-tests have a process each. The tests call what the code defines, by `remote_calls`, and get plain data back, of which the
-judge makes its own objects: nothing that the code does to its process is done to the tests, and it never
-sees them. How the tests went goes over a pipe that only the judge has, behind a secret that waits unread in another one.
+tests have a process each. The tests call what the code defines, by `remote_calls`, and get plain data back, of which
+the judge makes its own objects: nothing that the code does to its process is done to the tests, and it never sees
+them. How the tests went goes over a pipe that only the judge has, behind a secret that waits unread in another one.
 
 What is left to the code: its answers to calls, its own objects (what they say of their attributes and of each other),
 and names that tests take from it. `together` runs both in one process, for tests that need the code's own objects.
