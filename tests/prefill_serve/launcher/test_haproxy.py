@@ -106,7 +106,7 @@ def test_a_config_that_is_not_known_is_refused(
 
 def test_the_ray_that_is_installed_is_one_that_is_asked_for() -> None:
     """The config of one that is not has never been looked at."""
-    project = storage.read_toml(str(Path(__file__).parents[2] / "pyproject.toml"))["project"]
+    project = storage.read_toml(str(Path(__file__).parents[3] / "pyproject.toml"))["project"]
     (asked,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
     installed = Version(version("ray"))
     assert installed in asked.specifier
