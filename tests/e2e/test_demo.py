@@ -1,7 +1,12 @@
-"""The demo as its user starts it: a process, with an endpoint of its own; here on the tiny model, to be quick."""
+"""The demo as its user starts it, and the runnable blocks of the documents, which continue from what it leaves.
+
+The demo takes the tiny model, to be quick.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,28 +16,71 @@ import pytest
 
 from command import Command
 from ports import free_port
+from run import Run
+
+ROOT = Path(__file__).parents[2]
+_RUNNABLE = re.compile(r"^```(bash|python) runnable\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.slow("the demo as a whole: two Rays, training and an endpoint")
-def test_it_ends_with_a_report_and_three_decisions(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def demo(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the demo ran, and its output."""
+    folder = tmp_path_factory.mktemp("first_hour")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "prefill_jobs", "demo", "--encoder", str(tiny_model), "--prompts", "300"),
-            *("--out", str(tmp_path / "demo"), "--port", str(free_port())),
+            *("--port", str(free_port())),
         ],
         capture_output=True,
         text=True,
         timeout=1800,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("POST /v1/route") == 3
-    assert done.stdout.count("-> simulated/") == 3
-    assert "Simulated answers" in done.stdout
-    page = (tmp_path / "demo" / "report" / "report.html").read_text()
+    return folder, done.stdout
+
+
+@pytest.mark.slow("the demo as a whole: two Rays, training and an endpoint")
+def test_it_ends_with_a_report_and_three_decisions(demo: tuple[Path, str]) -> None:
+    folder, output = demo
+    assert output.count("POST /v1/route") == 3
+    assert output.count("-> simulated/") == 3
+    assert "Simulated answers" in output
+    page = (folder / "demo" / "report" / "report.html").read_text()
     assert page.count("<svg") == 12  # six plots, for a desk and for a phone
     assert "Simulated answers" in page
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """The language and the text of each block that is marked as runnable."""
+    return _RUNNABLE.findall((ROOT / document).read_text())
+
+
+@pytest.mark.slow("every job once on the demo's data, with the real encoder, and an endpoint")
+@pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 5), ("README.md", 2)])
+def test_the_documents_blocks_run(demo: tuple[Path, str], run: Run, document: str, num_blocks: int) -> None:
+    folder, _ = demo
+    found = blocks(document)
+    assert len(found) == num_blocks
+    port = str(free_port())
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if document.startswith("jobs"):
+        environment["RAY_ADDRESS"] = run.serve("ray")["address"]  # in the place of a Ray for each command
+    for language, text in found:
+        program = ["bash", "-m", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*program, text.replace("8000", port)],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+            cwd=folder,
+            env=environment,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    if document == "README.md":
+        assert "simulated/" in done.stdout
 
 
 @pytest.mark.parametrize("given", [{"corpus": "c.jsonl"}, {"outcomes": "o.parquet", "pool": "p.toml"}])
