@@ -195,20 +195,20 @@ def read(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
 
 
 def keys(uri: str, num_shards: int, rows: int) -> dict[str, Any]:
-    """The keys of all rows, as every reader of graded answers begins, and the units of a split, which it may want."""
+    """The keys of all rows, as every reader of graded answers begins, and the split groups, which it may want."""
     store = ActivationStore.open(uri)
     begun_bytes = peak_bytes()
     started = time.perf_counter()
     held = store_keys.read(store)
     ended = time.perf_counter()
     peak = peak_bytes() - begun_bytes
-    units = by_content(held.prompts, held.contents)
+    groups = by_content(held.prompts, held.contents)
     made = time.perf_counter()
     for index in range(0, num_shards, 1 + num_shards // 100):
         of_shard = slice(index * rows, (index + 1) * rows)
         expected = record(index, rows).row_keys
         np.testing.assert_array_equal(held.prompts[of_shard], expected[:, 0])
-        np.testing.assert_array_equal(units.of(held.prompts[of_shard]), expected[:, 1])
+        np.testing.assert_array_equal(groups.of(held.prompts[of_shard]), expected[:, 1])
     return {"read_keys_s": ended - started, "peak_over_start_bytes": peak, "units_s": made - ended}
 
 

@@ -35,7 +35,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         (extract_job, ["plan"]),
         (label_job, ["plan"]),
         (collect_job, ["plan"]),
-        (train_job, ["units_of", "target_names"]),
+        (train_job, ["split_groups_of", "target_names"]),
         (evaluate_job, ["of_corpus", "embed"]),
         (compare_job, ["of_corpus"]),
         (pipeline_job, ["extract", "run_probe"]),

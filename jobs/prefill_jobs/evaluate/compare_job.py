@@ -41,11 +41,11 @@ def compare(config: CompareConfig) -> Evaluation:
     routers = [router.with_pool(pool) for router in loaded]
     stores = [_store_of(uri, router, config.activations.split(",")) for uri, router in zip(uris, routers, strict=True)]
     check_columns(config.outcomes)
-    units = None if config.corpus is None else of_corpus(config.corpus)
-    graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, units=units) for s in stores]
+    groups = None if config.corpus is None else of_corpus(config.corpus)
+    graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, groups=groups) for s in stores]
     cluster.connect()
     predicted = [predict_graded(router, g) for router, g in zip(routers, graded, strict=True)]
-    first, kept = predicted[0], graded[0].units
+    first, kept = predicted[0], graded[0].groups
     keys = reduce(np.intersect1d, [of.keys for of in predicted])
     keys = keys[held_out(routers, keys, kept, drop=config.drop_leaked)]
     rows = _rows(first, keys)

@@ -26,7 +26,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Part
-from prefill_router.corpus.split_groups import Units, of_corpus
+from prefill_router.corpus.split_groups import SplitGroups, of_corpus
 from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, oracle, scoring
 from prefill_router.evaluation.contenders import evaluate as score
@@ -51,9 +51,9 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     probes = None if config.probe is None else load_probes(config.probe)
     if config.corpus is not None:
         check_sentence_model(config.sentence_encoder)
-    units = None if config.corpus is None else of_corpus(config.corpus)
+    groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
-        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, groups=groups
     )
     cluster.connect()
     trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
@@ -87,10 +87,10 @@ def _trials(
     trials: list[Trial] = []
     for router in routers:
         predicted = predict_graded(router, graded, with_features=True)
-        is_new = held_out([router], predicted.keys, graded.units, drop=drop)
+        is_new = held_out([router], predicted.keys, graded.groups, drop=drop)
         for trial in trials:
             is_new = is_new & ~trial.is_held_out
-        trials.append(Trial(router, predicted, graded.units, embeddings, is_new))
+        trials.append(Trial(router, predicted, graded.groups, embeddings, is_new))
     return trials
 
 
@@ -125,7 +125,7 @@ class Trial:
 
     router: Router
     predicted: GradedPrediction
-    units: Units
+    groups: SplitGroups
     embeddings: Embeddings | None
     is_held_out: NDArray[np.bool_]  # (N,)
 
@@ -136,13 +136,13 @@ class Trial:
     @property
     def is_training(self) -> NDArray[np.bool_]:
         """Those seen that are not for validation."""
-        parts = self.router.split.parts(self.units.of(self.predicted.keys))
+        parts = self.router.split.parts(self.groups.of(self.predicted.keys))
         return np.asarray(self.is_seen & (parts != Part.VALIDATION))
 
     @property
     def prompts(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
-        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.units.of(of.keys[rows]))
+        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.groups.of(of.keys[rows]))
 
     @property
     def medians(self) -> NDArray[np.float32]:

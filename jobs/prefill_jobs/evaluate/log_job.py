@@ -28,13 +28,13 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     """
     storage.check_output(config.out)
     router = Router.load(config.router)
-    units = None if config.corpus is None else of_corpus(config.corpus)
+    groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
-        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, units=units
+        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, groups=groups
     )
     cluster.connect()
     predicted = predict_graded(router, graded)
-    is_new = held_out([router], predicted.keys, graded.units, drop=config.drop_leaked)
+    is_new = held_out([router], predicted.keys, graded.groups, drop=config.drop_leaked)
     keys, log = load_log(config.outcomes, router.pool.target_names)
     order = np.argsort(predicted.keys)
     place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]

@@ -17,7 +17,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.split import Keys, Part, Split, prompt_hashes
-from prefill_router.corpus.split_groups import Units, by_content
+from prefill_router.corpus.split_groups import SplitGroups, by_content
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.probe.projection import Projection
@@ -43,7 +43,7 @@ class GradedStore:
     store: ActivationStore
     pool: Pool
     outcomes: Outcomes
-    units: Units
+    groups: SplitGroups
     keys: Keys  # (N,) hashes of the store's prompts, in its order
     split: Split | None = None
     seen: tuple[Part, ...] = ()
@@ -57,11 +57,11 @@ class GradedStore:
         *,
         ignore_unknown: bool,
         more_targets: tuple[str, ...] = (),
-        units: Units | None = None,
+        groups: SplitGroups | None = None,
     ) -> GradedStore:
         """The outcomes are those of the pool's targets, then those of `more_targets`.
 
-        A split keeps `units` together: by default, prompts that are equal.
+        A split keeps each of the split groups on one side; by default, a group is a set of equal prompts.
 
         Raises UserError where an outcome's prompt has no activations; a sample's missing prompts are expected.
         """
@@ -70,7 +70,7 @@ class GradedStore:
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
         keys = store_keys.read(store)
         opened = cls(
-            store, loaded, graded, by_content(keys.prompts, keys.contents) if units is None else units, keys.prompts
+            store, loaded, graded, by_content(keys.prompts, keys.contents) if groups is None else groups, keys.prompts
         )
         unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.keys):
@@ -97,7 +97,7 @@ class GradedStore:
 
     def parts(self, keys: Keys, split: Split) -> NDArray[np.int8]:
         """The Part of each prompt, by its hash."""
-        return np.where(self.units.held_out(keys), Part.TEST, split.parts(self.units.of(keys))).astype(np.int8)
+        return np.where(self.groups.held_out(keys), Part.TEST, split.parts(self.groups.of(keys))).astype(np.int8)
 
     def answers(self, keys: Keys) -> Answers:
         """The outcomes of prompts by their hashes, NaN where missing or of other parts."""

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Keys
-from prefill_router.corpus.split_groups import Units
+from prefill_router.corpus.split_groups import SplitGroups
 from prefill_router.router.artifact import Router
 
 
-def held_out(routers: Sequence[Router], keys: Keys, units: Units, *, drop: bool) -> NDArray[np.bool_]:
+def held_out(routers: Sequence[Router], keys: Keys, groups: SplitGroups, *, drop: bool) -> NDArray[np.bool_]:
     """Which of the prompts (N,), by their hashes, none of `routers` was trained on.
 
-    Raises UserError where one of them shares its unit with a prompt that was trained on, unless such are to be dropped.
+    Raises UserError if one of them shares its split group with a training prompt, unless `drop` leaves it out.
     """
-    own = units.of(keys)
+    own = groups.of(keys)
     is_seen = np.isin(keys, np.concatenate([router.training_prompts for router in routers]))
-    trained = [router.training_units for router in routers if router.split.units == units.kind]
+    trained = [router.training_units for router in routers if router.split.units == groups.kind]
     leaks = ~is_seen & np.isin(own, np.concatenate([own[is_seen], *trained]))
     if leaks.any():
         told = f"{int(leaks.sum()):,} held-out prompts repeat prompts that the router was trained on"

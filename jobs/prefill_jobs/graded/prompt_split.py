@@ -9,7 +9,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import split_groups
 from prefill_router.corpus.split import Split
-from prefill_router.corpus.split_groups import Units
+from prefill_router.corpus.split_groups import SplitGroups
 
 
 def split_of(config: TrainConfig, fold: int) -> Split:
@@ -31,7 +31,7 @@ def split_of(config: TrainConfig, fold: int) -> Split:
     )
 
 
-def units_of(config: TrainConfig) -> Units | None:
+def split_groups_of(config: TrainConfig) -> SplitGroups | None:
     """By text, or by similarity too, where the corpus is given; None is by exact content."""
     if config.corpus is None:
         return None
@@ -41,6 +41,6 @@ def units_of(config: TrainConfig) -> Units | None:
     cluster.connect()
     embeddings = embed(config.corpus, config.sentence_encoder, f"{config.out.rstrip('/')}-embeddings")
     joined = by_text.joined_where_similar(embeddings.keys, embeddings.vectors, config.likeness)
-    num_units = len(set(joined.units.tolist()))
-    say(f"train: {len(joined.keys):,} prompts, {num_units:,} that are not alike at a cosine of {config.likeness}")
+    num_groups = len(set(joined.groups.tolist()))
+    say(f"train: {len(joined.keys):,} prompts, {num_groups:,} that are not alike at a cosine of {config.likeness}")
     return joined

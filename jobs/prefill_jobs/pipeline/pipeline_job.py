@@ -19,7 +19,7 @@ from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.graded.graded_store import GradedStore
-from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import EvaluateConfig, ExtractConfig, PipelineConfig, ProbeConfig, TrainConfig, load_command
 from prefill_jobs.pipeline.publish_gate import PublishGate
 from prefill_jobs.train.probe_job import TABLE as PROBES
@@ -182,7 +182,7 @@ class Pipeline:
         return f"{summary.manifest.rows:,} prompts, {summary.work.prompts:,} of them computed"
 
     def _probe(self) -> str:
-        run_probe(self.probe, split_of(self.train, 0), units_of(self.train))
+        run_probe(self.probe, split_of(self.train, 0), split_groups_of(self.train))
         return f"layers {self.whole.layers}, {self.whole.pooling}"
 
     def _evaluate(self) -> str:
@@ -284,7 +284,11 @@ class Pipeline:
     def _graded_sample(self) -> str:
         """A digest of the sample and of those outcomes that probing sees: others say nothing of the layers."""
         graded = GradedStore.open(
-            self.sample.out, self.config.outcomes, self.config.pool, ignore_unknown=True, units=units_of(self.train)
+            self.sample.out,
+            self.config.outcomes,
+            self.config.pool,
+            ignore_unknown=True,
+            groups=split_groups_of(self.train),
         )
         answers = graded.only(split_of(self.train, 0), Part.TRAIN).answers(np.sort(graded.keys))
         digest = hashlib.sha256(_digest(self.sample.out).encode())

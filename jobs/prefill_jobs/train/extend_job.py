@@ -16,7 +16,7 @@ import torch
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
-from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_router.common.console import say
@@ -56,8 +56,8 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
             f"the router was trained with {router.split.describe()}: give --corpus, --likeness and --hold-out as then, "
             "or what is held out would be learnt from"
         )
-    units = units_of(config)
-    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, units=units)
+    groups = split_groups_of(config)
+    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, groups=groups)
     cluster.connect()
     predicted = predict_graded(router, graded.only(router.split, Part.TRAIN, Part.VALIDATION), with_features=True)
     assert predicted.features is not None
@@ -79,7 +79,7 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
         length_scale=np.concatenate([router.length_scale, mean_scale(predicted.output_tokens, logs)]),
         calibration=router.calibration.with_more(len(new)),
         training_prompts=np.union1d(router.training_prompts, predicted.keys),
-        training_units=np.union1d(router.training_units, graded.units.of(predicted.keys)),
+        training_units=np.union1d(router.training_units, graded.groups.of(predicted.keys)),
     )
     return router, num_answers
 

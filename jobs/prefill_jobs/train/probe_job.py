@@ -26,7 +26,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
-from prefill_router.corpus.split_groups import Units
+from prefill_router.corpus.split_groups import SplitGroups
 from prefill_router.probe import layer_scores
 from prefill_router.probe.layer_scores import LayerProbe
 from prefill_router.probe.moments import LabelledMoments, Moments
@@ -37,17 +37,17 @@ TABLE = "probe.parquet"
 _BATCH = 8
 
 
-def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | None = None) -> list[LayerProbe]:
+def run_probe(config: ProbeConfig, split: Split | None = None, groups: SplitGroups | None = None) -> list[LayerProbe]:
     """Probes one store an encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg.
 
-    Of a split, training's outcomes alone are looked at; `units` are what it keeps together.
+    Of a split, training's outcomes alone are looked at; `groups` are the split groups that it keeps on one side.
     """
     from prefill_router.reports import (
         figures,  # which imports matplotlib: training, which imports this module, draws nothing
     )
 
     storage.check_output(config.out)
-    stores = _open(config, units)
+    stores = _open(config, groups)
     if split is not None:
         stores = [graded.only(split, Part.TRAIN) for graded in stores]
     cluster.connect()
@@ -58,10 +58,10 @@ def run_probe(config: ProbeConfig, split: Split | None = None, units: Units | No
     return probes
 
 
-def _open(config: ProbeConfig, units: Units | None) -> list[GradedStore]:
+def _open(config: ProbeConfig, groups: SplitGroups | None) -> list[GradedStore]:
     """Raises UserError where two stores are of one encoder."""
     stores = [
-        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, units=units)
+        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, groups=groups)
         for uri in config.activations.split(",")
     ]
     for name, count in Counter(map(_encoder, stores)).items():

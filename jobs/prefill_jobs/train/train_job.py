@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import predict_graded
-from prefill_jobs.graded.prompt_split import split_of, units_of
+from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.train.extend_job import extend
@@ -104,7 +104,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
         pool,
         ignore_unknown=config.ignore_unknown,
         more_targets=tuple(sorted(others)),
-        units=units_of(config),
+        groups=split_groups_of(config),
     )
     parts = _Parts.of(graded, split)
     cluster.connect()
@@ -144,7 +144,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
         default_tolerance=0.0,
         split=split,
         training_prompts=np.sort(task.graded.graded_keys),
-        training_units=np.unique(graded.units.of(task.graded.graded_keys)),
+        training_units=np.unique(graded.groups.of(task.graded.graded_keys)),
         training={
             "recipe": config.recipe,
             "run": run,

@@ -1,6 +1,6 @@
 """Train, validation and test, split by a hash, so that any shard can be split alone.
 
-It is the hash of a prompt's unit (see `units`): prompts that are the same, or nearly, are never on two sides.
+The hash is that of the prompt's split group (see `split_groups`), so that equal or similar prompts are on one side.
 """
 
 # N prompts
@@ -18,7 +18,7 @@ from pydantic import Field
 from prefill_router.common.validation import Fraction, StrictModel
 from prefill_router.corpus.reader import prompt_hash
 
-Keys = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or of units
+Keys = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or split groups
 
 
 def prompt_hashes(prompt_ids: Iterable[str]) -> Keys:
@@ -44,7 +44,7 @@ class Split(StrictModel):
     folds: int | None = Field(None, ge=2)
     fold: int = Field(0, ge=0)
     held_out: tuple[str, ...] = ()
-    units: Literal["content", "text", "similarity"] = "content"  # what is never on two sides: see `units`
+    units: Literal["content", "text", "similarity"] = "content"  # the kind of split groups: see `split_groups`
 
     def describe(self) -> str:
         """For people."""
@@ -59,7 +59,7 @@ class Split(StrictModel):
         )
 
     def parts(self, keys: Keys) -> NDArray[np.int8]:
-        """The Part of each prompt (N,), by the hash of its unit."""
+        """The Part of each prompt (N,), by its split group."""
         draws = mixed(keys ^ mixed(np.array([self.seed], np.uint64))) / float(2**64)
         if self.folds:
             draws = (draws - self.fold / self.folds) % 1.0

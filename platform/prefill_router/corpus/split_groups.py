@@ -1,6 +1,6 @@
-"""What a split may not tear apart: prompts that are the same, or nearly, are one unit, which lies on one side.
+"""Split groups: sets of equal or similar prompts that a split keeps on one side.
 
-Otherwise a router is asked in the exam what it was taught, and an evaluation flatters it.
+If a prompt were in training and a near copy of it in the test part, the evaluation would flatter the router.
 """
 
 # N prompts, D dimensions
@@ -30,68 +30,71 @@ _CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Units:
-    """The unit of each prompt, by the hashes of prompt_ids. A prompt that is not known is a unit of its own."""
+class SplitGroups:
+    """Maps the hashes of prompt_ids to split groups. An unknown prompt is a group of its own."""
 
     kind: Kind
     keys: Keys  # (N,) ascending
-    units: Keys  # (N,)
-    is_held_out: NDArray[np.bool_] | None = None  # (N,) prompts that are to be the test part, whatever the hash says
+    groups: Keys  # (N,)
+    is_held_out: NDArray[np.bool_] | None = None  # (N,) prompts that are in the test part, whatever their hash
 
     def of(self, keys: Keys) -> Keys:
-        place, is_known = self._places(keys)
-        return np.where(is_known, self.units[place], keys) if len(self.keys) else keys
+        """The split group of each prompt (N,)."""
+        index, is_known = self._find(keys)
+        return np.where(is_known, self.groups[index], keys) if len(self.keys) else keys
 
     def held_out(self, keys: Keys) -> NDArray[np.bool_]:
-        """Which prompts (N,) are to be the test part, whatever the hash says."""
+        """Whether each prompt (N,) belongs to the test part, whatever its hash."""
         if self.is_held_out is None:
             return np.zeros(len(keys), bool)
-        place, is_known = self._places(keys)
-        return np.asarray(is_known & self.is_held_out[place])
+        index, is_known = self._find(keys)
+        return np.asarray(is_known & self.is_held_out[index])
 
-    def _places(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _find(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The index of each prompt in `self.keys`, and whether the prompt is known."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return place, np.asarray(self.keys[place] == keys)
+        index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return index, np.asarray(self.keys[index] == keys)
 
-    def joined_where_similar(self, keys: Keys, vectors: NDArray[Any], likeness: float) -> Units:
-        """With prompts in one unit whose vectors (N, D), of unit length, have a cosine of `likeness` or more.
+    def joined_where_similar(self, keys: Keys, vectors: NDArray[Any], likeness: float) -> SplitGroups:
+        """Merges the groups of similar prompts, given their vectors (N, D) of unit length.
 
-        So are prompts that a chain of such pairs joins. It compares all pairs: N² D products.
+        Prompts are similar if their cosine is at least `likeness`, or if a chain of such pairs connects them.
+        Compares all pairs: N² D products.
         """
         own = self.of(keys)
-        groups = _components(vectors, likeness, own)
-        first = np.full(groups.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
-        np.minimum.at(first, groups, own)
+        component = _components(vectors, likeness, own)
+        lowest = np.full(component.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
+        np.minimum.at(lowest, component, own)
         order = np.argsort(keys)
-        return replace(self, kind="similarity", keys=keys[order], units=first[groups][order])
+        return replace(self, kind="similarity", keys=keys[order], groups=lowest[component][order])
 
 
-def by_content(prompts: Keys, contents: Keys) -> Units:
-    """Groups prompts of equal content: (N,) hashes of their ids and of their texts, as `StoreKeys` has them."""
+def by_content(prompts: Keys, contents: Keys) -> SplitGroups:
+    """Groups prompts of equal content, given hashes (N,) of their ids and of their texts, as in `StoreKeys`."""
     known, first = np.unique(prompts, return_index=True)
-    return Units("content", known, contents[first])
+    return SplitGroups("content", known, contents[first])
 
 
-def of_corpus(uri: str, held_out: Sequence[str] = (), column: str = "category") -> Units:
-    """By the prompts' text but for case, space and punctuation.
+def of_corpus(uri: str, held_out: Sequence[str] = (), column: str = "category") -> SplitGroups:
+    """Groups the prompts of a corpus by text, ignoring case, white space and punctuation.
 
-    With `held_out`, the prompts whose `column` is one of these values are to be the test part. Raises UserError where
-    there is no such column or value.
+    Prompts whose `column` is one of the values `held_out` form the test part. Raises UserError if that column or
+    value does not occur.
     """
     found = list(_text_hashes(uri))
     keys, first = np.unique(np.array([key for key, _ in found], np.uint64), return_index=True)
-    units = Units("text", keys, np.array([text for _, text in found], np.uint64)[first])
+    split_groups = SplitGroups("text", keys, np.array([text for _, text in found], np.uint64)[first])
     if not held_out:
-        return units
-    # A prompt that stands in another category too must not be learnt from there.
-    of_held_out = units.units[np.isin(keys, _of_categories(uri, held_out, column))]
-    return replace(units, is_held_out=np.isin(units.units, of_held_out))
+        return split_groups
+    # A held-out prompt may also occur in another category: its whole group is held out.
+    of_held_out = split_groups.groups[np.isin(keys, _of_categories(uri, held_out, column))]
+    return replace(split_groups, is_held_out=np.isin(split_groups.groups, of_held_out))
 
 
 def text_hash(prompt: Prompt) -> int:
-    """64 bits of a prompt's text but for case, space and punctuation; of all of it where nothing else is there."""
+    """A 64-bit hash of a prompt's words without case and punctuation; of the whole folded text if it has no words."""
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = _NOT_WORDS.sub(" ", folded).strip()
@@ -107,21 +110,23 @@ def _text_hashes(uri: str) -> Iterator[tuple[int, int]]:
 
 
 def _of_categories(uri: str, wanted: Sequence[str], column: str) -> Keys:
-    """The hashes of the prompts in these categories."""
+    """The hashes of the prompts whose `column` is one of `wanted`."""
     rows = (row for file in reader.files(uri) for _, _, row in reader.read(file, extras=[column]))
     good = (row for row in rows if isinstance(row, Row) and row.extras[0] is not None)
     of_prompts = {row.prompt_id: str(row.extras[0]) for row in good}
     known = sorted(set(of_prompts.values()))
     if not known:
-        raise UserError(f"{uri}: column {column} is missing, by which prompts are to be held out")
+        raise UserError(
+            f"{uri}: column {column} is missing, which --hold-out needs: add it, or name another with --category"
+        )
     for name in wanted:
         if name not in known:
             raise UserError(f'{uri}: no prompt has {column} "{name}"; it has {", ".join(known[:20])}')
     return prompt_hashes([prompt_id for prompt_id, name in of_prompts.items() if name in wanted])
 
 
-def _components(vectors: NDArray[Any], likeness: float, units: Keys) -> NDArray[np.int64]:
-    """The connected components (N,) of prompts that are similar, or of one unit."""
+def _components(vectors: NDArray[Any], likeness: float, groups: Keys) -> NDArray[np.int64]:
+    """The connected component of each prompt (N,); edges join prompts that are similar or in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -130,8 +135,8 @@ def _components(vectors: NDArray[Any], likeness: float, units: Keys) -> NDArray[
     for start in range(0, len(x), _CHUNK_ROWS):
         row, column = np.nonzero(x[start : start + _CHUNK_ROWS] @ x.T >= likeness)
         pairs.append(np.column_stack([start + row, column]))
-    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
-    pairs.append(np.column_stack([np.arange(len(x)), first[unit]]))
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    pairs.append(np.column_stack([np.arange(len(x)), first[group]]))
     rows, columns = np.concatenate(pairs).T
     graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(x), len(x)))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)

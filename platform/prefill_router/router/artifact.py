@@ -85,7 +85,7 @@ class Router:
     length_scale: NDArray[np.float32]  # (T,) mean lengths as a multiple of the medians, see `length.mean_scale`
     default_tolerance: float
     training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
-    # Sorted: the units of those prompts, of the kind that `split` says.
+    # Sorted: the split groups of those prompts, of the kind in `split`.
     training_units: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     split: Split = field(default_factory=Split)  # whose test part nothing was learnt from
     training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went

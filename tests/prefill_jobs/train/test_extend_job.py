@@ -71,8 +71,8 @@ def test_what_is_held_out_stays_unseen(router: str, activations: str, outcomes_o
     data = {"extend": router, "activations": activations, "pool": pool}
     first = train(TrainConfig(**data, outcomes=outcomes_of_three, out=str(tmp_path / "first")))
     table = pq.read_table(outcomes_of_three)
-    units = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
-    is_held_out = first.split.parts(units) == Part.TEST
+    groups = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    is_held_out = first.split.parts(groups) == Part.TEST
     flipped = np.where(is_held_out, 1.0 - table["correct"].to_numpy(), table["correct"].to_numpy())
     pq.write_table(table.set_column(2, "correct", pa.array(flipped, pa.float32())), tmp_path / "flipped.parquet")
     again = train(TrainConfig(**data, outcomes=str(tmp_path / "flipped.parquet"), out=str(tmp_path / "again")))

@@ -65,8 +65,8 @@ def test_the_published_recipe_prices_at_the_median_length(
 ) -> None:
     published = train(config(activations, small_data, tmp_path / "router", recipe="published", max_epochs=3))
     table = pq.read_table(small_data / "outcomes.parquet")
-    units = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
-    seen = table.filter(pa.array(published.split.parts(units) == Part.TRAIN))
+    groups = content_groups(activations).of(prompt_hashes(table["prompt_id"].to_pylist()))
+    seen = table.filter(pa.array(published.split.parts(groups) == Part.TRAIN))
     for t, target in enumerate(["big", "small"]):
         lengths = seen.filter(pa.compute.equal(seen["target"], target))["output_tokens"].to_numpy()
         np.testing.assert_allclose(

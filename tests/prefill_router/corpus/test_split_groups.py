@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from corpora import write, write_jsonl
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Part, Split, prompt_hashes
-from prefill_router.corpus.split_groups import Units, of_corpus, text_hash
+from prefill_router.corpus.split_groups import SplitGroups, of_corpus, text_hash
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_a_category_or_column_that_is_not_there_is_an_error(tmp_path: Path) -> N
 
 def test_a_prompt_that_is_not_known_is_a_unit_of_its_own() -> None:
     keys = np.array([3, 5], np.uint64)
-    units = Units("text", keys, np.array([7, 7], np.uint64), np.array([True, False]))
-    assert units.of(np.array([5, 9, 3], np.uint64)).tolist() == [7, 9, 7]
-    assert units.held_out(np.array([5, 9, 3], np.uint64)).tolist() == [False, False, True]
-    nothing = Units("content", keys[:0], keys[:0])
+    groups = SplitGroups("text", keys, np.array([7, 7], np.uint64), np.array([True, False]))
+    assert groups.of(np.array([5, 9, 3], np.uint64)).tolist() == [7, 9, 7]
+    assert groups.held_out(np.array([5, 9, 3], np.uint64)).tolist() == [False, False, True]
+    nothing = SplitGroups("content", keys[:0], keys[:0])
     assert nothing.of(keys).tolist() == [3, 5]
     assert nothing.held_out(keys).tolist() == [False, False]
 
@@ -104,7 +104,7 @@ def test_a_chain_of_similar_prompts_is_one_unit(seed: int, num_prompts: int, lik
     keys = rng.permutation(1000)[:num_prompts].astype(np.uint64)
     own = rng.integers(0, num_prompts, num_prompts).astype(np.uint64)
     order = np.argsort(keys)
-    joined = Units("text", keys[order], own[order]).joined_where_similar(keys, vectors, likeness).of(keys)
+    joined = SplitGroups("text", keys[order], own[order]).joined_where_similar(keys, vectors, likeness).of(keys)
 
     reached = (vectors @ vectors.T >= likeness) | (own[:, None] == own)
     for _ in range(num_prompts):
@@ -113,10 +113,10 @@ def test_a_chain_of_similar_prompts_is_one_unit(seed: int, num_prompts: int, lik
 
 
 def test_units_lie_on_one_side_and_folds_share_out_all() -> None:
-    units = prompt_hashes([f"unit-{i}" for i in range(3000)])
-    parts = np.stack([Split(folds=5, fold=fold, test_fraction=0.2).parts(units) == Part.TEST for fold in range(5)])
+    groups = prompt_hashes([f"unit-{i}" for i in range(3000)])
+    parts = np.stack([Split(folds=5, fold=fold, test_fraction=0.2).parts(groups) == Part.TEST for fold in range(5)])
     assert (parts.sum(0) == 1).all()
     assert parts.mean(1) == pytest.approx([0.2] * 5, abs=0.03)
-    twice = np.repeat(units, 2)
+    twice = np.repeat(groups, 2)
     sides = Split().parts(twice).reshape(-1, 2)
     np.testing.assert_array_equal(sides[:, 0], sides[:, 1])
