@@ -13,9 +13,8 @@ import pytest
 
 from crashes.life import here
 from prefill_jobs.label import estimation
-from prefill_router import storage
 from prefill_router.corpus import plan, reader, scan
-from prefill_router.storage import lease
+from prefill_router.storage import lease, uris
 
 
 def simulate(patch: pytest.MonkeyPatch) -> None:
@@ -28,7 +27,7 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lease, "_started", lambda _pid: life.number if (life := here()) is not None else 0)
     patch.setattr(lease.Lease, "_keep", lambda _self: None)
     patch.setattr(os, "fsync", lambda _descriptor: None)  # a process dies, and not its machine
-    for module in (storage, reader, scan, plan, estimation):
+    for module in (uris, reader, scan, plan, estimation):
         patch.setattr(module, "ThreadPoolExecutor", _OneThread)
 
 
