@@ -193,7 +193,7 @@ def told(command: Command, router: str, store: Path, data: Path, tmp_path: Path)
 @pytest.mark.parametrize(("column", "first_byte"), [("target", 0), ("prompt_id", 40), ("correct", 0)])
 def test_damaged_outcomes_name_the_file(data: Path, told: Any, column: str, first_byte: int) -> None:
     spoil(data / "outcomes.parquet", column, first_byte)
-    told(f"{data}/outcomes.parquet: is damaged", "write it anew")
+    told(f"{data}/outcomes.parquet: is damaged", "write it again")
 
 
 def test_outcomes_with_a_damaged_footer_name_the_file(data: Path, told: Any) -> None:
@@ -202,7 +202,7 @@ def test_outcomes_with_a_damaged_footer_name_the_file(data: Path, told: Any) -> 
     path.write_bytes(whole[:-40] + b"\xff" * 20 + whole[-20:])
     told(f"{path}: ")
     path.write_bytes(whole[:-8])
-    told(f"{path}: not a Parquet file", "write it anew")
+    told(f"{path}: not a Parquet file", "write it again")
 
 
 def test_a_damaged_shard_names_the_file(store: Path, told: Any) -> None:

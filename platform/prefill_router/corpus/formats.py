@@ -13,7 +13,7 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.text_files import CsvTable, Record, json_object, read_json_list, read_jsonl
 from prefill_router.storage.compression import COMPRESSED, open_text, unpacked
-from prefill_router.storage.row_groups import BATCH_ROWS, batch_rows
+from prefill_router.storage.parquet_files import BATCH_ROWS, batch_rows
 
 _BINARY, _TEXT = (".parquet", ".arrow", ".feather"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for text in _TEXT for packed in COMPRESSED))

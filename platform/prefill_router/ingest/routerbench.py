@@ -22,7 +22,7 @@ from prefill_router.corpus.formats import column_values
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, check_unique, open_csv, require_columns
 from prefill_router.ingest.records import CATEGORY, Format, Item, Options, RawAnswer, Record, Unknown, text
-from prefill_router.storage.row_groups import batch_rows
+from prefill_router.storage.parquet_files import batch_rows
 
 _USED = ("sample_id", "prompt", "eval_name")
 _KNOWN = ("oracle_model_to_route_to",)

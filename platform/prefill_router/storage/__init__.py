@@ -1,30 +1,28 @@
-"""Where bytes live: local files and S3 by URI, Parquet objects, leases."""
+"""Storage: files on a local disk or in S3 by URI, Parquet files, committed shards, and leases on outputs.
 
+Start with `uris`, whose functions this package exports as `storage.read_bytes(...)`. The rest builds on them:
+`parquet_objects` describes committed files by checksum, and `lease` keeps two jobs off one output.
+"""
+
+from prefill_router.storage.listing import find, find_files, list_files, list_names
+from prefill_router.storage.parquet_files import damage, encode_parquet, open_parquet, read_table
 from prefill_router.storage.uris import (
     Uri,
     absolute,
     arrow_location,
     check_output,
     create_bytes,
-    damage,
-    encode_parquet,
     exists,
-    find,
-    find_files,
     is_failure_of_storage,
     is_file,
     join,
-    list_files,
-    list_names,
     name,
     open_input,
-    open_parquet,
     read_ahead,
     read_bytes,
     read_json,
     read_many,
     read_range,
-    read_table,
     read_toml,
     remove,
     remove_many,

@@ -1,4 +1,4 @@
-"""Files that are read as they are, or decompressed where their name ends in .gz, .zst or .bz2; and as UTF-8."""
+"""Opens files that may be compressed (.gz, .zst, .bz2), and text files that may be UTF-16 or UTF-32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefill_router.common.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".bz2")
 _BUFFER_BYTES = 1 << 20
-_MARKS = {  # the longer ones first: that of UTF-16 begins as that of UTF-32
+_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -27,7 +27,7 @@ _MARKS = {  # the longer ones first: that of UTF-16 begins as that of UTF-32
 
 
 def unpacked(uri: str) -> str:
-    """The name, in lower case, of what a file holds: a.jsonl of a.JSONL.gz."""
+    """The name of the decompressed file, in lower case: a.jsonl for a.JSONL.gz."""
     name = uri.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -36,19 +36,19 @@ def unpacked(uri: str) -> str:
 
 @contextmanager
 def open_bytes(uri: str) -> Iterator[io.BufferedReader]:
-    """A file's bytes, as a stream that can be moved forward. Raises UserError where they cannot be decompressed."""
+    """Opens a file's decompressed bytes as a stream that can seek forward. Raises UserError if they are damaged."""
     with storage.open_input(uri) as raw:
         try:
             yield io.BufferedReader(cast(io.RawIOBase, _decompressed(uri, raw)), _BUFFER_BYTES)
         except (EOFError, zlib.error, OSError) as error:
             if storage.is_failure_of_storage(error):
                 raise
-            raise UserError(f"{uri}: cannot be decompressed: {error}") from None
+            raise UserError(f"{uri}: cannot be decompressed: {error}: write it again") from None
 
 
 @contextmanager
 def open_text(uri: str) -> Iterator[io.BufferedReader]:
-    """`open_bytes`, and where a file begins with the mark of UTF-16 or UTF-32, its text in UTF-8."""
+    """Like `open_bytes`, but re-encodes text as UTF-8 if it begins with the mark of UTF-16 or UTF-32."""
     with open_bytes(uri) as stream:
         encoding = next((name for mark, name in _MARKS.items() if stream.peek(4).startswith(mark)), None)
         if encoding is None:
@@ -57,7 +57,7 @@ def open_text(uri: str) -> Iterator[io.BufferedReader]:
         try:
             yield io.BufferedReader(cast(io.RawIOBase, _Forward(_Recoded(stream, encoding))), _BUFFER_BYTES)
         except UnicodeDecodeError as error:
-            raise UserError(f"{uri}: begins as {encoding}, but is none: {error.reason}") from None
+            raise UserError(f"{uri}: starts as {encoding}, but is not {encoding}: {error.reason}") from None
 
 
 def _decompressed(uri: str, raw: IO[bytes]) -> object:
@@ -71,7 +71,7 @@ def _decompressed(uri: str, raw: IO[bytes]) -> object:
 
 
 class _Recoded:
-    """Text of another encoding, as UTF-8."""
+    """A stream that re-encodes text as UTF-8."""
 
     def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
         self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
@@ -87,7 +87,7 @@ class _Recoded:
 
 
 class _Forward(io.RawIOBase):
-    """A stream without places, given some: those ahead are reached by reading."""
+    """Gives a stream that cannot seek a position, and seeks forward by reading."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._position = stream, 0
@@ -111,7 +111,7 @@ class _Forward(io.RawIOBase):
         if whence == io.SEEK_CUR:
             offset += self._position
         if whence == io.SEEK_END or offset < self._position:
-            raise io.UnsupportedOperation("a compressed stream moves forward only")
+            raise io.UnsupportedOperation("a compressed stream can only seek forward")
         while self._position < offset and (data := self._stream.read(min(offset - self._position, _BUFFER_BYTES))):
             self._position += len(data)
         return self._position

@@ -1,15 +1,15 @@
-"""One writer at a time on an output: a lease, which its holder renews while it lives and others take once it is dead.
+"""A lease that keeps one writer at a time on an output: its holder renews it, and others take it over when it expires.
 
-It saves work and tells a user who else is writing. Nothing that is written depends on it: objects are named by what
-they hold and created only where there is none, so that two writers, should there ever be two, do no harm.
+It avoids duplicate work and tells a user who else is writing. Correctness does not depend on it: objects are named by
+their content and created only if they do not exist, so that two writers do no harm.
 
-`<output>/_lease/` holds numbered records, of which the highest is the lease. Only who created a record ever changes
-it; to take over is to create the next number, which storage grants to one of all that try. The highest is never
-deleted, not even when it is released, so that no number is granted twice.
+`<output>/_lease/` holds numbered records; the one with the highest number is the lease. Only the process that created
+a record changes it. Taking over means creating the next number, which succeeds for one contender. The highest record
+is never deleted, not even on release, so that no number is used twice.
 
-A holder is taken for dead where its process on this very machine has ended, or its last sign of life is `EXPIRES_S`
-old by the clock of whoever asks. Clocks are taken to agree within half a minute: one that is wrongly taken for dead
-finds out when it next renews.
+A holder counts as dead if its process on this machine has ended, or if its last renewal is `EXPIRES_S` old by the
+reader's clock. Clocks are assumed to agree within half a minute. A live holder that is taken for dead notices when it
+next renews.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _FOLDER = "_lease"
 
 
 class Holder(validation.StrictModel):
-    """The record: who holds the lease, and when it was last alive."""
+    """The record of a lease: the process that holds it, and when it was last renewed."""
 
     id: str
     job: str
     host: str
-    machine: str  # tells apart hosts, and containers, of the same name
+    machine: str  # distinguishes hosts and containers of the same name
     pid: int
-    started: int  # of the process, in the machine's ticks: its number may come back
+    started: int  # start of the process in clock ticks since boot: pids are reused
     since: AwareDatetime
     renewed: AwareDatetime
     released: bool = False
@@ -63,7 +63,7 @@ class Holder(validation.StrictModel):
 
     @property
     def age_s(self) -> float:
-        """Since the last sign of life; never negative, though its clock may be ahead."""
+        """Time since the last renewal; 0 if the holder's clock is ahead."""
         return max(0.0, (datetime.now(UTC) - self.renewed).total_seconds())
 
     @property
@@ -77,23 +77,23 @@ class Holder(validation.StrictModel):
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's
+        except PermissionError:  # another user's process
             return False
         return _started(self.pid) != self.started
 
     def __str__(self) -> str:
         return (
             f"host {self.host}, pid {self.pid}, since {self.since.astimezone(UTC):%H:%M:%S} UTC, "
-            f"last sign of life {self.age_s:.0f} s ago"
+            f"last renewed {self.age_s:.0f} s ago"
         )
 
 
 class Lease:
-    """Held from `acquire` until `release` or the end of a `with`; a thread renews it every `RENEW_S`."""
+    """A lease held from `acquire` until `release` or the end of a `with` block; a thread renews it every `RENEW_S`."""
 
     def __init__(self, uri: str, number: int, holder: Holder) -> None:
         self._uri, self._number, self._holder = uri, number, holder
-        self._lost = ""  # why, once it is
+        self._lost = ""  # why the lease was lost; empty while it is held
         self._renewed_at = time.monotonic()
         self._renewing = threading.Lock()
         self._ended = threading.Event()
@@ -102,7 +102,7 @@ class Lease:
 
     @classmethod
     def acquire(cls, uri: str, job: str) -> Lease:
-        """Raises UserError where another process, or this one, holds a lease on the output at `uri`."""
+        """Acquires the lease on the output at `uri`. Raises UserError if another process, or this one, holds it."""
         holder = Holder.this_process(job)
         while True:
             number, other = _current(uri)
@@ -114,24 +114,24 @@ class Lease:
                 return cls(uri, number + 1, holder)
 
     def check(self) -> None:
-        """Raises UserError where another took over, or may have: while renewals go well, it only looks at a clock."""
-        if not self._lost and self._silent_s > EXPIRES_S:
+        """Raises UserError if another process took over, or may have; while renewals succeed, only reads a clock."""
+        if not self._lost and self._since_renewal_s > EXPIRES_S:
             try:
-                self._renew()  # whether this process was stopped for a while, or storage is out of reach
+                self._renew()  # this process was suspended, or the storage failed
             except OSError as error:
                 raise UserError(
-                    f"{self._uri}: for {self._silent_s:.0f} s the lease could not be renewed, so that another "
-                    f"{self._holder.job} may be writing here: run it again when storage answers: {error}"
+                    f"{self._uri}: the lease could not be renewed for {self._since_renewal_s:.0f} s, so another "
+                    f"{self._holder.job} may be writing here: run it again when the storage responds: {error}"
                 ) from error
         if self._lost:
             raise UserError(self._lost)
 
     def release(self) -> None:
-        """Lets others in at once. Where storage fails, they get in when the lease expires."""
+        """Frees the lease for others. If the storage fails, it is free when it expires."""
         self._ended.set()
-        if self._lost or self._silent_s > EXPIRES_S / 2:
+        if self._lost or self._since_renewal_s > EXPIRES_S / 2:
             return
-        self._thread.join()  # or its last renewal might undo the release
+        self._thread.join()  # otherwise its last renewal might undo the release
         with suppress(OSError):
             _write(self._uri, self._number, self._holder.model_copy(update={"released": True}))
 
@@ -142,12 +142,12 @@ class Lease:
         self.release()
 
     @property
-    def _silent_s(self) -> float:
+    def _since_renewal_s(self) -> float:
         return time.monotonic() - self._renewed_at
 
     def _keep(self) -> None:
         while not self._lost and not self._ended.wait(RENEW_S):
-            with suppress(OSError, UserError):  # `check` says so when it has lasted too long
+            with suppress(OSError, UserError):  # `check` raises if this lasts too long
                 self._renew()
 
     def _renew(self) -> None:
@@ -155,28 +155,28 @@ class Lease:
             now = time.monotonic()
             number, other = _current(self._uri)
             if number != self._number:
-                what = f"another {other.job} has taken over here ({other})" if other else "the lease was deleted"
-                self._lost = f"{self._uri}: {what}, so that this one stops"
+                what = f"another {other.job} has taken over ({other})" if other else "the lease was deleted"
+                self._lost = f"{self._uri}: {what}: this {self._holder.job} stops"
                 return
             _write(self._uri, self._number, self._holder.model_copy(update={"renewed": datetime.now(UTC)}))
             self._renewed_at = now
 
 
 def _current(uri: str) -> tuple[int, Holder | None]:
-    """The highest number and its record; 0 and None where there never was a lease."""
+    """Returns the highest number and its record, or 0 and None if there never was a lease."""
     while numbers := _numbers(uri):
-        with suppress(FileNotFoundError):  # superseded and cleared away since
+        with suppress(FileNotFoundError):  # superseded and deleted since
             return max(numbers), _read(uri, max(numbers))
     return 0, None
 
 
 def _claim(uri: str, number: int, holder: Holder) -> bool:
-    """Whether the lease is `holder`'s now."""
+    """Tries to create record `number`; returns whether the lease is `holder`'s now."""
     if not _create(uri, number, holder):
         return False
     numbers = _numbers(uri)
     if max(numbers, default=0) != number:
-        # Who saw the numbers long ago can create one that was granted and cleared away since.
+        # A process that listed the numbers long ago can create one that was used and deleted since.
         storage.remove(_path(uri, number))
         return False
     for past in set(numbers) - {number}:
@@ -188,7 +188,7 @@ def _create(uri: str, number: int, holder: Holder) -> bool:
     if storage.create_bytes(_path(uri, number), holder.model_dump_json().encode()):
         return True
     try:
-        return _read(uri, number).id == holder.id  # it is where the answer to the first attempt was lost
+        return _read(uri, number).id == holder.id  # true if the response to the first attempt was lost
     except FileNotFoundError:
         return False
 
@@ -212,7 +212,7 @@ def _write(uri: str, number: int, holder: Holder) -> None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the namespace in which its process numbers count; empty outside Linux."""
+    """Identifies this boot of this machine and its pid namespace; empty outside Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -221,7 +221,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process was started, in ticks since boot; 0 where there is none that still runs, or outside Linux."""
+    """When a process started, in clock ticks since boot; 0 if it does not run, or outside Linux."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Parquet objects that a manifest commits: each is written whole under a deterministic name, with its checksum."""
+"""Parquet files that a manifest commits: each has a deterministic name and a checksum, and is written atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARD_NAME = re.compile(r"part-(\d{6,}|[0-9a-f]{32})\.parquet")
 
 
 class ShardFile(StrictModel):
-    """One committed object."""
+    """The description of a committed Parquet file."""
 
     name: str
     rows: int
@@ -28,7 +28,7 @@ class ShardFile(StrictModel):
 
 
 def write_shard(uri: str, index: int, table: pa.Table) -> ShardFile:
-    """Writes shard `index` below `uri`; doing it again replaces it by the same."""
+    """Writes shard `index` below `uri`, replacing an earlier one."""
     return write_named(uri, f"part-{index:06d}.parquet", table)
 
 
@@ -40,14 +40,14 @@ def write_named(uri: str, name: str, table: pa.Table) -> ShardFile:
 
 
 def file_name(name: str) -> str:
-    """The file that `create_shard` writes."""
+    """The name of the file that `create_shard` writes."""
     return f"part-{name}.parquet"
 
 
 def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
-    """Writes the shard that `name` (32 hex digits) stands for, unless it lies there already: then it is left as it is.
+    """Writes the shard `name` (32 hex digits) below `uri`, unless it exists.
 
-    Objects are whole and named by what they hold, so that one which a writer left before it died is as good.
+    Files are written atomically and named by their content, so one that a killed writer left is equivalent.
     """
     name = file_name(name)
     data = storage.encode_parquet(table)
@@ -57,7 +57,7 @@ def create_shard(uri: str, name: str, table: pa.Table) -> ShardFile:
 
 
 def write_addressed(uri: str, folder: str, table: pa.Table) -> ShardFile:
-    """Writes a table into a folder below `uri` under the name that its bytes give it, unless it lies there."""
+    """Writes a table into a folder below `uri`, named by the hash of its bytes, unless it exists."""
     data = storage.encode_parquet(table)
     name = f"{folder}/{hashlib.sha256(data).hexdigest()[:32]}.parquet"
     storage.create_bytes(storage.join(uri, name), data)
@@ -65,12 +65,12 @@ def write_addressed(uri: str, folder: str, table: pa.Table) -> ShardFile:
 
 
 def read_addressed(uri: str, file: ShardFile) -> pa.Table:
-    """What `write_addressed` wrote. Raises UserError where it is gone or damaged."""
+    """Reads a table that `write_addressed` wrote. Raises UserError if it is missing or damaged."""
     path = storage.join(uri, file.name)
-    storage.require(path, "list of shards, though the manifest names it")
+    storage.require(path, f"list of shards, though {MANIFEST} names it")
     data = storage.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise UserError(f"{path}: its checksum is not the one in {MANIFEST}: it is not what was written")
+        raise UserError(f"{path}: its checksum is not the one in {MANIFEST}: remove {uri} and write it again")
     return pq.read_table(io.BytesIO(data))
 
 
@@ -79,24 +79,20 @@ def _described(name: str, rows: int, data: bytes) -> ShardFile:
 
 
 def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
-    """Raises UserError where the object is gone or damaged, or is not the one that was committed."""
-    path, remedy = storage.join(uri, shard.name), f"remove {uri} and write it anew, as extract or embed did"
-    storage.require(path, "shard, though the manifest names it")
+    """Reads columns of a shard. Raises UserError if the file is missing, damaged, or not the one that was committed."""
+    path, remedy = storage.join(uri, shard.name), f"remove {uri} and write it again with extract or embed"
+    storage.require(path, f"shard, though {MANIFEST} names it")
     size = storage.size_bytes(path)
     if size != shard.bytes:
-        raise UserError(
-            f"{path}: has {size:,} bytes, but the manifest says {shard.bytes:,}: it is not what was written: {remedy}"
-        )
+        raise UserError(f"{path}: has {size:,} bytes, must have {shard.bytes:,} according to {MANIFEST}: {remedy}")
     table = storage.read_table(path, columns, remedy)
     if len(table) != shard.rows or not set(columns) <= set(table.column_names):
-        raise UserError(
-            f"{path}: holds other rows or columns than the manifest says: it is not what was written: {remedy}"
-        )
+        raise UserError(f"{path}: its rows or columns are not those of {MANIFEST}: {remedy}")
     return table
 
 
 def remove_shards(uri: str, keep: Collection[str] = (), *, at_any_depth: bool = False) -> None:
-    """Deletes the shards directly below `uri`, or at any depth, except those named in `keep`, and nothing else."""
+    """Deletes the shards directly below `uri`, or at any depth, except those named in `keep`; touches no other file."""
     names = _names_below(uri) if at_any_depth else storage.list_names(uri)
     ours = [name for name in names if _SHARD_NAME.fullmatch(storage.name(name)) and name not in keep]
     storage.remove_many([storage.join(uri, name) for name in ours])

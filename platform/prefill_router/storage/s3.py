@@ -1,7 +1,7 @@
-"""S3 as a filesystem whose failures pass or end: one layer of retries, a bound on every wait, errors of one kind.
+"""An S3 filesystem with one layer of retries, a bound on every wait, and OSErrors that name the object.
 
-Both botocore and s3fs would retry, and their attempts multiply. Here s3fs alone does, since only it also begins anew
-where the body of an answer breaks off.
+Both botocore and s3fs retry, so their attempts multiply. Here only s3fs retries, because only s3fs also restarts a
+download whose body breaks off.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from s3fs.core import S3File, set_custom_error_handler
 
-STALL_S = 5.0  # after which an upload of which the store takes nothing more is broken off
+STALL_S = 5.0  # an upload that makes no progress for this long is aborted
 _MAX_DELETED = 1000  # S3's limit for one request
-_PAUSE_S = 0.1  # the first; as s3fs has it
+_PAUSE_S = 0.1  # before the first retry, as in s3fs
 _MAX_PUT_BYTES = 5 * 2**30  # S3's limit for one plain PUT
 _TRANSIENT_STATUSES = {500, 502, 503, 504}
-# The first two: another conditional write or a deletion was under way, so that this one was not decided.
+# The first two: the request collided with another conditional write or a deletion.
 _TRANSIENT_CODES = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout"}
-# What s3fs and our callers tell apart; all else is an OSError and no more.
-_TOLD_APART = (FileNotFoundError, FileExistsError, PermissionError)
+# Subclasses of OSError that s3fs and our callers distinguish.
+_DISTINGUISHED = (FileNotFoundError, FileExistsError, PermissionError)
 
 
 def connect() -> S3:
-    """The S3 that the usual AWS variables and configuration files name."""
+    """Connects to the S3 store that the usual AWS variables and configuration files name."""
     options = {
         "retries": {"total_max_attempts": 1},
         "max_pool_connections": 64,
@@ -40,16 +40,16 @@ def connect() -> S3:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    # Listings change under us (other writers), so none is cached. Without concurrency inside an object, to read it is
-    # one request, which is retried as a whole.
+    # Other writers change listings, so none is cached. Without concurrency inside an object, reading it is one request,
+    # which is retried as a whole.
     return S3(config_kwargs=options, use_listings_cache=False, skip_instance_cache=True, max_concurrency=1)
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """Tries what may pass (errors 5xx, resets, cut bodies, silence) 9 times, with pauses of 17 s in all.
+    """Tries a request 9 times if the error is transient (5xx, reset, truncated body, timeout), pausing 17 s in total.
 
-    What remains is an OSError whose message is one line that names the object. It comes after 17 s where the store
-    fails at once, and within two minutes where it takes connections and never answers.
+    Then raises an OSError with a one-line message that names the object: after 17 s if the store fails immediately,
+    within two minutes if it accepts connections but never responds.
     """
 
     retries = 9
@@ -58,14 +58,14 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        set_custom_error_handler(_is_transient)  # here, since Ray unpickles filesystems in its workers
+        set_custom_error_handler(_is_transient)  # here, because Ray unpickles filesystems in its workers
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes the object whole, by one PUT: where a multipart upload's last answer is lost, it can't be resumed."""
+        """Writes an object with one PUT: a multipart upload whose last response is lost cannot be retried."""
         self.pipe_file(path, data, chunksize=_MAX_PUT_BYTES)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes the object unless something lies there, and says whether it did."""
+        """Writes an object unless it exists, and returns whether it did."""
         assert len(data) < _MAX_PUT_BYTES, "some stores complete multipart uploads unconditionally"
         try:
             self.pipe_file(path, data, chunksize=_MAX_PUT_BYTES, mode="create")
@@ -76,10 +76,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return True
 
     async def _remove_many(self, paths: Sequence[str]) -> None:
-        """Deletes objects of one bucket, a thousand a request. Those that the store did not delete are asked again."""
+        """Deletes objects of one bucket, a thousand per request; retries those that the store reports as failed."""
         for start in range(0, len(paths), _MAX_DELETED):
-            places = [self.split_path(path) for path in paths[start : start + _MAX_DELETED]]
-            bucket, keys = places[0][0], [key for _, key, _ in places]
+            split = [self.split_path(path) for path in paths[start : start + _MAX_DELETED]]
+            bucket, keys = split[0][0], [key for _, key, _ in split]
             for attempt in range(self.retries):
                 objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
                 errors = (await self._call_s3("delete_objects", Bucket=bucket, Delete=objects)).get("Errors", [])
@@ -91,7 +91,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 raise OSError(f"s3://{bucket}/{keys[0]}: could not be deleted: {errors[0].get('Code')}")
 
     async def _remove_below(self, path: str) -> None:
-        """Deletes all objects below a folder, by its literal name: fsspec's `rm` would expand `[1]` or `*`."""
+        """Deletes all objects below a folder, taking its name literally: fsspec's `rm` would expand `[1]` or `*`."""
         bucket, key, _ = self.split_path(path)
         page: dict[str, Any] = {"IsTruncated": True}
         while page["IsTruncated"]:
@@ -121,21 +121,21 @@ class _Input(S3File):  # type: ignore[misc]
 
 @contextmanager
 def _os_errors(*path: str | None) -> Iterator[None]:
-    """Makes what s3fs and the libraries below it raise into OSErrors that name the object.
+    """Turns errors of s3fs and the libraries below it into OSErrors that name the object.
 
-    A request that failed for good must not come out as what s3fs takes for a body's failure, and would try again.
+    Otherwise s3fs may take a request's final failure for a truncated body, and retry it.
     """
     try:
         yield
     except (OSError, BotoCoreError, HttpError) as error:
         uri = "s3://" + "/".join(part for part in path if part)
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        kind = next((kind for kind in _TOLD_APART if isinstance(error, kind)), OSError)
+        kind = next((kind for kind in _DISTINGUISHED if isinstance(error, kind)), OSError)
         raise kind(reason if reason.startswith("s3://") else f"{uri}: {reason}") from error
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether s3fs should try again, which it asks of the errors that it does not know better."""
+    """Whether s3fs retries an error that it does not classify itself."""
     if isinstance(error, ClientError):
         code = error.response.get("Error", {}).get("Code")
         return code in _TRANSIENT_CODES or _http_status(error) in _TRANSIENT_STATUSES
@@ -143,14 +143,14 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """The status of the answer that an error came from, whatever exceptions it went through."""
+    """The HTTP status of the response that caused an error, found through its chain of causes, or None."""
     while error is not None and not isinstance(error, ClientError):
         error = error.__cause__
     return None if error is None else error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
 def _open_socket(address: Any) -> socket.socket:
-    """A socket whose connection breaks when an upload stalls: the timeouts above bound only the wait for an answer."""
+    """Opens a socket that closes when an upload stalls: the timeouts above only bound the wait for a response."""
     family, kind, protocol, *_ = address
     opened = socket.socket(family, kind, protocol)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux

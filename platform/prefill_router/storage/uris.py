@@ -1,13 +1,12 @@
-"""URIs to filesystems: the one place that knows where bytes live.
+"""Reads, writes and deletes objects by URI: a local path, `file://...` or `s3://bucket/key`.
 
-A URI is a local path, `file://...` or `s3://bucket/key`. S3 takes its endpoint, region and credentials from the usual
-AWS variables and configuration files, so any S3-compatible store works. Every write is whole or absent.
+S3 takes its endpoint, region and credentials from the usual AWS variables and configuration files, so any
+S3-compatible store works. Every write is atomic.
 """
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -22,21 +21,17 @@ from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar, cast
 
 import fsspec
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator, Field
 
-from prefill_router.common.errors import UserError, one_line
+from prefill_router.common.errors import UserError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_READERS = 32
-_ANEW = "write it anew"  # the remedy for a damaged file
-_GROUP_BYTES, _PIECE_BYTES = 256 << 20, 8 << 20  # of a Parquet file: above, it is fetched in such pieces
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # how file systems without hard links say so
+_NUM_READERS = 32
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of file systems that have none
 
 
 @cache
@@ -46,35 +41,35 @@ def _local() -> LocalFileSystem:
 
 @cache
 def _s3() -> Any:
-    from prefill_router.storage import s3  # which takes a while to import, and many never need
+    from prefill_router.storage import s3  # slow to import, and often not needed
 
     return s3.connect()
 
 
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URI and the path inside it. Raises UserError for a scheme that is not supported."""
+    """Returns the filesystem of a URI and the path inside it. Raises UserError if the scheme is not supported."""
     scheme, separator, rest = uri.partition("://")
     if not uri:
-        raise UserError("an empty path was given")
+        raise UserError("empty path: give a local path, file:// or s3://")
     if not separator:
         return _local(), str(Path(uri).expanduser().absolute())
     if scheme == "file":
         return _local(), str(Path(rest).absolute())
     if scheme == "s3":
         if not rest.strip("/"):
-            raise UserError(f"{uri}: names no bucket")
-        if "?versionId=" in rest:  # which s3fs would cut off
-            raise UserError(f"{uri}: names a version of an object: only the latest can be read")
+            raise UserError(f"{uri}: names no bucket: use s3://bucket/key")
+        if "?versionId=" in rest:  # s3fs would cut it off
+            raise UserError(f"{uri}: names a version of an object, but only the latest can be read: omit ?versionId")
         return _s3(), rest.rstrip("/")
     raise UserError(f'{uri}: scheme "{scheme}" is not supported: use a local path, file:// or s3://')
 
 
 def absolute(uri: str) -> str:
-    """A local path as an absolute one, for a process in another folder; any other URI as it is."""
+    """Makes a local path absolute, for a process in another folder; returns any other URI unchanged."""
     return uri if "://" in uri or not uri else str(Path(uri).expanduser().absolute())
 
 
-# An option that is a URI. Workers run in folders of their own: a relative path is made absolute where it is given.
+# The type of an option that is a URI. Workers run in folders of their own, so a relative path is made absolute at once.
 Uri = Annotated[str, Field(min_length=1), AfterValidator(absolute)]
 
 
@@ -92,23 +87,19 @@ def exists(uri: str) -> bool:
 
 
 def is_file(uri: str) -> bool:
-    return _is_file(*resolve(uri))
-
-
-def _is_file(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    # `fs.isfile` would take a failure for a no.
+    fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return Path(path).is_file()
     try:
-        return bool(fs.info(path)["type"] == "file")
+        return bool(fs.info(path)["type"] == "file")  # `fs.isfile` returns False if the request fails
     except FileNotFoundError:
         return False
 
 
 def check_output(uri: str) -> None:
-    """Raises UserError where nothing could be written below `uri`, which is asked before anything that takes long.
+    """Raises UserError if nothing can be written below `uri`; call it before long work.
 
-    A local folder is only looked at; to a bucket, an empty object is written and deleted.
+    Checks the permissions of a local folder; in a bucket, writes and deletes an empty object.
     """
     if is_file(uri):
         raise UserError(f"{uri}: is a file: an output is a folder, choose another --out")
@@ -133,86 +124,26 @@ def size_bytes(uri: str) -> int:
 
 
 def sizes_bytes(uris: Sequence[str]) -> list[int]:
-    """The sizes of many files, asked for concurrently."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    """The sizes of many files, queried concurrently."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
         return list(pool.map(size_bytes, uris))
 
 
 def require(uri: str, what: str) -> None:
-    """Raises UserError unless something lies at `uri`."""
+    """Raises UserError if no file or folder exists at `uri`; `what` names it in the message."""
     if not exists(uri):
         raise UserError(f"{uri}: no such {what}")
 
 
-def list_files(uri: str, suffixes: Sequence[str]) -> list[str]:
-    """The file at `uri`, or the files directly below it with one of `suffixes`, sorted, as URIs."""
-    fs, path = resolve(uri)
-    if _is_file(fs, path):
-        return [uri]
-    names = sorted(entry["name"].rpartition("/")[2] for entry in fs.ls(path, detail=True) if entry["type"] == "file")
-    return [join(uri, n) for n in names if n.lower().endswith(tuple(suffixes)) and not n.startswith((".", "_"))]
-
-
-def find(uri: str) -> tuple[list[str], list[str]]:
-    """The file at `uri`, or all files at any depth below it, and what is neither; sorted, as URIs.
-
-    Hidden ones are left out. Links are followed, but not into a folder that they lie in. Raises UserError where `uri`
-    itself is neither.
-    """
-    fs, path = resolve(uri)
-    if _is_file(fs, path):
-        return [uri], []
-    is_local = isinstance(fs, LocalFileSystem)
-    if is_local and not Path(path).is_dir() and Path(path).exists():
-        raise UserError(f"{uri}: is a pipe or a device, which is read but once: write it to a file")
-    files: list[str] = []
-    others: list[str] = []
-    for place, is_file in _walk(path) if is_local else ((place, True) for place in fs.find(path)):
-        below = place.removeprefix(f"{path.rstrip('/')}/")
-        if not any(part.startswith(".") for part in below.split("/")):
-            (files if is_file else others).append(join(uri, below))
-    return sorted(files), sorted(others)
-
-
-def find_files(uri: str) -> list[str]:
-    """The files that `find` finds."""
-    return find(uri)[0]
-
-
-def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
-    """What lies in a local folder at any depth and is none itself, and whether it is a file."""
-    above = (*above, str(Path(folder).resolve()))
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_dir():
-                yield entry.path, entry.is_file()
-            elif not entry.is_symlink() or str(Path(entry.path).resolve()) not in above:
-                yield from _walk(entry.path, above)
-
-
-def list_names(uri: str) -> list[str]:
-    """The names directly below a folder, of files and folders, sorted; none where there is no folder.
-
-    Names that begin with a dot are left out: drafts of writers that died may lie there.
-    """
-    fs, path = resolve(uri)
-    try:
-        paths = fs.ls(path, detail=False)
-    except FileNotFoundError:
-        return []
-    names = (p.removeprefix(f"{path}/").rstrip("/") for p in paths if p.startswith(f"{path}/"))
-    return sorted(n for n in names if n and not n.startswith("."))
-
-
 def stamp(uri: str) -> str:
-    """Changes whenever the object at `uri` does: of a local file its size and time, of one in S3 its ETag."""
+    """A string that changes whenever the object at `uri` does: size and time of a local file, size and ETag in S3."""
     fs, path = resolve(uri)
     info = fs.info(path)
     return f"{info['size']}:{info.get('ETag') or info['mtime']}"
 
 
 def open_input(uri: str) -> IO[bytes]:
-    """A seekable binary stream."""
+    """Opens an object as a seekable binary stream."""
     fs, path = resolve(uri)
     return cast(IO[bytes], fs.open(path, "rb"))
 
@@ -223,84 +154,84 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
-    """The bytes [start, end) of an object."""
+    """Reads the bytes [start, end) of an object."""
     fs, path = resolve(uri)
     return bytes(fs.cat_file(path, start=start, end=end)) if start < end else b""
 
 
 def read_many(uris: Sequence[str]) -> list[bytes]:
-    """The objects at `uris`, in that order, read concurrently: over a network, small ones are mostly waited for."""
-    places = [resolve(uri) for uri in uris]
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [bytes(data) for data in pool.map(lambda place: place[0].cat_file(place[1]), places)]
+    """Reads the objects at `uris` concurrently and returns them in that order."""
+    resolved = [resolve(uri) for uri in uris]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        return [bytes(data) for data in pool.map(lambda place: place[0].cat_file(place[1]), resolved)]
 
 
 def read_ahead(
-    read: Callable[[_Item], _Result], items: Iterable[_Item], num_ahead: int = _READERS
+    read: Callable[[_Item], _Result], items: Iterable[_Item], num_ahead: int = _NUM_READERS
 ) -> Iterator[_Result]:
-    """What `read` returns for each item, in order, computed concurrently: at most `num_ahead` results are held."""
+    """Calls `read` on the items concurrently and yields the results in order; keeps at most `num_ahead` of them."""
     with ThreadPoolExecutor(num_ahead) as pool:
-        begun: deque[Future[_Result]] = deque()
+        pending: deque[Future[_Result]] = deque()
         for item in items:
-            begun.append(pool.submit(read, item))
-            if len(begun) == num_ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(pool.submit(read, item))
+            if len(pending) == num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes the object whole: a reader sees the old one or the new one, never a part."""
+    """Writes an object atomically: a reader sees the old one or the new one, never a part."""
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
         fs.write(path, data)
         return
     target = Path(path)
-    with _draft(target, data) as draft:
-        draft.replace(target)
+    with _temporary_file(target, data) as temporary:
+        temporary.replace(target)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Writes the object whole unless something lies there, and says whether it did: of racing creators, one does.
+    """Writes an object atomically unless it exists, and returns whether it did. Of racing callers, one creates it.
 
-    Whoever must know whose object it is reads it. On S3, False may stand for one's own object: where the answer to an
-    attempt is lost, the next one finds what the first has created.
+    On S3, False may mean the caller's own object: if the response to an attempt is lost, the retry finds the object
+    that the attempt created. A caller that must know reads the object.
     """
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
         return bool(fs.create(path, data))
-    with _draft(Path(path), data) as draft:
+    with _temporary_file(Path(path), data) as temporary:
         try:
-            os.link(draft, path)
+            os.link(temporary, path)
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_HARD_LINKS:
                 raise
             raise UserError(
-                f"{uri}: this file system has no hard links, which keep two writers apart: choose another place"
+                f"{uri}: this file system has no hard links, which keep two writers apart: choose another file system"
             ) from error
     return True
 
 
 @contextmanager
-def _draft(target: Path, data: bytes) -> Iterator[Path]:
-    """A file beside `target` that holds `data`, on the disk. What is made of it there is on the disk afterwards too."""
+def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
+    """Writes `data` to a temporary file beside `target`, synced to disk; syncs the folder after the `with` block."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with draft.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        yield draft
+        yield temporary
         _sync_folder(target.parent)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -312,6 +243,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_json(uri: str) -> Any:
+    """Raises UserError if the file is not JSON."""
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
@@ -331,86 +263,41 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """A file whose row groups are fetched one at a time, and larger ones piece by piece: read them under `damage`.
-
-    Raises UserError where the file is no Parquet.
-    """
-    fs, path = resolve(uri)
-    source = path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
-    with damage(uri):
-        try:
-            file = pq.ParquetFile(source, pre_buffer=True)
-            groups = map(file.metadata.row_group, range(file.num_row_groups))
-            if max(map(_stored_bytes, groups), default=0) > _GROUP_BYTES:
-                file = pq.ParquetFile(source, buffer_size=_PIECE_BYTES, pre_buffer=False, metadata=file.metadata)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{uri}: not a Parquet file: {one_line(error)}: {_ANEW}") from None
-    return file
-
-
-@contextmanager
-def damage(uri: str, remedy: str = _ANEW) -> Iterator[None]:
-    """Raises UserError where Arrow cannot read what lies at `uri`; the storage's own failures are passed on."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if is_failure_of_storage(error):
-            raise
-        raise UserError(f"{uri}: is damaged, or of a kind that is not read: {one_line(error)}: {remedy}") from None
-
-
 def is_failure_of_storage(error: BaseException) -> bool:
-    """Or is it the data that is bad? Then gzip and Arrow raise an OSError as well, but one without a number, and bytes
-    that lead before the beginning of a file one that says that the argument is invalid."""
+    """Whether the storage failed, and not the data.
+
+    For bad data, gzip and Arrow raise an OSError without a number, or EINVAL if an offset is negative.
+    """
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
-def _stored_bytes(group: pq.RowGroupMetaData) -> int:
-    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-
-
-def read_table(uri: str, columns: Sequence[str] | None = None, remedy: str = _ANEW) -> pa.Table:
-    """One Parquet file, reading only `columns`. Raises UserError, with a remedy, where it is damaged."""
-    with damage(uri, remedy), open_parquet(uri) as file:
-        return file.read(columns=None if columns is None else list(columns))
-
-
-def encode_parquet(table: pa.Table, dictionaries: Sequence[str] = ()) -> bytes:
-    """A table as the bytes of one Parquet file, the columns `dictionaries` as such."""
-    sink = io.BytesIO()
-    # Dictionaries never pay for activations, and cost a pass over them.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=list(dictionaries))
-    return sink.getvalue()
-
-
 def arrow_location(uri: str) -> tuple[pafs.FileSystem | None, str]:
-    """The Arrow filesystem of a URI, None for the local one, and the path inside it."""
+    """Returns the Arrow filesystem of a URI, None for the local one, and the path inside it."""
     fs, path = resolve(uri)
     return (None if isinstance(fs, LocalFileSystem) else pafs.PyFileSystem(pafs.FSSpecHandler(fs))), path
 
 
 def remove(uri: str) -> None:
-    """Deletes a file or a whole folder; nothing happens where there is none."""
+    """Deletes a file or a whole folder, if it exists."""
     fs, path = resolve(uri)
-    with suppress(FileNotFoundError):  # or another was faster
-        if _is_file(fs, path):
+    with suppress(FileNotFoundError):  # another process may delete it too
+        if is_file(uri):
             fs.rm_file(path)
         elif isinstance(fs, LocalFileSystem):
-            # fsspec's asks for the working directory, which Ray's raylets of one machine may have put anew.
+            # fsspec's version needs the working directory, which another raylet on this machine may have replaced.
             shutil.rmtree(path)
         else:
             fs.remove_below(path)
 
 
 def remove_many(uris: Sequence[str]) -> None:
-    """Deletes files that lie at one place, S3's by the thousand; those that are gone are passed over."""
-    places = [resolve(uri) for uri in uris]
-    if not places:
+    """Deletes files of one filesystem, if they exist; in S3, a thousand per request."""
+    resolved = [resolve(uri) for uri in uris]
+    if not resolved:
         return
-    fs = places[0][0]
+    fs, paths = resolved[0][0], [path for _, path in resolved]
     if not isinstance(fs, LocalFileSystem):
-        fs.remove_many([path for _, path in places])
+        fs.remove_many(paths)
         return
-    for _, path in places:
+    for path in paths:
         Path(path).unlink(missing_ok=True)

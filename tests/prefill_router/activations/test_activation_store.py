@@ -165,10 +165,10 @@ def test_a_damaged_list_of_shards_is_one_line(root: str, damage: bytes | None, m
     (name,) = storage.list_names(storage.join(root, "shards"))
     path = storage.join(root, "shards", name)
     storage.remove(path)
-    expected = "no such list of shards, though the manifest names it"
+    expected = "no such list of shards, though manifest.json names it"
     if damage is not None:
         storage.write_bytes(path, damage)
-        expected = "its checksum is not the one in manifest.json: it is not what was written"
+        expected = f"its checksum is not the one in manifest.json: remove {root} and write it again"
     with pytest.raises(UserError) as error:
         ActivationStore.open(root)
     assert str(error.value) == f"{path}: {expected}"
@@ -179,14 +179,14 @@ def test_a_shard_that_is_gone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "part-000001.parquet").unlink()
     store = ActivationStore.open(str(tmp_path))
     store.read(0, [LAST])
-    with pytest.raises(UserError, match=r"part-000001\.parquet: no such shard, though the manifest names it"):
+    with pytest.raises(UserError, match=r"part-000001\.parquet: no such shard, though manifest\.json names it"):
         store.read(1, [LAST])
 
 
 def test_a_shard_with_other_rows_is_an_error(tmp_path: Path) -> None:
     write_store(str(tmp_path), [2])
     write_activations(str(tmp_path), 0, ["a"], encoded(1), 0)
-    with pytest.raises(UserError, match=r"part-000000\.parquet: .*not what was written"):
+    with pytest.raises(UserError, match=r"part-000000\.parquet: .* manifest\.json: remove .* and write it again"):
         ActivationStore.open(str(tmp_path)).read(0, [LAST])
 
 

@@ -25,7 +25,7 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import formats, reader, text_files
 from prefill_router.corpus.reader import BadRow, Row
-from prefill_router.storage import row_groups, uris
+from prefill_router.storage import parquet_files
 
 LONG = "long prompt " * 20_000  # 240,000 characters
 UNICODE = st.characters(exclude_categories=["Cs"])
@@ -336,7 +336,7 @@ def test_a_dictionary_is_not_unpacked_for_all_its_rows_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     """A value that a small file holds once, and its 200 rows 200 times."""
-    monkeypatch.setattr(row_groups, "_UNPACKED_BYTES", 4 << 20)
+    monkeypatch.setattr(parquet_files, "_UNPACKED_BYTES", 4 << 20)
     text = "x" * (1 << 20)
     table = pa.Table.from_pylist([{column: text if column == "prompt" else [{"role": "user", "content": text}]}])
     path, options = tmp_path / "a.parquet", {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30}
@@ -556,7 +556,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path, delimiter: str, encoding
 
 def test_text_that_is_not_the_utf16_it_begins_as_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "x"}\n'.encode("utf-16")[:-1])
-    with pytest.raises(UserError, match=r"a\.jsonl: begins as UTF-16, but is none: truncated data"):
+    with pytest.raises(UserError, match=r"a\.jsonl: starts as UTF-16, but is not UTF-16: truncated data"):
         read(path)
 
 
@@ -600,7 +600,7 @@ def test_what_is_not_read_of_a_folder_is_told(tmp_path: Path) -> None:
     assert [file.removeprefix(f"{folder}/") for file in files] == read_names
     names = ["README.md", "dataset_info.json", "gone.jsonl", "pipe.jsonl"]
     assert [file.removeprefix(f"{folder}/") for file in others] == names
-    with pytest.raises(UserError, match=r"pipe\.jsonl: is a pipe or a device, which is read but once"):
+    with pytest.raises(UserError, match=r"pipe\.jsonl: is a pipe or a device, which can be read only once"):
         reader.find(str(folder / "pipe.jsonl"))
 
 
@@ -653,7 +653,7 @@ def test_a_table_whose_pages_are_damaged_is_named(tmp_path: Path, suffix: str) -
     data = bytearray(path.read_bytes())
     data[200 : len(data) // 2] = b"\xee" * (len(data) // 2 - 200)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"corpus\{suffix}: is damaged, or of a kind that is not read: .*: write it"):
+    with pytest.raises(UserError, match=rf"corpus\{suffix}: is damaged, or holds an unsupported type: .*: write it"):
         read(path)
 
 
@@ -674,9 +674,9 @@ def test_a_row_group_of_gigabytes_is_read_in_pieces_of_bounded_memory(
     with pq.ParquetWriter(path, pa.schema([("messages", kind)]), data_page_size=1 << 16) as writer:
         batches = [pa.record_batch([pa.array([[{"role": "user", "content": c}]], kind)], ["messages"]) for c in content]
         writer.write_table(pa.Table.from_batches(batches), row_group_size=100)  # 26 MB
-    monkeypatch.setattr(row_groups, "BATCH_BYTES", 1 << 20)
-    monkeypatch.setattr(uris, "_GROUP_BYTES", 1 << 20)
-    monkeypatch.setattr(uris, "_PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(parquet_files, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_files, "_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_files, "_PIECE_BYTES", 1 << 18)
     before_bytes = pa.total_allocated_bytes()
     most_bytes = 0
     for i, (row, _, found) in enumerate(reader.read(str(path))):

@@ -1,4 +1,4 @@
-"""Leases on real storage, between threads, between processes, and after a SIGKILL."""
+"""Leases on real storage, contended by threads and processes, and after a SIGKILL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefill_router.storage import lease as lease_module
 from prefill_router.storage.lease import Holder, Lease
 
 SOURCE_ROOT = str(Path(prefill_router.__file__).parents[1])
-# Tries to take the lease when it reads a line, says how that went, and lets go when its input ends.
+# Tries to acquire the lease when it reads a line, prints the result, and releases the lease when its input ends.
 CONTENDER = """
 import sys
 from prefill_router.common.errors import UserError
@@ -41,7 +41,7 @@ Contender = subprocess.Popen[str]
 
 @pytest.fixture
 def start() -> Iterator[Callable[[str], Contender]]:
-    """Starts a process that contends for an output, and waits until it is ready."""
+    """Starts a process that contends for the lease on an output, and waits until it is ready."""
     started: list[Contender] = []
 
     def start_one(out: str) -> Contender:
@@ -75,7 +75,7 @@ def record_path(out: str, number: int) -> str:
 
 
 def leave_lease(out: str, number: int = 1, **changes: object) -> None:
-    """A lease as a process that is gone has left it; without changes, it is this very process's."""
+    """Writes the lease that another process left behind; without `changes`, it is this process's."""
     holder = Holder.this_process("extract").model_copy(update=changes)
     storage.write_json(record_path(out, number), holder.model_dump(mode="json"))
 
@@ -89,7 +89,7 @@ def numbers(out: str) -> list[str]:
 
 
 def race(out: str, runners: int) -> list[Lease]:
-    """The leases that those got who all tried at once."""
+    """Returns the leases acquired by `runners` threads that try at the same time."""
     barrier = threading.Barrier(runners)
 
     def run(_runner: int) -> Lease | None:
@@ -106,22 +106,22 @@ def race(out: str, runners: int) -> list[Lease]:
 # --- one at a time -----------------------------------------------------------------------------------------------
 
 
-def test_who_comes_second_is_told_who_is_there(root: str) -> None:
+def test_the_second_contender_is_told_who_holds_the_lease(root: str) -> None:
     leave_lease(root, host="node-7", machine="another", pid=4711, since=datetime(2026, 1, 2, 14, 3, 12, tzinfo=UTC))
     message = (
-        r"another extract is writing here \(host node-7, pid 4711, since 14:03:12 UTC, last sign of life \d s ago\): "
+        r"another extract is writing here \(host node-7, pid 4711, since 14:03:12 UTC, last renewed \d s ago\): "
         r"wait for it, or choose another --out$"
     )
     with pytest.raises(UserError, match=f"^{root}: {message}"):
         Lease.acquire(root, "extract")
 
 
-def test_a_process_does_not_share_with_itself(root: str) -> None:
+def test_a_process_cannot_acquire_its_own_lease_again(root: str) -> None:
     with Lease.acquire(root, "extract"), pytest.raises(UserError, match=f"another extract.* pid {os.getpid()}, "):
         Lease.acquire(root, "extract")
 
 
-def test_what_is_released_is_free_at_once(root: str) -> None:
+def test_a_released_lease_is_free_at_once(root: str) -> None:
     first = Lease.acquire(root, "extract")
     first.check()
     first.release()
@@ -163,7 +163,7 @@ def test_of_racing_processes_one_gets_it(root: str, start: Callable[[str], Conte
     assert all(f"{root}: another extract is writing here" in text and f"pid {winner.pid}," in text for text in others)
 
 
-# --- the dead ----------------------------------------------------------------------------------------------------
+# --- dead holders ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_reaped", [True, False])
@@ -176,7 +176,7 @@ def test_the_lease_of_a_killed_process_is_free_at_once(
     with pytest.raises(UserError, match=f"pid {holder.pid}, "):
         Lease.acquire(root, "extract")
     holder.send_signal(signal.SIGKILL)
-    # Who does not wait for its child leaves a zombie, which still has the number.
+    # A child that is not reaped is a zombie, which keeps its pid.
     os.waitid(os.P_PID, holder.pid, os.WEXITED | (0 if is_reaped else os.WNOWAIT))
     with Lease.acquire(root, "extract") as lease:
         lease.check()
@@ -188,7 +188,7 @@ def test_a_process_that_got_the_number_of_a_dead_one_is_not_it(root: str) -> Non
 
 
 def test_a_process_number_of_another_machine_says_nothing(root: str, start: Callable[[str], Contender]) -> None:
-    """Containers may share a host's name, but not its process numbers."""
+    """Containers may share a host's name, but not its pids."""
     ended = start(root)
     ended.kill()
     ended.wait()
@@ -197,9 +197,9 @@ def test_a_process_number_of_another_machine_says_nothing(root: str, start: Call
         Lease.acquire(root, "extract")
 
 
-def test_who_gave_no_sign_of_life_for_a_minute_is_dead(root: str) -> None:
+def test_a_holder_that_has_not_renewed_for_a_minute_is_dead(root: str) -> None:
     leave_lease(root, machine="another", renewed=ago(50))
-    with pytest.raises(UserError, match=r"last sign of life 5\d s ago"):
+    with pytest.raises(UserError, match=r"last renewed 5\d s ago"):
         Lease.acquire(root, "extract")
     leave_lease(root, machine="another", renewed=ago(61))
     Lease.acquire(root, "extract").release()
@@ -207,7 +207,7 @@ def test_who_gave_no_sign_of_life_for_a_minute_is_dead(root: str) -> None:
 
 def test_a_clock_that_is_ahead_is_alive(root: str) -> None:
     leave_lease(root, machine="another", renewed=ago(-20))
-    with pytest.raises(UserError, match="last sign of life 0 s ago"):
+    with pytest.raises(UserError, match="last renewed 0 s ago"):
         Lease.acquire(root, "extract")
 
 
@@ -218,8 +218,8 @@ def test_of_many_that_find_it_expired_one_gets_it(root: str) -> None:
     assert numbers(root) == ["000008.json"]
 
 
-def test_who_looked_long_ago_gets_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was stopped after it had seen that the lease was free; since, two others have come, and the first has gone."""
+def test_a_contender_with_an_outdated_view_gets_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contender is suspended after it saw a free lease; meanwhile, one holder released it and another acquired it."""
     look = lease_module._current
     Lease.acquire(root, "extract").release()
     with Lease.acquire(root, "extract") as lease:
@@ -231,14 +231,14 @@ def test_who_looked_long_ago_gets_nothing(root: str, monkeypatch: pytest.MonkeyP
         lease.check()
 
 
-def test_whose_answer_was_lost_has_it_all_the_same(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_response_to_the_creation_does_not_lose_the_lease(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     create = storage.create_bytes
     monkeypatch.setattr(storage, "create_bytes", lambda *arguments: create(*arguments) and False)
     with Lease.acquire(root, "extract") as lease:
         lease.check()
 
 
-# --- the living --------------------------------------------------------------------------------------------------
+# --- live holders --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,18 +271,20 @@ def test_a_lease_is_renewed_while_it_is_held(quick: None, root: str) -> None:
         lease.check()
 
 
-def test_who_was_taken_for_dead_finds_out(quick: None, root: str) -> None:
+def test_a_holder_that_was_taken_for_dead_finds_out(quick: None, root: str) -> None:
     lease = Lease.acquire(root, "extract")
     leave_lease(root, number=2, host="node-7")
     wait_until(lambda: is_lost(lease))
-    with pytest.raises(UserError, match=f"^{root}: another extract has taken over here .*node-7.* so that this one"):
+    with pytest.raises(UserError, match=f"^{root}: another extract has taken over .*node-7.*: this extract stops"):
         lease.check()
     lease.release()
     assert not Holder.model_validate(storage.read_json(record_path(root, 2))).released
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
-def test_who_was_stopped_looks_before_it_goes_on(root: str, monkeypatch: pytest.MonkeyPatch, is_taken: bool) -> None:
+def test_a_suspended_holder_checks_the_lease_before_it_continues(
+    root: str, monkeypatch: pytest.MonkeyPatch, is_taken: bool
+) -> None:
     lease = Lease.acquire(root, "extract")
     monkeypatch.setattr(lease_module, "EXPIRES_S", 0.0)
     if is_taken:
@@ -313,7 +315,7 @@ def test_storage_may_fail_for_a_while(quick: None, root: str, monkeypatch: pytes
             patch.setattr(storage, "list_names", fail)
             wait_until(lambda: len(failures) > 2)
             lease.check()
-            patch.setattr(lease_module, "EXPIRES_S", 0.0)  # as if it had lasted a minute
-            with pytest.raises(UserError, match=r"could not be renewed, .*: storage is away"):
+            patch.setattr(lease_module, "EXPIRES_S", 0.0)  # simulates a failure of a minute
+            with pytest.raises(UserError, match=r"could not be renewed for .*: storage is away"):
                 lease.check()
-        lease.check()  # nobody has taken over in between
+        lease.check()  # no other process has taken over

@@ -46,19 +46,6 @@ def test_what_is_no_json_is_an_error(root: str) -> None:
         storage.read_json(uri)
 
 
-def test_list_files_keeps_the_visible_ones_directly_below_in_order(root: str) -> None:
-    for name in ("b.csv", "a.csv", "c.txt", "_c.csv", ".d.csv", "below/e.csv"):
-        storage.write_bytes(storage.join(root, name), b"x")
-    assert storage.list_files(root, [".csv"]) == [storage.join(root, "a.csv"), storage.join(root, "b.csv")]
-    assert storage.list_files(root + "/", [".csv", ".txt"])[-1] == storage.join(root, "c.txt")
-
-
-def test_list_files_of_a_file_is_that_file(root: str) -> None:
-    uri = storage.join(root, "a.csv")
-    storage.write_bytes(uri, b"x")
-    assert storage.list_files(uri, [".parquet"]) == [uri]
-
-
 def test_remove_takes_a_file_a_folder_or_nothing(root: str) -> None:
     names = ["a/1.txt", "a/b/2.txt", "c.txt"]
     for name in names:
@@ -81,7 +68,7 @@ def test_remove_many_takes_files_and_passes_over_what_is_gone(root: str) -> None
 
 @pytest.mark.parametrize("special", ["run[1]", "run*", "run?", "run%31", "run+1", "run=1", "run#1", "run{1}", "run 1"])
 def test_names_are_taken_literally(root: str, special: str) -> None:
-    sibling = "run1"  # which the patterns would match
+    sibling = "run1"  # matches the name, if it is taken for a pattern
     folders = [storage.join(root, name) for name in (special, sibling)]
     files = [storage.join(folder, special) for folder in folders]
     for file in files:
@@ -133,7 +120,9 @@ def test_open_input_is_seekable(root: str) -> None:
         assert stream.read() == b"ne\ntwo\n"
 
 
-def test_a_write_that_fails_leaves_the_old_object_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_object_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "object.bin"
     storage.write_bytes(str(path), b"old")
 
@@ -152,7 +141,7 @@ def test_a_write_to_a_bucket_that_is_not_there_fails(s3_bucket: str) -> None:
         storage.write_bytes(f"{s3_bucket}-no-such-bucket/key", b"data")
 
 
-# --- create, read many, list names -------------------------------------------------------------------------------
+# --- create, read many ------------------------------------------------------------------------------------------
 
 
 def test_what_lies_there_is_not_created_again(root: str) -> None:
@@ -168,7 +157,7 @@ def test_what_lies_there_is_not_created_again(root: str) -> None:
 
 
 def test_of_racing_creators_one_creates(root: str) -> None:
-    """Each is told the truth: the object is the whole of what the one that created it gave."""
+    """The object holds all the data of the caller that was told that it created the object."""
     creators = 8
     start = threading.Barrier(creators)
 
@@ -197,7 +186,7 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch
         raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", fail)
-    with pytest.raises(UserError, match=r"object: this file system has no hard links.*: choose another place"):
+    with pytest.raises(UserError, match=r"object: this file system has no hard links.*: choose another file system"):
         storage.create_bytes(str(tmp_path / "object"), b"data")
     assert list(tmp_path.iterdir()) == []
 
@@ -210,23 +199,6 @@ def test_many_are_read_in_the_order_that_was_asked_for(root: str) -> None:
     assert storage.read_many([]) == []
     with pytest.raises(FileNotFoundError, match="missing"):
         storage.read_many([*uris, storage.join(root, "missing")])
-
-
-def test_list_names_gives_what_lies_directly_below(root: str) -> None:
-    assert storage.list_names(storage.join(root, "folder")) == []
-    for name in ("b", "a", "below/c", ".draft", "_kept"):
-        storage.write_bytes(storage.join(root, "folder", name), b"x")
-    assert storage.list_names(storage.join(root, "folder")) == ["_kept", "a", "b", "below"]
-    assert storage.list_names(storage.join(root, "folder") + "/") == ["_kept", "a", "b", "below"]
-    assert storage.list_names(storage.join(root, "folder", "a")) == []
-
-
-def test_list_names_gives_all_of_them(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")  # S3 lists by pages: of a thousand, elsewhere
-    names = [f"{i:02d}" for i in range(25)]
-    for name in names:
-        storage.write_bytes(storage.join(root, name), b"")
-    assert storage.list_names(root) == names
 
 
 FILL = """
@@ -246,7 +218,7 @@ print(sorted(os.listdir(folder)), storage.read_bytes(f"{folder}/old"))
 def test_a_full_disk_is_named_and_keeps_what_there_was(tmp_path: Path) -> None:
     mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"']
     if subprocess.run([*mounted, str(tmp_path), "true"], capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a small file system here")
+        pytest.skip("mounting a small file system is not permitted here")
     environment = {**os.environ, "PYTHONPATH": str(Path(prefill_router.__file__).parents[1])}
     done = subprocess.run(
         [*mounted, str(tmp_path), sys.executable, "-c", FILL, str(tmp_path)],
@@ -264,26 +236,7 @@ def test_a_full_disk_is_named_and_keeps_what_there_was(tmp_path: Path) -> None:
     ]
 
 
-# --- tables, and where things are --------------------------------------------------------------------------------
-
-
-def test_a_parquet_table_comes_back_by_column(root: str) -> None:
-    uri = storage.join(root, "table.parquet")
-    table = pa.table({"a": [1, 2, 3], "b": ["x", "y", None], "c": [[1.0], [], None]})
-    storage.write_bytes(uri, storage.encode_parquet(table))
-    assert storage.read_table(uri).equals(table)
-    assert storage.read_table(uri, ["c", "a"]).column_names == ["c", "a"]
-    with storage.open_parquet(uri) as file:
-        assert file.metadata.num_rows == 3
-        assert file.metadata.row_group(0).column(0).compression == "ZSTD"
-
-
-@pytest.mark.parametrize("data", [b"", b"prompt_id,prompt\n", b"PAR1 but no footer"])
-def test_what_is_no_parquet_is_an_error(root: str, data: bytes) -> None:
-    uri = storage.join(root, "table.parquet")
-    storage.write_bytes(uri, data)
-    with pytest.raises(UserError, match=r"table\.parquet: not a Parquet file"):
-        storage.read_table(uri)
+# --- URIs --------------------------------------------------------------------------------------------------------
 
 
 def test_arrow_reads_at_the_location_it_is_given(root: str) -> None:
@@ -331,3 +284,35 @@ def test_join_and_name() -> None:
     assert storage.join("s3://bucket/a/", "b", "c") == "s3://bucket/a/b/c"
     assert storage.join("/", "a").lstrip("/") == "a"
     assert storage.name("s3://bucket/a/b/") == "b"
+
+
+# --- check_output ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_at_the_place_of_an_output_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "part-of-mine.parquet"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="is a file: an output is a folder"):
+        storage.check_output(str(path))
+    storage.check_output(str(tmp_path))
+    storage.check_output(str(tmp_path / "new"))
+    assert path.read_text() == "mine"
+    with pytest.raises(UserError, match=f"cannot be written: {path} is a file: choose another --out"):
+        storage.check_output(f"{path}/below/it")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_arguments: False)  # root may write anywhere
+    with pytest.raises(UserError, match=f"cannot be written: {tmp_path} is not writable: choose another --out"):
+        storage.check_output(str(tmp_path / "new" / "out"))
+
+
+def test_looking_at_an_output_leaves_nothing_there(root: str) -> None:
+    out = storage.join(root, "out")
+    storage.check_output(out)
+    assert not storage.exists(out)
+
+
+def test_a_bucket_that_is_missing_is_no_output(s3_bucket: str) -> None:
+    with pytest.raises(UserError, match=r"no-such-bucket/out: cannot be written: .*: choose another --out"):
+        storage.check_output("s3://no-such-bucket/out")
