@@ -131,7 +131,7 @@ INPUTS: dict[str, Input] = {
             "README.md": b"",
         },
         2,
-        said="not read, 3 of ",
+        said="skipped 3 files of ",
     ),
     "special-names": Input({SPECIAL: jsonl(*prompts(2)), "a1.jsonl": jsonl(*prompts(1, 2))}, 2, of=SPECIAL),
     # Rows.
@@ -152,14 +152,14 @@ INPUTS: dict[str, Input] = {
     "missing": Input({}, error="no such "),
     "empty-file": Input({"a.jsonl": b""}, error="the corpus is empty"),
     "nothing-readable": Input({"a.docx": b"x"}, error="the corpus is empty"),
-    "unknown-format": Input({"a.docx": b"x"}, of="a.docx", error="a.docx: a corpus is one of .parquet"),
+    "unknown-format": Input({"a.docx": b"x"}, of="a.docx", error="a.docx: unsupported format: use one of .parquet"),
     "no-prompt-column": Input({"a.csv": b"text,id\nx,1\n"}, error="a.csv: has neither prompt nor messages among its"),
     "damaged-parquet": Input({"a.parquet": damaged(MANY)}, error="a.parquet: is damaged"),
     "not-parquet": Input({"a.parquet": b"<html>" * 9}, error="a.parquet: not a Parquet file"),
     "cut-gz": Input({"a.jsonl.gz": gzip.compress(os.urandom(999))[:-40]}, error="a.jsonl.gz: cannot be decompressed"),
     "open-quote": Input({"a.csv": b'prompt\n"x\n'}, error="a.csv: near byte "),
     "cut-json": Input({"a.json": b'[{"prompt": "x"}'}, error="a.json: near character 16: not JSON: ends early"),
-    "all-bad": Input({"a.jsonl": jsonl({"prompt": 1}, {"prompt": 2})}, error="none of 2 rows holds a good prompt"),
+    "all-bad": Input({"a.jsonl": jsonl({"prompt": 1}, {"prompt": 2})}, error="none of 2 rows is valid"),
 }
 
 

@@ -35,7 +35,7 @@ from prefill_router.common.schema import COST_USD, TARGET
 from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.plan import CorpusPlan, in_order, plan, read_shard
 from prefill_router.corpus.quarantine import write_quarantine
-from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, refuse_output, tell_unread
+from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, refuse_output, report_unread
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.graders import BoundedGrader, Grader, bounded, load_grader
 from prefill_router.policy.pool import Pool, Target, load_pool
@@ -86,7 +86,7 @@ def collect(config: CollectConfig) -> CollectManifest:
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
-    tell_unread(config.corpus, "collect")
+    report_unread(config.corpus, "collect")
     with Lease.acquire(config.out, "collect") as lease, cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)
         return _Collection(config, pool, asked, grader, judge, planned, lease).run()

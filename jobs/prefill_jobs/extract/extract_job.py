@@ -34,7 +34,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import POOLINGS, Pooling
 from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
 from prefill_router.corpus.quarantine import write_quarantine
-from prefill_router.corpus.reader import refuse_output, tell_unread
+from prefill_router.corpus.reader import refuse_output, report_unread
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, check
 from prefill_router.router.artifact import Router
@@ -77,7 +77,7 @@ def _extract(
     refuse_output(config.out, config.corpus)
     if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
         check(request.encoder, [] if request.layers == "all" else request.layers)
-    tell_unread(config.corpus, "extract")
+    report_unread(config.corpus, "extract")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
         planned.check_bad(planned.bad, config.max_bad_fraction)

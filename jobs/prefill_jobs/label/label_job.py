@@ -29,7 +29,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel, validate
 from prefill_router.corpus.plan import CorpusPlan, in_order, plan
 from prefill_router.corpus.quarantine import read_quarantine, write_quarantine
-from prefill_router.corpus.reader import BadRow, files, refuse_output, tell_unread
+from prefill_router.corpus.reader import BadRow, files, refuse_output, report_unread
 from prefill_router.policy.decision import Policy
 from prefill_router.policy.pool import load_pool
 from prefill_router.query_log.aggregates import UNKNOWN, Tally
@@ -78,7 +78,7 @@ def label(config: LabelConfig) -> LabelManifest:
     storage.require(config.log, "log")
     refuse_output(config.out, config.log)
     _estimation(config, router).check()
-    tell_unread(config.log, "label")
+    report_unread(config.log, "label")
     with Lease.acquire(config.out, "label") as lease:
         before = _before(config, router, choice)
         inputs = _new_files(config, before)

@@ -1,4 +1,4 @@
-"""The formats that a corpus may be in, each read row by row from any row on."""
+"""Reads files of every supported corpus format row by row, starting at any row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prefill_router.storage.parquet_files import BATCH_ROWS, batch_rows
 _BINARY, _TEXT = (".parquet", ".arrow", ".feather"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for text in _TEXT for packed in COMPRESSED))
 FORMATS = f"{', '.join(_BINARY + _TEXT)}, and text also in {', '.join(COMPRESSED)}"  # for errors
-NOT_UTF8 = b"\xff"  # in the place of nested text that is not UTF-8
+NOT_UTF8 = b"\xff"  # replaces a nested value whose text is not UTF-8
 
-Choose = Callable[[Sequence[str]], list[str]]  # of a table's columns those to read
+Choose = Callable[[Sequence[str]], list[str]]  # selects the columns to read from all columns of a table
 
 
 def is_readable(uri: str) -> bool:
@@ -28,13 +28,13 @@ def is_readable(uri: str) -> bool:
 
 
 def read_records(uri: str, choose: Choose, first_row: int, offset: int, max_line_bytes: int) -> Iterator[Record]:
-    """Every row of a file from `first_row` on, which begins at `offset`.
+    """Yields the rows of a file from `first_row`, which begins at byte `offset`.
 
-    A table gives the columns that `choose` takes of its own, JSON all that an object holds. Rows count from 0, blank
-    lines not among them.
+    A row of a table has the columns that `choose` selects, a row of JSON all its keys. Rows count from 0 and do not
+    include blank lines.
     """
     if not is_readable(uri):
-        raise UserError(f"{uri}: a corpus is one of {FORMATS}")
+        raise UserError(f"{uri}: unsupported format: use one of {FORMATS}")
     name = unpacked(uri)
     if name.endswith(_BINARY):
         rows = _parquet_rows if name.endswith(".parquet") else _arrow_rows
@@ -47,7 +47,7 @@ def read_records(uri: str, choose: Choose, first_row: int, offset: int, max_line
 
 
 def is_of_records(uri: str) -> bool:
-    """Does a readable file hold records? Of `.json` files many hold one object, over several lines, about others."""
+    """Whether a readable file holds records; a `.json` file with one object over several lines holds metadata."""
     if not unpacked(uri).endswith(".json"):
         return True
     with open_text(uri) as stream:
@@ -61,9 +61,9 @@ def _is_list(uri: str) -> bool:
         return stream.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-# --- tables in columns -------------------------------------------------------------------------------------------
+# --- columnar tables -------------------------------------------------------------------------------------------
 
-Batches = Iterator[tuple[int, pa.RecordBatch]]  # each with the number of its first row
+Batches = Iterator[tuple[int, pa.RecordBatch]]  # the number of a batch's first row, and the batch
 
 
 def _columnar(uri: str, rows: Callable[..., Batches], choose: Choose, first_row: int) -> Iterator[Record]:
@@ -80,7 +80,7 @@ def _parquet_rows(uri: str, choose: Choose, first_row: int) -> Batches:
         columns = choose(file.schema_arrow.names)
         ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=np.int64)
         for group in range(int(np.searchsorted(ends, first_row, side="right")), len(ends)):
-            # One at a time: what a reader of several has fetched, it keeps.
+            # One group at a time: a reader of several keeps all that it has fetched.
             row = int(ends[group - 1]) if group else 0
             size = batch_rows(uri, file.metadata.row_group(group), columns)
             for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns):
@@ -102,7 +102,7 @@ def _arrow_rows(uri: str, choose: Choose, first_row: int) -> Batches:
 
 @contextmanager
 def _open_arrow(uri: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """Arrow's two forms: a file, which Feather is too, and a stream, as Hugging Face's datasets are kept."""
+    """Opens Arrow's file format, which includes Feather, or its stream format, which Hugging Face datasets use."""
     with storage.open_input(uri) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
@@ -115,14 +115,14 @@ def _open_arrow(uri: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
 def _from(first_row: int, row: int, batch: pa.RecordBatch) -> Batches:
-    """The rest of a batch that begins at `row`."""
+    """Yields the part of a batch, which begins at `row`, from `first_row` on, unless it is empty."""
     skip = min(max(first_row - row, 0), len(batch))
     if skip < len(batch):
         yield row + skip, batch.slice(skip)
 
 
 def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
-    """The values of a column, of text that is not UTF-8 the bytes."""
+    """The values of a column; text that is not UTF-8 is returned as bytes."""
     column = batch.column(name)
     try:
         if isinstance(column, pa.DictionaryArray):
@@ -134,14 +134,14 @@ def column_values(batch: pa.RecordBatch, name: str) -> list[Any]:
 
 
 def _shared_values(column: pa.DictionaryArray) -> list[Any]:
-    """The values of a column that holds each once: rows with the same value share one object."""
-    places = column.indices.to_pylist()
-    known = {place: column.dictionary[place].as_py() for place in set(places) if place is not None}
-    return [known.get(place) for place in places]
+    """The values of a dictionary column: rows with the same value share one object."""
+    indices = column.indices.to_pylist()
+    known = {index: column.dictionary[index].as_py() for index in set(indices) if index is not None}
+    return [known.get(index) for index in indices]
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """The value in Python, as its bytes where it is text that is not UTF-8."""
+    """Converts a value to Python: text that is not UTF-8 to bytes, a nested value with such text to NOT_UTF8."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -156,8 +156,8 @@ def _csv(uri: str, choose: Choose, first_row: int, offset: int, max_row_bytes: i
         table = CsvTable(uri, stream, max_row_bytes)
         if not table.columns:
             return
-        places = [(name, table.columns.index(name)) for name in choose(table.columns)]
+        indices = [(name, table.columns.index(name)) for name in choose(table.columns)]
         for row, position, values in table.records(first_row, offset):
-            # A CSV cannot tell an empty text from none.
-            fields = values if isinstance(values, str) else {name: values[i] or None for name, i in places}
+            # A CSV does not distinguish an empty text from a missing one.
+            fields = values if isinstance(values, str) else {name: values[i] or None for name, i in indices}
             yield row, position, fields

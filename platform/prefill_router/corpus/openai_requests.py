@@ -1,13 +1,12 @@
-"""What a row asks: a prompt of a corpus, or a request to an endpoint as its log holds it.
+"""Extracts the prompt of a row: a plain prompt, or a logged request to an LLM endpoint.
 
-Source: OpenAI's API reference, chat completions (model, messages), responses (model, input) and batch (custom_id,
-method, url, body); Anthropic's API reference, messages (model, system, messages). A request's body stands by itself,
-below "request", whose "response" may stand beside it, or below "body". A request, and messages, may also be JSON in a
-text, as a CSV holds them.
+Sources: OpenAI's API reference, chat completions (model, messages), responses (model, input) and batch (custom_id,
+method, url, body); Anthropic's API reference, messages (model, system, messages). The request's body is the row
+itself, or is below "request", with an optional "response" beside it, or below "body". A request, and messages, may
+also be JSON in a string, as in a CSV.
 
-Of a content in parts the texts are joined. Calls of tools, and what a model thinks, are read by no router and have no
-text; an image, a sound or a file makes a row unfit. A request's parameters, such as its temperature, are no part of a
-prompt.
+The texts of a content in parts are joined. Tool calls and reasoning count as empty text; an image, a sound or a file
+makes the row invalid. Parameters of a request, such as its temperature, are not part of the prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from prefill_router.common.errors import UnfitError, shown
 from prefill_router.common.schema import INPUT_TOKENS, MESSAGES, MODEL, OUTPUT_TOKENS, PROMPT
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-WRAPPERS = ("request", "body", "input")  # which hold, or are, a request where there is no prompt and no messages
+WRAPPERS = ("request", "body", "input")  # keys that hold, or make, a request if there is neither prompt nor messages
 BESIDE_MESSAGES = ("system",)
 KEYS = (*WRAPPERS, "instructions", "response", "usage", MODEL)
 
@@ -30,9 +29,9 @@ Fields = dict[str, Any]
 
 
 def prompt_of(fields: Fields) -> tuple[object, object, list[str]]:
-    """The prompt or the messages of a row, unchecked, and the keys of its messages that have no place in ours.
+    """Returns a row's prompt or its messages, unchecked, and the keys of its messages that are ignored.
 
-    Raises UnfitError where the row holds neither.
+    Raises UnfitError if the row has neither.
     """
     body = _body(fields)
     held = next((key for key in (MESSAGES, PROMPT, "input") if _holds(body, key)), None)
@@ -61,13 +60,13 @@ def prompt_of(fields: Fields) -> tuple[object, object, list[str]]:
 
 
 def _holds(body: Fields, key: str) -> bool:
-    """A prompt that is an object is the name of a template, in a request that has an input."""
+    """Whether `body` has a value for `key`; a `prompt` object beside an `input` only refers to a template."""
     value = body.get(key)
     return value is not None and not (key == PROMPT and isinstance(value, dict) and "input" in body)
 
 
 def _message(message: Any, key: str) -> Any:
-    """A message whose content is text; one that is none as it is, for it is refused where it is checked."""
+    """A message with its content as text; an invalid message is returned unchanged, and fails when it is checked."""
     if not isinstance(message, dict):
         return message
     if "role" not in message:
@@ -81,26 +80,26 @@ def _message(message: Any, key: str) -> Any:
 
 
 def model_of(fields: Fields) -> object:
-    """The model that was asked, or that says it answered."""
+    """The model that was requested, or else the one that the response names."""
     return _body(fields).get("model") or _response(fields).get("model")
 
 
 def usage_of(fields: Fields) -> tuple[object, object]:
-    """Tokens of the prompt and of the answer, as the upstream counted them."""
+    """The numbers of prompt and completion tokens that the upstream counted."""
     usage = _object(_response(fields).get("usage", fields.get("usage")))
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     return prompt, usage.get("completion_tokens", usage.get("output_tokens"))
 
 
 def extra(fields: Fields, name: str) -> object:
-    """What a request's log calls otherwise than our columns: the model that was used, and its usage."""
+    """The value of our column `name`, if a request log has it under another key: the model and the token counts."""
     if name == MODEL:
         return model_of(fields)
     return dict(zip((INPUT_TOKENS, OUTPUT_TOKENS), usage_of(fields), strict=True)).get(name)
 
 
 def _body(fields: Fields) -> Fields:
-    """The request itself, wherever it stands in the row."""
+    """The request, wherever the row has it."""
     request = _object(fields.get("request")) or fields
     return _object(request.get("body")) or request
 
@@ -119,7 +118,7 @@ def _object(value: object) -> Fields:
 
 
 def _parsed(value: object, begin: str, key: str) -> object:
-    """What a text holds that begins as JSON does. Raises UnfitError where it is none."""
+    """Parses a string that starts with `begin` as JSON; returns other values unchanged. Raises UnfitError."""
     if not isinstance(value, str) or not value.lstrip().startswith(begin):
         return value
     try:
@@ -129,7 +128,7 @@ def _parsed(value: object, begin: str, key: str) -> object:
 
 
 def _text(content: object, key: str) -> object:
-    """Text, however it is written; an answer that only calls tools has none."""
+    """Joins the text parts of a content; returns "" if there is none, as in an answer that only calls tools."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -145,6 +144,6 @@ def _text(content: object, key: str) -> object:
         elif kind not in TEXT_PARTS:
             value = None
         if not isinstance(value, str):
-            raise UnfitError(f"{key}.content holds {shown(part)}, which is no text")
+            raise UnfitError(f"{key}.content holds {shown(part)}, which is not text")
         texts.append(value)
     return "\n".join(texts)

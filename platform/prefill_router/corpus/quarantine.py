@@ -1,4 +1,4 @@
-"""The quarantine of a job: rows that were left out of its output, with the reason of each."""
+"""The quarantine of a job: the invalid rows that its output lacks, each with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUARANTINE = "quarantine/rows.parquet"
 
 
 def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
-    """Writes what was left out, and why; where nothing was, what an earlier run left goes."""
+    """Writes the invalid rows; if there are none, removes the quarantine of an earlier run."""
     if not bad:
         storage.remove(storage.join(uri, _QUARANTINE))
         return None
@@ -24,7 +24,7 @@ def write_quarantine(uri: str, bad: Sequence[BadRow]) -> ShardFile | None:
 
 
 def read_quarantine(uri: str) -> list[BadRow]:
-    """What `write_quarantine` wrote."""
+    """Reads the rows that `write_quarantine` wrote; empty if there is no quarantine."""
     path = storage.join(uri, _QUARANTINE)
     if not storage.exists(path):
         return []

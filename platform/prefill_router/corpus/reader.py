@@ -1,7 +1,7 @@
-"""A corpus of prompts: files in any format of `readers`, each row either fit or with the reason why not.
+"""Reads a corpus of prompts, in any format of `formats`; yields each row as valid or with the reason why it is not.
 
-A bad row never ends the reading: in a billion prompts some are null, broken or gigantic, and none of them may cost the
-others. What is wrong with a whole file, such as a missing column, is a UserError.
+An invalid row never stops the reading: of a billion prompts, some are null, malformed or huge. A problem with a whole
+file, such as a missing column, is a UserError.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Prompt = str | list[Message]  # a bare prompt, or the messages of a conversation
 
 
 class Row(NamedTuple):
-    """One prompt of a corpus; `id_is_hash` where the corpus gave no prompt_id."""
+    """One valid row of a corpus; `id_is_hash` if the corpus has no prompt_id."""
 
     prompt_id: str
     prompt: Prompt
     id_is_hash: bool
-    extras: tuple[Any, ...] = ()  # of the columns that were asked for, None where a row has none
+    extras: tuple[Any, ...] = ()  # values of the requested columns, None where the row has none
 
     @property
     def content_digest(self) -> bytes:
@@ -47,12 +47,12 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that holds no prompt that could be encoded; `row` counts from 0 in its file."""
+    """An invalid row: it has no prompt that can be encoded. `row` counts from 0 in its file."""
 
     uri: str
     row: int
-    prompt_id: str | None  # None where it was not given, or is what is bad
-    reason: str  # one short line: the key, its value, and what it must be
+    prompt_id: str | None  # None if it is missing or invalid
+    reason: str  # one short line: the key, its value, and the requirement
 
     @property
     def message(self) -> str:
@@ -60,18 +60,18 @@ class BadRow(NamedTuple):
 
 
 def content_digest(prompt: Prompt) -> bytes:
-    """16 bytes of SHA-256 that stand for a prompt, whatever its id."""
+    """16 bytes of SHA-256 of a prompt, independent of its id."""
     text = prompt if isinstance(prompt, str) else _canonical(prompt)
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def content_hash(prompt: Prompt) -> str:
-    """The id of a prompt that came without one: its content digest, in hex."""
+    """The id of a prompt without a prompt_id: its content digest, in hexadecimal."""
     return content_digest(prompt).hex()
 
 
 def _canonical(messages: list[Message]) -> str:
-    """What `json.dumps(messages, sort_keys=True, ensure_ascii=False)` gives, in a third of the time."""
+    """Equals `json.dumps(messages, sort_keys=True, ensure_ascii=False)`, in a third of the time."""
     parts = [
         f'{{"content": {encode_basestring(m["content"])}, "role": {encode_basestring(m["role"])}}}' for m in messages
     ]
@@ -79,31 +79,31 @@ def _canonical(messages: list[Message]) -> str:
 
 
 def id_digest(prompt_id: str) -> bytes:
-    """8 bytes that stand for a prompt_id."""
+    """8 bytes of BLAKE2b of a prompt_id."""
     return hashlib.blake2b(prompt_id.encode(), digest_size=8).digest()
 
 
 def prompt_hash(prompt_id: str) -> int:
-    """64 bits that stand for a prompt where ids would take too much room: in splits and in sets of seen prompts."""
+    """A 64-bit hash of a prompt_id, for splits and sets of seen prompts, where ids would take too much memory."""
     return int.from_bytes(id_digest(prompt_id), "little")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
-_ABSENT: Any = object()  # a column that the file, or a key that the row does not have
+_ABSENT: Any = object()  # the value of a column that the file lacks, or a key that the row lacks
 
 
 class Found(NamedTuple):
-    """What lies where a corpus is: the files that are read, sorted, and those that nothing here reads."""
+    """The sorted files of a corpus, and the other files in its folder, which are not read."""
 
     files: list[str]
     others: list[str]
 
 
 def find(uri: str) -> Found:
-    """The file at `uri`, or what lies at any depth below it but names that `_` or `.` begins.
+    """Finds the file at `uri`, or all files at any depth below it; skips names that begin with `_` or `.`.
 
-    Raises UserError where something is there that is neither a file nor a folder, such as a pipe.
+    Raises UserError if `uri` is neither a file nor a folder, such as a pipe.
     """
     files, others = storage.find(uri)
     if files == [uri]:
@@ -116,25 +116,25 @@ def find(uri: str) -> Found:
 
 
 def files(uri: str) -> list[str]:
-    """The files of a corpus: see `find`."""
+    """The sorted files of a corpus: see `find`."""
     return find(uri).files
 
 
-def tell_unread(uri: str, job: str) -> None:
-    """Says which files of a corpus are none."""
+def report_unread(uri: str, job: str) -> None:
+    """Prints the files in the folder of a corpus that are not read."""
     if others := find(uri).others:
         names = ", ".join(other.removeprefix(uri).lstrip("/") for other in others[:5])
         more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
-        say(f"{job}: not read, {len(others):,} of {uri}: {names}{more}: a corpus is one of {FORMATS}")
+        say(f"{job}: skipped {len(others):,} files of {uri}: {names}{more}: supported formats are {FORMATS}")
 
 
 def refuse_output(out: str, uri: str) -> None:
-    """Raises UserError where an output cannot be written, or would lie among the files of the corpus at `uri`."""
+    """Raises UserError if the output `out` cannot be written, or would be read as part of the corpus at `uri`."""
     storage.check_output(out)
-    corpus, place = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (uri, out))
-    is_left_out = any(part.startswith(("_", ".")) for part in place.removeprefix(corpus).split("/"))
-    if place.startswith(corpus) and not is_left_out:
-        raise UserError(f"{out}: lies in {uri}, which is read, and so it would be too: choose another place")
+    corpus, output = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (uri, out))
+    is_skipped = any(part.startswith(("_", ".")) for part in output.removeprefix(corpus).split("/"))
+    if output.startswith(corpus) and not is_skipped:
+        raise UserError(f"{out}: is inside the input folder {uri}: choose another --out")
 
 
 def read(
@@ -145,19 +145,19 @@ def read(
     max_prompt_bytes: int = MAX_PROMPT_BYTES,
     extras: Sequence[str] = (),
 ) -> Iterator[tuple[int, int, Row | BadRow]]:
-    """Yields (row, offset, what it holds) for every row of one file from `first_row` on, which begins at `offset`.
+    """Yields (row, offset, parsed row) for each row of one file from `first_row`, which begins at byte `offset`.
 
-    A row may also be a request (see `logged`). `extras` names further columns, or keys of JSON objects and structs as
-    `metadata.team`, or of the folders that the file lies in, as `day=2026-11-29`; the rows carry their values.
+    A row may also be a request to an endpoint (see `openai_requests`). `extras` names more values to return with each
+    row: columns, nested keys such as `metadata.team`, or keys of the file's folders, such as `day` of `day=2026-11-29`.
 
-    A row is good where it holds a conversation or, where there is none, a text; where its prompt_id, if the corpus
-    gives any, is a string or an integer; and where none of them is empty, has more than `max_prompt_bytes` in UTF-8 or
-    is not Unicode. White space alone is no prompt. Rows count from 0, blank lines not among them.
+    A row is valid if it has a conversation or, failing that, a text; if its prompt_id, when present, is a string or an
+    integer; and if each of them is Unicode, is not empty, and has at most `max_prompt_bytes` in UTF-8. A prompt of
+    white space is invalid. Rows count from 0 and do not include blank lines.
 
-    Raises UserError where the file as a whole cannot be read: another format than its suffix says, no column with
-    prompts, a CSV whose quotes do not match.
+    Raises UserError if the file as a whole cannot be read: its format does not match its suffix, it has no column with
+    prompts, or it is a CSV with unbalanced quotes.
     """
-    # Escapes may make a prompt six times as long, and other fields stand beside it.
+    # Escapes may make a prompt six times as long, and the row has other fields.
     max_line_bytes = 16 * max(max_prompt_bytes, MAX_PROMPT_BYTES)
     keys = folder_keys(uri) if extras else {}
     records = read_records(uri, partial(_chosen, uri, extras), first_row, offset, max_line_bytes)
@@ -170,7 +170,7 @@ def read(
 
 
 def _chosen(uri: str, extras: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns to read of a table. Raises UserError where it has none with prompts."""
+    """The columns to read of a table. Raises UserError if none holds prompts, or if two have the same name."""
     if not any(name in names for name in (PROMPT, MESSAGES, *openai_requests.WRAPPERS)):
         raise UserError(f"{uri}: has neither {PROMPT} nor {MESSAGES} among its columns: {', '.join(names)[:200]}")
     used = [
@@ -191,13 +191,13 @@ def _chosen(uri: str, extras: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def folder_keys(uri: str) -> dict[str, str]:
-    """What the folders of a file are called, as Hive and Spark partition: day=2026-11-29/country=de."""
+    """The partition keys in the names of a file's folders, as of Hive and Spark: day=2026-11-29/country=de."""
     parts = (part.partition("=") for part in uri.split("/")[:-1])
     return {key: unquote(value) for key, equals, value in parts if key and equals and value != _NO_VALUE}
 
 
 def _extra(fields: Fields, name: str, keys: dict[str, str]) -> Any:
-    """A value by its key, by the keys that lead to it, by what a request's log calls it, or by the folder's name."""
+    """Looks up a value by key, by a path of keys, in a logged request, or in the names of the folders."""
     value: Any = fields
     for key in [name] if name in fields else name.split("."):
         value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
@@ -205,7 +205,7 @@ def _extra(fields: Fields, name: str, keys: dict[str, str]) -> Any:
     return keys.get(name) if value is None else value
 
 
-# --- what a row must hold ----------------------------------------------------------------------------------------
+# --- validation of a row ----------------------------------------------------------------------------------------
 
 
 def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_bytes: int) -> Row | BadRow:
@@ -222,20 +222,20 @@ def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_by
 def _prompt(fields: Fields, max_bytes: int) -> Prompt:
     prompt = fields.get(PROMPT)
     if not isinstance(prompt, str) or fields.get(MESSAGES) is not None or "request" in fields or "body" in fields:
-        prompt, messages, _ = openai_requests.prompt_of(fields)  # which takes as long as all else
+        prompt, messages, _ = openai_requests.prompt_of(fields)  # takes as long as the rest of the validation
         if messages is not None:
             return fit_messages(messages, max_bytes)
     return fit_prompt(prompt, max_bytes)
 
 
 def fit_id(value: object, max_bytes: int) -> str:
-    """A prompt_id, which may be a whole number. Raises UnfitError where `value` is none."""
+    """Returns a prompt_id as text; it may be an integer. Raises UnfitError if `value` is not valid."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return fit_text(str(value) if is_number else value, PROMPT_ID, max_bytes)
 
 
 def fit_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
-    """A bare prompt as text. Raises UnfitError where `value` is none, and calls it `key`."""
+    """Returns a plain prompt as text. Raises UnfitError, which names `key`, if `value` is not valid."""
     text = fit_text(value, key, max_bytes)
     if text.isspace():
         raise UnfitError(f"{key} = {shown(text)}, must hold more than white space")
@@ -250,9 +250,9 @@ def _readable_id(value: object, max_bytes: int) -> str | None:
 
 
 def fit_text(value: object, key: str, max_bytes: int) -> str:
-    """A text that is not empty. Raises UnfitError where `value` is none, and calls it `key`."""
+    """Returns a non-empty text. Raises UnfitError, which names `key`, if `value` is not valid."""
     if isinstance(value, str) and value.isascii() and 0 < len(value) <= max_bytes:
-        return value  # nearly always; what follows takes three times as long
+        return value  # the usual case: the general check takes three times as long
     text = _unicode(value)
     if not isinstance(text, str) or not text:
         raise UnfitError(f"{key} = {shown(text)}, must be a non-empty string")
@@ -263,32 +263,24 @@ def fit_text(value: object, key: str, max_bytes: int) -> str:
 
 
 def _unicode(value: object) -> object:
-    """Text of a Parquet column that is not declared as text, or is not UTF-8, comes as bytes."""
+    """Decodes bytes, which Parquet columns yield if they are not declared as text or are not UTF-8."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _num_bytes(text: str, key: str) -> int:
-    """The size of a text in UTF-8."""
+    """The size of a text in UTF-8. Raises UnfitError if it is not valid Unicode."""
     if text.isascii():
         return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise UnfitError(f"{key} = {shown(text)}, holds half a character or bytes that are not UTF-8") from None
-
-
-def check_messages(value: object, where: str) -> list[Message]:
-    """A conversation as [{"role": ..., "content": ...}], of any size. Raises UserError where it is none."""
-    try:
-        return fit_messages(value)
-    except UnfitError as problem:
-        raise UserError(f"{where}: {problem}") from None
+        raise UnfitError(f"{key} = {shown(text)}, contains a lone surrogate or bytes that are not UTF-8") from None
 
 
 def fit_messages(value: object, max_bytes: float = math.inf) -> list[Message]:
-    """A conversation as messages of role and content. Raises UnfitError where `value` is none."""
+    """Returns a conversation as messages with role and content. Raises UnfitError if `value` is not valid."""
     if value == NOT_UTF8:
-        raise UnfitError(f"{MESSAGES} holds bytes that are not UTF-8")
+        raise UnfitError(f"{MESSAGES} contains bytes that are not UTF-8")
     if not isinstance(value, list) or not value:
         raise UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
     messages, size = [], 0

@@ -1,4 +1,4 @@
-"""The key of a row: 192 bits that stand for its prompt_id and its prompt, where texts would take too much room."""
+"""Row keys: 192-bit hashes of a row's prompt_id and prompt, which take less memory than the texts."""
 
 # n rows
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from prefill_router.corpus.reader import Row, id_digest
 
-Keys = NDArray[np.uint64]  # (n, 3), a row each: 64 bits of its prompt_id, 128 bits of its prompt
+Keys = NDArray[np.uint64]  # (n, 3): per row, 64 bits of its prompt_id and 128 bits of its prompt
 KEY_BYTES = 24
 
 
 def row_keys(prompt_ids: Iterable[str], contents: Iterable[str]) -> Keys:
-    """The key of each row, from its id and the hex of its content digest."""
+    """The keys (n, 3) of rows, given their ids and the hex of their content digests."""
     keys = bytearray()
     for prompt_id, content in zip(prompt_ids, contents, strict=True):
         keys += id_digest(prompt_id) + bytes.fromhex(content)
@@ -37,17 +37,17 @@ def as_keys(data: bytes | bytearray) -> Keys:
 
 
 def as_values(keys: Keys) -> NDArray[np.void]:
-    """(n, 3) keys as n values that numpy can compare."""
+    """Views keys (n, 3) as n values that numpy can compare."""
     return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
 
 
 def content_hashes(keys: Keys) -> list[str]:
-    """The content digest of each row, in hex."""
+    """The content digest of each row, in hexadecimal."""
     return [key.tobytes().hex() for key in keys[:, 1:]]
 
 
 def have_own_hash(keys: Keys) -> NDArray[np.bool_]:
-    """Whether each row's id is the hash of its content."""
+    """Whether each row's prompt_id is the hash of its content."""
     hashes = bytearray()
     for content in content_hashes(keys):
         hashes += id_digest(content)
@@ -55,5 +55,5 @@ def have_own_hash(keys: Keys) -> NDArray[np.bool_]:
 
 
 def digest_of(keys: Keys) -> str:
-    """What names these rows, in this order."""
+    """A digest that identifies these rows in this order."""
     return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()

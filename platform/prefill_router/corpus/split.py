@@ -1,4 +1,4 @@
-"""Train, validation and test, split by a hash, so that any shard can be split alone.
+"""Splits prompts into train, validation and test by a hash, so that each shard can be split on its own.
 
 The hash is that of the prompt's split group (see `split_groups`), so that equal or similar prompts are on one side.
 """
@@ -32,10 +32,10 @@ class Part(IntEnum):
 
 
 class Split(StrictModel):
-    """`validation_fraction` is a share of the prompts that are not in the test part.
+    """How to split prompts. `validation_fraction` applies to the prompts outside the test part.
 
-    With `folds`, the test part is fold number `fold` of so many equal ones. With `held_out`, it is the prompts of these
-    categories, and `test_fraction` is 0.
+    With `folds`, the test part is fold number `fold` of that many equal ones. With `held_out`, it is the prompts of
+    these categories, and `test_fraction` is 0.
     """
 
     seed: int = 0
@@ -47,7 +47,7 @@ class Split(StrictModel):
     units: Literal["content", "text", "similarity"] = "content"  # the kind of split groups: see `split_groups`
 
     def describe(self) -> str:
-        """For people."""
+        """Describes the split for people."""
         what = f"{self.test_fraction:.0%} of the prompts"
         if self.folds:
             what = f"fold {self.fold + 1} of {self.folds}"
@@ -55,7 +55,7 @@ class Split(StrictModel):
             what = ", ".join(self.held_out)
         return (
             f"{what} held out, {self.validation_fraction:.0%} of the rest for validation, by a hash with seed "
-            f"{self.seed}; {_ALIKE[self.units]} on one side"
+            f"{self.seed}; {_GROUPS[self.units]} on one side"
         )
 
     def parts(self, keys: Keys) -> NDArray[np.int8]:
@@ -68,7 +68,7 @@ class Split(StrictModel):
         return np.where(draws < self.test_fraction, Part.TEST, parts).astype(np.int8)
 
 
-_ALIKE = {
+_GROUPS = {
     "content": "equal prompts",
     "text": "prompts equal but for case, space and punctuation",
     "similarity": "prompts with similar embeddings",
@@ -76,7 +76,7 @@ _ALIKE = {
 
 
 def mixed(x: Keys) -> Keys:
-    """Hashes of hashes: the mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Hashes 64-bit values with the mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Text files as others write them, read piece by piece: CSV, JSON by lines, and JSON documents that are one long list.
+"""Reads CSV, JSON Lines and JSON documents in bounded memory.
 
-A row that cannot be read comes as the reason why not. What is wrong with a whole file is a UserError. Bytes that are
-not UTF-8 become lone surrogates, which no prompt may hold.
+A malformed row is yielded as the reason why it cannot be read; a problem with a whole file is a UserError. Bytes that
+are not UTF-8 become lone surrogates, which are invalid in a prompt.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 17
 _JSON = json.JSONDecoder()
 _AFTER_VALUE = tuple(" \t\r\n,:]}")
-_SPACE = " \t\r\n\ufeff"  # with the mark that some writers begin a file with
+_SPACE = " \t\r\n\ufeff"  # includes the byte order mark
 _DELIMITERS = ",;\t|"
 
 Fields = dict[str, Any]
-Record = tuple[int, int, Fields | str]  # a row, the byte where it begins, and its fields or why there are none
+Record = tuple[int, int, Fields | str]  # row number, byte where it begins, its fields or why it has none
 
 
 # --- lines -------------------------------------------------------------------------------------------------------
 
 
 def decoded(line: bytes, offset: int) -> str:
-    """Bytes that are not UTF-8 become lone surrogates."""
+    """Decodes a line that begins at byte `offset`; bytes that are not UTF-8 become lone surrogates."""
     return line.decode("utf-8" if offset else "utf-8-sig", "surrogateescape")
 
 
 def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Each line and where it begins, and of a line that could fill the memory no more than `max_bytes`."""
+    """Yields each line, cut to `max_bytes`, with the byte where it begins."""
     while line := stream.readline(max_bytes):
         yield offset, line
         offset += len(line)
@@ -53,23 +53,23 @@ def bounded_lines(stream: io.BufferedReader, offset: int, max_bytes: int) -> Ite
 
 
 class CsvTable:
-    """The columns of a CSV, none where it is empty, and its rows in pieces.
+    """The columns of a CSV, none if it is empty, and an iterator over its rows.
 
-    What keeps columns apart is what the header has most of: commas, semicolons, tabs or bars. A row, whose quoted
-    values may have many lines, has less than `max_row_bytes`: a quote that is left open takes in the rest of the file.
+    The delimiter is the one of comma, semicolon, tab and bar that occurs most often in the header. A row may span many
+    lines, but must have less than `max_row_bytes`: an unmatched quote would include the rest of the file.
     """
 
     def __init__(self, uri: str, stream: io.BufferedReader, max_row_bytes: int) -> None:
         csv.field_size_limit(max_row_bytes)
         self.uri, self.max_row_bytes, self._stream = uri, max_row_bytes, stream
-        self._begin = self._end = 0  # of the row that is read, and of what was read, in bytes
+        self._begin = self._end = 0  # the bytes where the current row begins, and up to which the file is read
         header = self._header()
         self._delimiter = max(_DELIMITERS, key=lambda delimiter: _num_columns(header, delimiter))
         self._records = self._parsed(itertools.chain([header], self._lines(self._end)))
         self.columns = [name.strip() for name in next(self._records, [])]
 
     def _header(self) -> str:
-        """The first line that is not blank."""
+        """Reads the first line that is not blank."""
         for line in self._lines(0):
             if line.strip():
                 return line
@@ -82,7 +82,7 @@ class CsvTable:
             if self._end - self._begin >= self.max_row_bytes:
                 raise UserError(
                     f"{self.uri}: near byte {self._begin}: a row must have less than {self.max_row_bytes:,} bytes: "
-                    "shorten it, or close the quote that takes in the rows behind it"
+                    "shorten it, or close its quote"
                 )
             yield decoded(line, start)
 
@@ -96,12 +96,15 @@ class CsvTable:
             raise UserError(f"{self.uri}: near byte {self._end}: not CSV: {error}") from None
 
     def rows(self) -> Iterator[Record]:
-        """Each row by its columns' names, or why it has none; they count from 0, without the header."""
+        """Yields each row as a dict by column name, or why it is malformed; rows count from 0, without the header."""
         for row, position, values in self.records():
             yield row, position, values if isinstance(values, str) else dict(zip(self.columns, values, strict=True))
 
     def records(self, first_row: int = 0, offset: int = 0) -> Iterator[tuple[int, int, list[str] | str]]:
-        """Each row, the byte where it begins, and its values or why it has none. `first_row` begins at `offset`."""
+        """Yields each row's number, the byte where it begins, and its values or why it is malformed.
+
+        Starts at `first_row`, which begins at byte `offset`.
+        """
         width = len(self.columns)
         records = self._records
         if offset:
@@ -127,24 +130,24 @@ def _num_columns(header: str, delimiter: str) -> int:
 
 @contextmanager
 def open_csv(uri: str, max_row_bytes: int) -> Iterator[CsvTable]:
-    """Raises UserError where the file is empty, or two columns have one name."""
+    """Opens a CSV. Raises UserError if it is empty, or if two columns have the same name."""
     with open_text(uri) as stream:
         table = CsvTable(uri, stream, max_row_bytes)
         if not table.columns:
-            raise UserError(f"{uri}: is empty: a CSV begins with the names of its columns")
+            raise UserError(f"{uri}: is empty: a CSV must begin with the names of its columns")
         check_unique(uri, table.columns)
         yield table
 
 
 def check_unique(uri: str, columns: Sequence[str]) -> None:
-    """Raises UserError where two columns have one name."""
+    """Raises UserError if two columns have the same name."""
     for name, number in Counter(filter(None, columns)).items():
         if number > 1:
             raise UserError(f"{uri}: has {number} columns {name}, must have one")
 
 
 def require_columns(uri: str, columns: Sequence[str], required: Sequence[str]) -> None:
-    """Raises UserError that names a column that is missing."""
+    """Raises UserError if a required column is missing."""
     for name in required:
         if name not in columns:
             raise UserError(f"{uri}: column {name} is missing; it has {_some(columns)}")
@@ -158,7 +161,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_jsonl(uri: str, max_line_bytes: int, first_row: int = 0, offset: int = 0) -> Iterator[Record]:
-    """The object in each line that is not blank, or why it holds none. `first_row` begins at `offset`."""
+    """Yields the object in each line that is not blank, or why it is malformed. `first_row` begins at byte `offset`."""
     row = first_row
     with open_text(uri) as stream:
         stream.seek(offset)
@@ -172,9 +175,9 @@ def read_jsonl(uri: str, max_line_bytes: int, first_row: int = 0, offset: int = 
 
 
 def json_object(text: str) -> Fields | str:
-    """The object that `text` holds, or why it holds none.
+    """Parses one object, or returns why it is malformed.
 
-    `text` is stripped, so that the decoder need not look for space around it, which takes as long as decoding.
+    `text` must be stripped: the decoder would take as long to skip white space as to decode.
     """
     try:
         fields, end = _JSON.raw_decode(text)
@@ -186,7 +189,7 @@ def json_object(text: str) -> Fields | str:
 
 
 def read_json_list(uri: str, max_value_bytes: int, first_row: int = 0, offset: int = 0) -> Iterator[Record]:
-    """The objects of one long list, or why an element is none. `first_row` begins at `offset`."""
+    """Yields the objects of a JSON list, or why an element is not an object. `first_row` begins at byte `offset`."""
     with open_text(uri) as stream:
         stream.seek(offset)
         document = _Document(uri, stream, max_value_bytes, offset)
@@ -197,7 +200,7 @@ def read_json_list(uri: str, max_value_bytes: int, first_row: int = 0, offset: i
 
 
 class Member(NamedTuple):
-    """A value in a JSON document: of an element of a list, its place; of a member of the outer object, its key."""
+    """A value in a JSON document, with its key in the outer object and its index in a list."""
 
     key: str | None
     place: int | None
@@ -205,15 +208,15 @@ class Member(NamedTuple):
 
 
 def read_json(uri: str, stream: IO[bytes], max_value_bytes: int) -> Iterator[Member]:
-    """The elements of a list; or the members of an object, in whose lists each element comes alone.
+    """Yields the elements of a list, or the members of an object; a member that is a list is yielded by element.
 
-    Memory: one value. Raises UserError where the document is not JSON, ends early, or holds a larger value.
+    Keeps one value in memory. Raises UserError if the document is not JSON, ends early, or has a larger value.
     """
     document = _Document(uri, stream, max_value_bytes)
     first = document.peek()
     if first == "[":
-        for place, (_, value) in enumerate(document.elements()):
-            yield Member(None, place, value)
+        for index, (_, value) in enumerate(document.elements()):
+            yield Member(None, index, value)
     elif first == "{":
         yield from document.members()
     elif first:
@@ -224,17 +227,17 @@ def read_json(uri: str, stream: IO[bytes], max_value_bytes: int) -> Iterator[Mem
 
 
 class _Document:
-    """The text of a JSON document, of which no more is kept than the value that is being read."""
+    """An incremental JSON parser that buffers only the value that is being read."""
 
     def __init__(self, uri: str, stream: IO[bytes], max_value_bytes: int, offset: int = 0) -> None:
         self.uri, self.stream, self.max_value_bytes = uri, stream, max_value_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._at, self._ended = "", 0, False
         self._start = 0  # characters before self._text
-        self._counted, self._counted_bytes = 0, offset  # how far the text was counted in bytes, and how many they are
+        self._counted, self._counted_bytes = 0, offset  # position in self._text, and its byte in the file
 
     def _read_more(self) -> None:
-        """At least as much as is left, so that a long value is not parsed again and again."""
+        """Reads at least as much as is buffered, so that a long value is not parsed many times."""
         data = self.stream.read(max(_CHUNK_BYTES, len(self._text) - self._at))
         self._count()
         self._start += self._at
@@ -242,14 +245,14 @@ class _Document:
         self._at, self._counted, self._ended = 0, 0, not data
 
     def _count(self) -> int:
-        """The byte at which the next character stands."""
-        passed = self._text[self._counted : self._at]
-        self._counted_bytes += len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
+        """The byte at which the next character begins."""
+        new = self._text[self._counted : self._at]
+        self._counted_bytes += len(new) if new.isascii() else len(new.encode("utf-8", "surrogateescape"))
         self._counted = self._at
         return self._counted_bytes
 
     def peek(self) -> str:
-        """The next character that is not white space, nothing at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -278,11 +281,11 @@ class _Document:
             except RecursionError:
                 self._fail("nested too deep")
             except ValueError as error:
-                # It may only be cut off, which cannot be told before the end.
+                # The value may be incomplete, unless the file has ended.
                 if self._ended:
                     self._fail(getattr(error, "msg", str(error)))
             else:
-                # Of a number that is cut off, the beginning is one too: 1, 1., 1.5, 1.5e.
+                # An incomplete number may parse as a shorter one: 1, 1.5 of 1.5e3.
                 if self._ended or self._text[end : end + 1] in _AFTER_VALUE:
                     self._at = end
                     return value
@@ -291,7 +294,7 @@ class _Document:
             self._read_more()
 
     def elements(self, *, is_begun: bool = False) -> Iterator[tuple[int, Any]]:
-        """Each element and the byte where it begins."""
+        """Yields each element with the byte where it begins."""
         if not is_begun:
             self._take("[")
             if self.peek() == "]":
@@ -314,14 +317,14 @@ class _Document:
             key = self.value()
             self._take(":")
             if self.peek() == "[":
-                for place, (_, value) in enumerate(self.elements()):
-                    yield Member(key, place, value)
+                for index, (_, value) in enumerate(self.elements()):
+                    yield Member(key, index, value)
             else:
                 yield Member(key, None, self.value())
             if self._take(",}") == "}":
                 return
 
     def end(self) -> None:
-        """Raises UserError where more stands behind what was read."""
+        """Raises UserError if the file has more after the document."""
         if self.peek():
-            raise UserError(f"{self.uri}: not JSON: holds more than one value; if it has one a line, name it .jsonl")
+            raise UserError(f"{self.uri}: not JSON: has more than one value: if it has one per line, name it .jsonl")

@@ -40,7 +40,7 @@ GOOD = {"prompt_id": "a", "prompt": "one two"}
         ([GOOD, {"prompt_id": "b", "prompt": None}], "row 2: prompt = null, must be a non-empty string"),
         ([GOOD, {"prompt_id": "b", "prompt": 7}], "row 2: prompt = 7, must be a non-empty string"),
         ([GOOD, {"prompt_id": "b"}], "row 2: has neither prompt nor messages"),
-        ([GOOD, GOOD], 'prompt_id "a" stands more than once'),
+        ([GOOD, GOOD], 'prompt_id "a" occurs more than once'),
     ],
 )
 def test_a_bad_corpus_is_one_line_and_status_1(

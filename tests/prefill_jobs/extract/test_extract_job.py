@@ -266,7 +266,7 @@ def test_messages_that_the_template_refuses_are_quarantined_with_their_repeats(t
 
 def test_a_corpus_of_rubbish_stops_the_job(tiny_model: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["one", "", "", "two"])
-    with pytest.raises(UserError, match=r"2 of 4 rows are bad, more than --max-bad-fraction 0\.4 allows; .*row 2"):
+    with pytest.raises(UserError, match=r"2 of 4 rows are invalid, more than --max-bad-fraction 0\.4 allows: .*row 2"):
         run(corpus, tiny_model, tmp_path / "out", max_bad_fraction=0.4)
     assert run(corpus, tiny_model, tmp_path / "out").manifest.rows == 2
 

@@ -223,7 +223,7 @@ def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path)
         ({"targets": "huge"}, 'target "huge" is not in the pool'),
         ({"partition_by": "day"}, "no --time names the column"),
         ({"partition_by": "team"}, "must be day, or one of the columns of --by"),
-        ({"max_bad_fraction": 0.0}, r"1 of 13 rows are bad.*log\.jsonl: row 13: prompt = 7"),
+        ({"max_bad_fraction": 0.0}, r"1 of 13 rows are invalid.*log\.jsonl: row 13: prompt = 7"),
     ],
 )
 def test_what_cannot_be_is_one_line(router: str, log: Path, options: dict[str, Any], message: str) -> None:
@@ -321,7 +321,7 @@ def test_an_incremental_run_keeps_the_activations_of_the_whole_log(router: str, 
     assert (manifest.lines, manifest.computed) == (13, 4)
     assert ActivationStore.open(store).manifest.rows == 12
     quarantined = pq.read_table(f"{store}/quarantine/rows.parquet")["reason"].to_pylist()
-    assert quarantined == ['prompt_id "x" stands more than once; ids must be unique']
+    assert quarantined == ['prompt_id "x" occurs more than once: ids must be unique']
     Path(store, "manifest.json").unlink()
     assert labelled(router, log, incremental=True, activations=store) == manifest  # of before: no file is new
     assert ActivationStore.open(store).manifest.rows == 12

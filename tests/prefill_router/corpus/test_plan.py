@@ -30,7 +30,7 @@ def rows_of(planned: CorpusPlan) -> list[Row]:
 
 
 def repeats_of(planned: CorpusPlan) -> list[tuple[str, str, int]]:
-    """Every repeated row as (prompt_id, content, shard)."""
+    """Each repeated row as (prompt_id, content, shard)."""
     return [row for part in planned.repeats for row in zip(part.prompt_ids, part.contents, part.sources, strict=True)]
 
 
@@ -42,11 +42,11 @@ def digest_of(prompt_ids: Sequence[str], contents: Sequence[str]) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-# --- every row once ----------------------------------------------------------------------------------------------
+# --- every row once --------------------------------------------------------------------------------------------------
 
 
 class Expected(NamedTuple):
-    """What becomes of each row, found the plain way."""
+    """The expected outcome for each row, from a simple reference implementation."""
 
     kept: list[tuple[str, str]]
     repeats: list[tuple[str, str]]
@@ -94,13 +94,13 @@ def write_files(folder: Path, files: list[tuple[str, list[Record], bool]]) -> di
 
 @settings(max_examples=150, deadline=None)
 @given(FILES, st.integers(1, 14))
-def test_every_row_is_in_a_shard_in_the_repeats_or_bad(
+def test_each_row_is_in_a_shard_repeated_or_invalid(
     files: list[tuple[str, list[Record], bool]], shard_rows: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         outcome = expected(write_files(Path(folder), files))
         if not outcome.kept:
-            with pytest.raises(UserError, match="holds a good prompt"):
+            with pytest.raises(UserError, match="is valid; the first: "):
                 plan(folder, shard_rows)
             return
         planned = plan(folder, shard_rows)
@@ -122,7 +122,9 @@ def test_every_row_is_in_a_shard_in_the_repeats_or_bad(
 
 @settings(max_examples=50, deadline=None)
 @given(FILES, st.integers(1, 14))
-def test_what_a_plan_says_of_its_parts_is_so(files: list[tuple[str, list[Record], bool]], shard_rows: int) -> None:
+def test_the_parts_of_a_plan_match_its_description(
+    files: list[tuple[str, list[Record], bool]], shard_rows: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "first.jsonl", '{"prompt": "a"}')
         write_files(Path(folder), files)
@@ -161,7 +163,7 @@ def test_a_corpus_is_planned_on_every_storage(root: str, tmp_path: Path, suffix:
     assert repeats_of(planned) == [("p5", content_hash("prompt\n0"), 0), ("p6", content_hash("prompt\n1"), 0)]
 
 
-# --- the cut -----------------------------------------------------------------------------------------------------
+# --- the cut ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_cut_in_the_order_of_names(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_small_files_share_shards_and_large_ones_are_cut_alone(tmp_path: Path) -
     assert plan(str(tmp_path), 4).shards[:-1] == planned.shards
 
 
-def test_a_row_that_turns_bad_moves_no_other(tmp_path: Path) -> None:
+def test_a_row_that_becomes_invalid_moves_no_other(tmp_path: Path) -> None:
     prompts: list[str | None] = ["a", "b", "c", "d", "e", "f"]
     before = plan(str(write_parquet(tmp_path / "a.parquet", {"prompt": prompts})), 2)
     prompts[2] = None
@@ -226,7 +228,7 @@ def test_appended_rows_change_the_digest_of_the_last_run_alone(
     assert {s.digest for s in after[whole:]}.isdisjoint(s.digest for s in before)
 
 
-def test_digests_do_not_depend_on_where_rows_lie_or_on_other_files(tmp_path: Path) -> None:
+def test_digests_do_not_depend_on_the_format_or_on_other_files(tmp_path: Path) -> None:
     rows: list[Record] = [(f"p{i}", f"prompt {i}") for i in range(5)]
     digests = [s.digest for s in plan(str(write_rows(tmp_path / "m.parquet", rows)), 2).shards]
     for suffix in formats.SUFFIXES:
@@ -261,7 +263,7 @@ def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
     assert plan(str(path), 10, limit=1).bad == []
 
 
-def test_gigantic_prompts_are_bad(tmp_path: Path) -> None:
+def test_huge_prompts_are_invalid(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "x" * 11}, {"prompt": "x" * 10})
     planned = plan(str(path), 10, max_prompt_bytes=10)
     assert [bad.row for bad in planned.bad] == [0]
@@ -274,7 +276,7 @@ def test_a_plan_takes_few_bytes_a_row(tmp_path: Path) -> None:
 
 
 def peak_bytes_of_a_plan(num_rows: int, folder: Path) -> int:
-    """In a process of its own, where nothing else allocates."""
+    """Measured in a separate process, where nothing else allocates."""
     path = write(folder / "a.csv", "prompt\n" + "".join(f"prompt {i}\n" for i in range(num_rows)))
     script = f"""
 import tracemalloc
@@ -286,10 +288,10 @@ print(tracemalloc.get_traced_memory()[1])
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
-# --- rows that come again ----------------------------------------------------------------------------------------
+# --- repeated prompts and conflicting ids ----------------------------------------------------------------------------
 
 
-def test_a_prompt_that_comes_again_under_another_id_is_kept_once(tmp_path: Path) -> None:
+def test_a_prompt_with_two_ids_is_kept_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", *({"prompt": p, "prompt_id": i} for i, p in zip("ijk", "xyx", strict=True)))
     write(tmp_path / "b.csv", "prompt\nz\nz\ny\n")
     planned = plan(str(tmp_path), 2)
@@ -305,20 +307,21 @@ def test_a_prompt_that_comes_again_under_another_id_is_kept_once(tmp_path: Path)
     assert (kept.num_repeated, kept.repeats) == (3, [])
 
 
-def test_an_id_that_stands_twice_makes_the_later_row_bad(tmp_path: Path) -> None:
+def test_a_repeated_id_makes_the_later_row_invalid(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", *({"prompt_id": f"p{i}", "prompt": f"x{i}"} for i in range(5)))
     write_jsonl(tmp_path / "b.jsonl", *({"prompt_id": f"p{i}", "prompt": p} for i, p in ((7, "y"), (3, "x3"), (9, ""))))
     planned = plan(str(tmp_path), 2)
     uri = str(tmp_path / "b.jsonl")
-    assert planned.bad[0] == BadRow(uri, 1, "p3", 'prompt_id "p3" stands more than once; ids must be unique')
+    assert planned.bad[0] == BadRow(uri, 1, "p3", 'prompt_id "p3" occurs more than once: ids must be unique')
     assert [bad.row for bad in planned.bad] == [1, 2]
     assert planned.num_repeated == 0
     planned.check_bad(planned.bad, 0.5)
-    with pytest.raises(UserError, match=r'2 of 8 rows are bad.*b\.jsonl: row 2: prompt_id "p3" stands more than once'):
+    message = r'2 of 8 rows are invalid.*b\.jsonl: row 2: prompt_id "p3" occurs more than once'
+    with pytest.raises(UserError, match=message):
         planned.check_bad(planned.bad, 0.2)
 
 
-def test_a_hash_that_another_row_was_given_as_its_id_makes_the_later_row_bad(tmp_path: Path) -> None:
+def test_an_id_that_is_the_hash_of_a_later_row_makes_that_row_invalid(tmp_path: Path) -> None:
     taken = content_hash("y")
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt_id": taken, "prompt": "x"}, {"prompt": "y"}, {"prompt": "z"})
     planned = plan(str(path), 2)
@@ -326,7 +329,7 @@ def test_a_hash_that_another_row_was_given_as_its_id_makes_the_later_row_bad(tmp
     assert [row.prompt for row in rows_of(planned)] == ["x", "z"]
 
 
-def test_different_ids_with_the_same_64_bits_are_no_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_ids_with_the_same_64_bits_do_not_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = reader.id_digest
     monkeypatch.setattr(
         "prefill_router.corpus.row_keys.id_digest", lambda i: real("p") if i.startswith("p") else real(i)
@@ -346,7 +349,7 @@ def test_different_prompts_with_the_same_first_64_bits_are_no_repeats(
     assert [row.prompt for row in rows_of(plan(str(path), 2))] == list("xyz")
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_corpus_is_an_error(root: str) -> None:
@@ -369,9 +372,9 @@ def test_an_empty_parquet_file_is_an_error(tmp_path: Path) -> None:
         plan(str(path), 10)
 
 
-def test_a_corpus_without_a_good_row_is_an_error(tmp_path: Path) -> None:
+def test_a_corpus_without_a_valid_row_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": None}, {"prompt": 3})
-    with pytest.raises(UserError, match=r"none of 2 rows holds a good prompt; the first: .*: row 1: prompt = null"):
+    with pytest.raises(UserError, match=r"none of 2 rows is valid; the first: .*: row 1: prompt = null"):
         plan(str(path), 10)
 
 
@@ -383,7 +386,7 @@ def test_a_file_that_changes_while_it_is_planned_is_an_error(tmp_path: Path, mon
         write_jsonl(path, *({"prompt": "x", "prompt_id": i} for i in "ade"))
 
     monkeypatch.setattr("prefill_router.corpus.scan.read", read_and_change)
-    with pytest.raises(UserError, match=r"a\.jsonl: .*must not change under a job"):
+    with pytest.raises(UserError, match=r"a\.jsonl: .*changed while the job was running"):
         plan(str(path), 10)
 
 
@@ -400,11 +403,11 @@ def test_a_file_that_changed_after_the_plan_is_an_error(tmp_path: Path, records:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": None}, {"prompt": "b"})
     (shard,) = plan(str(path), 10).shards
     write_jsonl(path, *records)
-    with pytest.raises(UserError, match=r"a\.jsonl: .*must not change under a job"):
+    with pytest.raises(UserError, match=r"a\.jsonl: .*changed while the job was running"):
         read_shard(shard)
 
 
-def test_what_was_left_out_may_change(tmp_path: Path) -> None:
+def test_rows_that_were_left_out_may_change(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": None}, {"prompt": "b"})
     (shard,) = plan(str(path), 10).shards
     write_jsonl(path, {"prompt": "a"}, {"prompt": "now good"}, {"prompt": "b"})

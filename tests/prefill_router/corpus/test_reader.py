@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
 from prefill_router import storage
-from prefill_router.common.errors import UserError
+from prefill_router.common.errors import UnfitError, UserError
 from prefill_router.corpus import formats, reader, text_files
 from prefill_router.corpus.reader import BadRow, Row
 from prefill_router.storage import parquet_files
@@ -41,25 +41,25 @@ def read(path: Path | str, **options: Any) -> list[Row | BadRow]:
 
 
 def good(path: Path | str, **options: Any) -> list[Row]:
-    """Every row, where all are good."""
+    """Returns the rows, which must all be valid."""
     rows = read(path, **options)
     assert not [row for row in rows if isinstance(row, BadRow)]
     return [row for row in rows if isinstance(row, Row)]
 
 
 def only_bad(path: Path, **options: Any) -> BadRow:
-    """The one bad row."""
+    """Returns the only invalid row."""
     (bad,) = [row for row in read(path, **options) if isinstance(row, BadRow)]
     assert bad.uri == str(path)
     return bad
 
 
 def not_utf8(*values: bytes | None, kind: pa.DataType) -> pa.Array:
-    """Text that its writer did not check."""
+    """A text column with values that its writer did not validate."""
     return pa.array(values, pa.binary()).view(pa.string()).cast(kind)
 
 
-# --- what is read ------------------------------------------------------------------------------------------------
+# --- valid rows ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", formats.SUFFIXES)
@@ -97,7 +97,7 @@ def test_messages_are_read_without_further_columns(tmp_path: Path) -> None:
         assert [row.prompt for row in good(path)] == [CHAT, CHAT[1:]]
 
 
-def test_messages_win_over_a_prompt_where_a_row_has_both(tmp_path: Path) -> None:
+def test_messages_take_precedence_over_a_prompt(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"prompt": ["bare", "bare"], "messages": [CHAT, None]})
     assert [row.prompt for row in good(path)] == [CHAT, "bare"]
 
@@ -126,7 +126,7 @@ def test_text_of_any_parquet_type(tmp_path: Path, kind: pa.DataType) -> None:
     assert good(path) == [Row("ä", "ü", False), Row("b", CHAT[:1], False)]
 
 
-# --- ids ---------------------------------------------------------------------------------------------------------
+# --- ids -------------------------------------------------------------------------------------------------------------
 
 
 @given(st.text(UNICODE), st.lists(st.fixed_dictionaries({"role": st.text(UNICODE), "content": st.text(UNICODE)})))
@@ -160,7 +160,7 @@ def test_a_digest_names_the_content_whatever_the_id(tmp_path: Path) -> None:
     assert [row.content_digest for row in good(path)] == [reader.content_digest("one")] * 2
 
 
-# --- bad rows ----------------------------------------------------------------------------------------------------
+# --- invalid rows ----------------------------------------------------------------------------------------------------
 
 NO_TEXT = "must be a non-empty string"
 
@@ -211,10 +211,14 @@ def test_a_bad_parquet_row_is_named(tmp_path: Path, columns: dict[str, Any], row
         ('{"messages": ["hello"]}', 0, 'messages[0] = "hello", must have role and content'),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', 0, "messages[0].content holds {"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', 0, 'messages[0].role = ["user"], must be one of'),
-        (b'{"prompt": "x"}\n{"prompt": "\xff"}\n{"prompt": "y"}', 1, r'prompt = "\udcff", holds half a character or'),
-        (b'{"prompt": "x", "prompt_id": "\xff"}', 0, r'prompt_id = "\udcff", holds half a character or bytes'),
+        (
+            b'{"prompt": "x"}\n{"prompt": "\xff"}\n{"prompt": "y"}',
+            1,
+            r'prompt = "\udcff", contains a lone surrogate or',
+        ),
+        (b'{"prompt": "x", "prompt_id": "\xff"}', 0, r'prompt_id = "\udcff", contains a lone surrogate or bytes'),
         ('{"prompt": "x"}\n{"prompt": "half an emoji: \\ud83d"}', 1, r"emoji: \ud83d"),
-        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 0, r'messages[0] = "\ud83d", holds half'),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 0, r'messages[0] = "\ud83d", contains a lone'),
         ("[" * 100_000 + "\n" + '{"prompt": "x"}', 0, "not JSON: maximum recursion depth"),
         ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", 0, f"prompt = {'[' * 57}..., {NO_TEXT}"),
     ],
@@ -231,8 +235,8 @@ def test_a_bad_jsonl_row_is_named(tmp_path: Path, text: str | bytes, row: int, r
         ('prompt\nx\n""\ny\n', 1, f"prompt = null, {NO_TEXT}"),
         ("prompt_id,prompt\na,\n", 0, f"prompt = null, {NO_TEXT}"),
         ("prompt_id,prompt\n,x\n", 0, f"prompt_id = null, {NO_TEXT}"),
-        (b"prompt\nx\n\xff\ny\n", 1, r'prompt = "\udcff", holds half a character or bytes that are not UTF-8'),
-        # What would cut a prompt at its first comma, or give a row another id than the file means.
+        (b"prompt\nx\n\xff\ny\n", 1, r'prompt = "\udcff", contains a lone surrogate or bytes that are not UTF-8'),
+        # Otherwise, a prompt would be cut at its first comma, or a row would get a wrong id.
         ("prompt_id,prompt\na,x\nb,one, two\nc,y\n", 1, "has 3 values, but the header names 2: quote a prompt that"),
         ("prompt,prompt_id\nx,a\ny\n", 1, "has 1 values, but the header names 2"),
     ],
@@ -253,7 +257,7 @@ def test_a_parquet_value_that_is_not_utf8_spoils_no_other(tmp_path: Path, kind: 
     assert [first, third] == [Row("a", "fine", False), Row("c", "ü", False)]
     assert isinstance(bad, BadRow)
     assert bad[1:3] == (1, "b")
-    assert bad.reason.startswith(r'prompt = "\udcff\udcfe", holds half a character or bytes that are not UTF-8')
+    assert bad.reason.startswith(r'prompt = "\udcff\udcfe", contains a lone surrogate or bytes that are not UTF-8')
     assert isinstance(null, BadRow)
     assert isinstance(no_id, BadRow)
     assert no_id[1:3] == (4, None)
@@ -265,11 +269,11 @@ def test_nested_text_that_is_not_utf8_spoils_no_other_row(tmp_path: Path) -> Non
     columns = {"messages": pa.ListArray.from_arrays([0, 1, 2, 3], flat)}
     bad = only_bad(write_parquet(tmp_path / "a.parquet", columns))
     assert bad.row == 1
-    assert bad.reason == "messages holds bytes that are not UTF-8"
+    assert bad.reason == "messages contains bytes that are not UTF-8"
 
 
 @pytest.mark.parametrize("suffix", formats.SUFFIXES)
-def test_a_prompt_may_have_so_many_bytes_and_no_more(tmp_path: Path, suffix: str) -> None:
+def test_a_prompt_has_a_maximum_size_in_bytes(tmp_path: Path, suffix: str) -> None:
     rows = [("a", "x" * 100), ("b", "x" * 101), ("c", "ü" * 50), ("d", "ü" * 51), ("e" * 101, "x"), ("f", "x")]
     found = read(write_rows(tmp_path / f"corpus{suffix}", list(rows)), max_prompt_bytes=100)
     assert [row.prompt_id for row in found if isinstance(row, Row)] == ["a", "c", "f"]
@@ -280,7 +284,7 @@ def test_a_prompt_may_have_so_many_bytes_and_no_more(tmp_path: Path, suffix: str
     assert [reason.partition(" = ")[0] for reason in reasons] == ["prompt", "prompt", "prompt_id"]
 
 
-def test_the_contents_of_a_conversation_have_so_many_bytes_together(tmp_path: Path) -> None:
+def test_the_contents_of_a_conversation_have_a_maximum_total_size(tmp_path: Path) -> None:
     fits = [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "ü" * 25}]
     path = write_jsonl(tmp_path / "a.jsonl", {"messages": fits}, {"messages": [*fits, *CHAT]})
     assert only_bad(path, max_prompt_bytes=100).reason.endswith("has 120 bytes, must have at most 100")
@@ -300,7 +304,7 @@ def test_a_line_that_could_fill_the_memory_is_not_loaded(tmp_path: Path) -> None
 
 
 def _packed(path: Path, begin: bytes, piece: bytes) -> Path:
-    """A small file that unpacks to 16 MB."""
+    """Writes a small file that decompresses to 16 MB."""
     pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
     path.write_bytes(pack[path.suffix](begin + piece * ((16 << 20) // len(piece))))
     assert path.stat().st_size < 100_000
@@ -326,7 +330,7 @@ def test_a_header_of_many_columns_is_checked_in_one_pass(tmp_path: Path) -> None
     names = [f"c{i}" for i in range(200_000)]
     start = time.process_time()
     text_files.check_unique("t.csv", names)
-    assert time.process_time() - start < 5.0  # each compared with each, it would take minutes
+    assert time.process_time() - start < 5.0  # pairwise comparison would take minutes
     with pytest.raises(UserError, match=r"t.csv: has 2 columns c7, must have one"):
         text_files.check_unique("t.csv", [*names, "c7"])
 
@@ -335,7 +339,7 @@ def test_a_header_of_many_columns_is_checked_in_one_pass(tmp_path: Path) -> None
 def test_a_dictionary_is_not_unpacked_for_all_its_rows_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
-    """A value that a small file holds once, and its 200 rows 200 times."""
+    """The file stores a value once; its 200 rows hold it 200 times."""
     monkeypatch.setattr(parquet_files, "_UNPACKED_BYTES", 4 << 20)
     text = "x" * (1 << 20)
     table = pa.Table.from_pylist([{column: text if column == "prompt" else [{"role": "user", "content": text}]}])
@@ -372,7 +376,7 @@ def test_a_bad_value_is_shown_short(tmp_path: Path) -> None:
         assert "..." in bad.reason
 
 
-def test_a_bad_row_tells_its_id_where_that_is_good(tmp_path: Path) -> None:
+def test_an_invalid_row_has_its_id_if_that_is_valid(tmp_path: Path) -> None:
     records = [{"prompt": 1, "prompt_id": "a"}, {"prompt": 1, "prompt_id": 2.5}, {"prompt": 1}, 3]
     rows = read(write_jsonl(tmp_path / "a.jsonl", *records))
     assert [row.prompt_id for row in rows] == ["a", None, None, None]
@@ -401,18 +405,18 @@ def test_no_bytes_stop_the_reading_of_lines(lines: list[bytes]) -> None:
     assert [type(row) for row in rows] == [BadRow] * len(lines)
 
 
-def test_check_messages_is_for_callers_that_have_no_row() -> None:
-    assert reader.check_messages([{**CHAT[0], "name": "x"}], "request") == CHAT[:1]
-    with pytest.raises(UserError, match=r'^request: messages\[0\]\.role = "boss", must be one of system, developer, '):
-        reader.check_messages([{"role": "boss", "content": "x"}], "request")
+def test_messages_can_be_checked_without_a_row() -> None:
+    assert reader.fit_messages([{**CHAT[0], "name": "x"}]) == CHAT[:1]
+    with pytest.raises(UnfitError, match=r'^messages\[0\]\.role = "boss", must be one of system, developer, '):
+        reader.fit_messages([{"role": "boss", "content": "x"}])
 
 
-# --- files that cannot be read -----------------------------------------------------------------------------------
+# --- files that cannot be read ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.xz", "a.parquet.gz"])
 def test_an_unknown_format_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"a corpus is one of \.parquet, .*\.jsonl, .*\.csv"):
+    with pytest.raises(UserError, match=r"unsupported format: use one of \.parquet, .*\.jsonl, .*\.csv"):
         read(write(tmp_path / name, "prompt\nx\n"))
 
 
@@ -472,7 +476,7 @@ def test_a_log_of_requests_is_read_as_it_is(tmp_path: Path) -> None:
     assert rows[3].reason == "holds no request: it has none of messages, input and prompt"
 
 
-CHATS: list[tuple[Any, Any]] = [  # requests as clients make them, and the messages that are read of them
+CHATS: list[tuple[Any, Any]] = [  # requests as clients send them, and the messages that are read from them
     ({"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, [("user", "hi")]),
     (
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
@@ -482,7 +486,7 @@ CHATS: list[tuple[Any, Any]] = [  # requests as clients make them, and the messa
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
         [("user", "hi"), ("assistant", "")],
     ),
-    (  # Anthropic's
+    (  # Anthropic API
         {"model": "m", "max_tokens": 9, "system": "be brief", "messages": [{"role": "user", "content": "hi"}]},
         [("system", "be brief"), ("user", "hi")],
     ),
@@ -496,7 +500,7 @@ CHATS: list[tuple[Any, Any]] = [  # requests as clients make them, and the messa
         },
         [("system", "be\nbrief"), ("assistant", ""), ("user", "42")],
     ),
-    (  # of the Responses API
+    (  # Responses API
         {
             "instructions": "be brief",
             "prompt": {"id": "a template"},
@@ -571,7 +575,7 @@ def test_json_by_lines_is_read_whatever_it_is_called(tmp_path: Path) -> None:
     assert [type(row) for row in read(path)] == [Row, BadRow, Row]
 
 
-def test_values_lie_in_structs_maps_and_names_of_folders(tmp_path: Path) -> None:
+def test_extras_are_read_from_structs_maps_and_folder_names(tmp_path: Path) -> None:
     folder = tmp_path / "day=2026-11-29" / "country=c%C3%B4te"
     folder.mkdir(parents=True)
     place = pa.array([{"country": "de", "city": "x"}], pa.struct([("country", pa.string()), ("city", pa.string())]))
@@ -582,7 +586,7 @@ def test_values_lie_in_structs_maps_and_names_of_folders(tmp_path: Path) -> None
     assert good(path, extras=names)[0].extras == ("de", "a", "c", "2026-11-29", "côte", None, None)
 
 
-def test_what_is_not_read_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_not_read_are_found(tmp_path: Path) -> None:
     (elsewhere := tmp_path / "elsewhere").mkdir()
     (folder := tmp_path / "corpus").mkdir()
     write_jsonl(elsewhere / "linked.jsonl", {"prompt": "x"})
@@ -614,16 +618,16 @@ def test_files_of_a_partitioned_corpus_are_found_at_any_depth(tmp_path: Path) ->
 
 @pytest.mark.parametrize("out", ["log", "log/", "log/labels", "log/2026/labels"])
 def test_an_output_among_the_files_of_a_corpus_is_refused(tmp_path: Path, out: str) -> None:
-    with pytest.raises(UserError, match=f"{out}: lies in .*log, which is read"):
+    with pytest.raises(UserError, match=f"{out}: is inside the input folder .*log: choose another --out"):
         reader.refuse_output(f"{tmp_path}/{out}", str(tmp_path / "log"))
 
 
 @pytest.mark.parametrize("out", ["logs", "labels", "log/_labels", "log/.labels", "log/../labels", "log.csv.labels"])
-def test_an_output_beside_a_corpus_or_where_it_is_not_read_is_none_of_it(tmp_path: Path, out: str) -> None:
+def test_an_output_that_would_not_be_read_is_accepted(tmp_path: Path, out: str) -> None:
     reader.refuse_output(f"{tmp_path}/{out}", str(tmp_path / "log"))
 
 
-def test_an_output_in_a_bucket_lies_in_no_local_corpus(s3_bucket: str, tmp_path: Path) -> None:
+def test_an_output_in_a_bucket_is_not_inside_a_local_corpus(s3_bucket: str, tmp_path: Path) -> None:
     reader.refuse_output(f"{s3_bucket}/{tmp_path}/log/labels", str(tmp_path / "log"))
 
 
@@ -635,15 +639,15 @@ def test_a_packed_file_that_is_damaged_is_an_error(tmp_path: Path, suffix: str) 
         read(path)
 
 
-def test_what_is_not_read_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(6):
         write(tmp_path / f"{i}.docx", "")
     write_jsonl(tmp_path / "a.jsonl", {"prompt": "x"})
-    reader.tell_unread(str(tmp_path), "extract")
+    reader.report_unread(str(tmp_path), "extract")
     (line,) = capsys.readouterr().err.splitlines()
     names = "0.docx, 1.docx, 2.docx, 3.docx, 4.docx and 1 more"
-    assert line.startswith(f"extract: not read, 6 of {tmp_path}: {names}: a corpus is one of .parquet, ")
-    reader.tell_unread(str(tmp_path / "a.jsonl"), "extract")
+    assert line.startswith(f"extract: skipped 6 files of {tmp_path}: {names}: supported formats are .parquet, ")
+    reader.report_unread(str(tmp_path / "a.jsonl"), "extract")
     assert capsys.readouterr().err == ""
 
 

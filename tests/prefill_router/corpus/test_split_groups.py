@@ -31,11 +31,11 @@ def test_case_space_and_punctuation_make_no_difference(other: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["What is 2 + 3?", "What is 22?", "Is what 2 2", ""])
-def test_words_do(other: str) -> None:
+def test_different_words_make_a_difference(other: str) -> None:
     assert text_hash(other) != text_hash("What is 2 + 2?")
 
 
-def test_prompts_without_a_word_are_told_apart() -> None:
+def test_prompts_without_words_are_distinguished() -> None:
     assert len({text_hash(text) for text in ("???", "!!!", "+ + +")}) == 3
 
 
@@ -62,7 +62,7 @@ def csv(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("write_to", "suffix"), [(parquet, "parquet"), (jsonl, "jsonl"), (csv, "csv")])
-def test_a_category_is_held_out_with_all_that_repeats_it(
+def test_a_category_is_held_out_with_all_its_repeats(
     write_to: Callable[[Path], str], suffix: str, tmp_path: Path
 ) -> None:
     corpus = write_to(tmp_path / f"corpus.{suffix}")
@@ -75,7 +75,7 @@ def test_a_category_is_held_out_with_all_that_repeats_it(
     assert of_corpus(corpus, ["law"]).held_out(keys).tolist() == [False, False, False, True]
 
 
-def test_a_category_or_column_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_category_or_column_is_an_error(tmp_path: Path) -> None:
     corpus = parquet(tmp_path / "corpus.parquet")
     with pytest.raises(UserError, match='no prompt has category "biology"; it has history, law, math'):
         of_corpus(corpus, ["biology"])
@@ -85,7 +85,7 @@ def test_a_category_or_column_that_is_not_there_is_an_error(tmp_path: Path) -> N
         of_corpus(str(tmp_path / "nowhere.parquet"))
 
 
-def test_a_prompt_that_is_not_known_is_a_unit_of_its_own() -> None:
+def test_an_unknown_prompt_is_a_group_of_its_own() -> None:
     keys = np.array([3, 5], np.uint64)
     groups = SplitGroups("text", keys, np.array([7, 7], np.uint64), np.array([True, False]))
     assert groups.of(np.array([5, 9, 3], np.uint64)).tolist() == [7, 9, 7]
@@ -97,7 +97,7 @@ def test_a_prompt_that_is_not_known_is_a_unit_of_its_own() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 100), st.integers(2, 25), st.sampled_from([0.5, 0.8, 0.95]))
-def test_a_chain_of_similar_prompts_is_one_unit(seed: int, num_prompts: int, likeness: float) -> None:
+def test_a_chain_of_similar_prompts_is_one_group(seed: int, num_prompts: int, likeness: float) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(num_prompts, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -112,7 +112,7 @@ def test_a_chain_of_similar_prompts_is_one_unit(seed: int, num_prompts: int, lik
     np.testing.assert_array_equal(joined[:, None] == joined, reached)
 
 
-def test_units_lie_on_one_side_and_folds_share_out_all() -> None:
+def test_groups_are_on_one_side_and_folds_cover_all_prompts() -> None:
     groups = prompt_hashes([f"unit-{i}" for i in range(3000)])
     parts = np.stack([Split(folds=5, fold=fold, test_fraction=0.2).parts(groups) == Part.TEST for fold in range(5)])
     assert (parts.sum(0) == 1).all()

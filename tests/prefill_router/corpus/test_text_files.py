@@ -1,4 +1,4 @@
-"""JSON documents read piece by piece: what the standard library reads whole, wherever the pieces end."""
+"""Reading JSON documents in pieces gives what the standard library reads, wherever the pieces end."""
 
 from __future__ import annotations
 

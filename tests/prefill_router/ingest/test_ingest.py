@@ -48,8 +48,8 @@ COUNT = "must be a whole number, 0 or more"
         ('" \t",m,1,5', 'prompt = " \\t", must hold more than white space'),
         ("hi,m,1", "has 3 values, but the header names 4: quote a prompt that holds a comma"),
         ("a, b,m,1,5", "has 5 values, but the header names 4: quote a prompt that holds a comma"),
-        (b"caf\xe9,m,1,5", 'prompt = "caf\\udce9", holds half a character or bytes that are not UTF-8'),
-        (b"hi,m\xff,1,5", 'target = "m\\udcff", holds half a character or bytes that are not UTF-8'),
+        (b"caf\xe9,m,1,5", 'prompt = "caf\\udce9", contains a lone surrogate or bytes that are not UTF-8'),
+        (b"hi,m\xff,1,5", 'target = "m\\udcff", contains a lone surrogate or bytes that are not UTF-8'),
     ],
 )
 def test_a_bad_row_goes_to_the_quarantine(tmp_path: Path, row: str | bytes, reason: str) -> None:
@@ -122,7 +122,7 @@ def test_a_prompt_that_is_too_large(tmp_path: Path) -> None:
         ('{"query": "q", "model_name": "m", "performance": [1]}', f'target "m": correct = [1], {IN_RANGE}'),
         ('{"query": "q", "model_name": null, "performance": 1}', "target = null, must be a non-empty string"),
         ('{"query": {"a": 1}, "model_name": "m", "performance": 1}', 'prompt = {"a": 1}, must be a non-empty string'),
-        ('{"query": "\\ud800", "model_name": "m", "performance": 1}', 'prompt = "\\ud800", holds half a character'),
+        ('{"query": "\\ud800", "model_name": "m", "performance": 1}', 'prompt = "\\ud800", contains a lone surrogate'),
         ('{"query": "q", "choices": "A or B", "model_name": "m"}', 'choices = "A or B", must be JSON: text and labels'),
     ],
 )

@@ -32,7 +32,7 @@ RECORD = '{"index": 1, "prompt": "hi", "score": 1.0}'
 @pytest.mark.parametrize(
     ("format_name", "name", "content", "message"),
     [
-        ("toolkit", "t.csv", "", "is empty: a CSV begins with the names of its columns"),
+        ("toolkit", "t.csv", "", "is empty: a CSV must begin with the names of its columns"),
         ("toolkit", "t.csv", "question,model\n", "column isCorrect is missing; it has question, model"),
         ("toolkit", "t.csv", "question,model,model,isCorrect\n", "has 2 columns model, must have one"),
         ("toolkit", "t.csv", HEADER, "holds no record of toolkit"),
@@ -65,7 +65,7 @@ RECORD = '{"index": 1, "prompt": "hi", "score": 1.0}'
         ("llmrouterbench", "b.json", "{7: 5}", "near character 1: not JSON: expected a key"),
         ("routerarena", "p.json", '{"a": [1]}', "must be a JSON list of predictions, but is an object"),
         ("routerarena", "p.json", '"text"', "must hold a JSON list or object, but begins with '\"'"),
-        ("routerarena", "p.json", "[]\n[]", "holds more than one value; if it has one a line, name it .jsonl"),
+        ("routerarena", "p.json", "[]\n[]", "has more than one value: if it has one per line, name it .jsonl"),
         ("routerarena", "p.json", "[" * 100_000, "not JSON: nested too deep"),
         ("lm-eval", "gsm8k.jsonl", "{}", "must be named as lm-eval names it, samples_TASK_TIME.jsonl"),
         ("mmlu-pro", "model_outputs_m_5shots.zip", "PK no zip", "not a zip that can be read: File is not a zip file"),

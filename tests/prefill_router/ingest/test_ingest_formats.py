@@ -328,6 +328,6 @@ def test_openai_log(tmp_path: Path) -> None:
     assert found.summary.ignored == {'key "tool_calls" of messages': 1}
     image = '{"type": "image_url", "image_url": {"url": "data:"}}'
     assert [row[1:] for row in found.quarantine] == [
-        (4, None, f"messages[1].content holds {image}, which is no text"),
+        (4, None, f"messages[1].content holds {image}, which is not text"),
         (5, None, "has neither prompt nor messages"),
     ]
