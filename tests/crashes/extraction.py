@@ -18,7 +18,7 @@ from prefill_router.activations.activation_store import StoreManifest
 from prefill_router.activations.commit_log import CommitLog, RecordLocation
 from prefill_router.activations.commit_records import Commit, bad_rows, shard_name
 from prefill_router.activations.reuse import Sources
-from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.activations.shard_list import ShardList
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.plan import Repeats
@@ -72,12 +72,12 @@ class Extraction(Scenario):
         record = commit_log.find(self.out, name)
         if record is None:
             assert name not in self.committed, "a committed shard is computed again"
-            draft = Draft.of_repeats(rows, COLUMNS)
+            builder = ShardBuilder.of_repeats(rows, COLUMNS)
             for place in sources:
-                draft.copy(self.out, place)
-            for missing, _ in draft.missing():
-                draft.fill(missing, self._read([rows.contents[i] for i in missing]))
-            record = draft.commit(self.out)
+                builder.copy(self.out, place)
+            for missing, _ in builder.missing():
+                builder.fill(missing, self._read([rows.contents[i] for i in missing]))
+            record = builder.commit(self.out)
         self.committed.add(name)
         return record
 

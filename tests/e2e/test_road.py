@@ -75,4 +75,4 @@ def test_a_failed_job_leaves_no_result(
         out=tmp_path / "probe",
     )
     assert probe.status == 1
-    assert "no finished extraction lies here" in probe.err
+    assert "no finished extraction here" in probe.err

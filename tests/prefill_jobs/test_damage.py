@@ -224,7 +224,9 @@ def test_vectors_of_another_width_name_the_shard(store: Path, told: Any) -> None
         pq.write_table(table, path)
         shard["file"]["bytes"] = path.stat().st_size
     (store / "manifest.json").write_text(json.dumps(manifest))
-    told(f"{store}/part-", ".parquet: column ", "[16], must be vectors of 32 by manifest.json", "extract again")
+    told(
+        f"{store}/part-", ".parquet: column ", "[16], must be vectors of 32 according to manifest.json", "extract again"
+    )
 
 
 # --- routers -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from prefill_jobs.runtime import cluster
 from prefill_router.activations import commit_log
 from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.commit_records import Commit, shard_name
-from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.common.schema import POOLINGS, ActivationColumn, Pooling
 from prefill_router.corpus.plan import Repeats, Shard
 from prefill_router.encoder.hardware import measured_peak_flops
@@ -102,10 +102,10 @@ class ExtractShard:
         work = self.reader.complete(draft, attempt)
         return self._done(draft.commit(self.request.out), work, num_copied, attempt, is_new=True)
 
-    def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> Draft:
+    def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> ShardBuilder:
         if isinstance(rows, Repeats):
-            return Draft.of_repeats(rows, columns)
-        return Draft.of_shard(rows, columns, self.request.max_prompt_bytes)
+            return ShardBuilder.of_repeats(rows, columns)
+        return ShardBuilder.of_shard(rows, columns, self.request.max_prompt_bytes)
 
     @cached_property
     def encoder(self) -> PrefillEncoder:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from prefill_jobs.runtime.cluster import Shared
-from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
@@ -63,7 +63,7 @@ class SafeReader:
         finally:
             self.isolated.close()
 
-    def complete(self, draft: Draft, attempt: int) -> Work:
+    def complete(self, draft: ShardBuilder, attempt: int) -> Work:
         """Computes what a draft misses."""
         work = Work()
         for rows, columns in draft.missing():

@@ -22,7 +22,7 @@ from prefill_jobs.extract.guarded_encoder import SafeReader, begin
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
-from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
@@ -145,17 +145,17 @@ class EstimateShard:
                 estimates.percentile[kept] = router.distance.percentile(router.distance(features))
         return work
 
-    def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> Draft:
+    def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> ShardBuilder:
         """What the store holds of the prompts. What it could not read is not tried again."""
         ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
-        draft = Draft(task.shard.digest, ids, contents, columns)
+        draft = ShardBuilder(task.shard.digest, ids, contents, columns)
         for source in task.sources:
             assert self.activations is not None
             draft.copy(self.activations, source)
         draft.prompts = [row.prompt for row in rows]
         return draft
 
-    def _complete(self, draft: Draft, attempt: int) -> Work:
+    def _complete(self, draft: ShardBuilder, attempt: int) -> Work:
         """Has the encoder read what the draft misses; without that it need not even be loaded."""
         cut = np.flatnonzero(draft.is_truncated)  # of a store, which does not say how long they were
         if not len(cut) and not any(draft.missing()):

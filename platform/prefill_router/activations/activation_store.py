@@ -1,6 +1,6 @@
 """The activation store: Parquet shards of pooled hidden states, and the manifest that commits them.
 
-Readers trust the manifest alone: a store without one is unfinished, whatever objects lie there.
+Readers only use what the manifest lists: a store without a manifest is unfinished, whatever files it has.
 """
 
 # N prompts, D hidden size
@@ -24,18 +24,20 @@ from prefill_router.encoder.prefill_encoder import EncoderIdentity
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 
-_LISTS = "shards"  # the folder of the lists that are too long for a manifest
-MAX_LISTED = 10_000  # shards that the manifest itself lists, in 3 MB
+_LISTS = "shards"  # the folder of shard lists that are too long for the manifest
+MAX_LISTED = 10_000  # number of shards that the manifest itself lists, in 3 MB
 
 
 class StoreManifest(validation.StrictModel):
+    """The content of manifest.json."""
+
     format: Literal[1] = 1
     encoder: EncoderIdentity
     columns: list[str]
     corpus: str
     is_sample: bool  # extracted with --limit: the corpus may hold more prompts
     shards: ShardList
-    quarantine: ShardFile | None = None  # the rows that could not be encoded, and why
+    quarantine: ShardFile | None = None  # the invalid rows, with the reasons
 
     @property
     def rows(self) -> int:
@@ -43,7 +45,7 @@ class StoreManifest(validation.StrictModel):
 
 
 def to_table(prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]]) -> pa.Table:
-    """What `PrefillEncoder.encode` returned, as the store's table."""
+    """Converts the result of `PrefillEncoder.encode` to a table of the store."""
     columns = [ActivationColumn.parse(name) for name in encoded if name != NUM_TOKENS]
     hidden_size = encoded[columns[0].name].shape[1]
     schema = activations(columns, hidden_size)
@@ -55,7 +57,7 @@ def to_table(prompt_ids: Sequence[str], encoded: Mapping[str, NDArray[Any]]) -> 
 
 
 def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """The inverse of `to_table`: (n, D) float16 of each activation column, and `num_tokens` (n,) int32."""
+    """The inverse of `to_table`: (n, D) float16 for each activation column, and `num_tokens` (n,) int32."""
     encoded: dict[str, NDArray[Any]] = {}
     for field in table.schema:
         if pa.types.is_fixed_size_list(field.type):
@@ -66,7 +68,7 @@ def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
 
 
 def write_manifest(uri: str, manifest: StoreManifest) -> None:
-    """Commits a store: only now is there anything for a reader. A long list of shards is an object, written before."""
+    """Commits a store, which makes it visible to readers. A long list of shards goes to a file of its own first."""
     file = None
     if len(manifest.shards) > MAX_LISTED:
         file = parquet_objects.write_addressed(uri, _LISTS, manifest.shards.table)
@@ -77,7 +79,7 @@ def write_manifest(uri: str, manifest: StoreManifest) -> None:
 
 
 def read_manifest(uri: str) -> StoreManifest | None:
-    """None where no finished extraction lies."""
+    """Reads the manifest of a store; None if there is no finished extraction."""
     path = storage.join(uri, parquet_objects.MANIFEST)
     if not storage.exists(path):
         return None
@@ -89,7 +91,7 @@ def read_manifest(uri: str) -> StoreManifest | None:
 
 
 def remove_manifest(uri: str) -> None:
-    """Makes a store unfinished."""
+    """Deletes the manifest, which makes a store unfinished."""
     storage.remove(storage.join(uri, parquet_objects.MANIFEST))
     _remove_lists(uri, keep=None)
 
@@ -102,18 +104,18 @@ def _remove_lists(uri: str, keep: ShardFile | None) -> None:
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """A finished extraction. Make one with `ActivationStore.open`."""
+    """A finished extraction. Create it with `ActivationStore.open`."""
 
     uri: str
     manifest: StoreManifest
 
     @classmethod
     def open(cls, uri: str) -> ActivationStore:
-        """Raises UserError where no finished extraction lies at `uri`."""
+        """Opens the store at `uri`. Raises UserError if there is no finished extraction."""
         manifest = read_manifest(uri)
         if manifest is None:
             raise UserError(
-                f"{uri}: no finished extraction lies here ({parquet_objects.MANIFEST} is missing): run extract first"
+                f"{uri}: no finished extraction here ({parquet_objects.MANIFEST} is missing): run extract first"
             )
         return cls(uri, manifest)
 
@@ -126,13 +128,16 @@ class ActivationStore:
         return len(self.manifest.shards)
 
     def prompt_ids(self, shard: int | None = None) -> pa.Array:
-        """The ids of one shard, or of the whole store, in its order."""
+        """The ids of one shard or of the whole store, in order."""
         indices = range(self.num_shards) if shard is None else [shard]
         parts = [self._read(i, [PROMPT_ID])[PROMPT_ID].combine_chunks() for i in indices]
         return pa.concat_arrays(parts)
 
     def read(self, shard: int, columns: Sequence[ActivationColumn]) -> tuple[pa.Array, dict[str, NDArray[Any]]]:
-        """The ids of one shard, and what `PrefillEncoder.encode` returned for them, of `columns` alone."""
+        """Reads a shard: its ids, and the result of `PrefillEncoder.encode` for them with only `columns`.
+
+        Raises UserError if a column was not extracted, or if the shard does not match the manifest.
+        """
         missing = [column.name for column in columns if column.name not in self.manifest.columns]
         if missing:
             raise UserError(f"{self.uri}: has no column {missing[0]}: extract that layer and pooling too")
@@ -143,8 +148,8 @@ class ActivationStore:
             if not pa.types.is_fixed_size_list(kind) or kind.list_size != width:
                 path = storage.join(self.uri, self.manifest.shards[shard].file.name)
                 raise UserError(
-                    f"{path}: column {column.name} is {kind}, must be vectors of {width} by "
-                    f"{parquet_objects.MANIFEST}: remove {self.uri} and extract again"
+                    f"{path}: column {column.name} is {kind}, must be vectors of {width} "
+                    f"according to {parquet_objects.MANIFEST}: remove {self.uri} and run extract again"
                 )
         return table[PROMPT_ID].combine_chunks(), from_table(table)
 

@@ -1,4 +1,4 @@
-"""The record of a shard that is done: alone as JSON, as the actor that did it enters it, or a row of a table."""
+"""The record of a committed shard: a JSON file written by the worker that built it, or a row of a table."""
 
 # n rows of a shard
 
@@ -8,7 +8,6 @@ import base64
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
@@ -16,14 +15,14 @@ from pydantic import model_validator
 from prefill_router.common import validation
 from prefill_router.common.schema import COMMITS
 from prefill_router.corpus.reader import BadRow
-from prefill_router.corpus.row_keys import Keys
+from prefill_router.corpus.row_keys import Keys, as_keys, content_hashes
 from prefill_router.storage import parquet_objects
 
-_KEY_CHARACTERS = 32  # in base64, of the 24 bytes of a row
+_KEY_CHARACTERS = 32  # of the 24 bytes of a row key in base64
 
 
 class RejectedPrompt(validation.StrictModel):
-    """A row that the encoder could not read, with the digest of its prompt."""
+    """A row that the encoder failed on, with the digest of its prompt."""
 
     uri: str
     row: int
@@ -36,20 +35,20 @@ class RejectedPrompt(validation.StrictModel):
 
 
 class Commit(validation.StrictModel):
-    """One shard that is done: its object, and which rows that holds."""
+    """One committed shard: its file, and the rows in it."""
 
     name: str
-    file: parquet_objects.ShardFile | None  # None where no row could be read
+    file: parquet_objects.ShardFile | None  # None if the encoder failed on each row
     columns: list[str]
     num_tokens: int
-    truncated: list[int]  # rows, counted in the shard
-    keys: str  # base64 of (n, 3) uint64, as `plan.row_keys` gives them
+    truncated: list[int]  # indices of rows in the shard
+    keys: str  # base64 of (n, 3) uint64, as returned by `row_keys.row_keys`
     refused: list[RejectedPrompt]
 
     @model_validator(mode="after")
     def _has_a_key_for_each_row(self) -> Commit:
         if len(self.keys) != _KEY_CHARACTERS * self.rows:
-            raise ValueError("a key of each row is wanted")
+            raise ValueError("keys: must have one key per row")
         return self
 
     @property
@@ -58,7 +57,7 @@ class Commit(validation.StrictModel):
 
     @property
     def row_keys(self) -> Keys:
-        return np.frombuffer(base64.b64decode(self.keys), "<u8").reshape(-1, 3)
+        return as_keys(base64.b64decode(self.keys))
 
     @staticmethod
     def encode_keys(keys: Keys) -> str:
@@ -66,17 +65,17 @@ class Commit(validation.StrictModel):
 
     @property
     def contents(self) -> list[str]:
-        """The digest of each row's prompt, in hex."""
-        return [key.tobytes().hex() for key in np.ascontiguousarray(self.row_keys[:, 1:])]
+        """The digest of each row's prompt, in hexadecimal."""
+        return content_hashes(self.row_keys)
 
 
 def shard_name(digest: str, columns: Iterable[str]) -> str:
-    """The name of a shard: of its rows, by the plan's digest of them, and its columns."""
+    """The name of a shard: a hash of the plan's digest of its rows, and of its columns."""
     return hashlib.sha256("\n".join([digest, *columns]).encode()).hexdigest()[:32]
 
 
 def to_table(records: Sequence[Commit]) -> pa.Table:
-    """A row a record, with all but the keys."""
+    """Converts records to a table with one row per record, without the keys."""
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=COMMITS)
 
 
@@ -97,7 +96,7 @@ def _to_row(record: Commit) -> dict[str, object]:
 
 
 def from_table(table: pa.Table, row: int, keys: Keys) -> Commit:
-    """One record of a table that `to_table` made."""
+    """The inverse of `to_table` for one row, given its keys."""
     fields = table.slice(row, 1).to_pylist()[0]
     described = {"name": fields["file"], **{key: fields[key] for key in ("rows", "bytes", "sha256")}}
     return Commit(
@@ -112,7 +111,7 @@ def from_table(table: pa.Table, row: int, keys: Keys) -> Commit:
 
 
 def bad_rows(table: pa.Table) -> Iterator[BadRow]:
-    """The rows that the shards of a table lack, in its order."""
+    """The rows that the encoder failed on, in the order of the table."""
     column = table["refused"]
     for refused in column.filter(pc.greater(pc.list_value_length(column), 0)).to_pylist():
         yield from (RejectedPrompt(**fields).to_bad_row() for fields in refused)

@@ -1,4 +1,4 @@
-"""A shard in the making: the rows that it is to hold, and what is known so far of their activations."""
+"""Builds one activation shard from copied and newly encoded rows, and commits it."""
 
 # n rows, C columns, D hidden size
 
@@ -25,8 +25,11 @@ from prefill_router.storage import parquet_objects
 _NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
 
 
-class Draft:
-    """Make one with `of_shard` or `of_repeats`, fill it with `copy` and `fill`, and `commit` it."""
+class ShardBuilder:
+    """Collects the activations of a shard's rows.
+
+    Create it with `of_shard` or `of_repeats`, add activations with `copy` and `fill`, then `commit` it.
+    """
 
     def __init__(
         self, digest: str, prompt_ids: Sequence[str], contents: Sequence[str], columns: Sequence[ActivationColumn]
@@ -35,11 +38,11 @@ class Draft:
         self.names = [column.name for column in columns]
         self.name = shard_name(digest, self.names)
         self.prompts: list[Prompt] = []
-        self.places: dict[int, tuple[str, int]] = {}  # of the rows: their files, and where they stand in them
-        self.refused: dict[int, str] = {}  # rows that will not be in the shard, and why
+        self.places: dict[int, tuple[str, int]] = {}  # the file and the row number of each row
+        self.refused: dict[int, str] = {}  # rows that the shard will not have, with the reasons
         self.has_nC = np.zeros((len(prompt_ids), len(columns)), np.bool_)
         self.num_tokens = np.zeros(len(prompt_ids), np.int32)
-        self.full_lengths = np.zeros(len(prompt_ids), np.int32)  # before any was cut; of one that was copied, after
+        self.full_lengths = np.zeros(len(prompt_ids), np.int32)  # before truncation; for copied rows, after it
         self.is_truncated = np.zeros(len(prompt_ids), np.bool_)
         self._values: dict[str, NDArray[np.float16]] = {}
         self._rows_of: dict[str, list[int]] = defaultdict(list)
@@ -47,16 +50,18 @@ class Draft:
             self._rows_of[content].append(row)
 
     @classmethod
-    def of_shard(cls, shard: Shard, columns: Sequence[ActivationColumn], max_prompt_bytes: int) -> Draft:
+    def of_shard(cls, shard: Shard, columns: Sequence[ActivationColumn], max_prompt_bytes: int) -> ShardBuilder:
+        """Reads the rows of a planned shard from the corpus."""
         rows = read_shard(shard, max_prompt_bytes)
         contents = [row.content_digest.hex() for row in rows]
-        draft = cls(shard.digest, [row.prompt_id for row in rows], contents, columns)
-        draft.prompts = [row.prompt for row in rows]
-        draft.places = dict(enumerate(shard.places))
-        return draft
+        builder = cls(shard.digest, [row.prompt_id for row in rows], contents, columns)
+        builder.prompts = [row.prompt for row in rows]
+        builder.places = dict(enumerate(shard.places))
+        return builder
 
     @classmethod
-    def of_repeats(cls, repeats: Repeats, columns: Sequence[ActivationColumn]) -> Draft:
+    def of_repeats(cls, repeats: Repeats, columns: Sequence[ActivationColumn]) -> ShardBuilder:
+        """Takes repeated rows, whose activations can all be copied."""
         return cls(repeats.digest, repeats.prompt_ids, repeats.contents, columns)
 
     @property
@@ -64,7 +69,7 @@ class Draft:
         return int(self.has_nC.all(1).sum())
 
     def missing(self) -> Iterator[tuple[list[int], list[ActivationColumn]]]:
-        """Rows and the columns that they lack, rows that lack the same ones together."""
+        """Yields rows with the columns that they lack, grouped by those columns."""
         for has_C in np.unique(self.has_nC, axis=0):
             rows = np.flatnonzero((self.has_nC == has_C).all(1)).tolist()
             rows = [row for row in rows if row not in self.refused]
@@ -73,7 +78,7 @@ class Draft:
                 yield rows, columns
 
     def fill(self, rows: Sequence[int], reading: EncodedPrompts) -> None:
-        """Takes what the encoder read of `rows`."""
+        """Adds the encoder's result for `rows`; refuses rows whose activations are not finite."""
         encoded = reading.encoded
         self._set(list(rows), encoded)
         self.full_lengths[list(rows)] = reading.full_lengths
@@ -83,27 +88,27 @@ class Draft:
         self.refused.update({row: _NOT_FINITE for row, fine in zip(rows, is_finite, strict=True) if not fine})
 
     def copy(self, out: str, source: RecordLocation) -> None:
-        """Takes over, bit for bit, what a finished shard holds of these prompts."""
+        """Copies the activations of these prompts from a committed shard of the store `out`, bit for bit."""
         record = commit_log.read(out, source)
-        if not self.prompts:  # then what the source could not read can't be read here
+        if not self.prompts:  # without prompts, rows that failed in the source cannot be encoded here
             self._copy_refusals(record)
         pairs = [(i, row) for i, content in enumerate(record.contents) for row in self._rows_of.get(content, ())]
         shared = [name for name in self.names if name in record.columns]
         if record.file is None or not pairs or not shared:
             return
-        theirs, ours = (list(rows) for rows in zip(*pairs, strict=True))
+        source_rows, rows = (list(side) for side in zip(*pairs, strict=True))
         encoded = from_table(parquet_objects.read_shard(out, record.file, [*shared, NUM_TOKENS]))
-        self._set(ours, {name: values[theirs] for name, values in encoded.items()})
-        self.is_truncated[ours] = np.isin(theirs, record.truncated)
+        self._set(rows, {name: values[source_rows] for name, values in encoded.items()})
+        self.is_truncated[rows] = np.isin(source_rows, record.truncated)
 
     def activations(self, rows: Sequence[int]) -> dict[str, NDArray[np.float16]]:
-        """What is known of `rows`, (len(rows), D) of each column."""
+        """The activations of `rows`, (len(rows), D) for each column."""
         return {name: self._values[name][rows] for name in self.names}
 
     def commit(self, out: str) -> Commit:
-        """Writes the object and enters it in the ledger."""
+        """Writes the shard's file and commits it in the log of `out`."""
         kept = [row for row in range(len(self.prompt_ids)) if row not in self.refused]
-        assert self.has_nC[kept].all(), "a row would be written that was not computed"
+        assert self.has_nC[kept].all(), "a row that was not computed would be written"
         prompt_ids = [self.prompt_ids[row] for row in kept]
         table = to_table(prompt_ids, {**self.activations(kept), NUM_TOKENS: self.num_tokens[kept]}) if kept else None
         record = Commit(
@@ -134,6 +139,6 @@ class Draft:
                 self.places[row] = (refused.uri, refused.row)
 
     def _refusal(self, row: int, reason: str) -> RejectedPrompt:
-        uri, place = self.places[row]
+        uri, row_in_file = self.places[row]
         content = self.contents[row]
-        return RejectedPrompt(uri=uri, row=place, prompt_id=self.prompt_ids[row], content=content, reason=reason)
+        return RejectedPrompt(uri=uri, row=row_in_file, prompt_id=self.prompt_ids[row], content=content, reason=reason)

@@ -1,4 +1,4 @@
-"""The shards that a manifest commits, as one table: a million take 0.2 GB, and as models would take ten times that."""
+"""The shards of a manifest as one table: a million take 0.2 GB, a tenth of what pydantic models would take."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from prefill_router.common import validation
 from prefill_router.common.schema import SHARDS
 from prefill_router.storage.parquet_objects import ShardFile
 
-_BLOCK = 1 << 14  # shards that are made into models at a time
+_BLOCK = 1 << 14  # shards that are converted to models at a time
 
 
 class ActivationShard(validation.StrictModel):
-    """A committed shard and what the encoder saw in it."""
+    """A committed shard and the encoder's token counts for it."""
 
     file: ShardFile
     num_tokens: int
-    num_truncated: int  # prompts that were cut to max_tokens
+    num_truncated: int  # prompts that were truncated to max_tokens
 
 
 class ShardList(Sequence[ActivationShard]):
-    """Reads as a sequence of `ActivationShard`; in a pydantic model it is validated and dumped as a list of them."""
+    """A sequence of `ActivationShard`; a pydantic model validates and dumps it as a list of them."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.select(SHARDS.names).cast(SHARDS).combine_chunks()
@@ -51,10 +51,10 @@ class ShardList(Sequence[ActivationShard]):
     @overload
     def __getitem__(self, index: slice) -> ShardList: ...
     def __getitem__(self, index: int | slice) -> ActivationShard | ShardList:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return ShardList(self.table.take(pa.array(places, pa.int64())))
-        return _from_row(self.table.slice(places, 1).to_pylist()[0])
+        rows = range(len(self))[index]
+        if isinstance(rows, range):
+            return ShardList(self.table.take(pa.array(rows, pa.int64())))
+        return _from_row(self.table.slice(rows, 1).to_pylist()[0])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardList) and bool(self.table.equals(other.table))

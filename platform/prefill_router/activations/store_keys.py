@@ -1,4 +1,4 @@
-"""The keys of an activation store's rows. Its ledger holds them, so that no prompt_id is read and hashed again."""
+"""The keys of an activation store's rows, read from its commit log, which is faster than hashing each prompt_id."""
 
 # N prompts
 
@@ -18,18 +18,18 @@ from prefill_router.corpus.split import Keys, prompt_hashes
 
 @dataclass(frozen=True)
 class StoreKeys:
-    """In the store's order."""
+    """Keys in the order of the store's rows."""
 
     prompts: Keys  # (N,) hashes of the prompt_ids
-    contents: Keys  # (N,) 64 bits of the prompts, or the same hashes where the ledger does not know a shard
+    contents: Keys  # (N,) 64 bits of the prompts; for shards that are not in the log, the hashes of the prompt_ids
 
 
 def read(store: ActivationStore) -> StoreKeys:
-    """Takes some requests a segment of the ledger, and, where it does not know a shard, some for that shard's ids.
+    """Reads the keys with a few requests per segment of the commit log, and a few per shard that is not in it.
 
-    Raises UserError where the ledger, or a shard whose ids are wanted, is damaged.
+    Raises UserError if the log, or a shard whose ids are read, is damaged.
     """
-    ledger = CommitLog.open(store.uri)
+    log = CommitLog.open(store.uri)
     ends = np.cumsum(store.manifest.shards.table["rows"].to_numpy())
     prompts, contents = (np.empty(store.manifest.rows, np.uint64) for _ in range(2))
 
@@ -37,11 +37,11 @@ def read(store: ActivationStore) -> StoreKeys:
         rows = slice(ends[shard] - len(of_prompts), ends[shard])
         prompts[rows], contents[rows] = of_prompts, of_contents
 
-    positions = _positions(store, ledger)
+    positions = _positions(store, log)
     num_unknown = int((positions < 0).sum())
     order = np.argsort(positions, kind="stable").tolist()
     unknown, known = order[:num_unknown], order[num_unknown:]
-    for shard, (_, keys) in zip(known, ledger.keys(positions[known]), strict=True):
+    for shard, (_, keys) in zip(known, log.keys(positions[known]), strict=True):
         enter(shard, keys[:, 0], keys[:, 1])
     hashes = storage.read_ahead(lambda shard: prompt_hashes(store.prompt_ids(shard).to_pylist()), unknown)
     for shard, of_prompts in zip(unknown, hashes, strict=True):
@@ -49,12 +49,12 @@ def read(store: ActivationStore) -> StoreKeys:
     return StoreKeys(prompts, contents)
 
 
-def _positions(store: ActivationStore, ledger: CommitLog) -> NDArray[np.int64]:
-    """Of each shard's record in the ledger; -1 where there is none of the same object."""
+def _positions(store: ActivationStore, log: CommitLog) -> NDArray[np.int64]:
+    """The position of each shard's record in the log; -1 if there is none, or if it describes another file."""
     listed = store.manifest.shards.table
-    positions = ledger.positions(listed["file"].combine_chunks(), "file")
+    positions = log.positions(listed["file"].combine_chunks(), "file")
     known = np.flatnonzero(positions >= 0)
-    recorded = ledger.records.select(["rows", "sha256"]).take(positions[known])
+    recorded = log.records.select(["rows", "sha256"]).take(positions[known])
     listed = listed.take(known)
     is_same = pc.and_(*(pc.equal(recorded[name], listed[name]) for name in recorded.column_names))
     positions[known[~np.asarray(is_same, np.bool_)]] = -1

@@ -39,7 +39,7 @@ def write_activations(
 
 
 def write_store(uri: str, sizes: list[int]) -> list[dict[str, NDArray[Any]]]:
-    """A finished store with a shard of each size; the ids are s0-0, s0-1, ..., s1-0, ..."""
+    """Writes a finished store with shards of these sizes; the ids are s0-0, s0-1, ..., s1-0, ..."""
     parts = [encoded(size, seed=i) for i, size in enumerate(sizes)]
     committed = [
         write_activations(uri, i, [f"s{i}-{row}" for row in range(sizes[i])], part, num_truncated=i)
@@ -81,7 +81,7 @@ def test_prompt_ids_are_those_of_a_shard_or_of_all(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.uint16, st.tuples(st.integers(1, 5), st.just(8))))
 def test_activations_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, bits: NDArray[np.uint16]) -> None:
-    """Subnormals, infinities and negative zeros too; of a NaN, that it is one."""
+    """Including subnormals, infinities and negative zeros; a NaN may have other bits."""
     folder = str(tmp_path_factory.mktemp("store"))
     values = bits.view(np.float16)
     part: dict[str, NDArray[Any]] = {"last_001": values, "num_tokens": np.ones(len(values), np.int32)}
@@ -122,7 +122,7 @@ def test_vectors_are_a_standard_arrow_type(tmp_path: Path) -> None:
 
 def test_a_store_without_manifest_is_unfinished(root: str) -> None:
     write_activations(root, 0, ["a"], encoded(1), 0)
-    with pytest.raises(UserError, match=r"no finished extraction lies here \(manifest\.json is missing\): run extract"):
+    with pytest.raises(UserError, match=r"no finished extraction here \(manifest\.json is missing\): run extract"):
         ActivationStore.open(root)
 
 
@@ -152,7 +152,7 @@ def test_a_long_list_of_shards_is_an_object_that_the_manifest_names(root: str, m
 
 
 def test_a_long_list_within_a_manifest_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As earlier versions wrote it."""
+    """Earlier versions wrote such manifests."""
     write_store(str(tmp_path), [1, 2, 3])
     monkeypatch.setattr(activation_store, "MAX_LISTED", 2)
     assert ActivationStore.open(str(tmp_path)).manifest.rows == 6

@@ -25,7 +25,7 @@ def keys_of(seed: int, rows: int) -> Keys:
 
 
 def record(seed: int, columns: list[str] = COLUMNS, digest: str = "") -> Commit:
-    """As an actor makes it; of every fifth no row could be read, and every third refuses one."""
+    """A record as a worker writes it: each fifth has no valid row, and each third has one refused row."""
     rows = 0 if seed % 5 == 4 else 1 + seed % 3
     name = shard_name(digest or f"rows-{seed}", columns)
     file = parquet_objects.ShardFile(
@@ -46,8 +46,8 @@ def record(seed: int, columns: list[str] = COLUMNS, digest: str = "") -> Commit:
 RECORDS = [record(seed) for seed in range(10)]
 
 
-def entered(uri: str, records: Iterable[Commit]) -> CommitLog:
-    """A ledger whose driver got these records from its actors."""
+def committed(uri: str, records: Iterable[Commit]) -> CommitLog:
+    """A commit log after its driver has received these records from its workers."""
     opened = CommitLog.open(uri)
     for each in records:
         opened.add(commit_log.commit(uri, each))
@@ -55,13 +55,13 @@ def entered(uri: str, records: Iterable[Commit]) -> CommitLog:
 
 
 def gathered(uri: str, records: Iterable[Commit]) -> CommitLog:
-    opened = entered(uri, records)
+    opened = committed(uri, records)
     opened.gather()
     return opened
 
 
-def held(uri: str) -> list[Commit]:
-    """Every record that lies at `uri`, as an actor reads it."""
+def stored(uri: str) -> list[Commit]:
+    """All records at `uri`, as a worker reads them."""
     opened = CommitLog.open(uri)
     return [commit_log.read(uri, place) for place in opened.places(np.arange(len(opened)))]
 
@@ -70,7 +70,7 @@ def by_name(records: Iterable[Commit]) -> list[Commit]:
     return sorted(records, key=lambda each: each.name)
 
 
-def alone(uri: str) -> list[str]:
+def loose(uri: str) -> list[str]:
     return [name for name in storage.list_names(storage.join(uri, "commits")) if name.endswith(".json")]
 
 
@@ -87,12 +87,12 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_segments")
-def test_records_come_back_from_segments_and_alone(root: str) -> None:
-    opened = entered(root, RECORDS)
+def test_records_are_read_from_segments_and_loose_files(root: str) -> None:
+    opened = committed(root, RECORDS)
     assert len(opened) == 10
-    assert len(alone(root)) == 2
-    assert len(in_segments(root)) == 4  # of each two, the records and the keys
-    assert by_name(held(root)) == by_name(RECORDS)
+    assert len(loose(root)) == 2
+    assert len(in_segments(root)) == 4  # two segments, each with records and keys
+    assert by_name(stored(root)) == by_name(RECORDS)
 
 
 @pytest.mark.usefixtures("small_segments")
@@ -119,7 +119,7 @@ def test_the_table_says_what_the_records_do(root: str) -> None:
     assert CommitLog.open(root).column_sets == [COLUMNS]
 
 
-def test_a_ledger_without_records_is_empty(root: str) -> None:
+def test_a_log_without_records_is_empty(root: str) -> None:
     opened = CommitLog.open(root)
     opened.gather()
     assert (len(opened), opened.records.num_rows, opened.column_sets) == (0, 0, [])
@@ -133,7 +133,7 @@ class Killed(BaseException):
 
 
 def killing(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
-    """Ends the process at the `step`-th change of the storage from now on; what it returns counts them."""
+    """Simulates a kill at the `step`-th change of the storage; returns a function that counts the changes."""
     steps = 0
 
     def killed(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,32 +168,32 @@ def test_a_kill_while_records_are_gathered_loses_none(tmp_path: Path, step: int)
             pass
         else:
             assert count() < step
-    assert by_name(held(uri)) == by_name(RECORDS[:7])
+    assert by_name(stored(uri)) == by_name(RECORDS[:7])
     gathered(uri, RECORDS[7:])
-    assert alone(uri) == []
-    assert by_name(held(uri)) == by_name(RECORDS)
+    assert loose(uri) == []
+    assert by_name(stored(uri)) == by_name(RECORDS)
     CommitLog.open(uri).tidy([each.name for each in RECORDS])
     assert len(in_segments(uri)) % 2 == 0  # no keys without records
-    assert by_name(held(uri)) == by_name(RECORDS)
+    assert by_name(stored(uri)) == by_name(RECORDS)
 
 
 @pytest.mark.usefixtures("small_segments")
 @pytest.mark.parametrize("step", range(1, 20))
-def test_a_kill_while_a_ledger_is_tidied_keeps_what_is_kept(tmp_path: Path, step: int) -> None:
+def test_a_kill_while_a_log_is_tidied_loses_no_record_to_keep(tmp_path: Path, step: int) -> None:
     uri = str(tmp_path)
-    entered(uri, RECORDS)
+    committed(uri, RECORDS)
     keep = RECORDS[2:4] + RECORDS[7:9]
     with pytest.MonkeyPatch.context() as patch:
         killing(patch, step)
         with suppress(Killed):
             CommitLog.open(uri).tidy([each.name for each in keep])
-    assert {each.name for each in held(uri)} >= {each.name for each in keep}
+    assert {each.name for each in stored(uri)} >= {each.name for each in keep}
     CommitLog.open(uri).tidy([each.name for each in keep])
-    assert by_name(held(uri)) == by_name(keep)
+    assert by_name(stored(uri)) == by_name(keep)
 
 
-def test_records_that_two_writers_gathered_are_one_each(root: str) -> None:
-    first = entered(root, RECORDS[:6])
+def test_records_that_two_writers_gathered_count_once(root: str) -> None:
+    first = committed(root, RECORDS[:6])
     second = CommitLog.open(root)
     first.gather()
     second.add(commit_log.commit(root, RECORDS[6]))
@@ -202,22 +202,22 @@ def test_records_that_two_writers_gathered_are_one_each(root: str) -> None:
     assert len(opened) == 13
     assert len(set(opened.positions([each.name for each in RECORDS[:7]]).tolist())) == 7
     opened.tidy([each.name for each in RECORDS[:7]])
-    assert by_name(held(root)) == by_name(RECORDS[:7])
+    assert by_name(stored(root)) == by_name(RECORDS[:7])
 
 
-def test_a_record_that_lies_alone_and_in_a_segment_is_one(root: str) -> None:
-    """A writer that lost its lease may enter a shard again after its record was gathered."""
+def test_a_record_that_is_loose_and_in_a_segment_counts_once(root: str) -> None:
+    """A writer that lost its lease may commit a shard again after its record was gathered."""
     gathered(root, RECORDS[:3])
     commit_log.commit(root, RECORDS[1])
     opened = CommitLog.open(root)
     assert len(opened) == 3
     opened.add(commit_log.commit(root, RECORDS[3]))
     opened.gather()
-    assert alone(root) == []
-    assert by_name(held(root)) == by_name(RECORDS[:4])
+    assert loose(root) == []
+    assert by_name(stored(root)) == by_name(RECORDS[:4])
 
 
-def test_of_two_that_enter_a_shard_the_first_stands(root: str) -> None:
+def test_the_first_of_two_commits_of_a_shard_is_kept(root: str) -> None:
     first, second = RECORDS[0], RECORDS[0].model_copy(update={"refused": []})
     assert commit_log.commit(root, first) == first
     assert commit_log.commit(root, second) == first
@@ -225,15 +225,15 @@ def test_of_two_that_enter_a_shard_the_first_stands(root: str) -> None:
     assert commit_log.find(root, "0" * 32) is None
 
 
-def test_a_record_that_is_gathered_while_another_enters_it_is_no_error(
+def test_a_record_that_is_gathered_while_another_commits_it_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "create_bytes", lambda *_: False)
     assert commit_log.commit(str(tmp_path), RECORDS[0]) == RECORDS[0]
 
 
-def test_a_ledger_that_is_gathered_while_it_is_opened_is_whole(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = entered(root, RECORDS)
+def test_a_log_that_is_gathered_while_it_is_opened_is_complete(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = committed(root, RECORDS)
     read_many = storage.read_many
 
     def slow(uris: list[str]) -> list[bytes]:
@@ -246,12 +246,12 @@ def test_a_ledger_that_is_gathered_while_it_is_opened_is_whole(root: str, monkey
 
 
 def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
-    opened = entered(root, RECORDS)
+    opened = committed(root, RECORDS)
     places = opened.places(np.arange(10))
     assert {place.segment for place in places} == {None}
     opened.gather()
     assert [commit_log.read(root, place) for place in places] == RECORDS
-    with pytest.raises(UserError, match="the record of shard nowhere is gone: start extract again"):
+    with pytest.raises(UserError, match="the record of shard nowhere is missing: run extract again"):
         commit_log.read(root, RecordLocation("nowhere", None))
 
 
@@ -292,10 +292,10 @@ def test_damaged_keys_are_an_error_where_they_are_wanted(root: str) -> None:
     "damaged", [b"", b"{}", RECORDS[0].model_dump_json().replace('"keys":"', '"keys":"A').encode()]
 )
 def test_a_damaged_record_is_one_line(root: str, damaged: bytes) -> None:
-    entered(root, RECORDS[:1])
+    committed(root, RECORDS[:1])
     storage.write_bytes(storage.join(root, "commits", f"{RECORDS[0].name}.json"), damaged)
     with pytest.raises(
-        UserError, match=r"\.json: is no record of a shard: remove it, and that shard is computed again$"
+        UserError, match=r"\.json: is not a valid shard record: remove it, and the shard is computed again$"
     ):
         CommitLog.open(root)
 
@@ -308,27 +308,27 @@ def test_only_segments_with_dropped_records_are_written_again(root: str) -> None
     for each in RECORDS:
         if each.file:
             storage.write_bytes(storage.join(root, each.file.name), b"")
-    opened = entered(root, RECORDS)
+    opened = committed(root, RECORDS)
     before = set(in_segments(root))
     keep = RECORDS[:6] + RECORDS[9:]
     opened.tidy([each.name for each in keep])
     after = set(in_segments(root))
     assert len(after & before) == 2
     assert len(after) == 4
-    assert by_name(held(root)) == by_name(keep)
+    assert by_name(stored(root)) == by_name(keep)
     files = {name for name in storage.list_names(root) if name.startswith("part-")}
     assert files == {each.file.name for each in keep if each.file}
     opened.tidy([])
-    assert in_segments(root) == alone(root) == []
+    assert in_segments(root) == loose(root) == []
 
 
 @pytest.mark.usefixtures("small_segments")
-def test_many_records_that_an_earlier_version_left_alone_are_gathered_in_the_end(root: str) -> None:
+def test_many_loose_records_of_an_earlier_version_are_gathered_by_tidy(root: str) -> None:
     for each in RECORDS:
         commit_log.commit(root, each)
     CommitLog.open(root).tidy([each.name for each in RECORDS])
-    assert alone(root) == []
-    assert by_name(held(root)) == by_name(RECORDS)
+    assert loose(root) == []
+    assert by_name(stored(root)) == by_name(RECORDS)
 
 
 def test_clear_leaves_nothing(root: str) -> None:
@@ -341,7 +341,7 @@ def test_clear_leaves_nothing(root: str) -> None:
 
 
 def test_a_shard_of_the_plan_is_found_without_keys(root: str) -> None:
-    """With other columns, that is; its prompts lie in no other shard of the plan."""
+    """Shards with other columns; their prompts are in no other shard of the plan."""
     other = ["last_001"]
     opened = gathered(root, [record(seed, other, f"rows-{seed}") for seed in range(4)])
     storage.remove(only(root, ".keys"))
@@ -356,13 +356,13 @@ def test_prompts_of_records_that_the_plan_does_not_know_are_found_by_content(roo
     opened.add(RECORDS[5])
     sources = Sources(opened, ["rows-3", "new"])
     keys = np.concatenate([keys_of(1, 2)[1:], keys_of(5, 3)[:1], keys_of(3, 1), keys_of(77, 4)])
-    keys[:, 0] = 0  # under other ids
+    keys[:, 0] = 0  # ids are ignored
     assert {place.name for place in sources.of(1, keys)} == {RECORDS[1].name, RECORDS[5].name}
     assert sources.of(1, keys_of(77, 4)) == ()
 
 
 def test_keys_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume over shards of the plan asks for no key, however many are pending."""
+    """A resume over shards of the plan reads no keys, however many are pending."""
     gathered(str(tmp_path), RECORDS[:5])
     monkeypatch.setattr(commit_segments.Segment, "read_keys", lambda _: pytest.fail("keys were read"))
     opened = CommitLog.open(str(tmp_path))

@@ -13,7 +13,7 @@ from prefill_router.activations import commit_log, store_keys
 from prefill_router.activations.activation_store import ActivationStore, StoreManifest, write_manifest
 from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import Commit
-from prefill_router.activations.shard_builder import Draft
+from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.activations.shard_list import ActivationShard, ShardList
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.plan import Repeats
@@ -27,7 +27,7 @@ from stores import content_groups
 
 COLUMN = ActivationColumn("last", 1)
 IDENTITY = EncoderIdentity(spec=EncoderSpec(model="m"), num_layers=1, hidden_size=4, fingerprint="f")
-EARLIER = 3  # prompts that shards repeat under other ids
+EARLIER = 3  # number of prompts that shards repeat under other ids
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(number: int) -> tuple[list[str], list[str]]:
-    """The ids of a shard's rows and the digests of their prompts, of which the last repeats another shard's."""
+    """The ids and the prompt digests of a shard's rows; the last prompt repeats one of another shard."""
     ids = [f"s{number}-{row}" for row in range(2 + number % 3)]
     return ids, [content_hash(prompt) for prompt in [*ids[:-1], f"s{number % EARLIER}-0"]]
 
@@ -45,14 +45,16 @@ CONTENTS = {prompt_id: content for number in range(40) for prompt_id, content in
 
 
 def commit(uri: str, number: int) -> Commit:
-    """Enters a shard as an actor does: of every second the first row is refused, of every seventh all are."""
+    """Commits a shard like a worker: each second refuses its first row, each seventh all rows."""
     ids, contents = rows(number)
-    draft = Draft.of_repeats(Repeats(tuple(ids), tuple(contents), (), digest_of(row_keys(ids, contents))), [COLUMN])
-    draft.places = {row: ("c.jsonl", row) for row in range(len(ids))}
+    builder = ShardBuilder.of_repeats(
+        Repeats(tuple(ids), tuple(contents), (), digest_of(row_keys(ids, contents))), [COLUMN]
+    )
+    builder.places = {row: ("c.jsonl", row) for row in range(len(ids))}
     values, lengths = np.ones((len(ids), 4), np.float16), np.full(len(ids), 5, np.int32)
     values[: len(ids) if number % 7 == 6 else number % 2] = np.nan
-    draft.fill(range(len(ids)), EncodedPrompts({COLUMN.name: values, NUM_TOKENS: lengths}, Work(), lengths))
-    return draft.commit(uri)
+    builder.fill(range(len(ids)), EncodedPrompts({COLUMN.name: values, NUM_TOKENS: lengths}, Work(), lengths))
+    return builder.commit(uri)
 
 
 def finish(uri: str, records: list[Commit]) -> ActivationStore:
@@ -64,7 +66,7 @@ def finish(uri: str, records: list[Commit]) -> ActivationStore:
 
 
 def extracted(uri: str, num_shards: int) -> tuple[ActivationStore, CommitLog, list[Commit]]:
-    """A finished store of shards in another order than its ledger has them."""
+    """A finished store whose shards are in another order than in its commit log."""
     opened, records = CommitLog.open(uri), [commit(uri, number) for number in range(num_shards)]
     for record in records:
         opened.add(record)
@@ -72,17 +74,17 @@ def extracted(uri: str, num_shards: int) -> tuple[ActivationStore, CommitLog, li
 
 
 def check(store: ActivationStore, unknown: Sequence[Commit] = ()) -> None:
-    """Keys are the hashes of the ids, units the prompts' contents; or the ids, where the ledger does not know them."""
+    """`prompts` are hashes of ids; `contents` are those of the prompts, or hashes of ids for shards not in the log."""
     of_unknown = [record.file.name for record in unknown if record.file]
-    ids, units = [], []
+    ids, contents = [], []
     for shard in range(store.num_shards):
         ids += store.prompt_ids(shard).to_pylist()
         is_unknown = store.manifest.shards[shard].file.name in of_unknown
-        new = ids[len(units) :]
-        units += prompt_hashes(new).tolist() if is_unknown else [content_key(prompt_id) for prompt_id in new]
+        new = ids[len(contents) :]
+        contents += prompt_hashes(new).tolist() if is_unknown else [content_key(prompt_id) for prompt_id in new]
     keys = store_keys.read(store)
     np.testing.assert_array_equal(keys.prompts, prompt_hashes(ids), strict=True)
-    np.testing.assert_array_equal(keys.contents, np.array(units, np.uint64), strict=True)
+    np.testing.assert_array_equal(keys.contents, np.array(contents, np.uint64), strict=True)
     np.testing.assert_array_equal(content_groups(store.uri).of(keys.prompts), keys.contents)
 
 
@@ -90,35 +92,37 @@ def content_key(prompt_id: str) -> int:
     return int.from_bytes(bytes.fromhex(CONTENTS[prompt_id])[:8], "little")
 
 
-def test_keys_of_segments_and_of_records_alone_are_those_of_the_ids(root: str) -> None:
+def test_keys_of_segments_and_loose_records_match_the_ids(root: str) -> None:
     store, opened, _ = extracted(root, 15)
-    assert len(storage.list_names(storage.join(root, "commits", "segments"))) == 6  # of three segments
+    assert (
+        len(storage.list_names(storage.join(root, "commits", "segments"))) == 6
+    )  # two files for each of three segments
     check(store)
     opened.gather()
     check(store)
 
 
-def test_keys_of_a_tidied_store_are_those_of_its_ids(root: str) -> None:
+def test_keys_of_a_tidied_store_match_its_ids(root: str) -> None:
     _, opened, records = extracted(root, 15)
     kept = records[2:4] + records[6:14]
     opened.tidy([record.name for record in kept])
     check(finish(root, kept))
 
 
-def test_without_a_ledger_the_ids_are_read(root: str) -> None:
+def test_without_a_commit_log_the_ids_are_read(root: str) -> None:
     store, _, records = extracted(root, 15)
     storage.remove(storage.join(root, "commits"))
     check(store, unknown=records)
 
 
-def test_ids_are_read_of_shards_that_the_ledger_lacks(root: str) -> None:
+def test_ids_are_read_for_shards_that_are_not_in_the_log(root: str) -> None:
     store, opened, records = extracted(root, 15)
     assert {place.segment for place in opened.places(np.arange(12, 15))} == {None}
     storage.remove_many([storage.join(root, "commits", f"{record.name}.json") for record in records[12:]])
     check(store, unknown=records[12:])
 
 
-def test_ids_are_read_of_a_shard_that_is_not_the_ledgers(tmp_path: Path) -> None:
+def test_ids_are_read_for_a_shard_whose_record_describes_another_file(tmp_path: Path) -> None:
     _, _, records = extracted(str(tmp_path), 8)
     assert records[3].file is not None
     file = records[3].file.model_copy(update={"sha256": "0" * 64})
@@ -131,7 +135,7 @@ def test_an_empty_store_has_no_keys(tmp_path: Path) -> None:
 
 
 def num_calls(uri: str, num_shards: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often the storage is asked for something while the keys of so many shards are read."""
+    """The number of storage calls while the keys of `num_shards` shards are read."""
     store, opened, _ = extracted(uri, num_shards)
     opened.gather()
     calls: Counter[str] = Counter()
@@ -147,10 +151,8 @@ def num_calls(uri: str, num_shards: int, monkeypatch: pytest.MonkeyPatch) -> int
     return calls.total()
 
 
-def test_calls_of_the_storage_are_counted_by_segments_and_not_by_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_calls_grow_with_segments_and_not_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_two, of_four = (num_calls(str(tmp_path / str(n)), n, monkeypatch) for n in (8, 16))
-    assert of_four - of_two == 2 * 2  # the records and the keys of two more
+    assert of_four - of_two == 2 * 2  # the records and the keys of two more segments
     monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 16)
     assert num_calls(str(tmp_path / "32"), 32, monkeypatch) == of_two
