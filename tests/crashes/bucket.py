@@ -1,7 +1,7 @@
-"""An object store in memory whose changes are moments of a life: S3 as `storage` uses it.
+"""An in-memory object store with crash points, which behaves like S3 as `storage` uses it.
 
-Objects are whole or absent and can be created where there is none; there is no rename and no folder. A deletion of many
-is one of each, in an order that nobody may count on. A program can also die after a change, before its answer comes.
+Writes are atomic, objects can be created exclusively, and there are neither renames nor folders. A bulk deletion
+deletes one object after another, in an arbitrary order. A program can also die between a change and its response.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from crashes.machine import Machine
 
 
 class Bucket(Machine):
-    """One bucket of such a store."""
+    """A machine whose storage is one bucket."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Bucket(Machine):
 
 
 class ObjectStore(AbstractFileSystem):
-    """Objects by their path. `loses_answers` makes every creation look as it does where a first answer was lost."""
+    """Stores objects by path. With `loses_answers`, each creation looks as if its first response was lost."""
 
     protocol = "s3"
     cachable = False

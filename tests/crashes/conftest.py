@@ -1,4 +1,4 @@
-"""Machines with either kind of storage."""
+"""Fixtures that create machines with a local folder or a bucket."""
 
 from __future__ import annotations
 

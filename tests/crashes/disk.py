@@ -1,7 +1,7 @@
-"""A local folder whose changes are moments of a life, at the level of single system calls.
+"""A local folder with a crash point before each system call that changes it.
 
-Python's audit events tell of each before it is made, whichever library makes it, so that a deletion of a whole tree
-can be stopped in its midst, and a file half written.
+Python's audit events report each call before it is made, whichever library makes it, so that a crash can interrupt the
+deletion of a tree or the writing of a file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from crashes.life import Crash, Life, here
 from crashes.machine import Machine
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_ACTIVE: list[Disk] = []  # one at most
+_ACTIVE: list[Disk] = []  # at most one
 
 
 class Disk(Machine):
-    """A folder on this machine's disk."""
+    """A machine whose storage is a local folder."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class Disk(Machine):
             self._life = None
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Hears of every system call of this process. Raises Crash where the life that makes it ends."""
+        """Handles each audit event of this process. Raises Crash if the life that causes it ends there."""
         if event not in _EVENTS or self._thread.is_ours:
             return
         life = here() or self._life
-        self._thread.is_ours = True  # what is looked up here
+        self._thread.is_ours = True  # ignores events that this handler causes
         try:
             if life is not None and (change := _EVENTS[event](*arguments)) is not None:
                 self._pass(life, *change)
@@ -66,7 +66,7 @@ class Disk(Machine):
             self._thread.written = path
 
     def _end_write(self, life: Life) -> None:
-        """What was written into the file that this thread has opened: where the program dies, half of it was."""
+        """Ends the writing of the file that this thread opened; if the program dies here, keeps half of the file."""
         path, self._thread.written = self._thread.written, None
         if path is None:
             return
@@ -84,11 +84,11 @@ class Disk(Machine):
 
 class _Thread(threading.local):
     is_ours = False
-    written: str | None = None  # the file that it has opened for writing
+    written: str | None = None  # the file that the thread has opened for writing
 
 
 def _listen() -> None:
-    """Adds the hook to this process, which cannot be taken away again: without a disk in use it does nothing."""
+    """Adds the audit hook to this process, once. It cannot be removed, but does nothing without an active disk."""
     if not _listen_once:
         _listen_once.append(True)
         sys.addaudithook(lambda event, arguments: _ACTIVE[0].audit(event, arguments) if _ACTIVE else None)
@@ -96,7 +96,7 @@ def _listen() -> None:
 
 _listen_once: list[bool] = []
 
-Change = tuple[str, str] | None  # what happens, to which path
+Change = tuple[str, str] | None  # the kind of change, and its path
 
 
 def _opened(path: Any, _mode: Any, flags: int) -> Change:
@@ -131,7 +131,7 @@ def _cut(path: Any, _length: int) -> Change:
 
 
 def _whole(path: Any, folder: int = -1) -> str:
-    """A path that may be relative to an open folder, as an absolute one."""
+    """The absolute form of a path that may be relative to the open folder with descriptor `folder`."""
     base = Path.cwd() if folder < 0 else Path(f"/proc/self/fd/{folder}").readlink()
     return os.path.normpath(base / os.fsdecode(path))
 

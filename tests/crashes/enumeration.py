@@ -1,4 +1,4 @@
-"""Ends a program at each of its moments, starts it again, and holds what comes of it against an undisturbed run."""
+"""Crashes a program at each crash point, restarts it, and compares the result with that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from typing import Any
 
 from crashes.machine import Machine
 
-Machines = Callable[[], Machine]  # each one new and empty
+Machines = Callable[[], Machine]  # returns a new, empty machine
 
 
 class Scenario(ABC):
-    """A program that writes below `out`, and the world outside it, which remembers what it did in all its lives."""
+    """A program that writes below `out`, and a record of its effects on the outside over all its runs."""
 
     def __init__(self, out: str) -> None:
         self.out = out
 
     @abstractmethod
     def run(self) -> None:
-        """Runs the program from its start. After a crash it is the same command again."""
+        """Runs the program from its start, as after a crash: with the same command."""
 
-    def check(self) -> None:  # noqa: B027 - many have nothing more to say
-        """Asserts what holds whenever the program is dead."""
+    def check(self) -> None:  # noqa: B027 - optional
+        """Asserts the invariants that hold after each crash."""
 
     @abstractmethod
     def result(self) -> Any:
-        """What must be the same at the end, whatever happened on the way."""
+        """The final state, which must not depend on crashes."""
 
 
 def crash_everywhere(machines: Machines, scenario: Callable[[str], Scenario], second_crashes: int = 0) -> int:
-    """Crashes a scenario at every moment and restarts it; returns how many moments there are.
+    """Crashes a scenario at each of its moments and restarts it; returns the number of moments.
 
-    After each crash, the restart crashes `second_crashes` times too, each time in a new trial and at another moment of
-    a sample that is the same in every run of the tests.
+    For each moment, `second_crashes` more trials crash the restart too, at moments from a fixed sample.
     """
     calm = scenario((machine := machines()).uri)
     num_moments = len(machine.run(calm.run).moments)
@@ -50,7 +49,7 @@ def crash_everywhere(machines: Machines, scenario: Callable[[str], Scenario], se
 
 
 def _dies(machine: Machine, scenario: Callable[[str], Scenario], expected: Any, *crashes: int) -> bool:
-    """Runs a scenario to its end in spite of crashes; returns whether it died at the first."""
+    """Runs a scenario to its end, with crashes at these moments; returns whether it reached the first one."""
     trial, deaths = scenario(machine.uri), []
     for at in crashes:
         life = machine.run(trial.run, at)

@@ -1,4 +1,4 @@
-"""An extraction without Ray and without an encoder: its shards, its ledger, its manifest, and what it computes."""
+"""An extraction without Ray and without an encoder: its shards, commit log, manifest and computed activations."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ IDENTITY = EncoderIdentity(spec=EncoderSpec(model="tiny"), num_layers=2, hidden_
 
 
 def part(prompt_ids: list[str]) -> Repeats:
-    """Rows whose prompts are their ids, without the number of the repetition that an id may end in."""
+    """Rows whose prompts are their ids; an id may end in the number of a repetition, which its prompt lacks."""
     contents = [content_hash(prompt_id.partition("'")[0]) for prompt_id in prompt_ids]
     return Repeats(tuple(prompt_ids), tuple(contents), (), digest_of(row_keys(prompt_ids, contents)))
 
 
 PARTS = [part(["p0", "p1"]), part(["p2", "p3"]), part(["p4"]), part(["p1'", "p4'"])]
-OLD = part(["p0"])  # of a smaller corpus, which an earlier run has extracted
+OLD = part(["p0"])  # of a smaller corpus, extracted by an earlier run
 
 
 class Extraction(Scenario):
-    """Extracts a corpus of three shards, and a fourth whose rows repeat theirs, into a store that held less."""
+    """Extracts three shards, and a fourth that repeats their rows, into a store with an older shard."""
 
     def __init__(self, out: str) -> None:
         super().__init__(out)
-        self.computed: Counter[str] = Counter()  # how often each prompt was
-        self.committed: set[str] = set()  # the names of shards whose commit has returned
+        self.computed: Counter[str] = Counter()  # number of times each prompt was computed
+        self.committed: set[str] = set()  # names of shards whose commit returned
 
     def run(self) -> None:
         if activation_store.read_manifest(self.out) is None:
@@ -68,7 +68,7 @@ class Extraction(Scenario):
         self._finish(opened, names)
 
     def _done(self, rows: Repeats, name: str, sources: Sequence[RecordLocation]) -> Commit:
-        """As an actor does a shard: one that is committed is not done again."""
+        """Processes a shard like a worker, which does not compute a committed shard again."""
         record = commit_log.find(self.out, name)
         if record is None:
             assert name not in self.committed, "a committed shard is computed again"
@@ -82,7 +82,7 @@ class Extraction(Scenario):
         return record
 
     def _read(self, contents: list[str]) -> EncodedPrompts:
-        """What an encoder would say: numbers that hang on the prompt."""
+        """Stands in for an encoder: returns pseudo-random activations that depend on the prompt only."""
         self.computed.update(contents)
         seeds = [int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little") for content in contents]
         values = np.stack([np.random.default_rng(seed).normal(size=4).astype(np.float16) for seed in seeds])
@@ -104,10 +104,10 @@ class Extraction(Scenario):
         opened.tidy(names)
 
     def check(self) -> None:
-        """Whatever is committed is there, bit for bit."""
+        """Committed shards are complete, and prompts are computed at most twice."""
         check_store(self.out)
         for digest in self.computed:
-            assert self.computed[digest] <= 2  # the shard that was under way, once more
+            assert self.computed[digest] <= 2  # again only for the shard in progress at the crash
 
     def result(self) -> Any:
         check_store(self.out)
@@ -117,13 +117,13 @@ class Extraction(Scenario):
 
 
 def objects(out: str) -> dict[str, bytes]:
-    """Each object of a store but for its ledger, whose records may lie together in many ways."""
+    """The objects of a store, without its commit log, whose records may be grouped in many ways."""
     uris = [uri for uri in storage.find_files(out) if not uri.startswith(f"{out}/commits/")]
     return {uri.removeprefix(out): storage.read_bytes(uri) for uri in uris}
 
 
 def check_store(out: str) -> None:
-    """Asserts that a manifest, where there is one, names only objects that are there as it describes them."""
+    """Asserts that each object in the manifest, if there is one, exists as described."""
     manifest = activation_store.read_manifest(out)
     if manifest is None:
         return

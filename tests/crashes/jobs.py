@@ -1,4 +1,4 @@
-"""Whole jobs as scenarios: the same command again after each crash, and the encoder or targets that they ask."""
+"""Whole jobs as scenarios, with stand-ins that count calls to the encoder or to targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Options = dict[str, Any]
 
 
 class Readings:
-    """Counts how often each prompt is read by an encoder, which is loaded once for all lives."""
+    """Counts how often encoders read each prompt; an encoder is loaded once for all runs."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.counts = Counter[str]()
@@ -60,7 +60,7 @@ class Readings:
 
 
 class Reading(Scenario):
-    """A job that reads prompts, whose shards have at most `shard_rows` of them."""
+    """A job that encodes prompts, in shards of at most `shard_rows`."""
 
     shard_rows = 4
 
@@ -71,7 +71,7 @@ class Reading(Scenario):
         self.num_crashes = 0
 
     def check(self) -> None:
-        """Only the shard that was under way is read again."""
+        """Only the shard in progress at the crash is read again."""
         self.num_crashes += 1
         self.check_readings()
 
@@ -81,7 +81,7 @@ class Reading(Scenario):
 
 
 class Extracting(Reading):
-    """`extract`."""
+    """The job `extract`."""
 
     def run(self) -> None:
         extract(ExtractConfig(out=self.out, **self.options))
@@ -96,7 +96,7 @@ class Extracting(Reading):
 
 
 class Labelling(Reading):
-    """`label`, of a log with `files`, each of which comes when those before it are labelled."""
+    """The job `label` on a growing log: each of `files` is added once the earlier ones are labelled."""
 
     def __init__(self, readings: Readings, options: Options, files: Mapping[str, str], out: str) -> None:
         super().__init__(readings, options, out)
@@ -117,7 +117,7 @@ class Labelling(Reading):
                 check_object(storage.join(self.out, "decisions"), file)
 
     def result(self) -> Any:
-        """All but how many prompts the last run has read, and the ledger's segments."""
+        """The output, without the segments of the commit log and the number of prompts read by the last run."""
         self.check_readings()
         manifest = _manifest(self.out, LabelManifest)
         assert manifest is not None
@@ -126,7 +126,7 @@ class Labelling(Reading):
 
 
 class Targets:
-    """Answers every call with what was asked; the first answers to the prompt `CUT` are billed and do not arrive."""
+    """Targets that answer each call with its prompt; the first answers to the prompt `CUT` are billed but lost."""
 
     CUT = "prompt 1"
 
@@ -136,7 +136,7 @@ class Targets:
         patch.setattr(AskShard, "_start", partialmethod(_until_death, AskShard._start))
 
     def reset(self, out: str) -> None:
-        """Begins anew, for calls whose answers are kept at `out`."""
+        """Resets the counters, for calls whose answers are stored at `out`."""
         self.out, self.asked, self.billed = out, Counter[str](), Spent()
 
     async def ask(self, call: TargetCall, _http: httpx.AsyncClient) -> TargetAnswer | Miss:
@@ -152,7 +152,7 @@ class Targets:
 
 
 def _until_death(actor: AskShard, start: Callable[[AskShard, bytes], AskedShard], task: bytes) -> AskedShard:
-    """Makes the calls of a shard; where the program dies over them, all that its event loop still does ends."""
+    """Makes the calls of a shard; if the program dies meanwhile, cancels the rest of its event loop's work."""
     actor._loop.set_exception_handler(ignore_the_dead)
     try:
         return start(actor, task)
@@ -169,7 +169,7 @@ async def _cancel_all() -> None:
 
 
 class Collecting(Scenario):
-    """`collect`, within a budget that all its runs share."""
+    """The job `collect`, within a budget that all its runs share."""
 
     def __init__(self, targets: Targets, options: Options, out: str) -> None:
         super().__init__(out)
@@ -180,7 +180,7 @@ class Collecting(Scenario):
         collect(CollectConfig(out=self.out, **self.options))
 
     def check(self) -> None:
-        """What targets have billed is known, and within the budget."""
+        """The recorded spending covers what targets have billed, and is within the budget."""
         spent = sum((state.spent + state.lost for state in states(self.out).values()), Spent())
         assert self.targets.billed.usd <= spent.usd + 1e-12
         assert spent.usd <= self.budget_usd
@@ -189,7 +189,7 @@ class Collecting(Scenario):
             check_object(storage.join(self.out, "outcomes"), file)
 
     def result(self) -> Any:
-        """All but what was lost on attempts that crashes interrupted, and how many there were."""
+        """The output, without the number and the cost of attempts that crashes interrupted."""
         self.check()
         manifest = _manifest(self.out, CollectManifest)
         assert manifest is not None
@@ -207,7 +207,7 @@ class Collecting(Scenario):
 
 
 def states(out: str) -> dict[str, CallState]:
-    """All that is known of calls, by their keys."""
+    """The recorded states of calls, by key."""
     names = {name.removeprefix("part-").removesuffix(".parquet") for name in storage.list_names(f"{out}/answers")}
     names.update(storage.list_names(f"{out}/journal"))
     return {key: state for name in sorted(names) for key, state in load_states(ShardPlace(out, name)).items()}
@@ -219,6 +219,6 @@ def _manifest(out: str, model: type[Any]) -> Any:
 
 
 def _without(out: str, *names: str) -> dict[str, bytes]:
-    """The objects of an output but for leases, ledgers, and those in a folder or of a name that is left out."""
+    """The objects of an output, without leases, commit logs, and the given file and folder names."""
     left_out = {"_lease", "commits", *names}
     return {name: data for name, data in objects(out).items() if left_out.isdisjoint(name.split("/"))}

@@ -1,7 +1,7 @@
-"""The run of a program that ends at a moment of our choice, as if its process had been killed there.
+"""A life: one run of a program that can be ended at any moment, as if its process were killed.
 
-A moment is a change of its storage that is about to be made, or the answer to one. What a program does after its death
-comes to nothing: its `finally` blocks run on in this process, but every further change of the storage is refused.
+A moment is a crash point: just before a change of the storage, or just before the response to it. After its death, a
+program has no effect: its `finally` blocks still run in this process, but each further change of the storage fails.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _HERE: ContextVar[Life | None] = ContextVar("life", default=None)
 
 
 class Crash(BaseException):
-    """The program is dead. It is no Exception, so that nothing takes it for an error that can be handled."""
+    """Raised in a dead program. Not a subclass of Exception, so that the program does not handle it."""
 
 
 class Life:
-    """One run, which dies at its moment number `dies_at`, from 1, or never."""
+    """One run, which dies at its moment number `dies_at`, counted from 1, or never."""
 
     def __init__(self, number: int = 1, dies_at: int | None = None) -> None:
         self.number, self.dies_at = number, dies_at
@@ -32,7 +32,7 @@ class Life:
         self._lock = threading.Lock()
 
     def reach(self, moment: str) -> None:
-        """Passes a moment. Raises Crash where the life ends there, or has ended before."""
+        """Passes a moment. Raises Crash if the life ends there or has ended before."""
         with self._lock:
             is_first = False
             if self.death is None:
@@ -45,11 +45,11 @@ class Life:
             raise Crash(self.death)
 
     def look(self, what: str) -> None:
-        """Passes a read of the storage, at which nothing is lost."""
+        """Passes a read of the storage, which is no crash point."""
 
     @contextmanager
     def lived(self) -> Iterator[None]:
-        """What runs in this context, and in tasks and threads that asyncio starts from it, belongs to this life."""
+        """Assigns the code in this context, and in tasks and threads that asyncio starts from it, to this life."""
         token = _HERE.set(self)
         try:
             yield
@@ -63,11 +63,11 @@ def here() -> Life | None:
 
 
 async def mortal(program: Coroutine[Any, Any, T]) -> T:
-    """Awaits a program until it ends or dies: what waits for a task that died would wait for ever."""
+    """Awaits a program until it ends or dies; otherwise, code that waits for a dead task would hang."""
     life, loop, task = here(), asyncio.get_running_loop(), asyncio.ensure_future(program)
     assert life is not None
     life.at_death = lambda: loop.call_soon_threadsafe(task.cancel)
-    loop.set_exception_handler(ignore_the_dead)  # tasks that nobody awaits die unheard
+    loop.set_exception_handler(ignore_the_dead)  # hides the death of tasks that are not awaited
     try:
         return await task
     except asyncio.CancelledError:

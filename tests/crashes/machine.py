@@ -1,4 +1,4 @@
-"""A machine with a storage, on which programs live one after another, each until it ends or dies."""
+"""A machine with a storage, on which programs run one after another, each until it ends or dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefill_router.activations import commit_segments
 
 
 class Machine(ABC):
-    """Keeps what programs write at `uri`. Only one machine is in use at a time."""
+    """Stores what programs write below `uri`. At most one machine is in use at a time."""
 
     uri: str
 
@@ -22,10 +22,10 @@ class Machine(ABC):
 
     @abstractmethod
     def watched(self, life: Life | None = None) -> AbstractContextManager[None]:
-        """Meanwhile, changes that belong to no other life are moments of this one."""
+        """Assigns changes of the storage to `life`, unless they belong to another life."""
 
     def run(self, program: Callable[[], object], dies_at: int | None = None) -> Life:
-        """Runs a program as a process of its own, until it ends or dies, and returns its life."""
+        """Runs a program as if in a new process, until it ends or dies, and returns its life."""
         self.num_lives += 1
         life = Life(self.num_lives, dies_at)
         forget()
@@ -40,6 +40,6 @@ class Machine(ABC):
 
 
 def forget() -> None:
-    """Clears what a process keeps in memory, which a new one does not have."""
+    """Clears the in-memory caches, as a new process starts without them."""
     commit_segments.read.cache_clear()
     decider._load.cache_clear()

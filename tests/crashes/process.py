@@ -1,4 +1,4 @@
-"""Makes every life on a machine look like a process of its own, though all are in the one that runs the tests."""
+"""Makes each life look like a process of its own, though all run in the test process."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from prefill_router.storage import lease, uris
 
 
 def simulate(patch: pytest.MonkeyPatch) -> None:
-    """Until `patch` is undone: names are the same in every run of the tests, and a lease's holder dies with its life.
+    """Makes runs reproducible until `patch` is undone: random names repeat, and a lease's holder dies with its life.
 
-    No thread renews a lease or reads beside another, so that each moment comes in the same order every time.
+    Leases are not renewed and reads are not concurrent, so that the moments always come in the same order.
     """
     rng = random.Random(0)
     patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=rng.getrandbits(128), version=4))
     patch.setattr(lease, "_started", lambda _pid: life.number if (life := here()) is not None else 0)
     patch.setattr(lease.Lease, "_keep", lambda _self: None)
-    patch.setattr(os, "fsync", lambda _descriptor: None)  # a process dies, and not its machine
+    patch.setattr(os, "fsync", lambda _descriptor: None)  # only the process dies, not the machine
     for module in (uris, reader, scan, plan, estimation):
         patch.setattr(module, "ThreadPoolExecutor", _OneThread)
 
 
 class _OneThread:
-    """A pool of threads, in the thread that uses it."""
+    """A thread pool that runs everything in the calling thread."""
 
     def __init__(self, _num_threads: int | None = None) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The gateway's ledger, whose process dies at any moment: acknowledged feedback and booked calls count exactly once."""
+"""The gateway's ledger under crashes at any moment: acknowledged feedback and booked calls count exactly once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = [call.request_id for call in CALLS]
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that are made one by twos, on a clock that stands still."""
+    """Merges files in pairs, with a fixed clock."""
     monkeypatch.setattr(row_files, "MOST_FILES", 2)
     monkeypatch.setattr(module, "_now", lambda: NOW)
     monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
@@ -48,12 +48,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Serving(Scenario):
-    """Books calls and takes feedback on them, two at a time; a caller who got no answer gives it again."""
+    """Books calls and takes feedback on them, two at a time; a caller without a response sends it again."""
 
     def __init__(self, out: str) -> None:
         super().__init__(out)
         self.acknowledged: set[str] = set()
-        self.booked: set[str] = set()  # request ids of calls that have been saved
+        self.booked: set[str] = set()  # request ids of saved calls
 
     def run(self) -> None:
         asyncio.run(mortal(self._serve()))
@@ -68,7 +68,7 @@ class Serving(Scenario):
         await ledger.close()
 
     async def _call(self, ledger: LocalLedger, call: Served) -> None:
-        """A caller who asks anew where the ledger has forgotten the call."""
+        """Gives feedback; if the ledger has lost the call, makes the call again first."""
         given = Feedback(request_id=call.request_id, correct=True)
         try:
             is_new = await ledger.feedback(given, call.holder)
@@ -85,12 +85,12 @@ class Serving(Scenario):
         prompts = {row[PROMPT_ID] for row in folder.prompts.read()}
         calls = {served.request_id for served in folder.journal.read()}
         assert set(outcomes) >= self.acknowledged
-        assert max(Counter(outcomes).values(), default=0) <= 2  # where a merge was under way; readers tell them apart
+        assert max(Counter(outcomes).values(), default=0) <= 2  # twice if a merge was interrupted; readers deduplicate
         assert calls >= self.booked
         assert prompts >= {call.prompt_id for call in CALLS if call.request_id in outcomes}
 
     def result(self) -> Any:
-        """What a new process knows of it all. Of a call that was lost before it was saved, only its feedback is."""
+        """The state that a new process reads; of a call that was lost before it was saved, only the feedback."""
         self.check()
         return asyncio.run(self._opened())
 
@@ -111,7 +111,7 @@ def test_feedback_counts_once_and_what_was_spent_stays_spent(machines: Machines)
 
 
 class Keeping(Scenario):
-    """Writes rows, makes one file of many, and forgets what is old."""
+    """Writes rows, merges files, and deletes old rows."""
 
     def __init__(self, out: str) -> None:
         super().__init__(out)

@@ -1,4 +1,4 @@
-"""Whole jobs that die at any moment: another run ends as if nothing had happened, and nothing is done twice."""
+"""Whole jobs under crashes at any moment: a restart gives the same result, and does no work twice."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PROMPTS = random_prompts(12, seed=5)
 
 @pytest.fixture(autouse=True)
 def _small(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of an actor one after another, segments of two records, and a manifest whose list is another object.
+    """Runs worker calls sequentially, with segments of two records and a manifest whose list is a separate object.
 
-    On one thread: on tiny tensors, more would only wait for each other.
+    Uses one thread, since more would only slow down tiny tensors.
     """
     monkeypatch.setattr(sequential, "is_set", True)
     monkeypatch.setattr(cluster, "threads_per_worker", lambda _workers: 1)

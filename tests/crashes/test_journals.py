@@ -1,4 +1,4 @@
-"""Calls whose maker dies at any moment: what was noted is never asked again, and what may have been paid counts."""
+"""Calls to targets under crashes at any moment: recorded answers are not asked again, and possible costs count."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from prefill_router.policy.pool import Target, Upstream
 TARGET = Target(name="small", input_price=1.0, output_price=4.0, upstream=Upstream(base_url="http://localhost"))
 CALLS = [TargetCall(f"p{i}", f"prompt {i}", TARGET, Asked(max_output_tokens=100)) for i in range(3)]
 KEYS = [call.key for call in CALLS]
-REFUSED = CALLS[1]  # whose first attempt is refused, and costs nothing
+REFUSED = CALLS[1]  # its first attempt is refused and costs nothing
 ANSWER = TargetAnswer("the Rhine", "stop", 20, 10, 0, 0.25)
 
 
 class Asking(Scenario):
-    """Makes three calls at once, keeps their answers, and makes those again that have none, within a budget."""
+    """Makes three calls concurrently within a budget, records the answers, and repeats calls without an answer."""
 
     budget = Spent(1.0, 10_000)
 
     def __init__(self, out: str) -> None:
         super().__init__(out)
         self.place = ShardPlace(out, "shard")
-        self.asked = Counter[str]()  # what the target has seen
-        self.answered: set[str] = set()  # calls whose answers have been noted
+        self.asked = Counter[str]()  # number of times the target was asked, by call
+        self.answered: set[str] = set()  # calls whose answers are recorded
 
     def run(self) -> None:
         asyncio.run(mortal(self._collect()))
 
     async def _collect(self) -> None:
         states = load_states(self.place)
-        write_states(self.place, states)  # a run that was killed left notes
+        write_states(self.place, states)  # includes what a killed run has recorded
         purse = Purse(self.budget - _spent(states.values()))
         allowance = Allowance(_at_once(purse.draw), _at_once(purse.give_back))
         journal = Journal(self.place.journal)
@@ -62,18 +62,18 @@ class Asking(Scenario):
 
     @property
     def paid(self) -> Spent:
-        """What the target has billed: each time that it was asked, but for the first refusal."""
+        """The bill of the target: each request but the first refusal."""
         return sum((ANSWER.spent(CALLS[0]) for _ in range(self.asked.total() - (REFUSED.key in self.asked))), Spent())
 
     def check(self) -> None:
-        """Every answer that was noted is there, and no cent that the target billed is missing."""
+        """Recorded answers are not lost, and the recorded spending covers the bill."""
         states = load_states(self.place)
         assert {key for key, state in states.items() if state.answer is not None} >= self.answered
         assert self.paid.fits(_spent(states.values()))
         assert _spent(states.values()).fits(self.budget)
 
     def result(self) -> Any:
-        """All but what crashes may have cost: an attempt at each call, each time."""
+        """The states of the calls, without the cost of crashes, which is at most one attempt per call and crash."""
         self.check()
         states = load_states(self.place)
         assert all(state.lost.fits(CALLS[0].worst + CALLS[0].worst) for state in states.values())

@@ -1,4 +1,4 @@
-"""A lease whose holder dies at any moment, and contenders that come at any moment."""
+"""Leases whose holders die at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefill_router.storage.lease import Lease
 
 
 class Holding(Scenario):
-    """Takes a lease that others have held before, and releases it."""
+    """Acquires and releases a lease that others have held before."""
 
     def run(self) -> None:
         for job in ("extract", "label"):

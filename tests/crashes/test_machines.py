@@ -1,4 +1,4 @@
-"""The machines themselves: every change is a moment, and nothing gets through after death."""
+"""Tests of the simulation itself: each change is a moment, and a dead program changes nothing."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_death_that_a_program_ignores_is_an_error(machines: Machines) -> None:
 
 
 class Doubling(Scenario):
-    """Appends a letter to an object, and then to another: a restart does the first again."""
+    """A program that is not idempotent: it appends a letter to one object and then to another."""
 
     def run(self) -> None:
         for name in "ab":

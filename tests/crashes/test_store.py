@@ -1,4 +1,4 @@
-"""An activation store whose writer dies at any moment: a restart ends with the same one, and computes nothing twice."""
+"""Activation stores under crashes at any moment: a restart gives the same store, and computes nothing twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefill_router.storage.parquet_objects import ShardFile, file_name
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of two records, and a manifest that lists more than three shards in an object of its own."""
+    """Uses segments of two records, and a separate object for lists of more than three shards."""
     monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 2)
     monkeypatch.setattr(activation_store, "MAX_LISTED", 3)
 
@@ -32,7 +32,7 @@ def test_a_store_is_the_same_whenever_its_writer_died(machines: Machines) -> Non
 
 
 def test_a_store_is_the_same_where_the_answers_to_all_creations_are_lost(buckets: Machines) -> None:
-    """The second attempt of each finds what the first has created, and takes it for another's."""
+    """The retry finds the object that the first attempt created, and takes it for another writer's."""
     calm = Extraction((machine := buckets()).uri)
     machine.run(calm.run)
     expected = calm.result()
@@ -45,11 +45,11 @@ def test_a_store_is_the_same_where_the_answers_to_all_creations_are_lost(buckets
     assert lossy.computed == calm.computed
 
 
-# --- the ledger ----------------------------------------------------------------------------------------------------
+# --- the commit log --------------------------------------------------------------------------------------------------
 
 
 def record(seed: int) -> Commit:
-    """As an actor makes it, of an object that is not looked at here."""
+    """A record as a worker writes it, for a file that these tests do not read."""
     name = shard_name(f"rows-{seed}", NAMES)
     keys = row_keys([f"p{seed}"], [f"{seed:032x}"])
     return Commit(
@@ -67,13 +67,13 @@ RECORDS = [record(seed) for seed in range(5)]
 
 
 class Gathering(Scenario):
-    """Enters records one by one, which are gathered by twos, and then removes those that are not to stay."""
+    """Commits records, gathers them in pairs, and then deletes all but `kept`."""
 
     kept = RECORDS[:1] + RECORDS[2:]
 
     def __init__(self, out: str) -> None:
         super().__init__(out)
-        self.entered: set[str] = set()  # whose commit has returned
+        self.entered: set[str] = set()  # names of records whose commit returned
 
     def run(self) -> None:
         opened = CommitLog.open(self.out)
@@ -85,7 +85,7 @@ class Gathering(Scenario):
         opened.tidy([each.name for each in self.kept])
 
     def check(self) -> None:
-        """No record that is to stay is ever lost, and each can be found with its keys."""
+        """Records to keep are never lost, and each is found with its keys."""
         lost = {each.name for each in self.kept if each.name in self.entered} - set(_held(self.out))
         assert not lost
 
@@ -99,7 +99,7 @@ class Gathering(Scenario):
 
 
 def _held(out: str) -> dict[str, Commit]:
-    """Every record of a ledger, as an actor reads it."""
+    """All records of a commit log, as a worker reads them."""
     opened = CommitLog.open(out)
     held = {place.name: commit_log.read(out, place) for place in opened.places(np.arange(len(opened)))}
     assert {name: keys.tolist() for name, keys in _keys(opened).items()} == {
@@ -118,7 +118,7 @@ def test_no_record_is_lost_whenever_its_gathering_stops(machines: Machines) -> N
 
 
 class Rewriting(Scenario):
-    """Writes a segment anew without some of its records, and removes the old one."""
+    """Rewrites a segment without some of its records, and removes the old one."""
 
     def run(self) -> None:
         whole = commit_segments.write(self.out, commit_records.to_table(RECORDS), [each.row_keys for each in RECORDS])
@@ -138,7 +138,7 @@ def test_a_segment_is_there_with_its_keys_or_not_at_all(machines: Machines) -> N
     assert crash_everywhere(machines, Rewriting, second_crashes=3) >= 9
 
 
-# --- the manifest --------------------------------------------------------------------------------------------------
+# --- the manifest ----------------------------------------------------------------------------------------------------
 
 
 def manifest(num_shards: int) -> StoreManifest:
@@ -148,7 +148,7 @@ def manifest(num_shards: int) -> StoreManifest:
 
 
 class Committing(Scenario):
-    """Commits ever larger stores, of which the last two have lists of their own, and a smaller one in the end."""
+    """Commits manifests of different sizes; lists of more than three shards are separate objects."""
 
     manifests = tuple(manifest(n) for n in (2, 4, 5, 3))
 
@@ -157,7 +157,7 @@ class Committing(Scenario):
             activation_store.write_manifest(self.out, each)
 
     def check(self) -> None:
-        """A reader sees one of them, whole."""
+        """A reader sees one of the manifests, or none."""
         assert activation_store.read_manifest(self.out) in [None, *self.manifests]
 
     def result(self) -> Any:
@@ -169,7 +169,7 @@ def test_a_reader_sees_one_manifest_or_another_and_always_its_list(machines: Mac
 
 
 class Clearing(Scenario):
-    """Deletes a store of an earlier run, as `--overwrite` does."""
+    """Deletes the store of an earlier run, like `--overwrite`."""
 
     def __init__(self, out: str) -> None:
         super().__init__(out)

@@ -1,4 +1,4 @@
-"""Two writers at once, in any order of their steps: they do no harm, and of those that want a lease one holds it."""
+"""Two concurrent writers, with any interleaving of their steps: they do no harm, and at most one holds a lease."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ QUICK = settings(
 
 
 class Contest(RuleBasedStateMachine):
-    """Two programs on one storage, which go on, die and begin again as Hypothesis likes."""
+    """Two programs on one storage; Hypothesis decides when each continues, dies or restarts."""
 
     kind: Callable[[Path], Machine]
-    most_steps = 25  # of one, before it may be the other's turn
+    most_steps = 25  # of one program in a row
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,10 +62,10 @@ class Contest(RuleBasedStateMachine):
         self.writers = [self._begun(), self._begun()]
 
     def prepare(self) -> None:
-        """Does what was done before both."""
+        """Prepares the storage before both programs start."""
 
     def program(self) -> None:
-        """What each of them does."""
+        """The program that both run."""
         raise NotImplementedError
 
     def _begun(self) -> Turns:
@@ -93,7 +93,7 @@ class Contest(RuleBasedStateMachine):
         self.check()
 
     def finish(self) -> None:
-        """Lets both end, one step each at a time, and begin again where they have not reached their end."""
+        """Runs both in turn to their end, one step at a time; restarts a program that has died."""
         for n in itertools.count():
             self.writers[n % 2].go_on()
             self.all_is_well()
@@ -115,19 +115,19 @@ class Contest(RuleBasedStateMachine):
             self.folder.cleanup()
 
     def check(self) -> None:
-        """Asserts what holds at every step."""
+        """Asserts the invariants that hold after each step."""
 
     def check_end(self) -> None:
-        """Asserts what holds when both have ended."""
+        """Asserts what holds after both have ended."""
 
 
 class TwoExtractions(Contest):
-    """Two extractions of a corpus into a store that held less, neither of which knows of the other."""
+    """Two extractions, which do not know of each other, into a store with an older shard."""
 
     def prepare(self) -> None:
         self.patch.setattr(commit_log, "SEGMENT_RECORDS", 2)
         self.patch.setattr(activation_store, "MAX_LISTED", 3)
-        # Until Python 3.12 all threads share this lock, which processes do not.
+        # Before Python 3.12, all threads share the lock of a cached_property; processes do not.
         self.patch.setattr(vars(Sources)["_contents"], "lock", nullcontext(), raising=False)
         Extraction(self.out)._extract([OLD])
 
@@ -135,7 +135,7 @@ class TwoExtractions(Contest):
         Extraction(self.out)._extract(PARTS)
 
     def check(self) -> None:
-        """Readers see a whole store."""
+        """Readers see a complete store."""
         check_store(self.out)
 
     def check_end(self) -> None:
@@ -158,7 +158,7 @@ def undisturbed() -> Any:
 
 
 class TwoHolders(Contest):
-    """Two that want the same lease, and hold it for some steps."""
+    """Two contenders for a lease, which hold it for some steps."""
 
     most_steps = 4
 
@@ -186,7 +186,7 @@ class TwoHolders(Contest):
         lease.release()
 
     def check(self) -> None:
-        """One at most holds the lease."""
+        """At most one process holds the lease."""
         assert len(self.holding & self.alive) <= 1
 
     def check_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Programs that share a storage and take turns: each waits for leave before every change and every read."""
+"""Programs that share a storage and take turns: each waits for permission before each change and each read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from crashes.life import Crash, Life
 from crashes.machine import forget
 from prefill_router.common.errors import UserError
 
-_PATIENCE_S = 60.0  # for one step on a busy machine
+_PATIENCE_S = 60.0  # time limit of one step, on a busy machine
 
 
 class Turns(Life):
-    """A life in a thread of its own, which goes on when it is told to."""
+    """A life in a thread of its own, which continues on command."""
 
     def __init__(self, number: int, program: Callable[[], object]) -> None:
         super().__init__(number)
@@ -32,7 +32,7 @@ class Turns(Life):
         self.look(moment)
         super().reach(moment)
 
-    def look(self, what: str) -> None:  # noqa: ARG002 - as Life does
+    def look(self, what: str) -> None:  # noqa: ARG002 - the signature of Life
         if self.death is None:
             self._waits.release()
             self._leave.acquire()
@@ -40,14 +40,14 @@ class Turns(Life):
             raise Crash(self.death)
 
     def go_on(self, num_steps: int = 1) -> None:
-        """Lets it take some steps, if it is not over before."""
+        """Lets the program take `num_steps` steps, unless it ends before."""
         while not self.is_over and num_steps > 0:
             num_steps -= 1
             self._leave.release()
             self._await()
 
     def kill(self) -> None:
-        """Ends it before its next step."""
+        """Kills the program before its next step."""
         if not self.is_over:
             self.death = "killed"
             self._leave.release()
@@ -65,7 +65,7 @@ class Turns(Life):
                 self._program()
         except Crash:
             pass
-        except UserError as error:  # it gives up, and says why
+        except UserError as error:  # the program gives up
             self.death = str(error)
         except BaseException as error:
             self.problem = error
