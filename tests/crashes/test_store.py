@@ -45,7 +45,7 @@ def test_a_store_is_the_same_where_the_answers_to_all_creations_are_lost(buckets
     assert lossy.computed == calm.computed
 
 
-# --- the commit log --------------------------------------------------------------------------------------------------
+# --- the commit log ----------------------------------------------------------------------------------------------
 
 
 def record(seed: int) -> Commit:
@@ -138,7 +138,7 @@ def test_a_segment_is_there_with_its_keys_or_not_at_all(machines: Machines) -> N
     assert crash_everywhere(machines, Rewriting, second_crashes=3) >= 9
 
 
-# --- the manifest ----------------------------------------------------------------------------------------------------
+# --- the manifest ------------------------------------------------------------------------------------------------
 
 
 def manifest(num_shards: int) -> StoreManifest:

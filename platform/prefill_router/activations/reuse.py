@@ -44,8 +44,9 @@ class Sources:
         if not len(contents):
             return []
         starts, ends = (np.searchsorted(contents, keys[:, 1], side) for side in ("left", "right"))
-        found = [owners[start:end] for start, end in zip(starts, ends, strict=True) if start < end]
-        return [int(position) for position in np.unique(np.concatenate(found))] if found else []
+        is_found = starts < ends
+        found = [owners[start:end] for start, end in zip(starts[is_found], ends[is_found], strict=True)]
+        return np.unique(np.concatenate(found)).tolist() if found else []
 
     @cached_property
     def _contents(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

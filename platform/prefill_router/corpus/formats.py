@@ -61,7 +61,7 @@ def _is_list(uri: str) -> bool:
         return stream.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-# --- columnar tables -------------------------------------------------------------------------------------------
+# --- columnar tables ---------------------------------------------------------------------------------------------
 
 Batches = Iterator[tuple[int, pa.RecordBatch]]  # the number of a batch's first row, and the batch
 

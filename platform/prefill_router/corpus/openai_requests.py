@@ -118,7 +118,7 @@ def _object(value: object) -> Fields:
 
 
 def _parsed(value: object, begin: str, key: str) -> object:
-    """Parses a string that starts with `begin` as JSON; returns other values unchanged. Raises UnfitError."""
+    """Parses a string that starts with `begin`; returns other values unchanged. Raises UnfitError if it is not JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith(begin):
         return value
     try:

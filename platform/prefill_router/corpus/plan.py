@@ -136,7 +136,8 @@ def plan(
     content of both, which is the id of a row without a prompt_id.
 
     Reads all files, or `only` some, and distributes the work with `spread`. Invalid rows count in a run and in
-    `limit`, so that a row that becomes invalid does not move others. Files with conflicting ids are read twice.
+    `limit`, so that a row that becomes invalid does not move others. Files with conflicting
+    or repeated rows are read twice, unless their ids are hashes.
 
     Memory: 25 bytes per row, 10 more while repeats are searched, and the ids of repeated and conflicting rows. Raises
     UserError if the corpus is missing, is empty or has no valid row.
@@ -242,7 +243,7 @@ def _compacted(keys: Keys, kept: NDArray[np.bool_]) -> Keys:
     return keys[:end]
 
 
-# --- repeated prompts and conflicting ids ----------------------------------------------------------------------------
+# --- repeated prompts and conflicting ids ------------------------------------------------------------------------
 
 
 def _duplicated(values: NDArray[np.uint64]) -> Positions:

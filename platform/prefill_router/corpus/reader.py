@@ -205,7 +205,7 @@ def _extra(fields: Fields, name: str, keys: dict[str, str]) -> Any:
     return keys.get(name) if value is None else value
 
 
-# --- validation of a row ----------------------------------------------------------------------------------------
+# --- validation of a row -----------------------------------------------------------------------------------------
 
 
 def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_bytes: int) -> Row | BadRow:

@@ -110,19 +110,20 @@ def scan_files(uris: Sequence[str], shard_rows: int, limit: int | None, max_prom
         parts = spread(partial(_scan_group, scan_one), [uris[i : i + size] for i in range(0, len(uris), size)])
     else:
         parts = _scan_up_to(limit, scan_one, uris)
-    whole = next(parts, FileScan([], bytearray(), []))  # extended in place: a copy would double the memory
-    for part in parts:
-        whole.extend(part)
+    whole = _merged(parts)
     return Scan(whole.runs, as_keys(whole.keys), whole.bad, max_prompt_bytes)
 
 
 def _scan_group(scan_one: Callable[[str], FileScan], uris: Sequence[str]) -> FileScan:
     """Scans files concurrently, since reading many small ones is mostly latency."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        parts = pool.map(scan_one, uris)
-        whole = next(parts)
-        for part in parts:
-            whole.extend(part)
+        return _merged(pool.map(scan_one, uris))
+
+
+def _merged(parts: Iterator[FileScan]) -> FileScan:
+    whole = next(parts, FileScan([], bytearray(), []))  # extended in place: a copy would double the memory
+    for part in parts:
+        whole.extend(part)
     return whole
 
 

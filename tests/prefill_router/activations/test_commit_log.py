@@ -83,7 +83,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_log, "SEGMENT_RECORDS", 4)
 
 
-# --- gathering -------------------------------------------------------------------------------------------------------
+# --- gathering ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_segments")
@@ -255,7 +255,7 @@ def test_a_record_that_was_gathered_since_is_found(root: str) -> None:
         commit_log.read(root, RecordLocation("nowhere", None))
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ------------------------------------------------------------------------------------------------------
 
 
 def only(uri: str, suffix: str) -> str:
@@ -300,7 +300,7 @@ def test_a_damaged_record_is_one_line(root: str, damaged: bytes) -> None:
         CommitLog.open(root)
 
 
-# --- tidying ---------------------------------------------------------------------------------------------------------
+# --- tidying -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_segments")
@@ -337,7 +337,7 @@ def test_clear_leaves_nothing(root: str) -> None:
     assert storage.list_names(root) == []
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
+# --- sources -----------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_of_the_plan_is_found_without_keys(root: str) -> None:

@@ -47,9 +47,8 @@ CONTENTS = {prompt_id: content for number in range(40) for prompt_id, content in
 def commit(uri: str, number: int) -> Commit:
     """Commits a shard like a worker: each second refuses its first row, each seventh all rows."""
     ids, contents = rows(number)
-    builder = ShardBuilder.of_repeats(
-        Repeats(tuple(ids), tuple(contents), (), digest_of(row_keys(ids, contents))), [COLUMN]
-    )
+    repeats = Repeats(tuple(ids), tuple(contents), (), digest_of(row_keys(ids, contents)))
+    builder = ShardBuilder.of_repeats(repeats, [COLUMN])
     builder.places = {row: ("c.jsonl", row) for row in range(len(ids))}
     values, lengths = np.ones((len(ids), 4), np.float16), np.full(len(ids), 5, np.int32)
     values[: len(ids) if number % 7 == 6 else number % 2] = np.nan
@@ -94,9 +93,7 @@ def content_key(prompt_id: str) -> int:
 
 def test_keys_of_segments_and_loose_records_match_the_ids(root: str) -> None:
     store, opened, _ = extracted(root, 15)
-    assert (
-        len(storage.list_names(storage.join(root, "commits", "segments"))) == 6
-    )  # two files for each of three segments
+    assert len(storage.list_names(storage.join(root, "commits", "segments"))) == 6  # three segments of two files
     check(store)
     opened.gather()
     check(store)

@@ -42,7 +42,7 @@ def digest_of(prompt_ids: Sequence[str], contents: Sequence[str]) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-# --- every row once --------------------------------------------------------------------------------------------------
+# --- every row once ----------------------------------------------------------------------------------------------
 
 
 class Expected(NamedTuple):
@@ -163,7 +163,7 @@ def test_a_corpus_is_planned_on_every_storage(root: str, tmp_path: Path, suffix:
     assert repeats_of(planned) == [("p5", content_hash("prompt\n0"), 0), ("p6", content_hash("prompt\n1"), 0)]
 
 
-# --- the cut ---------------------------------------------------------------------------------------------------------
+# --- the cut -----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_cut_in_the_order_of_names(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ print(tracemalloc.get_traced_memory()[1])
     return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
-# --- repeated prompts and conflicting ids ----------------------------------------------------------------------------
+# --- repeated prompts and conflicting ids ------------------------------------------------------------------------
 
 
 def test_a_prompt_with_two_ids_is_kept_once(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_different_prompts_with_the_same_first_64_bits_are_no_repeats(
     assert [row.prompt for row in rows_of(plan(str(path), 2))] == list("xyz")
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_corpus_is_an_error(root: str) -> None:

@@ -59,7 +59,7 @@ def not_utf8(*values: bytes | None, kind: pa.DataType) -> pa.Array:
     return pa.array(values, pa.binary()).view(pa.string()).cast(kind)
 
 
-# --- valid rows ------------------------------------------------------------------------------------------------------
+# --- valid rows --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", formats.SUFFIXES)
@@ -126,7 +126,7 @@ def test_text_of_any_parquet_type(tmp_path: Path, kind: pa.DataType) -> None:
     assert good(path) == [Row("ä", "ü", False), Row("b", CHAT[:1], False)]
 
 
-# --- ids -------------------------------------------------------------------------------------------------------------
+# --- ids ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.text(UNICODE), st.lists(st.fixed_dictionaries({"role": st.text(UNICODE), "content": st.text(UNICODE)})))
@@ -160,7 +160,7 @@ def test_a_digest_names_the_content_whatever_the_id(tmp_path: Path) -> None:
     assert [row.content_digest for row in good(path)] == [reader.content_digest("one")] * 2
 
 
-# --- invalid rows ----------------------------------------------------------------------------------------------------
+# --- invalid rows ------------------------------------------------------------------------------------------------
 
 NO_TEXT = "must be a non-empty string"
 
@@ -411,7 +411,7 @@ def test_messages_can_be_checked_without_a_row() -> None:
         reader.fit_messages([{"role": "boss", "content": "x"}])
 
 
-# --- files that cannot be read ---------------------------------------------------------------------------------------
+# --- files that cannot be read -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.txt", "corpus", "a.csv.xz", "a.parquet.gz"])

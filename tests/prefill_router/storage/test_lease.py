@@ -103,7 +103,7 @@ def race(out: str, runners: int) -> list[Lease]:
         return [lease for lease in pool.map(run, range(runners)) if lease]
 
 
-# --- one at a time ---------------------------------------------------------------------------------------------------
+# --- one at a time -----------------------------------------------------------------------------------------------
 
 
 def test_the_second_contender_is_told_who_holds_the_lease(root: str) -> None:
@@ -163,7 +163,7 @@ def test_of_racing_processes_one_gets_it(root: str, start: Callable[[str], Conte
     assert all(f"{root}: another extract is writing here" in text and f"pid {winner.pid}," in text for text in others)
 
 
-# --- dead holders ----------------------------------------------------------------------------------------------------
+# --- dead holders ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_reaped", [True, False])
@@ -238,7 +238,7 @@ def test_a_lost_response_to_the_creation_does_not_lose_the_lease(root: str, monk
         lease.check()
 
 
-# --- live holders ----------------------------------------------------------------------------------------------------
+# --- live holders ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

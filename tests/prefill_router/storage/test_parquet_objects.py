@@ -70,7 +70,7 @@ def test_a_shard_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
         read_shard(str(tmp_path), shard, ["a"])
 
 
-# --- remove_shards ---------------------------------------------------------------------------------------------------
+# --- remove_shards -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at_any_depth", [False, True])

@@ -141,7 +141,7 @@ def test_a_write_to_a_bucket_that_is_not_there_fails(s3_bucket: str) -> None:
         storage.write_bytes(f"{s3_bucket}-no-such-bucket/key", b"data")
 
 
-# --- create, read many -----------------------------------------------------------------------------------------------
+# --- create, read many -------------------------------------------------------------------------------------------
 
 
 def test_what_lies_there_is_not_created_again(root: str) -> None:
@@ -236,7 +236,7 @@ def test_a_full_disk_is_named_and_keeps_what_there_was(tmp_path: Path) -> None:
     ]
 
 
-# --- URIs ------------------------------------------------------------------------------------------------------------
+# --- URIs --------------------------------------------------------------------------------------------------------
 
 
 def test_arrow_reads_at_the_location_it_is_given(root: str) -> None:
@@ -286,7 +286,7 @@ def test_join_and_name() -> None:
     assert storage.name("s3://bucket/a/b/") == "b"
 
 
-# --- check_output ----------------------------------------------------------------------------------------------------
+# --- check_output ------------------------------------------------------------------------------------------------
 
 
 def test_a_file_at_the_place_of_an_output_is_refused_and_kept(tmp_path: Path) -> None:
