@@ -1,4 +1,8 @@
-"""Which layer tells right answers from wrong ones: moments, Fisher J, projections."""
+"""Layer probes: measure which layer's activations separate correct from wrong answers, without training.
+
+`moments` collects mergeable sums, `layer_scores` turns them into Fisher J and d_eff and picks the layers, and
+`projection` fits the standardisation and PCA of a picked layer. Start with `layer_scores`.
+"""
 
 from prefill_router.probe.layer_scores import (
     CONFIDENCE,

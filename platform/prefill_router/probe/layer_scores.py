@@ -1,6 +1,6 @@
-"""Layer probes: how well a layer's activations tell right answers from wrong ones, without training anything.
+"""Scores of a layer: Fisher J ranks the layers for a target, d_eff (effective dimensionality) is a diagnostic.
 
-Fisher J ranks the layers for a target; d_eff is the diagnostic beside it. Source: METHOD, "Layer probes".
+Source: platform/METHOD.md, "Layer probes".
 """
 
 # N prompts, D hidden size, T targets, F folds, C classes, B resamples
@@ -29,28 +29,28 @@ _NAN = float("nan")
 
 
 def effective_dimensionality(x: ArrayLike) -> float:
-    """d_eff = tr(C)^2 / tr(C^2) of the covariance C of `x` (N, D): 1 for a line, D for a sphere, 0 for a point."""
+    """Returns tr(C)^2 / tr(C^2) of the covariance C of `x` (N, D): 1 for a line, D for a sphere, 0 for a point."""
     return d_eff(Moments.of(x))
 
 
 def d_eff(moments: Moments) -> float:
-    trace, square = float(moments.scatter.trace()), float(moments.scatter.square().sum())  # tr(C^2), C being symmetric
+    trace, square = float(moments.scatter.trace()), float(moments.scatter.square().sum())  # tr(C^2), as C is symmetric
     return trace**2 / square if square else 0.0
 
 
 def fisher_separability(x: ArrayLike, y: ArrayLike, shrinkage: float = SHRINKAGE) -> float:
-    """Fisher J = p1 p0 (m1 - m0)^T S_w^-1 (m1 - m0) of activations `x` (N, D) and outcomes `y` (N,) in [0, 1].
+    """Returns J = p1 p0 (m1 - m0)^T S_w^-1 (m1 - m0) of activations `x` (N, D) and outcomes `y` (N,) in [0, 1].
 
-    S_w, the within-class scatter p1 Cov(X|1) + p0 Cov(X|0) with population covariances, is regularised to
-    (1 - shrinkage) S_w + shrinkage diag(S_w): towards uncorrelated dimensions, each at its own scale. NaN in `y` marks
-    a missing outcome. J is biased upwards by about D / N; `Fisher.corrected` is not. NaN where one class is empty.
+    S_w is the within-class scatter p1 Cov(X|1) + p0 Cov(X|0), with population covariances. It is regularised to
+    (1 - shrinkage) S_w + shrinkage diag(S_w), which shrinks correlations and keeps variances. NaN in `y` marks a
+    missing outcome. J is biased upwards by about D / N (`Fisher.corrected` is not), and NaN if a class is empty.
     """
     return fisher(LabelledMoments.of(x, np.asarray(y)[:, None]).target(0), shrinkage).j
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Fisher J as defined, with its small-sample bias removed, and the interval around the latter."""
+    """Fisher J as defined, J corrected for its small-sample bias, and the interval around the corrected J."""
 
     j: float
     corrected: float
@@ -59,16 +59,16 @@ class Fisher:
 
 
 def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
-    """Fisher J from sums. Raises UserError where the within-class scatter is singular.
+    """Computes Fisher J from sums. Raises UserError if the within-class scatter is singular.
 
-    The correction inverts E[J] = (d + N J_true) / (N - d - 3), the mean of the two-sample Hotelling statistic under
-    Gaussian classes, with d = tr(S_w (S_w regularised)^-1), the dimensions that the shrinkage leaves.
+    The correction inverts E[J] = (d + N J_true) / (N - d - 3), the mean of the two-sample Hotelling statistic for
+    Gaussian classes, where d = tr(S_w (S_w regularised)^-1) is the effective number of dimensions after shrinkage.
 
-    The interval is a bootstrap over the folds of the prompts: NUM_RESAMPLES times as many folds are drawn with
-    replacement, always the same draws, and give J of their class means and shares, S_w held fixed. What holds the
-    middle 95 % of these J, less their mean, is laid around the corrected J; for resampling adds a bias of its own. It
-    errs on the wide side where J is small beside d / N; and on the narrow one, for S_w's own error is left out, where a
-    large J is told from few prompts: with J = 0.9, d = 10 and N = 200 it holds 89 %.
+    The interval is a bootstrap over the NUM_FOLDS folds of the prompts, with NUM_RESAMPLES fixed draws. Each resample
+    gives J from its own class means and shares, with S_w held fixed. The middle 95 % of these J, minus their mean
+    (resampling adds a bias), is centred on the corrected J. The interval is too wide if J is small relative to d / N.
+    It is too narrow for a large J from few prompts, because the error of S_w is ignored: with J = 0.9, d = 10 and
+    N = 200 it covers 89 %.
     """
     p1, n = moments.share_correct, moments.graded.count
     if not 0.0 < p1 < 1.0:
@@ -87,10 +87,10 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
 
 
 def _within_correlation(moments: ClassMoments) -> tuple[Tensor, Tensor]:
-    """The scale (D,) of each dimension within the classes, and their correlation R (D, D) there.
+    """Returns the within-class scale (D,) of each dimension, and the within-class correlation R (D, D).
 
-    What rounding leaves of a dimension that never varies separates nothing: its scale is infinite. One that separates
-    the classes perfectly has no scatter within them, and keeps a sliver.
+    A constant dimension gets an infinite scale, so that its rounding errors separate nothing. A dimension that
+    separates the classes perfectly has no within-class scatter; its scale is kept above zero.
     """
     within, spread = moments.within_covariance, moments.graded.covariance.diagonal()
     scale = torch.maximum(within.diagonal(), ROUNDING * spread).sqrt()
@@ -99,25 +99,25 @@ def _within_correlation(moments: ClassMoments) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(shrunk: Tensor, shrinkage: float, num_prompts: float) -> Tensor:
-    """R'^-1 (D, D), where R' = `shrunk` + `shrinkage` I; `shrunk` is not kept."""
+    """Returns R'^-1 (D, D), where R' = `shrunk` + `shrinkage` I. Overwrites `shrunk`."""
     shrunk.diagonal().add_(shrinkage)
     root, info = torch.linalg.cholesky_ex(shrunk)
     if info:
         raise UserError(
             f"the within-class scatter of {num_prompts:.0f} prompts in {len(shrunk)} dimensions is singular: "
-            "shrink it more"
+            "raise the shrinkage above 0"
         )
     return torch.cholesky_inverse(root)
 
 
 def _spread(moments: ClassMoments, scale: Tensor, inverse: Tensor) -> tuple[float, float]:
-    """The quantiles of resampled J about their mean; `inverse` is that of the scaled correlation."""
+    """Returns the quantiles of the resampled J relative to their mean; `inverse` is of the scaled correlation."""
     deviations_FCD = moments.sums_FCD - moments.counts_FC[..., None] * moments.graded.mean
     scaled = deviations_FCD.flatten(0, 1) / scale
     gram, counts_FC = (scaled @ inverse @ scaled.T).cpu().numpy(), moments.counts_FC.cpu().numpy()
     draws_BF = _draws()
     counts_BC = draws_BF @ counts_FC
-    with np.errstate(divide="ignore", invalid="ignore"):  # of a class that no drawn fold holds
+    with np.errstate(divide="ignore", invalid="ignore"):  # a class may be missing from all drawn folds
         # m1 - m0 is a sum over folds and classes with these weights.
         weights_BFC = np.array([-1.0, 1.0]) * draws_BF[:, :, None] / counts_BC[:, None, :]
         weights_BI = weights_BFC.reshape(len(draws_BF), -1)
@@ -132,13 +132,13 @@ def _spread(moments: ClassMoments, scale: Tensor, inverse: Tensor) -> tuple[floa
 
 @functools.cache
 def _draws() -> NDArray[np.int64]:
-    """How often each fold is in each resample (B, F)."""
+    """Returns how often each fold occurs in each resample (B, F)."""
     return np.random.default_rng(0).multinomial(NUM_FOLDS, np.full(NUM_FOLDS, 1.0 / NUM_FOLDS), NUM_RESAMPLES)
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """One row of the probe's table: a column of an encoder's store, seen by a target."""
+    """One row of the probe table: the scores of one activation column of an encoder for one target."""
 
     encoder: str
     column: ActivationColumn
@@ -155,7 +155,7 @@ class LayerProbe:
 def probe_column(
     encoder: str, column: ActivationColumn, targets: Sequence[str], moments: LabelledMoments
 ) -> list[LayerProbe]:
-    """The probes of one column for every target."""
+    """Returns the probes of one column, one for each target."""
     dimensionality = [d_eff(group) if group.count else _NAN for group in moments.groups]
     rows = []
     for t, target in enumerate(targets):
@@ -182,36 +182,39 @@ def probe_column(
 
 
 def choose(probes: Iterable[LayerProbe]) -> dict[str, LayerProbe]:
-    """The encoder and column of each target: the highest bias-corrected J, the shallower layer at a tie.
+    """Picks each target's encoder and column: the highest bias-corrected J; a tie goes to the shallower layer.
 
-    Raises UserError for a target whose graded prompts are all right or all wrong: nothing separates them.
+    Raises UserError for a target whose graded answers are all correct or all wrong.
     """
     best: dict[str, LayerProbe] = {}
     targets = []
     for probe in sorted(probes, key=lambda p: (p.column.layer, p.column.pooling)):
         targets.append(probe.target)
-        held = best.get(probe.target)
+        so_far = best.get(probe.target)
         if np.isfinite(probe.fisher_j_corrected) and (
-            held is None or probe.fisher_j_corrected > held.fisher_j_corrected
+            so_far is None or probe.fisher_j_corrected > so_far.fisher_j_corrected
         ):
             best[probe.target] = probe
     for target in targets:
         if target not in best:
-            raise UserError(f'target "{target}": its graded answers are all right or all wrong, so no layer tells them')
+            raise UserError(
+                f'target "{target}": its graded answers are all correct or all wrong, so no layer can separate them: '
+                "grade more prompts, or take the target out of the pool"
+            )
     return best
 
 
 def choose_columns(probes: Iterable[LayerProbe]) -> dict[str, ActivationColumn]:
-    """The column of each target, where the probes are of one encoder. Raises what `choose` raises."""
+    """Picks each target's column from the probes of one encoder. Raises UserError as `choose` does."""
     return {target: probe.column for target, probe in choose(probes).items()}
 
 
 def joint_columns(probes: Sequence[LayerProbe], depth_tolerance: float = DEPTH_TOLERANCE) -> list[ActivationColumn]:
-    """The columns of one encoder that serve all targets: one of each pooling. Raises what `choose` raises.
+    """Picks columns of one encoder for all targets, one for each pooling. Raises UserError as `choose` does.
 
-    Of a pooling, the shallowest whose corrected J, at least 0 and the mean over targets, is within `depth_tolerance`, a
-    share, of the best: serving pays for the deepest. Two poolings say different things of a prompt, two layers of one
-    pooling hardly do.
+    A column's score is its corrected J, clipped at 0, averaged over targets. Per pooling, the shallowest column whose
+    score is within the share `depth_tolerance` of the best is picked, because the deepest layer sets the serving cost.
+    Different poolings carry different information; different layers of one pooling hardly do.
     """
     targets = list(choose(probes))
     scores = dict.fromkeys(sorted({p.column for p in probes}, key=lambda c: c.layer), 0.0)
@@ -226,7 +229,7 @@ def joint_columns(probes: Sequence[LayerProbe], depth_tolerance: float = DEPTH_T
 
 
 def by_encoder(probes: Iterable[LayerProbe]) -> dict[str, list[LayerProbe]]:
-    """The probes of each encoder, in their order."""
+    """Groups probes by encoder, in their order."""
     result: dict[str, list[LayerProbe]] = {}
     for probe in probes:
         result.setdefault(probe.encoder, []).append(probe)
@@ -234,7 +237,7 @@ def by_encoder(probes: Iterable[LayerProbe]) -> dict[str, list[LayerProbe]]:
 
 
 def coverage(probes: Sequence[LayerProbe], columns: Sequence[ActivationColumn]) -> float:
-    """The mean over targets of the best corrected J among `columns` of one encoder, as a share of the best of all."""
+    """Returns the best corrected J among `columns`, averaged over targets, as a share of the best over all columns."""
     best, among = choose(probes), choose(p for p in probes if p.column in set(columns))
     total = sum(max(p.fisher_j_corrected, 0.0) for p in best.values())
     return sum(max(p.fisher_j_corrected, 0.0) for p in among.values()) / total if total else 1.0

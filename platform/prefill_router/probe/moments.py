@@ -1,10 +1,10 @@
-"""Mergeable sums: count, mean and scatter, overall and by class. Every probe and projection follows from them alone.
+"""Mergeable moments: count, mean and scatter, overall and by class. Every probe and projection is computed from them.
 
-Sums of any shards merge in any order to the sums of the whole, so one pass over the data serves them all.
-Everything is float64; means are subtracted before squares are taken, and merges follow Chan, Golub and LeVeque (1979).
+Moments of shards merge in any order to the moments of the whole, so one pass over the data is enough. All sums are
+float64. Means are subtracted before squaring, and merges follow Chan, Golub and LeVeque (1979).
 """
 
-# N prompts, M of them, D hidden size, T targets, F folds, C = 2 classes: wrong, right
+# N prompts, M of them, D hidden size, T targets, F folds, C = 2 classes: wrong, correct
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 NUM_FOLDS = 32
-ROUNDING = 1e-12  # relative to its mean, the spread of a dimension that never varies
+ROUNDING = 1e-12  # spread of a constant dimension, relative to its mean
 
-# Rows are taken out of a sum only while every dimension keeps this share of its scatter: 12 of float64's 16 digits.
+# Rows are subtracted only if every dimension keeps this share of its scatter, which leaves 12 of float64's 16 digits.
 _LEAST_SHARE = 1e-4
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and scatter (D, D), the sum of (x - mean)(x - mean)^T, of some vectors, all on one device."""
+    """Count, mean (D,) and scatter (D, D) of a set of vectors; scatter is the sum of (x - mean)(x - mean)^T."""
 
     count: float
     mean: Tensor
@@ -33,7 +33,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: ArrayLike | Tensor, device: torch.device | None = None) -> Moments:
-        """The moments of `x` (N, D); of no rows, too."""
+        """Computes the moments of `x` (N, D), where N may be 0."""
         x_ND = _float64(x, device)
         mean = x_ND.mean(0) if len(x_ND) else x_ND.new_zeros(x_ND.shape[1])
         centred = x_ND - mean
@@ -48,13 +48,13 @@ class Moments:
         return Moments(count, self.mean + delta * (other.count / count), scatter)
 
     def without(self, x_MD: Tensor) -> Moments | None:
-        """The moments of the other rows: the inverse of a merge with those of `x_MD`, some of the rows but not all.
+        """Removes the rows `x_MD`, some but not all of those included: the inverse of a merge.
 
-        None where the difference would cost digits, for some dimension's scatter is nearly all in `x_MD`.
+        Returns None if that would lose precision, because `x_MD` has nearly all of some dimension's scatter.
         """
         count = self.count - len(x_MD)
         centred = x_MD - self.mean
-        shift = centred.sum(0) / -count  # from the mean of all to that of the others
+        shift = centred.sum(0) / -count  # from the mean of all rows to the mean of the remaining ones
         rows = torch.cat([centred, count**0.5 * shift[None]])
         scatter = torch.addmm(self.scatter, rows.T, rows, alpha=-1)
         constant = self.count * (ROUNDING * self.mean) ** 2
@@ -67,15 +67,15 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Population covariance (D, D): divided by the count."""
+        """The population covariance (D, D), divided by the count."""
         return self.scatter / self.count
 
 
 @dataclass(frozen=True)
 class ClassMoments:
-    """Moments of the prompts on which a target was graded, and by class and fold their counts and sums.
+    """Moments of the prompts that one target was graded on, with counts and sums by fold and class.
 
-    An outcome between 0 and 1 belongs to both classes, in that proportion.
+    An outcome between 0 and 1 counts in both classes, in that proportion.
     """
 
     graded: Moments
@@ -88,13 +88,13 @@ class ClassMoments:
 
     @property
     def mean_difference(self) -> Tensor:
-        """Mean of the right less mean of the wrong (D,); NaN where there are none of one."""
+        """The mean of correct prompts minus the mean of wrong ones (D,); NaN if a class is empty."""
         means_CD = self.sums_FCD.sum(0) / self.counts_FC.sum(0)[:, None]
         return means_CD[1] - means_CD[0]
 
     @property
     def within_covariance(self) -> Tensor:
-        """p1 Cov(X|1) + p0 Cov(X|0) (D, D): what is left of the covariance without the spread between the classes."""
+        """p1 Cov(X|1) + p0 Cov(X|0) (D, D), computed as the covariance minus the between-class scatter."""
         p1, delta = self.share_correct, self.mean_difference
         within: Tensor = torch.addr(self.graded.covariance, delta, delta, alpha=-p1 * (1.0 - p1))
         return within
@@ -102,10 +102,10 @@ class ClassMoments:
 
 @dataclass(frozen=True)
 class LabelledMoments:
-    """The moments of one column for all targets; `target(t)` shows those of one.
+    """Moments of one activation column for all targets; `target(t)` returns those of one target.
 
-    Targets that were graded on the same prompts so far share one scatter. A merge keeps two targets together where both
-    sides do. So it takes D^2 numbers for each set of prompts that some target was graded on, and 2 F T D for the sums.
+    Targets graded on the same prompts share one scatter; a merge keeps two targets together if both sides do. Memory
+    is D^2 numbers for each distinct set of graded prompts, plus 2 F T D for the sums.
     """
 
     groups: tuple[Moments, ...]
@@ -121,22 +121,22 @@ class LabelledMoments:
         keys: NDArray[np.uint64] | None = None,
         device: torch.device | None = None,
     ) -> LabelledMoments:
-        """Of `x` (N, D) and `correct` (N, T) in [0, 1], NaN where a pair was not graded.
+        """Computes the moments of `x` (N, D) with outcomes `correct` (N, T) in [0, 1], NaN for an ungraded pair.
 
-        `keys` (N,), hashes of the prompts, say which of NUM_FOLDS folds each is in; without them they take turns.
+        `keys` (N,) are prompt hashes that assign prompts to NUM_FOLDS folds; by default prompts are assigned in turn.
         """
         labels_NT = np.asarray(correct, np.float64)
         graded_NT = ~np.isnan(labels_NT)
         seen = np.asarray(graded_NT.any(1))
         x_ND, labels_NT, graded_NT = _float64(x, device)[torch.from_numpy(seen)], labels_NT[seen], graded_NT[seen]
-        masks, group_of = _in_order([mask.tobytes() for mask in graded_NT.T])
+        masks, group_of = _deduplicated([mask.tobytes() for mask in graded_NT.T])
         groups = _moments_by_mask(x_ND, [torch.from_numpy(np.frombuffer(mask, bool).copy()) for mask in masks])
         keys = np.arange(len(seen), dtype=np.uint64) if keys is None else keys
         fold_of = torch.from_numpy((keys[seen] % np.uint64(NUM_FOLDS)).astype(np.int64))
         return cls(groups, group_of, *_class_sums(x_ND, torch.from_numpy(labels_NT), fold_of))
 
     def merge(self, other: LabelledMoments) -> LabelledMoments:
-        pairs, group_of = _in_order(list(zip(self.group_of, other.group_of, strict=True)))
+        pairs, group_of = _deduplicated(list(zip(self.group_of, other.group_of, strict=True)))
         groups = tuple(self.groups[a].merge(other.groups[b]) for a, b in pairs)
         return LabelledMoments(groups, group_of, self.counts_FCT + other.counts_FCT, self.sums_FCTD + other.sums_FCTD)
 
@@ -154,14 +154,14 @@ def _float64(x: ArrayLike | Tensor, device: torch.device | None) -> Tensor:
     return x.to(device, torch.float64)
 
 
-def _in_order(names: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
-    """The different names as they first occur, and the place there of each."""
-    different = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return list(different), tuple(different[name] for name in names)
+def _deduplicated(values: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
+    """Returns the distinct values in order of first occurrence, and the index of each value in that list."""
+    distinct = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    return list(distinct), tuple(distinct[value] for value in values)
 
 
 def _moments_by_mask(x_ND: Tensor, masks: list[Tensor]) -> tuple[Moments, ...]:
-    """The moments of the rows of each mask. Nearly all of the work is one scatter, where most masks keep most rows."""
+    """Computes the moments of each mask's rows. Masks that keep most rows are derived from one scatter of all rows."""
     whole: Moments | None = None
     result = []
     for mask in masks:
@@ -174,7 +174,7 @@ def _moments_by_mask(x_ND: Tensor, masks: list[Tensor]) -> tuple[Moments, ...]:
 
 
 def _class_sums(x_ND: Tensor, labels_NT: Tensor, fold_of: Tensor) -> tuple[Tensor, Tensor]:
-    """By fold, class and target: how many prompts, and the sums (D,) of their activations."""
+    """Returns the number of prompts and the sums (D,) of their activations, by fold, class and target."""
     weights_NCT = torch.stack([1.0 - labels_NT, labels_NT], 1).nan_to_num(0.0).to(x_ND.device)
     counts_FCT = x_ND.new_zeros(NUM_FOLDS, *weights_NCT.shape[1:])
     sums_FCTD = x_ND.new_zeros(*counts_FCT.shape, x_ND.shape[1])

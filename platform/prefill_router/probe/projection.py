@@ -1,4 +1,4 @@
-"""From a layer's activations to a few features: standardise, then PCA, both from the layer's moments alone."""
+"""Projection of a layer's activations to features: standardisation, then PCA, both fitted from the layer's moments."""
 
 # N prompts, D hidden size, P features
 
@@ -17,9 +17,9 @@ from prefill_router.probe.moments import Moments
 
 MIN_FEATURES, MAX_FEATURES = 50, 300
 EXPLAINED_VARIANCE = 0.95
-WHITEN_FLOOR = 1e-4  # of the mean variance of a standardised dimension
+WHITEN_FLOOR = 1e-4  # least variance that whitening divides by; a standardised dimension has 1
 
-EXACT_HIDDEN_SIZE = 2048  # up to here every eigenvector is computed
+EXACT_HIDDEN_SIZE = 2048  # above this size, eigenvectors are approximated
 _OVERSAMPLES = 32
 _MAX_ITERATIONS = 50
 _CONVERGED = 1e-7
@@ -32,7 +32,7 @@ class Projection:
     column: ActivationColumn
     mean: NDArray[np.float32]  # (D,)
     std: NDArray[np.float32]  # (D,)
-    components: NDArray[np.float32]  # (D, P), orthogonal columns: of length 1, or whitening
+    components: NDArray[np.float32]  # (D, P), orthogonal columns, of length 1 unless whitened
 
     @property
     def num_features(self) -> int:
@@ -40,17 +40,17 @@ class Projection:
 
     def __call__(self, activations: NDArray[Any]) -> NDArray[np.float32]:
         standardised = (activations.astype(np.float32) - self.mean) / self.std
-        # By torch, as all that surrounds it: numpy's threads would wait for the cores that torch's still hold.
+        # torch, as in the code around it: numpy's threads would wait for cores that torch's threads still occupy.
         return (torch.from_numpy(standardised) @ torch.from_numpy(self.components)).numpy()
 
 
 def fit_projection(
     column: ActivationColumn, moments: Moments, *, whiten: bool = False, max_features: int = MAX_FEATURES
 ) -> Projection:
-    """The principal components that explain 95 % of the standardised variance, at least 50 and at most `max_features`.
+    """Fits the principal components that explain 95 % of the standardised variance, from 50 up to `max_features`.
 
-    Never more than the hidden size or than the prompts less one, which is all that can vary. With `whiten` every
-    feature has unit variance, except that none is magnified as if its own were below WHITEN_FLOOR.
+    There are never more than the hidden size, or than the number of prompts minus one. With `whiten`, features are
+    scaled to unit variance, where a variance below WHITEN_FLOOR counts as WHITEN_FLOOR.
     """
     covariance = moments.covariance
     std = covariance.diagonal().clamp(min=0.0).sqrt()
@@ -66,15 +66,15 @@ def fit_projection(
 
 
 def _num_wanted(variances: Tensor, total: float) -> int:
-    """How many components explain EXPLAINED_VARIANCE of the total, or more than there are."""
+    """Returns how many components explain EXPLAINED_VARIANCE of the total; may exceed the number there are."""
     return int((variances.cumsum(0) < EXPLAINED_VARIANCE * total).sum()) + 1
 
 
 def principal_components(covariance: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` greatest eigenvalues, in descending order, and their eigenvectors (D, num).
+    """Returns the `num` greatest eigenvalues, in descending order, and their eigenvectors (D, num).
 
-    Exact up to EXACT_HIDDEN_SIZE; above it by randomised subspace iteration (Halko, Martinsson and Tropp, 2011), which
-    goes on until no wanted eigenvalue changes by more than 1e-7 of the greatest.
+    Exact up to EXACT_HIDDEN_SIZE. Above it, uses randomised subspace iteration (Halko, Martinsson and Tropp, 2011)
+    until no wanted eigenvalue changes by more than 1e-7 of the greatest.
     """
     if len(covariance) <= EXACT_HIDDEN_SIZE:
         values, vectors = torch.linalg.eigh(covariance)
@@ -84,7 +84,7 @@ def principal_components(covariance: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _subspace_iteration(covariance: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of `covariance` within a subspace that holds the greatest `num`."""
+    """Returns ascending eigenvalues and the eigenvectors of `covariance`, in a subspace that has the greatest `num`."""
     size = len(covariance)
     draws = np.random.default_rng(0).normal(size=(size, min(size, num + _OVERSAMPLES)))
     basis = torch.linalg.qr(covariance @ torch.from_numpy(draws).to(covariance)).Q

@@ -32,7 +32,7 @@ SEEDS = st.integers(0, 10_000)
 
 
 def labelled(seed: int, num_prompts: int = 60, size: int = 4, shift: float = 1.0) -> tuple[Array, Array]:
-    """Correlated activations (N, D) and outcomes (N,), the right ones `shift` farther along every dimension."""
+    """Returns correlated activations (N, D) and outcomes (N,); correct prompts are shifted in every dimension."""
     rng = np.random.default_rng(seed)
     y = (np.arange(num_prompts) % 3 == 0).astype(float)
     x = rng.normal(size=(num_prompts, size)) @ rng.normal(size=(size, size)) + shift * y[:, None]
@@ -40,7 +40,7 @@ def labelled(seed: int, num_prompts: int = 60, size: int = 4, shift: float = 1.0
 
 
 def plain_fisher(x: Array, y: Array, shrinkage: float) -> float:
-    """METHOD's formula, with each prompt in both classes as far as its outcome says."""
+    """The formula of platform/METHOD.md, with each prompt weighted into both classes by its outcome."""
     p1 = y.mean()
     p0 = 1.0 - p1
     delta = np.average(x, 0, weights=y) - np.average(x, 0, weights=1 - y)
@@ -152,7 +152,7 @@ def test_a_dimension_that_never_varies_separates_nothing(constant: float) -> Non
 @pytest.mark.parametrize("partial_credit", [False, True])
 def test_a_layer_that_never_varies_has_a_fisher_of_zero(partial_credit: bool) -> None:
     rng = np.random.default_rng(9)
-    # As the embedding of the last token, which the chat template makes the same one for every prompt.
+    # Like the embedding of the last token, which the chat template makes the same for every prompt.
     x = np.tile(rng.normal(size=8).astype(np.float16), (300, 1))
     y = rng.random(300).astype(np.float32) ** 4
     assert fisher_separability(x, y if partial_credit else y.round()) == pytest.approx(0.0, abs=1e-12)
@@ -254,7 +254,7 @@ def test_the_shallower_layer_wins_a_tie() -> None:
 
 def test_a_target_that_no_layer_can_tell_is_an_error() -> None:
     probes = [layer("a", "last", 1, 0.1), layer("always-right", "last", 1, float("nan"))]
-    with pytest.raises(UserError, match='target "always-right": its graded answers are all right or all wrong'):
+    with pytest.raises(UserError, match='target "always-right": its graded answers are all correct or all wrong'):
         choose_columns(probes)
 
 

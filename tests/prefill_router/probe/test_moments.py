@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 @st.composite
 def shards(draw: st.DrawFn) -> tuple[Array, list[NDArray[np.int64]]]:
-    """Vectors (N, 3) and their rows, shuffled and cut into shards, some of them empty."""
+    """Vectors (N, 3) and their row numbers, shuffled and cut into shards, some of them empty."""
     n = draw(st.integers(1, 30))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     x = rng.normal(size=(n, 3)) * 10.0 ** draw(st.integers(-3, 3)) + draw(st.floats(-100, 100))
@@ -26,7 +26,7 @@ def shards(draw: st.DrawFn) -> tuple[Array, list[NDArray[np.int64]]]:
 
 
 def outcomes(num_prompts: int, seed: int, missing: float = 0.3) -> Array:
-    """(N, 4): two targets right or wrong on the same prompts, two with partial credit on others."""
+    """Outcomes (N, 4): two targets of 0 or 1, graded on the same prompts, and two with partial credit on others."""
     rng = np.random.default_rng(seed)
     correct = rng.random((num_prompts, 4))
     correct[:, :2] = correct[:, :2].round()
@@ -54,7 +54,7 @@ def assert_same_labelled(a: LabelledMoments, b: LabelledMoments) -> None:
 
 
 def assert_describes(labelled: LabelledMoments, x: Array, correct: Array) -> None:
-    """Every target's moments are those of the prompts that it was graded on."""
+    """Checks that every target's moments are those of the prompts that it was graded on."""
     for t, y in enumerate(correct.T):
         graded = ~np.isnan(y)
         assert_same(labelled.target(t).graded, Moments.of(x[graded]))

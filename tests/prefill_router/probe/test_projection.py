@@ -26,7 +26,7 @@ COLUMN = ActivationColumn("last", 12)
 
 
 def activations(num_prompts: int, size: int, decay: float, seed: int = 0) -> NDArray[np.float16]:
-    """Correlated activations, each dimension at its own scale and offset; `decay` 0 leaves them isotropic."""
+    """Correlated activations, each dimension with its own scale and offset; `decay` 0 makes them isotropic."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
     x = rng.normal(size=(num_prompts, size)) * np.arange(1, size + 1) ** -decay @ rotation
@@ -139,7 +139,7 @@ def test_whitening_does_not_magnify_what_hardly_varies() -> None:
 
 @pytest.mark.parametrize("decay", [0.1, 0.5, 1.5])
 def test_subspace_iteration_finds_the_exact_components(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eigenvalues to 1e-6 of the greatest; the span of the components keeps all but 1e-4 of its variance."""
+    """Eigenvalues agree to 1e-6 of the greatest, and the span of the components keeps all but 1e-4 of its variance."""
     covariance = Moments.of(activations(900, 300, decay).astype(np.float64)).covariance
     exact, _ = principal_components(covariance, 60)
     monkeypatch.setattr(projection_module, "EXACT_HIDDEN_SIZE", 100)

@@ -334,7 +334,7 @@ def test_probe_figure_has_a_row_for_each_encoder() -> None:
 
 def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:
     nothing = [replace(p, fisher_j_corrected=float("nan")) for p in probes()]
-    with pytest.raises(UserError, match="all right or all wrong"):
+    with pytest.raises(UserError, match="all correct or all wrong"):
         probe_figure(nothing)
 
 
