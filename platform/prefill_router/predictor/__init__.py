@@ -1,1 +1,5 @@
-"""P(correct) of every target: SharedTrunkNet, the kernel machine beside it, their calibration."""
+"""Predicts P(correct) and the answer length of every target from features of a prompt.
+
+`trunk` and `kernel_ridge` are the two models, `stacking` and `calibration` turn their outputs into probabilities, and
+`training` fits the trunk on any number of workers. Start with `recipe`, which lists every training setting.
+"""

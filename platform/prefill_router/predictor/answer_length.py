@@ -1,7 +1,7 @@
-"""How long a target's answer to a prompt will be: what the price of output tokens is multiplied by.
+"""Answer length: the number of output tokens of a target's answer, which its output price is multiplied by.
 
-log(1 + output tokens) is predicted, and with it the median length, which has the least absolute error. Costs need the
-mean, which a few very long answers raise: the factor between the two is a target's own, and so is the spread.
+Models predict log(1 + output tokens), hence the median length, which minimises the absolute error. Costs need the
+mean, which a few very long answers raise. Each target has its own factor from median to mean, and its own spread.
 """
 
 # N prompts, T targets
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-# Where no answer's length was ever recorded, every target is priced at this one.
+# Assumed for every target if no answer's length was ever recorded.
 UNKNOWN_LENGTH_TOKENS = 256.0
-_MAX_LOG = 12.0  # 160,000 tokens: no prompt is priced at infinity
+_MAX_LOG = 12.0  # 160,000 tokens; keeps expected costs finite
 
 
 def log_lengths(output_tokens: Array) -> Array:
-    """Labels (N, T) of lengths (N, T), NaN where unknown; where none at all is known, UNKNOWN_LENGTH_TOKENS."""
+    """Converts lengths (N, T) to labels (N, T), NaN where unknown; UNKNOWN_LENGTH_TOKENS if all are unknown."""
     known = output_tokens if not np.isnan(output_tokens).all() else np.full_like(output_tokens, UNKNOWN_LENGTH_TOKENS)
     return np.asarray(np.log1p(known), np.float32)
 
 
 def median_logs(output_tokens: Array) -> Array:
-    """The log (T,) of each target's median length; a target without any takes the median of all."""
+    """Returns the log (T,) of each target's median length; a target without lengths gets the median of all targets."""
     logs = log_lengths(output_tokens)
     columns = [column[~np.isnan(column)] for column in logs.T]
     everyone = np.concatenate(columns)
@@ -35,7 +35,7 @@ def median_logs(output_tokens: Array) -> Array:
 
 
 def spread(output_tokens: Array, logs: Array) -> Array:
-    """The standard deviation (T,) of log lengths about the predicted ones (N, T); 0 where none is known."""
+    """Returns the standard deviation (T,) of log lengths around predicted `logs` (N, T); 0 if no length is known."""
     residuals = np.log1p(output_tokens) - logs
     known = ~np.isnan(residuals)
     squares = np.where(known, residuals, 0.0) ** 2
@@ -43,14 +43,15 @@ def spread(output_tokens: Array, logs: Array) -> Array:
 
 
 def median_tokens(logs: Array) -> Array:
-    """Output tokens (N, T) of predicted logs (N, T), at least 1; an answer exceeds them half of the time."""
+    """Returns the median output tokens (N, T), at least 1, of predicted logs (N, T)."""
     return np.asarray(np.maximum(np.expm1(np.minimum(logs, _MAX_LOG)), 1.0), np.float32)
 
 
 def mean_scale(output_tokens: Array, logs: Array) -> Array:
-    """What 1 + the median is multiplied by (T,) for the mean, so that predicted lengths (N, T) sum to the known ones.
+    """Fits the factors (T,) from 1 + median length to 1 + mean length, so that predicted sums match known sums.
 
-    1 where none is known. Source: Duan, "Smearing estimate" (1983), as the ratio of the sums.
+    `logs` (N, T) are predicted. The factor is 1 if no length is known. Source: Duan, "Smearing estimate" (1983), as the
+    ratio of the sums.
     """
     known = ~np.isnan(output_tokens)
     actual = np.where(known, 1.0 + output_tokens, 0.0).sum(0)
@@ -59,10 +60,10 @@ def mean_scale(output_tokens: Array, logs: Array) -> Array:
 
 
 def mean_tokens(logs: Array, scale: Array) -> Array:
-    """The output tokens (N, T) that are expected, at least 1, of predicted logs (N, T) and a scale (T,)."""
+    """Returns the expected output tokens (N, T), at least 1, of predicted logs (N, T) and factors (T,)."""
     return np.asarray(np.maximum(np.exp(np.minimum(logs, _MAX_LOG)) * scale - 1.0, 1.0), np.float32)
 
 
 def quantile_tokens(logs: Array, spread: Array, q: float) -> Array:
-    """The output tokens (N, T) that an answer exceeds with probability 1 - q."""
+    """Returns the output tokens (N, T) that an answer exceeds with probability 1 - q."""
     return median_tokens(logs + spread * NormalDist().inv_cdf(q))

@@ -1,8 +1,8 @@
-"""Calibration: of prompts said to be right with P(correct) = 0.7, seven in ten should be.
+"""Calibration: of the answers predicted with P(correct) = 0.7, 70 % should be correct.
 
-For each target a strictly increasing map between logits, so that no prompts change places. Four kinds compete by
-cross-validated log loss: the identity, a temperature (Guo et al., 2017), a scale and a bias (Platt, 1999), and
-isotonic regression (Zadrozny and Elkan, 2002). All are one thing: linear pieces between knots, the outer ones endless.
+Each target gets a strictly increasing map between logits, which keeps the order of prompts. Cross-validated log loss
+picks one of four kinds: identity, temperature (Guo et al., 2017), scale and bias (Platt, 1999) and isotonic regression
+(Zadrozny and Elkan, 2002). Every kind is stored as knots of a piecewise linear map, extrapolated at both ends.
 """
 
 # N prompts, T targets, Q knots, B bins
@@ -19,19 +19,19 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-Kind = Literal["none", "identity", "temperature", "platt", "isotonic"]  # none: too few outcomes to tell
+Kind = Literal["none", "identity", "temperature", "platt", "isotonic"]  # none: too few outcomes to calibrate
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-MIN_OUTCOMES = 10  # right ones, and wrong ones, that a target needs
+MIN_OUTCOMES = 10  # correct ones, and wrong ones, that a target needs
 _MAX_BINS, _MIN_BIN_OUTCOMES = 16, 30
-_MIN_SLOPE = 0.01  # a target that the trunk can't tell still keeps its order: ties would leave routing to the prices
+_MIN_SLOPE = 0.01  # keeps predictions distinct even for an unpredictable target: with ties, only prices would route
 _MAX_LOGIT = 13.8  # P(correct) between 1e-6 and 1 - 1e-6
-_RIDGE = 1e-6  # a prompt; decides where all predictions are alike
+_RIDGE = 1e-6  # per prompt; makes the fit unique if all predictions are equal
 _MAX_STEPS, _SMALL_STEP = 50, 1e-9
 
 
 class Knots(NamedTuple):
-    """Logits before (Q,) and after (Q,), both strictly increasing, Q >= 2."""
+    """Logits before calibration `x` (Q,) and after it `y` (Q,), both strictly increasing, Q >= 2."""
 
     x: Array
     y: Array
@@ -47,12 +47,12 @@ class Calibration:
 
     @classmethod
     def identity(cls, num_targets: int) -> Calibration:
-        """Leaves P(correct) as it is."""
+        """Returns a calibration that leaves P(correct) unchanged."""
         return cls.of([("none", _line(1.0, 0.0))] * num_targets)
 
     @classmethod
     def of(cls, targets: list[tuple[Kind, Knots]]) -> Calibration:
-        """Of each target's kind and knots; they need not be equally many."""
+        """Builds a calibration from each target's kind and knots; numbers of knots may differ."""
         size = max((len(knots.x) for _, knots in targets), default=2)
         padded = [_padded(knots, size) for _, knots in targets]
         shape = (len(targets), size)
@@ -63,50 +63,50 @@ class Calibration:
         )
 
     def of_targets(self, targets: Sequence[int]) -> Calibration:
-        """The calibration of some targets."""
+        """Returns the calibration of some targets, by index."""
         own = list(targets)
         return Calibration(tuple(self.kinds[t] for t in own), self.x[own], self.y[own])
 
     def with_more(self, num_targets: int) -> Calibration:
-        """With further targets, whose P(correct) stays as it is."""
+        """Adds targets whose P(correct) is left unchanged."""
         targets = [(kind, Knots(x, y)) for kind, x, y in zip(self.kinds, self.x, self.y, strict=True)]
         return Calibration.of(targets + [("none", _line(1.0, 0.0))] * num_targets)
 
     def __call__(self, p_correct: NDArray[Any]) -> NDArray[np.float32]:
-        """Strictly between 0 and 1, except where the identity keeps what it is given."""
+        """Calibrates P(correct) (N, T); results are strictly between 0 and 1, except for unchanged targets."""
         logits = np.clip(_interpolate(_logit(p_correct), self.x, self.y), -_MAX_LOGIT, _MAX_LOGIT)
-        return np.where(self._is_kept, p_correct, _sigmoid(logits)).astype(np.float32)
+        return np.where(self._is_unchanged, p_correct, _sigmoid(logits)).astype(np.float32)
 
     @cached_property
-    def _is_kept(self) -> NDArray[np.bool_]:
+    def _is_unchanged(self) -> NDArray[np.bool_]:
         return np.array([kind in ("none", "identity") for kind in self.kinds], bool)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """As flat arrays, for an artifact."""
+        """Returns the arrays that an artifact stores."""
         codes = [KINDS.index(kind) for kind in self.kinds]
         return {"kinds": np.array(codes, np.uint8), "x": self.x, "y": self.y}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Calibration:
-        """Raises KeyError where one is missing, and ValueError where they are no calibration."""
+        """Reads the arrays of `tensors`. Raises KeyError if one is missing, ValueError if one is invalid."""
         codes, x, y = tensors["kinds"], tensors["x"], tensors["y"]
         if codes.ndim != 1 or x.ndim != 2 or x.shape != y.shape or len(x) != len(codes) or x.shape[1] < 2:
             raise ValueError(
                 f"calibration: kinds {codes.shape}, x {x.shape} and y {y.shape} must be (T,), (T, Q), (T, Q)"
             )
         if not all(np.isfinite(knots).all() and (np.diff(knots) > 0.0).all() for knots in (x, y)):
-            raise ValueError("calibration: its knots do not increase")
+            raise ValueError("calibration: x and y must be finite and strictly increasing")
         if codes.dtype != np.uint8 or (codes >= len(KINDS)).any():
             raise ValueError(f"calibration: kinds = {codes.tolist()}, must be uint8 below {len(KINDS)}")
         return cls(tuple(KINDS[code] for code in codes), x.astype(np.float64), y.astype(np.float64))
 
 
 def fit_calibration(p_correct: ArrayLike, correct: ArrayLike, num_folds: int = 5, seed: int = 0) -> Calibration:
-    """The calibration of predictions `p_correct` (N, T) for prompts that the trunk was not fitted on.
+    """Fits the calibration of predictions `p_correct` (N, T), for prompts that the trunk was not fitted on.
 
-    `correct` (N, T) is in [0, 1], NaN where missing. A kind with more freedom is taken only where its cross-validated
-    log loss is lower by more than a standard error of the difference. Raises ValueError for shapes that do not fit, a
-    NaN in `p_correct`, and fewer than two folds.
+    `correct` (N, T) is in [0, 1], NaN where missing. A kind with more parameters is picked only if its cross-validated
+    log loss is lower by more than one standard error of the difference. Raises ValueError for mismatched shapes, a NaN
+    in `p_correct`, or fewer than two folds.
     """
     p_NT, correct_NT = np.asarray(p_correct, np.float64), np.asarray(correct, np.float64)
     if p_NT.ndim != 2 or p_NT.shape != correct_NT.shape:
@@ -143,13 +143,13 @@ def _fit_target(x: Array, y: Array, folds: NDArray[Any]) -> tuple[Kind, Knots]:
 
 
 def fit_temperature(x: Array, y: Array) -> Knots:
-    """Logits (N,) over a temperature, for outcomes (N,)."""
+    """Fits outcomes (N,) to logits (N,) divided by a temperature."""
     (scale,) = _logistic(x[:, None], _smoothed(y), np.zeros_like(x))
     return _line(max(scale, _MIN_SLOPE), 0.0)
 
 
 def fit_platt(x: Array, y: Array) -> Knots:
-    """Logits (N,) times a scale above zero, plus a bias, for outcomes (N,)."""
+    """Fits outcomes (N,) to logits (N,) times a positive scale, plus a bias."""
     labels, ones = _smoothed(y), np.ones_like(x)
     scale, bias = _logistic(np.column_stack([x, ones]), labels, np.zeros_like(x))
     if scale < _MIN_SLOPE:
@@ -158,10 +158,10 @@ def fit_platt(x: Array, y: Array) -> Knots:
 
 
 def fit_isotonic(x: Array, y: Array) -> Knots:
-    """Isotonic regression of outcomes (N,) on logits (N,), over bins of equally many prompts.
+    """Fits isotonic regression of outcomes (N,) on logits (N,), over bins with equal numbers of prompts.
 
-    A knot stands at the mean of each pooled block. Lines between them take the place of steps, whose plateaus would tie
-    prompts that the trunk tells apart; beyond the outer blocks, which end before 0 and 1, they rise as Platt's does.
+    Each pooled block has a knot at its mean. Lines between knots replace the usual steps, whose plateaus would tie
+    prompts that the trunk distinguishes. Beyond the outer blocks, the map has the slope of Platt scaling.
     """
     num_bins = max(1, min(_MAX_BINS, len(x) // _MIN_BIN_OUTCOMES))
     edges = np.unique(np.quantile(x, np.linspace(0.0, 1.0, num_bins + 1)[1:-1]))
@@ -190,8 +190,8 @@ _FITS: dict[Kind, Callable[[Array, Array], Knots]] = {
 
 
 def pool_adjacent_violators(values: Array, weights: Array) -> Array:
-    """The non-decreasing sequence that is nearest to `values` (B,) in weighted least squares (Ayer et al., 1955)."""
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many values
+    """Returns the non-decreasing sequence nearest to `values` (B,) in weighted least squares (Ayer et al., 1955)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, number of values
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         count = 1
         while blocks and blocks[-1][0] >= value:
@@ -203,13 +203,13 @@ def pool_adjacent_violators(values: Array, weights: Array) -> Array:
 
 
 def _smoothed(y: Array) -> Array:
-    """Outcomes as Platt's labels: never quite 0 or 1, so that separable outcomes have a finite fit."""
-    right, wrong = y.sum(), (1.0 - y).sum()
-    return np.asarray(y * (right + 1.0) / (right + 2.0) + (1.0 - y) / (wrong + 2.0))
+    """Applies Platt's label smoothing, which keeps the fit of separable outcomes finite."""
+    num_correct, num_wrong = y.sum(), (1.0 - y).sum()
+    return np.asarray(y * (num_correct + 1.0) / (num_correct + 2.0) + (1.0 - y) / (num_wrong + 2.0))
 
 
 def _logistic(design: Array, y: Array, offset: Array) -> Array:
-    """Coefficients of the logistic regression of `y` (N,) on `design` (N, C): Newton's method with halved steps."""
+    """Fits the logistic regression of `y` (N,) on `design` (N, C) by Newton's method with step halving."""
     ridge = _RIDGE * len(y)
 
     def loss(at: Array) -> float:
@@ -237,14 +237,14 @@ def _line(scale: float, bias: float) -> Knots:
 
 
 def _padded(knots: Knots, size: int) -> Knots:
-    """With further knots on the last piece, `size` in all."""
+    """Extends the last linear piece by further knots, up to `size` in all."""
     further = np.arange(1.0, size - len(knots.x) + 1.0)
     slope = (knots.y[-1] - knots.y[-2]) / (knots.x[-1] - knots.x[-2])
     return Knots(np.append(knots.x, knots.x[-1] + further), np.append(knots.y, knots.y[-1] + slope * further))
 
 
 def _interpolate(logits: Array, x: Array, y: Array) -> Array:
-    """Logits (N, T) through the pieces between knots `x` and `y`, each (T, Q)."""
+    """Maps logits (N, T) by the linear pieces between knots `x` and `y`, each (T, Q)."""
     piece = (logits[..., None] >= x[:, 1:-1]).sum(-1)
     target = np.arange(len(x))
     left, low = x[target, piece], y[target, piece]

@@ -1,7 +1,7 @@
-"""What training reads: rows of features and labels, shard by shard, in windows that fit into memory.
+"""Training data: rows of features and labels, read shard by shard, in windows that fit into memory.
 
-A worker holds some of the shards. The order of shards, and of rows within them, follows from the seed and the epoch
-alone (see `draws`), so that any number of workers sees the same batches.
+Each worker has some of the shards. The order of shards, and of rows within a shard, depends only on the seed and the
+epoch (see `counter_random`), so that any number of workers reads the same batches.
 """
 
 # N rows of a window on this worker, S shards, F features, T targets, K seeds
@@ -21,7 +21,7 @@ WINDOW_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Features (N, F), labels (N, T), NaN where missing, and an int32 key (N,) for each row."""
+    """Features (N, F), labels (N, T) with NaN where missing, and an int32 key (N,) for each row."""
 
     features: Tensor
     labels: Tensor
@@ -44,7 +44,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Window:
-    """Some shards' rows, of which this worker has its own."""
+    """The rows of some shards, as far as this worker has them."""
 
     num_rows: int  # on all workers
     rows: Rows
@@ -52,9 +52,9 @@ class Window:
     sizes: Tensor  # (S,) their rows
 
     def batches(self, keys_K: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """The rows (K, N) of each seed in its own order, and how many of them each step takes (K, num_steps).
+        """Returns row indices (K, N) in each seed's own order, and the batch size of each step (K, num_steps).
 
-        A shard's rows are shuffled and spread evenly over the steps, so that batches are equally large to a few rows.
+        A shard's rows are shuffled and spread evenly over the steps, so that batch sizes differ by a few rows only.
         """
         first = self.sizes.cumsum(0) - self.sizes
         shard_N = torch.repeat_interleave(torch.arange(len(self.sizes), device=self.sizes.device), self.sizes)
@@ -70,10 +70,10 @@ class Window:
 
 @dataclass
 class Feed:
-    """This worker's rows, by shard. The mappings may read from disk whenever they are asked.
+    """This worker's rows, by shard. The mappings may read from disk on each access.
 
-    `num_rows` counts the training rows of every shard, those of other workers too; `empty` are no rows, of the shape of
-    all.
+    `num_rows` counts the training rows of every shard, including those of other workers. `empty` is a Rows of the
+    right shape and length 0.
     """
 
     num_rows: Sequence[int]
@@ -82,15 +82,15 @@ class Feed:
     empty: Rows
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     window_rows: int = WINDOW_ROWS
-    _held: tuple[list[int], Window] | None = field(default=None, repr=False)
+    _loaded: tuple[list[int], Window] | None = field(default=None, repr=False)
 
     def windows(self, key: Tensor) -> Iterator[Window]:
-        """All training rows, in windows of shards whose order `key` (an int32 scalar) decides."""
+        """Yields all training rows, in windows of shards. `key` (an int32 scalar) sets the order of the shards."""
         for shards in self._plan(key):
-            if self._held is None or self._held[0] != shards:
-                self._held = None  # first let go of it
-                self._held = shards, self._load(shards)
-            yield self._held[1]
+            if self._loaded is None or self._loaded[0] != shards:
+                self._loaded = None  # frees the memory of the previous window
+                self._loaded = shards, self._load(shards)
+            yield self._loaded[1]
 
     def _plan(self, key: Tensor) -> list[list[int]]:
         order = fold(key, torch.arange(len(self.num_rows))).argsort().tolist()

@@ -1,8 +1,8 @@
-"""How far a prompt lies from those that a router was trained on: what it says of strangers deserves less trust.
+"""Drift: the distance of a prompt from a router's training prompts; predictions far from them are less reliable.
 
-Mahalanobis distance in the router's features, from the mean and covariance of its training prompts, and the share of
-these that lie nearer. Each training prompt's own distance is the exact one to the moments of all the others, so that a
-new prompt of the same kind is no farther than they are.
+The distance is Mahalanobis, in the router's features, with the mean and covariance of the training prompts. A prompt's
+percentile is the share of training prompts that are nearer. Each training prompt's own distance is exactly that from
+the moments of the others (leave-one-out), so that new prompts of the same kind have uniform percentiles.
 """
 
 # N prompts, M training prompts, F features
@@ -17,21 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SHRINKAGE = 1e-3  # of the mean variance, added to each: features that hardly vary tell nothing
+_SHRINKAGE = 1e-3  # share of the mean variance added to each, so that nearly constant features do not dominate
 _MIN_PROMPTS = 50
 
 
 @dataclass(frozen=True)
 class TrainingDistance:
-    """Make one with `TrainingDistance.of`."""
+    """The distance from a set of training prompts. Build one with `TrainingDistance.of`."""
 
     mean: Tensor  # (F,)
-    whitener: Tensor  # (F, F), whose product with a deviation has the distance as its length
+    whitener: Tensor  # (F, F); the distance is the length of (features - mean) @ whitener
     known: NDArray[np.float32]  # (M,) sorted distances of the training prompts
 
     @classmethod
     def of(cls, features: NDArray[Any]) -> TrainingDistance | None:
-        """Of the features (M, F) of training prompts, or a sample of them; None where they are too few to tell."""
+        """Fits the features (M, F) of training prompts, or of a sample; returns None for fewer than 50 prompts."""
         count, num_features = features.shape
         if count < _MIN_PROMPTS:
             return None
@@ -50,9 +50,9 @@ class TrainingDistance:
 
     @torch.inference_mode()
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Distances (N,) of features (N, F): the root mean square over features, 1 for an ordinary prompt."""
+        """Returns distances (N,) of features (N, F), as a root mean square over features: 1 for a usual prompt."""
         return ((torch.from_numpy(features) - self.mean) @ self.whitener).square().sum(1).sqrt().numpy()
 
     def percentile(self, distances: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The share (N,) of training prompts that lie nearer, in [0, 1]."""
+        """Returns the share (N,) of training prompts that are nearer, in [0, 1]."""
         return np.searchsorted(self.known, distances) / len(self.known)

@@ -1,9 +1,9 @@
-"""A kernel machine: among a few thousand graded prompts, nearness tells more than a net can learn.
+"""Kernel ridge regression, which predicts better than a net if only a few thousand prompts are graded.
 
-Kernel ridge regression with the kernel exp(-sqrt(|x - x'| / lengthscale)), of the gamma-exponential family (Rasmussen
-and Williams, 2006, 4.2.1), on landmarks that are the training prompts, or a sample of them. What targets have in
-common is learnt from all of them: labels are turned to their principal components, of which the first is how hard a
-prompt is, and each component is regularised as its exact leave-one-out error asks (Rifkin and Lippert, 2007).
+The kernel is exp(-sqrt(|x - x'| / lengthscale)), of the gamma-exponential family (Rasmussen and Williams, 2006, 4.2.1).
+The landmarks are the training prompts, or a sample of them. Labels are rotated to their principal components, so that
+targets share what they have in common; the first component is how hard a prompt is. Each component has its own ridge
+strength, picked by the exact leave-one-out error (Rifkin and Lippert, 2007).
 """
 
 # N prompts, M landmarks, F features, O outputs
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MAX_LANDMARKS = 8192
-STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)  # of the ridge, beside a kernel whose diagonal is 1
-_SWEEPS = 10  # over missing labels
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)  # of the ridge; the kernel's diagonal is 1
+_SWEEPS = 10  # of imputing missing labels
 _MIN_LENGTHSCALE = 1e-6
 _CHUNK_ROWS = 4096
 
@@ -38,13 +38,13 @@ class KernelMachine:
 
     @classmethod
     def constant(cls, mean: NDArray[np.float32], num_features: int) -> KernelMachine:
-        """Says `mean` (O,) of every prompt."""
+        """Returns a machine that predicts `mean` (O,) for every prompt."""
         landmarks, coefficients = np.empty((0, num_features), np.float16), np.empty((0, len(mean)), np.float32)
         return cls(landmarks, 1.0, coefficients, mean)
 
     @cached_property
-    def _places(self) -> _Places:
-        return _Places.of(torch.from_numpy(self.landmarks).float())
+    def _points(self) -> _Points:
+        return _Points.of(torch.from_numpy(self.landmarks).float())
 
     @torch.inference_mode()
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -52,22 +52,22 @@ class KernelMachine:
         outputs = torch.empty(len(features), len(self.mean), dtype=torch.float32)
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            kernel = _kernel(torch.from_numpy(features[rows]), self._places, self.lengthscale)
+            kernel = _kernel(torch.from_numpy(features[rows]), self._points, self.lengthscale)
             outputs[rows] = kernel @ coefficients
         return outputs.numpy() + self.mean
 
     def of_outputs(self, outputs: Sequence[int]) -> KernelMachine:
-        """The same machine with some of its outputs."""
+        """Returns the same machine with some of its outputs, by index."""
         own = list(outputs)
         return replace(self, coefficients=np.ascontiguousarray(self.coefficients[:, own]), mean=self.mean[own])
 
     def joined(self, other: KernelMachine) -> KernelMachine:
-        """With the outputs of another machine, on the same landmarks, after its own."""
+        """Appends the outputs of another machine with the same landmarks."""
         coefficients = np.concatenate([self.coefficients, other.coefficients], axis=1)
         return replace(self, coefficients=coefficients, mean=np.concatenate([self.mean, other.mean]))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """As flat arrays, for an artifact."""
+        """Returns the arrays that an artifact stores."""
         scale = np.array([self.lengthscale], np.float32)
         return {
             "landmarks": self.landmarks,
@@ -78,21 +78,21 @@ class KernelMachine:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> KernelMachine:
-        """Raises KeyError where one is missing."""
+        """Reads the arrays of `tensors`. Raises KeyError if one is missing."""
         landmarks, coefficients, mean = (tensors[name] for name in ("landmarks", "coefficients", "mean"))
         return cls(landmarks, float(tensors["lengthscale"].item()), coefficients, mean)
 
 
 def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float32]]) -> KernelMachine:
-    """The machine whose landmarks are all N prompts with `features` (N, F).
+    """Fits a machine whose landmarks are all N prompts, with features (N, F).
 
-    `labels` are groups (N, O) of outputs that have components in common, NaN where missing: what is missing is taken to
-    be as the machine says, which is repeated a few times.
+    `labels` are groups (N, O) of outputs, NaN where missing; the outputs of one group share principal components.
+    Missing labels are imputed with the machine's own predictions, in _SWEEPS rounds.
     """
     landmarks = torch.from_numpy(features).half()
     x = landmarks.float()
     lengthscale = max(float(x.var(0).sum().sqrt()), _MIN_LENGTHSCALE)
-    kernel = _kernel(x, _Places.of(x), lengthscale).fill_diagonal_(1.0)  # where the distance is rounding alone
+    kernel = _kernel(x, _Points.of(x), lengthscale).fill_diagonal_(1.0)  # removes rounding from the distance 0
     y = torch.cat([torch.from_numpy(group) for group in labels], dim=1)
     missing, mean = y.isnan(), _means(labels)
     centred = (y - mean).where(~missing, 0.0)
@@ -107,7 +107,7 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
 
 
 def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The principal axes (O, O) of each group of labels, as one orthogonal matrix."""
+    """Returns the principal axes of each group of labels, as one orthogonal matrix (O, O)."""
     basis = torch.zeros(centred.shape[1], centred.shape[1], dtype=torch.float32)
     for stop, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True):
         own = slice(stop - size, stop)
@@ -115,25 +115,25 @@ def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
     return basis
 
 
-class _Places(NamedTuple):
-    """Landmarks as distances want them."""
+class _Points(NamedTuple):
+    """Landmarks in the form that computes distances fast."""
 
     transposed: Tensor  # (F, M)
-    squares: Tensor  # (M,) of their norms
+    squares: Tensor  # (M,) squared norms
 
     @classmethod
-    def of(cls, landmarks: Tensor) -> _Places:
+    def of(cls, landmarks: Tensor) -> _Points:
         return cls(landmarks.T.contiguous(), landmarks.square().sum(1))
 
 
-def _kernel(x: Tensor, places: _Places, lengthscale: float) -> Tensor:
-    squares = torch.addmm(places.squares, x, places.transposed, alpha=-2.0)
+def _kernel(x: Tensor, points: _Points, lengthscale: float) -> Tensor:
+    squares = torch.addmm(points.squares, x, points.transposed, alpha=-2.0)
     squares += x.square().sum(1, keepdim=True)
     return squares.clamp_(min=0.0).div_(lengthscale**2).sqrt_().sqrt_().neg_().exp_()
 
 
 def _means(labels: Sequence[NDArray[np.float32]]) -> Tensor:
-    """The mean of each output's labels; where there is none, that of its group."""
+    """Returns the mean of each output's labels; an output without labels gets the mean of its group."""
     means = []
     for group in labels:
         counts, sums = (~np.isnan(group)).sum(0), np.nansum(group, axis=0)
@@ -143,20 +143,20 @@ def _means(labels: Sequence[NDArray[np.float32]]) -> Tensor:
 
 
 class _Ridge:
-    """Ridge regressions on one kernel matrix (M, M), whose eigenvalues make every strength cheap."""
+    """Ridge regressions on one kernel matrix (M, M). Its eigendecomposition makes every strength cheap."""
 
     def __init__(self, kernel: Tensor) -> None:
         self.values, self.vectors = torch.linalg.eigh(kernel)
         self.values.clamp_(min=0.0)
 
     def coefficients(self, y: Tensor, strengths: Tensor) -> Tensor:
-        """Coefficients (M, O) of labels (M, O), each output with a strength of its own."""
+        """Returns coefficients (M, O) for labels (M, O), each output with its own strength."""
         return self.vectors @ (self.vectors.T @ y / (self.values[:, None] + strengths))  # type: ignore[no-any-return]
 
     def best_strengths(self, y: Tensor) -> Tensor:
-        """Those (O,) with which labels are told best of prompts left out; infinite where no strength tells anything.
+        """Returns the strengths (O,) with the least leave-one-out error; infinite if predicting the mean is best.
 
-        Without prompt i, its residual is coefficient_i / inverse_ii, of the inverse of the kernel with its ridge.
+        The leave-one-out residual of prompt i is coefficient_i / inverse_ii, where inverse = (kernel + ridge)^-1.
         """
         errors = [y.square().mean(0)]
         for strength in STRENGTHS:

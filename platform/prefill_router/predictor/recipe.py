@@ -1,4 +1,4 @@
-"""How a router is trained: the published recipe, and ours."""
+"""Training recipes of a router: the published one, and the one that does best here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained. The defaults are the published ones. Source: METHOD, "SharedTrunkNet, as published"."""
+    """Training settings of a net. Defaults are published: platform/METHOD.md, "SharedTrunkNet, as published"."""
 
     hidden: tuple[int, ...] = (256, 128)
     dropout: tuple[float, ...] = (0.3, 0.2)  # after each hidden layer
@@ -22,23 +22,23 @@ class Recipe:
     num_seeds: int = 10
     keep: int = 5
     label_smoothing: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"  # of training's matrix products; weights are float32
-    balance: float = 0.0  # a target's answers weigh (most answers of any target / its own) to this power
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products in training; weights are float32
+    balance: float = 0.0  # exponent of a target's weight, (most answers of any target / its own answers) ** balance
 
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """How a whole router is trained."""
+    """Training settings of a whole router."""
 
     trunk: Recipe = field(default_factory=Recipe)
-    columns: Literal["own", "joint"] = "own"  # each target's own column, as published, or a joint set of the pool
+    columns: Literal["own", "joint"] = "own"  # each target's own column, as published, or one set for the pool
     whiten: bool = False
-    use_other_targets: bool = False  # outcomes of targets outside the pool teach too
-    kernel: bool = False  # a kernel machine beside the trunk, and for lengths; without one, lengths are medians
+    use_other_targets: bool = False  # also train on outcomes of targets outside the pool
+    kernel: bool = False  # fit a kernel machine for P(correct) and lengths; without it, lengths are medians
     calibrate: bool = False
 
 
-# What each choice of ours brings stands in tests/benchmarks/LOG.md.
+# tests/benchmarks/LOG.md has the measured effect of each setting of "best".
 RECIPES = {
     "published": RouterRecipe(),
     "best": RouterRecipe(

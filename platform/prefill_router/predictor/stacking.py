@@ -1,6 +1,6 @@
-"""P(correct) of trunk and kernel machine together: the mean of their log-odds, weighted as held-out prompts ask.
+"""Stacking: P(correct) as the weighted mean of the log-odds of trunk and kernel machine.
 
-Source: Wolpert (1992), stacked generalisation.
+The weight is fitted on held-out prompts. Source: Wolpert (1992), stacked generalisation.
 """
 
 # N prompts, T targets
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the kernel machine
-_MIN_P = 0.01  # a kernel machine's outputs may leave [0, 1]
+_MIN_P = 0.01  # probabilities are clipped, because a kernel machine's outputs may be outside [0, 1]
 
 
 def stacked(p_trunk: Array, p_kernel: NDArray[Any], weight: float) -> Array:
-    """P(correct) (N, T) from the trunk's and the kernel machine's; the trunk's own, untouched, where `weight` is 0."""
+    """Combines P(correct) (N, T) of trunk and kernel machine; a `weight` of 0 returns the trunk's unchanged."""
     if not weight:
         return p_trunk
     logits = (1.0 - weight) * _logit(p_trunk) + weight * _logit(p_kernel)
@@ -27,7 +27,7 @@ def stacked(p_trunk: Array, p_kernel: NDArray[Any], weight: float) -> Array:
 
 
 def best_weight(p_trunk: Array, p_kernel: NDArray[Any], correct: Array) -> float:
-    """The weight of the least log loss on outcomes (N, T), NaN where missing, that neither was fitted on."""
+    """Returns the weight with the least log loss on held-out outcomes (N, T), NaN where missing."""
     known = ~np.isnan(correct)
 
     def loss(weight: float) -> float:

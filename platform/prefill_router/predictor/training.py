@@ -1,7 +1,7 @@
-"""Fits the seeds of an ensemble at once, each with its own initial weights, order, dropout, early stopping and best.
+"""Trains all seeds of an ensemble at once, each with its own initial weights, row order, dropout and early stopping.
 
-Under torch.distributed each worker brings its own rows: losses and gradients are sums over all of them. What a trainer
-knows at the end of an epoch is its state; from there another goes on to the same result.
+Under torch.distributed each worker has its own rows, and losses and gradients are summed over workers. A trainer's
+state at the end of an epoch lets another trainer resume to the same result.
 """
 
 # K seeds, A of them still active, B rows of a batch, T targets
@@ -25,14 +25,14 @@ from prefill_router.predictor.data_loader import Feed, Rows, Window
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.trunk import SharedTrunkNet, loss_sums
 
-_SEEDS_APART = 1_000  # seeds of an ensemble are seed * 1000 + k
+_SEEDS_APART = 1_000  # the seeds of an ensemble are seed * 1000 + k
 _VALIDATION_ROWS = 8192
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # as published for Adam
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's published defaults
 
 
 @dataclass(frozen=True)
 class FittedTrunk:
-    """The kept seeds, lowest validation loss first."""
+    """The kept seeds, by ascending validation loss."""
 
     net: SharedTrunkNet
     validation_losses: list[float]  # of the kept seeds
@@ -80,7 +80,7 @@ class Trainer:
     # --- an epoch ------------------------------------------------------------------------------------------------
 
     def train(self, window: Window) -> None:
-        """One pass over a window."""
+        """Runs one pass over a window."""
         rows, features = window.rows, self._read(window.rows)
         keys_A = fold(self.keys[self.active], self.epoch)
         num_steps = max(1, round(window.num_rows / self.recipe.batch_size))
@@ -101,7 +101,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     def _read(self, rows: Rows) -> Tensor:
-        """Features in the precision that products take them in."""
+        """Returns features in the precision of the matrix products."""
         return rows.features.bfloat16() if self.recipe.precision == "bfloat16" else rows.features
 
     def _descend(self, outputs: Tensor, labels: Tensor) -> None:
@@ -119,7 +119,7 @@ class Trainer:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """One step of Adam, by torch's functions: its optimizer classes import torch's compiler, for seconds."""
+        """Takes one step of Adam. Calls torch's functional API: its optimizer classes import the compiler (seconds)."""
         algorithm = adamw if self.recipe.decoupled_decay else adam
         parameters: list[Tensor] = list(self.net.parameters())
         algorithm(
@@ -141,7 +141,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, validation: Iterable[Rows]) -> None:
-        """Ends an epoch: keeps the weights of the seeds that are better than ever, and lets those go that lost."""
+        """Ends an epoch: saves the weights of seeds with a new best loss, and stops seeds that ran out of patience."""
         sum_A = torch.zeros(len(self.active), dtype=torch.float32, device=self.device)
         weight_A = torch.zeros_like(sum_A)
         for rows in validation:
@@ -160,23 +160,23 @@ class Trainer:
         self.best_epochs[better] = self.epoch
         for best, current in zip(self.best, self.net.parameters(), strict=True):
             best[better] = current[is_better]
-        self._keep(self.epoch - self.best_epochs[self.active] < self.recipe.patience)
+        self._stop_others(self.epoch - self.best_epochs[self.active] < self.recipe.patience)
         self.epoch += 1
 
-    def _keep(self, goes_on: Tensor) -> None:
-        """Lets the seeds go whose patience has ended: what is left computes less."""
-        if goes_on.all():
+    def _stop_others(self, continues: Tensor) -> None:
+        """Removes the stopped seeds from the batched computation."""
+        if continues.all():
             return
-        self.active = self.active[goes_on]
+        self.active = self.active[continues]
         for parameter in self.net.parameters():
-            parameter.data = parameter.data[goes_on]
+            parameter.data = parameter.data[continues]
             parameter.grad = None
-        self.moments = [{n: v[goes_on] if v.ndim else v for n, v in moments.items()} for moments in self.moments]
+        self.moments = [{n: v[continues] if v.ndim else v for n, v in moments.items()} for moments in self.moments]
 
     # --- state and result ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next epoch depends on, as flat tensors."""
+        """Returns everything that the next epoch depends on, as flat tensors."""
         tensors = {"epoch": torch.tensor(self.epoch), "active": self.active}
         tensors |= {"best_losses": self.best_losses, "best_epochs": self.best_epochs}
         for i, (best, parameter) in enumerate(zip(self.best, self.net.parameters(), strict=True)):
@@ -185,7 +185,7 @@ class Trainer:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on from the state of a trainer that was made with the same arguments."""
+        """Resumes from the state of a trainer created with the same arguments."""
         self.epoch = int(tensors["epoch"])
         self.active, self.best_losses, self.best_epochs = (
             tensors[name].to(self.device) for name in ("active", "best_losses", "best_epochs")
@@ -196,7 +196,7 @@ class Trainer:
             self.moments[i] = {name: tensors[f"{i}.adam.{name}"].clone().to(self.device) for name in self.moments[i]}
 
     def fitted(self) -> FittedTrunk:
-        """The `recipe.keep` best seeds. Raises UserError where none has a finite validation loss."""
+        """Returns the `recipe.keep` best seeds. Raises UserError if no validation loss is finite."""
         num_finite = int(self.best_losses.isfinite().sum())
         if not num_finite:
             raise UserError("training diverged, or no validation prompt has an outcome: check the outcomes")
@@ -209,7 +209,7 @@ class Trainer:
 def fit(feed: Feed, trainer: Trainer, seed: int, after_epoch: Callable[[float], None] = lambda _: None) -> None:
     """Trains until every seed is done.
 
-    `after_epoch` is told the training rows a second, of all workers together, of the epoch that ended.
+    Calls `after_epoch` with the epoch's training rows per second, over all workers.
     """
     key = seed_keys([seed])[0]
     while not trainer.is_done:
@@ -221,7 +221,7 @@ def fit(feed: Feed, trainer: Trainer, seed: int, after_epoch: Callable[[float], 
 
 
 def _over_workers(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all workers, in one message."""
+    """Sums tensors over all workers, in one message."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])

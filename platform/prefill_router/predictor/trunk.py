@@ -1,6 +1,6 @@
-"""SharedTrunkNet: one MLP over the features with outputs for each target, for all seeds of an ensemble at once.
+"""SharedTrunkNet: one MLP over the features, with an output for each target, for all seeds of an ensemble at once.
 
-The seeds are one batched computation: every weight has a leading seed dimension. Source: METHOD, "SharedTrunkNet".
+Every weight has a leading seed dimension. Source: platform/METHOD.md, "SharedTrunkNet, as published".
 """
 
 # K seeds, B rows of a batch, F features, H hidden units, O outputs, T targets
@@ -20,10 +20,10 @@ from prefill_router.predictor.counter_random import fold, keep_mask
 
 
 class SharedTrunkNet(nn.Module):
-    """K independent MLPs F -> hidden -> O with ReLU and dropout, as one batched module."""
+    """K independent MLPs F -> hidden -> O, with ReLU and dropout, computed as one batch."""
 
     def __init__(self, sizes: Sequence[int], num_seeds: int, dropout: Sequence[float] = ()) -> None:
-        """`sizes` runs from features to outputs, over the hidden ones; `dropout` is of each layer's input."""
+        """`sizes` lists the layers, from features to outputs; `dropout` is the rate on each layer's input."""
         super().__init__()
         self.dropout = tuple(dropout)
         zeros = partial(torch.zeros, dtype=torch.float32)
@@ -32,7 +32,7 @@ class SharedTrunkNet(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> SharedTrunkNet:
-        """The net of a state dict, for inference: the tensors tell its shape. Raises RuntimeError if they don't fit."""
+        """Builds a net for inference, shaped by a state dict. Raises RuntimeError if its tensors do not match."""
         weights = [state[f"weights.{layer}"] for layer in range(len(state) // 2)]
         sizes = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
         net = cls(sizes, len(weights[0]))
@@ -40,7 +40,7 @@ class SharedTrunkNet(nn.Module):
         return net.requires_grad_(False)
 
     def of_outputs(self, outputs: Sequence[int]) -> SharedTrunkNet:
-        """The same net with some of its outputs."""
+        """Returns the same net with some of its outputs, by index."""
         last, own = len(self.weights) - 1, list(outputs)
         state = dict(self.state_dict())
         state |= {f"{name}.{last}": state[f"{name}.{last}"][..., own].contiguous() for name in ("weights", "biases")}
@@ -48,7 +48,7 @@ class SharedTrunkNet(nn.Module):
 
     @torch.no_grad()
     def reset(self, seeds: Sequence[int]) -> None:
-        """Draws each seed's weights from its own generator, as nn.Linear does: uniform within 1 / sqrt(fan-in)."""
+        """Draws each seed's weights from its own generator, like nn.Linear: uniform within 1 / sqrt(fan-in)."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for weight, bias in zip(self.weights, self.biases, strict=True):
             bound = 1.0 / math.sqrt(weight.shape[1])
@@ -57,15 +57,15 @@ class SharedTrunkNet(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=generator)
 
     def forward(self, features: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Outputs (K, B, O) of features (B, F), or (K, B, F) with rows of each seed's own.
+        """Returns outputs (K, B, O) for features (B, F), or for (K, B, F) with separate rows for each seed.
 
-        With int32 `keys` (K, B), from which dropout masks are drawn, dropout is on.
+        Dropout is on if int32 `keys` (K, B) are given; its masks are drawn from them.
         """
         last = len(self.weights) - 1
         return self._layer(last, self.hidden(features, keys), keys)
 
     def hidden(self, features: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The last hidden layer (K, B, H), or the features where there is none."""
+        """Returns the last hidden layer (K, B, H), or the features if there is none."""
         x = features.expand(len(self.weights[0]), *features.shape[-2:])
         for layer in range(len(self.weights) - 1):
             x = F.relu(self._layer(layer, x, keys))
@@ -79,9 +79,9 @@ class SharedTrunkNet(nn.Module):
 
 
 def loss_sums(outputs: Tensor, labels: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Each seed's weighted sum of cross-entropies (K,), and the sum of the weights of its observed labels (K,).
+    """Returns each seed's weighted sum of cross-entropies (K,), and the sum of weights of observed labels (K,).
 
-    `outputs` (K, B, T) are logits, `labels` (B, T) or (K, B, T), NaN where missing.
+    `outputs` (K, B, T) are logits; `labels` are (B, T) or (K, B, T), NaN where missing.
     """
     labels = labels.expand(len(outputs), *labels.shape[-2:])
     observed, labels = ~labels.isnan(), labels.nan_to_num(0.0)

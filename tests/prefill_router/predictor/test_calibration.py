@@ -31,7 +31,7 @@ from prefill_router.predictor.calibration import (
 Array = NDArray[np.float64]
 Distortion = Callable[[Array], Array]
 
-# What the true logits are of those that are said.
+# Maps predicted logits to true ones.
 DISTORTIONS: dict[Kind, Distortion] = {
     "identity": lambda z: z,
     "temperature": lambda z: 0.4 * z,
@@ -45,7 +45,7 @@ def sigmoid(z: Array) -> Array:
 
 
 def said_and_true(kind: Kind, num_prompts: int, seed: int = 0) -> tuple[Array, Array]:
-    """Predictions (N,) that are off by a distortion, and outcomes (N,)."""
+    """Returns distorted predictions (N,) and outcomes (N,)."""
     rng = np.random.default_rng(seed)
     z = rng.normal(0.0, 1.5, num_prompts)
     return sigmoid(z), (rng.random(num_prompts) < sigmoid(DISTORTIONS[kind](z))).astype(np.float64)
@@ -70,7 +70,7 @@ def test_pool_adjacent_violators_is_scikit_learns(pairs: list[tuple[int, int]]) 
 
 
 def test_platt_is_scikit_learns_sigmoid_calibration() -> None:
-    """Both smooth the labels as Platt does: P(correct) within 1e-4, which is what their solver leaves."""
+    """Both smooth the labels as Platt does."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1500, 1))
     y = (rng.random(1500) < sigmoid(0.7 * x[:, 0] - 0.4)).astype(int)
@@ -78,14 +78,14 @@ def test_platt_is_scikit_learns_sigmoid_calibration() -> None:
     reference = CalibratedClassifierCV(FrozenEstimator(trained), method="sigmoid").fit(x, y)
     p = trained.predict_proba(x)[:, 1]
     ours = apply(fit_platt(logits(p), y.astype(np.float64)), p)
-    # Its folds each calibrate a fifth of the prompts' complement: a mean of five, a little off the whole.
+    # Theirs is the mean of five fits, each on four fifths of the prompts.
     np.testing.assert_allclose(ours, reference.predict_proba(x)[:, 1], atol=1e-2)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
 def test_lines_are_those_of_logistic_regression(kind: Kind, has_bias: bool) -> None:
-    """Fractional outcomes count in both classes. Slope and bias within 1e-3."""
+    """Fractional outcomes count in both classes. Slope and bias agree within 1e-3."""
     p, y = said_and_true(kind, 900)
     y = np.where(np.arange(900) % 3, y, 0.25 + 0.5 * y)
     knots = (fit_platt if has_bias else fit_temperature)(logits(p), y)
@@ -102,7 +102,7 @@ def test_lines_are_those_of_logistic_regression(kind: Kind, has_bias: bool) -> N
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
 def test_isotonic_follows_scikit_learns_without_its_plateaus(kind: Kind) -> None:
-    """Within 0.02 of its steps on average, on 6,000 prompts; and no two predictions tie."""
+    """On 6,000 prompts the mean distance from its steps is below 0.02, and predictions do not tie."""
     p, y = said_and_true(kind, 6000)
     ours = apply(fit_isotonic(logits(p), y), p, "isotonic")
     steps = IsotonicRegression(out_of_bounds="clip").fit_transform(p, y)
@@ -131,7 +131,7 @@ def test_fresh_log_loss_is_never_much_worse_and_better_where_it_was_off(kind: Ki
 
 
 def test_calibrated_predictions_are_mostly_left_alone() -> None:
-    """By the rule of one standard error, in nine of ten; and in none by more than 0.06 on average."""
+    """The rule of one standard error keeps most of them, and none changes by more than 0.06 on average."""
     data = [said_and_true("identity", 500, seed) for seed in range(40)]
     p, y = (np.stack(columns, axis=1) for columns in zip(*data, strict=True))
     calibration = fit_calibration(p, y)
@@ -242,7 +242,7 @@ def test_identity_changes_nothing() -> None:
 
 
 def test_a_prompt_of_ten_targets_takes_well_under_a_millisecond() -> None:
-    """About 0.04 ms on an EPYC; every decision pays it."""
+    """Every decision pays this: about 0.04 ms on an EPYC."""
     p, y = said_and_true("isotonic", 2000)
     calibration = Calibration.of([("isotonic", fit_isotonic(logits(p), y))] * 10)
     row, times = np.full((1, 10), 0.3, np.float32), []
@@ -274,9 +274,9 @@ def test_tensors_are_flat_and_bring_it_back() -> None:
     [
         ("x", lambda x: x[:, :-1], r"must be \(T,\), \(T, Q\), \(T, Q\)"),
         ("x", lambda x: x[0], r"must be \(T,\)"),
-        ("x", lambda x: x[:, ::-1], "do not increase"),
-        ("y", lambda y: np.where(y > 0.0, np.nan, y), "do not increase"),
-        ("y", np.zeros_like, "do not increase"),
+        ("x", lambda x: x[:, ::-1], "must be finite and strictly increasing"),
+        ("y", lambda y: np.where(y > 0.0, np.nan, y), "must be finite and strictly increasing"),
+        ("y", np.zeros_like, "must be finite and strictly increasing"),
         ("kinds", lambda kinds: kinds[1:], r"must be \(T,\)"),
         ("kinds", lambda kinds: kinds + 9, r"must be uint8 below 5"),
         ("kinds", lambda kinds: kinds.astype(np.float32), r"must be uint8 below 5"),

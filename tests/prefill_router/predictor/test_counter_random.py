@@ -26,7 +26,7 @@ def test_the_mixer_is_that_of_the_source() -> None:
 
 
 def test_keys_differ_by_parent_and_counter() -> None:
-    assert len(keys(100_000).unique()) > 99_990  # 2^32 keys: about one pair in 100,000 meets
+    assert len(keys(100_000).unique()) > 99_990  # about one collision is expected among 2^32 values
     assert not torch.equal(keys(10, seed=0), keys(10, seed=1))
     assert torch.equal(fold(keys(3), 7), fold(keys(3), torch.tensor(7)))
 

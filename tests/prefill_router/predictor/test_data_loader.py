@@ -12,7 +12,7 @@ KEYS = seed_keys([0, 1, 2])
 
 
 def shard(index: int, num_rows: int) -> Rows:
-    """Features that tell the shard and the row."""
+    """Rows whose features are their shard and row number."""
     places = torch.tensor([[index, row] for row in range(num_rows)], dtype=torch.float32).view(-1, 2)
     keys = torch.arange(num_rows, dtype=torch.int32) + 1000 * index
     return Rows(places, places[:, :1], keys)
@@ -24,7 +24,7 @@ def feed(sizes: list[int], own: list[int] | None = None, window_rows: int = 1 <<
 
 
 def batches(fed: Feed, k: int, num_steps: int, epoch: int = 0) -> list[set[tuple[float, ...]]]:
-    """The (shard, row) pairs of each batch of seed k, window after window."""
+    """Returns the (shard, row) pairs of each batch of seed k, window after window."""
     found = []
     for window in fed.windows(seed_keys([epoch])[0]):
         order, counts = window.batches(KEYS, num_steps)

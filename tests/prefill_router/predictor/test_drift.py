@@ -1,4 +1,4 @@
-"""The reference is numpy: each training prompt against the moments of the others, one at a time."""
+"""Distances against a numpy reference, which leaves out one training prompt at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefill_router.predictor.drift import TrainingDistance
 
 
 def reference(train: np.ndarray, x: np.ndarray, ridge: float) -> float:
-    """In the features of `train`, less whichever rows the caller left out of it."""
+    """The distance of one prompt `x` from the prompts `train`."""
     deviations = train - train.mean(0)
     inverse = np.linalg.inv(deviations.T @ deviations + ridge * np.eye(train.shape[1]))
     d = x - train.mean(0)
@@ -42,7 +42,7 @@ def test_a_new_prompts_distance_is_to_the_moments_of_all(train: np.ndarray) -> N
 
 
 def test_new_prompts_of_the_same_kind_are_spread_evenly_over_the_percentiles() -> None:
-    """Also where there are hardly more prompts than features, and distances to moments of themselves would mislead."""
+    """Holds even with few prompts per feature, where distances without leave-one-out would be biased."""
     rng = np.random.default_rng(2)
     distance = TrainingDistance.of(rng.normal(size=(400, 100)))
     assert distance is not None

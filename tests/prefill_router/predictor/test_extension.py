@@ -22,13 +22,13 @@ def random_features(num_prompts: int, seed: int) -> Tensor:
 
 
 def outcomes(features: Tensor, seed: int, bias: float = 0.0, own: float = 0.0) -> Tensor:
-    """Right or wrong (N,), by the difficulty that all targets share and a part of their own."""
+    """Returns outcomes (N,) that depend on the shared difficulty, and on a part specific to the target."""
     chance = torch.sigmoid(-2.0 * difficulty(features) + bias + own * features[:, 2])
     return (torch.rand(len(features), generator=torch.Generator().manual_seed(seed)) < chance).float()
 
 
 def trained(outputs: int = 2) -> SharedTrunkNet:
-    """Two targets that answer by difficulty, learnt by plain gradient descent."""
+    """A net for two targets that depend on difficulty, trained with torch's Adam."""
     net = SharedTrunkNet([NUM_FEATURES, 16, outputs], NUM_SEEDS)
     net.reset([0, 1])
     optimizer = torch.optim.Adam(net.parameters(), 0.02)

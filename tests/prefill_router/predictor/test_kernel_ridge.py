@@ -13,24 +13,24 @@ Array = NDArray[np.float32]
 
 
 def features(num_prompts: int, seed: int) -> Array:
-    """Five features that float16, in which landmarks are kept, holds exactly."""
+    """Five features that are exact in float16, the type of landmarks."""
     return np.random.default_rng(seed).normal(size=(num_prompts, 5)).astype(np.float16).astype(np.float32)
 
 
 def labels(x: Array, seed: int) -> Array:
-    """Three outputs that share a curve, with noise."""
+    """Three outputs with a common curve, and noise."""
     shared = np.sin(2.0 * x[:, 0]) + x[:, 1] * x[:, 2]
     noise = np.random.default_rng(seed).normal(size=(len(x), 3))
     return (shared[:, None] + 0.3 * noise + np.array([0.0, 1.0, -2.0])).astype(np.float32)
 
 
 def fitted_share(machine: KernelMachine, x: Array, y: Array) -> Array:
-    """How much (O,) of the variance of outputs is told."""
+    """Returns the share (O,) of the outputs' variance that is explained."""
     return np.asarray(1.0 - ((machine(x) - y) ** 2).mean(0) / y.var(0))
 
 
 def test_it_is_kernel_ridge_regression() -> None:
-    """Of one output, with the strength that leave-one-out chooses: sklearn's, with exact refits."""
+    """One output against scikit-learn's KernelRidge, with the strength picked by leave-one-out refits."""
     x, y = features(120, 0), labels(features(120, 0), 1)[:, :1]
     machine = fit_kernel(x, [y])
     gamma = 1.0 / np.sqrt(x.var(0, ddof=1).sum())

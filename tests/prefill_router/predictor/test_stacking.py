@@ -10,7 +10,7 @@ Array = NDArray[np.float32]
 
 
 def truth(seed: int = 0) -> tuple[Array, Array]:
-    """P(correct) and what came of it, of 4,000 prompts and two targets."""
+    """Returns P(correct) and outcomes of 4,000 prompts and two targets."""
     rng = np.random.default_rng(seed)
     p = rng.beta(2.0, 2.0, (4000, 2))
     return p.astype(np.float32), (rng.random(p.shape) < p).astype(np.float32)

@@ -28,7 +28,7 @@ RECIPES = {"as usual": replace(TINY, input_dropout=0.1), "full batch": FULL_BATC
 
 
 def separable(num_prompts: int, seed: int = 0, missing: float = 0.2) -> Rows:
-    """Five features, the first two of which tell the outcomes of two targets but for a little noise."""
+    """Rows with five features; the first two determine the outcomes of two targets, with a little noise."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(num_prompts, 5, generator=generator)
     noise = 0.2 * torch.randn(num_prompts, 2, generator=generator)
@@ -38,7 +38,7 @@ def separable(num_prompts: int, seed: int = 0, missing: float = 0.2) -> Rows:
 
 
 def feed(train: Rows, validation: Rows, num_shards: int = 1, own: list[int] | None = None) -> Feed:
-    """The rows in shards of equal size, of which this worker has some."""
+    """A Feed of the rows in shards of equal size; `own` lists the shards of this worker."""
     cut = {i: train[i * len(train) // num_shards : (i + 1) * len(train) // num_shards] for i in range(num_shards)}
     mine = range(num_shards) if own is None else own
     held_out = {i: validation[i::num_shards] for i in mine}
@@ -58,7 +58,7 @@ def fitted(
 
 
 def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
-    """Seed k as ordinary layers."""
+    """Returns seed k as ordinary layers."""
     layers: list[nn.Module] = []
     for weight, bias in zip(net.weights, net.biases, strict=True):
         linear = nn.Linear(weight.shape[1], weight.shape[2])
@@ -107,9 +107,10 @@ def test_a_seed_alone_and_among_others_is_the_same(monkeypatch: pytest.MonkeyPat
     recipe = replace(TINY, input_dropout=0.1, learning_rate=0.03, max_epochs=40, patience=2, keep=3)
     together = trainer(recipe)
     fit(feed(train, validation), together, 0)
-    assert len(set(together.best_epochs.tolist())) > 1  # some stopped before others
+    assert len(set(together.best_epochs.tolist())) > 1  # seeds stopped at different epochs
     for k in range(3):
-        monkeypatch.setattr("prefill_router.predictor.training._SEEDS_APART", k)  # seed 1 is then the k-th of seed 0
+        # With seed 1, the only seed is then 1 * k: the k-th of those trained together.
+        monkeypatch.setattr("prefill_router.predictor.training._SEEDS_APART", k)
         alone = trainer(replace(recipe, num_seeds=1), seed=1)
         fit(feed(train, validation), alone, 0)
         assert alone.best_epochs[0] == together.best_epochs[k]
@@ -230,12 +231,12 @@ def test_no_finite_validation_loss_is_an_error(spoil: Callable[[Rows], Tensor]) 
 
 # --- several workers -------------------------------------------------------------------------------------------------
 
-# The shards of each of two workers: in turn, and all with the first.
+# The shards of each of two workers.
 SHARES = {"in turn": [[0, 2, 4], [1, 3]], "one has none": [[0, 1, 2, 3, 4], []]}
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of two workers: trains on its shards by each recipe, and writes down what it got."""
+    """Runs one of two workers: trains on its shards with each recipe and saves the results."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {}
     for name, recipe in RECIPES.items():
@@ -250,7 +251,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, FittedTrunk]]:
-    """What each of two processes got, by recipe and share."""
+    """Returns the results of each of two processes, by recipe and share."""
     folder = tmp_path_factory.mktemp("two_workers")
     source = str(Path(prefill_router.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}

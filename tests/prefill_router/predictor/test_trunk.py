@@ -21,7 +21,7 @@ def random_features(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
-    """Seed k as ordinary layers."""
+    """Returns seed k as ordinary layers."""
     layers: list[nn.Module] = []
     for weight, bias in zip(net.weights, net.biases, strict=True):
         linear = nn.Linear(weight.shape[1], weight.shape[2])
