@@ -1,4 +1,8 @@
-"""Which target a prompt goes to: pools and prices, and the cheapest target that is good enough."""
+"""Chooses a target for each prompt: the cheapest one whose P(correct) is close enough to the best.
+
+`pool` has targets, prices and upstreams, `selection` the rule on arrays, and `decision` applies it to single prompts.
+Start with `selection`.
+"""
 
 from prefill_router.policy.selection import (
     NO_TARGET,

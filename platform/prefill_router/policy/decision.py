@@ -1,4 +1,4 @@
-"""From what a router predicts of prompts to where each of them goes, under its caller's own policy."""
+"""Decisions: the target of each prompt, from the router's prediction and the caller's policy."""
 
 # N prompts, T targets
 
@@ -20,7 +20,7 @@ from prefill_router.policy.selection import NO_TARGET, choose
 
 
 class Prediction(NamedTuple):
-    """P(correct) (N, T) and the expected (mean) length of each target's answer (N, T), in tokens; or (T,) of one."""
+    """P(correct) and expected (mean) output tokens of every target, each (N, T), or (T,) for a single prompt."""
 
     p_correct: NDArray[np.float32]
     expected_output_tokens: NDArray[np.float32]
@@ -28,15 +28,15 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """What a caller wants of a decision, beside the cheapest target that is good enough."""
+    """A caller's constraints on a decision."""
 
-    tolerance: float | None = None  # give up at most this much P(correct); None is the router's own
+    tolerance: float | None = None  # P(correct) that may be given up for a lower cost; None is the router's default
     allowed: Sequence[str] | None = None  # names of targets; None is all
-    max_cost: float | None = None  # USD a prompt
+    max_cost: float | None = None  # USD per prompt
     min_p: float | None = None
 
     def mask(self, pool: Pool) -> NDArray[np.bool_]:
-        """The targets that are allowed (T,). Raises UserError for one that is not in the pool."""
+        """Returns the allowed targets as a mask (T,). Raises UserError for a target that is not in the pool."""
         names = pool.target_names
         for name in self.allowed or ():
             if name not in names:
@@ -46,17 +46,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a prompt goes, and why. `target` is None where no target met the constraints."""
+    """The chosen target of a prompt and the figures behind the choice. `target` is None if none meets the policy."""
 
     target: str | None
     p_correct: dict[str, float]
     expected_output_tokens: dict[str, float]
     expected_cost_usd: dict[str, float]
-    input_tokens: int  # as the encoder's tokenizer counts them, with its chat template
+    input_tokens: int  # counted by the encoder's tokenizer, with its chat template
     is_truncated: bool  # the encoder read the prompt without its middle
     router_version: str
-    propensity: float = 1.0  # with which the target was chosen: below 1 where others are explored
-    is_explored: bool = False  # chosen by chance
+    propensity: float = 1.0  # probability of choosing this target; below 1 if exploration is on
+    is_explored: bool = False  # chosen at random
 
 
 def decide(
@@ -67,10 +67,10 @@ def decide(
     default_tolerance: float,
     version: str,
 ) -> list[Decision]:
-    """The decision for each tokenised prompt, under its own policy.
+    """Decides each tokenised prompt under its own policy.
 
-    Costs count all tokens of a prompt, those too that the encoder cut. Raises UserError for a policy that names a
-    target which is not in the pool.
+    Costs include the tokens that the encoder truncated. Raises UserError for a policy that names a target outside the
+    pool.
     """
     prompts = zip(prediction.p_correct, prediction.expected_output_tokens, strict=True)
     lengths = zip(tokens.full_lengths.tolist(), tokens.is_truncated.tolist(), strict=True)
@@ -89,7 +89,7 @@ def decide_one(
     default_tolerance: float,
     version: str,
 ) -> Decision:
-    """The decision for one prompt, whose prediction has the shape (T,). Raises UserError as `decide` does."""
+    """Decides one prompt, whose prediction has shape (T,). Raises UserError as `decide` does."""
     names = pool.target_names
     costs_T = pool.expected_cost(np.array([input_tokens]), prediction.expected_output_tokens[None])[0]
     tolerance = default_tolerance if policy.tolerance is None else policy.tolerance
@@ -111,11 +111,11 @@ def decide_one(
 
 
 def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> Decision:
-    """The decision, or in a `share` of all cases one of the targets that the policy allows, each as likely.
+    """With probability `share`, replaces the target by one drawn uniformly from those that the policy permits.
 
-    The propensity says how likely the target of this decision was, so that outcomes can be weighed by it.
+    Sets the propensity, the probability of the resulting target, so that outcomes can be weighted by it.
     """
-    names = [target for target in decision.p_correct if _limit(decision, policy, target) is None]
+    names = [target for target in decision.p_correct if _violation(decision, policy, target) is None]
     if decision.target is None or not share or not names:
         return decision
     is_explored = rng.random() < share
@@ -125,32 +125,32 @@ def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> De
 
 
 def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, str]:
-    """Of each target, why it was chosen or not, under the policy and the tolerance that the decision was made with."""
-    allowed = [t for t in decision.p_correct if _limit(decision, policy, t) is None]
-    best = max((decision.p_correct[t] for t in allowed), default=0.0)
+    """Explains for each target why it was or was not chosen, given the policy and tolerance of the decision."""
+    permitted = [t for t in decision.p_correct if _violation(decision, policy, t) is None]
+    best = max((decision.p_correct[t] for t in permitted), default=0.0)
 
     def reason(target: str) -> str:
-        gives_up = best - decision.p_correct[target]
+        gap = best - decision.p_correct[target]
         if target == decision.target and decision.is_explored:
-            return "explored: chosen by chance"
+            return "explored: chosen at random"
         if target == decision.target:
             return f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
-        if (limit := _limit(decision, policy, target)) is not None:
-            return limit
-        if gives_up > tolerance:
-            return f"gives up {gives_up:.3f} of P(correct), more than the tolerance, {tolerance:.3g}"
+        if (violation := _violation(decision, policy, target)) is not None:
+            return violation
+        if gap > tolerance:
+            return f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.3g}"
         return "good enough, but not the cheapest"
 
     return {target: reason(target) for target in decision.p_correct}
 
 
-def _limit(decision: Decision, policy: Policy, target: str) -> str | None:
-    """What of the policy rules a target out."""
+def _violation(decision: Decision, policy: Policy, target: str) -> str | None:
+    """Returns which constraint of the policy a target violates, or None."""
     p, cost_usd = decision.p_correct[target], decision.expected_cost_usd[target]
     if policy.allowed is not None and target not in policy.allowed:
-        return "not among the targets that are allowed"
+        return "not one of the allowed targets"
     if policy.max_cost is not None and cost_usd > policy.max_cost:
-        return f"expected to cost {usd(cost_usd)}, more than {usd(policy.max_cost)}"
+        return f"expected cost {usd(cost_usd)} is above the limit, {usd(policy.max_cost)}"
     if policy.min_p is not None and p < policy.min_p:
-        return f"P(correct) {p:.3f} is less than {policy.min_p:.3g}"
+        return f"P(correct) {p:.3f} is below the minimum, {policy.min_p:.3g}"
     return None

@@ -1,7 +1,7 @@
-"""API keys of upstreams: which environment variables may be sent to one, and over which connections.
+"""Checks which environment variables may be sent to an upstream as its API key, and over which connections.
 
-A pool or a router may come from elsewhere. Without these checks one that says `key_env = "AWS_SECRET_ACCESS_KEY"`
-would send this machine's own credentials to any host.
+A pool or router file may come from a third party. Without these checks, a file with
+`key_env = "AWS_SECRET_ACCESS_KEY"` would send this machine's credentials to any host.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from prefill_router.common.addresses import is_loopback
 
 _KEY_NAME = re.compile(r"(\w+_)?(API)?(KEY|TOKEN)(_\w+)?", re.ASCII | re.IGNORECASE)
-# Variables of clouds, of Ray, and of what builds, deploys and stores: no model's API takes these.
-_OTHERS = [
+# Prefixes of variables of clouds, Ray, CI, deployment and storage tools, which no model API accepts as a key.
+_RESERVED_PREFIXES = [
     "ACTIONS_",
     "AWS_",
     "AZURE_STORAGE_",
@@ -47,24 +47,24 @@ _OTHERS = [
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is one that a model provider's key has."""
-    owner = next((prefix for prefix in _OTHERS if name.upper().startswith(prefix)), None)
-    if owner is not None:
-        raise ValueError(f"must not be a variable of {owner}*: copy an upstream's key to a name of its own")
+    """Raises ValueError unless `name` is a plausible name for a model provider's key."""
+    reserved = next((prefix for prefix in _RESERVED_PREFIXES if name.upper().startswith(prefix)), None)
+    if reserved is not None:
+        raise ValueError(f"must not be one of the {reserved}* variables: copy the upstream's key to another name")
     if not _KEY_NAME.fullmatch(name):
-        raise ValueError("must have KEY or TOKEN as a word of its name: call it as EXAMPLE_API_KEY")
+        raise ValueError("must have KEY or TOKEN as a word in its name, such as EXAMPLE_API_KEY: rename the variable")
 
 
 def check_transport(base_url: str) -> None:
-    """Raises ValueError where a key would be sent over a network in the clear."""
+    """Raises ValueError if a key would be sent over a network unencrypted."""
     url = urlsplit(base_url)
     if url.scheme != "https" and not is_loopback(url.hostname or ""):
         raise ValueError(
             f"must not be sent to {url.hostname} over plain http: use https in base_url, or set allow_http = true "
-            "within a network that you trust"
+            "if you trust the network"
         )
 
 
 def value(name: str) -> str:
-    """The key in the environment, without the line's end that a file of secrets brings; empty where there is none."""
+    """Reads a key from the environment, without the newline of a secrets file; empty if the variable is unset."""
     return os.environ.get(name, "").strip()

@@ -1,4 +1,4 @@
-"""Targets and their prices: the set of models that a router chooses from."""
+"""Pools: the targets that a router chooses from, with their prices and upstreams."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from prefill_router.common.errors import UserError
 from prefill_router.policy import key_variables
 
 
-class _AsWritten(validation.StrictModel):
-    """Is written as it was read: an artifact's version is of its content, which new fields must not change."""
+class _SparseModel(validation.StrictModel):
+    """Serialises only fields that were set, so that a new field does not change the version of older artifacts."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
 
-class Upstream(_AsWritten):
-    """Where a target answers: an API in the way of OpenAI's."""
+class Upstream(_SparseModel):
+    """An OpenAI-compatible API that serves a target."""
 
-    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$", description="As https://api.openai.com/v1, without a key")
-    model: str | None = Field(None, min_length=1, description="The target's name there [its name in the pool]")
-    allow_http: bool = Field(False, description="Send the key over plain http, within a network that you trust")
-    key_env: str | None = Field(None, description="Environment variable that holds the API key, as EXAMPLE_API_KEY")
-    responses: bool = Field(False, description="Has POST /responses too")
-    concurrency: int = Field(256, ge=1, description="Calls at a time, of each replica")
-    requests_per_minute: float | None = Field(None, gt=0.0, description="That `collect` begins")
-    tokens_per_minute: float | None = Field(None, gt=0.0, description="Of prompts and answers, that `collect` asks for")
-    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="What the limit of an answer's tokens is called there"
+    base_url: str = Field(
+        pattern=r"^https?://[^\s@?#]+$", description="Base URL, such as https://api.openai.com/v1, without a key"
     )
-    timeout_s: float = Field(60.0, gt=0.0, description="For an answer, or its first event, and between two events")
+    model: str | None = Field(None, min_length=1, description="Model name at the upstream [the target's name]")
+    allow_http: bool = Field(False, description="Allow sending the key over plain http, in a trusted network")
+    key_env: str | None = Field(None, description="Environment variable with the API key, such as EXAMPLE_API_KEY")
+    responses: bool = Field(False, description="Supports POST /responses")
+    concurrency: int = Field(256, ge=1, description="Concurrent calls per replica")
+    requests_per_minute: float | None = Field(None, gt=0.0, description="Rate limit of `collect`")
+    tokens_per_minute: float | None = Field(
+        None, gt=0.0, description="Rate limit of `collect`, prompts and answers together"
+    )
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="Name of the request field that limits output tokens"
+    )
+    timeout_s: float = Field(60.0, gt=0.0, description="For the whole answer, or if streamed, for each event")
 
     @field_validator("key_env")
     @classmethod
@@ -52,39 +56,39 @@ class Upstream(_AsWritten):
 
     @property
     def key(self) -> str | None:
-        """The key that the environment holds at the moment; None where the upstream wants none."""
+        """The API key, read from the environment now; None if the upstream needs none."""
         return None if self.key_env is None else key_variables.value(self.key_env)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of a request with a JSON body."""
+        """Headers of a request with a JSON body."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if (key := self.key) is not None:
             headers["authorization"] = f"Bearer {key}"
         return headers
 
 
-class Target(_AsWritten):
+class Target(_SparseModel):
     """A candidate model. Prices are USD per million tokens."""
 
     name: str = Field(min_length=1)
     input_price: float = Field(ge=0.0)
     output_price: float = Field(ge=0.0)
-    cached_input_price: float | None = Field(None, ge=0.0, description="Of input that the upstream had cached")
-    context_tokens: int | None = Field(None, ge=1, description="Of prompt and answer together")
-    tools: bool = Field(True, description="Can call tools")
-    images: bool = Field(True, description="Reads images")
+    cached_input_price: float | None = Field(None, ge=0.0, description="Price of cached input tokens [input_price]")
+    context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
+    tools: bool = Field(True, description="Supports tool calls")
+    images: bool = Field(True, description="Supports image input")
     upstream: Upstream | None = None
 
     def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
-        """USD for an answer; `cached_tokens` are among the `input_tokens`."""
+        """Returns the cost of an answer in USD; `input_tokens` include `cached_tokens`."""
         cached_price = self.input_price if self.cached_input_price is None else self.cached_input_price
         full = input_tokens - cached_tokens
         return (full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price) / 1e6
 
 
 class Pool(validation.StrictModel):
-    """Targets in the order of the file, which breaks ties."""
+    """A named list of targets, in the order of the file. Ties in a choice go to the earlier target."""
 
     name: str
     targets: tuple[Target, ...] = Field(min_length=1)
@@ -99,9 +103,9 @@ class Pool(validation.StrictModel):
         return {target.name: (target.input_price, target.output_price) for target in self.targets}
 
     def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
-        """Expected cost (N, T) in USD of prompts with `input_tokens` (N,) and expected `output_tokens` (N, T).
+        """Returns the expected cost (N, T) in USD, from `input_tokens` (N,) and expected `output_tokens` (N, T).
 
-        Source: METHOD, "Choosing": input_tokens * input_price + E[output_tokens_t] * output_price.
+        input_tokens * input_price + E[output_tokens_t] * output_price. Source: platform/METHOD.md, "Choosing".
         """
         input_price = np.array([t.input_price for t in self.targets]) / 1e6
         output_price = np.array([t.output_price for t in self.targets]) / 1e6
@@ -109,26 +113,26 @@ class Pool(validation.StrictModel):
 
 
 def load_pool(uri: str) -> Pool:
-    """The pool `pool.toml#name` of a file of `[[name]]` tables; `#name` may be left out where the file has one pool.
+    """Reads the pool `pool.toml#name` from a file of `[[name]]` tables; `#name` is optional if the file has one pool.
 
-    Raises UserError for a missing price, a price below zero, a target named twice, an unknown key or pool.
+    Raises UserError for a missing or negative price, a repeated target, or an unknown key or pool.
     """
     path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
     pools = storage.read_toml(path)
     if not pools:
-        raise UserError(f"{path}: holds no pool: list its targets as [[NAME]] tables")
+        raise UserError(f"{path}: has no pool: list targets as [[NAME]] tables")
     if not name and len(pools) != 1:
-        raise UserError(f"{path}: holds {len(pools)} pools ({', '.join(pools)}): name one as {path}#NAME")
+        raise UserError(f"{path}: has {len(pools)} pools ({', '.join(pools)}): select one with {path}#NAME")
     name = name or next(iter(pools))
     if name not in pools:
-        raise UserError(f'{path}: no pool "{name}"; it holds {", ".join(pools)}')
+        raise UserError(f'{path}: no pool "{name}": select one of {", ".join(pools)}')
     if not isinstance(pools[name], list) or not pools[name]:
         raise UserError(f"{path}: {name} must be a list of targets, each [[{name}]] with name and prices")
     targets = tuple(_target(entry, path, name, i) for i, entry in enumerate(pools[name]))
     names = [t.name for t in targets]
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
-        raise UserError(f'{path}: target "{repeated}" stands twice in pool "{name}"')
+        raise UserError(f'{path}: target "{repeated}" is repeated in pool "{name}": give each target a unique name')
     return Pool(name=name, targets=targets)
 
 

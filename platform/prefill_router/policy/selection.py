@@ -1,4 +1,7 @@
-"""Choosing a target: the cheapest that is good enough, under constraints. Source: METHOD, "Choosing"."""
+"""The selection rule: the cheapest target that is good enough, under constraints.
+
+Source: platform/METHOD.md, "Choosing".
+"""
 
 # N prompts, T targets
 
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-STRANGER = 0.999  # share of training prompts that lie nearer than a prompt that is called out of distribution
+STRANGER = 0.999  # a prompt is out of distribution if at least this share of training prompts is nearer
 NO_TARGET = -1
 
 
@@ -21,12 +24,12 @@ def choose(
     max_cost: float | None = None,
     min_p: float | None = None,
 ) -> NDArray[np.int64]:
-    """The target of each prompt (N,), or -1 where none meets the constraints.
+    """Returns the target index of each prompt (N,), or NO_TARGET if none meets the constraints.
 
-    `p` (N, T) is P(correct) and `cost` (T,) or (N, T) the expected cost in USD. Of the targets that are `allowed`
-    (bool, (T,) or (N, T)), cost at most `max_cost` and reach `min_p`, those with max p - p_t <= tolerance are good
-    enough, and the cheapest of them is chosen; a tie in cost goes to the higher p, then to the pool's order.
-    Raises ValueError for shapes that do not fit, a NaN, and a tolerance below zero.
+    `p` (N, T) is P(correct), `cost` (T,) or (N, T) the expected cost in USD. A target is eligible if it is `allowed`
+    (bool, (T,) or (N, T)), costs at most `max_cost` and has p >= `min_p`. Among eligible targets with
+    max p - p_t <= tolerance, the cheapest is chosen; a tie goes to the higher p, then to the earlier target.
+    Raises ValueError for mismatched shapes, a NaN or a negative tolerance.
     """
     p_NT = np.asarray(p, np.float64)
     if p_NT.ndim != 2:
@@ -46,7 +49,7 @@ def choose(
     best = np.where(eligible, p_NT, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     with np.errstate(invalid="ignore"):
         eligible &= best - p_NT <= tolerance
-    # lexsort is stable, so that the pool's order breaks what ties remain.
+    # lexsort is stable, so remaining ties go to the earlier target.
     ranked = np.lexsort((-p_NT, np.where(eligible, cost_NT, np.inf), ~eligible), axis=1)
     return np.where(eligible.any(axis=1), ranked[:, 0], NO_TARGET)
 

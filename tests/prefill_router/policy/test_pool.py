@@ -29,9 +29,9 @@ def test_a_pool_is_named_where_the_file_has_several(tmp_path: Path) -> None:
     uri = write(tmp_path, POOL_TOML + f'[[other]]\nname = "x"\n{PRICES}')
     assert load_pool(f"{uri}#other").target_names == ["x"]
     assert load_pool(f"{uri}#pool").target_names == ["big", "small"]
-    with pytest.raises(UserError, match=r"holds 2 pools \(pool, other\): name one as .*pool\.toml#NAME"):
+    with pytest.raises(UserError, match=r"has 2 pools \(pool, other\): select one with .*pool\.toml#NAME"):
         load_pool(uri)
-    with pytest.raises(UserError, match='no pool "othr"; it holds pool, other'):
+    with pytest.raises(UserError, match='no pool "othr": select one of pool, other'):
         load_pool(f"{uri}#othr")
 
 
@@ -59,16 +59,16 @@ def test_a_pool_is_named_where_the_file_has_several(tmp_path: Path) -> None:
             'unknown key "currency"; known: name, input_price, output_',
         ),
         (f'[[pool]]\nname = "x"\n{PRICES}input_prices = 2', 'unknown key "input_prices", did you mean "input_price"'),
-        # A misspelt key that is required: the misspelling says more than what is missing through it.
+        # A misspelt required key: the message names the misspelling, not the missing key.
         (
             '[[pool]]\nname = "x"\ninput_price = 1\nouput_price = 2',
             'unknown key "ouput_price", did you mean "output_price"',
         ),
-        (f'[[pool]]\nname = "x"\n{PRICES}[[pool]]\nname = "x"\n{PRICES}', 'target "x" stands twice in pool "pool"'),
+        (f'[[pool]]\nname = "x"\n{PRICES}[[pool]]\nname = "x"\n{PRICES}', 'target "x" is repeated in pool "pool"'),
         (f'[pool]\nname = "x"\n{PRICES}', r"pool must be a list of targets, each \[\[pool\]\] with name and prices"),
         ("pool = []", "pool must be a list of targets"),
         ("pool = [1]", r"pool\[0\] = 1, must be a table with name, input_price and output_price"),
-        ("", "holds no pool"),
+        ("", "has no pool"),
         ("[[pool", "not TOML"),
     ],
 )
@@ -119,12 +119,12 @@ def test_a_key_of_a_providers_is_taken(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("AWS_SECRET_ACCESS_KEY", r"must not be a variable of AWS_\*"),
-        ("aws_session_token", r"must not be a variable of AWS_\*"),
-        ("RAY_AUTH_TOKEN", r"must not be a variable of RAY_\*"),
-        ("GITHUB_TOKEN", r"must not be a variable of GITHUB_\*"),
-        ("CI_JOB_TOKEN", r"must not be a variable of CI_\*"),
-        ("AZURE_STORAGE_KEY", r"must not be a variable of AZURE_STORAGE_\*"),
+        ("AWS_SECRET_ACCESS_KEY", r"must not be one of the AWS_\* variables"),
+        ("aws_session_token", r"must not be one of the AWS_\* variables"),
+        ("RAY_AUTH_TOKEN", r"must not be one of the RAY_\* variables"),
+        ("GITHUB_TOKEN", r"must not be one of the GITHUB_\* variables"),
+        ("CI_JOB_TOKEN", r"must not be one of the CI_\* variables"),
+        ("AZURE_STORAGE_KEY", r"must not be one of the AZURE_STORAGE_\* variables"),
         ("PATH", "must have KEY or TOKEN as a word"),
         ("HOME", "must have KEY or TOKEN as a word"),
         ("DATABASE_URL", "must have KEY or TOKEN as a word"),

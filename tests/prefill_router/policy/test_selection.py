@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn, constrained: bool = True) -> Case:
-    """Prompts on a grid with many ties, and between its points."""
+    """Prompts with values on a coarse grid, which gives many ties, and between its points."""
     n, t = draw(st.integers(0, 5)), draw(st.integers(1, 4))
     values = GRID | st.floats(0, 1)
 
@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn, constrained: bool = True) -> Case:
 
 
 def eligible_targets(case: Case, i: int) -> list[int]:
-    """The targets that the constraints leave for prompt i, whatever the tolerance."""
+    """Returns the targets that meet the constraints for prompt i, at any tolerance."""
     shape = case.p.shape
     cost = np.broadcast_to(case.cost, shape)
     allowed = np.broadcast_to(True if case.allowed is None else case.allowed, shape)
@@ -60,7 +60,7 @@ def eligible_targets(case: Case, i: int) -> list[int]:
 
 
 def chosen_cost(case: Case) -> Array:
-    """Cost of each choice (N,); NaN where there is none."""
+    """Returns the cost of each choice (N,); NaN if there is none."""
     choice = choose(*case)
     cost = np.broadcast_to(case.cost, case.p.shape)
     return np.array([np.nan if t == NO_TARGET else cost[i, t] for i, t in enumerate(choice)])
