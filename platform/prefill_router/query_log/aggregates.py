@@ -1,4 +1,4 @@
-"""What a log costs and where its lines go, as sums that are counted shard by shard and added up in any order."""
+"""Totals of a log (costs, P(correct), targets), computed shard by shard and merged in any order."""
 
 # N lines, T targets, K tolerances
 
@@ -17,22 +17,22 @@ from prefill_router.policy.selection import NO_TARGET, STRANGER, choose
 TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
 EVERYTHING = ("", "")  # the segment of all lines
 OTHERS = "(others)"
-UNKNOWN = "unknown"  # of a line that has no value
-_MOST_VALUES = 1000  # of a column, that are told apart
+UNKNOWN = "unknown"  # the value of a line without one
+_MAX_VALUES = 1000  # segments of one column; further values count as OTHERS
 
 Segment = tuple[str, str]  # a column and a value
 
 
 class Lines(NamedTuple):
-    """N lines of a log, with the targets in the order of the pool that they are to go to."""
+    """N lines of a log. Targets are indices into the pool that the log is routed to."""
 
     input_tokens: NDArray[np.int64]  # (N,)
     p_correct: NDArray[np.float64]  # (N, T)
     cost_usd: NDArray[np.float64]  # (N, T) expected
-    percentile: NDArray[np.float32]  # (N,) share of training prompts that lie nearer, NaN where unknown
+    percentile: NDArray[np.float32]  # (N,) share of training prompts that are nearer, NaN where unknown
     chosen: NDArray[np.int64]  # (N,)
-    used: NDArray[np.int64]  # (N,) the target that answered it, by the log; NO_TARGET where that is not in the pool
-    used_cost_usd: NDArray[np.float64]  # (N,) NaN where the log does not tell
+    used: NDArray[np.int64]  # (N,) the target that answered, according to the log; NO_TARGET if not in the pool
+    used_cost_usd: NDArray[np.float64]  # (N,) NaN where the log has no cost
 
     def take(self, rows: NDArray[Any]) -> Lines:
         return Lines(*(values[rows] for values in self))
@@ -40,7 +40,7 @@ class Lines(NamedTuple):
 
 @dataclass
 class Sums:
-    """Of the lines of one segment. All can be added."""
+    """Named sums over the lines of one segment; sums of different lines can be added."""
 
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
@@ -55,20 +55,20 @@ class Sums:
         return float(self.values[name].sum())
 
     def share(self, name: str, of: str = "lines") -> float:
-        """One sum by another; NaN where that is nothing."""
+        """Returns one sum divided by another; NaN if the latter is 0."""
         whole = self.total(of)
         return self.total(name) / whole if whole else float("nan")
 
 
 @dataclass
 class Tally:
-    """Sums by segment: of all lines, and of those that agree in a column."""
+    """Sums by segment: all lines, and the lines with the same value in a column."""
 
     segments: dict[Segment, Sums] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lines: Lines, columns: Mapping[str, Sequence[str]], eligible: NDArray[np.bool_]) -> Tally:
-        """`columns` holds the value of each line by a column's name; `eligible` (N, T) the targets it may go to."""
+        """`columns` maps a column's name to the value of each line; `eligible` (N, T) are the permitted targets."""
         tally = cls({EVERYTHING: Sums(_sums(lines) | _at_tolerances(lines, eligible))})
         for column, values in columns.items():
             names, places = np.unique(np.asarray(values, object).astype(str), return_inverse=True)
@@ -77,14 +77,14 @@ class Tally:
         return tally
 
     def merge(self, other: Tally) -> Tally:
-        """Takes in another, and returns itself."""
+        """Adds another tally to this one, and returns this one."""
         for segment, sums in other.segments.items():
             self._sums_of(segment).add(sums.values)
         return self
 
     def _sums_of(self, segment: Segment) -> Sums:
         column, _ = segment
-        if segment not in self.segments and len(self.values_of(column)) >= _MOST_VALUES:
+        if segment not in self.segments and len(self.values_of(column)) >= _MAX_VALUES:
             segment = column, OTHERS
         return self.segments.setdefault(segment, Sums())
 
@@ -114,7 +114,7 @@ class Tally:
 
 
 def day_of(value: object) -> str:
-    """The day, in UTC, of a date, a time as text (ISO 8601) or a number (seconds or milliseconds since 1970)."""
+    """Returns the UTC day of a date, a time in ISO 8601, or seconds or milliseconds since 1970; UNKNOWN if invalid."""
     try:
         if isinstance(value, str):
             value = float(value) if value.replace(".", "", 1).isdigit() else datetime.fromisoformat(value)
@@ -162,6 +162,6 @@ def _at_tolerances(lines: Lines, eligible: NDArray[np.bool_]) -> dict[str, NDArr
 
 
 def _picked(values: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
-    """The sum of values (N, T) of one target (N,) each, but for lines that have none."""
+    """Sums values (N, T) at each line's target (N,), without lines that have none."""
     rows = np.flatnonzero(targets != NO_TARGET)
     return float(values[rows, targets[rows]].sum())

@@ -1,8 +1,8 @@
-"""Spending a budget on a whole log: each prompt goes where P(correct) less the shadow price of its cost is highest.
+"""Allocates a budget over a whole log: each prompt goes to the target with the highest P(correct) - price * cost.
 
-The choice that has the most correct answers for a total cost is, by Lagrange duality, the best one at some price of a
-dollar; only that price is searched for. Sums over the log are all that the search sees, so that a log may be of any
-size and lie anywhere. Source: Everett, "Generalized Lagrange multiplier method" (1963).
+By Lagrange duality, the choice with the most correct answers for a total cost is optimal at some shadow price per USD,
+so only that price is searched for. The search uses sums over the log only, so a log may have any size and be stored
+anywhere. Source: Everett, "Generalized Lagrange multiplier method" (1963).
 """
 
 # N prompts, T targets, K shadow prices
@@ -18,43 +18,43 @@ from numpy.typing import ArrayLike, NDArray
 from prefill_router.common.errors import UserError
 from prefill_router.policy.selection import NO_TARGET
 
-_NUM_PRICES = 33  # that one pass over the log tries
+_NUM_PRICES = 33  # tried in one pass over the log
 _NUM_PASSES = 4
-_DECADES = (-4.0, 8.0)  # of P(correct) for a mean cost, where no log could ask for more
+_DECADES = (-4.0, 8.0)  # range of prices tried, as powers of ten of P(correct) per mean cost
 
 
 class Totals(NamedTuple):
-    """Of a log, at each of K shadow prices."""
+    """Totals of a log at each of K shadow prices."""
 
     cost_usd: NDArray[np.float64]  # (K,)
-    correct: NDArray[np.float64]  # (K,) expected answers that are correct
+    correct: NDArray[np.float64]  # (K,) expected number of correct answers
 
 
 class Allocation(NamedTuple):
-    """The shadow prices, in P(correct) for a USD, that a budget leads to: two that are nearly the same.
+    """The shadow prices, in P(correct) per USD, that spend a budget: two prices that are nearly equal.
 
-    A share of the lines takes the lower one, the others the higher one, so that the budget is used up even where many
-    lines change at one price.
+    A share of the lines uses the lower price, the others the higher one, so that the budget is used up even if many
+    lines switch targets at the same price.
     """
 
     low_price: float
     high_price: float
-    share: float  # of lines that take the low price
+    share: float  # of lines that use the low price
     budget_usd: float
-    cost_usd: float  # expected of the whole log
-    correct: float  # expected of the whole log
-    bound: float  # that no choice within the budget exceeds, in expectation
+    cost_usd: float  # expected, of the whole log
+    correct: float  # expected, of the whole log
+    bound: float  # upper bound on expected correct answers within the budget
 
     @property
     def gap(self) -> float:
-        """The share of correct answers that could at most be won by choosing otherwise."""
+        """An upper bound on what a better choice could gain, as a share of the correct answers."""
         return (self.bound - self.correct) / max(self.bound, 1e-12)
 
 
 def allocate(p: ArrayLike, cost: ArrayLike, price: ArrayLike, eligible: ArrayLike) -> NDArray[np.int64]:
-    """The target of each prompt (N,) at a shadow price, one for all or (N,); -1 where none is eligible.
+    """Returns each prompt's target (N,) at a shadow price, scalar or (N,); NO_TARGET if none is eligible.
 
-    `p` and `cost` are (N, T), `eligible` is (N, T) or (T,). A tie goes to the cheaper, then to the pool's order.
+    `p` and `cost` are (N, T), `eligible` is (N, T) or (T,). A tie goes to the cheaper, then to the earlier target.
     """
     p_NT, cost_NT = np.asarray(p, np.float64), np.asarray(cost, np.float64)
     eligible_NT = np.broadcast_to(eligible, p_NT.shape)
@@ -65,7 +65,7 @@ def allocate(p: ArrayLike, cost: ArrayLike, price: ArrayLike, eligible: ArrayLik
 
 
 def totals(p: ArrayLike, cost: ArrayLike, weights: ArrayLike, eligible: ArrayLike, prices: ArrayLike) -> Totals:
-    """What N prompts, each of which stands `weights` (N,) times in the log, cost and answer at prices (K,)."""
+    """Totals N prompts, each repeated `weights` (N,) times in the log, at each of the prices (K,)."""
     p_NT, cost_NT, weights_N = (np.asarray(values, np.float64) for values in (p, cost, weights))
     spent, correct = [], []
     for price in np.atleast_1d(prices):
@@ -77,10 +77,10 @@ def totals(p: ArrayLike, cost: ArrayLike, weights: ArrayLike, eligible: ArrayLik
 
 
 def solve(budget_usd: float, mean_cost_usd: float, evaluate: Callable[[NDArray[np.float64]], Totals]) -> Allocation:
-    """The allocation of a budget, from sums over the log at the prices that `evaluate` is asked for.
+    """Finds the allocation of a budget; `evaluate` returns the log's totals at given prices.
 
-    `mean_cost_usd`, of any target and prompt, sets the scale of the search. Raises UserError where the budget does not
-    even pay for the cheapest choice.
+    `mean_cost_usd` over targets and prompts sets the scale of the search. Raises UserError if the budget is below the
+    cost of the cheapest choice.
     """
     scale = 1.0 / max(mean_cost_usd, 1e-12)
     prices = np.concatenate([[0.0], scale * np.logspace(*_DECADES, _NUM_PRICES)])
@@ -89,21 +89,21 @@ def solve(budget_usd: float, mean_cost_usd: float, evaluate: Callable[[NDArray[n
         affordable = np.flatnonzero(found.cost_usd <= budget_usd)
         if not len(affordable):
             raise UserError(
-                f"budget_usd = {budget_usd:g}, but the log costs at least {found.cost_usd[-1]:.6g} USD: give as much, "
-                "or allow cheaper targets"
+                f"budget_usd = {budget_usd:g}, but the log costs at least {found.cost_usd[-1]:.6g} USD: raise the "
+                "budget or allow cheaper targets"
             )
         high = int(affordable[0])
         low = max(high - 1, 0)
         result = _mixed(budget_usd, prices[[low, high]], Totals(*(values[[low, high]] for values in found)))
         if high == 0:
             break
-        first = max(prices[low], prices[high] * 1e-3)  # of a geometric series, which cannot begin at 0
+        first = max(prices[low], prices[high] * 1e-3)  # a geometric series cannot start at 0
         prices = np.unique(np.concatenate([prices[[low]], np.geomspace(first, prices[high], _NUM_PRICES)]))
     return result
 
 
 def _mixed(budget_usd: float, prices: NDArray[np.float64], found: Totals) -> Allocation:
-    """Of two neighbouring prices, of which the higher one is affordable."""
+    """Mixes two neighbouring prices, of which the higher is affordable, to spend the budget."""
     (low_cost, high_cost), (low_correct, high_correct) = found
     share = min(1.0, max(0.0, (budget_usd - high_cost) / (low_cost - high_cost))) if low_cost > high_cost else 1.0
     duals = found.correct + prices * (budget_usd - found.cost_usd)

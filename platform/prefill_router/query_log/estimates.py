@@ -1,7 +1,7 @@
-"""What a router says of each prompt of a log, kept by the prompt's content.
+"""A router's estimates of each prompt of a log, stored by the prompt's content.
 
-Pools, prices and budgets change, and it does not: an encoder reads a prompt once, and where that should go can be
-chosen again and again.
+Estimates do not depend on pools, prices or budgets. An encoder reads each prompt once; targets can then be chosen
+again for other settings.
 """
 
 # N prompts, T targets
@@ -22,19 +22,19 @@ Contents = NDArray[np.uint64]  # (N, 2): the content digest of each prompt
 
 
 class PromptEstimates(NamedTuple):
-    """Of N prompts, with the targets in the router's own order. A prompt that could not be read has a reason."""
+    """Estimates of N prompts, with targets in the router's order. A prompt that could not be encoded has a reason."""
 
     contents: Contents
-    input_tokens: NDArray[np.int32]  # (N,) before the encoder cut any
+    input_tokens: NDArray[np.int32]  # (N,) before truncation
     is_truncated: NDArray[np.bool_]  # (N,)
     p_correct: NDArray[np.float32]  # (N, T)
-    output_tokens: NDArray[np.float32]  # (N, T) that are expected
-    percentile: NDArray[np.float32]  # (N,) share of training prompts that lie nearer; NaN where the router cannot tell
-    reasons: NDArray[Any]  # (N,) why it could not be read, or None
+    output_tokens: NDArray[np.float32]  # (N, T) expected
+    percentile: NDArray[np.float32]  # (N,) share of training prompts that are nearer; NaN if unknown
+    reasons: NDArray[Any]  # (N,) why the prompt could not be encoded, or None
 
     @classmethod
     def unread(cls, contents: Contents, num_targets: int) -> PromptEstimates:
-        """Of prompts that are to be filled in."""
+        """Returns blank estimates to fill in."""
         shape = len(contents), num_targets
         return cls(
             contents=contents,
@@ -74,7 +74,7 @@ class PromptEstimates(NamedTuple):
 
     @classmethod
     def load(cls, uri: str, name: str) -> PromptEstimates:
-        """Those of one object of a folder."""
+        """Reads one object of a folder."""
         return cls.from_table(storage.read_table(storage.join(uri, name)))
 
     @classmethod
@@ -94,24 +94,24 @@ class PromptEstimates(NamedTuple):
 
 
 def contents_of(digests: Sequence[bytes]) -> Contents:
-    """Content digests of 16 bytes as an array (N, 2)."""
+    """Converts content digests of 16 bytes to an array (N, 2)."""
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
 
 class ContentIndex:
-    """Finds contents among M others, exactly and for many at a time."""
+    """Looks up many contents at once among M known ones, by exact match."""
 
     def __init__(self, contents: Contents) -> None:
         self._order = np.lexsort((contents[:, 1], contents[:, 0]))
         self._first, self._second = contents[self._order].T
 
     def find(self, wanted: Contents) -> NDArray[np.int64]:
-        """The place (N,) of each of `wanted`, -1 where it is not among them."""
+        """Returns the index (N,) of each of `wanted`, -1 if it is unknown."""
         if not len(self._first):
             return np.full(len(wanted), -1)
         places = np.searchsorted(self._first, wanted[:, 0])
         last = len(self._first) - 1
-        while True:  # past others that agree in the first half
+        while True:  # skips others with the same first half
             at = np.minimum(places, last)
             agrees = (places <= last) & (self._first[at] == wanted[:, 0])
             is_other = agrees & (self._second[at] != wanted[:, 1])

@@ -1,6 +1,6 @@
-"""Which prompts to pay for: by chance, alike of each kind, or where a router can hardly tell which target to choose.
+"""Samples prompts to label: at random, stratified, or where the router is least certain which target to choose.
 
-What is drawn is drawn by a hash of the prompt, so that a larger sample holds a smaller one.
+Draws are hashes of the prompt's content, so that a larger sample includes every smaller one.
 """
 
 # N prompts, T targets
@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 from prefill_router.corpus.split import mixed
 from prefill_router.query_log.estimates import Contents
 
-# Margins between the two best targets that are a sure choice. LOG: between margins alone and chance alone, this learns
-# the most from a label.
-_SURE = 0.1
+# Scale of the margin between the two best targets. Mixing margins and chance at this scale learns the most per label
+# (tests/benchmarks/LOG.md).
+_MARGIN_SCALE = 0.1
 
 
 def chances(contents: Contents) -> NDArray[np.float64]:
-    """A number in [0, 1) for each prompt (N,), as if by chance."""
+    """Returns a pseudorandom number in [0, 1) for each prompt (N,)."""
     return mixed(contents[:, 0] ^ contents[:, 1]) / 2.0**64
 
 
 def at_random(contents: Contents, size: int) -> NDArray[np.int64]:
-    """`size` of N prompts, or all."""
+    """Draws `size` of N prompts, or all if there are fewer."""
     return np.argsort(chances(contents), kind="stable")[:size]
 
 
 def stratified(contents: Contents, strata: Sequence[str], size: int) -> NDArray[np.int64]:
-    """As many of each stratum (N,) as if all had the same number of prompts; what a small one lacks, others give."""
+    """Draws equally many prompts of each stratum (N,); the others make up for a stratum that is too small."""
     names = np.unique(np.asarray(strata, object).astype(str), return_inverse=True)[1]
     order = np.argsort(chances(contents), kind="stable")
-    # The place of each prompt within its stratum, so that rounds take one of each.
+    # Rank of each prompt within its stratum: sorting by it takes one prompt of each stratum per round.
     place = np.empty(len(order), np.int64)
     by_stratum = order[np.argsort(names[order], kind="stable")]
     sorted_names = names[by_stratum]
@@ -44,12 +44,13 @@ def stratified(contents: Contents, strata: Sequence[str], size: int) -> NDArray[
 
 
 def active(contents: Contents, p_correct: NDArray[np.floating], size: int) -> NDArray[np.int64]:
-    """`size` of the prompts where P(correct) (N, T) of the two best targets is nearest, with chance mixed in.
+    """Draws `size` prompts, preferring small margins in P(correct) (N, T) between the two best targets.
 
-    The nearest alone would be all of one kind. Source: margin sampling (Scheffer, Decomain and Wrobel, 2001).
+    Chance is mixed in, because the smallest margins alone would be too similar prompts. Source: margin sampling
+    (Scheffer, Decomain and Wrobel, 2001).
     """
     if p_correct.shape[1] < 2:
         return at_random(contents, size)
     best = np.sort(p_correct, axis=1)
     margins = (best[:, -1] - best[:, -2]).astype(np.float64)
-    return np.argsort(-chances(contents) * np.exp(-margins / _SURE), kind="stable")[:size]
+    return np.argsort(-chances(contents) * np.exp(-margins / _MARGIN_SCALE), kind="stable")[:size]

@@ -1,4 +1,4 @@
-"""A budget spent on a log, beside what trying every choice finds."""
+"""Budget allocation, compared with exhaustive search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def log(num_prompts: int, seed: int = 0, num_targets: int = 4) -> tuple[Array, Array]:
-    """P(correct), which grows with the price of a target, more or less, and costs."""
+    """Returns P(correct), which tends to grow with a target's price, and costs."""
     rng = np.random.default_rng(seed)
     prices = np.array([0.1, 0.5, 2.0, 9.0])[:num_targets] * 1e-3
     cost = prices * rng.lognormal(0.0, 0.7, (num_prompts, 1)) * rng.lognormal(0.0, 0.3, (num_prompts, num_targets))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefill_router.query_log.estimates import ContentIndex, PromptEstimates, contents_of
 
-HALVES = st.integers(0, 3)  # so that many agree in one half, and some in both
+HALVES = st.integers(0, 3)  # few values, so that many contents agree in one half and some in both
 CONTENTS = st.lists(st.tuples(HALVES, HALVES), max_size=30)
 
 
