@@ -1,4 +1,4 @@
-"""A shard of answers: a row for each prompt and target, written as one object once all that could be asked was."""
+"""Shards of answers: one object with a row for each prompt and target, written when the shard's calls are done."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prefill_router.collection.journal import CallState, merged, read_states
 from prefill_router.collection.target_calls import Spent, TargetAnswer
 from prefill_router.common.schema import ANSWERS
 
-_TOLD = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "latency_s")
-_NOTES = b"notes"  # in an object's metadata: the files of the journal that it has taken in
+_ANSWER_COLUMNS = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "latency_s")
+_NOTES = b"notes"  # metadata key of an object: the journal files that it includes
 
 
 @dataclass(frozen=True)
 class ShardPlace:
-    """Where a shard's object and its notes lie."""
+    """The locations of a shard's object and of its journal."""
 
     out: str
     name: str
@@ -34,20 +34,20 @@ class ShardPlace:
 
 
 def load_states(place: ShardPlace) -> dict[str, CallState]:
-    """The state of each call of a shard, by its key, from its object and from notes that came after."""
+    """Reads the state of each call of a shard, by call key, from its object and from later journal files."""
     states: dict[str, CallState] = {}
-    taken: list[str] = []
+    included: list[str] = []
     if storage.exists(place.object):
         table = storage.read_table(place.object)
-        taken = (table.schema.metadata or {}).get(_NOTES, b"").decode().split()
+        included = (table.schema.metadata or {}).get(_NOTES, b"").decode().split()
         states = {row["key"]: _state(row) for row in table.to_pylist()}
-    for key, state in read_states(place.journal, taken).items():
+    for key, state in read_states(place.journal, included).items():
         states[key] = merged(states[key], state) if key in states else state
     return states
 
 
 def write_states(place: ShardPlace, states: Mapping[str, CallState]) -> None:
-    """Writes a shard whole, and removes the notes that it has taken in."""
+    """Writes a whole shard, then removes the journal files that it includes."""
     notes = storage.list_names(place.journal)
     rows = [_row(key, state) for key, state in states.items()]
     table = pa.Table.from_pylist(rows, schema=ANSWERS.with_metadata({_NOTES: " ".join(notes).encode()}))
@@ -57,13 +57,13 @@ def write_states(place: ShardPlace, states: Mapping[str, CallState]) -> None:
 
 def _row(key: str, state: CallState) -> dict[str, object]:
     answer = state.answer
-    told = dict.fromkeys(_TOLD) if answer is None else {name: getattr(answer, name) for name in _TOLD}
+    columns = {name: getattr(answer, name, None) for name in _ANSWER_COLUMNS}
     return {
         "key": key,
         "prompt_id": state.prompt_id,
         "target": state.target,
         "answer": None if answer is None else answer.text,
-        **told,
+        **columns,
         "cost_usd": state.spent.usd,
         "tokens": state.spent.tokens,
         "lost_usd": state.lost.usd,
@@ -74,7 +74,7 @@ def _row(key: str, state: CallState) -> dict[str, object]:
 
 
 def _state(row: Mapping[str, Any]) -> CallState:
-    answer = None if row["answer"] is None else TargetAnswer(row["answer"], *(row[name] for name in _TOLD))
+    answer = None if row["answer"] is None else TargetAnswer(row["answer"], *(row[name] for name in _ANSWER_COLUMNS))
     return CallState(
         prompt_id=row["prompt_id"],
         target=row["target"],

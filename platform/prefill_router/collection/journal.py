@@ -1,7 +1,7 @@
-"""What is written before a call goes out and once its answer has come, so that a process may die at any moment.
+"""The journal of a shard: a note before each attempt at a call and one after it, so that crashes lose no payment.
 
-Notes are lines of JSON in small files that are whole or absent, and that one process alone has written. An attempt
-that is begun and has no end may have been paid for. Once a shard is done its notes are part of it, and are removed.
+Notes are JSON lines in small files, each written atomically by one process. An attempt with a begin note and no end
+note may have been paid for. A finished shard includes its notes, and they are removed.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _SUFFIX = ".jsonl"
 
 @dataclass
 class CallState:
-    """What is known of a call: its answer, and what was, or may have been, spent on it."""
+    """The state of a call: its answer, and what was or may have been spent on it."""
 
     prompt_id: str
     target: str
     answer: TargetAnswer | None = None
     spent: Spent = field(default_factory=Spent)  # on the answer
-    lost: Spent = field(default_factory=Spent)  # on attempts that may have been paid for, and brought no answer
+    lost: Spent = field(default_factory=Spent)  # on attempts that may have been paid for without an answer
     attempts: int = 0
-    reason: str | None = None  # why the latest attempt brought none
+    reason: str | None = None  # why the latest attempt failed
 
 
 def read_states(uri: str, ignored: Iterable[str] = ()) -> dict[str, CallState]:
-    """The state of each call, by its key, that the notes of a shard tell of, but for those in the files `ignored`."""
+    """Reads the state of each call, by call key, from a shard's notes, except those in the files `ignored`."""
     names = [name for name in storage.list_names(uri) if name.endswith(_SUFFIX) and name not in set(ignored)]
     notes = [
         json.loads(line)
@@ -64,7 +64,7 @@ def _apply(state: CallState, begin: dict[str, Any], end: dict[str, Any] | None) 
 
 
 class Journal:
-    """The notes of one shard. Those that come while others are written are written together."""
+    """Writes the notes of one shard. Notes that arrive during a write are batched into the next file."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -72,7 +72,7 @@ class Journal:
         self._writing = asyncio.Lock()
 
     async def begin(self, call: TargetCall) -> str:
-        """Notes that an attempt is about to be made, and returns its name. It may be made once this returns."""
+        """Notes the start of an attempt and returns its id. Call this before sending the request."""
         attempt = uuid.uuid4().hex
         note = {"key": call.key, "prompt_id": call.prompt_id, "target": call.target.name, "worst": asdict(call.worst)}
         await self._write({"kind": "begin", "attempt": attempt, **note})
@@ -81,7 +81,7 @@ class Journal:
     async def end(
         self, attempt: str, answer: TargetAnswer | None, spent: Spent, lost: Spent, reason: str | None
     ) -> None:
-        """Notes what came of it."""
+        """Notes the result of an attempt."""
         body = None if answer is None else asdict(answer)
         note = {"answer": body, "spent": asdict(spent), "lost": asdict(lost), "reason": reason}
         await self._write({"kind": "end", "attempt": attempt, **note})
@@ -110,7 +110,7 @@ class Journal:
 
 
 def merged(old: CallState, new: CallState) -> CallState:
-    """What an earlier run left of a call, and what notes add to it."""
+    """Adds the state from new notes to a call's earlier state."""
     if new.answer is None:
         new = replace(new, answer=old.answer, spent=old.spent)
     return replace(new, lost=old.lost + new.lost, attempts=old.attempts + new.attempts, reason=new.reason or old.reason)

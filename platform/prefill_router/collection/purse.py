@@ -1,4 +1,4 @@
-"""A budget that is never exceeded: what a call can cost at most is set aside before it goes out."""
+"""A budget that is never exceeded: the worst-case cost of a call is reserved before it is made."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Awaitable, Callable
 
 from prefill_router.collection.target_calls import Spent
 
-_SLICES = 50  # of what is left, that a worker takes at a time
+_SLICES = 50  # a worker draws at least 1/50 of what is left
 
 
 class Purse:
-    """The whole budget. Workers draw parts of it, and give back what they did not need."""
+    """The whole budget. Workers draw parts of it and return what they do not use."""
 
     def __init__(self, budget: Spent) -> None:
         self.left = budget
 
     def draw(self, wanted: Spent) -> Spent:
-        """A part that holds `wanted`, or nothing."""
+        """Takes out at least `wanted`, or nothing if not enough is left."""
         if not wanted.fits(self.left):
             return Spent()
         part = Spent(max(wanted.usd, self.left.usd / _SLICES), max(wanted.tokens, self.left.tokens // _SLICES))
@@ -29,7 +29,7 @@ class Purse:
 
 
 class Allowance:
-    """A worker's part of the budget, for one event loop."""
+    """A worker's part of the budget, used in one event loop."""
 
     def __init__(
         self, draw: Callable[[Spent], Awaitable[Spent]], give_back: Callable[[Spent], Awaitable[None]]
@@ -40,7 +40,7 @@ class Allowance:
         self._changed = asyncio.Condition()
 
     async def reserve(self, worst: Spent) -> bool:
-        """Sets aside what a call can cost; False where the budget does not reach, even once all others have settled."""
+        """Reserves a call's worst-case cost; returns False if the budget cannot cover it, after waiting for others."""
         async with self._changed:
             while True:
                 if not worst.fits(self._left):
@@ -54,14 +54,14 @@ class Allowance:
                 await self._changed.wait()
 
     async def settle(self, worst: Spent, spent: Spent) -> None:
-        """A call has ended: it was `worst` that was set aside for it, and `spent` is gone."""
+        """Ends a call: releases its reservation `worst` and books `spent`."""
         async with self._changed:
             self._num_reserved -= 1
             self._left += worst - spent
             self._changed.notify_all()
 
     async def give_back(self) -> None:
-        """Lets other workers have what is not set aside."""
+        """Returns everything that is not reserved to the whole budget."""
         async with self._changed:
             part, self._left = self._left, Spent()
             await self._give_back(part)

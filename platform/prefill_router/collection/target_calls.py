@@ -1,4 +1,4 @@
-"""One call: a prompt to a target. What it asks for, what it can cost at most, and what an answer to it is."""
+"""A call of a target with a prompt: its request, its worst-case cost and its answer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from prefill_router.corpus.reader import Message, Prompt, content_hash
 from prefill_router.policy.pool import Target
 
-_TEMPLATE_TOKENS = 64  # that an upstream may add to a prompt
-_MESSAGE_TOKENS = 16  # and to each of its messages
+_TEMPLATE_TOKENS = 64  # an upstream may add so many to a prompt
+_MESSAGE_TOKENS = 16  # and so many to each of its messages
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every target alike."""
+    """Request parameters, the same for every target."""
 
     max_output_tokens: int
     temperature: float | None = None
@@ -25,7 +25,7 @@ class Asked:
 
 
 def call_key(content: str, target: str, asked: Asked) -> str:
-    """The name of a call, from the content hash of its prompt: ids may change, what was paid for stays."""
+    """Returns the key of a call, from its prompt's content hash: prompt ids may change, paid answers stay valid."""
     return hashlib.sha256(json.dumps([content, target, asdict(asked)]).encode()).hexdigest()[:32]
 
 
@@ -38,7 +38,7 @@ class TargetCall:
 
     @property
     def key(self) -> str:
-        """Names the call, whenever it is made: by it an upstream can tell that it was asked before."""
+        """The same for every attempt, so that an upstream can use it as an idempotency key."""
         return call_key(content_hash(self.prompt), self.target.name, self.asked)
 
     @property
@@ -47,13 +47,13 @@ class TargetCall:
 
     @property
     def max_input_tokens(self) -> int:
-        """More than any tokenizer makes of the prompt: a token holds a byte at least."""
+        """An upper bound on input tokens for any tokenizer, as a token is at least one byte."""
         num_bytes = sum(len(message["content"].encode()) for message in self.messages)
         return num_bytes + _TEMPLATE_TOKENS + _MESSAGE_TOKENS * len(self.messages)
 
     @property
     def worst(self) -> Spent:
-        """What the call can cost at most, if the upstream keeps to its limit."""
+        """The worst-case cost, if the upstream respects the limit on output tokens."""
         usd = self.target.cost(self.max_input_tokens, self.asked.max_output_tokens)
         return Spent(usd, self.max_input_tokens + self.asked.max_output_tokens)
 
@@ -84,7 +84,7 @@ class Spent:
         return Spent(self.usd - other.usd, self.tokens - other.tokens)
 
     def beyond(self, limit: Spent) -> Spent:
-        """What exceeds a limit."""
+        """Returns the excess over a limit, 0 if below it."""
         return Spent(max(0.0, self.usd - limit.usd), max(0, self.tokens - limit.tokens))
 
     def fits(self, limit: Spent) -> bool:
@@ -93,7 +93,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class TargetAnswer:
-    """What a target said. `usage` is None where the upstream told none; the worst case is then taken as spent."""
+    """A target's answer. Token counts are None if the upstream reported none; the worst case then counts as spent."""
 
     text: str
     finish_reason: str | None
@@ -110,7 +110,7 @@ class TargetAnswer:
 
 
 def parse_answer(body: Mapping[str, Any], latency_s: float) -> TargetAnswer | None:
-    """The answer in the body of a chat completion; None where there is none in it."""
+    """Reads the answer from the body of a chat completion; returns None if there is none."""
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return None

@@ -1,4 +1,4 @@
-"""Asks an upstream once: its answer, or what went wrong, whether that may be paid for, and when to try again."""
+"""Makes one attempt at a call: returns the answer, or why there is none, whether it may be billed and when to retry."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from prefill_router.collection.target_calls import TargetAnswer, TargetCall, par
 from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.transport import is_passing, post_request, retry_after_s
 
-_LONGEST_S = 120.0  # that is waited before another attempt
+_MAX_BACKOFF_S = 120.0
 _NO_QUOTA = "insufficient_quota"
-_CODE = re.compile(r"[A-Za-z_]{1,60}")  # of an error: all that is kept of an upstream's words
+_CODE = re.compile(r"[A-Za-z_]{1,60}")  # an error's code, the only part of an upstream's error that is kept
 
 
 @dataclass(frozen=True)
 class Miss:
-    """There is no answer. `may_be_paid` where the upstream may have made one that did not arrive."""
+    """A failed attempt. `may_be_paid` if the upstream may have billed an answer that did not arrive."""
 
     reason: str
-    is_final: bool = False  # no use to try again
+    is_final: bool = False  # a retry is useless
     may_be_paid: bool = False
     retry_after_s: float | None = None
 
 
 async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
-    """One attempt at a call."""
+    """Makes one attempt at a call."""
     upstream = call.target.upstream
     assert upstream is not None
     request = post_request(http, upstream, "/chat/completions", call.body(), {"idempotency-key": call.key})
@@ -48,11 +48,14 @@ async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
 
 
 def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
-    """How long to wait after attempt number `attempt`, from 1: as the upstream says, or, where it says nothing or at
-    once, at random up to a bound that doubles, so that those who failed together do not come again together."""
+    """Returns how long to wait after attempt number `attempt`, counted from 1.
+
+    Uses the upstream's Retry-After if it is above 0. Otherwise draws up to a bound that doubles with each attempt, so
+    that calls that failed together are not retried together.
+    """
     if miss.retry_after_s:
-        return min(miss.retry_after_s * (1.0 + 0.1 * rng.random()), _LONGEST_S)
-    return rng.random() * min(0.5 * 2.0**attempt, _LONGEST_S)
+        return min(miss.retry_after_s * (1.0 + 0.1 * rng.random()), _MAX_BACKOFF_S)
+    return rng.random() * min(0.5 * 2.0**attempt, _MAX_BACKOFF_S)
 
 
 def _read(response: httpx.Response, key: str | None, latency_s: float) -> TargetAnswer | Miss:
@@ -63,7 +66,7 @@ def _read(response: httpx.Response, key: str | None, latency_s: float) -> Target
     if response.status_code != httpx.codes.OK:
         return _refusal(response, body, key)
     if not isinstance(body, dict):
-        return Miss("answered 200 with what is no JSON", may_be_paid=True)
+        return Miss("answered 200 with invalid JSON", may_be_paid=True)
     if body.get("error"):
         return Miss("answered 200 with an error", may_be_paid=True)
     answer = parse_answer(body, latency_s)
@@ -75,7 +78,7 @@ def _refusal(response: httpx.Response, body: object, key: str | None) -> Miss:
     error = body.get("error") if isinstance(body, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     is_final = not is_passing(status) or code == _NO_QUOTA
-    said = f" {redacted(code, key)}" if isinstance(code, str) and _CODE.fullmatch(code) else ""
+    shown = f" {redacted(code, key)}" if isinstance(code, str) and _CODE.fullmatch(code) else ""
     return Miss(
-        f"status {status}{said}", is_final=is_final, retry_after_s=retry_after_s(response.headers.get("retry-after"))
+        f"status {status}{shown}", is_final=is_final, retry_after_s=retry_after_s(response.headers.get("retry-after"))
     )

@@ -1,1 +1,5 @@
-"""HTTP to upstreams, for `collect` and for the gateway."""
+"""HTTP to upstreams, shared by `collect` and the gateway.
+
+`transport` has the client, requests and the meaning of error statuses; `redaction` removes credentials from error
+texts. Start with `transport`.
+"""

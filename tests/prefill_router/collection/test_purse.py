@@ -1,4 +1,4 @@
-"""A budget under any order of calls: what is spent never exceeds it, and what can be spent is."""
+"""A budget under any order of calls: spending never exceeds it, and all of it can be spent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefill_router.collection.target_calls import Spent
 
 
 async def spend(budget: Spent, calls: list[Spent], num_workers: int, seed: int) -> tuple[Spent, int, Purse]:
-    """Makes calls, each of which costs at most what it sets aside; returns what they cost and how many were made."""
+    """Makes calls that cost at most their reservation; returns their cost, how many were made, and the budget."""
     rng, purse = random.Random(seed), Purse(budget)
 
     async def draw(wanted: Spent) -> Spent:
@@ -59,7 +59,7 @@ def test_what_is_spent_never_exceeds_the_budget(
 
 
 def test_a_call_waits_for_what_others_do_not_need() -> None:
-    """Ten calls set aside all of the budget each, and cost a twentieth: all of them can be made, one after another."""
+    """Ten calls each reserve most of the budget and cost a fraction of it: all can be made, one after another."""
     rng_calls = [Spent(1.0, 100)] * 10
 
     async def scenario() -> int:

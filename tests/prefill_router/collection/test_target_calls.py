@@ -63,7 +63,7 @@ def test_no_minute_begins_more_than_it_may() -> None:
         begun.append(now + pace.delay_s(1, now))
     for start in begun:
         assert sum(start <= moment < start + 60.0 - 1e-6 for moment in begun) <= 30
-    assert begun[-1] < 200 * 2.0 + 5  # and no fewer than it may, where that many come
+    assert begun[-1] < 200 * 2.0 + 5  # and the permitted rate is used up
 
 
 def test_backoff_is_what_the_upstream_asks_or_grows_at_random() -> None:
@@ -80,7 +80,7 @@ def place(tmp_path: Path) -> ShardPlace:
 
 
 async def noted(at: ShardPlace, *ends: TargetAnswer | Miss | None) -> None:
-    """Attempts at the call, the last of which may have no end."""
+    """Writes notes of attempts at the call; None is an attempt without an end."""
     journal = Journal(at.journal)
     for end in ends:
         name = await journal.begin(CALL)
@@ -105,7 +105,7 @@ def test_notes_become_part_of_their_shard_once(tmp_path: Path) -> None:
     write_states(at, before)
     assert not Path(at.journal).exists()
     assert load_states(at) == before
-    # Where the process dies between the two, notes that lie in both count once.
+    # If the process dies between the two steps, notes that are in both places count once.
     again = place(tmp_path / "again")
     asyncio.run(noted(again, None, ANSWER))
     notes = {file.name: file.read_bytes() for file in Path(again.journal).iterdir()}

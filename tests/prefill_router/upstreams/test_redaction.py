@@ -1,4 +1,4 @@
-"""What is left of an upstream's words where they quote a key or an account."""
+"""Redaction of upstreams' error texts that quote keys or accounts."""
 
 from __future__ import annotations
 

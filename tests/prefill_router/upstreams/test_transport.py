@@ -1,4 +1,4 @@
-"""What the status and the Retry-After of an upstream mean, and the client that asks it."""
+"""Statuses and Retry-After of upstreams, and the client that calls them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_another_target_may_answer_is_neither(status: int) -> None:
 
 
 def test_the_client_opens_as_many_connections_as_there_are_calls() -> None:
-    """Each upstream has its own limit; aiohttp's, where it is given none, is 100 for all."""
+    """Each upstream has its own limit. aiohttp's default would be 100 connections for all."""
 
     async def scenario() -> int:
         async with http_client() as http:
@@ -115,7 +115,7 @@ def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytes
 
 
 class Redirecting(LoopbackServer):
-    """Sends whoever asks to another server."""
+    """A server that redirects every request to another server."""
 
     def __init__(self, status: int, to: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Redirecting(LoopbackServer):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_takes_no_key_elsewhere(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """Nor to another path: an upstream is asked where its base URL says."""
+    """Redirects are never followed, so requests go only to the base URL."""
     monkeypatch.setenv("SMALL_KEY", "sk-1")
 
     async def scenario(url: str) -> int:
