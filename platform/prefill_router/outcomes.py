@@ -1,7 +1,7 @@
-"""Graded answers: which target was right on which prompt, and how long its answer was.
+"""Outcomes: graded answers, that is, whether a target was correct on a prompt and how long its answer was.
 
-Long format on disk, a matrix in memory: 8 bytes for each prompt, and 8 for each pair of a prompt and a target. A
-missing pair is NaN, never a wrong answer.
+Outcomes are in long format on disk and matrices in memory: 8 bytes for each prompt, and 8 for each pair of a prompt
+and a target. A missing pair is NaN, never a wrong answer.
 """
 
 # N prompts, T targets
@@ -35,7 +35,7 @@ _BATCH_ROWS = 1 << 17
 
 
 class Answers(NamedTuple):
-    """Outcomes of some prompts, in their order; NaN where a pair was not graded, or its length not recorded."""
+    """Outcomes of a list of prompts, in its order; NaN where a pair was not graded, or its length not recorded."""
 
     correct: NDArray[np.float32]  # (N, T), in [0, 1]
     output_tokens: NDArray[np.float32]  # (N, T)
@@ -43,27 +43,27 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes of some targets, NaN where missing."""
+    """Outcomes of a list of targets, NaN where missing."""
 
     uri: str
     targets: list[str]
     keys: NDArray[np.uint64]  # (N,) ascending hashes of the prompts that at least one target was graded on
     correct: NDArray[np.float32]  # (N, T), in [0, 1]
     output_tokens: NDArray[np.float32]  # (N, T)
-    num_other_targets: int  # that the table grades but nobody asked for
+    num_other_targets: int  # graded in the table, but not in `targets`
 
     def check_known(self, keys: NDArray[np.uint64], *, ignore_unknown: bool) -> int:
-        """How many graded prompts are not among `keys`, hashes. Raises UserError if any, unless they are ignored."""
+        """Counts graded prompts whose hashes are not in `keys`. Raises UserError if there are any, unless ignored."""
         unknown = self.keys[~np.isin(self.keys, keys)]
         if len(unknown) and not ignore_unknown:
             raise UserError(
                 f'{self.uri}: prompt_id "{self._id_of(unknown)}" has outcomes but no activations ({len(unknown):,} '
-                "such prompts): extract its prompt too, or pass --ignore-unknown"
+                "such prompts): extract the missing prompts, or pass --ignore-unknown"
             )
         return len(unknown)
 
     def of_first(self, num_targets: int) -> Outcomes:
-        """Those of the first targets alone."""
+        """Returns the outcomes of the first targets only."""
         first = slice(num_targets)
         return replace(
             self,
@@ -73,34 +73,34 @@ class Outcomes:
         )
 
     def _id_of(self, keys: NDArray[np.uint64]) -> str:
-        """The first prompt_id with one of `keys`, as the hashes themselves don't tell it."""
+        """Searches the table for a prompt_id whose hash is in `keys`."""
         for batch in _graded_batches(self.uri, self.targets):
             found = np.flatnonzero(np.isin(batch.keys, keys))
             if len(found):
                 return str(batch.table[PROMPT_ID][int(found[0])])
-        raise AssertionError("outcomes have changed while they were read")
+        raise AssertionError(f"{self.uri}: changed while it was being read")
 
     def align(self, prompt_ids: Iterable[str]) -> Answers:
-        """The outcomes of `prompt_ids`; all NaN for a prompt that was never graded."""
+        """Returns the outcomes of `prompt_ids`; all NaN for a prompt that was never graded."""
         return self.at(prompt_hashes(prompt_ids))
 
     def at(self, keys: NDArray[np.uint64]) -> Answers:
-        """The outcomes of prompts by their hashes."""
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        missing = self.keys[place] != keys
+        """Returns the outcomes of prompts by their hashes."""
+        index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        missing = self.keys[index] != keys
 
         def take(values: NDArray[np.float32]) -> NDArray[np.float32]:
-            return np.where(missing[:, None], np.float32(np.nan), values[place])
+            return np.where(missing[:, None], np.float32(np.nan), values[index])
 
         return Answers(take(self.correct), take(self.output_tokens))
 
 
 def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
-    """The outcomes of `targets` at `uri`, a Parquet file or a folder of them, which is read twice, in pieces.
+    """Reads the outcomes of `targets` from a Parquet file or a folder of them, in batches and in two passes.
 
-    In feedback (`schema.FEEDBACK`) a pair may stand often, and counts as the mean of its rows; a request counts once.
-    Raises UserError for a missing column, a `correct` outside [0, 1], a pair that stands twice elsewhere, and a target
-    without a single outcome.
+    In feedback (`schema.FEEDBACK`) a pair may occur in many requests, and gets the mean of its rows; a repeated request
+    counts once. Raises UserError for a missing column, a `correct` outside [0, 1], a pair that is repeated in other
+    outcomes, or a target without outcomes.
     """
     keys, others = _graded_keys(uri, targets)
     fill = _mean_of_pairs if is_feedback(uri) else _pairs
@@ -109,12 +109,14 @@ def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
     for target, is_graded in zip(targets, is_graded_T, strict=True):
         if not is_graded:
             names = _some(others | set(np.array(targets)[is_graded_T].tolist()))
-            raise UserError(f'{uri}: target "{target}" of the pool has no outcome; it grades {names}')
+            raise UserError(
+                f'{uri}: target "{target}" of the pool has no outcome: grade its answers, or use only {names}'
+            )
     return Outcomes(uri, list(targets), keys, *answers, len(others))
 
 
 def check_columns(uri: str) -> None:
-    """Raises UserError where outcomes, or columns of theirs, are missing; no row is read."""
+    """Raises UserError if outcomes, or columns of them, are missing. Reads no rows."""
     for file in _files(uri):
         with storage.open_parquet(file) as parquet:
             _check_names(parquet.schema_arrow.names, file)
@@ -127,14 +129,14 @@ def _check_names(names: Sequence[str], uri: str) -> None:
 
 
 def is_feedback(uri: str) -> bool:
-    """Are these outcomes of requests, of which a pair may have many?"""
+    """Returns whether these outcomes are a gateway's feedback, in which a pair may occur in many requests."""
     (first, *_) = _files(uri)
     with storage.open_parquet(first) as file:
         return REQUEST_ID in file.schema_arrow.names
 
 
 def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
-    """Outcomes that stand once."""
+    """Reads outcomes in which each pair occurs once."""
     correct = np.full((len(keys), len(targets)), np.nan, np.float32)
     output_tokens = np.full_like(correct, np.nan)
     num_rows = 0
@@ -148,7 +150,7 @@ def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answer
 
 
 def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
-    """Outcomes that may stand often."""
+    """Reads outcomes in which a pair may occur many times, and takes their mean."""
     sums, counts = (np.zeros((2, len(keys), len(targets)), dtype) for dtype in (np.float32, np.uint32))
     for batch in _graded_batches(uri, targets):
         pairs = np.searchsorted(keys, batch.keys), batch.targets
@@ -161,15 +163,15 @@ def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -
 
 
 def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """`correct` and `output_tokens`; NaN where there is no length."""
+    """Returns `correct` and `output_tokens`, NaN where no length was recorded."""
     _check_values(table, uri)
     return table[CORRECT].to_numpy(), table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
 
 
 def load_feedback(uri: str) -> pa.Table:
-    """The graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity.
+    """Reads the graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity.
 
-    Raises UserError if a file lacks a column that feedback has.
+    Raises UserError if a column of feedback is missing.
     """
     requests: set[int] = set()
     wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID]
@@ -178,21 +180,21 @@ def load_feedback(uri: str) -> pa.Table:
         with storage.damage(file), storage.open_parquet(file) as parquet:
             names = parquet.schema_arrow.names
             if missing := [name for name in wanted if name not in names]:
-                raise UserError(f"{file}: column {missing[0]} is missing: this is no feedback")
+                raise UserError(f"{file}: column {missing[0]} is missing: not a gateway's feedback")
             table = _first_of_requests(parquet.read([*wanted, *({CALL_ID} & set(names))]), requests)
         tables.append(table.filter(pc.is_valid(table[CORRECT])))
     return pa.concat_tables(tables)
 
 
 def target_names(uri: str) -> list[str]:
-    """The targets that the outcomes at `uri` grade, sorted."""
+    """Returns the names of all targets with outcomes at `uri`, sorted."""
     return sorted({name for table in tables(uri) for name in pc.unique(table[TARGET]).to_pylist()})
 
 
 class _Batch(NamedTuple):
     table: pa.Table
-    keys: NDArray[np.uint64]  # of its prompts
-    targets: NDArray[np.int64]  # indices
+    keys: NDArray[np.uint64]  # hash of each row's prompt
+    targets: NDArray[np.int64]  # index of each row's target
 
 
 def _graded_batches(uri: str, targets: Sequence[str]) -> Iterator[_Batch]:
@@ -205,7 +207,7 @@ def _graded_batches(uri: str, targets: Sequence[str]) -> Iterator[_Batch]:
 
 
 def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], set[str]]:
-    """The ascending hashes of the prompts that `targets` were graded on, and the names of all other targets."""
+    """Returns the ascending hashes of the prompts that `targets` were graded on, and the names of other targets."""
     keys, more, num_more = np.empty(0, np.uint64), [np.empty(0, np.uint64)], 0
     names: set[str] = set()
     for table in tables(uri):
@@ -213,7 +215,7 @@ def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], 
         wanted = pc.is_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
         more.append(prompt_hashes(pc.unique(table[PROMPT_ID].filter(wanted)).to_pylist()))
         num_more += len(more[-1])
-        if num_more > len(keys):  # merged when they have doubled, so that all merges cost no more than a few
+        if num_more > len(keys):  # merging only when their number doubles keeps the total cost linear
             keys, more, num_more = np.unique(np.concatenate([keys, *more])), [], 0
     return np.unique(np.concatenate([keys, *more])), names - set(targets)
 
@@ -224,7 +226,7 @@ def _some(names: set[str]) -> str:
 
 
 def tables(uri: str) -> Iterator[pa.Table]:
-    """Graded rows in the form of schema.OUTCOMES, in pieces. Of the rows of one request the first counts."""
+    """Yields graded rows in batches of the schema OUTCOMES. Of repeated rows of a request, only the first counts."""
     requests: set[int] = set()
     for file in _files(uri):
         yield from _pieces(file, requests)
@@ -234,7 +236,7 @@ def _files(uri: str) -> list[str]:
     storage.require(uri, "outcomes")
     files = storage.list_files(uri, [".parquet"])
     if not files:
-        raise UserError(f"{uri}: holds no Parquet file of outcomes")
+        raise UserError(f"{uri}: has no Parquet file of outcomes: pass a .parquet file, or a folder of them")
     return files
 
 
@@ -249,9 +251,9 @@ def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
 
 
 def _first_of_requests(table: pa.Table, requests: set[int]) -> pa.Table:
-    """The rows of requests that are not known yet, by their hashes; those are known from now on.
+    """Keeps the first row of each request that is not in `requests` (hashes), and adds it there.
 
-    Two callers may give their requests one id: where a table tells the calls apart, it is by `call_id`.
+    Requests are identified by `call_id` if the table has it, because two callers may use the same request id.
     """
     ids = table[REQUEST_ID]
     if CALL_ID in table.column_names:
@@ -276,7 +278,7 @@ def _normalised(table: pa.Table, uri: str) -> pa.Table:
     for key in (PROMPT_ID, TARGET):
         if table[key].null_count:
             raise UserError(f"{uri}: {table[key].null_count} rows have no {key}")
-    # An answer that was never graded is a missing outcome.
+    # An ungraded answer is a missing outcome.
     return table.filter(pc.is_valid(table[CORRECT]))
 
 

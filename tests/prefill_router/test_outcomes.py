@@ -14,7 +14,7 @@ from prefill_router.evaluation.off_policy import load_log
 from prefill_router.outcomes import Outcomes, load_outcomes, target_names
 
 NAN = float("nan")
-# Target "other" is in no pool; (q, small) and (r, big) are missing.
+# The target "other" is in no pool; (q, small) and (r, big) are missing.
 COLUMNS: dict[str, Any] = {
     "prompt_id": ["p", "p", "q", "r", "r"],
     "target": ["big", "small", "big", "small", "other"],
@@ -24,7 +24,7 @@ COLUMNS: dict[str, Any] = {
 
 
 def write(path: Path, **changes: Any) -> str:
-    """COLUMNS with changes as Parquet; a column changed to None is left out."""
+    """Writes COLUMNS with changes as Parquet; a column changed to None is left out."""
     columns = {name: values for name, values in {**COLUMNS, **changes}.items() if values is not None}
     pq.write_table(pa.table(columns), path)
     return str(path)
@@ -140,7 +140,7 @@ def test_a_pair_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 
 def test_a_target_without_outcomes_is_an_error(tmp_path: Path) -> None:
     uri = write(tmp_path / "outcomes.parquet")
-    with pytest.raises(UserError, match='target "smal" of the pool has no outcome; it grades big, other, small'):
+    with pytest.raises(UserError, match=r'target "smal" of the pool has no outcome: .* use only big, other, small'):
         load_outcomes(uri, ["big", "smal"])
 
 
@@ -174,7 +174,7 @@ def test_a_row_without_a_key_is_an_error(tmp_path: Path, column: str) -> None:
 def test_missing_outcomes_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such outcomes"):
         load_outcomes(str(tmp_path / "nowhere"), ["big"])
-    with pytest.raises(UserError, match="holds no Parquet file of outcomes"):
+    with pytest.raises(UserError, match="has no Parquet file of outcomes"):
         load_outcomes(str(tmp_path), ["big"])
 
 
@@ -187,7 +187,7 @@ def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_onc
         "request_id": ["a", "b", "c", "d", "d"],
     }
     write(tmp_path / "1.parquet", **rows)
-    write(tmp_path / "2.parquet", **rows)  # what a merge that died has left
+    write(tmp_path / "2.parquet", **rows)  # as an interrupted merge leaves them
     outcomes = load_outcomes(str(tmp_path), ["big", "small"]).align(["p", "q"])
     np.testing.assert_allclose(outcomes.correct, [[0.5, NAN], [NAN, 1.0]])
     np.testing.assert_allclose(outcomes.output_tokens, [[20.0, NAN], [NAN, 5.0]])

@@ -90,5 +90,5 @@ def test_other_outcomes_are_no_log(small_data: Path) -> None:
 
     uri = str(small_data / "outcomes.parquet")
     assert not is_feedback(uri)
-    with pytest.raises(UserError, match="this is no feedback"):
+    with pytest.raises(UserError, match="not a gateway's feedback"):
         load_log(uri, ["big", "small"])
