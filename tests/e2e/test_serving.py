@@ -300,7 +300,7 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"router": "/nowhere"}, "no router lies here"),
+        ({"router": "/nowhere"}, "no router found"),
         ({"host": "0.0.0.0"}, "give --keys"),
         ({"host": "example.org"}, "give --keys"),
         ({"tolerance": 2}, "tolerance"),

@@ -408,7 +408,7 @@ def test_bad_settings_are_refused_and_the_old_ones_stay(api: Api, router: str, t
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     for settings, reason in [
         ({"router": str(tmp_path / "bad")}, "damaged"),
-        ({"router": str(tmp_path / "nowhere")}, "no router lies here"),
+        ({"router": str(tmp_path / "nowhere")}, "no router found"),
         ({"router": router, "safe": {"target": "nobody"}}, "nobody"),
         ({"router": router, "canary": {"router": str(tmp_path / "bad"), "share": 0.5}}, "damaged"),
     ]:

@@ -109,21 +109,21 @@ def test_a_caller_sees_own_figures_and_an_administrator_those_of_all(closed: Api
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_probes_tell_nothing_of_what_serves(closed: Api, tmp_path: Path, path: str) -> None:
-    with pytest.raises(Exception, match="no router lies here"):
+    with pytest.raises(Exception, match="no router found"):
         closed.configure(router=str(tmp_path / "secret"), **CLOSED)
     for options in ({}, by("ann"), by("ops")):
         assert closed.client.get(path, **options).raise_for_status().json() == {"status": "ok"}
 
 
 def test_what_serves_is_told_to_administrators(closed: Api, router: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no router lies here"):
+    with pytest.raises(Exception, match="no router found"):
         closed.configure(router=str(tmp_path / "secret"), **CLOSED)
     assert closed.client.get("/v1/status").status_code == 401
     refused = closed.client.get("/v1/status", **by("ann"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_admin")
     assert "secret" not in refused.text
     told = closed.client.get("/v1/status", **by("ops")).raise_for_status().json()
-    assert "no router lies here" in told["refused"]
+    assert "no router found" in told["refused"]
     assert told["targets"] == ["big", "small"]
 
 

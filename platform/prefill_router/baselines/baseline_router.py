@@ -1,54 +1,53 @@
 """A baseline as a router: with a pool, a sentence encoder and a tolerance, it decides, is written down and is served.
 
-The artifact is `baseline.json`, which names the weights by their hash and is written last, and safetensors.
+Its artifact has the format of `router.artifact_folder`, with the manifest `baseline.json`.
 """
 
 # N prompts, T targets, F features
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import SafetensorError
 
-from prefill_router import storage
 from prefill_router.baselines import BASELINES
 from prefill_router.baselines.base import Baseline
-from prefill_router.common import validation
-from prefill_router.common.errors import UserError, one_line
+from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide
 from prefill_router.policy.pool import Pool
+from prefill_router.router.artifact_folder import ArtifactKind, ArtifactManifest
 
 MANIFEST = "baseline.json"
-_REMEDY = "copy the baseline again, or evaluate again"
 
 
-class BaselineManifest(validation.StrictModel):
-    """baseline.json."""
+class BaselineManifest(ArtifactManifest):
+    """The content of baseline.json."""
 
-    format: Literal[1]
-    version: str
     baseline: str
     settings: dict[str, Any]
     pool: Pool
     sentence_encoder: str = Field(min_length=1)
     fingerprint: str
     default_tolerance: float = Field(ge=0.0, le=1.0)
-    weights: str = Field(pattern=r"^[\w-]+\.safetensors$")
-    weights_sha256: str
+
+
+_KIND = ArtifactKind(
+    name="baseline",
+    manifest_file=MANIFEST,
+    manifest_type=BaselineManifest,
+    if_missing="run evaluate first",
+    if_damaged="copy the baseline again, or evaluate again",
+)
 
 
 @dataclass(frozen=True)
@@ -115,51 +114,33 @@ class BaselineRouter:
 
     @cached_property
     def _manifest_and_weights(self) -> tuple[BaselineManifest, bytes]:
-        tensors = {**self.baseline.tensors(), "output_tokens": self.output_tokens}
-        weights = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
-        digest = hashlib.sha256(weights).hexdigest()
-        content: dict[str, Any] = {
-            "format": 1,
+        content = {
             "baseline": self.name,
             "settings": self.baseline.settings(),
             "pool": self.pool.model_dump(),
             "sentence_encoder": self.sentence_encoder,
             "fingerprint": self.fingerprint,
             "default_tolerance": self.default_tolerance,
-            "weights": f"weights-{digest[:16]}.safetensors",
-            "weights_sha256": digest,
         }
-        version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        return BaselineManifest(version=version, **content), weights
+        return _KIND.pack(content, {**self.baseline.tensors(), "output_tokens": self.output_tokens})
 
     def save(self, uri: str) -> None:
-        """Writes the artifact, its manifest last."""
-        manifest, weights = self._manifest_and_weights
-        storage.write_bytes(storage.join(uri, manifest.weights), weights)
-        storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump())
+        """Writes the artifact. An older baseline at `uri` stays complete until this one is."""
+        _KIND.write(uri, *self._manifest_and_weights)
 
     @classmethod
     def load(cls, uri: str) -> BaselineRouter:
-        """Raises UserError where no baseline lies at `uri`, or it is damaged."""
-        path = storage.join(uri, MANIFEST)
-        storage.require(path, "baseline")
-        manifest = validation.validate(BaselineManifest, storage.read_json(path), path)
-        weights = storage.read_bytes(storage.join(uri, manifest.weights))
-        if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
-            raise UserError(
-                f"{uri}: the checksum of {manifest.weights} is not the one in {MANIFEST}: it is damaged: {_REMEDY}"
-            )
+        """Reads an artifact. Raises UserError if it is missing, damaged or of a newer format."""
+        return _KIND.read(uri, cls._from_tensors)
+
+    @classmethod
+    def _from_tensors(cls, manifest: BaselineManifest, tensors: dict[str, NDArray[Any]]) -> BaselineRouter:
         if manifest.baseline not in BASELINES:
-            raise UserError(f'{path}: baseline "{manifest.baseline}" is unknown: it is one of {", ".join(BASELINES)}')
-        try:
-            tensors = safetensors.numpy.load(weights)
-            output_tokens = tensors.pop("output_tokens")
-            baseline = BASELINES[manifest.baseline].restored(manifest.settings, tensors)
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: does not fit its weights: {one_line(error)}: {_REMEDY}") from None
+            raise ValueError(f'baseline "{manifest.baseline}" is unknown: it is one of {", ".join(BASELINES)}')
+        output_tokens = tensors.pop("output_tokens")
         return cls(
             name=manifest.baseline,
-            baseline=baseline,
+            baseline=BASELINES[manifest.baseline].restored(manifest.settings, tensors),
             pool=manifest.pool,
             output_tokens=output_tokens,
             default_tolerance=manifest.default_tolerance,

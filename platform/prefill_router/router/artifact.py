@@ -1,31 +1,21 @@
-"""The router artifact: encoder identity, projections, trunk, kernel machine, calibration, pool: JSON and safetensors.
-
-A directory with `router.json`, which names the weights by their hash and is written last. Its version is a hash of all
-its content. No pickle anywhere.
-"""
+"""The router: encoder identity, projections, trunk, kernel machine, calibration and pool, saved as one artifact."""
 
 # N prompts, T targets
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import SafetensorError
 
-from prefill_router import storage
-from prefill_router.common import validation
-from prefill_router.common.errors import UserError, one_line
+from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.corpus.split import Split
@@ -41,25 +31,23 @@ from prefill_router.predictor.kernel_ridge import KernelMachine
 from prefill_router.predictor.stacking import stacked
 from prefill_router.predictor.trunk import SharedTrunkNet
 from prefill_router.probe.projection import Projection
+from prefill_router.router.artifact_folder import FORMAT as FORMAT  # re-exported
+from prefill_router.router.artifact_folder import ArtifactKind, ArtifactManifest
 
-FORMAT = 1
 MANIFEST = "router.json"
-_REMEDY = "copy the router again, or train it again"
 
 
 class Estimates(NamedTuple):
-    """What a router's parts say of prompts, each (N, T)."""
+    """Outputs of a router's models for N prompts, each (N, T)."""
 
     p_trunk: NDArray[np.float32]
-    p_kernel: NDArray[np.float32]  # may leave [0, 1]
+    p_kernel: NDArray[np.float32]  # may be outside [0, 1]
     log_lengths: NDArray[np.float32]  # of 1 + output tokens
 
 
-class RouterManifest(validation.StrictModel):
-    """router.json."""
+class RouterManifest(ArtifactManifest):
+    """The content of router.json."""
 
-    format: Literal[1]
-    version: str
     encoder: EncoderIdentity
     pool: Pool
     columns: list[str]
@@ -67,29 +55,36 @@ class RouterManifest(validation.StrictModel):
     default_tolerance: float = Field(ge=0.0, le=1.0)
     split: Split
     training: dict[str, Any]
-    weights: str = Field(pattern=r"^[\w-]+\.safetensors$")
-    weights_sha256: str
+
+
+_KIND = ArtifactKind(
+    name="router",
+    manifest_file=MANIFEST,
+    manifest_type=RouterManifest,
+    if_missing="run train first",
+    if_damaged="copy the router again, or train it again",
+)
 
 
 @dataclass(frozen=True)
 class Router:
-    """Routes prompts. Load one with `Router.load`; the encoder is loaded when the first prompt comes."""
+    """Routes prompts. Load one with `Router.load`; its encoder is loaded with the first prompt."""
 
     encoder_identity: EncoderIdentity
     pool: Pool
     projections: list[Projection]
     trunk: SharedTrunkNet
-    kernel: KernelMachine  # of P(correct), then of log(1 + output tokens)
-    kernel_weight: float  # of its P(correct) beside the trunk's, in [0, 1]
+    kernel: KernelMachine  # outputs P(correct) (T,), then log(1 + output tokens) (T,)
+    kernel_weight: float  # weight of the kernel's P(correct), in [0, 1]; the rest is the trunk's
     length_spread: NDArray[np.float32]  # (T,) standard deviation of log(1 + output tokens)
-    length_scale: NDArray[np.float32]  # (T,) mean lengths as a multiple of the medians, see `length.mean_scale`
+    length_scale: NDArray[np.float32]  # (T,) mean lengths as multiples of medians, see `answer_length.mean_scale`
     default_tolerance: float
-    training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts that training or validation saw
-    # Sorted: the split groups of those prompts, of the kind in `split`.
+    training_prompts: NDArray[np.uint64]  # sorted hashes of the prompts used in training or validation
+    # Sorted hashes of the split groups of those prompts, as `split` defines groups.
     training_units: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    split: Split = field(default_factory=Split)  # whose test part nothing was learnt from
-    training: dict[str, Any] = field(default_factory=dict)  # for people: on what it was trained, and how it went
-    calibration: Calibration = None  # type: ignore[assignment]  # by default, none
+    split: Split = field(default_factory=Split)  # its held-out part was not used in training
+    training: dict[str, Any] = field(default_factory=dict)  # information for users: data and results of training
+    calibration: Calibration = None  # type: ignore[assignment]  # identity by default
 
     def __post_init__(self) -> None:
         if self.calibration is None:
@@ -97,40 +92,40 @@ class Router:
 
     @property
     def columns(self) -> list[ActivationColumn]:
-        """The activation columns that the router reads."""
+        """The activation columns that the router uses."""
         return [projection.column for projection in self.projections]
 
     @cached_property
     def encoder(self) -> PrefillEncoder:
-        """Raises UserError where the encoder that can be loaded is not the one that the router was trained on."""
+        """The router's encoder. Raises UserError if the model at its location is not the one used in training."""
         encoder = PrefillEncoder.load(self.encoder_identity.spec)
         self.check_encoder(encoder.fingerprint, self.encoder_identity.spec.model)
         return encoder
 
     def require_encoder(self) -> None:
-        """Raises UserError where the encoder cannot be loaded; none of its weights is read."""
+        """Raises UserError if the encoder cannot be loaded. Reads none of its weights."""
         prefill_encoder.check(self.encoder_identity.spec)
 
     def check_encoder(self, fingerprint: str, source: str) -> None:
         if fingerprint != self.encoder_identity.fingerprint:
             raise UserError(
-                f"{source}: encoder fingerprint {fingerprint} is not {self.encoder_identity.fingerprint}, on which the "
-                "router was trained: use the same weights, tokenizer and settings, or train again"
+                f"{source}: encoder fingerprint {fingerprint} is not {self.encoder_identity.fingerprint}, which the "
+                "router was trained with: use the same weights, tokenizer and settings, or train again"
             )
 
     def with_pool(self, pool: Pool) -> Router:
-        """The same router for some of its targets, in another order, or at other prices.
+        """Returns this router for a subset of its targets, in any order and at any prices.
 
-        What it says of a target stays as it is. Raises UserError for a target that it does not know.
+        Predictions for a target stay the same. Raises UserError for an unknown target.
         """
         known = {name: t for t, name in enumerate(self.pool.target_names)}
         if unknown := [name for name in pool.target_names if name not in known]:
-            raise UserError(f'target "{unknown[0]}" is not one of the router\'s: {", ".join(known)}')
+            raise UserError(f'target "{unknown[0]}" is unknown to the router: use only {", ".join(known)}')
         own = [known[name] for name in pool.target_names]
         training = dict(self.training)
         if pool.prices != self.pool.prices and "validation" in training:
             kept = {name: value for name, value in training["validation"].items() if name not in ("curve", "singles")}
-            training["validation"] = kept  # what it was worth held at those prices
+            training["validation"] = kept  # curve and singles depend on prices
         return replace(
             self,
             pool=pool,
@@ -146,45 +141,45 @@ class Router:
 
     @cached_property
     def distance(self) -> TrainingDistance | None:
-        """From the training prompts, in features; None where the router keeps none of them."""
+        """Distance from the training prompts; None if the router has too few landmarks."""
         return TrainingDistance.of(self.kernel.landmarks)
 
     def features(self, activations: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Features (N, F) of activations by column name."""
+        """Projects activations, given by column name, to features (N, F)."""
         return np.concatenate([projection(activations[projection.column.name]) for projection in self.projections], 1)
 
     @torch.inference_mode()
     def estimates(self, features: NDArray[np.float32]) -> Estimates:
-        """What trunk (the mean of its seeds) and kernel machine say of features (N, F)."""
+        """Evaluates the trunk (mean over seeds) and the kernel machine on features (N, F)."""
         p_trunk = torch.sigmoid(self.trunk(torch.from_numpy(features))).mean(0).numpy()
         return Estimates(p_trunk, *np.split(self.kernel(features), 2, axis=1))
 
     def uncalibrated(self, estimates: Estimates) -> NDArray[np.float32]:
-        """P(correct) (N, T) of trunk and kernel machine together."""
+        """Combines trunk and kernel machine to P(correct) (N, T), before calibration."""
         return stacked(estimates.p_trunk, estimates.p_kernel, self.kernel_weight)
 
     def prediction(self, estimates: Estimates) -> Prediction:
-        """What the router says, given what its parts do."""
+        """Returns the router's prediction from its models' outputs."""
         return Prediction(
             self.calibration(self.uncalibrated(estimates)), mean_tokens(estimates.log_lengths, self.length_scale)
         )
 
     def predict_features(self, features: NDArray[np.float32]) -> Prediction:
-        """The prediction for features (N, F)."""
+        """Predicts from features (N, F)."""
         return self.prediction(self.estimates(features))
 
     def predict_length(self, prompts: Sequence[Prompt], q: float) -> NDArray[np.float32]:
-        """The output tokens (N, T) that an answer exceeds with probability 1 - q."""
+        """Returns the output tokens (N, T) that an answer exceeds with probability 1 - q."""
         encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
         logs = self.estimates(self.features(encoded)).log_lengths
         return quantile_tokens(logs, self.length_spread, q)
 
     def predict_activations(self, activations: Mapping[str, NDArray[Any]]) -> Prediction:
-        """The prediction for prompts whose activations are at hand, by column name."""
+        """Predicts from stored activations, given by column name."""
         return self.predict_features(self.features(activations))
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
-        """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
+        """Predicts P(correct) and expected output tokens, each (N, T) float32, with targets in the pool's order."""
         encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
         return self.predict_activations(encoded)
 
@@ -197,37 +192,30 @@ class Router:
         max_cost: float | None = None,
         min_p: float | None = None,
     ) -> Decision:
-        """The decision for one prompt, under the policy of the keywords (see `Policy`)."""
+        """Decides one prompt; the keywords are those of `Policy`."""
         policy = Policy(tolerance, allowed, max_cost, min_p)
         return self.decide(self.encoder.tokenize([prompt]), [policy])[0]
 
     def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
-        """The decision for each tokenised prompt, under its own policy.
-
-        Costs count all tokens of a prompt, those too that the encoder cut. Raises UserError for a policy that
-        `check_policy` refuses.
-        """
+        """Decides each tokenised prompt under its own policy, as `policy.decision.decide` does."""
         encoded, _ = self.encoder.forward(tokens, self.columns)
         prediction = self.predict_activations(encoded)
         return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
     def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
-        """The targets that a policy allows, as a mask (T,). Raises UserError for one that is not in the pool."""
+        """Returns the allowed targets as a mask (T,). Raises UserError for a target that is not in the pool."""
         return policy.mask(self.pool)
 
     # --- the artifact --------------------------------------------------------------------------------------------
 
     @cached_property
     def version(self) -> str:
-        """A hash of all that is in the artifact."""
+        """A hash of the whole artifact."""
         return self._manifest_and_weights[0].version
 
     @cached_property
     def _manifest_and_weights(self) -> tuple[RouterManifest, bytes]:
-        weights = safetensors.numpy.save(self._tensors())
-        digest = hashlib.sha256(weights).hexdigest()
-        content: dict[str, Any] = {
-            "format": FORMAT,
+        content = {
             "encoder": self.encoder_identity.model_dump(),
             "pool": self.pool.model_dump(),
             "columns": [column.name for column in self.columns],
@@ -235,46 +223,17 @@ class Router:
             "default_tolerance": self.default_tolerance,
             "split": self.split.model_dump(),
             "training": self.training,
-            "weights": f"weights-{digest[:16]}.safetensors",
-            "weights_sha256": digest,
         }
-        version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        return RouterManifest(version=version, **content), weights
+        return _KIND.pack(content, self._tensors())
 
     def save(self, uri: str) -> None:
-        """Writes the artifact; a router that lay there stays whole until this one is."""
-        manifest, weights = self._manifest_and_weights
-        storage.write_bytes(storage.join(uri, manifest.weights), weights)
-        storage.write_json(storage.join(uri, MANIFEST), manifest.model_dump())
-        for path in storage.list_files(uri, [".safetensors"]):
-            if storage.name(path) != manifest.weights:
-                storage.remove(path)
+        """Writes the artifact. An older router at `uri` stays complete until this one is."""
+        _KIND.write(uri, *self._manifest_and_weights)
 
     @classmethod
     def load(cls, uri: str) -> Router:
-        """Raises UserError where there is no router, or it is damaged, or of a newer format."""
-        path = storage.join(uri, MANIFEST)
-        if not storage.exists(path):
-            raise UserError(f"{uri}: no router lies here ({MANIFEST} is missing): run train first")
-        data = storage.read_json(path)
-        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-            raise UserError(f"{path}: format {data['format']} is newer than this release reads ({FORMAT}): upgrade")
-        manifest = validation.validate(RouterManifest, data, path)
-        weights_uri = storage.join(uri, manifest.weights)
-        storage.require(weights_uri, "weights file, though router.json names it")
-        weights = storage.read_bytes(weights_uri)
-        if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
-            raise UserError(f"{weights_uri}: its checksum is not the one in {MANIFEST}: the file is damaged: {_REMEDY}")
-        try:
-            router = cls._from_tensors(manifest, safetensors.numpy.load(weights))
-            router._check_tensors()
-        except (IndexError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{weights_uri}: does not fit {MANIFEST}: {one_line(error)}: {_REMEDY}") from None
-        if router.version != manifest.version:
-            raise UserError(
-                f"{path}: version {manifest.version} does not match its content: the file was changed: {_REMEDY}"
-            )
-        return router
+        """Reads an artifact. Raises UserError if it is missing, damaged or of a newer format."""
+        return _KIND.read(uri, cls._from_tensors)
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {
@@ -290,7 +249,7 @@ class Router:
         return tensors | {"length_spread": self.length_spread, "length_scale": self.length_scale}
 
     def _check_tensors(self) -> None:
-        """Raises ValueError for a tensor that does not fit the encoder, the pool or the others, or is not finite."""
+        """Raises ValueError for a tensor that is not finite, or whose shape contradicts the encoder, pool or others."""
         hidden_size, num_targets = self.encoder_identity.hidden_size, len(self.pool.targets)
         num_features = sum(projection.num_features for projection in self.projections)
         tensors = self._tensors()
@@ -329,7 +288,7 @@ class Router:
             )
             for name in manifest.columns
         ]
-        return cls(
+        router = cls(
             encoder_identity=manifest.encoder,
             pool=manifest.pool,
             projections=projections,
@@ -345,6 +304,8 @@ class Router:
             training=manifest.training,
             calibration=Calibration.from_tensors(_part(tensors, "calibration")),
         )
+        router._check_tensors()
+        return router
 
 
 def _part(tensors: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

@@ -197,7 +197,7 @@ def test_inspect_says_what_a_router_is(command: Command, router: str) -> None:
 def test_inspect_without_a_router(command: Command, tmp_path: Path) -> None:
     result = command("inspect", str(tmp_path))
     assert (result.status, result.out) == (1, "")
-    assert "no router lies here" in result.err
+    assert "no router found" in result.err
     with pytest.raises(SystemExit) as usage:
         main(["inspect"])
     assert usage.value.code == 2

@@ -239,10 +239,18 @@ def test_damaged_weights_and_another_encoder_are_refused(
     served.save(str(tmp_path))
     (weights,) = tmp_path.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="it is damaged"):
+    with pytest.raises(UserError, match=r"damaged: its checksum is not the one in baseline\.json"):
         BaselineRouter.load(str(tmp_path))
     with pytest.raises(UserError, match="is not the sentence encoder"):
         _ = replace(served, fingerprint="another").encoder
+
+
+def test_a_baseline_that_was_edited_is_refused(served: BaselineRouter, tmp_path: Path) -> None:
+    served.save(str(tmp_path))
+    manifest = tmp_path / "baseline.json"
+    manifest.write_text(manifest.read_text().replace('"default_tolerance": 0.02', '"default_tolerance": 0.5'))
+    with pytest.raises(UserError, match="does not match the content, so the file was changed"):
+        BaselineRouter.load(str(tmp_path))
 
 
 def test_a_baseline_of_an_unknown_kind_is_refused(served: BaselineRouter, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_a_serve_that_is_refused_leaves_no_folder_and_no_variable(
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = dict(os.environ)
-    with pytest.raises(UserError, match="no router lies here"):
+    with pytest.raises(UserError, match="no router found"):
         command.serve(lambda: ServeConfig(router="/nowhere"))
     assert list(folders.iterdir()) == []
     assert dict(os.environ) == before

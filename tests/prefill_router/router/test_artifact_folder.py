@@ -1,0 +1,257 @@
+"""Artifacts on disk: what is written, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from prefill_router import storage
+from prefill_router.common.errors import UserError
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.policy.pool import Pool, Target
+from prefill_router.router.artifact import MANIFEST, Router
+from tiny import random_prompts
+
+PROMPTS = random_prompts(20, seed=9)
+
+
+def save(router: Router, folder: Path) -> Path:
+    router.save(str(folder))
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def weights_file(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def with_prices(router: Router, input_price: float) -> Router:
+    targets = (Target(name="big", input_price=input_price, output_price=8.0), router.pool.targets[1])
+    return replace(router, pool=Pool(name=router.pool.name, targets=targets))
+
+
+def test_a_saved_router_predicts_the_same(tiny_router: Router, root: str) -> None:
+    tiny_router.save(root)
+    loaded = Router.load(root)
+    for a, b in zip(loaded.predict(PROMPTS), tiny_router.predict(PROMPTS), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert loaded.version == tiny_router.version
+    assert loaded.route(PROMPTS[0]) == tiny_router.route(PROMPTS[0])
+    assert (loaded.pool, loaded.default_tolerance, loaded.training, loaded.columns) == (
+        tiny_router.pool,
+        tiny_router.default_tolerance,
+        tiny_router.training,
+        tiny_router.columns,
+    )
+    np.testing.assert_array_equal(loaded.training_prompts, tiny_router.training_prompts)
+
+
+def test_the_artifact_is_json_and_safetensors_alone(tiny_router: Router, tmp_path: Path) -> None:
+    save(tiny_router, tmp_path)
+    weights = weights_file(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MANIFEST, weights.name])
+    header = weights.read_bytes()
+    assert isinstance(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")]), dict)
+    assert json.loads((tmp_path / MANIFEST).read_text())["version"] == tiny_router.version
+
+
+def test_saving_again_writes_the_same_bytes(tiny_router: Router, tmp_path: Path) -> None:
+    first, again = save(tiny_router, tmp_path / "a"), save(Router.load(str(tmp_path / "a")), tmp_path / "b")
+    assert [p.read_bytes() for p in sorted(first.iterdir())] == [p.read_bytes() for p in sorted(again.iterdir())]
+
+
+def test_another_router_replaces_the_one_that_lay_there(tiny_router: Router, root: str) -> None:
+    tiny_router.save(root)
+    other = replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0]))
+    other.save(root)
+    assert Router.load(root).version == other.version
+    assert len(storage.list_files(root, [".safetensors"])) == 1
+
+
+def test_the_old_router_stays_whole_until_the_new_one_is(
+    tiny_router: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tiny_router, tmp_path)
+
+    def fail(_uri: str, _value: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(storage, "write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0])), tmp_path)
+    assert Router.load(str(tmp_path)).version == tiny_router.version
+
+
+def test_the_version_follows_the_content(tiny_router: Router) -> None:
+    others = [
+        with_prices(tiny_router, 2.5),
+        replace(tiny_router, default_tolerance=0.1),
+        replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0])),
+        replace(tiny_router, training_prompts=np.array([3], np.uint64)),
+        replace(tiny_router, encoder_identity=tiny_router.encoder_identity.model_copy(update={"fingerprint": "x"})),
+    ]
+    assert len({tiny_router.version, *(other.version for other in others)}) == 6
+    assert with_prices(tiny_router, 2.0).version == tiny_router.version
+
+
+def test_loading_a_router_does_not_load_its_encoder(
+    tiny_router: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_encoder: PrefillEncoder
+) -> None:
+    save(tiny_router, tmp_path)
+
+    def fail(*_args: object, **_options: object) -> PrefillEncoder:
+        raise AssertionError("the encoder was loaded")
+
+    activations = tiny_encoder.encode(PROMPTS, [2, 3])
+    monkeypatch.setattr(PrefillEncoder, "load", fail)
+    assert Router.load(str(tmp_path)).predict_activations(activations).p_correct.shape == (len(PROMPTS), 2)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_router_is_an_error(root: str) -> None:
+    with pytest.raises(UserError, match=r"no router found \(router\.json is missing\): run train first"):
+        Router.load(root)
+
+
+def test_a_router_of_a_newer_format_is_an_error(tiny_router: Router, tmp_path: Path) -> None:
+    edit(save(tiny_router, tmp_path), lambda content: content.update(format=2, novelty=True))
+    with pytest.raises(UserError, match=r"router\.json: format 2 is newer than this release reads \(1\): upgrade"):
+        Router.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["pool"]["targets"][0].update(input_price=0.001),
+            "does not match the content, so the file was changed",
+        ),
+        (lambda c: c.update(default_tolerance=0.5), "does not match the content, so the file was changed"),
+        (lambda c: c["encoder"].update(fingerprint="x"), "does not match the content, so the file was changed"),
+        (lambda c: c.update(version="x"), "version x does not match the content"),
+        (lambda c: c.update(weights_sha256="x"), r"damaged: its checksum is not the one in router\.json"),
+        (lambda c: c.update(weights="weights-0.safetensors"), "no such weights file, though router.json names it"),
+        (lambda c: c["columns"].append("last_004"), r"does not match router\.json"),
+        (lambda c: c["columns"].reverse(), "does not match the content|does not match router"),
+        (lambda c: c.pop("pool"), "pool is missing"),
+        (lambda c: c.update(tolerance=1), 'unknown key "tolerance"'),
+    ],
+)
+def test_an_edited_router_is_refused(
+    tiny_router: Router, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit(save(tiny_router, tmp_path), change)
+    with pytest.raises(UserError, match=message):
+        Router.load(str(tmp_path))
+
+
+def rewritten(router: Router, folder: Path, weights: bytes) -> Path:
+    """Saves the artifact with other weights and their correct checksum, as a deliberate change would."""
+    path = weights_file(save(router, folder))
+    path.write_bytes(weights)
+    edit(folder, lambda content: content.update(weights_sha256=hashlib.sha256(weights).hexdigest()))
+    return folder
+
+
+def changed_tensor(router: Router, name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> bytes:
+    tensors = router._tensors()
+    return safetensors.numpy.save({**tensors, name: np.ascontiguousarray(change(tensors[name]))})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("projection.last_002.mean", "has shape"),
+        ("projection.last_002.std", "has shape"),
+        ("projection.last_002.components", "has shape"),
+        ("trunk.weights.0", "size mismatch|has shape"),
+        ("trunk.weights.1", "size mismatch|has shape"),
+        ("kernel.landmarks", "has shape"),
+        ("kernel.coefficients", "has shape"),
+        ("kernel.mean", r"kernel\.mean has shape \(3,\), must be \(4,\)"),
+        ("length_scale", r"length_scale has shape \(1,\), must be \(2,\)"),
+        ("length_spread", r"length_spread has shape \(1,\), must be \(2,\)"),
+        ("calibration.kinds", r"must be \(T,\), \(T, Q\), \(T, Q\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused(tiny_router: Router, tmp_path: Path, name: str, message: str) -> None:
+    folder = rewritten(tiny_router, tmp_path, changed_tensor(tiny_router, name, lambda values: values[:-1]))
+    with pytest.raises(UserError, match=rf"(?s)does not match router\.json: .*({message})"):
+        Router.load(str(folder))
+
+
+def test_parts_that_are_whole_but_of_another_pool_are_refused(tiny_router: Router, tmp_path: Path) -> None:
+    trunk, kernel = tiny_router.trunk.of_outputs([0]), tiny_router.kernel.of_outputs([0, 2])
+    for i, other in enumerate([replace(tiny_router, trunk=trunk), replace(tiny_router, kernel=kernel)]):
+        with pytest.raises(UserError, match=r"does not match router\.json: .* has shape"):
+            Router.load(str(save(other, tmp_path / str(i))))
+
+
+@pytest.mark.parametrize("name", ["trunk.weights.0", "kernel.coefficients", "projection.mean_003.std"])
+def test_a_tensor_that_is_not_finite_is_refused(tiny_router: Router, tmp_path: Path, name: str) -> None:
+    weights = changed_tensor(tiny_router, name, lambda values: np.full_like(values, np.nan))
+    with pytest.raises(UserError, match=f"{name} is not finite"):
+        Router.load(str(rewritten(tiny_router, tmp_path, weights)))
+
+
+def test_a_pickle_is_never_read(tiny_router: Router, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    with pytest.raises(UserError, match=r"does not match router\.json"):
+        Router.load(str(rewritten(tiny_router, tmp_path / "a", pickle.dumps(Bomb()))))
+    edit(save(tiny_router, tmp_path / "b"), lambda content: content.update(weights="../weights.pkl"))
+    with pytest.raises(UserError, match=r"weights = '\.\./weights\.pkl'"):
+        Router.load(str(tmp_path / "b"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_that_end_early_are_refused(tiny_router: Router, tmp_path: Path) -> None:
+    whole = weights_file(save(tiny_router, tmp_path / "whole")).read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(UserError, match=r"does not match router\.json"):
+            Router.load(str(rewritten(tiny_router, tmp_path / str(size), whole[:size])))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_manifest_that_is_none_is_an_error(tiny_router: Router, tmp_path: Path, text: str) -> None:
+    (save(tiny_router, tmp_path) / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"router\.json: "):
+        Router.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_damaged_weights_are_refused(tiny_router: Router, tmp_path: Path, position: int) -> None:
+    path = weights_file(save(tiny_router, tmp_path))
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"\.safetensors: damaged: its checksum is not the one in router\.json"):
+        Router.load(str(tmp_path))
+
+
+def test_weights_that_are_gone_are_an_error(tiny_router: Router, tmp_path: Path) -> None:
+    weights_file(save(tiny_router, tmp_path)).unlink()
+    with pytest.raises(UserError, match=r"no such weights file, though router\.json names it"):
+        Router.load(str(tmp_path))
