@@ -163,6 +163,8 @@ def fit_isotonic(x: Array, y: Array) -> Knots:
     Each pooled block has a knot at its mean. Lines between knots replace the usual steps, whose plateaus would tie
     prompts that the trunk distinguishes. Beyond the outer blocks, the map has the slope of Platt scaling.
     """
+    from sklearn.isotonic import isotonic_regression  # here, so that workers do not import scikit-learn
+
     num_bins = max(1, min(_MAX_BINS, len(x) // _MIN_BIN_OUTCOMES))
     edges = np.unique(np.quantile(x, np.linspace(0.0, 1.0, num_bins + 1)[1:-1]))
     bins = np.searchsorted(edges, x, side="right")
@@ -170,7 +172,7 @@ def fit_isotonic(x: Array, y: Array) -> Knots:
     filled = counts > 0
     counts = counts[filled]
     shares = (np.bincount(bins, y)[filled] + 0.5) / (counts + 1.0)
-    levels, block = np.unique(pool_adjacent_violators(shares, counts), return_inverse=True)
+    levels, block = np.unique(isotonic_regression(shares, sample_weight=counts), return_inverse=True)
     centres = np.bincount(block, np.bincount(bins, x)[filled]) / np.bincount(block, counts)
     tilt = _MIN_SLOPE * centres
     logits = np.maximum.accumulate(_logit(levels) - tilt) + tilt
@@ -187,19 +189,6 @@ _FITS: dict[Kind, Callable[[Array, Array], Knots]] = {
     "platt": fit_platt,
     "isotonic": fit_isotonic,
 }
-
-
-def pool_adjacent_violators(values: Array, weights: Array) -> Array:
-    """Returns the non-decreasing sequence nearest to `values` (B,) in weighted least squares (Ayer et al., 1955)."""
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, number of values
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        count = 1
-        while blocks and blocks[-1][0] >= value:
-            mean, before, many = blocks.pop()
-            value = (mean * before + value * weight) / (before + weight)
-            weight, count = before + weight, many + count
-        blocks.append((value, weight, count))
-    return np.repeat([mean for mean, _, _ in blocks], [count for _, _, count in blocks])
 
 
 def _smoothed(y: Array) -> Array:

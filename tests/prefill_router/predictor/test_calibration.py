@@ -25,7 +25,6 @@ from prefill_router.predictor.calibration import (
     fit_isotonic,
     fit_platt,
     fit_temperature,
-    pool_adjacent_violators,
 )
 
 Array = NDArray[np.float64]
@@ -60,13 +59,6 @@ def logits(p: Array) -> Array:
 
 
 # --- the kinds, against scikit-learn -----------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(1, 4)), min_size=1, max_size=40))
-def test_pool_adjacent_violators_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
-    values, weights = np.array(pairs, np.float64).T
-    expected = IsotonicRegression().fit_transform(np.arange(len(values)), values, sample_weight=weights)
-    np.testing.assert_allclose(pool_adjacent_violators(values, weights), expected, atol=1e-9)
 
 
 def test_platt_is_scikit_learns_sigmoid_calibration() -> None:
