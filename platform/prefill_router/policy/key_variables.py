@@ -13,44 +13,20 @@ from urllib.parse import urlsplit
 from prefill_router.common.addresses import is_loopback
 
 _KEY_NAME = re.compile(r"(\w+_)?(API)?(KEY|TOKEN)(_\w+)?", re.ASCII | re.IGNORECASE)
-# Prefixes of variables of clouds, Ray, CI, deployment and storage tools, which no model API accepts as a key.
-_RESERVED_PREFIXES = [
-    "ACTIONS_",
-    "AWS_",
-    "AZURE_STORAGE_",
-    "BUILDKITE_",
-    "CARGO_",
-    "CI_",
-    "CIRCLE_",
-    "DOCKER_",
-    "GCP_",
-    "GH_",
-    "GITHUB_",
-    "GITLAB_",
-    "GPG_",
-    "JENKINS_",
-    "K8S_",
-    "KUBE_",
-    "KUBERNETES_",
-    "MINIO_",
-    "NPM_",
-    "PIP_",
-    "PYPI_",
-    "R2_",
-    "RAY_",
-    "S3_",
-    "SSH_",
-    "TWINE_",
-    "UV_",
-    "VAULT_",
-]
+# Variables of clouds, Ray, CI, deployment and storage tools, which no model API accepts as a key.
+_RESERVED = re.compile(
+    "(ACTIONS|AWS|AZURE_STORAGE|BUILDKITE|CARGO|CI|CIRCLE|DOCKER|GCP|GH|GITHUB|GITLAB|GPG|JENKINS|K8S|KUBE|KUBERNETES"
+    "|MINIO|NPM|PIP|PYPI|R2|RAY|S3|SSH|TWINE|UV|VAULT)_",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is a plausible name for a model provider's key."""
-    reserved = next((prefix for prefix in _RESERVED_PREFIXES if name.upper().startswith(prefix)), None)
-    if reserved is not None:
-        raise ValueError(f"must not be one of the {reserved}* variables: copy the upstream's key to another name")
+    if reserved := _RESERVED.match(name):
+        raise ValueError(
+            f"must not be one of the {reserved[0].upper()}* variables: copy the upstream's key to another name"
+        )
     if not _KEY_NAME.fullmatch(name):
         raise ValueError("must have KEY or TOKEN as a word in its name, such as EXAMPLE_API_KEY: rename the variable")
 

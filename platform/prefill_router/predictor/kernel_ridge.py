@@ -68,10 +68,9 @@ class KernelMachine:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Returns the arrays that an artifact stores."""
-        scale = np.array([self.lengthscale], np.float32)
         return {
             "landmarks": self.landmarks,
-            "lengthscale": scale,
+            "lengthscale": np.array([self.lengthscale], np.float32),
             "coefficients": self.coefficients,
             "mean": self.mean,
         }

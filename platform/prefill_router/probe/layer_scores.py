@@ -186,20 +186,17 @@ def choose(probes: Iterable[LayerProbe]) -> dict[str, LayerProbe]:
 
     Raises UserError for a target whose graded answers are all correct or all wrong.
     """
+    ordered = sorted(probes, key=lambda p: (p.column.layer, p.column.pooling))
     best: dict[str, LayerProbe] = {}
-    targets = []
-    for probe in sorted(probes, key=lambda p: (p.column.layer, p.column.pooling)):
-        targets.append(probe.target)
-        so_far = best.get(probe.target)
-        if np.isfinite(probe.fisher_j_corrected) and (
-            so_far is None or probe.fisher_j_corrected > so_far.fisher_j_corrected
-        ):
+    for probe in ordered:
+        j = probe.fisher_j_corrected
+        if np.isfinite(j) and (probe.target not in best or j > best[probe.target].fisher_j_corrected):
             best[probe.target] = probe
-    for target in targets:
-        if target not in best:
+    for probe in ordered:
+        if probe.target not in best:
             raise UserError(
-                f'target "{target}": its graded answers are all correct or all wrong, so no layer can separate them: '
-                "grade more prompts, or take the target out of the pool"
+                f'target "{probe.target}": its graded answers are all correct or all wrong, so no layer can separate '
+                "them: grade more prompts, or take the target out of the pool"
             )
     return best
 

@@ -66,12 +66,12 @@ def retry_after_s(value: str | None, now: datetime | None = None) -> float | Non
 
     Accepts seconds, with the fractions that some upstreams send, and HTTP dates (RFC 9110, 10.2.3).
     """
-    said = (value or "").strip()
-    if _SECONDS.fullmatch(said):
-        seconds = float(said)
+    text = (value or "").strip()
+    if _SECONDS.fullmatch(text):
+        seconds = float(text)
     else:
         try:
-            then = parsedate_to_datetime(said)
+            then = parsedate_to_datetime(text)
             then = then if then.tzinfo else then.replace(tzinfo=UTC)
             seconds = (then - (now or datetime.now(UTC))).total_seconds()
         except (ValueError, OverflowError):

@@ -73,7 +73,9 @@ def test_means_sum_to_the_known_lengths() -> None:
     logs = np.broadcast_to(np.array([4.0, 5.0, 6.0], np.float32), tokens.shape)
     scale = mean_scale(tokens, logs)
     np.testing.assert_allclose(mean_tokens(logs, scale)[0], np.nanmean(tokens, 0), rtol=1e-4)
-    np.testing.assert_allclose(scale, np.exp(np.array([0.3, 0.6, 1.0]) ** 2 / 2), rtol=0.1)  # of a normal logarithm
+    np.testing.assert_allclose(
+        scale, np.exp(np.array([0.3, 0.6, 1.0]) ** 2 / 2), rtol=0.1
+    )  # mean over median of a log-normal
     np.testing.assert_array_equal(mean_scale(np.full((3, 1), NAN, np.float32), np.zeros((3, 1), np.float32)), [1.0])
 
 
