@@ -163,9 +163,11 @@ def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -
 
 
 def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns `correct` and `output_tokens`, NaN where no length was recorded."""
-    _check_values(table, uri)
-    return table[CORRECT].to_numpy(), table[OUTPUT_TOKENS].cast(pa.float32()).to_numpy()
+    """Returns `correct` and `output_tokens`, NaN where no length was recorded. Raises UserError for invalid values."""
+    correct, lengths = table[CORRECT].to_numpy(), table[OUTPUT_TOKENS]
+    _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
+    _check_all(lengths.fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
+    return correct, lengths.cast(pa.float32()).to_numpy()
 
 
 def load_feedback(uri: str) -> pa.Table:
@@ -280,12 +282,6 @@ def _normalised(table: pa.Table, uri: str) -> pa.Table:
             raise UserError(f"{uri}: {table[key].null_count} rows have no {key}")
     # An ungraded answer is a missing outcome.
     return table.filter(pc.is_valid(table[CORRECT]))
-
-
-def _check_values(table: pa.Table, uri: str) -> None:
-    correct = np.asarray(table[CORRECT])
-    _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
-    _check_all(table[OUTPUT_TOKENS].fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
 
 
 def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: str, uri: str) -> None:

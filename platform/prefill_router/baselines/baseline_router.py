@@ -96,9 +96,6 @@ class BaselineRouter:
         prediction = self.predict_tokens(tokens)
         return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
-    def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
-        return policy.mask(self.pool)
-
     def predict_tokens(self, tokens: Tokens) -> Prediction:
         """The prediction for prompts that `encoder` has tokenised."""
         reads = type(self.baseline).reads

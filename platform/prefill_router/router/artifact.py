@@ -202,10 +202,6 @@ class Router:
         prediction = self.predict_activations(encoded)
         return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
-    def check_policy(self, policy: Policy) -> NDArray[np.bool_]:
-        """Returns the allowed targets as a mask (T,). Raises UserError for a target that is not in the pool."""
-        return policy.mask(self.pool)
-
     # --- the artifact --------------------------------------------------------------------------------------------
 
     @cached_property

@@ -217,7 +217,7 @@ def test_a_served_baseline_decides_as_the_policy_does(served: BaselineRouter) ->
     np.testing.assert_allclose([list(d.p_correct.values()) for d in decided], p, atol=1e-6)
     assert served.route(prompts[0], Policy(allowed=["c"])).target == "c"
     with pytest.raises(UserError, match='"nobody" is not in the pool'):
-        served.check_policy(Policy(allowed=["nobody"]))
+        served.route(prompts[0], Policy(allowed=["nobody"]))
 
 
 def test_a_baseline_is_read_as_it_was_written(served: BaselineRouter, root: str) -> None:
