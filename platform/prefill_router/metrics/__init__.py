@@ -1,9 +1,9 @@
-"""How good a router is, and how sure one can be of it. Definitions are METHOD's, "Metrics", unless a docstring names
-another source.
+"""Router metrics and their confidence intervals; start with `score_routing`, or `Scorer` for a bootstrap.
 
-Routing metrics count the prompts on which every target has an outcome; metrics of one target count the prompts on which
-that target has one. A missing outcome is never a wrong answer. Leaving out prompts is unbiased where what is missing
-does not depend on what came of it; where it depends on how hard a prompt is, `completeness_weights` mends it.
+Definitions are in platform/METHOD.md, "Metrics", unless a docstring names another source. Routing metrics use the
+complete prompts: those on which every target has an outcome. Metrics of one target use the prompts on which that target
+has an outcome. A missing outcome is never counted as a wrong answer. If missing outcomes depend on how hard a prompt
+is, `completeness_weights` corrects the resulting bias.
 """
 
 from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval

@@ -1,7 +1,7 @@
-"""How sure a figure is: the bootstrap over prompts, one set of draws for everything that is compared.
+"""Confidence intervals from a bootstrap over prompts.
 
-A draw is a weight for each prompt: how often it was drawn. All routers are scored on the same draws, so that the
-differences between two of them are paired. Prompts that are near-duplicates of each other are drawn together.
+A draw assigns each prompt a weight: the number of times it was drawn. All routers are scored on the same draws, so
+their differences are paired. Near-duplicate prompts form a cluster and are drawn together.
 """
 
 # N prompts, B draws
@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure and its confidence interval; NaN where it has no value."""
+    """A value and its confidence interval; NaN if undefined."""
 
     value: float
     low: float
@@ -27,10 +27,10 @@ class Interval(NamedTuple):
 def bootstrap_weights(
     num_prompts: int, num_draws: int, seed: int = 0, clusters: ArrayLike | None = None
 ) -> NDArray[np.uint16]:
-    """How often each prompt was drawn, (B, N): each draw takes as many clusters as there are, with replacement.
+    """The number of times (B, N) that each draw takes each prompt.
 
-    `clusters` (N,) names the cluster of each prompt; by default each is its own. Source: Efron (1979); Davison and
-    Hinkley (1997), 3.8, for clusters.
+    A draw samples as many clusters as there are, with replacement. `clusters` (N,) holds the cluster of each prompt; by
+    default each prompt is its own cluster. Source: Efron (1979); Davison and Hinkley (1997), 3.8, for clusters.
     """
     rng = np.random.default_rng(seed)
     names = np.arange(num_prompts) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
@@ -43,15 +43,14 @@ def bootstrap_weights(
 
 
 def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:
-    """The interval of a figure with values `drawn` (B,) in the bootstrap: their percentiles (Efron, 1979).
+    """The percentile interval (Efron, 1979) of a statistic with bootstrap values `drawn` (B,); ignores NaN draws.
 
-    Draws in which the figure has no value are left out. For an expected calibration error it would be wrong: noise in
-    its bins always adds to it, in a draw once more.
+    Not valid for the expected calibration error: noise in its bins always increases it, and resampling adds noise.
     """
     draws = np.asarray(drawn, np.float64)
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(value) or not len(draws):
         return Interval(float(value), float("nan"), float("nan"))
-    # Of B draws, the k-th is taken for the quantile k / (B + 1): the usual (k - 1) / (B - 1) is a little too narrow.
+    # "weibull" takes the k-th of B draws as the quantile k / (B + 1); the default (k - 1) / (B - 1) is too narrow.
     low, high = np.quantile(draws, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], method="weibull")
     return Interval(float(value), float(low), float(high))

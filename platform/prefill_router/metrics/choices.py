@@ -1,4 +1,4 @@
-"""What a router's choices come to: whom they go to, where they go wrong, and whether it knows."""
+"""Metrics of a router's choices: target shares, agreement zones and the risk-coverage curve."""
 
 # N prompts, T targets, B weightings
 
@@ -16,54 +16,56 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Zones:
-    """Where the choice matters. Fractions of the prompts on which every target has an outcome."""
+    """Fractions of the complete prompts, by whether the targets agree."""
 
     all_right: float
-    disagree: float  # some are right and some wrong: the only prompts on which a router can do well or badly
+    disagree: float  # targets differ: only on these prompts does the choice matter
     all_wrong: float
-    wrong_choices: float  # of those that disagree: what the choice fell short of the best target there
+    wrong_choices: float  # mean shortfall from the best target on the prompts where targets disagree
 
 
 def routing_shares(choice: ArrayLike, num_targets: int) -> Array:
-    """The fraction of prompts (T,) that each target gets, of choices (N,) as `policy.choose` gives them."""
+    """The fraction of prompts (T,) routed to each target, from choices (N,) as returned by `policy.choose`."""
     chosen = np.asarray(choice, np.int64)
     return ratio(np.bincount(chosen[chosen >= 0], minlength=num_targets), float(len(chosen)))
 
 
 def agreement_zones(correct: ArrayLike, choice: ArrayLike) -> Zones:
-    """Zones of outcomes (N, T) and choices (N,), -1 for no target. Prompts on which an outcome is missing do not count.
+    """The zones of outcomes (N, T) and choices (N,), where -1 means no target. Incomplete prompts are left out.
 
-    A choice is wrong where another target would have been right; with partial credit, as far as it fell short of the
-    best. On all other prompts every choice is as good: accuracy over all of them hides what a router does.
+    A choice is wrong if another target is right; with partial credit, it counts by its shortfall from the best target.
+    Where all targets agree, every choice is equally good, so accuracy over all prompts hides the router's effect.
     """
     outcomes = np.asarray(correct, np.float64)
-    has_all = ~np.isnan(outcomes).any(1)
-    outcomes, chosen = outcomes[has_all], np.asarray(choice, np.int64)[has_all]
-    reached = np.where(chosen >= 0, np.take_along_axis(outcomes, chosen[:, None], 1)[:, 0], 0.0)
-    all_right, disagree, all_wrong, short = ratio(zone_terms(outcomes, reached).sum(1), float(len(outcomes)))
-    return Zones(float(all_right), float(disagree), float(all_wrong), float(ratio(short, disagree)))
+    is_complete = ~np.isnan(outcomes).any(1)
+    outcomes, chosen = outcomes[is_complete], np.asarray(choice, np.int64)[is_complete]
+    achieved = np.where(chosen >= 0, np.take_along_axis(outcomes, chosen[:, None], 1)[:, 0], 0.0)
+    all_right, disagree, all_wrong, shortfall = ratio(zone_terms(outcomes, achieved).sum(1), float(len(outcomes)))
+    return Zones(float(all_right), float(disagree), float(all_wrong), float(ratio(shortfall, disagree)))
 
 
-def zone_terms(correct_NT: Array, reached_N: Array) -> Array:
-    """Rows (4, N): is the prompt in each zone, and what its choice fell short of the best where targets disagree."""
+def zone_terms(correct_NT: Array, achieved_N: Array) -> Array:
+    """Rows (4, N): membership in each of the three zones, and the choice's shortfall where targets disagree."""
     best, worst = correct_NT.max(1), correct_NT.min(1)
     disagree = best > worst
     right = ~disagree & (best >= 0.5)
-    return np.stack([right, disagree, ~disagree & ~right, np.where(disagree, best - reached_N, 0.0)]).astype(np.float64)
+    return np.stack([right, disagree, ~disagree & ~right, np.where(disagree, best - achieved_N, 0.0)]).astype(
+        np.float64
+    )
 
 
 def risk_coverage_curve(correct: ArrayLike, confidence: ArrayLike) -> Array:
-    """Rows (coverage, risk): the share of wrong answers among the most confident share of prompts.
+    """Rows (coverage, risk): risk is the share of wrong answers among the most confident `coverage` of the prompts.
 
-    `correct` (N,) is of the chosen targets and `confidence` (N,) their P(correct). A row for each distinct confidence,
-    highest first. Source: El-Yaniv and Wiener (2010); Geifman and El-Yaniv (2017).
+    `correct` (N,) are the outcomes of the chosen targets, `confidence` (N,) their P(correct). There is one row for each
+    distinct confidence, highest first. Source: El-Yaniv and Wiener (2010); Geifman and El-Yaniv (2017).
     """
     risk = RiskCoverage(correct, confidence)
     return np.column_stack([values[0, risk.last] for values in risk.curve(once(correct))])
 
 
 class RiskCoverage:
-    """The risk at each coverage, for many weightings of the prompts."""
+    """Risk-coverage curves for many weightings of the same prompts."""
 
     def __init__(self, correct: ArrayLike, confidence: ArrayLike) -> None:
         scores = np.asarray(confidence, np.float64)
@@ -71,10 +73,10 @@ class RiskCoverage:
         self._wrong = 1.0 - np.asarray(correct, np.float64)[self._order]
         _, counts = np.unique(-scores, return_counts=True)
         self._group = np.repeat(np.arange(len(counts)), counts)
-        self.last = np.cumsum(counts) - 1  # of each distinct confidence
+        self.last = np.cumsum(counts) - 1  # position of the last prompt with each distinct confidence
 
     def curve(self, weights_BN: Array) -> tuple[Array, Array]:
-        """Coverage and risk (B, N). Prompts of equal confidence come in any order: each bears their mean risk."""
+        """Coverage and risk (B, N). Prompts of equal confidence share their mean risk: their order is arbitrary."""
         weights = weights_BN[:, self._order]
         covered = np.cumsum(weights, axis=1)
         wrong = np.cumsum(weights * self._wrong, axis=1)
@@ -86,7 +88,7 @@ class RiskCoverage:
         return ratio(covered, covered[:, -1:]), ratio(expected, covered)
 
     def area(self, weights_BN: Array) -> Array:
-        """The mean of the risk over all coverages (B,): AURC (Geifman, Uziel and El-Yaniv, 2019)."""
+        """AURC (B,): the mean risk over all coverages (Geifman, Uziel and El-Yaniv, 2019)."""
         _, risk = self.curve(weights_BN)
         weights = weights_BN[:, self._order]
         return ratio((weights * np.nan_to_num(risk)).sum(1), weights.sum(1))

@@ -1,7 +1,7 @@
-"""Cost against accuracy: the points that a tolerance can reach, their frontier, and the area under them.
+"""Cost-coverage curves: the (cost, accuracy) points over all tolerances, their Pareto frontier and the area below.
 
-A curve is computed for many weightings of the same prompts at once, since that is what a bootstrap asks for: what is
-sorted is sorted once, and a weighting is a cumulative sum.
+Curves are computed for many weightings of the same prompts at once, for the bootstrap: prompts are sorted once, and
+each weighting costs one cumulative sum.
 """
 
 # N prompts, T targets, M points, B weightings
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def pareto_frontier(points: ArrayLike) -> Array:
-    """Of points (M, 2) of (cost, accuracy): by ascending cost, those that beat every accuracy before them."""
+    """The points (M, 2) of (cost, accuracy) that are more accurate than every cheaper point, by ascending cost."""
     array = np.asarray(points, np.float64).reshape(-1, 2)
     ordered = array[np.lexsort((-array[:, 1], array[:, 0]))]
     return np.asarray(ordered[_beats_all_before(ordered[None, :, 1])[0]])
@@ -26,48 +26,48 @@ def pareto_frontier(points: ArrayLike) -> Array:
 def cost_coverage_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> Array:
     """The points (M, 2) of (mean cost, accuracy) for every tolerance among the observed gaps max p - p_t.
 
-    Sorted by cost, then accuracy. `correct` (N, T) may hold NaN: such prompts are left out. `cost` is (T,) or (N, T):
-    what the choice expects. `paid`, of the same shape, is what the answers really cost; by default, as expected.
+    Points are sorted by cost, then accuracy. Prompts with a NaN in `correct` (N, T) are left out. `cost`, (T,) or
+    (N, T), is the expected cost that the choice uses; `paid`, of the same shape, the actual cost, `cost` by default.
     """
     return Points(*tolerance_curve(correct, p, cost, paid).T[1:, None]).by_cost().of(0)
 
 
 def tolerance_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> Array:
-    """Rows (tolerance, mean cost paid, accuracy) of `cost_coverage_curve`, by ascending tolerance."""
+    """The points of `cost_coverage_curve` as rows (tolerance, mean cost paid, accuracy), by ascending tolerance."""
     correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
     if not len(p_NT):
         return np.empty((0, 3))
     sweep = Sweep(correct_NT, p_NT, cost_NT, paid_NT)
     points = sweep.points(np.ones((1, len(p_NT)))).of(0)
     tolerances = np.unique(p_NT.max(1, keepdims=True) - p_NT)
-    reached = np.searchsorted(sweep.tolerances, tolerances, side="right") - 1
-    return np.column_stack([tolerances, points[reached]])
+    at = np.searchsorted(sweep.tolerances, tolerances, side="right") - 1
+    return np.column_stack([tolerances, points[at]])
 
 
 def auccc(curve: ArrayLike, c_min: float, c_max: float, floor: float) -> float:
-    """Area under a cost-coverage curve (M, 2), above `floor`, over the costs [c_min, c_max], divided by their range.
+    """Area between a cost-coverage curve (M, 2) and `floor` on [c_min, c_max], divided by c_max - c_min.
 
-    Costs within 1e-9 of the range from an end lie on it. 0 for an empty curve or range.
+    Costs within 1e-9 (c_max - c_min) of an end are moved to it. An empty curve or range has area 0.
     """
     costs, accuracies = np.asarray(curve, np.float64).reshape(-1, 2).T
     return float(Points(costs[None], accuracies[None]).area(*(np.array([end]) for end in (c_min, c_max, floor)))[0])
 
 
 class Sweep:
-    """What a growing tolerance does to the choices of prompts with all outcomes.
+    """The choices on complete prompts as the tolerance grows.
 
-    As it grows, a prompt's targets become eligible in the order of their gaps, and its choice moves only when a cheaper
-    one arrives. Sorting those moves costs O(N T log N T), not a choice for each tolerance.
+    A prompt's targets become eligible in the order of their gaps, and its choice changes only when a cheaper target
+    becomes eligible. Sorting these changes takes O(N T log N T), without a new choice at every tolerance.
     """
 
     def __init__(self, correct_NT: Array, p_NT: Array, cost_NT: Array, paid_NT: Array) -> None:
         rows = np.arange(len(p_NT))[:, None]
-        # Highest p first; at equal p the cheaper one first, then the pool's order: lexsort is stable.
+        # Highest p first, then the cheaper target, then the pool's order: lexsort is stable.
         arrival = np.lexsort((cost_NT, -p_NT), axis=1)
         p_sorted, cost_sorted = p_NT[rows, arrival], cost_NT[rows, arrival]
         lowest = np.minimum.accumulate(cost_sorted, axis=1)
         moves = np.concatenate([np.ones((len(p_NT), 1), bool), cost_sorted[:, 1:] < lowest[:, :-1]], axis=1)
-        # Chosen after each arrival: the first that attains the lowest cost so far, hence the higher p at a tie.
+        # After each arrival, the first target with the lowest cost so far is chosen: at equal cost, the higher p.
         chosen = np.maximum.accumulate(np.where(moves, np.arange(p_NT.shape[1]), 0), axis=1)
         choice = arrival[rows, chosen]
 
@@ -82,31 +82,31 @@ class Sweep:
         self._paid, self._correct = steps(paid_NT)[order], steps(correct_NT)[order]
 
     def points(self, weights_BN: Array) -> Points:
-        """Mean cost and accuracy at each of `tolerances`, for prompts that weigh `weights_BN`."""
+        """Mean cost and accuracy at each of `tolerances`, for each weighting."""
         moved, total = weights_BN[:, self._prompts], weights_BN.sum(1, keepdims=True)
         sums = (np.cumsum(moved * steps, axis=1)[:, self._last] for steps in (self._paid, self._correct))
         return Points(*(ratio(values, total) for values in sums))
 
 
 class Points:
-    """Points of cost and accuracy, each (B, M): a curve, or a set of targets, for each weighting."""
+    """Costs and accuracies, each (B, M), of M points (a curve, or single targets) under B weightings."""
 
     def __init__(self, costs_BM: Array, accuracies_BM: Array) -> None:
         self.costs, self.accuracies = costs_BM, accuracies_BM
 
     def of(self, weighting: int) -> Array:
-        """Those of one weighting, as rows (M, 2) of (cost, accuracy)."""
+        """The points (M, 2) of (cost, accuracy) under one weighting."""
         return np.column_stack([self.costs[weighting], self.accuracies[weighting]])
 
     def by_cost(self) -> Points:
         """Sorted by cost, then accuracy."""
-        # Equal costs that were summed in another order differ in their last digits: they must still tie.
+        # Equal costs summed in different orders differ in their last digits, and must still tie.
         largest = np.abs(self.costs).max(axis=1, keepdims=True, initial=0.0)
         keys = np.round(self.costs / np.maximum(largest, 1e-300), 12)
         return self._taken(np.lexsort((self.accuracies, keys), axis=1))
 
     def frontier(self) -> Points:
-        """The Pareto frontier. A point that is not on it stands where the one before it does, which adds no area."""
+        """The Pareto frontier. A point off it is replaced by the frontier point before it, which adds no area."""
         ordered = self._taken(np.lexsort((-self.accuracies, self.costs), axis=1))
         on_it = np.where(_beats_all_before(ordered.accuracies), np.arange(ordered.costs.shape[1]), 0)
         return ordered._taken(np.maximum.accumulate(on_it, axis=1))
@@ -118,15 +118,15 @@ class Points:
         )
 
     def area(self, c_min_B: Array, c_max_B: Array, floor_B: Array) -> Array:
-        """`auccc` of each weighting's points (B,), which are sorted by cost."""
+        """`auccc` (B,) of the points of each weighting, which must be sorted by cost."""
         span = (c_max_B - c_min_B)[:, None]
         low, high, floor = c_min_B[:, None], c_max_B[:, None], floor_B[:, None]
         slack = 1e-9 * span
         is_left, is_right = self.costs < low - slack, self.costs > high + slack
         inside = ~is_left & ~is_right
         costs = np.where(self.costs <= low + slack, low, np.where(self.costs >= high - slack, high, self.costs))
-        # What lies left of the range stands at its beginning on the floor; what lies right, at its end as the last
-        # point inside: no area but that of the points that METHOD puts there.
+        # Points left of the range move to (c_min, floor), points right of it to (c_max, last accuracy inside): these
+        # are the end points that platform/METHOD.md, "Metrics", prepends and appends.
         above = np.where(is_left, 0.0, self.accuracies - floor)
         last = np.maximum.accumulate(np.where(inside, np.arange(inside.shape[1]), 0), axis=1)
         above = np.where(is_right, np.take_along_axis(above, last, 1), above)
@@ -143,16 +143,17 @@ class Points:
 def complete(
     correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None
 ) -> tuple[Array, Array, Array, Array]:
-    """The prompts on which every target has an outcome: correct, p, cost and paid, each (N, T)."""
-    correct_NT, p_NT, cost_NT, paid_NT = checked(correct, p, cost, paid)
-    has_all = ~np.isnan(correct_NT).any(1)
-    return correct_NT[has_all], p_NT[has_all], cost_NT[has_all], paid_NT[has_all]
+    """correct, p, cost and paid of the complete prompts, each (N, T). Raises ValueError as `checked` does."""
+    arrays = checked(correct, p, cost, paid)
+    is_complete = ~np.isnan(arrays[0]).any(1)
+    correct_NT, p_NT, cost_NT, paid_NT = (values[is_complete] for values in arrays)
+    return correct_NT, p_NT, cost_NT, paid_NT
 
 
 def checked(
     correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None
 ) -> tuple[Array, Array, Array, Array]:
-    """The same, of all prompts. Raises ValueError for shapes that do not fit and for a NaN in `p`."""
+    """correct, p, cost and paid of all prompts, each (N, T). Raises ValueError for unequal shapes or a NaN in `p`."""
     correct_NT, p_NT = np.asarray(correct, np.float64), np.asarray(p, np.float64)
     if correct_NT.ndim != 2 or correct_NT.shape != p_NT.shape:
         raise ValueError(f"correct {correct_NT.shape} and p {p_NT.shape} must both be (prompts, targets)")

@@ -1,4 +1,4 @@
-"""How well P(correct) of one target tells right answers from wrong ones, and how far it can be taken at its word."""
+"""Discrimination and calibration of one target's P(correct): ROC AUC, expected calibration error, Brier score."""
 
 # N prompts, M bins, B weightings, G distinct predictions
 
@@ -13,27 +13,27 @@ CALIBRATION_BINS = 15
 
 
 def roc_auc(correct: ArrayLike, p: ArrayLike) -> float:
-    """P(a right answer's p exceeds a wrong one's), a tie counting half; NaN where one class is empty.
+    """The probability that a right answer has a higher p than a wrong one; ties count half. NaN if a class is empty.
 
-    An outcome between 0 and 1 counts in both classes, in that proportion.
+    An outcome y between 0 and 1 counts as y of a right answer and 1 - y of a wrong one.
     """
     return float(TargetScores(correct, p).auc(once(correct))[0])
 
 
 def expected_calibration_error(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
-    """Mean over prompts of |accuracy - mean p| of the prompt's bin, of `bins` of equal width (Guo et al., 2017)."""
+    """Mean of |accuracy - mean p| over bins of equal width, weighted by their prompts (Guo et al., 2017)."""
     return float(TargetScores(correct, p, bins).ece(once(correct))[0])
 
 
 def brier_score(correct: ArrayLike, p: ArrayLike) -> float:
-    """Mean squared difference of outcome and prediction (Brier, 1950); NaN of nothing."""
+    """Mean squared difference of outcome and prediction (Brier, 1950); NaN without prompts."""
     return float(TargetScores(correct, p).brier(once(correct))[0])
 
 
 def reliability_curve(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> Array:
-    """Rows (M, 3) of (mean p, accuracy, number of prompts), a row a bin that holds any, of `bins` of equal width.
+    """Rows (M, 3) of (mean p, accuracy, number of prompts) for the non-empty bins of equal width.
 
-    The reliability diagram of Guo et al. (2017), for outcomes and predictions (N,).
+    This is the reliability diagram of Guo et al. (2017); `correct` and `p` are (N,).
     """
     y, scores = np.asarray(correct, np.float64), np.asarray(p, np.float64)
     index = _bin(scores, bins)
@@ -44,13 +44,13 @@ def reliability_curve(correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_
 
 
 class TargetScores:
-    """The scores of one target for many weightings of its graded prompts; each method takes (B, N) and gives (B,)."""
+    """Scores of one target under many weightings of its graded prompts. Each method maps weights (B, N) to (B,)."""
 
     def __init__(self, correct: ArrayLike, p: ArrayLike, bins: int = CALIBRATION_BINS) -> None:
         y, scores = np.asarray(correct, np.float64), np.asarray(p, np.float64)
         self._order = np.argsort(scores, kind="stable")
         self._y, self._p = y[self._order], scores[self._order]
-        self._first = np.flatnonzero(np.diff(self._p, prepend=-np.inf) > 0.0)  # of each distinct prediction
+        self._first = np.flatnonzero(np.diff(self._p, prepend=-np.inf) > 0.0)  # start of each distinct prediction
         self._first_of_bin = np.flatnonzero(np.diff(_bin(self._p, bins), prepend=-1) > 0)
 
     def auc(self, weights_BN: Array) -> Array:
@@ -70,12 +70,12 @@ class TargetScores:
 
 
 def once(values: ArrayLike) -> Array:
-    """The weighting (1, N) in which every prompt counts once."""
+    """The weighting (1, N) that counts every prompt once."""
     return np.ones((1, len(np.asarray(values))))
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
-    """NaN where the denominator is not above zero."""
+    """The quotient; NaN where the denominator is not positive."""
     below = np.asarray(denominator, np.float64)
     positive = below > 0.0
     return np.where(positive, np.asarray(numerator) / np.where(positive, below, 1.0), np.nan)
@@ -86,7 +86,7 @@ def _bin(p: Array, bins: int) -> NDArray[np.int64]:
 
 
 def _sums(values_BN: Array, first: NDArray[np.int64]) -> Array:
-    """Sums of the runs that begin at `first`, (B, G)."""
+    """Sums (B, G) of the runs of columns that start at `first` (G,)."""
     if not len(first):
         return np.zeros((len(values_BN), 0))
     return np.asarray(np.add.reduceat(values_BN, first, axis=1))

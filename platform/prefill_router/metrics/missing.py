@@ -1,4 +1,4 @@
-"""Prompts on which an outcome is missing, and what leaving them out would bias."""
+"""Weights that correct routing metrics for prompts with missing outcomes."""
 
 # N prompts, T targets
 
@@ -13,23 +13,26 @@ NUM_STRATA = 5
 def completeness_weights(
     correct: ArrayLike, difficulty: ArrayLike, num_strata: int = NUM_STRATA
 ) -> NDArray[np.float64]:
-    """Weights (N,) under which the prompts with all outcomes stand for all prompts; 0 for the others.
+    """Weights (N,) that let complete prompts represent all prompts; incomplete prompts weigh 0.
 
-    `correct` is (N, T) with NaN for missing outcomes; `difficulty` (N,) is anything known of every prompt, such as the
-    mean P(correct) that a router gives it. Prompts are cut into `num_strata` of equal size by difficulty, and each
-    complete one weighs as many as there are prompts to a complete one in its stratum. Means are then unbiased where,
-    among prompts as difficult, what is missing does not depend on what came of it (Horvitz and Thompson, 1952; Little,
-    1986); leaving the others out is unbiased only where it does not depend on difficulty either. A stratum without a
-    complete prompt joins the next. The weights add up to N; all are 0 where no prompt is complete.
+    `correct` is (N, T) with NaN for missing outcomes. `difficulty` (N,) is any value known for every prompt, such as
+    the mean P(correct) that a router predicts. Prompts are split by difficulty into `num_strata` strata of equal size.
+    A complete prompt's weight is the number of prompts in its stratum divided by the number of complete ones. A
+    stratum without a complete prompt is merged with the next one. The weights sum to N; all are 0 if no prompt is
+    complete.
+
+    Weighted means are unbiased if, within a stratum, missingness does not depend on the outcome (Horvitz and Thompson,
+    1952; Little, 1986). Dropping incomplete prompts is unbiased only if missingness does not depend on difficulty
+    either.
     """
-    has_all = ~np.isnan(np.asarray(correct, np.float64)).any(1)
+    is_complete = ~np.isnan(np.asarray(correct, np.float64)).any(1)
     order = np.argsort(np.asarray(difficulty, np.float64), kind="stable")
     stratum = np.empty(len(order), np.int64)
     stratum[order] = np.arange(len(order)) * num_strata // max(len(order), 1)
-    sizes, complete = (np.bincount(s, minlength=num_strata) for s in (stratum, stratum[has_all]))
+    sizes, complete = (np.bincount(s, minlength=num_strata) for s in (stratum, stratum[is_complete]))
     filled = np.flatnonzero(complete)
     if not len(filled):
         return np.zeros(len(order))
-    joins = filled[np.minimum(np.searchsorted(filled, np.arange(num_strata)), len(filled) - 1)]
-    stands_for = np.bincount(joins, weights=sizes, minlength=num_strata) / np.maximum(complete, 1)
-    return np.where(has_all, stands_for[stratum], 0.0)
+    merged = filled[np.minimum(np.searchsorted(filled, np.arange(num_strata)), len(filled) - 1)]
+    weights = np.bincount(merged, weights=sizes, minlength=num_strata) / np.maximum(complete, 1)
+    return np.where(is_complete, weights[stratum], 0.0)

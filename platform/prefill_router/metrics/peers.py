@@ -1,4 +1,4 @@
-"""The figures by which other projects rank routers, so that ours can be laid beside theirs."""
+"""Metrics that other projects rank routers by: RouteLLM's APGR and CPT, RouterBench's AIQ, RouterArena's score."""
 
 # N prompts, M points, B weightings
 
@@ -19,33 +19,34 @@ ARENA_COSTS = (0.0044, 200.0)  # USD for 1,000 prompts
 
 
 def average_performance_gap_recovered(strong: ArrayLike, weak: ArrayLike, score: ArrayLike) -> float:
-    """APGR: the gap between a weak and a strong target that is recovered, mean over all shares of calls to the strong.
+    """APGR: the recovered share of the accuracy gap between two targets, averaged over all shares of strong calls.
 
-    `strong` and `weak` (N,) are outcomes, and `score` (N,) is higher where the strong one is wanted more. The integral
-    that Ong et al. (RouteLLM, 2024) take at ten shares is exact here; prompts of equal score come in any order. NaN
-    where the strong target is not the better one.
+    `strong` and `weak` (N,) are the outcomes of the two targets. `score` (N,) ranks the prompts: those with the highest
+    score go to the strong target first; prompts of equal score move together. Ong et al. (RouteLLM, 2024) average over
+    ten shares; this integral is exact. NaN if the strong target is not more accurate.
     """
     gap = GapRecovered(strong, weak, score)
     return float(gap.average(once(score))[0])
 
 
 def call_performance_threshold(strong: ArrayLike, weak: ArrayLike, score: ArrayLike, recovered: float) -> float:
-    """CPT: the least share of calls to the strong target that recovers this share of the gap. Arguments as above.
+    """CPT: the smallest share of calls to the strong target that recovers the share `recovered` of the gap.
 
-    Source: Ong et al. (RouteLLM, 2024). NaN where the strong target is not the better one.
+    The other arguments are those of `average_performance_gap_recovered`. Source: Ong et al. (RouteLLM, 2024). NaN if
+    the strong target is not more accurate.
     """
     gap = GapRecovered(strong, weak, score)
     return float(gap.threshold(once(score), recovered)[0])
 
 
 class GapRecovered:
-    """The share of the gap that is recovered as calls go to the strong target, for many weightings of the prompts."""
+    """Curves of the recovered gap by the share of strong calls, for many weightings of the same prompts."""
 
     def __init__(self, strong: ArrayLike, weak: ArrayLike, score: ArrayLike) -> None:
         scores = np.asarray(score, np.float64)
         self._order = np.argsort(-scores, kind="stable")
         self._gain = (np.asarray(strong, np.float64) - np.asarray(weak, np.float64))[self._order]
-        self._last = np.cumsum(np.unique(-scores, return_counts=True)[1]) - 1  # of each distinct score
+        self._last = np.cumsum(np.unique(-scores, return_counts=True)[1]) - 1  # last prompt of each distinct score
 
     def average(self, weights_BN: Array) -> Array:
         return np.asarray([np.trapezoid(gap, calls) for calls, gap in self._curves(weights_BN)])
@@ -58,7 +59,7 @@ class GapRecovered:
         return np.asarray(found)
 
     def _curves(self, weights_BN: Array) -> Iterator[tuple[Array, Array]]:
-        """Shares of calls and of the gap, both from 0, of each weighting."""
+        """Yields shares of strong calls and of the recovered gap, both starting at 0, for each weighting."""
         weights = weights_BN[:, self._order]
         calls, gain = (np.cumsum(values, axis=1)[:, self._last] for values in (weights, weights * self._gain))
         for calls_M, gain_M in zip(calls, gain, strict=True):
@@ -67,11 +68,11 @@ class GapRecovered:
 
 
 def average_improvement_in_quality(curve: ArrayLike, c_min: float, c_max: float) -> float:
-    """AIQ: the mean, over the costs [c_min, c_max], of the accuracy on the curve's non-decreasing convex hull.
+    """AIQ: the mean accuracy of the curve's non-decreasing convex hull over the costs [c_min, c_max].
 
-    `curve` (M, 2) is of (cost, accuracy). The hull begins at the cheapest point and keeps its last accuracy to the
-    right of its dearest; a point between two others can be had by mixing them at random. 0 for an empty range, NaN for
-    an empty curve. Source: Hu et al. (RouterBench, 2024).
+    `curve` (M, 2) holds (cost, accuracy). The hull starts at the cheapest point and keeps its last accuracy beyond the
+    dearest one; a random mixture of two points reaches any point between them. 0 for an empty range, NaN for an empty
+    curve. Source: Hu et al. (RouterBench, 2024).
     """
     points = np.asarray(curve, np.float64).reshape(-1, 2)
     if not len(points):
@@ -86,7 +87,7 @@ def average_improvement_in_quality(curve: ArrayLike, c_min: float, c_max: float)
 
 
 def convex_hull(points: Array) -> Array:
-    """The non-decreasing upper hull of points (M, 2) of (cost, accuracy), by ascending cost."""
+    """The vertices of the non-decreasing upper hull of points (M, 2) of (cost, accuracy), by ascending cost."""
     frontier = Points(points[None, :, 0], points[None, :, 1]).frontier().of(0)
     hull = frontier[np.concatenate([[True], np.diff(frontier[:, 0]) > 0.0])]
     while len(hull) > 2:
@@ -94,17 +95,17 @@ def convex_hull(points: Array) -> Array:
         below = slopes[1:] > slopes[:-1]
         if not below.any():
             break
-        # Of neighbours below their chords only the first goes: the next may be on the hull once it is gone.
-        goes = below & ~np.concatenate([[False], below[:-1]])
-        hull = hull[np.concatenate([[True], ~goes, [True]])]
+        # Of adjacent points below their chords, drop only the first: the next may be on the hull without it.
+        dropped = below & ~np.concatenate([[False], below[:-1]])
+        hull = hull[np.concatenate([[True], ~dropped, [True]])]
     return np.asarray(hull)
 
 
 def arena_score(accuracy: ArrayLike, cost: ArrayLike, beta: float = ARENA_BETA) -> Array:
-    """RouterArena's score: a harmonic mean of accuracy and of how cheap the router is, `cost` in USD a prompt.
+    """RouterArena's score: a weighted harmonic mean of accuracy and cheapness; `cost` is in USD per prompt.
 
-    Cheapness is 1 at $0.0044 for 1,000 prompts and 0 at $200, on a log scale. NaN where it costs nothing. Source: Lu et
-    al. (RouterArena, 2025).
+    Cheapness falls on a log scale from 1 at $0.0044 per 1,000 prompts to 0 at $200. NaN at zero cost. Source: Lu et al.
+    (RouterArena, 2025).
     """
     accuracies, thousand = np.asarray(accuracy, np.float64), 1000.0 * np.asarray(cost, np.float64)
     low, high = np.log2(ARENA_COSTS)

@@ -1,4 +1,4 @@
-"""All figures of a router at one tolerance and over all of them, for one weighting of the prompts or for many."""
+"""All metrics of a router, at one tolerance and over all tolerances, for one or many weightings of the prompts."""
 
 # N prompts, T targets, M points, B weightings
 
@@ -20,15 +20,15 @@ from prefill_router.policy.selection import choose
 
 Array = NDArray[np.float64]
 
-ROUNDING = 1e-12  # of a mean of accuracies
-_MOST_NUMBERS = 1 << 22  # in an array of weightings and points
+ROUNDING = 1e-12  # tolerance when mean accuracies are compared
+_MAX_ELEMENTS = 1 << 22  # of an array of weightings and points
 
 
 @dataclass(frozen=True)
 class RoutingScores:
-    """Accuracies are fractions of prompts, costs USD a prompt; `auc`, `ece`, `brier`, `share` have a value a target."""
+    """Accuracies are fractions of prompts; costs are USD per prompt; lists have one value per target."""
 
-    num_prompts: int  # on which every target has an outcome
+    num_prompts: int  # complete ones
     best_single_accuracy: float
     best_single_cost: float
     oracle_accuracy: float
@@ -37,18 +37,18 @@ class RoutingScores:
     efficacy: float
     cost_saving: float
     best_efficacy: float  # at the curve's most accurate point
-    saving_at_best_single: float  # against the best single target's cost, at its accuracy or more; NaN if unreached
+    saving_at_best_single: float  # against the best single target's cost, at its accuracy; NaN if not reached
     p_auccc: float
     model_auccc: float
     mdp_auccc: float
     pdp_auccc: float
-    apgr: float  # between the cheapest and the most accurate target, RouteLLM's two
+    apgr: float  # between the cheapest and the most accurate target
     cpt_50: float
     cpt_80: float
     aiq: float
     arena_score: float
     aurc: float
-    all_right: float  # of the prompts, as `agreement_zones` has it
+    all_right: float  # this and the next three: see `Zones`
     disagree: float
     all_wrong: float
     wrong_choices: float
@@ -68,19 +68,19 @@ def score_routing(
 ) -> RoutingScores:
     """All metrics of a router with P(correct) `p` (N, T) and expected `cost` (T,) or (N, T), at one tolerance.
 
-    `correct` (N, T) may hold NaN for missing outcomes. Costs are counted as `paid`; by default, as expected. In
-    routing metrics prompts weigh the same, or `weights` (N,), as `completeness_weights` gives them. Ratios without a
-    denominator are NaN. Raises UserError where no prompt has an outcome of every target.
+    `correct` (N, T) holds NaN for missing outcomes. `paid` is the actual cost, `cost` by default. `weights` (N,), such
+    as those of `completeness_weights`, apply to routing metrics; by default all prompts weigh 1. Ratios with a zero
+    denominator are NaN. Raises UserError if no prompt has an outcome for every target.
     """
     return Scorer(correct, p, cost, tolerance, paid, weights).scores()
 
 
 class Scorer:
-    """A router's figures on the same prompts, for as many draws of them as a bootstrap asks for.
+    """Computes a router's metrics on many bootstrap draws of the same prompts.
 
-    The arguments are those of `score_routing`. A draw is how often each prompt was drawn. What the router is compared
-    with is the same in every draw: the best, the cheapest and the dearest target and the most accurate tolerance are
-    those of all prompts. Were they chosen anew, a draw would compare with whatever its chance favours.
+    The arguments are those of `score_routing`. A draw is the number of times each prompt was drawn. The best, cheapest
+    and dearest targets and the most accurate tolerance are chosen once, on all prompts: choosing them per draw would
+    favour whatever is best by chance in that draw.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Scorer:
         all_correct, all_p, *_ = checked(correct, p, cost, paid)
         self._complete = ~np.isnan(all_correct).any(1)
         if not self._complete.any():
-            raise UserError("no prompt has an outcome of every target: routing cannot be scored")
+            raise UserError("no prompt has an outcome for every target: grade the missing answers to score routing")
         self._weights = np.ones(len(all_p)) if weights is None else np.asarray(weights, np.float64)
         correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
         self._singles = np.stack([paid_NT.T, correct_NT.T])
@@ -123,28 +123,28 @@ class Scorer:
         return RoutingScores(num_prompts=int(self._complete.sum()), **figures)
 
     def figures(self, draws_BN: NDArray[Any]) -> dict[str, Array]:
-        """Every field of RoutingScores but the number of prompts, for each draw: (B,), or (B, T)."""
+        """Every field of RoutingScores except `num_prompts`, for each draw: (B,) or (B, T)."""
         parts = [self._figures(chunk) for chunk in self._chunks(draws_BN)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def tolerance_reaching(self, accuracy: float) -> float | None:
-        """The cheapest tolerance that is at least as accurate on all prompts, if any is."""
+        """The cheapest tolerance with at least this accuracy on all prompts; None if there is none."""
         curve = self.curve()
-        reached = curve[curve[:, 2] >= accuracy - ROUNDING]
-        return float(reached[np.argmin(reached[:, 1]), 0]) if len(reached) else None
+        accurate = curve[curve[:, 2] >= accuracy - ROUNDING]
+        return float(accurate[np.argmin(accurate[:, 1]), 0]) if len(accurate) else None
 
     def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
-        """Mean cost and accuracy (B, M) at other tolerances."""
-        reached = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
+        """Mean cost and accuracy (B, M) at the given tolerances."""
+        at = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
         costs, accuracies = [], []
         for chunk in self._chunks(draws_BN):
             points = self._sweep.points(self._weighed(chunk))
-            costs.append(points.costs[:, reached])
-            accuracies.append(points.accuracies[:, reached])
+            costs.append(points.costs[:, at])
+            accuracies.append(points.accuracies[:, at])
         return np.concatenate(costs), np.concatenate(accuracies)
 
     def curve(self) -> Array:
-        """Rows (tolerance, mean cost, accuracy) wherever a choice moves, by ascending tolerance."""
+        """Rows (tolerance, mean cost, accuracy) at each tolerance where a choice changes, in ascending order."""
         points = self._sweep.points(self._weighed(self._once))
         return np.column_stack([self._sweep.tolerances, points.of(0)])
 
@@ -156,22 +156,22 @@ class Scorer:
 
     @property
     def _once(self) -> Array:
-        """The draw in which every prompt is drawn once."""
+        """The draw (1, N) that takes every prompt once."""
         return np.ones((1, len(self._weights)))
 
     def _chunks(self, draws_BN: NDArray[Any]) -> Iterator[Array]:
-        rows = max(1, _MOST_NUMBERS // self._share.size)
+        rows = max(1, _MAX_ELEMENTS // self._share.size)
         return (draws_BN[i : i + rows].astype(np.float64) for i in range(0, len(draws_BN), rows))
 
     def _weighed(self, draws_BN: NDArray[Any]) -> Array:
-        """The weights of the prompts with all outcomes."""
+        """The weights of the complete prompts in each draw."""
         return np.asarray((draws_BN * self._weights)[:, self._complete])
 
     def _figures(self, draws_BN: Array) -> dict[str, Array]:
         w = self._weighed(draws_BN)
 
         def mean(values: Array) -> Array:
-            # Divided last, so that equal numbers of right answers give equal accuracies, however they are counted.
+            # Dividing last makes equal counts of right answers equal accuracies, whatever the order of summation.
             return ratio((w @ values).T, w.sum(1)).T
 
         single_costs, single_accuracies = self.singles(draws_BN)
@@ -190,7 +190,7 @@ class Scorer:
         headroom = np.where(oracle - best_accuracy > ROUNDING, oracle - best_accuracy, 0.0)
         reached = np.where(curve.accuracies >= best_accuracy[:, None] - ROUNDING, curve.costs, np.inf).min(1)
         p_area, model_area = area(curve), area(singles.frontier())
-        all_right, disagree, all_wrong, short = mean(self._zones.T).T
+        all_right, disagree, all_wrong, shortfall = mean(self._zones.T).T
         return {
             "best_single_accuracy": best_accuracy,
             "best_single_cost": best_cost,
@@ -214,7 +214,7 @@ class Scorer:
             "all_right": all_right,
             "disagree": disagree,
             "all_wrong": all_wrong,
-            "wrong_choices": ratio(short, disagree),
+            "wrong_choices": ratio(shortfall, disagree),
             "share": mean(self._share),
             "auc": self._by_target(draws_BN, TargetScores.auc),
             "ece": self._by_target(draws_BN, TargetScores.ece),
@@ -228,8 +228,8 @@ class Scorer:
 def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
     """The tolerance to route at, by the one-standard-error rule (Breiman et al., 1984).
 
-    The cheapest one whose accuracy is within a standard error of the best on the curve, and not below that of the best
-    single target where the curve reaches it. 0 where no prompt has an outcome of every target.
+    This is the cheapest tolerance whose accuracy is within one standard error of the curve's best, and at least that of
+    the best single target if the curve reaches it. 0 if no prompt has an outcome for every target.
     """
     curve = tolerance_curve(correct, p, cost, paid)
     if not len(curve):
@@ -239,12 +239,12 @@ def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arra
     enough = highest - np.sqrt(highest * (1.0 - highest) / len(correct_NT))
     if highest >= best_single - ROUNDING:
         enough = max(enough, best_single)
-    reached = curve[curve[:, 2] >= enough - ROUNDING]
-    return float(reached[np.lexsort((-reached[:, 2], reached[:, 1]))[0], 0])
+    accurate = curve[curve[:, 2] >= enough - ROUNDING]
+    return float(accurate[_first(accurate[:, 1], -accurate[:, 2]), 0])
 
 
 def _aiq(curve: Points, cheapest_B2: Array, c_max_B: Array) -> Array:
-    """With the cheapest target: a tolerance of one always has it."""
+    """AIQ (B,) of each weighting's curve with the cheapest target added, which a tolerance of 1 always reaches."""
     found = []
     for i, (cheapest, c_max) in enumerate(zip(cheapest_B2, c_max_B, strict=True)):
         points = np.concatenate([cheapest[None], curve.of(i)])
@@ -253,5 +253,5 @@ def _aiq(curve: Points, cheapest_B2: Array, c_max_B: Array) -> Array:
 
 
 def _first(keys: Array, ties: Array) -> int:
-    """The place of the lowest key, of those the one of the lowest tie."""
+    """The index of the lowest key; ties go to the lowest of `ties`."""
     return int(np.lexsort((ties, keys))[0])

@@ -249,7 +249,7 @@ def test_no_held_out_prompt_is_an_error() -> None:
 def test_no_complete_prompt_is_an_error() -> None:
     data, router, _ = trial()
     data.correct[:, 1] = np.nan
-    with pytest.raises(UserError, match="no prompt has an outcome of every target"):
+    with pytest.raises(UserError, match="no prompt has an outcome for every target"):
         evaluated(data, router)
 
 
@@ -262,5 +262,5 @@ def test_another_learner_is_scored_as_contenders_are() -> None:
         assert values.shape == (41,)
         assert values[0] == pytest.approx(standing.intervals[name].value)
         assert np.std(values[1:]) > 0.0
-    with pytest.raises(UserError, match="no prompt has an outcome of every target"):
+    with pytest.raises(UserError, match="no prompt has an outcome for every target"):
         scoring(POOL, replace(data, correct=np.where([True, False, False], np.nan, data.correct)), router)

@@ -31,7 +31,7 @@ GRID = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.625, 1.0])
 
 
 def naive_points(correct: Array, p: Array, cost: Array, paid: Array) -> list[tuple[float, float, float]]:
-    """(tolerance, mean cost, accuracy): a whole routing for every distinct gap."""
+    """(tolerance, mean cost, accuracy) of every distinct gap, each from routing all prompts anew."""
     complete = ~np.isnan(correct).any(1)
     paid = np.broadcast_to(paid, p.shape)[complete]
     cost = np.broadcast_to(cost, p.shape)[complete]
@@ -116,7 +116,7 @@ def naive_scores(correct: Array, p: Array, cost: Array, paid: Array, tolerance: 
 
 
 def random_pool(seed: int, num_prompts: int = 60, missing: float = 0.1) -> tuple[Array, Array, Array, Array]:
-    """correct (N, T), p (N, T), cost (T,) and paid (N, T) of four targets, the dearer ones better, p informative."""
+    """correct (N, T), p (N, T), cost (T,) and paid (N, T) of four targets; dearer ones are better, p is informative."""
     rng = np.random.default_rng(seed)
     chances = np.clip(rng.random((num_prompts, 1)) + np.array([-0.3, -0.1, 0.1, 0.2]), 0.02, 0.98)
     correct = (rng.random((num_prompts, 4)) < chances).astype(float)
@@ -128,7 +128,7 @@ def random_pool(seed: int, num_prompts: int = 60, missing: float = 0.1) -> tuple
 
 @st.composite
 def routings(draw: st.DrawFn, per_prompt: bool) -> tuple[Array, Array, Array]:
-    """correct with NaN, p with ties, and cost with ties."""
+    """correct with NaN, p and cost with ties."""
     n, t = draw(st.integers(1, 6)), draw(st.integers(1, 4))
 
     def matrix(values: st.SearchStrategy[float], size: int) -> Array:
@@ -151,7 +151,7 @@ def test_curve_holds_a_routing_for_every_observed_gap(per_prompt: bool, data: st
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_curve_counts_what_was_paid_for_what_the_expectation_chose(seed: int) -> None:
+def test_curve_chooses_by_expected_cost_and_counts_actual_cost(seed: int) -> None:
     correct, p, cost, paid = random_pool(seed)
     expected = sorted((c, a) for _, c, a in naive_points(correct, p, cost, paid))
     np.testing.assert_allclose(cost_coverage_curve(correct, p, cost, paid), expected, rtol=1e-10)
@@ -229,7 +229,7 @@ def test_auccc_is_the_trapezoid_of_the_definition(points: list[Point], floor: fl
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(GRID | st.floats(0, 1), GRID | st.floats(0, 1)), max_size=12))
-def test_pareto_frontier_keeps_what_nothing_cheaper_matches(points: list[Point]) -> None:
+def test_pareto_frontier_keeps_points_that_no_cheaper_point_matches(points: list[Point]) -> None:
     frontier = pareto_frontier(np.array(points).reshape(-1, 2))
     assert [tuple(point) for point in frontier.tolist()] == naive_frontier(points)
 
@@ -237,7 +237,7 @@ def test_pareto_frontier_keeps_what_nothing_cheaper_matches(points: list[Point])
 @pytest.mark.parametrize("per_prompt", [False, True])
 @pytest.mark.parametrize("with_paid", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_are_those_of_the_definitions(seed: int, with_paid: bool, per_prompt: bool) -> None:
+def test_scores_match_the_definitions(seed: int, with_paid: bool, per_prompt: bool) -> None:
     correct, p, cost, paid = random_pool(seed)
     if per_prompt:
         cost = cost * np.random.default_rng(seed).uniform(0.5, 2.0, p.shape)
@@ -278,7 +278,7 @@ def test_always_the_dearest_target_saves_nothing() -> None:
     assert score_routing(correct, always_dearest, cost).cost_saving == pytest.approx(0.0, abs=1e-12)
 
 
-def test_best_single_is_the_cheaper_of_two_that_are_as_good() -> None:
+def test_best_single_target_is_the_cheaper_of_two_equally_accurate_ones() -> None:
     scores = score_routing([[1, 0, 0], [0, 1, 0]], [[0.5] * 3] * 2, [3.0, 2.0, 1.0])
     assert (scores.best_single_accuracy, scores.best_single_cost) == (0.5, 2.0)
 
@@ -318,7 +318,7 @@ def test_scores_of_a_target_count_the_prompts_on_which_it_was_graded() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), GRID | st.floats(0, 1)), min_size=1, max_size=30))
-def test_auc_is_that_of_scikit_learn_ties_included(pairs: list[Point]) -> None:
+def test_auc_matches_scikit_learn_ties_included(pairs: list[Point]) -> None:
     y, p = np.array(pairs).T
     if len(set(y)) == 1:
         assert np.isnan(roc_auc(y, p))
@@ -346,7 +346,7 @@ def test_calibration_error_is_the_weighted_gap_of_the_bins(bins: int) -> None:
     assert expected_calibration_error(y, p, bins) == pytest.approx(expected, abs=1e-12)
 
 
-def test_calibration_error_of_nothing_is_nan() -> None:
+def test_calibration_error_without_prompts_is_nan() -> None:
     assert np.isnan(expected_calibration_error([], []))
 
 
@@ -369,7 +369,7 @@ def test_best_tolerance_without_a_complete_prompt_is_zero() -> None:
 
 
 def test_scoring_without_a_complete_prompt_is_an_error() -> None:
-    with pytest.raises(UserError, match="no prompt has an outcome of every target"):
+    with pytest.raises(UserError, match="no prompt has an outcome for every target"):
         score_routing([[np.nan, 1.0], [0.0, np.nan]], [[0.5, 0.5]] * 2, [1.0, 2.0])
 
 
@@ -382,6 +382,6 @@ def test_scoring_without_a_complete_prompt_is_an_error() -> None:
         ([[1.0, 0.0]], [[0.5, np.nan]], "p must not be NaN"),
     ],
 )
-def test_misshapen_or_missing_predictions_are_errors(metric: Any, correct: Any, p: Any, message: str) -> None:
+def test_predictions_of_another_shape_or_nan_are_errors(metric: Any, correct: Any, p: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metric(correct, p, [1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Metrics beside METHOD's own: each against a slow reference that follows its source's words."""
+"""Metrics that platform/METHOD.md does not define, each against a slow reference implementation of its source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GRID = st.integers(0, 4).map(lambda i: i / 4)
 
 
 def pool(seed: int, num_prompts: int = 80, num_targets: int = 4, missing: float = 0.0) -> tuple[Array, ...]:
-    """correct, p, cost and paid, each (N, T); the dearer targets are better, and some p tie."""
+    """correct, p, cost and paid, each (N, T); dearer targets are better, and some p are equal."""
     rng = np.random.default_rng(seed)
     chances = np.clip(rng.random((num_prompts, 1)) + np.linspace(-0.3, 0.2, num_targets), 0.02, 0.98)
     correct = (rng.random(chances.shape) < chances).astype(float)
@@ -50,12 +50,12 @@ def pool(seed: int, num_prompts: int = 80, num_targets: int = 4, missing: float 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_prompt_that_weighs_three_counts_as_three_prompts(seed: int) -> None:
+def test_a_prompt_of_weight_three_counts_as_three_prompts(seed: int) -> None:
     data = pool(seed, missing=0.1)
     counts = np.random.default_rng(seed).integers(0, 4, len(data[0]))
     repeated = [np.repeat(values, counts, axis=0) for values in data]
-    others = ("aurc",)  # which has a coverage a prompt, not a weight
-    # Comparators go by what prompts weigh, not by a draw; metrics of one target by the draw alone.
+    others = ("aurc",)  # its coverages count prompts, not weights
+    # Comparison targets depend on the weights alone, metrics of one target on the draw alone.
     figures = Scorer(*data[:3], 0.05, data[3], weights=counts).figures(np.ones((1, len(counts))))
     drawn = Scorer(*data[:3], 0.05, data[3]).figures(counts[None].astype(float))
     figures |= {name: drawn[name] for name in ("accuracy", "cost", "oracle_accuracy", "auc", "ece", "brier")}
@@ -65,7 +65,7 @@ def test_a_prompt_that_weighs_three_counts_as_three_prompts(seed: int) -> None:
         assert weighted[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-12, nan_ok=True), name
 
 
-def test_comparators_are_those_of_all_prompts_in_every_draw() -> None:
+def test_comparison_targets_are_chosen_on_all_prompts_in_every_draw() -> None:
     correct, p, cost, paid = pool(0, num_prompts=60)
     weights = bootstrap_weights(60, 40, seed=1).astype(float)
     scorer = Scorer(correct, p, cost, 0.1, paid)
@@ -75,7 +75,7 @@ def test_comparators_are_those_of_all_prompts_in_every_draw() -> None:
     _, most = scorer.points_at([curve[np.lexsort((curve[:, 1], -curve[:, 2]))[0], 0]], weights)
     figures = scorer.figures(weights)
     means = {name: weights @ values / 60 for name, values in (("correct", correct), ("paid", paid))}
-    assert len(set(means["correct"].argmax(1))) > 1, "no draw has another best target: the test shows nothing"
+    assert len(set(means["correct"].argmax(1))) > 1, "every draw has the same best target, so the test checks nothing"
     is_enough = accuracies >= means["correct"][:, [best]] - 1e-12
     gains = {
         "best_single_accuracy": means["correct"][:, best],
@@ -90,7 +90,7 @@ def test_comparators_are_those_of_all_prompts_in_every_draw() -> None:
         np.testing.assert_allclose(figures[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_weightings_are_scored_alike_together_and_alone() -> None:
+def test_a_batch_of_weightings_scores_as_each_alone() -> None:
     correct, p, cost, paid = pool(1, num_prompts=300, missing=0.05)
     scorer, weights = Scorer(correct, p, cost, 0.1, paid), bootstrap_weights(300, 7, seed=3)
     together = scorer.figures(weights)
@@ -99,7 +99,7 @@ def test_weightings_are_scored_alike_together_and_alone() -> None:
             np.testing.assert_allclose(together[name][i], values[0], rtol=1e-12, err_msg=name)
 
 
-def test_figures_at_another_tolerance_are_those_of_its_choices() -> None:
+def test_points_at_other_tolerances_match_their_scores() -> None:
     correct, p, cost, paid = pool(2, missing=0.1)
     scorer, ones = Scorer(correct, p, cost, 0.0, paid), np.ones((1, len(p)))
     tolerances = (0.0, 0.03, 0.2, 1.0)
@@ -112,7 +112,7 @@ def test_figures_at_another_tolerance_are_those_of_its_choices() -> None:
 # --- missing outcomes ----------------------------------------------------------------------------------------------
 
 
-def test_outcomes_that_hard_prompts_lack_bias_nothing() -> None:
+def test_completeness_weights_remove_the_bias_of_outcomes_missing_on_hard_prompts() -> None:
     rng = np.random.default_rng(0)
     num_prompts = 40_000
     ease = rng.random((num_prompts, 1))
@@ -128,7 +128,7 @@ def test_outcomes_that_hard_prompts_lack_bias_nothing() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), GRID), min_size=1, max_size=40), st.integers(1, 6))
-def test_complete_prompts_stand_for_all(prompts: list[tuple[bool, float]], num_strata: int) -> None:
+def test_completeness_weights_sum_to_the_number_of_prompts(prompts: list[tuple[bool, float]], num_strata: int) -> None:
     has_all, difficulty = np.array([done for done, _ in prompts]), [value for _, value in prompts]
     correct = np.where(has_all[:, None], 1.0, [[np.nan, 1.0]])
     weights = completeness_weights(correct, difficulty, num_strata)
@@ -137,7 +137,7 @@ def test_complete_prompts_stand_for_all(prompts: list[tuple[bool, float]], num_s
     assert (weights[has_all] >= 1.0 - 1e-12).all()
 
 
-def test_where_nothing_is_missing_all_prompts_weigh_one() -> None:
+def test_without_missing_outcomes_all_prompts_weigh_one() -> None:
     np.testing.assert_array_equal(completeness_weights(np.ones((17, 3)), np.arange(17.0)), np.ones(17))
 
 
@@ -145,7 +145,7 @@ def test_where_nothing_is_missing_all_prompts_weigh_one() -> None:
 
 
 def naive_gap_curve(strong: Array, weak: Array, score: Array) -> list[Point]:
-    """(share of calls to the strong target, share of the gap recovered), for every threshold."""
+    """(share of calls to the strong target, share of the gap recovered) at every threshold."""
     gap = strong.mean() - weak.mean()
     points = [(0.0, 0.0)]
     for threshold in sorted(set(score.tolist()), reverse=True):
@@ -156,7 +156,7 @@ def naive_gap_curve(strong: Array, weak: Array, score: Array) -> list[Point]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_gap_recovered_is_that_of_every_threshold(seed: int) -> None:
+def test_gap_recovered_matches_every_threshold(seed: int) -> None:
     correct, p, _, _ = pool(seed)
     strong, weak, score = correct[:, 3], correct[:, 0], (p[:, 3] - p[:, 0]).round(1)
     points = naive_gap_curve(strong, weak, score)
@@ -167,13 +167,13 @@ def test_gap_recovered_is_that_of_every_threshold(seed: int) -> None:
         assert call_performance_threshold(strong, weak, score, recovered) == pytest.approx(least, abs=1e-9)
 
 
-def test_there_is_no_gap_to_recover_where_the_strong_target_is_not_better() -> None:
+def test_gap_recovered_is_nan_if_the_strong_target_is_not_better() -> None:
     assert math.isnan(average_performance_gap_recovered([0, 1], [1, 0], [0.5, 0.1]))
     assert math.isnan(call_performance_threshold([0, 0], [1, 0], [0.5, 0.1], 0.5))
 
 
 def naive_aiq(curve: list[Point], c_min: float, c_max: float) -> float:
-    """The mean of the hull at many costs, the hull being the best that any two points and their mixtures give."""
+    """The mean accuracy of the hull, computed as the best mixture of any two points at each corner."""
 
     def best(cost: float) -> float:
         values = [a for c, a in curve if c <= cost]
@@ -181,7 +181,7 @@ def naive_aiq(curve: list[Point], c_min: float, c_max: float) -> float:
             values.append(a1 + (a2 - a1) * (cost - c1) / (c2 - c1))
         return max(values)
 
-    # Exactly on the corners, between which it is straight.
+    # The hull is linear between these costs, so the trapezoid is exact.
     corners = sorted({c_min, c_max, *(c for c, _ in curve if c_min < c < c_max)})
     area = sum((right - left) * (best(left) + best(right)) / 2 for left, right in pairwise(corners))
     return area / (c_max - c_min)
@@ -189,7 +189,7 @@ def naive_aiq(curve: list[Point], c_min: float, c_max: float) -> float:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), GRID | st.floats(0, 1)), min_size=1, max_size=8))
-def test_improvement_in_quality_is_the_mean_of_all_mixtures(points: list[tuple[int, float]]) -> None:
+def test_improvement_in_quality_is_the_mean_of_the_best_mixtures(points: list[tuple[int, float]]) -> None:
     curve = [(1.0, 0.1), *((1.0 + cost / 10, accuracy) for cost, accuracy in points)]
     assert average_improvement_in_quality(curve, 1.0, 3.0) == pytest.approx(naive_aiq(curve, 1.0, 3.0), abs=1e-9)
 
@@ -228,7 +228,7 @@ def test_aurc_is_the_mean_risk_over_coverages_whatever_the_order_of_ties(prompts
     order = np.argsort(-confidence, kind="stable")
     wrong = 1.0 - correct[order]
     expected = []
-    for k in range(1, len(wrong) + 1):  # of the group that is cut, any k prompts are as likely as any others
+    for k in range(1, len(wrong) + 1):  # ties cut by k contribute their mean
         edge = confidence[order][k - 1]
         sure, tied = confidence[order] > edge, confidence[order] == edge
         expected.append((wrong[sure].sum() + (k - sure.sum()) * wrong[tied].mean()) / k)
@@ -257,7 +257,7 @@ def test_zones_and_shares_are_counts(seed: int) -> None:
     assert scores.share == pytest.approx([np.mean([choice[i] == t for i in complete]) for t in range(4)])
 
 
-def test_a_prompt_that_nobody_got_is_wrong_where_somebody_was_right() -> None:
+def test_a_prompt_without_a_target_counts_as_wrong_if_some_target_was_right() -> None:
     assert agreement_zones([[1.0, 0.0], [1.0, 1.0]], [-1, -1]).wrong_choices == 1.0
 
 
@@ -266,14 +266,14 @@ def test_zones_of_no_complete_prompt_are_nan() -> None:
     assert np.isnan([zones.all_right, zones.disagree, zones.all_wrong, zones.wrong_choices]).all()
 
 
-def test_shares_do_not_count_prompts_that_nobody_got_as_anyones() -> None:
+def test_shares_leave_out_prompts_without_a_target() -> None:
     np.testing.assert_allclose(routing_shares([0, 2, -1, 2], 3), [0.25, 0.0, 0.5])
 
 
 # --- degenerate pools ----------------------------------------------------------------------------------------------
 
 
-def test_a_pool_of_one_target_has_nothing_to_route() -> None:
+def test_a_pool_of_one_target_adds_nothing_by_routing() -> None:
     scores = score_routing([[1.0], [0.0]], [[0.7], [0.3]], [2.0])
     assert (scores.accuracy, scores.oracle_accuracy, scores.best_single_accuracy, scores.share) == (
         0.5,
@@ -285,14 +285,14 @@ def test_a_pool_of_one_target_has_nothing_to_route() -> None:
     assert np.isnan([scores.efficacy, scores.apgr, scores.cpt_50, scores.wrong_choices]).all()
 
 
-def test_where_all_targets_cost_the_same_there_is_no_area() -> None:
+def test_targets_of_equal_cost_have_no_area() -> None:
     correct, p, _, _ = pool(3)
     scores = score_routing(correct, p, [1.0] * 4)
     assert (scores.p_auccc, scores.model_auccc, scores.aiq, scores.cost_saving) == (0.0, 0.0, 0.0, 0.0)
     assert scores.accuracy == pytest.approx(correct[np.arange(len(p)), p.argmax(1)].mean())
 
 
-def test_brier_score_of_nothing_is_nan() -> None:
+def test_brier_score_without_prompts_is_nan() -> None:
     assert math.isnan(brier_score([], []))
     assert brier_score([1.0, 0.0], [0.75, 0.25]) == 0.0625
 
@@ -315,7 +315,7 @@ def test_prompts_of_a_cluster_are_drawn_together() -> None:
     assert (weights[:, [0, 1, 3]].sum(1) == 3).all()
 
 
-def test_clusters_widen_an_interval_as_much_as_they_repeat_each_other() -> None:
+def test_four_copies_of_each_prompt_double_the_interval() -> None:
     values = np.repeat(np.random.default_rng(0).random(200), 4)
     alone, together = (
         interval(values.mean(), bootstrap_weights(800, 2000, clusters=clusters) @ values / 800)
@@ -324,7 +324,7 @@ def test_clusters_widen_an_interval_as_much_as_they_repeat_each_other() -> None:
     assert (together.high - together.low) / (alone.high - alone.low) == pytest.approx(2.0, rel=0.15)
 
 
-def test_an_interval_holds_the_middle_of_the_draws() -> None:
+def test_an_interval_spans_the_central_percentiles_of_the_draws() -> None:
     assert interval(0.5, np.arange(1, 40)) == pytest.approx((0.5, 1.0, 39.0))
     assert interval(0.5, np.arange(1, 80)) == pytest.approx((0.5, 2.0, 78.0))
     assert interval(0.5, [0.2, np.nan, 0.4], level=1.0)[1:] == (0.2, 0.4)
