@@ -1,8 +1,8 @@
-"""What a router has to beat on the same prompts: each an object with scikit-learn's `fit` and `predict_proba`.
+"""Baseline predictors that a router is compared with, and `BaselineRouter`, which serves one of them.
 
-`fit(x, correct)` takes features (N, F) of the prompts and outcomes (N, T) with NaN where missing; `predict_proba(x)`
-gives P(correct) (N, T), which the policy routes by as it does by a router's. What `x` is, the class says as `reads`.
-All can be served: see `baselines.router`.
+Start with `Baseline` in base.py. `fit(x, correct)` takes prompt features (N, F) and outcomes (N, T) with NaN where
+missing; `predict_proba(x)` returns P(correct) (N, T), which the policy uses as it does a router's. `reads` names the
+features that a class expects.
 """
 
 from prefill_router.baselines.base import Baseline, Reads
@@ -11,7 +11,7 @@ from prefill_router.baselines.linear import Logistic, MatrixFactorisation, Promp
 from prefill_router.baselines.neighbours import Clusters, NearestNeighbours, knn_p_correct
 from prefill_router.baselines.net import EmbeddingNet
 
-# By the name in reports and artifacts.
+# Keys are the names in reports and artifacts.
 BASELINES: dict[str, type[Baseline]] = {
     "always": Always,
     "random": Random,

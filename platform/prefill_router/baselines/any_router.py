@@ -1,4 +1,4 @@
-"""Whatever routes, from where it lies: a router that was trained, or a baseline that an evaluation has kept."""
+"""Loads either kind of router from its artifact: a trained one, or a baseline that an evaluation saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from prefill_router.router.artifact import Router
 
 
 def load(uri: str) -> Router | BaselineRouter:
-    """Raises UserError where neither lies at `uri`, or it is damaged."""
+    """The router or baseline at `uri`. Raises UserError if there is neither, or it is damaged."""
     is_baseline = storage.exists(storage.join(uri, baselines.MANIFEST))
     return BaselineRouter.load(uri) if is_baseline else Router.load(uri)

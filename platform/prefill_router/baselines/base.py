@@ -1,4 +1,4 @@
-"""What all baselines share: what they read, and how they are written down."""
+"""The interface of a baseline: its features, settings and learned arrays."""
 
 # N prompts, T targets, F features
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Reads = Literal["nothing", "length", "embedding"]  # one feature, the number of tokens; or a sentence embedding
+Reads = Literal["nothing", "length", "embedding"]  # "length" is one feature, the number of tokens
 
 
 class Baseline(ABC):
-    """Subclasses are dataclasses of plain settings; what they learn are arrays whose names end in an underscore."""
+    """A predictor of P(correct). Subclasses are dataclasses of JSON settings; learned arrays end in an underscore."""
 
-    title: ClassVar[str]  # in tables
+    title: ClassVar[str]  # the name shown in reports
     reads: ClassVar[Reads]
 
     @abstractmethod
@@ -27,7 +27,7 @@ class Baseline(ABC):
     def predict_proba(self, x: Array) -> NDArray[np.float64]: ...
 
     def tensors(self) -> dict[str, Array]:
-        """All that was learnt."""
+        """The learned arrays."""
         return {name: value for name, value in vars(self).items() if name.endswith("_")}
 
     def settings(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Baseline(ABC):
 
 
 def mean_outcomes(correct: Array) -> NDArray[np.float64]:
-    """Each target's accuracy (T,); 0 for one that was never graded."""
+    """The accuracy (T,) of each target; 0 for a target without outcomes."""
     graded = ~np.isnan(correct)
     return np.asarray(np.nan_to_num(correct).sum(0) / np.maximum(graded.sum(0), 1), np.float64)
 

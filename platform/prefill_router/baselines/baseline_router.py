@@ -1,4 +1,4 @@
-"""A baseline as a router: with a pool, a sentence encoder and a tolerance, it decides, is written down and is served.
+"""A baseline that can be saved and served as a router, with its pool, sentence encoder and tolerance.
 
 Its artifact has the format of `router.artifact_folder`, with the manifest `baseline.json`.
 """
@@ -52,52 +52,56 @@ _KIND = ArtifactKind(
 
 @dataclass(frozen=True)
 class BaselineRouter:
-    """Routes prompts as `Router` does. Prompts are counted in the sentence encoder's tokens."""
+    """Routes prompts as `Router` does. Prompt lengths are counted in the sentence encoder's tokens."""
 
-    name: str  # in BASELINES
+    name: str  # key in BASELINES
     baseline: Baseline
     pool: Pool
-    output_tokens: NDArray[np.float32]  # (T,) each target's median in training: what an answer is expected to take
+    output_tokens: NDArray[np.float32]  # (T,) expected answer lengths: each target's median in training
     default_tolerance: float
     sentence_encoder: str
     fingerprint: str
 
     @cached_property
     def encoder(self) -> SentenceEncoder:
-        """Raises UserError where the encoder that can be loaded is not the one that the baseline was fitted on."""
+        """The sentence encoder. Raises UserError if it is not the one that the baseline was fitted with."""
         encoder = SentenceEncoder.load(self.sentence_encoder)
         if encoder.fingerprint != self.fingerprint:
-            raise UserError(f"{self.sentence_encoder}: is not the sentence encoder that the baseline was fitted on")
+            raise UserError(
+                f"{self.sentence_encoder}: the sentence encoder differs from the one that the baseline was fitted with "
+                f"(fingerprint {encoder.fingerprint}, expected {self.fingerprint}): restore it, or evaluate again"
+            )
         return encoder
 
     def require_encoder(self) -> None:
-        """Raises UserError where the sentence encoder is missing; nothing of it is read."""
+        """Raises UserError if the sentence encoder is missing, without reading it."""
         checkpoint.check_sentence_model(self.sentence_encoder)
 
     def with_pool(self, pool: Pool) -> BaselineRouter:
-        """The same router at other prices. Raises UserError for other targets than it was fitted for."""
+        """The same router with the prices of `pool`. Raises UserError if the targets are not the fitted ones."""
         prices = {target.name: target for target in pool.targets}
         if set(prices) != set(self.pool.target_names):
             raise UserError(
-                f"a baseline serves the targets that it was fitted for: {', '.join(self.pool.target_names)}"
+                f'pool "{pool.name}": its targets must be those that the baseline was fitted with: '
+                f"{', '.join(self.pool.target_names)}"
             )
         targets = tuple(prices[name] for name in self.pool.target_names)
         return replace(self, pool=pool.model_copy(update={"targets": targets}))
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
-        """P(correct) and the expected output tokens of every target, each (N, T) float32, in the pool's order."""
+        """P(correct) and expected output tokens, each (N, T) float32, with targets in the pool's order."""
         return self.predict_tokens(self.encoder.tokenize(prompts))
 
     def route(self, prompt: Prompt, policy: Policy | None = None) -> Decision:
         return self.decide(self.encoder.tokenize([prompt]), [policy or Policy()])[0]
 
     def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
-        """The decision for each tokenised prompt, under its own policy."""
+        """The decision for each tokenised prompt under its own policy."""
         prediction = self.predict_tokens(tokens)
         return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
 
     def predict_tokens(self, tokens: Tokens) -> Prediction:
-        """The prediction for prompts that `encoder` has tokenised."""
+        """The prediction for prompts tokenised by `encoder`."""
         reads = type(self.baseline).reads
         x = self.encoder.forward(tokens) if reads == "embedding" else tokens.full_lengths[:, None]
         p_correct = self.baseline.predict_proba(x).astype(np.float32)

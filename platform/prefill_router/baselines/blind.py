@@ -1,6 +1,6 @@
-"""Baselines that never look at the prompt."""
+"""Baselines that ignore the prompt."""
 
-# N prompts, T targets, V targets on the hull
+# N prompts, T targets
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 @dataclass
 class Random(Baseline):
-    """Any target, each as likely; a tolerance moves its choices to the cheaper ones."""
+    """Chooses every target with the same probability; a tolerance shifts the choices to cheaper targets."""
 
     random_state: int = 0
     title = "random"
@@ -35,7 +35,7 @@ class Random(Baseline):
 
 @dataclass
 class Always(Baseline):
-    """One target for every prompt."""
+    """Chooses one target for every prompt."""
 
     target: int
     title = "always"
@@ -51,11 +51,10 @@ class Always(Baseline):
 
 @dataclass
 class Mixture(Baseline):
-    """The cheapest way to any accuracy without looking: at each cost, a coin tossed between the best two targets.
+    """Mixes targets at random along the convex hull of cost and accuracy: the best router that ignores the prompt.
 
-    The targets are those on the convex hull of cost and accuracy in training, V of them; `cost` (T,) is the mean of
-    each target. As the tolerance goes from 0 to 1/2, the coin goes from the most accurate of them to the cheapest, by
-    way of each pair of neighbours.
+    `cost` (T,) is the mean cost of each target in training. As the tolerance grows from 0 to 1/2, choices move from the
+    most accurate target to the cheapest one, at any time between two neighbours on the hull.
     """
 
     cost: Sequence[float]
@@ -74,7 +73,7 @@ class Mixture(Baseline):
         tosses = np.random.default_rng(self.random_state).random((len(x), 1))
         num_steps = len(self.on_hull_) - 1
         p = np.zeros((len(x), int(self.num_targets_)))
-        # At tolerance t, prompt i has come to corner number floor(num_steps (1 - 2 t) + toss_i) of the hull.
+        # At tolerance t, prompt i goes to hull corner floor(num_steps (1 - 2 t) + toss_i), counted by cost.
         gaps = 1.0 - (np.arange(1, num_steps + 1) - tosses) / max(num_steps, 1)
         p[:, self.on_hull_[:-1]] = 1.0 - gaps / 2.0
         p[:, self.on_hull_[-1]] = 1.0

@@ -1,4 +1,4 @@
-"""All baselines, fitted on the prompts that a router was trained on, each with the tolerance that suits it."""
+"""Fits the baselines on a router's training prompts and chooses their tolerances."""
 
 # N prompts, T targets, F features
 
@@ -22,13 +22,13 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts with what baselines may read of them, and with what came of them."""
+    """Prompt features and outcomes."""
 
-    num_tokens: Array  # (N,) which are priced
+    num_tokens: Array  # (N,) billed input tokens
     correct: Array  # (N, T), NaN where missing
     output_tokens: Array  # (N, T), NaN where missing
-    length: Array  # (N,) in the sentence encoder's tokens, where there is one
-    embedding: Array | None  # (N, F); None where the prompts' texts are not at hand
+    length: Array  # (N,) in the sentence encoder's tokens, if there is one
+    embedding: Array | None  # (N, F); None if the prompts' texts are not available
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -43,7 +43,7 @@ class Prompts:
         )
 
     def x(self, reads: Reads) -> Array:
-        """What a baseline reads (N, F)."""
+        """The features (N, F) that a baseline reads."""
         if reads == "embedding" and self.embedding is not None:
             return self.embedding
         return np.asarray(self.length)[:, None]
@@ -51,9 +51,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A baseline that is ready to be compared, or served."""
+    """A fitted baseline with its tolerance."""
 
-    name: str  # in BASELINES
+    name: str  # key in BASELINES
     title: str
     baseline: Baseline
     output_tokens: NDArray[np.float32]  # (T,) each target's median in training
@@ -64,9 +64,9 @@ class Fitted:
 
 
 def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitted]:
-    """Each baseline that can be fitted; those on embeddings only where there are any.
+    """Yields every baseline, fitted; skips those that read embeddings if there are none.
 
-    As with a router, the tolerance is chosen on the validation prompts, which are not fitted.
+    As for a router, the tolerance is chosen on the validation prompts, which fitting does not use.
     """
     medians = median_tokens(median_logs(training.output_tokens))
     for target, name in enumerate(pool.target_names):
@@ -80,14 +80,14 @@ def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitt
 
 
 def fit_one(pool: Pool, name: str, baseline: Baseline, training: Prompts, validation: Prompts) -> Fitted:
-    """One baseline, with its tolerance."""
+    """Fits one baseline and chooses its tolerance."""
     medians = median_tokens(median_logs(training.output_tokens))
     baseline.fit(training.x(type(baseline).reads), training.correct)
     return Fitted(name, baseline.title, baseline, medians, _tolerance(pool, baseline, validation, medians))
 
 
 def _tolerance(pool: Pool, baseline: Baseline, validation: Prompts, medians: Array) -> float:
-    if not len(validation) or isinstance(baseline, Random):  # what chooses at random has nothing to give up
+    if not len(validation) or isinstance(baseline, Random):  # random probabilities make any tolerance meaningless
         return 0.0
     p = baseline.predict_proba(validation.x(type(baseline).reads))
     expected = pool.expected_cost(validation.num_tokens, np.broadcast_to(medians, p.shape))

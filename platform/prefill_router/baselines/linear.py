@@ -1,4 +1,4 @@
-"""Baselines with a logistic output: on all of an embedding, on a few dimensions that targets share, on length alone."""
+"""Linear baselines with a logistic output: logistic regression, prompt length alone, matrix factorisation."""
 
 # N prompts, F features, T targets, R rank
 
@@ -15,14 +15,14 @@ from prefill_router.baselines.base import Baseline, Reads, mean_outcomes
 
 Array = NDArray[Any]
 
-_FEWEST_OF_A_CLASS = 2
+_MIN_PER_CLASS = 2
 
 
 @dataclass
 class Logistic(Baseline):
-    """A logistic regression for each target, on standardised features; a target with a single class keeps its mean.
+    """One logistic regression per target on standardised features; a target with a single class keeps its mean.
 
-    Partial credit counts in both classes, in its proportion.
+    An outcome y between 0 and 1 counts as y of a right answer and 1 - y of a wrong one.
     """
 
     inverse_strength: float = 0.01  # scikit-learn's C
@@ -48,9 +48,9 @@ class Logistic(Baseline):
 
         graded = ~np.isnan(y)
         y, rows = y[graded], x[graded]
-        # Each prompt once in each class, with its outcome as the weight of the right one.
+        # Every prompt appears once per class, weighted by its outcome y and by 1 - y.
         weight = np.concatenate([y, 1.0 - y])
-        if min(y.sum(), (1.0 - y).sum()) < _FEWEST_OF_A_CLASS:
+        if min(y.sum(), (1.0 - y).sum()) < _MIN_PER_CLASS:
             return np.zeros(x.shape[1]), _log_odds(mean_outcomes(y[:, None])[0])
         used = weight > 0.0
         labels = np.repeat([1, 0], len(y))[used]
@@ -61,7 +61,7 @@ class Logistic(Baseline):
 
 @dataclass
 class PromptLength(Logistic):
-    """A logistic regression on the logarithm of the prompt's length and its square."""
+    """Logistic regression on the logarithm of the prompt's length and its square."""
 
     inverse_strength: float = 1.0
     title = "prompt length alone"
@@ -76,10 +76,10 @@ class PromptLength(Logistic):
 
 @dataclass
 class MatrixFactorisation(Baseline):
-    """Prompts and targets as vectors of one low rank, whose product is the log-odds.
+    """Low-rank model: the log-odds are the product of a prompt vector, linear in the features, and a target vector.
 
-    A prompt's vector is linear in its features, a target's is learnt. The form of Ong et al. (RouteLLM, 2024), with
-    outcomes in place of preferences; all of it is fitted at once, by L-BFGS on the penalised cross-entropy.
+    This is the model of Ong et al. (RouteLLM, 2024) with outcomes instead of preferences, fitted by L-BFGS on the
+    penalised cross-entropy.
     """
 
     rank: int = 16

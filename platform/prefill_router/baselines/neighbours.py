@@ -1,4 +1,4 @@
-"""Baselines that ask which targets were right on prompts nearby."""
+"""Baselines that predict the mean outcome of similar training prompts."""
 
 # N prompts, M training prompts, F features, T targets, K clusters
 
@@ -20,7 +20,7 @@ _CHUNK_ROWS = 1024
 
 @dataclass
 class NearestNeighbours(Baseline):
-    """The mean outcome of the nearest training prompts, as `knn_p_correct` has it."""
+    """Predicts the mean outcome of the nearest training prompts: see `knn_p_correct`."""
 
     num_neighbours: int = NUM_NEIGHBOURS
     title = "k nearest neighbours"
@@ -36,10 +36,10 @@ class NearestNeighbours(Baseline):
 
 @dataclass
 class Clusters(Baseline):
-    """The mean outcome of the prompt's cluster: k-means on features of unit length.
+    """Predicts the mean outcome of the prompt's cluster, from k-means on features scaled to unit length.
 
-    A cluster counts `prior` more votes of the target's overall accuracy. By default there is a cluster for each 50
-    training prompts, 64 at most.
+    Every cluster gets `prior` extra votes of the target's overall accuracy. By default there is one cluster per 50
+    training prompts, at most 64.
     """
 
     num_clusters: int | None = None
@@ -72,8 +72,8 @@ def knn_p_correct(
 ) -> NDArray[np.float64]:
     """P(correct) (N, T): the mean outcome of the nearest training prompts by cosine similarity.
 
-    `features` (N, F), `training_features` (M, F), `training_correct` (M, T) with NaN for missing outcomes, which are
-    left out. One more vote of the target's overall accuracy settles the case in which no neighbour was graded.
+    `features` is (N, F), `training_features` (M, F), `training_correct` (M, T). Missing outcomes (NaN) are left out.
+    One extra vote of the target's overall accuracy defines the value if no neighbour has an outcome.
     """
     queries, keys = _unit(features), _unit(training_features)
     graded = ~np.isnan(training_correct)

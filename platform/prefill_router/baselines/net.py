@@ -1,4 +1,4 @@
-"""The strongest semantic router: the published trunk on sentence embeddings in place of activations."""
+"""The published trunk on sentence embeddings instead of prefill activations: the strongest text-only baseline."""
 
 # N prompts, F features, T targets
 
@@ -24,7 +24,10 @@ _VALIDATION_SHARE = 0.15
 
 @dataclass
 class EmbeddingNet(Baseline):
-    """SharedTrunkNet as published, on standardised features; it stops early on 15 % of the prompts that it is given."""
+    """SharedTrunkNet on standardised features, with 15 % of the prompts for early stopping.
+
+    Source: platform/METHOD.md, "SharedTrunkNet, as published".
+    """
 
     random_state: int = 0
     title = "MLP"
@@ -46,9 +49,9 @@ class EmbeddingNet(Baseline):
 
     @torch.inference_mode()
     def predict_proba(self, x: Array) -> NDArray[np.float64]:
-        learnt = {name.removesuffix("_"): value for name, value in self.tensors().items()}
-        del learnt["mean"], learnt["std"]
-        net = SharedTrunkNet.from_state({name: torch.from_numpy(value) for name, value in learnt.items()})
+        state = {name.removesuffix("_"): torch.from_numpy(value) for name, value in self.tensors().items()}
+        del state["mean"], state["std"]
+        net = SharedTrunkNet.from_state(state)
         return np.asarray(torch.sigmoid(net(self._standardised(x))).mean(0).double().numpy())
 
     def _standardised(self, x: Array) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The baselines as objects: fitted, restored, compared with independent references, and served."""
+"""Baselines: fitting, restoring, comparison with independent references, and serving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ POOL = Pool(
 
 
 def data(num_prompts: int = 400, missing: float = 0.1, seed: int = 0) -> tuple[Array, Array]:
-    """Features (N, 8) and outcomes (N, 3) that depend on two directions of them, some missing."""
+    """Features (N, 8), and outcomes (N, 3) that depend on the first two of them; some are missing."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num_prompts, 8))
     logits = x[:, :2] @ np.array([[2.0, 1.5, 1.0], [0.0, 1.0, -1.5]]) + np.array([-0.5, 0.2, 1.0])
@@ -57,7 +57,7 @@ def made(name: str) -> Baseline:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_gives_probabilities_and_is_restored_from_its_arrays(name: str) -> None:
+def test_a_baseline_predicts_probabilities_and_is_restored_from_its_arrays(name: str) -> None:
     x, correct = data()
     x = np.abs(x[:, :1] * 100) if BASELINES[name].reads == "length" else x
     baseline = made(name).fit(x[:300], correct[:300])
@@ -71,7 +71,7 @@ def test_a_baseline_gives_probabilities_and_is_restored_from_its_arrays(name: st
 
 
 @pytest.mark.parametrize("name", ["kmeans", "knn", "logistic", "factorisation", "mlp"])
-def test_what_reads_embeddings_learns_from_them(name: str) -> None:
+def test_baselines_on_embeddings_learn_from_them(name: str) -> None:
     x, correct = data(1200)
     p = made(name).fit(x[:800], correct[:800]).predict_proba(x[800:])
     for t in range(3):
@@ -79,10 +79,10 @@ def test_what_reads_embeddings_learns_from_them(name: str) -> None:
         assert roc_auc(correct[800:, t][graded], p[graded, t]) > 0.65
 
 
-# --- those that never look at the prompt ----------------------------------------------------------------------
+# --- baselines that ignore the prompt ----------------------------------------------------------------------
 
 
-def test_random_chooses_each_target_as_often() -> None:
+def test_random_chooses_every_target_equally_often() -> None:
     x, correct = data(6000)
     p = Random().fit(x, correct).predict_proba(x)
     np.testing.assert_allclose(np.bincount(p.argmax(1)) / len(x), 1 / 3, atol=0.02)
@@ -95,7 +95,7 @@ def test_always_is_one_target() -> None:
 
 def test_a_mixture_runs_along_the_hull_of_the_targets() -> None:
     rng = np.random.default_rng(0)
-    accuracies = np.array([0.4, 0.75, 0.8])  # the middle one is above the line between the others
+    accuracies = np.array([0.4, 0.75, 0.8])  # the middle target is above the line between the others
     correct = (rng.random((40_000, 3)) < accuracies).astype(float)
     x = np.zeros((len(correct), 1))
     p = Mixture(COST).fit(x, correct).predict_proba(x)
@@ -106,17 +106,17 @@ def test_a_mixture_runs_along_the_hull_of_the_targets() -> None:
     assert np.interp(0.5, curve[:, 0], curve[:, 1]) == pytest.approx(0.1, abs=1e-3)
 
 
-def test_a_mixture_leaves_out_what_two_others_beat() -> None:
+def test_a_mixture_leaves_out_targets_below_the_hull() -> None:
     correct = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, 0, 1]], float)
     p = Mixture(COST).fit(correct, correct).predict_proba(np.zeros((500, 1)))
     assert (p[:, 1] == 0.0).all()
     assert (p[:, 2] == 1.0).all()
 
 
-# --- those that do ----------------------------------------------------------------------
+# --- baselines that read the prompt ----------------------------------------------------------------------
 
 
-def test_logistic_is_that_of_scikit_learn() -> None:
+def test_logistic_matches_scikit_learn() -> None:
     x, correct = data(missing=0.0)
     p = Logistic(inverse_strength=0.5).fit(x[:300], correct[:300]).predict_proba(x[300:])
     scaler = StandardScaler().fit(x[:300])
@@ -133,7 +133,7 @@ def test_a_target_with_one_class_keeps_its_accuracy() -> None:
     np.testing.assert_allclose(p[:, 1], 0.001, atol=1e-9)
 
 
-def test_clusters_hold_their_members_mean_and_five_votes_of_the_targets() -> None:
+def test_clusters_predict_their_mean_with_five_votes_of_the_overall_accuracy() -> None:
     x, correct = data(300)
     baseline = Clusters(num_clusters=4).fit(x, correct)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -155,7 +155,7 @@ def test_factorisation_of_full_rank_is_as_good_as_logistic_regressions() -> None
     np.testing.assert_allclose(factored, logistic, atol=0.02)
 
 
-def test_length_tells_what_depends_on_length() -> None:
+def test_prompt_length_predicts_outcomes_that_depend_on_length() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 1000, (800, 1)).astype(float)
     correct = (rng.random((800, 2)) < np.where(lengths < 200, 0.9, 0.2)).astype(float)
@@ -164,14 +164,14 @@ def test_length_tells_what_depends_on_length() -> None:
     assert (p[1] < 0.3).all()
 
 
-def test_the_net_standardises_as_it_did_in_training() -> None:
+def test_the_net_is_invariant_to_the_scale_of_features() -> None:
     x, correct = data(300)
     p = EmbeddingNet().fit(x, correct).predict_proba(x)
     scaled = EmbeddingNet().fit(x * 100.0 + 7.0, correct).predict_proba(x * 100.0 + 7.0)
     np.testing.assert_allclose(scaled, p, atol=1e-3)
 
 
-# --- all of them, and served ----------------------------------------------------------------------
+# --- fitting all baselines, and serving one ----------------------------------------------------------------------
 
 
 def prompts(num_prompts: int, seed: int, *, with_embedding: bool = True) -> Prompts:
@@ -189,7 +189,7 @@ def test_all_baselines_are_fitted_with_a_tolerance_of_their_own() -> None:
     assert all(f.output_tokens.tolist() == pytest.approx([10, 20, 40]) for f in fitted)
 
 
-def test_without_embeddings_only_those_are_fitted_that_need_none() -> None:
+def test_without_embeddings_only_baselines_that_need_none_are_fitted() -> None:
     parts = (prompts(300, seed, with_embedding=False) for seed in (0, 1))
     assert {f.name for f in fit_all(POOL, *parts)} == {"always", "random", "mixture", "length"}
 
@@ -220,7 +220,7 @@ def test_a_served_baseline_decides_as_the_policy_does(served: BaselineRouter) ->
         served.route(prompts[0], Policy(allowed=["nobody"]))
 
 
-def test_a_baseline_is_read_as_it_was_written(served: BaselineRouter, root: str) -> None:
+def test_a_baseline_is_saved_and_loaded_unchanged(served: BaselineRouter, root: str) -> None:
     served.save(root)
     loaded = any_router.load(root)
     assert isinstance(loaded, BaselineRouter)
@@ -241,7 +241,7 @@ def test_damaged_weights_and_another_encoder_are_refused(
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"damaged: its checksum is not the one in baseline\.json"):
         BaselineRouter.load(str(tmp_path))
-    with pytest.raises(UserError, match="is not the sentence encoder"):
+    with pytest.raises(UserError, match="the sentence encoder differs from the one that the baseline was fitted with"):
         _ = replace(served, fingerprint="another").encoder
 
 
@@ -255,5 +255,5 @@ def test_a_baseline_that_was_edited_is_refused(served: BaselineRouter, tmp_path:
 
 def test_a_baseline_of_an_unknown_kind_is_refused(served: BaselineRouter, tmp_path: Path) -> None:
     replace(served, name="astrology").save(str(tmp_path))
-    with pytest.raises(UserError, match='baseline "astrology" is unknown: it is one of always, random'):
+    with pytest.raises(UserError, match='baseline "astrology" is unknown: it must be one of always, random'):
         BaselineRouter.load(str(tmp_path))
