@@ -1,1 +1,5 @@
-"""How good a router is on prompts that it was not trained on, beside whatever else could route them."""
+"""Evaluation of a router: on held-out prompts beside its baselines, and on a gateway's log of requests.
+
+Start with `evaluate` in contenders.py. learning_curve.py extrapolates what more outcomes would bring, and off_policy.py
+estimates the value of a policy from logged feedback.
+"""

@@ -1,4 +1,4 @@
-"""A router on held-out prompts, beside every single target and every baseline, all on the same prompts and draws."""
+"""Scores a router, every single target and every baseline on the same held-out prompts and bootstrap draws."""
 
 # N prompts, T targets, B draws
 
@@ -20,7 +20,7 @@ from prefill_router.metrics import (
     bootstrap_weights,
     completeness_weights,
     expected_calibration_error,
-    interval,
+    interval_from_draws,
     reliability_curve,
     risk_coverage_curve,
 )
@@ -33,11 +33,11 @@ Array = NDArray[Any]
 
 NUM_DRAWS = 500
 _LEARNING_DRAWS = 100
-_CURVE_POINTS = 300  # of a curve in a report; its areas are computed from all of them
+_CURVE_POINTS = 300  # most points of a curve in a report; areas use all of them
 _BAND_POINTS = 40
-_CHANCES = 20
+_ECE_SIMULATIONS = 20
 
-# What gets an interval. Means over targets are named so; the rest are fields of RoutingScores.
+# The metrics with an interval: fields of RoutingScores, and means over targets.
 HEADLINES = (
     "accuracy",
     "cost",
@@ -61,12 +61,12 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts that training never saw, and what came of them."""
+    """The prompts of the held-out split and their outcomes."""
 
     num_tokens: Array  # (N,)
     correct: Array  # (N, T), NaN where missing
     output_tokens: Array  # (N, T), NaN where missing
-    clusters: Array | None = None  # (N,) near-duplicates share one; by default each prompt is its own
+    clusters: Array | None = None  # (N,) near-duplicates share a cluster; by default each prompt is its own
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -74,19 +74,19 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Contender:
-    """What a router, or a baseline, says of the held-out prompts."""
+    """The predictions of a router or a baseline for the held-out prompts."""
 
     name: str
     title: str
     p_correct: Array  # (N, T)
     expected_output_tokens: Array  # (N, T)
     tolerance: float
-    has_hindsight: bool = False  # it knows the outcomes
+    has_hindsight: bool = False  # uses the outcomes themselves
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one contender did."""
+    """The results of one contender."""
 
     name: str
     title: str
@@ -94,18 +94,18 @@ class Standing:
     has_hindsight: bool
     scores: RoutingScores
     intervals: dict[str, Interval]  # of HEADLINES
-    router_less_this: dict[str, Interval]  # the same of the paired differences; empty for the router
-    curve: list[list[float]]  # points of (cost, accuracy)
+    router_less_this: dict[str, Interval]  # HEADLINES of the router minus these, paired; empty for the router
+    curve: list[list[float]]  # (cost, accuracy)
 
     @property
     def is_single(self) -> bool:
-        """Does it send every prompt to one target?"""
+        """Whether every prompt goes to one target."""
         return self.title.startswith("always ")
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one tolerance gives. Savings are against the best single target and against the dearest one."""
+    """The router at one tolerance, compared with the most accurate single target and with the dearest one."""
 
     title: str
     tolerance: float
@@ -119,44 +119,44 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """Whether P(correct) can be taken at its word. Values are one a target."""
+    """The router's calibration; every list has one value per target."""
 
     ece: list[float]
     ece_uncalibrated: list[float]
-    ece_of_chance: list[float]  # what a perfectly calibrated router would show on as many prompts
-    reliability: dict[str, list[list[list[float]]]]  # before and after: each target's (mean p, accuracy, prompts)
+    ece_of_chance: list[float]  # expected ECE of a perfectly calibrated router on as many prompts
+    reliability: dict[str, list[list[list[float]]]]  # "uncalibrated" and "calibrated": rows of reliability_curve
 
     @property
     def unchanged(self) -> list[bool]:
-        """Of which targets calibration left P(correct) as it was."""
+        """Whether calibration left P(correct) of each target unchanged."""
         before, after = (self.reliability[name] for name in ("uncalibrated", "calibrated"))
-        return [was == now for was, now in zip(before, after, strict=True)]
+        return [old == new for old, new in zip(before, after, strict=True)]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that a report shows. Costs are USD a prompt."""
+    """The content of an evaluation report. Costs are USD per prompt."""
 
     pool: str
     targets: list[str]
     router_version: str
     tolerance: float
     num_held_out: int
-    num_complete: int  # of them, with an outcome of every target
-    num_seen: int  # prompts left out because training saw them
-    accuracy_of_complete: float  # the router's, if complete prompts did not stand for those that lack an outcome
+    num_complete: int  # held-out prompts with an outcome for every target
+    num_seen: int  # prompts left out because they were used in training
+    accuracy_of_complete: float  # the router's on complete prompts, without completeness weights
     standings: list[Standing]  # the router first
-    band: list[list[float]]  # of the router's curve: (cost, low accuracy, high accuracy)
+    band: list[list[float]]  # interval of the router's curve: (cost, low accuracy, high accuracy)
     operating_points: list[OperatingPoint]
     target_accuracy: list[float]
     target_cost: list[float]
     calibration: CalibrationSummary
     risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
-    length_error_tokens: float  # mean absolute error of the router's median lengths
-    length_error_median_rule_tokens: float  # the same, of each target's median length
+    length_error_tokens: float  # mean absolute error of the router's predicted answer lengths
+    length_error_median_rule_tokens: float  # the same if each target's median length is predicted
     num_draws: int
-    about: dict[str, str] = field(default_factory=dict)  # data, split and versions, for people
-    learning: LearningCurve | None = None  # of the kernel machine; None where nobody asked for it
+    about: dict[str, str] = field(default_factory=dict)  # sources, split and versions, for display
+    learning: LearningCurve | None = None  # of the kernel machine; None if not requested
 
     @property
     def router(self) -> RoutingScores:
@@ -164,14 +164,14 @@ class Evaluation:
 
     @property
     def baselines(self) -> list[Standing]:
-        """What the router is compared with, without single targets and the oracle."""
+        """The standings of the baselines, without the router, single targets and the oracle."""
         return [s for s in self.standings[1:] if not s.has_hindsight and not s.is_single]
 
     def standing(self, name: str) -> Standing | None:
         return next((standing for standing in self.standings if standing.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: what has no value is null, and an interval is [value, low, high]."""
+        """The evaluation as JSON: undefined values are null, and an interval is [value, low, high]."""
         return finite({**asdict(self), "router": asdict(self.router)})  # type: ignore[no-any-return]
 
 
@@ -188,19 +188,22 @@ def evaluate(
     num_draws: int = NUM_DRAWS,
     about: dict[str, str] | None = None,
 ) -> Evaluation:
-    """Scores a router and its rivals. Targets are chosen by expected cost; costs are counted from the real lengths.
+    """Scores a router and its baselines.
 
-    `p_uncalibrated` and `median_output_tokens` (N, T) are the router's, where they differ from what it chooses by.
-    Where an answer's length is unknown, the router's expected length counts. Where outcomes are missing, complete
-    prompts stand for those that are as difficult by the router's word (`completeness_weights`). Raises UserError where
-    nothing is held out, or no prompt has an outcome of every target.
+    Targets are chosen by expected cost; costs are counted from actual answer lengths, or from the router's expected
+    length where the actual one is unknown. `p_uncalibrated` and `median_output_tokens` (N, T) are the router's, if they
+    differ from those of its choice. Complete prompts are weighted by `completeness_weights`, with the router's mean
+    P(correct) as difficulty. Raises UserError if there are no held-out prompts, or none is complete.
     """
     if not len(held_out):
-        raise UserError("no held-out prompt with outcomes: every prompt of this store was used in training")
+        raise UserError(
+            "no held-out prompt with outcomes: every prompt of this store was used in training: "
+            "extract and grade new prompts"
+        )
     trial = _Trial(pool, held_out, router, num_draws)
     choice = choose(router.p_correct, trial.expected(router), router.tolerance)
     complete = np.flatnonzero(~np.isnan(trial.correct).any(1))
-    reached, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
+    achieved, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
     target_cost, target_accuracy = trial.singles()
     medians = router.expected_output_tokens if median_output_tokens is None else median_output_tokens
     return Evaluation(
@@ -211,8 +214,8 @@ def evaluate(
         num_held_out=len(held_out),
         num_complete=len(complete),
         num_seen=num_seen,
-        accuracy_of_complete=float(reached.mean()),
-        standings=[trial.router(router), *(trial.rival(contender) for contender in baselines)],
+        accuracy_of_complete=float(achieved.mean()),
+        standings=[trial.router(router), *(trial.baseline(contender) for contender in baselines)],
         band=trial.band(),
         operating_points=trial.operating_points(router.tolerance),
         target_accuracy=target_accuracy,
@@ -220,7 +223,7 @@ def evaluate(
         calibration=_calibration(
             trial.correct, router.p_correct, router.p_correct if p_uncalibrated is None else p_uncalibrated
         ),
-        risk_coverage=thinned(risk_coverage_curve(reached, confidence)).tolist(),
+        risk_coverage=thinned(risk_coverage_curve(achieved, confidence)).tolist(),
         length_error_tokens=_mean_error(held_out.output_tokens, medians),
         length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
         num_draws=num_draws,
@@ -229,15 +232,15 @@ def evaluate(
 
 
 def oracle(held_out: HeldOut, expected_output_tokens: Array) -> Contender:
-    """The cheapest target that is right, by hindsight."""
+    """The contender that knows the outcomes and chooses the cheapest target that is right."""
     p = np.nan_to_num(held_out.correct)
     return Contender("oracle", "oracle", p, expected_output_tokens, 0.0, has_hindsight=True)
 
 
 def scoring(pool: Pool, held_out: HeldOut, router: Contender, num_draws: int = _LEARNING_DRAWS) -> Score:
-    """What P(correct) of another learner comes to on these prompts, at the router's expected lengths.
+    """A function that scores any P(correct) (N, T) on these prompts, with the router's expected lengths and tolerance.
 
-    Raises UserError where no prompt has an outcome of every target.
+    Raises UserError if no prompt has an outcome for every target.
     """
     trial = _Trial(pool, held_out, router, num_draws)
 
@@ -249,7 +252,7 @@ def scoring(pool: Pool, held_out: HeldOut, router: Contender, num_draws: int = _
 
 
 class _Trial:
-    """The prompts, weights and draws that all contenders share. The first draw takes every prompt once."""
+    """Scores contenders on the same prompts, weights and draws. The first draw takes every prompt once."""
 
     def __init__(self, pool: Pool, held_out: HeldOut, router: Contender, num_draws: int) -> None:
         self.pool, self.held_out = pool, held_out
@@ -261,8 +264,8 @@ class _Trial:
         drawn = bootstrap_weights(len(held_out), num_draws, clusters=held_out.clusters)
         self._draws = np.concatenate([np.ones((1, len(held_out)), drawn.dtype), drawn])
         self._router = self._scorer(router)
-        self._of_router = self._router.figures(self._draws)
-        self._dearest = self._router.singles(self._draws)[0][:, self._router.dearest]  # its mean cost in each draw
+        self._router_figures = self._router.figures(self._draws)
+        self._dearest_cost = self._router.singles(self._draws)[0][:, self._router.dearest]  # (B,)
 
     def expected(self, contender: Contender) -> Array:
         return self.pool.expected_cost(self.held_out.num_tokens, contender.expected_output_tokens)
@@ -277,15 +280,15 @@ class _Trial:
         return costs[0].tolist(), accuracies[0].tolist()
 
     def router(self, contender: Contender) -> Standing:
-        return self._standing(contender, self._router, _headlines(self._of_router), {})
+        return self._standing(contender, self._router, _headlines(self._router_figures), {})
 
     def headlines(self, contender: Contender) -> dict[str, Array]:
         return _headlines(self._scorer(contender).figures(self._draws))
 
-    def rival(self, contender: Contender) -> Standing:
+    def baseline(self, contender: Contender) -> Standing:
         scorer = self._scorer(contender)
         headlines = _headlines(scorer.figures(self._draws))
-        differences = {name: values - headlines[name] for name, values in _headlines(self._of_router).items()}
+        differences = {name: values - headlines[name] for name, values in _headlines(self._router_figures).items()}
         return self._standing(contender, scorer, headlines, differences)
 
     def _standing(
@@ -297,47 +300,47 @@ class _Trial:
             tolerance=contender.tolerance,
             has_hindsight=contender.has_hindsight,
             scores=scorer.scores(),
-            intervals={name: _interval(values) for name, values in headlines.items()},
-            router_less_this={name: _interval(values) for name, values in differences.items()},
+            intervals={name: interval_from_draws(values) for name, values in headlines.items()},
+            router_less_this={name: interval_from_draws(values) for name, values in differences.items()},
             curve=thinned(scorer.curve()[::-1, 1:]).tolist(),
         )
 
     def band(self) -> list[list[float]]:
-        """Points (cost, low accuracy, high accuracy) along the router's curve, by ascending cost."""
+        """Rows (cost, low accuracy, high accuracy) along the router's curve, by ascending cost."""
         tolerances = thinned(self._router.curve()[:, 0], _BAND_POINTS)
         costs, accuracies = self._router.points_at(tolerances, self._draws)
-        ends = [_interval(values) for values in accuracies.T]
+        ends = [interval_from_draws(values) for values in accuracies.T]
         return sorted([float(cost), end.low, end.high] for cost, end in zip(costs[0], ends, strict=True))
 
     def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
-        """The router's own tolerance, and those at which its curve is usually read."""
-        best = self._of_router["best_single_accuracy"][0]
-        wanted = {
-            "the most accurate": self._router.curve()[:, 2].max(),
-            "as accurate as the best single target": best,
-            "within 1 point of it": best - 0.01,
-            "within 3 points of it": best - 0.03,
+        """The router at its own tolerance, and at the cheapest tolerance that reaches each reference accuracy."""
+        best = self._router_figures["best_single_accuracy"][0]
+        accuracies = {
+            "highest accuracy": self._router.curve()[:, 2].max(),
+            "accuracy of the best single target": best,
+            "1 point below the best single target": best - 0.01,
+            "3 points below the best single target": best - 0.03,
         }
-        points = [self._operating_point("the router's own tolerance", own_tolerance)]
-        for title, accuracy in wanted.items():
+        points = [self._operating_point("default tolerance of the router", own_tolerance)]
+        for title, accuracy in accuracies.items():
             if (tolerance := self._router.tolerance_reaching(accuracy)) is not None:
                 points.append(self._operating_point(title, tolerance))
         return points
 
     def _operating_point(self, title: str, tolerance: float) -> OperatingPoint:
         costs, accuracies = (values[:, 0] for values in self._router.points_at([tolerance], self._draws))
-        of = self._of_router
-        gained = accuracies - of["best_single_accuracy"]
-        headroom = of["oracle_accuracy"] - of["best_single_accuracy"]
+        figures = self._router_figures
+        gained = accuracies - figures["best_single_accuracy"]
+        headroom = figures["oracle_accuracy"] - figures["best_single_accuracy"]
         return OperatingPoint(
             title=title,
             tolerance=tolerance,
-            accuracy=_interval(accuracies),
-            cost=_interval(costs),
-            efficacy=_interval(ratio(gained, np.where(headroom > ROUNDING, headroom, 0.0))),
-            accuracy_less_best_single=_interval(gained),
-            saving_against_best_single=_interval(1.0 - ratio(costs, of["best_single_cost"])),
-            saving_against_dearest=_interval(1.0 - ratio(costs, self._dearest)),
+            accuracy=interval_from_draws(accuracies),
+            cost=interval_from_draws(costs),
+            efficacy=interval_from_draws(ratio(gained, np.where(headroom > ROUNDING, headroom, 0.0))),
+            accuracy_less_best_single=interval_from_draws(gained),
+            saving_against_best_single=interval_from_draws(1.0 - ratio(costs, figures["best_single_cost"])),
+            saving_against_dearest=interval_from_draws(1.0 - ratio(costs, self._dearest_cost)),
         )
 
 
@@ -347,13 +350,8 @@ def _headlines(figures: dict[str, Array]) -> dict[str, Array]:
 
 
 def _mean_over_targets(values_BT: Array) -> Array:
-    """The mean over those targets that have a value."""
+    """The mean over the targets with a defined value."""
     return ratio(np.nan_to_num(values_BT).sum(1), (~np.isnan(values_BT)).sum(1))
-
-
-def _interval(values: Array) -> Interval:
-    """Of a figure's values: the first of all prompts, the others of the draws."""
-    return interval(float(values[0]), values[1:])
 
 
 # --- calibration and lengths -----------------------------------------------------------------------------------------
@@ -374,13 +372,13 @@ def _calibration(correct: Array, p: Array, p_before: Array | None) -> Calibratio
 
 
 def _ece_of_chance(p: Array, rng: np.random.Generator) -> float:
-    """The mean error of outcomes that are drawn from the predictions themselves."""
-    return float(np.mean([expected_calibration_error(rng.random(len(p)) < p, p) for _ in range(_CHANCES)]))
+    """The mean ECE of outcomes simulated from the predictions."""
+    return float(np.mean([expected_calibration_error(rng.random(len(p)) < p, p) for _ in range(_ECE_SIMULATIONS)]))
 
 
 def _graded(correct: Array, p: Array) -> list[tuple[Array, Array]]:
-    """Of each target, the outcomes that are known and what was said of them."""
-    return [(y[~np.isnan(y)], said[~np.isnan(y)]) for y, said in zip(correct.T, p.T, strict=True)]
+    """The known outcomes of each target, with their predictions."""
+    return [(y[~np.isnan(y)], p_t[~np.isnan(y)]) for y, p_t in zip(correct.T, p.T, strict=True)]
 
 
 def _mean_error(lengths: Array, predicted: Array) -> float:
@@ -389,20 +387,20 @@ def _mean_error(lengths: Array, predicted: Array) -> float:
 
 
 def _medians(lengths: Array) -> Array:
-    """Each target's median (T,), with hindsight: of the very answers that it is judged on."""
+    """Each target's median (T,) over the evaluated answers themselves, hence with hindsight."""
     columns = [column[~np.isnan(column)] for column in lengths.T]
     return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
 def thinned(rows: Array, num_rows: int = _CURVE_POINTS) -> Array:
-    """At most so many rows, evenly chosen, the first and the last among them."""
+    """At most `num_rows` evenly spaced rows, including the first and the last."""
     if len(rows) <= num_rows:
         return rows
     return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, num_rows).round().astype(int))])
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become null."""
+    """A copy of a JSON value in which NaN and infinite numbers are None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

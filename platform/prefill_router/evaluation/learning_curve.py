@@ -1,11 +1,11 @@
-"""A learning curve: what a router's cheap learner tells after fewer and fewer prompts, and what more would bring.
+"""Learning curve of the kernel machine: its metrics by the number of training prompts, extrapolated to more prompts.
 
-The kernel machine is fitted anew on halves, quarters and eighths of the training prompts, with all that it
-chooses chosen on them alone. What it lacks falls as a power of their number (Hestness et al., 2017, arXiv 1712.00409),
-and that law is read at twice and four times as many.
+The kernel machine is fitted, hyperparameters included, on disjoint halves, quarters and eighths of the training
+prompts. A power law of their number (Hestness et al., 2017, arXiv 1712.00409) is fitted to its metrics, and evaluated
+at two and four times as many prompts.
 """
 
-# N training prompts, V held-out ones, F features, T targets, S sizes, B draws (the first takes every prompt once)
+# N training prompts, V held-out prompts, F features, T targets, S sizes, B draws (the first takes every prompt once)
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.metrics import Interval, interval
+from prefill_router.metrics import Interval, interval_from_draws
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS, fit_kernel
 
 Array = NDArray[Any]
-Score = Callable[[Array], Mapping[str, Array]]  # P(correct) (V, T) of the held-out prompts to figures, each (B,)
+Score = Callable[[Array], Mapping[str, Array]]  # maps P(correct) (V, T) of the held-out prompts to metrics, each (B,)
 
-TIMES = (2, 4)  # as many prompts
+TIMES = (2, 4)  # multiples of the training prompts at which the law is evaluated
 MIN_PROMPTS = 512
 _HALVINGS = 3
-_MOST_SUBSETS = 8  # of one size
-# Of the law. The first is next to a logarithm, by which each doubling brings the same; the last brings a half of the
-# one before. An outlook on twice as many thus lies between a half of the last doubling's gain and all of it.
+_MAX_SUBSETS = 8  # of one size
+# At the smallest exponent, nearly a logarithm, every doubling brings the same gain; at the largest, half of the one
+# before. The predicted gain of a doubling is thus between half of the last doubling's gain and all of it.
 _EXPONENTS = np.linspace(0.05, 1.0, 96)
-_LAW_POINTS = 4  # to a doubling, where the law is drawn
+_LAW_POINTS = 4  # points per doubling at which the law is drawn
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What so many times the prompts would bring."""
+    """The power law at `times` the training prompts."""
 
     times: int
     num_prompts: int
@@ -44,23 +44,23 @@ class Outlook:
 
 @dataclass(frozen=True)
 class LearnedFigure:
-    """One figure by the number of prompts."""
+    """One metric by the number of training prompts."""
 
-    measured: list[Interval]  # at each size, of the mean over its subsets
-    law: list[list[float]]  # (prompts, value, low, high), beyond the prompts at hand
-    outlooks: list[Outlook]
-    silence: str | None  # why there is neither law nor outlook
+    measured: list[Interval]  # (S,) mean over the subsets of each size
+    law: list[list[float]]  # (prompts, value, low, high)
+    outlooks: list[Outlook]  # one for each of TIMES
+    silence: str | None  # the reason if there is neither law nor outlook
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Intervals hold the chance of the held-out prompts' draw and that of the training prompts' draw."""
+    """Metrics by the number of training prompts; intervals cover the sampling of held-out and of training prompts."""
 
     num_held_out: int
-    sizes: list[int]  # (S,) numbers of prompts, ascending; the last are all at hand
-    num_subsets: list[int]  # (S,) apart from each other
+    sizes: list[int]  # (S,) numbers of prompts, ascending; the last is all training prompts
+    num_subsets: list[int]  # (S,) disjoint subsets of each size
     figures: dict[str, LearnedFigure]
-    silence: str | None = None  # why there is no curve
+    silence: str | None = None  # the reason if there is no curve
 
     @classmethod
     def silent(cls, why: str) -> LearningCurve:
@@ -68,17 +68,19 @@ class LearningCurve:
 
 
 def learning_curve(features: Array, correct: Array, held_out: Array, score: Score, seed: int = 0) -> LearningCurve:
-    """Of `features` (N, F) and outcomes `correct` (N, T), NaN where missing; judged by `score` on `held_out` (V, F)."""
+    """The curve of training `features` (N, F) and outcomes `correct` (N, T), NaN where missing.
+
+    `score` evaluates the predictions for the features `held_out` (V, F).
+    """
     num_prompts = len(features)
     if not MIN_PROMPTS <= num_prompts <= MAX_LANDMARKS:
         return LearningCurve.silent(
-            f"a kernel machine's learning curve takes {MIN_PROMPTS} to {MAX_LANDMARKS:,} training prompts, and there "
-            f"are {num_prompts:,}"
+            f"a learning curve needs {MIN_PROMPTS} to {MAX_LANDMARKS:,} training prompts, and there are {num_prompts:,}"
         )
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_prompts)
     sizes = [num_prompts >> k for k in range(_HALVINGS, -1, -1)]
-    subsets = [[order[i * m : (i + 1) * m] for i in range(min(num_prompts // m, _MOST_SUBSETS))] for m in sizes]
+    subsets = [[order[i * m : (i + 1) * m] for i in range(min(num_prompts // m, _MAX_SUBSETS))] for m in sizes]
 
     def scored(rows: Array) -> Mapping[str, Array]:
         return score(fit_kernel(features[rows], [correct[rows]])(held_out))
@@ -96,33 +98,33 @@ def learning_curve(features: Array, correct: Array, held_out: Array, score: Scor
 
 
 def learned(sizes: Sequence[int], values: Sequence[Array], rng: np.random.Generator) -> LearnedFigure:
-    """One figure, of its `values` at each size (subsets, B)."""
+    """One metric, from its `values` (subsets, B) at each size."""
     numbers = np.array(sizes, np.float64)
     counts = np.array([len(of_size) for of_size in values])
     means = np.stack([of_size.mean(0) for of_size in values], axis=1)  # (B, S)
-    # Other prompts would have taught otherwise: by how much, subsets of one size tell by their differences.
+    # The spread between subsets of one size estimates the noise from the choice of training prompts.
     squares = sum(m * ((v[:, 0] - v[:, 0].mean()) ** 2).sum() for m, v in zip(numbers, values, strict=True))
     noise = np.sqrt(squares / (counts - 1).sum() / (numbers * counts))
     means[1:] += rng.standard_normal(means[1:].shape) * noise
-    measured = [_interval(of_size) for of_size in means.T]
+    measured = [interval_from_draws(of_size) for of_size in means.T]
     is_finite = np.isfinite(means).all(1)
     if not is_finite[0]:
-        return LearnedFigure(measured, [], [], "it has no value on these prompts")
+        return LearnedFigure(measured, [], [], "it is undefined on these prompts")
     means = means[is_finite]
-    law = _Law.fit(numbers, means, counts * numbers)
-    rise = _interval(law(numbers[-1]) - law(numbers[0]))
+    law = _PowerLaw.fit(numbers, means, counts * numbers)
+    rise = interval_from_draws(law(numbers[-1]) - law(numbers[0]))
     if not rise.low > 0.0:
-        return LearnedFigure(measured, [], [], "on these prompts its curve cannot be told from one that does not rise")
+        return LearnedFigure(measured, [], [], "it does not rise significantly with the number of prompts")
     places = numbers[-1] * 2.0 ** (np.arange(-_HALVINGS * _LAW_POINTS, 2 * _LAW_POINTS + 1) / _LAW_POINTS)
     return LearnedFigure(
         measured=measured,
-        law=[[place, *_interval(law(place))] for place in places],
+        law=[[place, *interval_from_draws(law(place))] for place in places],
         outlooks=[
             Outlook(
                 times=times,
                 num_prompts=times * sizes[-1],
-                value=_interval(law(times * numbers[-1])),
-                gain=_interval(law(times * numbers[-1]) - law(numbers[-1])),
+                value=interval_from_draws(law(times * numbers[-1])),
+                gain=interval_from_draws(law(times * numbers[-1]) - law(numbers[-1])),
             )
             for times in TIMES
         ],
@@ -131,8 +133,8 @@ def learned(sizes: Sequence[int], values: Sequence[Array], rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class _Law:
-    """level - lack * (prompts / all) ** -exponent, each (B,)."""
+class _PowerLaw:
+    """level - lack * (prompts / num_all) ** -exponent, with parameters (B,)."""
 
     num_all: float
     level: Array
@@ -140,8 +142,8 @@ class _Law:
     exponent: Array
 
     @classmethod
-    def fit(cls, sizes: Array, values_BS: Array, weights: Array) -> _Law:
-        """By weighted least squares: linear for each exponent, of which the best is taken."""
+    def fit(cls, sizes: Array, values_BS: Array, weights: Array) -> _PowerLaw:
+        """Fits by weighted least squares: a linear fit for each exponent, of which the best is kept."""
         roots = np.sqrt(weights)
         powers = (sizes / sizes[-1]) ** -_EXPONENTS[:, None]
         designs = np.stack([np.ones_like(powers), -powers], axis=2) * roots[:, None]  # (exponents, S, 2)
@@ -153,7 +155,3 @@ class _Law:
 
     def __call__(self, num_prompts: float) -> Array:
         return np.asarray(self.level - self.lack * (num_prompts / self.num_all) ** -self.exponent)
-
-
-def _interval(values: Array) -> Interval:
-    return interval(float(values[0]), values[1:])

@@ -1,8 +1,8 @@
-"""What another policy would have been worth, from requests whose targets a gateway chose by chance.
+"""Off-policy evaluation: estimates a policy's expected reward from requests that another policy routed.
 
-A request tells of the target that answered it alone. Weighed by how likely that choice was, such requests stand for
-all: inverse propensity (Horvitz and Thompson, 1952), its self-normalised form (Swaminathan and Joachims, 2015), and the
-doubly robust estimate, which starts from a model and corrects it (Dudik, Langford and Li, 2011).
+A logged request reveals the outcome of its own target only, so it is weighted by the inverse of the probability of that
+choice. Estimators: inverse propensity (Horvitz and Thompson, 1952), its self-normalised form (Swaminathan and Joachims,
+2015), and doubly robust, which corrects a model's prediction (Dudik, Langford and Li, 2011).
 """
 
 # N requests, T targets, B bootstrap draws
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import CORRECT, PROMPT_ID, PROPENSITY, TARGET
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.metrics import Interval, bootstrap_weights, interval
+from prefill_router.metrics import Interval, bootstrap_weights, interval_from_draws
 from prefill_router.metrics.discrimination import ratio
 from prefill_router.outcomes import load_feedback
 
@@ -30,18 +30,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Log:
-    """Requests, what answered them, and how likely that was."""
+    """Logged requests with their target, reward and propensity, the probability of that choice."""
 
-    chosen: Array  # (N,) target; -1 is one that no policy here can choose
+    chosen: Array  # (N,) index of the target; -1 for a target outside the pool
     reward: Array  # (N,) in [0, 1]
     propensity: Array  # (N,) in (0, 1]
-    clusters: Array | None = None  # (N,) requests with the same prompt share one
+    clusters: Array | None = None  # (N,) requests with the same prompt share a cluster
 
     def __post_init__(self) -> None:
         if not len(self.chosen):
-            raise UserError("the log holds no request with an outcome")
+            raise UserError("the log has no request with an outcome: wait for feedback")
         if not ((self.propensity > 0) & (self.propensity <= 1)).all():
-            raise UserError("propensities must be above 0, and at most 1")
+            raise UserError("propensity must be above 0 and at most 1: remove the invalid rows from the log")
 
     def __getitem__(self, rows: Array) -> Log:
         clusters = None if self.clusters is None else self.clusters[rows]
@@ -49,9 +49,9 @@ class Log:
 
 
 def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
-    """Reads feedback at `uri`: hashes of the prompts (N,), and the requests; target -1 is one that is not of `targets`.
+    """Reads the feedback at `uri`: the hashes of the prompts (N,), and the log.
 
-    Raises UserError if there is no graded request, or a file has no propensities.
+    Raises UserError if no request has an outcome, or a file has no propensities.
     """
     table = load_feedback(uri)
     keys = prompt_hashes(table[PROMPT_ID].to_pylist())
@@ -63,19 +63,19 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
 
 @dataclass(frozen=True)
 class PolicyValue:
-    """The expected reward of a policy, by each estimate, and how much of the log speaks of it."""
+    """Estimates of a policy's expected reward, and how much of the log supports them."""
 
     policy: str
     ips: Interval
     snips: Interval
     doubly_robust: Interval
-    model: float  # what the model says by itself
-    support: float  # share of requests on which the policy's choice could have been logged, as far as the log tells
-    effective_requests: float  # as many without weights would tell as much (Kish, 1965)
+    model: float  # the model's prediction alone
+    support: float  # share of requests on which the logging policy could have chosen as this policy does
+    effective_requests: float  # effective sample size of the weighted requests (Kish, 1965)
 
 
 def policy_value(policy: str, log: Log, choice: Array, model: Array, num_draws: int = 500) -> PolicyValue:
-    """The value of a policy that chooses `choice` (N,); `model` (N, T) is the reward that is expected of targets."""
+    """Estimates the value of a policy that chooses `choice` (N,); `model` (N, T) predicts every target's reward."""
     rows = np.arange(len(choice))
     is_same = choice == log.chosen
     weight = is_same / log.propensity
@@ -84,18 +84,15 @@ def policy_value(policy: str, log: Log, choice: Array, model: Array, num_draws: 
     drawn = bootstrap_weights(len(choice), num_draws, clusters=log.clusters)
     draws = np.concatenate([np.ones((1, len(choice))), drawn])
     num_drawn = draws.sum(1)
-    weighed = draws @ (weight * log.reward)
-
-    def of(values_B: Array) -> Interval:
-        return interval(float(values_B[0]), values_B[1:])
+    weighted_reward = draws @ (weight * log.reward)
 
     return PolicyValue(
         policy=policy,
-        ips=of(weighed / num_drawn),
-        snips=of(ratio(weighed, draws @ weight)),
-        doubly_robust=of(draws @ robust / num_drawn),
+        ips=interval_from_draws(weighted_reward / num_drawn),
+        snips=interval_from_draws(ratio(weighted_reward, draws @ weight)),
+        doubly_robust=interval_from_draws(draws @ robust / num_drawn),
         model=float(expected[rows, choice].mean()),
-        # Where a choice was certain, no other could have been logged.
+        # A propensity of 1 means that no other target could have been chosen.
         support=float((is_same | (log.propensity < 1.0)).mean()),
         effective_requests=float(ratio(np.square(weight.sum()), np.square(weight).sum())),
     )

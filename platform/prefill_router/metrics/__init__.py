@@ -6,7 +6,7 @@ has an outcome. A missing outcome is never counted as a wrong answer. If missing
 is, `completeness_weights` corrects the resulting bias.
 """
 
-from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval
+from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval, interval_from_draws
 from prefill_router.metrics.choices import Zones, agreement_zones, risk_coverage_curve, routing_shares
 from prefill_router.metrics.curve import auccc, cost_coverage_curve, pareto_frontier, tolerance_curve
 from prefill_router.metrics.discrimination import brier_score, expected_calibration_error, reliability_curve, roc_auc
@@ -37,6 +37,7 @@ __all__ = [
     "cost_coverage_curve",
     "expected_calibration_error",
     "interval",
+    "interval_from_draws",
     "pareto_frontier",
     "reliability_curve",
     "risk_coverage_curve",

@@ -54,3 +54,9 @@ def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:
     # "weibull" takes the k-th of B draws as the quantile k / (B + 1); the default (k - 1) / (B - 1) is too narrow.
     low, high = np.quantile(draws, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], method="weibull")
     return Interval(float(value), float(low), float(high))
+
+
+def interval_from_draws(values: ArrayLike) -> Interval:
+    """The interval of values (B,) of which the first is that of all prompts, the others those of bootstrap draws."""
+    array = np.asarray(values, np.float64)
+    return interval(array[0], array[1:])

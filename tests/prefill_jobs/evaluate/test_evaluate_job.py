@@ -45,7 +45,7 @@ def test_only_held_out_prompts_are_scored(router: str, activations: str, small_d
     ]
     assert evaluation.router.auc[1] > 0.8
     assert evaluation.learning is not None
-    assert "takes 512" in str(evaluation.learning.silence)
+    assert "needs 512" in str(evaluation.learning.silence)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["router"]["accuracy"] == evaluation.router.accuracy
     page = (tmp_path / "report.html").read_text()

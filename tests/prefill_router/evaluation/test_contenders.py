@@ -24,7 +24,7 @@ POOL = Pool(
 
 
 def trial(num_prompts: int = 80, seed: int = 0, missing: float = 0.1) -> tuple[HeldOut, Contender, Contender]:
-    """Prompts of three targets, the dearer ones better, some outcomes missing; a router, and a baseline less good."""
+    """Prompts with three targets, the dearer ones better, some outcomes missing; a router and a worse baseline."""
     rng = np.random.default_rng(seed)
     shape = (num_prompts, 3)
     chances = rng.random((num_prompts, 1)) + np.array([0.3, 0.1, -0.1]) + rng.normal(0, 0.3, shape)
@@ -62,7 +62,7 @@ def naive_paid(data: HeldOut, router: Contender) -> NDArray[np.float64]:
     return naive_cost(data, np.where(known, data.output_tokens, router.expected_output_tokens))
 
 
-def test_contenders_are_chosen_by_expected_cost_and_counted_by_real_lengths() -> None:
+def test_contenders_choose_by_expected_cost_and_pay_for_actual_lengths() -> None:
     data, router, guess = trial(missing=0.0)
     result = evaluated(data, router, guess)
     paid = naive_paid(data, router)
@@ -116,7 +116,7 @@ def test_near_duplicates_make_intervals_wider() -> None:
     assert (together.high - together.low) / (alone.high - alone.low) == pytest.approx(2.0, rel=0.25)
 
 
-def test_targets_and_router_are_weighed_as_if_nothing_were_missing() -> None:
+def test_complete_prompts_are_weighted_to_represent_all() -> None:
     data, router, _ = trial(300, missing=0.1)
     result = evaluated(data, router)
     complete = ~np.isnan(data.correct).any(1)
@@ -133,7 +133,7 @@ def test_targets_and_router_are_weighed_as_if_nothing_were_missing() -> None:
     )
 
 
-def test_operating_points_are_where_they_say() -> None:
+def test_operating_points_match_their_tolerance() -> None:
     data, router, _ = trial(400, missing=0.0)
     result = evaluated(data, router)
     expected, paid = naive_cost(data, router.expected_output_tokens), naive_paid(data, router)
@@ -153,8 +153,8 @@ def test_operating_points_are_where_they_say() -> None:
     assert as_good.saving_against_best_single.value == pytest.approx(result.router.saving_at_best_single)
 
 
-def test_every_draw_compares_with_what_is_best_on_all_prompts() -> None:
-    """Of two targets that are nearly as good, draws would take now the one, now the other, four times cheaper."""
+def test_every_draw_compares_with_the_best_target_on_all_prompts() -> None:
+    """Otherwise draws would alternate between two targets of nearly equal accuracy, one four times cheaper."""
     data, router, _ = trial(300, missing=0.0)
     rng = np.random.default_rng(1)
     large = (rng.random(300) < 0.6).astype(np.float32)
@@ -167,7 +167,7 @@ def test_every_draw_compares_with_what_is_best_on_all_prompts() -> None:
     assert saved.low > saved.value - 0.1
 
 
-def test_what_calibration_left_alone_is_told() -> None:
+def test_targets_that_calibration_left_unchanged_are_reported() -> None:
     data, router, _ = trial(200)
     before = router.p_correct.copy()
     assert evaluated(data, router, p_uncalibrated=before).calibration.unchanged == [True] * 3
@@ -175,7 +175,7 @@ def test_what_calibration_left_alone_is_told() -> None:
     assert evaluated(data, router, p_uncalibrated=before).calibration.unchanged == [True, False, True]
 
 
-def test_the_band_holds_the_curve() -> None:
+def test_the_band_contains_the_curve() -> None:
     data, router, _ = trial(400)
     result = evaluated(data, router)
     curve = np.array(result.standings[0].curve)
@@ -206,7 +206,7 @@ def test_length_errors_are_mean_absolute_errors_of_known_lengths() -> None:
     assert result.length_error_median_rule_tokens == pytest.approx(error(medians), rel=1e-5)
 
 
-def test_calibration_is_told_before_and_after_and_beside_chance() -> None:
+def test_calibration_is_reported_before_and_after_and_by_chance() -> None:
     data, router, _ = trial(2000, missing=0.0)
     before = np.clip(router.p_correct * 0.5, 0, 1)
     calibration = evaluated(data, router, p_uncalibrated=before).calibration
@@ -216,7 +216,7 @@ def test_calibration_is_told_before_and_after_and_beside_chance() -> None:
     assert [len(calibration.reliability[name]) for name in ("uncalibrated", "calibrated")] == [3, 3]
 
 
-def test_a_long_curve_is_thinned_between_its_ends() -> None:
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
     data, router, _ = trial(900, missing=0.0)
     curve = evaluated(data, router).standings[0].curve
     expected, paid = naive_cost(data, router.expected_output_tokens), naive_paid(data, router)
@@ -225,7 +225,7 @@ def test_a_long_curve_is_thinned_between_its_ends() -> None:
     assert min(curve) == pytest.approx(whole[0])
 
 
-def test_json_is_finite_and_says_null_where_there_is_no_value() -> None:
+def test_json_is_finite_with_null_for_undefined_values() -> None:
     data, router, guess = trial()
     data = replace(data, output_tokens=np.full_like(data.output_tokens, np.nan))
     data.correct[:, 0] = 1.0
@@ -253,7 +253,7 @@ def test_no_complete_prompt_is_an_error() -> None:
         evaluated(data, router)
 
 
-def test_another_learner_is_scored_as_contenders_are() -> None:
+def test_scoring_another_learner_matches_a_contender() -> None:
     data, router, baseline = trial()
     standing = evaluated(data, router, replace(baseline, tolerance=router.tolerance)).standings[1]
     found = scoring(POOL, data, router, num_draws=40)(baseline.p_correct)

@@ -22,7 +22,7 @@ def power(num_prompts: Any, level: float, lack: float, exponent: float) -> Any:
 
 
 def measured(means: Array, rng: np.random.Generator, training: float = 0.0, held_out: float = 0.0) -> list[Array]:
-    """What a figure of these `means` (S,) would come to: with the chance of training prompts and of held-out ones."""
+    """Values of a metric with these `means` (S,), with sampling noise from training prompts and from held-out ones."""
     common = np.concatenate([[rng.normal()], np.zeros(NUM_DRAWS)])
     common[1:] = common[0] + rng.normal(size=NUM_DRAWS)
     own = [np.append(e := rng.normal(), e + rng.normal(size=NUM_DRAWS)) for _ in SIZES]
@@ -38,7 +38,7 @@ def outlook_of(means: Array, **noise: float) -> LearnedFigure:
 
 
 @pytest.mark.parametrize("exponent", [0.2, 0.5, 0.9])
-def test_a_power_law_is_read_on(exponent: float) -> None:
+def test_a_power_law_is_extrapolated(exponent: float) -> None:
     figure = outlook_of(power(SIZES, 0.8, 1.5, exponent))
     for outlook, times in zip(figure.outlooks, (2, 4), strict=True):
         assert (outlook.times, outlook.num_prompts) == (times, times * 1600)
@@ -48,8 +48,8 @@ def test_a_power_law_is_read_on(exponent: float) -> None:
     assert figure.law[-1] == pytest.approx([6400, *figure.outlooks[1].value])
 
 
-def test_it_is_the_least_squares_fit() -> None:
-    """Scipy's, weighted by the prompts behind each mean."""
+def test_the_law_is_the_weighted_least_squares_fit() -> None:
+    """Against scipy's curve_fit, weighted by the prompts behind each mean."""
     values = power(SIZES, 0.8, 1.5, 0.4) + np.array([0.002, -0.003, 0.002, -0.001])
     weights = np.array(SIZES) * SUBSETS
     (level, lack, exponent), _ = curve_fit(power, SIZES, values, p0=(0.8, 1.5, 0.4), sigma=weights**-0.5)
@@ -58,7 +58,7 @@ def test_it_is_the_least_squares_fit() -> None:
     assert found == pytest.approx(power(6400, level, lack, exponent), abs=5e-4)
 
 
-def test_an_outlook_lies_between_half_of_the_last_doubling_and_all_of_it() -> None:
+def test_an_outlook_is_between_half_of_the_last_doubling_and_all_of_it() -> None:
     straight = outlook_of(0.5 + 0.02 * np.log2(SIZES)).outlooks
     assert [o.gain.value for o in straight] == pytest.approx([0.02, 0.04], rel=0.1)
     assert all(o.gain.value < limit for o, limit in zip(straight, (0.02, 0.04), strict=True))
@@ -66,7 +66,7 @@ def test_an_outlook_lies_between_half_of_the_last_doubling_and_all_of_it() -> No
     assert [o.gain.value for o in saturated] == pytest.approx([10.0 / 3200, 10.0 / 3200 * 1.5])
 
 
-def test_intervals_hold_what_more_prompts_bring() -> None:
+def test_intervals_contain_the_true_gain_of_more_prompts() -> None:
     truth = power([3200, 6400], 0.8, 1.5, 0.4) - power(1600, 0.8, 1.5, 0.4)
     held = []
     for seed in range(200):
@@ -76,15 +76,15 @@ def test_intervals_hold_what_more_prompts_bring() -> None:
     assert np.mean(held, axis=0) == pytest.approx([0.95, 0.95], abs=0.05)
 
 
-def test_what_does_not_rise_has_no_outlook() -> None:
+def test_a_falling_metric_has_no_outlook() -> None:
     figure = outlook_of(power(SIZES, 0.8, -1.5, 0.4), training=0.01)
     assert "does not rise" in str(figure.silence)
     assert figure.law == figure.outlooks == []
     assert len(figure.measured) == len(SIZES)
 
 
-def test_a_flat_curve_seldom_has_an_outlook() -> None:
-    """Of an interval of 95 %, one end is wrong in 2.5 % of the cases."""
+def test_a_flat_metric_seldom_has_an_outlook() -> None:
+    """Each end of a 95 % interval is wrong in 2.5 % of the cases."""
     num_told = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -92,9 +92,9 @@ def test_a_flat_curve_seldom_has_an_outlook() -> None:
     assert num_told <= 0.08 * 200
 
 
-def test_what_has_no_value_has_no_outlook() -> None:
+def test_an_undefined_metric_has_no_outlook() -> None:
     figure = outlook_of(np.full(len(SIZES), np.nan))
-    assert "no value" in str(figure.silence)
+    assert "undefined" in str(figure.silence)
     assert np.isnan(figure.measured[0].value)
 
 
@@ -107,7 +107,7 @@ def prompts(num_prompts: int) -> tuple[Array, Array]:
     return x, y
 
 
-def test_the_kernel_machine_is_fitted_on_parts_apart_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_machine_is_fitted_on_disjoint_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = prompts(640)
     (held_x, held_y), fitted = prompts(900), []
 

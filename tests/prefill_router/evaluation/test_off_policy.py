@@ -1,4 +1,4 @@
-"""Estimates beside the truth, in logs that are made up so that it is known."""
+"""Off-policy estimates against the true value in simulated logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ N, T = 600, 3
 
 
 def world(seed: int) -> tuple[Log, np.ndarray, np.ndarray, float]:
-    """A log by a policy that explores, another policy's choices, the true P(correct), and that policy's value."""
+    """The log of an exploring policy, another policy's choices, the true P(correct), and that policy's true value."""
     rng = np.random.default_rng(seed)
     p = rng.uniform(0.1, 0.9, (N, T))
     logging, other = rng.integers(0, T, N), p.argmax(1)
@@ -25,7 +25,7 @@ def world(seed: int) -> tuple[Log, np.ndarray, np.ndarray, float]:
 
 
 @pytest.mark.parametrize("is_good", [True, False])
-def test_estimates_are_unbiased_and_a_good_model_makes_them_sharper(is_good: bool) -> None:
+def test_estimates_are_unbiased_and_a_good_model_reduces_their_variance(is_good: bool) -> None:
     errors = {name: [] for name in ("ips", "snips", "doubly_robust")}
     for seed in range(150):
         log, other, p, truth = world(seed)
@@ -38,7 +38,7 @@ def test_estimates_are_unbiased_and_a_good_model_makes_them_sharper(is_good: boo
         assert np.std(errors["doubly_robust"]) < 0.8 * np.std(errors["ips"])
 
 
-def test_intervals_hold_the_truth() -> None:
+def test_intervals_contain_the_truth() -> None:
     held = dict.fromkeys(("ips", "snips", "doubly_robust"), 0)
     for seed in range(100):
         log, other, p, truth = world(1_000 + seed)
@@ -49,7 +49,7 @@ def test_intervals_hold_the_truth() -> None:
     assert all(88 <= count <= 100 for count in held.values()), held
 
 
-def test_the_logging_policy_itself_is_worth_its_mean_reward_where_it_never_explored() -> None:
+def test_a_logging_policy_that_never_explored_has_its_mean_reward() -> None:
     rng = np.random.default_rng(0)
     chosen, reward = rng.integers(0, T, N), rng.random(N)
     log = Log(chosen, reward, np.ones(N))
@@ -60,12 +60,12 @@ def test_the_logging_policy_itself_is_worth_its_mean_reward_where_it_never_explo
     assert value.effective_requests == pytest.approx(N)
 
 
-def test_a_policy_of_which_the_log_says_nothing_has_no_support() -> None:
+def test_a_policy_that_the_log_never_follows_has_no_support() -> None:
     log = Log(np.zeros(N, int), np.ones(N), np.ones(N))
     value = policy_value("other", log, np.ones(N, int), np.full((N, T), 0.25))
     assert value.support == 0.0
     assert np.isnan(value.snips.value)
-    assert value.doubly_robust.value == value.model == pytest.approx(0.25)  # the model's word alone
+    assert value.doubly_robust.value == value.model == pytest.approx(0.25)  # the model alone
 
 
 def test_requests_of_other_targets_count_as_not_chosen() -> None:
@@ -77,7 +77,7 @@ def test_requests_of_other_targets_count_as_not_chosen() -> None:
 
 @pytest.mark.parametrize("propensity", [0.0, -0.1, 1.5, float("nan")])
 def test_propensities_must_be_probabilities(propensity: float) -> None:
-    with pytest.raises(UserError, match="propensities"):
+    with pytest.raises(UserError, match="propensity must be above 0"):
         Log(np.zeros(1, int), np.ones(1), np.array([propensity]))
-    with pytest.raises(UserError, match="no request"):
+    with pytest.raises(UserError, match="no request with an outcome"):
         Log(np.zeros(0, int), np.ones(0), np.ones(0))
