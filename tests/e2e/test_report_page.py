@@ -1,4 +1,4 @@
-"""The report in a real browser: it fits a desk and a phone, prints, fetches nothing, and nothing in it fails."""
+"""The evaluation report in a real browser: it fits desktop and phone, prints, and fetches nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[1280, 390])
 def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:
-    """The report in a window of that width, which would fail on any request but for the page itself."""
+    """The report in a window of that width; fails on console errors and on requests other than the page itself."""
     page = browser.new_page(viewport={"width": request.param, "height": 900})
     problems: list[str] = []
 
@@ -84,7 +84,7 @@ def test_text_is_large_enough_to_read(page: Page) -> None:
     assert min(float(size.removesuffix("px")) for size in page.evaluate(read)) >= 10
 
 
-def test_the_verdict_is_seen_without_scrolling(page: Page) -> None:
+def test_the_verdict_is_visible_without_scrolling(page: Page) -> None:
     box = page.locator(".verdict").bounding_box()
     assert box is not None
     assert box["y"] + box["height"] < 900

@@ -1,4 +1,4 @@
-"""The report of an evaluation: a verdict, tables and plots on one page that fetches nothing, for desk, phone, paper."""
+"""The evaluation report: one self-contained HTML page with a summary, tables and plots, for screens and print."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-Cell = str | tuple[str, str]  # a figure, or a figure and its interval
+Cell = str | tuple[str, str]  # a value, or a value and its interval
 Table = list[list[Cell]]
 
 
 def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None) -> str:
-    """The report as one page; `notice` stands on top of it."""
-    from prefill_router.reports import (
-        figures,  # matplotlib takes long to import, and evaluations without a page need none
-    )
+    """The report as one page, with `notice` at its top."""
+    from prefill_router.reports import figures  # imports matplotlib, which is slow to load
 
     plots: dict[str, Callable[[float], Figure]] = {
         "curve": lambda width: figures.curve_figure(evaluation, width),
@@ -76,7 +74,7 @@ def write(
 
 
 def headline(evaluation: Evaluation) -> str:
-    """One sentence: what the router costs and answers, against the best single target."""
+    """A sentence that compares the router's accuracy and cost with those of the best single target."""
     router, point = evaluation.router, evaluation.operating_points[0]
     ranked = zip(
         evaluation.target_accuracy, (-cost for cost in evaluation.target_cost), evaluation.targets, strict=True
@@ -85,63 +83,61 @@ def headline(evaluation: Evaluation) -> str:
     saving = point.saving_against_best_single
     saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
     return (
-        f"{in_words(point.accuracy, '%')} right at {shown(router.cost, '$')} for 1,000 prompts, against "
-        f"{shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for always {best}{saved}."
+        f"{in_words(point.accuracy, '%')} of the answers are right at {shown(router.cost, '$')} per 1,000 prompts, "
+        f"compared with {shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for {best}, "
+        f"the best single target{saved}."
     )
 
 
 def against_baselines(evaluation: Evaluation) -> str:
-    """One sentence: whether the router adds more over single targets than the baseline that adds most."""
-    rivals = evaluation.baselines
-    if not rivals:
+    """Two sentences that compare the router with all baselines, and with the one of highest MDP-AUCCC."""
+    baselines = evaluation.baselines
+    if not baselines:
         return "No baseline could be fitted on these data."
-    best = max(rivals, key=lambda rival: rival.scores.mdp_auccc)
-    num_beaten = sum(rival.router_less_this["mdp_auccc"].low > 0.0 for rival in rivals)
+    best = max(baselines, key=lambda baseline: baseline.scores.mdp_auccc)
+    num_beaten = sum(baseline.router_less_this["mdp_auccc"].low > 0.0 for baseline in baselines)
     less = best.router_less_this["mdp_auccc"]
-    verdict = "it is better" if less.low > 0.0 else "it is worse" if less.high < 0.0 else "these prompts cannot tell"
+    verdict = "the difference is not significant"
+    if less.low > 0.0 or less.high < 0.0:
+        verdict = f"the router is {'better' if less.low > 0.0 else 'worse'}"
     return (
-        f"Over all tolerances it surely adds more than {num_beaten} of {len(rivals)} baselines; against the best, "
-        f"{best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
+        f"Over all tolerances, the router adds significantly more than {num_beaten} of {len(baselines)} baselines. "
+        f"Against the best baseline, {best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
     )
 
 
 def calibration_line(evaluation: Evaluation) -> str:
-    """How far P(correct) can be taken at its word, and whether calibration did anything for it."""
-    ece, before = (
-        float(np.nanmean(values)) for values in (evaluation.calibration.ece, evaluation.calibration.ece_uncalibrated)
-    )
-    what = (
-        "calibration changed nothing" if all(evaluation.calibration.unchanged) else f"{before:.3f} before calibration"
-    )
-    return f"mean ECE {ece:.3f}: {what}"
+    """The mean expected calibration error, and how calibration changed it."""
+    calibration = evaluation.calibration
+    ece, before = (float(np.nanmean(values)) for values in (calibration.ece, calibration.ece_uncalibrated))
+    effect = "calibration changed nothing" if all(calibration.unchanged) else f"{before:.3f} before calibration"
+    return f"mean ECE {ece:.3f}: {effect}"
 
 
 def _uncalibrated(evaluation: Evaluation) -> str:
-    """The targets whose P(correct) calibration left as it was."""
+    """The names of the targets whose P(correct) calibration left unchanged."""
     pairs = zip(evaluation.targets, evaluation.calibration.unchanged, strict=True)
     return ", ".join(target for target, is_unchanged in pairs if is_unchanged)
 
 
 def outlook(curve: LearningCurve) -> str:
-    """What more outcomes would bring, or why nothing is said of it."""
+    """Sentences on the expected gain from more outcomes, or the reason why it cannot be estimated."""
     if curve.silence:
-        return f"Nothing is said of it: {curve.silence}."
-    told = [_outlook(learned, *_LEARNT[name]) for name, learned in curve.figures.items()]
+        return f"Not available: {curve.silence}."
+    sentences = [_outlook(learned, *_LEARNED[name]) for name, learned in curve.figures.items()]
     if TIMES[-1] * curve.sizes[-1] > MAX_LANDMARKS:
-        told.append(
-            f"The router's own kernel machine learns from {MAX_LANDMARKS:,} prompts at most, and may gain less."
-        )
-    return " ".join(told)
+        sentences.append(f"The router's kernel machine uses at most {MAX_LANDMARKS:,} prompts, and may gain less.")
+    return " ".join(sentences)
 
 
 def _outlook(learned: LearnedFigure, title: str, style: str) -> str:
     if learned.silence:
-        return f"Of {title} nothing is said: {learned.silence}."
-    twice, four_times = (in_words(ahead.gain, style) for ahead in learned.outlooks)
-    return f"Twice the outcomes would bring about {twice} {title}, four times about {four_times}."
+        return f"The gain in {title} cannot be estimated: {learned.silence}."
+    twice, four_times = (in_words(outlook.gain, style) for outlook in learned.outlooks)
+    return f"Twice as many outcomes should change {title} by {twice}, four times as many by {four_times}."
 
 
-_LEARNT = {"mean_auc": ("mean AUC", "+.3f"), "mdp_auccc": ("MDP-AUCCC x 1000", "+m")}
+_LEARNED = {"mean_auc": ("mean AUC", "+.3f"), "mdp_auccc": ("MDP-AUCCC x 1000", "+m")}
 
 
 def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:
@@ -151,20 +147,20 @@ def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:
 
 _METRICS: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", "%"),
-    ("cost of 1,000 prompts", "cost", "$"),
+    ("cost per 1,000 prompts", "cost", "$"),
     ("efficacy (gap closed)", "efficacy", "%"),
     ("saving against the dearest target", "cost_saving", "%"),
     ("saving at the best single target's accuracy", "saving_at_best_single", "%"),
     ("efficacy at the most accurate tolerance", "best_efficacy", "%"),
     ("P-AUCCC", "p_auccc", ".4f"),
-    ("MDP-AUCCC (what routing adds)", "mdp_auccc", ".4f"),
-    ("PDP-AUCCC (what it leaves)", "pdp_auccc", ".4f"),
+    ("MDP-AUCCC (added by routing)", "mdp_auccc", ".4f"),
+    ("PDP-AUCCC (left by the router)", "pdp_auccc", ".4f"),
 ]
 
 
 def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
-    """Counterfactual values as text, a row each, below a head."""
-    head = ("policy", "doubly robust", "IPS", "self-normalised", "support", "worth requests")
+    """The table of policy values as text, with aligned columns; the first row is the header."""
+    head = ("policy", "doubly robust", "IPS", "self-normalised", "support", "effective requests")
     rows = [
         (
             value.policy,
@@ -179,13 +175,13 @@ def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
 
 
 def paired_rows(standing: Standing) -> list[tuple[str, str]]:
-    """What the first router has over this one, with intervals, as (name, text)."""
+    """The differences between the evaluated router and this contender, with intervals, as (name, text)."""
     return [(title, in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
 
 
 _PAIRED = [
     ("accuracy, each at its own tolerance", "accuracy", "+%"),
-    ("cost of 1,000 prompts", "cost", "$"),
+    ("cost per 1,000 prompts", "cost", "$"),
     ("MDP-AUCCC x 1000", "mdp_auccc", "+m"),
     ("mean AUC", "mean_auc", "+.4f"),
     ("mean Brier score", "mean_brier", "+.4f"),
@@ -199,7 +195,7 @@ def _standing_rows(evaluation: Evaluation) -> Table:
     rows: Table = []
     for standing in _ranked(evaluation):
         less = standing.router_less_this.get("mdp_auccc", _NOTHING)
-        # A single target has no curve, and says nothing of a prompt.
+        # A single target has no curve and no discrimination between prompts.
         figures_shown = _AT_ONE_TOLERANCE if standing.is_single else _STANDING
         cells = [with_interval(standing.intervals[name], style) for name, style in figures_shown]
         cells += ["–"] * (len(_STANDING) - len(cells))
@@ -208,7 +204,7 @@ def _standing_rows(evaluation: Evaluation) -> Table:
 
 
 def _ranked(evaluation: Evaluation) -> list[Standing]:
-    """The router, the baselines by what they add, the single targets by accuracy, the oracle."""
+    """The router, the baselines by MDP-AUCCC, the single targets by accuracy, and the oracle."""
     router, *others = evaluation.standings
     baselines = evaluation.baselines
     singles = [s for s in others if s not in baselines and not s.has_hindsight]
@@ -272,20 +268,20 @@ def _zones(router: RoutingScores) -> list[str]:
 
 
 def _missing(evaluation: Evaluation) -> str | None:
-    """How missing outcomes were dealt with, where there are any."""
+    """How missing outcomes were handled; None if there are none."""
     num_incomplete = evaluation.num_held_out - evaluation.num_complete
     if not num_incomplete:
         return None
     return (
-        f"{num_incomplete:,} prompts lack an outcome of some target. Complete prompts stand for them, in proportion "
-        "within each fifth of difficulty, as the router has it: unbiased where, among prompts as difficult, what is "
-        f"missing does not depend on what came of it. Without that, the router's accuracy would read "
-        f"{shown(evaluation.accuracy_of_complete, '%')} in place of {shown(evaluation.router.accuracy, '%')}."
+        f"{num_incomplete:,} prompts lack an outcome for at least one target. Complete prompts are weighted to "
+        "represent them within each fifth of predicted difficulty, which is unbiased if, among equally difficult "
+        "prompts, missing outcomes do not depend on correctness. Without the weights, the router's accuracy would be "
+        f"{shown(evaluation.accuracy_of_complete, '%')} instead of {shown(evaluation.router.accuracy, '%')}."
     )
 
 
 def with_interval(figure: Interval, style: str) -> Cell:
-    """A cell of a table; without an interval where the figure has none."""
+    """A table cell with the value and, if it is finite, the interval."""
     value, low, high = figure
     if not isfinite(low):
         return shown(value, style)
@@ -293,18 +289,18 @@ def with_interval(figure: Interval, style: str) -> Cell:
 
 
 def in_words(figure: Interval, style: str) -> str:
-    """A figure in a sentence, its interval in brackets."""
+    """The value, with its interval in parentheses."""
     cell = with_interval(figure, style)
     return cell if isinstance(cell, str) else f"{cell[0]} ({cell[1]})"
 
 
 def shown(value: float, style: str) -> str:
-    """A figure as text: `%`, `$` of a prompt's cost for a thousand of them, `m` in thousandths, or a format."""
+    """The value as text. `style` is `%`, `$` (cost per prompt, shown per 1,000), `m` (thousandths) or a format."""
     if not isfinite(value):
         return "–"
     if style == "$":
         return usd(1e3 * value)
-    value = 0.0 if abs(value) < 5e-7 else value  # never "-0.0%"
+    value = 0.0 if abs(value) < 5e-7 else value  # avoids "-0.0%"
     if style in ("m", "+m"):
         return format(1e3 * value, f"{style[:-1]}.1f")
     return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)

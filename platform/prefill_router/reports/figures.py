@@ -1,4 +1,4 @@
-"""The plots of probes and evaluations, by matplotlib. Each comes in two widths: a desk's and a phone's."""
+"""Matplotlib figures of layer probes and evaluations, each in a desktop and a phone width."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from prefill_router.metrics import pareto_frontier
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
 
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
-_RIVALS = ["#d1603d", "#3f9b6c", "#8a5fb0"]  # of the best baselines; the others are grey
+_BEST_BASELINES = ["#d1603d", "#3f9b6c", "#8a5fb0"]  # colours of the best; the other baselines are grey
 _GREY, _INK = "#9ca3af", "#374151"
 _LINE = {"last": "-", "mean": "--"}
 
 _Corner = Literal["upper right", "lower right"]
 
-WIDE, NARROW = 8.6, 4.4  # inches: a desk's and a phone's
-_NARROW = 6.0
+WIDE, NARROW = 8.6, 4.4  # inches, for desktop and phone
+_MAX_NARROW = 6.0
 
 
 def probe_figure(probes: Sequence[LayerProbe], width: float = 10.0) -> Figure:
-    """Fisher J (bias-corrected) and d_eff by layer: a line for each target and pooling, a dot at each chosen layer.
+    """Bias-corrected Fisher J and d_eff by layer, one row of panels per encoder.
 
-    Each encoder has a row of its own.
+    There is one line per target and pooling; dots mark the chosen layers.
     """
     encoders = by_encoder(probes)
-    is_wide = width > _NARROW
+    is_wide = width > _MAX_NARROW
     num_rows = len(encoders) if is_wide else 2 * len(encoders)
     figure = Figure(figsize=(width, (4.2 if is_wide else 3.4) * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, 2 if is_wide else 1, squeeze=False).reshape(-1, 2)
@@ -55,7 +55,7 @@ def _plot_fisher(axes: Axes, probes: Sequence[LayerProbe], chosen: Sequence[Laye
         colour = _COLOURS[i % len(_COLOURS)]
         for pooling in poolings:
             rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
-            # A leading underscore would hide the name from the legend.
+            # Matplotlib leaves labels with a leading underscore out of the legend.
             label = f"\u200a{target}" if pooling == poolings[0] else None
             values = [p.fisher_j_corrected for p in rows]
             axes.plot(list(map(_layer, rows)), values, _LINE[pooling], color=colour, label=label, lw=1.4)
@@ -68,11 +68,9 @@ def _plot_d_eff(axes: Axes, probes: Sequence[LayerProbe]) -> None:
     target = probes[0].target
     for pooling in dict.fromkeys(p.column.pooling for p in probes):
         rows = sorted((p for p in probes if (p.target, p.column.pooling) == (target, pooling)), key=_layer)
-        # A constant column, such as the embedding of the last token, has none, and a log axis no place for it.
+        # A constant column, such as the embedding of the last token, has d_eff 0, which a log axis cannot show.
         varying = [p for p in rows if p.d_eff > 0]
-        axes.plot(
-            list(map(_layer, varying)), [p.d_eff for p in varying], _LINE[pooling], color="#374151", label=pooling
-        )
+        axes.plot(list(map(_layer, varying)), [p.d_eff for p in varying], _LINE[pooling], color=_INK, label=pooling)
 
 
 def _layer(probe: LayerProbe) -> int:
@@ -80,53 +78,54 @@ def _layer(probe: LayerProbe) -> int:
 
 
 def curve_figure(evaluation: Evaluation, width: float) -> Figure:
-    """Cost against accuracy: the router's curve and its interval, every baseline, every single target, the oracle."""
-    figure = Figure(figsize=(width, 5.0 if width > _NARROW else 5.6), layout="constrained")
+    """Accuracy by cost: the router's curve with its interval, baselines, single targets and the oracle."""
+    figure = Figure(figsize=(width, 5.0 if width > _MAX_NARROW else 5.6), layout="constrained")
     axes = figure.subplots()
     router = evaluation.standings[0]
     singles = list(zip(evaluation.target_cost, evaluation.target_accuracy, strict=True))
     axes.axhline(router.scores.oracle_accuracy, color=_GREY, ls=":", lw=1.2, label="oracle")
     frontier = pareto_frontier(singles)
     axes.plot(frontier[:, 0], frontier[:, 1], "--", color=_GREY, lw=1.2, label="single targets, frontier")
-    ranked = sorted(evaluation.baselines, key=lambda rival: -rival.scores.mdp_auccc)
-    for i, rival in enumerate(ranked):
-        colour, label = (_RIVALS[i], rival.title) if i < len(_RIVALS) else ("#d1d5db", None)
-        axes.plot(*zip(*rival.curve, strict=True), color=colour, lw=1.1, label=label)
-    if len(ranked) > len(_RIVALS):
+    ranked = sorted(evaluation.baselines, key=lambda baseline: -baseline.scores.mdp_auccc)
+    for i, baseline in enumerate(ranked):
+        is_best = i < len(_BEST_BASELINES)
+        colour, label = (_BEST_BASELINES[i], baseline.title) if is_best else ("#d1d5db", None)
+        axes.plot(*zip(*baseline.curve, strict=True), color=colour, lw=1.1, label=label)
+    if len(ranked) > len(_BEST_BASELINES):
         axes.plot([], [], color="#d1d5db", label="other baselines")
     costs, low, high = zip(*evaluation.band, strict=True)
     axes.fill_between(costs, low, high, color=_COLOURS[0], alpha=0.15, lw=0)
     axes.plot(*zip(*router.curve, strict=True), color=_COLOURS[0], lw=2.4, label=f"{router.title}, 95 % interval")
     own = (router.scores.cost, router.scores.accuracy)
-    axes.plot(*own, "*", color=_COLOURS[0], ms=14, mec="white", label="router's own tolerance")
+    axes.plot(*own, "*", color=_COLOURS[0], ms=14, mec="white", label="default tolerance of the router")
     for target, (cost, accuracy) in zip(evaluation.targets, singles, strict=True):
         axes.plot(cost, accuracy, "o", color=_INK, ms=5)
         axes.annotate(
             target, (cost, accuracy), textcoords="offset points", xytext=(5, -11), fontsize=8, parse_math=False
         )
-    if min(evaluation.target_cost) > 0.0:  # a log axis has no place for a free target
+    if min(evaluation.target_cost) > 0.0:  # a log axis cannot show a free target
         axes.set_xscale("log")
     axes.margins(x=0.14, y=0.08)
-    _label(axes, "", "mean cost of a prompt, USD", "accuracy")
-    legend = figure.legend(loc="outside lower center", ncols=3 if width > _NARROW else 1, fontsize=8, frameon=False)
+    _label(axes, "", "mean cost per prompt, USD", "accuracy")
+    legend = figure.legend(loc="outside lower center", ncols=3 if width > _MAX_NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
     return figure
 
 
 def differences_figure(evaluation: Evaluation, width: float) -> Figure:
-    """How much the router adds over each baseline, with paired intervals: in MDP-AUCCC and in mean AUC."""
-    shown, is_wide = evaluation.baselines, width > _NARROW
+    """The router's paired differences from each baseline in MDP-AUCCC and mean AUC, with intervals."""
+    shown, is_wide = evaluation.baselines[::-1], width > _MAX_NARROW
     height = 0.9 + 0.32 * max(len(shown), 1)
     figure = Figure(figsize=(width, height if is_wide else 2 * height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True) if is_wide else figure.subplots(2, 1)
     for axes, (name, title, scale) in zip(panels, _DIFFERENCES, strict=True):
         axes.axvline(0.0, color=_GREY, lw=1.0)
-        for i, rival in enumerate(reversed(shown)):
-            value, low, high = (scale * part for part in rival.router_less_this[name])
+        for i, baseline in enumerate(shown):
+            value, low, high = (scale * part for part in baseline.router_less_this[name])
             colour = _COLOURS[0] if low > 0.0 else _COLOURS[1] if high < 0.0 else _GREY
             axes.plot([low, high], [i, i], color=colour, lw=2.0, solid_capstyle="round")
             axes.plot(value, i, "o", color=colour, ms=6)
-        axes.set_yticks(range(len(shown)), [rival.title for rival in reversed(shown)], fontsize=8)
+        axes.set_yticks(range(len(shown)), [baseline.title for baseline in shown], fontsize=8)
         _plain(axes.get_yticklabels())
         axes.set_title(title, fontsize=9, loc="right")
         axes.tick_params(axis="x", labelsize=8)
@@ -137,13 +136,13 @@ def differences_figure(evaluation: Evaluation, width: float) -> Figure:
 
 
 _DIFFERENCES = [
-    ("mdp_auccc", "MDP-AUCCC x 1000, router less baseline", 1000.0),
-    ("mean_auc", "mean AUC, router less baseline", 1.0),
+    ("mdp_auccc", "MDP-AUCCC x 1000, router minus baseline", 1000.0),
+    ("mean_auc", "mean AUC, router minus baseline", 1.0),
 ]
 
 
 def shares_figure(evaluation: Evaluation, width: float) -> Figure:
-    """Which target the prompts go to: by the router and by the oracle."""
+    """The share of prompts that the router and the oracle send to each target."""
     router, oracle = evaluation.standings[0], evaluation.standing("oracle")
     is_shown = [router, *([oracle] if oracle else [])]
     figure = Figure(figsize=(width, 0.8 + 0.42 * len(evaluation.targets)), layout="constrained")
@@ -163,7 +162,7 @@ def shares_figure(evaluation: Evaluation, width: float) -> Figure:
 
 
 def risk_figure(evaluation: Evaluation, width: float) -> Figure:
-    """The share of wrong answers among the prompts that the router is surest of."""
+    """The share of wrong answers among the prompts with the highest P(correct), by their share of all prompts."""
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.subplots()
     coverage, risk = zip(*evaluation.risk_coverage, strict=True)
@@ -172,17 +171,17 @@ def risk_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.set_ylim(bottom=0.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _label(axes, "", "share of prompts, surest first", "wrong answers among them", "above")
+    _label(axes, "", "share of prompts, most confident first", "share of wrong answers", "above")
     return figure
 
 
 def reliability_figure(evaluation: Evaluation, width: float) -> Figure:
-    """How often a target was right against what was said of it: a panel a target, before calibration and after.
+    """Observed accuracy by predicted P(correct), before and after calibration, in one panel per target.
 
-    A dot is a bin of predictions, larger where it holds more prompts.
+    A dot is a bin of predictions; its size grows with the number of prompts.
     """
     num_targets, calibration = len(evaluation.targets), evaluation.calibration
-    num_columns = min(num_targets, 4 if width > _NARROW else 2)
+    num_columns = min(num_targets, 4 if width > _MAX_NARROW else 2)
     num_rows = ceil(num_targets / num_columns)
     panel = width / max(num_columns, 2)
     figure = Figure(figsize=(width, (panel + 0.35) * num_rows + 0.5), layout="constrained")
@@ -191,10 +190,10 @@ def reliability_figure(evaluation: Evaluation, width: float) -> Figure:
         axes.plot([0, 1], [0, 1], ":", color=_GREY, lw=1.2)
         for name, label, line, colour in _RELIABILITY:
             rows = calibration.reliability[name][i]
-            said, observed = [row[0] for row in rows], [row[1] for row in rows]
+            predicted, observed = [row[0] for row in rows], [row[1] for row in rows]
             most = max((row[2] for row in rows), default=1.0)
-            axes.plot(said, observed, line, color=colour, lw=1.2, label=label)
-            axes.scatter(said, observed, [3.0 + 25.0 * row[2] / most for row in rows], color=colour)
+            axes.plot(predicted, observed, line, color=colour, lw=1.2, label=label)
+            axes.scatter(predicted, observed, [3.0 + 25.0 * row[2] / most for row in rows], color=colour)
         axes.set_title(target, fontsize=8, parse_math=False)
         axes.set_aspect("equal")
         axes.tick_params(labelsize=7)
@@ -202,31 +201,34 @@ def reliability_figure(evaluation: Evaluation, width: float) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[num_targets:]:
         axes.set_visible(False)
-    figure.supxlabel("P(correct) as said", fontsize=8)
-    figure.supylabel("share that was right", fontsize=8)
+    figure.supxlabel("predicted P(correct)", fontsize=8)
+    figure.supylabel("observed accuracy", fontsize=8)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-_RELIABILITY = [("uncalibrated", "before calibration", "--", "#9ca3af"), ("calibrated", "after", "-", _COLOURS[0])]
+_RELIABILITY = [
+    ("uncalibrated", "before calibration", "--", _GREY),
+    ("calibrated", "after calibration", "-", _COLOURS[0]),
+]
 
 
 def learning_figure(curve: LearningCurve, width: float) -> Figure:
-    """Each figure by the number of training prompts: what was measured, and the law, dashed beyond it."""
-    is_wide = width > _NARROW
+    """Metrics by the number of training prompts, with the power law, dashed where it extrapolates."""
+    is_wide = width > _MAX_NARROW
     figure = Figure(figsize=(width, 3.2 if is_wide else 5.6), layout="constrained")
     panels = figure.subplots(1, 2) if is_wide else figure.subplots(2, 1)
-    for axes, (name, title, scale) in zip(panels, _LEARNT, strict=True):
+    for axes, (name, title, scale) in zip(panels, _LEARNED, strict=True):
         learned = curve.figures[name]
         values, low, high = scale * np.array(learned.measured).T
         axes.vlines(curve.sizes, low, high, color=_INK, lw=1.2)
         axes.plot(curve.sizes, values, "o", color=_INK, ms=5)
         if learned.law:
-            places, values, low, high = np.array(learned.law).T * np.array([[1.0], *[[scale]] * 3])
-            axes.fill_between(places, low, high, color=_COLOURS[0], alpha=0.15, lw=0)
-            for line, part in (("-", places <= curve.sizes[-1]), ("--", places >= curve.sizes[-1])):
-                axes.plot(places[part], values[part], line, color=_COLOURS[0], lw=2.0)
+            numbers, values, low, high = np.array(learned.law).T * np.array([[1.0], *[[scale]] * 3])
+            axes.fill_between(numbers, low, high, color=_COLOURS[0], alpha=0.15, lw=0)
+            for line, part in (("-", numbers <= curve.sizes[-1]), ("--", numbers >= curve.sizes[-1])):
+                axes.plot(numbers[part], values[part], line, color=_COLOURS[0], lw=2.0)
         for outlook in learned.outlooks:
             axes.plot(outlook.num_prompts, scale * outlook.value.value, "o", color=_COLOURS[0], mfc="white", ms=6)
         ticks = [*curve.sizes, *(outlook.num_prompts for outlook in learned.outlooks)]
@@ -238,11 +240,11 @@ def learning_figure(curve: LearningCurve, width: float) -> Figure:
     return figure
 
 
-_LEARNT = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
+_LEARNED = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
 
 
 def _label(axes: Axes, title: str, x: str, y: str, legend: _Corner | Literal["above"] | None = None) -> None:
-    """`legend` is where one goes: matplotlib's search for the best place warns of itself on a busy machine."""
+    """Labels the axes. `legend` is a fixed place: matplotlib's search for the best one may warn that it is slow."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
@@ -257,7 +259,7 @@ def _label(axes: Axes, title: str, x: str, y: str, legend: _Corner | Literal["ab
 
 
 def _plain(texts: Iterable[Text]) -> None:
-    """Names are not formulas, whatever signs they hold."""
+    """Turns off math parsing: names may contain dollar signs."""
     for text in texts:
         text.set_parse_math(False)
 

@@ -1,4 +1,4 @@
-"""What a labelled log costs, on single targets, on the router and on what it used; and how far to trust that."""
+"""The label report: the expected cost and accuracy of a query log on the router, single targets and logged targets."""
 
 # T targets, K tolerances
 
@@ -18,7 +18,7 @@ from prefill_router.query_log.aggregates import EVERYTHING, TOLERANCES, Sums, Ta
 from prefill_router.query_log.allocation import Allocation
 from prefill_router.reports.evaluation_page import TEMPLATES, shown
 
-_MOST_ROWS = 60  # of a table, the largest segments; all of them are in report.json
+_MAX_ROWS = 60  # of a table: the largest segments; report.json holds all
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_report(uri: str, report: LabelReport) -> None:
 
 
 def render_html(report: LabelReport) -> str:
-    """The report as one page that fetches nothing."""
+    """The report as one self-contained page."""
     return TEMPLATES.get_template("label.html").render(
         r=report,
         headline=headline(report),
@@ -68,29 +68,30 @@ def render_html(report: LabelReport) -> str:
 
 
 def headline(report: LabelReport) -> str:
-    """One sentence: what the router costs and answers, against the single target that answers the most."""
+    """A sentence that compares the router's expected cost and accuracy with those of the most accurate target."""
     sums = report.tally.everything
     best = int(np.argmax(sums["correct"]))
     right, best_right = (shown(share, "%") for share in (sums.share("chosen_correct"), _mean(sums, "correct", best)))
     return (
-        f"{sums.total('lines'):,.0f} lines: {usd(sums.total('chosen_cost_usd'))} as routed, for {right} expected to be "
-        f"right; always {report.pool.target_names[best]} would cost {usd(float(sums['cost_usd'][best]))} for "
-        f"{best_right}."
+        f"{sums.total('lines'):,.0f} lines: routing is expected to cost {usd(sums.total('chosen_cost_usd'))} with "
+        f"{right} of the answers right; sending all to {report.pool.target_names[best]}, the most accurate target, "
+        f"would cost {usd(float(sums['cost_usd'][best]))} with {best_right} right."
     )
 
 
-def _mean(sums: Sums, name: str, place: int) -> float:
-    return float(sums[name][place]) / sums.total("lines")
+def _mean(sums: Sums, name: str, index: int) -> float:
+    return float(sums[name][index]) / sums.total("lines")
 
 
 def _budget(report: LabelReport) -> str | None:
-    found = report.allocation
-    if found is None:
+    allocation = report.allocation
+    if allocation is None:
         return None
-    price = usd(1.0 / found.high_price) if found.high_price else "nothing"
+    price = usd(1.0 / allocation.high_price) if allocation.high_price else "nothing"
     return (
-        f"Of a budget of {usd(found.budget_usd)}, {usd(found.cost_usd)} are spent. A correct answer more would cost "
-        f"{price}; choosing otherwise could win at most {shown(found.gap, '.4%')} more correct answers."
+        f"{usd(allocation.cost_usd)} of the budget of {usd(allocation.budget_usd)} is spent. One more correct answer "
+        f"would cost {price}. No other choice within the budget has over {shown(allocation.gap, '.4%')} more correct "
+        "answers."
     )
 
 
@@ -100,17 +101,17 @@ def _used(report: LabelReport) -> str | None:
         return None
     right, instead = (shown(sums.share(name, "used"), "%") for name in ("used_correct", "instead_correct"))
     return (
-        f"The log tells of {sums.total('used'):,.0f} lines which target answered and how long: they cost "
-        f"{usd(sums.total('used_cost_usd'))} ({usd(sums.total('used_expected_cost_usd'))} were to be expected) for "
-        f"{right} expected to be right. As routed, the same lines are expected to cost "
-        f"{usd(sums.total('instead_cost_usd'))} for {instead}."
+        f"The log records the target and answer length of {sums.total('used'):,.0f} lines: they cost "
+        f"{usd(sums.total('used_cost_usd'))} ({usd(sums.total('used_expected_cost_usd'))} expected), with {right} of "
+        "the answers expected to be right. Routing the same lines is expected to cost "
+        f"{usd(sums.total('instead_cost_usd'))} with {instead} right."
     )
 
 
 def _cost_rows(report: LabelReport) -> list[list[str]]:
     sums, names = report.tally.everything, report.pool.target_names
-    way = "the budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}"
-    points = [(f"router, {way}", sums.total("chosen_cost_usd"), sums.share("chosen_correct"))]
+    rule = "budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}"
+    points = [(f"router, {rule}", sums.total("chosen_cost_usd"), sums.share("chosen_correct"))]
     points += [
         (f"router, tolerance {tolerance:g}", float(sums["tolerance_cost_usd"][k]), _mean(sums, "tolerance_correct", k))
         for k, tolerance in enumerate(TOLERANCES)
@@ -127,7 +128,7 @@ def _segment_tables(report: LabelReport, row: Any) -> dict[str, list[list[str]]]
     tables = {"all lines": [["all lines", *row(tally.segments[EVERYTHING])]]}
     for column in tally.columns:
         values = tally.values_of(column)
-        largest = sorted(values, key=lambda value: -tally.segments[column, value].total("lines"))[:_MOST_ROWS]
+        largest = sorted(values, key=lambda value: -tally.segments[column, value].total("lines"))[:_MAX_ROWS]
         tables[column] = [[value, *row(tally.segments[column, value])] for value in sorted(largest)]
     return tables
 

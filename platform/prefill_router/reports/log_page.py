@@ -1,4 +1,4 @@
-"""What policies would have been worth on the requests of a log, and which of these figures can be trusted."""
+"""The feedback report: estimated values of policies on a gateway's log, and which estimates are reliable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefill_router.evaluation.contenders import finite
 from prefill_router.evaluation.off_policy import PolicyValue
 from prefill_router.reports.evaluation_page import TEMPLATES, Table, in_words, shown, with_interval
 
-ENOUGH_REQUESTS = 100  # worth as many, half the width of a 95 % interval is at most some 10 points
+ENOUGH_REQUESTS = 100  # effective requests, at which a 95 % interval is at most about ±10 points
 ENOUGH_SUPPORT = 0.99
 
 
@@ -20,21 +20,21 @@ class LogReport:
     router_version: str
     pool: str
     num_requests: int
-    explored: float  # share of requests whose target was drawn, or could have been another
-    mean_reward: float  # of the log as it is
+    explored: float  # share of requests whose target was, or could have been, chosen by exploration
+    mean_reward: float  # of the logged requests
     policies: Sequence[PolicyValue]  # the router first
     num_draws: int
     about: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        told = {
+        content = {
             "router": self.router_version,
             "requests": self.num_requests,
             "explored": self.explored,
             "mean_reward_of_the_log": self.mean_reward,
             "policies": [asdict(value) for value in self.policies],
         }
-        return finite(told)  # type: ignore[no-any-return]
+        return finite(content)  # type: ignore[no-any-return]
 
 
 def write_report(uri: str, report: LogReport) -> None:
@@ -44,7 +44,7 @@ def write_report(uri: str, report: LogReport) -> None:
 
 
 def render_html(report: LogReport) -> str:
-    """The report as one page that fetches nothing."""
+    """The report as one self-contained page."""
     return TEMPLATES.get_template("log.html").render(
         r=report,
         headline=headline(report),
@@ -56,31 +56,31 @@ def render_html(report: LogReport) -> str:
 
 
 def headline(report: LogReport) -> str:
-    """One sentence: what the router would have been worth, against the log and the best single target."""
+    """A sentence that compares the router's value with the best single target's and the logged one."""
     router, *singles = report.policies
-    best = max([value for value in singles if _is_told(value)] or singles, key=lambda v: v.doubly_robust.value)
+    best = max([value for value in singles if _is_reliable(value)] or singles, key=lambda v: v.doubly_robust.value)
     return (
-        f"The router would have been worth {in_words(router.doubly_robust, '%')}, {best.policy} "
-        f"{in_words(best.doubly_robust, '%')}; the log as it is, {shown(report.mean_reward, '%')}."
+        f"Estimated value of the router: {in_words(router.doubly_robust, '%')}; of {best.policy}: "
+        f"{in_words(best.doubly_robust, '%')}; of the logged requests: {shown(report.mean_reward, '%')}."
     )
 
 
 def trust(report: LogReport) -> str:
-    """One sentence: of which policies the log tells enough."""
-    told = [value.policy for value in report.policies if _is_told(value)]
-    others = [value.policy for value in report.policies if not _is_told(value)]
-    more = "explore more (serve --explore), or wait for more feedback"
-    if not told:
-        return f"Trust none of these figures yet, the log tells too little of every policy: {more}."
+    """A sentence that names the policies whose estimates are reliable."""
+    reliable = [value.policy for value in report.policies if _is_reliable(value)]
+    others = [value.policy for value in report.policies if not _is_reliable(value)]
+    remedy = "explore more (serve --explore), or wait for more feedback"
+    if not reliable:
+        return f"No estimate is reliable yet, because the log has too few requests for every policy: {remedy}."
     if not others:
-        return "Trust each figure as far as its interval goes: the log tells enough of every policy."
+        return "All estimates are reliable within their intervals."
     return (
-        f"Trust the figures of {_listed(told)} as far as their intervals go; of {_listed(others)} the log tells too "
-        f"little: {more}."
+        f"The estimates for {_listed(reliable)} are reliable within their intervals. For {_listed(others)} the log has "
+        f"too few requests: {remedy}."
     )
 
 
-def _is_told(value: PolicyValue) -> bool:
+def _is_reliable(value: PolicyValue) -> bool:
     return value.effective_requests >= ENOUGH_REQUESTS and value.support >= ENOUGH_SUPPORT
 
 

@@ -1,4 +1,4 @@
-"""A router's card: what it is, on what it was trained, and how good it was on its validation prompts."""
+"""The summary of a router: its encoder and predictors, its training data and its validation scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = list[tuple[str, ...]]
 
 
 def card(router: Router) -> tuple[Rows, Rows]:
-    """Rows of (what, text), and a table of the targets whose first row is its head."""
+    """Rows of (label, text), and a table of the targets whose first row is the header."""
     return list(_about(router)), _targets(router)
 
 
@@ -23,14 +23,14 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
         yield "extends", str(training["extends"])
     yield "encoder", f"{identity.spec.model}, {identity.spec.dtype}, fingerprint {identity.fingerprint}"
     names = ", ".join(f"{p.column.name} ({p.num_features} features)" for p in router.projections)
-    yield "reads", f"{names} of {identity.num_layers} layers"
+    yield "activations", f"{names} of {identity.num_layers} layers"
     sizes = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
     yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
     if len(router.kernel.landmarks):
-        yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} beside the trunk"
+        yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} in P(correct)"
     if "num_train" in training:
-        yield "trained", f"by recipe {training.get('recipe')}, on {training['num_train']:,} prompts"
-        yield "validated", f"on {training.get('num_validation', 0):,} more"
+        yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
+        yield "validation", f"{training.get('num_validation', 0):,} prompts"
     yield "held out", router.split.describe()
     yield "tolerance", f"{router.default_tolerance:.3f}"
     if validation := training.get("validation"):
@@ -38,16 +38,16 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
 
 
 def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """How good the router was at its tolerance."""
+    """The validation scores at the router's default tolerance."""
     accuracy, best, oracle = (validation[f"{name}accuracy"] for name in ("", "best_single_", "oracle_"))
-    yield "accuracy", f"{accuracy:.1%}, the best single target {best:.1%}, an oracle {oracle:.1%}"
+    yield "accuracy", f"{accuracy:.1%} (best single target {best:.1%}, oracle {oracle:.1%})"
     cost, best_cost = validation["cost"], validation["best_single_cost"]
-    yield "cost", f"{usd(1000 * cost)} a thousand prompts, the best single target {usd(1000 * best_cost)}"
+    yield "cost", f"{usd(1000 * cost)} per 1,000 prompts (best single target {usd(1000 * best_cost)})"
 
 
 def _targets(router: Router) -> Rows:
     training = router.training
-    head = ("target", "input /M", "output /M", "answers", "AUC", "calibration", "best column")
+    head = ("target", "input per M", "output per M", "answers", "AUC", "calibration", "best layer")
     auc = training.get("validation", {}).get("auc", {})
     rows = [
         (

@@ -66,7 +66,7 @@ def test_a_learning_curve_is_of_the_training_prompts(
     report = json.loads((out / "report.json").read_text())
     assert report["learning"]["sizes"] == curve.sizes
     assert report["learning"]["figures"].keys() == {"mean_auc", "mdp_auccc"}
-    assert "What more outcomes would bring" in (out / "report.html").read_text()
+    assert "Expected gain from more outcomes" in (out / "report.html").read_text()
 
 
 def renamed(small_data: Path, folder: Path, prompts: list[str] | None = None) -> tuple[Path, Path]:

@@ -102,7 +102,7 @@ def probes(names: tuple[str, ...] = ("large", "small"), encoder: str = "an-encod
 
 
 def learning() -> LearningCurve:
-    """Of mean AUC all is told, of MDP-AUCCC what was measured alone."""
+    """A curve with an outlook for mean AUC, and with measurements alone for MDP-AUCCC."""
     auc = LearnedFigure(
         measured=[Interval(0.6, 0.58, 0.62), Interval(0.65, 0.64, 0.66)],
         law=[[500.0, 0.6, 0.58, 0.62], [1000.0, 0.65, 0.64, 0.66], [4000.0, 0.7, 0.68, 0.72]],
@@ -117,17 +117,17 @@ def learning() -> LearningCurve:
 
 
 def dots_of(axes: Axes) -> list[tuple[float, float]]:
-    """Where the round marks stand."""
+    """The positions of the round markers."""
     dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
     return [(float(x), float(y)) for line in dots for x, y in np.asarray(line)]
 
 
-def test_page_holds_every_figure_inline() -> None:
+def test_page_contains_every_figure_inline() -> None:
     assert Page(render_html(evaluation(), probes())).num_svgs == 12
 
 
 @pytest.mark.parametrize("none", [None, []])
-def test_page_without_probes_holds_the_other_figures(none: list[LayerProbe] | None) -> None:
+def test_page_without_probes_contains_the_other_figures(none: list[LayerProbe] | None) -> None:
     page = Page(render_html(evaluation(), none))
     assert page.num_svgs == 10
     assert "Layer probes" not in page.text
@@ -142,13 +142,13 @@ def test_page_fetches_nothing() -> None:
     assert all(url.startswith("#") for url in re.findall(r"url\([\"']?([^)]*)", html))
 
 
-def test_page_says_what_was_measured_on_what() -> None:
+def test_page_states_the_data_and_the_scores() -> None:
     e = evaluation()
     text = " ".join(Page(render_html(e)).text.split())
     assert "Routing report: a pool" in text
     assert "Router v1abc, tolerance 0.125." in text
-    assert "60 held-out prompts, 60 of them with an outcome of every target" in text
-    assert "1,234 prompts were left out because training saw them" in text
+    assert "60 held-out prompts, 60 of them with an outcome for every target" in text
+    assert "1,234 prompts were left out because they were used in training" in text
     assert headline(e) in text
     assert f"{e.router.accuracy:.1%}" in text
     for target, accuracy, auc in zip(e.targets, e.target_accuracy, e.router.auc, strict=True):
@@ -156,7 +156,7 @@ def test_page_says_what_was_measured_on_what() -> None:
     assert "s3://bucket/<outcomes>" in text
 
 
-def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
+def test_page_shows_a_notice_only_if_there_is_one() -> None:
     notice = "Answers are <simulated> & made up."
     html = render_html(evaluation(), notice=notice)
     assert notice in Page(html).text
@@ -164,7 +164,7 @@ def test_notice_stands_on_the_page_only_if_there_is_one() -> None:
     assert 'class="notice"' not in render_html(evaluation())
 
 
-def test_any_name_of_a_target_is_shown_as_text() -> None:
+def test_any_target_name_is_shown_as_text() -> None:
     names = ("<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden")
     page = Page(render_html(evaluation(names, (1.0,) * len(names)), probes(names)))
     for name in names:
@@ -173,7 +173,7 @@ def test_any_name_of_a_target_is_shown_as_text() -> None:
     assert page.num_svgs == 12
 
 
-def test_every_contender_has_a_row_the_router_first() -> None:
+def test_every_contender_has_a_row_and_the_router_is_first() -> None:
     e = evaluation()
     text = Page(render_html(e)).text
     places = [text.index(f"\n{s.title}") for s in e.standings]
@@ -184,15 +184,15 @@ def test_every_contender_has_a_row_the_router_first() -> None:
     assert page.num_svgs == 10
 
 
-def test_missing_outcomes_are_said_where_there_are_any() -> None:
+def test_missing_outcomes_are_reported_if_there_are_any() -> None:
     e = evaluation()
     assert "lack an outcome" not in Page(render_html(e)).text
     text = Page(render_html(replace(e, num_complete=48, accuracy_of_complete=0.875))).text
-    assert "12 prompts lack an outcome of some target" in text
-    assert "would read 87.5%" in text
+    assert "12 prompts lack an outcome for at least one target" in text
+    assert "would be 87.5% instead of" in text
 
 
-def test_what_has_no_value_is_a_dash() -> None:
+def test_undefined_values_are_dashes() -> None:
     e = evaluation()
     nan = float("nan")
     nothing = Interval(nan, nan, nan)
@@ -215,8 +215,8 @@ def test_what_has_no_value_is_a_dash() -> None:
     assert not re.search(r"\bnan\b", text)
 
 
-def told(e: Evaluation, saving: Interval, **scores: float) -> str:
-    """The headline, if the router's scores were these."""
+def headline_for(e: Evaluation, saving: Interval, **scores: float) -> str:
+    """The headline for these scores of the router."""
     ours = replace(e.standings[0], scores=replace(e.router, **scores))
     point = replace(e.operating_points[0], accuracy=Interval(0.75, 0.7, 0.8), saving_against_best_single=saving)
     return headline(replace(e, standings=[ours, *e.standings[1:]], operating_points=[point]))
@@ -225,55 +225,55 @@ def told(e: Evaluation, saving: Interval, **scores: float) -> str:
 def test_headline_compares_with_the_best_single_target() -> None:
     e = replace(evaluation(), target_accuracy=[0.5, 0.7])
     saving = Interval(0.75, 0.7, 0.81)
-    assert told(e, saving, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004) == (
-        "75.0% (70.0% to 80.0%) right at $1.00 for 1,000 prompts, against 70.0% at $4.00 for always small: "
-        "75.0% (70.0% to 81.0%) saved."
+    assert headline_for(e, saving, cost=0.001, best_single_accuracy=0.7, best_single_cost=0.004) == (
+        "75.0% (70.0% to 80.0%) of the answers are right at $1.00 per 1,000 prompts, compared with 70.0% at $4.00 for "
+        "small, the best single target: 75.0% (70.0% to 81.0%) saved."
     )
 
 
 def test_headline_names_the_cheaper_of_two_best_targets() -> None:
     e = replace(evaluation(), target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
-    assert "for always small" in told(e, Interval(0.1, 0.0, 0.2))
+    assert "for small, the best single target" in headline_for(e, Interval(0.1, 0.0, 0.2))
 
 
 def test_headline_claims_no_saving_against_a_free_target() -> None:
-    assert "saved" not in told(evaluation(), Interval(*[float("nan")] * 3), best_single_cost=0.0)
+    assert "saved" not in headline_for(evaluation(), Interval(*[float("nan")] * 3), best_single_cost=0.0)
 
 
 @pytest.mark.parametrize(
     ("less", "num_beaten", "verdict"),
     [
-        (Interval(0.004, 0.001, 0.007), 1, "it is better"),
-        (Interval(0.004, -0.001, 0.007), 0, "these prompts cannot tell"),
-        (Interval(-0.004, -0.007, -0.001), 0, "it is worse"),
+        (Interval(0.004, 0.001, 0.007), 1, "the router is better"),
+        (Interval(0.004, -0.001, 0.007), 0, "the difference is not significant"),
+        (Interval(-0.004, -0.007, -0.001), 0, "the router is worse"),
     ],
 )
-def test_the_verdict_claims_what_the_interval_does(less: Interval, num_beaten: int, verdict: str) -> None:
+def test_the_verdict_follows_the_interval(less: Interval, num_beaten: int, verdict: str) -> None:
     e = evaluation()
     knn = replace(e.standings[1], router_less_this={**e.standings[1].router_less_this, "mdp_auccc": less})
-    told = against_baselines(replace(e, standings=[e.standings[0], knn]))
-    assert f"surely adds more than {num_beaten} of 1 baselines" in told
-    assert f"against the best, k nearest neighbours, {verdict}: MDP-AUCCC" in told
+    text = against_baselines(replace(e, standings=[e.standings[0], knn]))
+    assert f"adds significantly more than {num_beaten} of 1 baselines" in text
+    assert f"Against the best baseline, k nearest neighbours, {verdict}: MDP-AUCCC" in text
 
 
-def test_page_says_what_more_outcomes_would_bring() -> None:
-    told = outlook(learning())
-    assert told == (
-        "Twice the outcomes would bring about +0.030 (+0.020 to +0.040) mean AUC, four times about +0.050 (+0.030 to "
-        "+0.070). Of MDP-AUCCC x 1000 nothing is said: it does not rise."
+def test_page_shows_the_expected_gain_from_more_outcomes() -> None:
+    text = outlook(learning())
+    assert text == (
+        "Twice as many outcomes should change mean AUC by +0.030 (+0.020 to +0.040), four times as many by +0.050 "
+        "(+0.030 to +0.070). The gain in MDP-AUCCC x 1000 cannot be estimated: it does not rise."
     )
-    assert "prompts at most" in outlook(replace(learning(), sizes=[2000, 4000]))
+    assert "uses at most" in outlook(replace(learning(), sizes=[2000, 4000]))
     page = Page(render_html(replace(evaluation(), learning=learning())))
-    assert told in page.text
+    assert text in page.text
     assert page.num_svgs == 12
     page = Page(render_html(replace(evaluation(), learning=LearningCurve.silent("there are 3 prompts"))))
-    assert "What more outcomes would bring Nothing is said of it: there are 3 prompts." in " ".join(page.text.split())
+    assert "Expected gain from more outcomes Not available: there are 3 prompts." in " ".join(page.text.split())
     assert page.num_svgs == 10
-    assert "What more outcomes" not in Page(render_html(evaluation())).text
+    assert "more outcomes" not in Page(render_html(evaluation())).text
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_learning_figure_shows_what_was_measured_and_the_law_beyond_it(width: float) -> None:
+def test_learning_figure_shows_measurements_and_the_law_beyond_them(width: float) -> None:
     auc, mdp = learning_figure(learning(), width).axes
     assert dots_of(auc) == [(500.0, 0.6), (1000.0, 0.65), (2000.0, 0.68), (4000.0, 0.7)]
     assert dots_of(mdp) == [(500.0, 4.0), (1000.0, 3.0)]
@@ -289,7 +289,7 @@ def test_figures_are_shown_short() -> None:
     assert shown(0.0123, "+m") == "+12.3"
 
 
-def test_calibration_that_changed_nothing_says_so() -> None:
+def test_calibration_without_effect_is_reported() -> None:
     e = evaluation()
     assert calibration_line(e).endswith(" before calibration")
     reliability = {name: [[[0.5, 0.5, 9.0]]] * 2 for name in ("uncalibrated", "calibrated")}
@@ -303,14 +303,14 @@ def test_metric_rows_name_and_show_each_metric() -> None:
     scores = replace(evaluation().router, accuracy=0.5, cost=0.00123, efficacy=float("nan"), p_auccc=0.25)
     rows = dict(metric_rows(scores))
     assert rows["accuracy"] == "50.0%"
-    assert rows["cost of 1,000 prompts"] == "$1.23"
+    assert rows["cost per 1,000 prompts"] == "$1.23"
     assert rows["efficacy (gap closed)"] == "–"
     assert rows["P-AUCCC"] == "0.2500"
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("prices", [(1.0, 0.1), (1.0, 0.0), (0.0, 0.0)])
-def test_curve_figure_shows_every_target_a_free_one_too(prices: tuple[float, ...], width: float) -> None:
+def test_curve_figure_shows_every_target_including_a_free_one(prices: tuple[float, ...], width: float) -> None:
     e = evaluation(prices=prices)
     axes = curve_figure(e, width).axes[0]
     shown = dots_of(axes)
@@ -332,7 +332,7 @@ def test_probe_figure_has_a_row_for_each_encoder() -> None:
     assert [len(dots_of(a)) for a in axes] == [2, 0, 0, 0]
 
 
-def test_probe_figure_of_a_target_that_no_layer_tells_is_an_error() -> None:
+def test_probe_figure_without_a_layer_for_a_target_is_an_error() -> None:
     nothing = [replace(p, fisher_j_corrected=float("nan")) for p in probes()]
     with pytest.raises(UserError, match="all correct or all wrong"):
         probe_figure(nothing)

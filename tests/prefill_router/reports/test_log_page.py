@@ -1,4 +1,4 @@
-"""The page of a gateway's log: its figures, and what it says of them."""
+"""The feedback report: its sentences and its figures."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ def report(*policies: PolicyValue) -> LogReport:
 WELL_KNOWN = worth("router"), worth("always big", 0.72), worth("always small", 0.4)
 
 
-def test_the_headline_sets_the_router_beside_the_log_and_the_best_single_target() -> None:
+def test_the_headline_compares_the_router_with_the_log_and_the_best_single_target() -> None:
     assert headline(report(*WELL_KNOWN)) == (
-        "The router would have been worth 70.0% (65.0% to 76.0%), always big 72.0% (67.0% to 78.0%); the log as it is, "
-        "61.0%."
+        "Estimated value of the router: 70.0% (65.0% to 76.0%); of always big: 72.0% (67.0% to 78.0%); of the logged "
+        "requests: 61.0%."
     )
 
 
-def test_a_single_target_of_which_little_is_known_is_not_the_best() -> None:
+def test_a_single_target_without_a_reliable_estimate_is_not_the_best() -> None:
     lucky = worth("always lucky", 0.99, requests=3.0)
     assert "always big" in headline(report(*WELL_KNOWN, lucky))
     assert "always lucky" in headline(report(worth("router"), lucky))  # there is no other
 
 
 @pytest.mark.parametrize("little", [{"requests": 99.0}, {"support": 0.98}, {"requests": nan}])
-def test_what_is_trusted_is_what_the_log_tells_enough_of(little: dict[str, float]) -> None:
+def test_estimates_with_enough_requests_and_support_are_reliable(little: dict[str, float]) -> None:
     all_of_them = trust(report(*WELL_KNOWN))
     some = trust(report(*WELL_KNOWN[:2], worth("always small", **little)))
     none = trust(report(*(worth(value.policy, **little) for value in WELL_KNOWN)))
-    assert all_of_them.startswith("Trust each figure as far as its interval goes")
-    assert some.startswith("Trust the figures of router and always big as far")
-    assert "of always small the log tells too little" in some
-    assert none.startswith("Trust none")
+    assert all_of_them.startswith("All estimates are reliable within their intervals")
+    assert some.startswith("The estimates for router and always big are reliable")
+    assert "For always small the log has too few requests" in some
+    assert none.startswith("No estimate is reliable yet")
 
 
-def test_the_page_holds_every_figure_and_no_markup_of_others() -> None:
+def test_the_page_shows_every_figure_and_escapes_names() -> None:
     page = render_html(report(*WELL_KNOWN))
     assert "<h1>Feedback report: a &lt;pool&gt;</h1>" in page
     for figure in ("70.0%", "71.0%", "72.0%", "66.0%", "65.0% to 76.0%", "1,234", "25.0%", "s3://bucket/feedback"):
         assert figure in page
 
 
-def test_a_figure_without_a_value_is_a_dash() -> None:
+def test_an_undefined_value_is_a_dash() -> None:
     unknown = replace(worth("always new"), snips=Interval(nan, nan, nan), effective_requests=nan)
     page = render_html(report(worth("router"), unknown))
     assert "nan" not in page
