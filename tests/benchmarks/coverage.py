@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.evaluation.contenders import HEADLINES
+from prefill_router.evaluation.results import HEADLINES
 from prefill_router.metrics import Scorer, bootstrap_weights, interval
 
 Array = NDArray[np.float64]

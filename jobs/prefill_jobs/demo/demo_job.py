@@ -30,7 +30,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
 from prefill_router.corpus.plan import plan, read_shard
 from prefill_router.corpus.reader import Prompt
-from prefill_router.evaluation.contenders import Evaluation
+from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.pool import load_pool
 from prefill_router.reports.evaluation_page import headline, metric_rows

@@ -21,7 +21,8 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Keys
 from prefill_router.corpus.split_groups import of_corpus
-from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, evaluate
+from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate
+from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.pool import load_pool
 from prefill_router.reports import evaluation_page

@@ -28,9 +28,10 @@ from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Part
 from prefill_router.corpus.split_groups import SplitGroups, of_corpus
 from prefill_router.encoder.checkpoint import check_sentence_model
-from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, oracle, scoring
+from prefill_router.evaluation.contenders import Contender, HeldOut, oracle, scoring
 from prefill_router.evaluation.contenders import evaluate as score
 from prefill_router.evaluation.learning_curve import LearningCurve, learning_curve
+from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.predictor.answer_length import median_tokens
 from prefill_router.reports import evaluation_page

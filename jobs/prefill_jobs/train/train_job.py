@@ -30,7 +30,7 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Part, Split
 from prefill_router.encoder.checkpoint import check_sentence_model
-from prefill_router.evaluation.contenders import finite, thinned
+from prefill_router.evaluation.results import finite, thinned
 from prefill_router.metrics import Scorer, best_tolerance
 from prefill_router.outcomes import check_columns, target_names
 from prefill_router.policy.pool import load_pool

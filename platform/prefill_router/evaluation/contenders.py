@@ -5,23 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError
-from prefill_router.evaluation.learning_curve import LearningCurve, Score
+from prefill_router.evaluation.calibration_summary import CalibrationSummary
+from prefill_router.evaluation.learning_curve import Score
+from prefill_router.evaluation.results import HEADLINES, Evaluation, OperatingPoint, Standing, thinned
 from prefill_router.metrics import (
-    Interval,
-    RoutingScores,
     Scorer,
     bootstrap_weights,
     completeness_weights,
-    expected_calibration_error,
     interval_from_draws,
-    reliability_curve,
     risk_coverage_curve,
 )
 from prefill_router.metrics.discrimination import ratio
@@ -33,30 +31,7 @@ Array = NDArray[Any]
 
 NUM_DRAWS = 500
 _LEARNING_DRAWS = 100
-_CURVE_POINTS = 300  # most points of a curve in a report; areas use all of them
 _BAND_POINTS = 40
-_ECE_SIMULATIONS = 20
-
-# The metrics with an interval: fields of RoutingScores, and means over targets.
-HEADLINES = (
-    "accuracy",
-    "cost",
-    "efficacy",
-    "cost_saving",
-    "best_efficacy",
-    "saving_at_best_single",
-    "p_auccc",
-    "mdp_auccc",
-    "apgr",
-    "cpt_50",
-    "cpt_80",
-    "aiq",
-    "arena_score",
-    "aurc",
-    "wrong_choices",
-    "mean_auc",
-    "mean_brier",
-)
 
 
 @dataclass(frozen=True)
@@ -82,97 +57,6 @@ class Contender:
     expected_output_tokens: Array  # (N, T)
     tolerance: float
     has_hindsight: bool = False  # uses the outcomes themselves
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The results of one contender."""
-
-    name: str
-    title: str
-    tolerance: float
-    has_hindsight: bool
-    scores: RoutingScores
-    intervals: dict[str, Interval]  # of HEADLINES
-    router_less_this: dict[str, Interval]  # HEADLINES of the router minus these, paired; empty for the router
-    curve: list[list[float]]  # (cost, accuracy)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether every prompt goes to one target."""
-        return self.title.startswith("always ")
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """The router at one tolerance, compared with the most accurate single target and with the dearest one."""
-
-    title: str
-    tolerance: float
-    accuracy: Interval
-    cost: Interval
-    efficacy: Interval
-    accuracy_less_best_single: Interval
-    saving_against_best_single: Interval
-    saving_against_dearest: Interval
-
-
-@dataclass(frozen=True)
-class CalibrationSummary:
-    """The router's calibration; every list has one value per target."""
-
-    ece: list[float]
-    ece_uncalibrated: list[float]
-    ece_of_chance: list[float]  # expected ECE of a perfectly calibrated router on as many prompts
-    reliability: dict[str, list[list[list[float]]]]  # "uncalibrated" and "calibrated": rows of reliability_curve
-
-    @property
-    def unchanged(self) -> list[bool]:
-        """Whether calibration left P(correct) of each target unchanged."""
-        before, after = (self.reliability[name] for name in ("uncalibrated", "calibrated"))
-        return [old == new for old, new in zip(before, after, strict=True)]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The content of an evaluation report. Costs are USD per prompt."""
-
-    pool: str
-    targets: list[str]
-    router_version: str
-    tolerance: float
-    num_held_out: int
-    num_complete: int  # held-out prompts with an outcome for every target
-    num_seen: int  # prompts left out because they were used in training
-    accuracy_of_complete: float  # the router's on complete prompts, without completeness weights
-    standings: list[Standing]  # the router first
-    band: list[list[float]]  # interval of the router's curve: (cost, low accuracy, high accuracy)
-    operating_points: list[OperatingPoint]
-    target_accuracy: list[float]
-    target_cost: list[float]
-    calibration: CalibrationSummary
-    risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
-    length_error_tokens: float  # mean absolute error of the router's predicted answer lengths
-    length_error_median_rule_tokens: float  # the same if each target's median length is predicted
-    num_draws: int
-    about: dict[str, str] = field(default_factory=dict)  # sources, split and versions, for display
-    learning: LearningCurve | None = None  # of the kernel machine; None if not requested
-
-    @property
-    def router(self) -> RoutingScores:
-        return self.standings[0].scores
-
-    @property
-    def baselines(self) -> list[Standing]:
-        """The standings of the baselines, without the router, single targets and the oracle."""
-        return [s for s in self.standings[1:] if not s.has_hindsight and not s.is_single]
-
-    def standing(self, name: str) -> Standing | None:
-        return next((standing for standing in self.standings if standing.name == name), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """The evaluation as JSON: undefined values are null, and an interval is [value, low, high]."""
-        return finite({**asdict(self), "router": asdict(self.router)})  # type: ignore[no-any-return]
 
 
 def evaluate(
@@ -205,7 +89,9 @@ def evaluate(
     complete = np.flatnonzero(~np.isnan(trial.correct).any(1))
     achieved, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
     target_cost, target_accuracy = trial.singles()
-    medians = router.expected_output_tokens if median_output_tokens is None else median_output_tokens
+    p_uncalibrated = router.p_correct if p_uncalibrated is None else p_uncalibrated
+    lengths = held_out.output_tokens
+    predicted_lengths = router.expected_output_tokens if median_output_tokens is None else median_output_tokens
     return Evaluation(
         pool=pool.name,
         targets=pool.target_names,
@@ -220,12 +106,10 @@ def evaluate(
         operating_points=trial.operating_points(router.tolerance),
         target_accuracy=target_accuracy,
         target_cost=target_cost,
-        calibration=_calibration(
-            trial.correct, router.p_correct, router.p_correct if p_uncalibrated is None else p_uncalibrated
-        ),
+        calibration=CalibrationSummary.measure(trial.correct, router.p_correct, p_uncalibrated),
         risk_coverage=thinned(risk_coverage_curve(achieved, confidence)).tolist(),
-        length_error_tokens=_mean_error(held_out.output_tokens, medians),
-        length_error_median_rule_tokens=_mean_error(held_out.output_tokens, _medians(held_out.output_tokens)),
+        length_error_tokens=_mean_error(lengths, predicted_lengths),
+        length_error_median_rule_tokens=_mean_error(lengths, _medians(lengths)),
         num_draws=num_draws,
         about=about or {},
     )
@@ -354,33 +238,6 @@ def _mean_over_targets(values_BT: Array) -> Array:
     return ratio(np.nan_to_num(values_BT).sum(1), (~np.isnan(values_BT)).sum(1))
 
 
-# --- calibration and lengths -----------------------------------------------------------------------------------------
-
-
-def _calibration(correct: Array, p: Array, p_before: Array | None) -> CalibrationSummary:
-    p_uncalibrated = p if p_before is None else p_before
-    rng = np.random.default_rng(0)
-    return CalibrationSummary(
-        ece=[expected_calibration_error(y, said) for y, said in _graded(correct, p)],
-        ece_uncalibrated=[expected_calibration_error(y, said) for y, said in _graded(correct, p_uncalibrated)],
-        ece_of_chance=[_ece_of_chance(said, rng) for _, said in _graded(correct, p)],
-        reliability={
-            name: [reliability_curve(y, said).tolist() for y, said in _graded(correct, values)]
-            for name, values in (("uncalibrated", p_uncalibrated), ("calibrated", p))
-        },
-    )
-
-
-def _ece_of_chance(p: Array, rng: np.random.Generator) -> float:
-    """The mean ECE of outcomes simulated from the predictions."""
-    return float(np.mean([expected_calibration_error(rng.random(len(p)) < p, p) for _ in range(_ECE_SIMULATIONS)]))
-
-
-def _graded(correct: Array, p: Array) -> list[tuple[Array, Array]]:
-    """The known outcomes of each target, with their predictions."""
-    return [(y[~np.isnan(y)], p_t[~np.isnan(y)]) for y, p_t in zip(correct.T, p.T, strict=True)]
-
-
 def _mean_error(lengths: Array, predicted: Array) -> float:
     known = ~np.isnan(lengths)
     return float(np.abs(lengths - predicted)[known].mean()) if known.any() else float("nan")
@@ -390,19 +247,3 @@ def _medians(lengths: Array) -> Array:
     """Each target's median (T,) over the evaluated answers themselves, hence with hindsight."""
     columns = [column[~np.isnan(column)] for column in lengths.T]
     return np.array([np.median(column) if len(column) else np.nan for column in columns])
-
-
-def thinned(rows: Array, num_rows: int = _CURVE_POINTS) -> Array:
-    """At most `num_rows` evenly spaced rows, including the first and the last."""
-    if len(rows) <= num_rows:
-        return rows
-    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, num_rows).round().astype(int))])
-
-
-def finite(value: Any) -> Any:
-    """A copy of a JSON value in which NaN and infinite numbers are None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -11,9 +11,9 @@ import numpy as np
 
 from prefill_router import storage
 from prefill_router.common.money import usd
-from prefill_router.evaluation.contenders import Evaluation, OperatingPoint, Standing
 from prefill_router.evaluation.learning_curve import TIMES, LearnedFigure, LearningCurve
 from prefill_router.evaluation.off_policy import PolicyValue
+from prefill_router.evaluation.results import Evaluation, OperatingPoint, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS
 from prefill_router.probe.layer_scores import LayerProbe

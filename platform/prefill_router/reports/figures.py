@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from prefill_router.evaluation.contenders import Evaluation
 from prefill_router.evaluation.learning_curve import LearningCurve
+from prefill_router.evaluation.results import Evaluation
 from prefill_router.metrics import pareto_frontier
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefill_router import storage
-from prefill_router.evaluation.contenders import finite
 from prefill_router.evaluation.off_policy import PolicyValue
+from prefill_router.evaluation.results import finite
 from prefill_router.reports.evaluation_page import TEMPLATES, Table, in_words, shown, with_interval
 
 ENOUGH_REQUESTS = 100  # effective requests, at which a 95 % interval is at most about ±10 points

@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn, Pooling
-from prefill_router.evaluation.contenders import Contender, Evaluation, HeldOut, Interval, evaluate, oracle
+from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate, oracle
 from prefill_router.evaluation.learning_curve import LearnedFigure, LearningCurve, Outlook
+from prefill_router.evaluation.results import Evaluation
+from prefill_router.metrics import Interval
 from prefill_router.policy.pool import Pool, Target
 from prefill_router.probe.layer_scores import LayerProbe
 from prefill_router.reports.evaluation_page import (
