@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.baselines.base import Baseline, mean_outcomes, per_prompt
-from prefill_router.metrics.peers import convex_hull
+from prefill_router.metrics.curve import convex_hull
 
 Array = NDArray[Any]
 

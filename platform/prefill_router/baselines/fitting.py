@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Prompts:
             embedding=None if self.embedding is None else self.embedding[rows],
         )
 
+    @cached_property
+    def median_output_tokens(self) -> NDArray[np.float32]:
+        """The median answer length (T,) of each target."""
+        return median_tokens(median_logs(self.output_tokens))
+
     def x(self, reads: Reads) -> Array:
         """The features (N, F) that a baseline reads."""
         if reads == "embedding" and self.embedding is not None:
@@ -68,36 +74,33 @@ def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitt
 
     As for a router, the tolerance is chosen on the validation prompts, which fitting does not use.
     """
-    medians = median_tokens(median_logs(training.output_tokens))
     for target, name in enumerate(pool.target_names):
         always = Always(target).fit(training.x("nothing"), training.correct)
-        yield Fitted("always", f"always {name}", always, medians, 0.0)
+        yield Fitted("always", f"always {name}", always, training.median_output_tokens, 0.0)
     for name, kind in BASELINES.items():
         if kind is Always or (kind.reads == "embedding" and training.embedding is None):
             continue
-        baseline = Mixture(_mean_cost(pool, training, medians)) if kind is Mixture else kind()
+        baseline = Mixture(_paid(pool, training, training).mean(0).tolist()) if kind is Mixture else kind()
         yield fit_one(pool, name, baseline, training, validation)
 
 
 def fit_one(pool: Pool, name: str, baseline: Baseline, training: Prompts, validation: Prompts) -> Fitted:
     """Fits one baseline and chooses its tolerance."""
-    medians = median_tokens(median_logs(training.output_tokens))
     baseline.fit(training.x(type(baseline).reads), training.correct)
-    return Fitted(name, baseline.title, baseline, medians, _tolerance(pool, baseline, validation, medians))
+    tolerance = _tolerance(pool, baseline, training, validation)
+    return Fitted(name, baseline.title, baseline, training.median_output_tokens, tolerance)
 
 
-def _tolerance(pool: Pool, baseline: Baseline, validation: Prompts, medians: Array) -> float:
+def _tolerance(pool: Pool, baseline: Baseline, training: Prompts, validation: Prompts) -> float:
     if not len(validation) or isinstance(baseline, Random):  # random probabilities make any tolerance meaningless
         return 0.0
     p = baseline.predict_proba(validation.x(type(baseline).reads))
-    expected = pool.expected_cost(validation.num_tokens, np.broadcast_to(medians, p.shape))
-    return best_tolerance(validation.correct, p, expected, _paid(pool, validation, medians))
+    expected = pool.expected_cost(validation.num_tokens, np.broadcast_to(training.median_output_tokens, p.shape))
+    return best_tolerance(validation.correct, p, expected, _paid(pool, training, validation))
 
 
-def _paid(pool: Pool, prompts: Prompts, medians: Array) -> Array:
+def _paid(pool: Pool, training: Prompts, prompts: Prompts) -> Array:
+    """The costs (N, T) of actual answer lengths, or of the training median where a length is unknown."""
     known = ~np.isnan(prompts.output_tokens)
-    return pool.expected_cost(prompts.num_tokens, np.where(known, prompts.output_tokens, medians))
-
-
-def _mean_cost(pool: Pool, prompts: Prompts, medians: Array) -> Sequence[float]:
-    return [float(cost) for cost in _paid(pool, prompts, medians).mean(0)]
+    lengths = np.where(known, prompts.output_tokens, training.median_output_tokens)
+    return pool.expected_cost(prompts.num_tokens, lengths)

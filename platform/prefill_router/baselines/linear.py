@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from prefill_router.baselines.base import Baseline, Reads, mean_outcomes
 
@@ -18,8 +19,17 @@ Array = NDArray[Any]
 _MIN_PER_CLASS = 2
 
 
+class _Standardising(Baseline):
+    def _fit_scaler(self, x: Array) -> None:
+        std = np.std(x, axis=0, dtype=np.float64)
+        self.mean_, self.std_ = np.mean(x, axis=0, dtype=np.float64), np.where(std > 0.0, std, 1.0)
+
+    def _standardised(self, x: Array) -> NDArray[np.float64]:
+        return np.asarray((np.asarray(x, np.float64) - self.mean_) / self.std_)
+
+
 @dataclass
-class Logistic(Baseline):
+class Logistic(_Standardising):
     """One logistic regression per target on standardised features; a target with a single class keeps its mean.
 
     An outcome y between 0 and 1 counts as y of a right answer and 1 - y of a wrong one.
@@ -30,7 +40,7 @@ class Logistic(Baseline):
     reads: ClassVar[Reads] = "embedding"
 
     def fit(self, x: Array, correct: Array) -> Self:
-        self.mean_, self.std_ = _moments(x)
+        self._fit_scaler(x)
         standardised = self._standardised(x)
         fitted = [self._of_target(standardised, y) for y in np.asarray(correct, np.float64).T]
         self.weights_ = np.stack([weights for weights, _ in fitted], axis=1)
@@ -38,10 +48,7 @@ class Logistic(Baseline):
         return self
 
     def predict_proba(self, x: Array) -> NDArray[np.float64]:
-        return _sigmoid(self._standardised(x) @ self.weights_ + self.bias_)
-
-    def _standardised(self, x: Array) -> NDArray[np.float64]:
-        return np.asarray((np.asarray(x, np.float64) - self.mean_) / self.std_)
+        return np.asarray(expit(self._standardised(x) @ self.weights_ + self.bias_))
 
     def _of_target(self, x: Array, y: Array) -> tuple[Array, float]:
         from sklearn.linear_model import LogisticRegression
@@ -75,7 +82,7 @@ class PromptLength(Logistic):
 
 
 @dataclass
-class MatrixFactorisation(Baseline):
+class MatrixFactorisation(_Standardising):
     """Low-rank model: the log-odds are the product of a prompt vector, linear in the features, and a target vector.
 
     This is the model of Ong et al. (RouteLLM, 2024) with outcomes instead of preferences, fitted by L-BFGS on the
@@ -89,8 +96,8 @@ class MatrixFactorisation(Baseline):
     reads = "embedding"
 
     def fit(self, x: Array, correct: Array) -> Self:
-        self.mean_, self.std_ = _moments(x)
-        rows = torch.from_numpy(((np.asarray(x, np.float64) - self.mean_) / self.std_).astype(np.float32))
+        self._fit_scaler(x)
+        rows = torch.from_numpy(self._standardised(x).astype(np.float32))
         graded = torch.from_numpy(~np.isnan(correct))
         labels = torch.from_numpy(np.nan_to_num(correct).astype(np.float32))
         draw = torch.Generator().manual_seed(self.random_state)
@@ -105,8 +112,7 @@ class MatrixFactorisation(Baseline):
             optimizer.zero_grad()
             logits = rows @ prompts @ targets + bias
             entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            fit = entropy[graded].mean()
-            total = fit + self.penalty * (prompts.square().sum() + targets.square().sum())
+            total = entropy[graded].mean() + self.penalty * (prompts.square().sum() + targets.square().sum())
             total.backward()
             return torch.as_tensor(total)
 
@@ -115,13 +121,7 @@ class MatrixFactorisation(Baseline):
         return self
 
     def predict_proba(self, x: Array) -> NDArray[np.float64]:
-        standardised = (np.asarray(x, np.float64) - self.mean_) / self.std_
-        return _sigmoid(standardised @ self.prompts_ @ self.targets_ + self.bias_)
-
-
-def _moments(x: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    std = np.std(x, axis=0, dtype=np.float64)
-    return np.mean(x, axis=0, dtype=np.float64), np.where(std > 0.0, std, 1.0)
+        return np.asarray(expit(self._standardised(x) @ self.prompts_ @ self.targets_ + self.bias_))
 
 
 def _powers(x: Array) -> NDArray[np.float64]:
@@ -129,10 +129,5 @@ def _powers(x: Array) -> NDArray[np.float64]:
     return np.concatenate([logs, logs**2], axis=1)
 
 
-def _sigmoid(logits: Array) -> NDArray[np.float64]:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -500.0, 500.0))))
-
-
 def _log_odds(p: float) -> float:
-    clipped = float(np.clip(p, 1e-3, 1.0 - 1e-3))
-    return float(np.log(clipped / (1.0 - clipped)))
+    return float(logit(np.clip(p, 1e-3, 1.0 - 1e-3)))

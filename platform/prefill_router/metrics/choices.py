@@ -78,13 +78,11 @@ class RiskCoverage:
     def curve(self, weights_BN: Array) -> tuple[Array, Array]:
         """Coverage and risk (B, N). Prompts of equal confidence share their mean risk: their order is arbitrary."""
         weights = weights_BN[:, self._order]
-        covered = np.cumsum(weights, axis=1)
-        wrong = np.cumsum(weights * self._wrong, axis=1)
-        ends = [
-            np.concatenate([np.zeros((len(weights), 1)), total[:, self.last]], axis=1) for total in (covered, wrong)
-        ]
-        before, mean = (ends[1][:, self._group], ratio(*(np.diff(e, axis=1) for e in ends[::-1]))[:, self._group])
-        expected = before + (covered - ends[0][:, self._group]) * np.nan_to_num(mean)
+        covered, wrong = (np.cumsum(values, axis=1) for values in (weights, weights * self._wrong))
+        # Totals at the edges of the groups of equal confidence, (B, groups + 1).
+        covered_edges, wrong_edges = (np.pad(total[:, self.last], ((0, 0), (1, 0))) for total in (covered, wrong))
+        group_risk = np.nan_to_num(ratio(np.diff(wrong_edges), np.diff(covered_edges)))[:, self._group]
+        expected = wrong_edges[:, self._group] + (covered - covered_edges[:, self._group]) * group_risk
         return ratio(covered, covered[:, -1:]), ratio(expected, covered)
 
     def area(self, weights_BN: Array) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.metrics.discrimination import ratio
+from prefill_router.metrics.discrimination import once, ratio
 
 Array = NDArray[np.float64]
 
@@ -21,6 +21,20 @@ def pareto_frontier(points: ArrayLike) -> Array:
     array = np.asarray(points, np.float64).reshape(-1, 2)
     ordered = array[np.lexsort((-array[:, 1], array[:, 0]))]
     return np.asarray(ordered[_beats_all_before(ordered[None, :, 1])[0]])
+
+
+def convex_hull(points: Array) -> Array:
+    """The vertices of the non-decreasing upper hull of points (M, 2) of (cost, accuracy), by ascending cost."""
+    hull = pareto_frontier(points)
+    while len(hull) > 2:
+        slopes = np.diff(hull[:, 1]) / np.diff(hull[:, 0])
+        below = slopes[1:] > slopes[:-1]
+        if not below.any():
+            break
+        # Of adjacent points below their chords, drop only the first: the next may be on the hull without it.
+        dropped = below & ~np.concatenate([[False], below[:-1]])
+        hull = hull[np.concatenate([[True], ~dropped, [True]])]
+    return hull
 
 
 def cost_coverage_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> Array:
@@ -38,10 +52,8 @@ def tolerance_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arr
     if not len(p_NT):
         return np.empty((0, 3))
     sweep = Sweep(correct_NT, p_NT, cost_NT, paid_NT)
-    points = sweep.points(np.ones((1, len(p_NT)))).of(0)
     tolerances = np.unique(p_NT.max(1, keepdims=True) - p_NT)
-    at = np.searchsorted(sweep.tolerances, tolerances, side="right") - 1
-    return np.column_stack([tolerances, points[at]])
+    return np.column_stack([tolerances, sweep.points_at(tolerances, once(p_NT)).of(0)])
 
 
 def auccc(curve: ArrayLike, c_min: float, c_max: float, floor: float) -> float:
@@ -86,6 +98,12 @@ class Sweep:
         moved, total = weights_BN[:, self._prompts], weights_BN.sum(1, keepdims=True)
         sums = (np.cumsum(moved * steps, axis=1)[:, self._last] for steps in (self._paid, self._correct))
         return Points(*(ratio(values, total) for values in sums))
+
+    def points_at(self, tolerances_M: ArrayLike, weights_BN: Array) -> Points:
+        """Mean cost and accuracy at the given tolerances, for each weighting."""
+        points = self.points(weights_BN)
+        at = np.searchsorted(self.tolerances, np.asarray(tolerances_M), side="right") - 1
+        return Points(points.costs[:, at], points.accuracies[:, at])
 
 
 class Points:

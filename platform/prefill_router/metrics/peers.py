@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefill_router.metrics.curve import Points
+from prefill_router.metrics.curve import convex_hull
 from prefill_router.metrics.discrimination import once, ratio
 
 Array = NDArray[np.float64]
@@ -25,8 +25,7 @@ def average_performance_gap_recovered(strong: ArrayLike, weak: ArrayLike, score:
     score go to the strong target first; prompts of equal score move together. Ong et al. (RouteLLM, 2024) average over
     ten shares; this integral is exact. NaN if the strong target is not more accurate.
     """
-    gap = GapRecovered(strong, weak, score)
-    return float(gap.average(once(score))[0])
+    return float(GapRecovered(strong, weak, score).average(once(score))[0])
 
 
 def call_performance_threshold(strong: ArrayLike, weak: ArrayLike, score: ArrayLike, recovered: float) -> float:
@@ -35,8 +34,7 @@ def call_performance_threshold(strong: ArrayLike, weak: ArrayLike, score: ArrayL
     The other arguments are those of `average_performance_gap_recovered`. Source: Ong et al. (RouteLLM, 2024). NaN if
     the strong target is not more accurate.
     """
-    gap = GapRecovered(strong, weak, score)
-    return float(gap.threshold(once(score), recovered)[0])
+    return float(GapRecovered(strong, weak, score).threshold(once(score), recovered)[0])
 
 
 class GapRecovered:
@@ -84,21 +82,6 @@ def average_improvement_in_quality(curve: ArrayLike, c_min: float, c_max: float)
     inner = hull[(hull[:, 0] > c_min) & (hull[:, 0] < c_max), 0]
     costs = np.concatenate([[c_min], inner, [c_max]])
     return float(np.trapezoid(np.interp(costs, hull[:, 0], hull[:, 1]), costs) / span)
-
-
-def convex_hull(points: Array) -> Array:
-    """The vertices of the non-decreasing upper hull of points (M, 2) of (cost, accuracy), by ascending cost."""
-    frontier = Points(points[None, :, 0], points[None, :, 1]).frontier().of(0)
-    hull = frontier[np.concatenate([[True], np.diff(frontier[:, 0]) > 0.0])]
-    while len(hull) > 2:
-        slopes = np.diff(hull[:, 1]) / np.diff(hull[:, 0])
-        below = slopes[1:] > slopes[:-1]
-        if not below.any():
-            break
-        # Of adjacent points below their chords, drop only the first: the next may be on the hull without it.
-        dropped = below & ~np.concatenate([[False], below[:-1]])
-        hull = hull[np.concatenate([[True], ~dropped, [True]])]
-    return np.asarray(hull)
 
 
 def arena_score(accuracy: ArrayLike, cost: ArrayLike, beta: float = ARENA_BETA) -> Array:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from prefill_router.common.errors import UserError
 from prefill_router.metrics.choices import RiskCoverage, zone_terms
 from prefill_router.metrics.curve import Points, Sweep, checked, complete, tolerance_curve
-from prefill_router.metrics.discrimination import TargetScores, ratio
+from prefill_router.metrics.discrimination import TargetScores, once, ratio
 from prefill_router.metrics.peers import GapRecovered, arena_score, average_improvement_in_quality
 from prefill_router.policy.selection import choose
 
@@ -97,6 +97,7 @@ class Scorer:
         if not self._complete.any():
             raise UserError("no prompt has an outcome for every target: grade the missing answers to score routing")
         self._weights = np.ones(len(all_p)) if weights is None else np.asarray(weights, np.float64)
+        self._once = once(all_p)
         correct_NT, p_NT, cost_NT, paid_NT = complete(correct, p, cost, paid)
         self._singles = np.stack([paid_NT.T, correct_NT.T])
         self._oracle = correct_NT.max(1)
@@ -135,13 +136,8 @@ class Scorer:
 
     def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, M) at the given tolerances."""
-        at = np.searchsorted(self._sweep.tolerances, np.asarray(tolerances_M), side="right") - 1
-        costs, accuracies = [], []
-        for chunk in self._chunks(draws_BN):
-            points = self._sweep.points(self._weighed(chunk))
-            costs.append(points.costs[:, at])
-            accuracies.append(points.accuracies[:, at])
-        return np.concatenate(costs), np.concatenate(accuracies)
+        parts = [self._sweep.points_at(tolerances_M, self._weighed(chunk)) for chunk in self._chunks(draws_BN)]
+        return np.concatenate([part.costs for part in parts]), np.concatenate([part.accuracies for part in parts])
 
     def curve(self) -> Array:
         """Rows (tolerance, mean cost, accuracy) at each tolerance where a choice changes, in ascending order."""
@@ -153,11 +149,6 @@ class Scorer:
         w = self._weighed(draws_BN)
         costs, accuracies = (ratio(w @ values.T, w.sum(1, keepdims=True)) for values in self._singles)
         return costs, accuracies
-
-    @property
-    def _once(self) -> Array:
-        """The draw (1, N) that takes every prompt once."""
-        return np.ones((1, len(self._weights)))
 
     def _chunks(self, draws_BN: NDArray[Any]) -> Iterator[Array]:
         rows = max(1, _MAX_ELEMENTS // self._share.size)

@@ -45,6 +45,8 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
     if probes:
         plots["probe"] = lambda width: figures.probe_figure(probes, width)
     return TEMPLATES.get_template("report.html").render(
+        title=f"Routing report: {evaluation.pool}",
+        about=evaluation.about,
         e=evaluation,
         notice=notice,
         headline=headline(evaluation),

@@ -54,6 +54,8 @@ def write_report(uri: str, report: LabelReport) -> None:
 def render_html(report: LabelReport) -> str:
     """The report as one self-contained page."""
     return TEMPLATES.get_template("label.html").render(
+        title=f"Label report: {report.pool.name}",
+        about={**report.about, "Versions": versions()},
         r=report,
         headline=headline(report),
         budget=_budget(report),
@@ -63,7 +65,6 @@ def render_html(report: LabelReport) -> str:
         shares=_segment_tables(report, _share_row),
         drift_heads=["", "lines", "unlike training", "mean percentile"],
         drift=_segment_tables(report, _drift_row),
-        about={**report.about, "Versions": versions()},
     )
 
 

@@ -46,6 +46,8 @@ def write_report(uri: str, report: LogReport) -> None:
 def render_html(report: LogReport) -> str:
     """The report as one self-contained page."""
     return TEMPLATES.get_template("log.html").render(
+        title=f"Feedback report: {report.pool}",
+        about=report.about,
         r=report,
         headline=headline(report),
         trust=trust(report),
