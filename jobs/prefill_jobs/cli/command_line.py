@@ -179,8 +179,8 @@ def _evaluate(config: Any) -> None:
         calibration_line,
         headline,
         metric_rows,
-        policy_rows,
     )
+    from prefill_router.reports.log_page import policy_rows
 
     if is_feedback(config.outcomes):
         with results_apart():

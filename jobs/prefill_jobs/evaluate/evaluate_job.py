@@ -161,7 +161,7 @@ class Trial:
         try:
             score = scoring(self.router.pool, self.prompts, self.router_as_contender())
         except UserError as error:  # of one fold's prompts, where those of all folds do
-            return LearningCurve.silent(str(error))
+            return LearningCurve(silence=str(error))
         say(f"evaluate: a learning curve of {int(training.sum()):,} training prompts")
         return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
 

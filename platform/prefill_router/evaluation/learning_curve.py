@@ -10,7 +10,7 @@ at two and four times as many prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,24 +47,20 @@ class LearnedFigure:
     """One metric by the number of training prompts."""
 
     measured: list[Interval]  # (S,) mean over the subsets of each size
-    law: list[list[float]]  # (prompts, value, low, high)
-    outlooks: list[Outlook]  # one for each of TIMES
-    silence: str | None  # the reason if there is neither law nor outlook
+    law: list[list[float]] = field(default_factory=list)  # (prompts, value, low, high)
+    outlooks: list[Outlook] = field(default_factory=list)  # one for each of TIMES
+    silence: str | None = None  # the reason if there is neither law nor outlook
 
 
 @dataclass(frozen=True)
 class LearningCurve:
     """Metrics by the number of training prompts; intervals cover the sampling of held-out and of training prompts."""
 
-    num_held_out: int
-    sizes: list[int]  # (S,) numbers of prompts, ascending; the last is all training prompts
-    num_subsets: list[int]  # (S,) disjoint subsets of each size
-    figures: dict[str, LearnedFigure]
+    num_held_out: int = 0
+    sizes: list[int] = field(default_factory=list)  # (S,) numbers of prompts, ascending; the last is all of them
+    num_subsets: list[int] = field(default_factory=list)  # (S,) disjoint subsets of each size
+    figures: dict[str, LearnedFigure] = field(default_factory=dict)
     silence: str | None = None  # the reason if there is no curve
-
-    @classmethod
-    def silent(cls, why: str) -> LearningCurve:
-        return cls(0, [], [], {}, why)
 
 
 def learning_curve(features: Array, correct: Array, held_out: Array, score: Score, seed: int = 0) -> LearningCurve:
@@ -74,9 +70,8 @@ def learning_curve(features: Array, correct: Array, held_out: Array, score: Scor
     """
     num_prompts = len(features)
     if not MIN_PROMPTS <= num_prompts <= MAX_LANDMARKS:
-        return LearningCurve.silent(
-            f"a learning curve needs {MIN_PROMPTS} to {MAX_LANDMARKS:,} training prompts, and there are {num_prompts:,}"
-        )
+        silence = f"a learning curve needs {MIN_PROMPTS} to {MAX_LANDMARKS:,} training prompts, not {num_prompts:,}"
+        return LearningCurve(silence=silence)
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_prompts)
     sizes = [num_prompts >> k for k in range(_HALVINGS, -1, -1)]
@@ -109,12 +104,12 @@ def learned(sizes: Sequence[int], values: Sequence[Array], rng: np.random.Genera
     measured = [interval_from_draws(of_size) for of_size in means.T]
     is_finite = np.isfinite(means).all(1)
     if not is_finite[0]:
-        return LearnedFigure(measured, [], [], "it is undefined on these prompts")
+        return LearnedFigure(measured, silence="it is undefined on these prompts")
     means = means[is_finite]
     law = _PowerLaw.fit(numbers, means, counts * numbers)
     rise = interval_from_draws(law(numbers[-1]) - law(numbers[0]))
     if not rise.low > 0.0:
-        return LearnedFigure(measured, [], [], "it does not rise significantly with the number of prompts")
+        return LearnedFigure(measured, silence="it does not rise significantly with the number of prompts")
     places = numbers[-1] * 2.0 ** (np.arange(-_HALVINGS * _LAW_POINTS, 2 * _LAW_POINTS + 1) / _LAW_POINTS)
     return LearnedFigure(
         measured=measured,
@@ -128,7 +123,6 @@ def learned(sizes: Sequence[int], values: Sequence[Array], rng: np.random.Genera
             )
             for times in TIMES
         ],
-        silence=None,
     )
 
 

@@ -25,21 +25,22 @@ class Interval(NamedTuple):
 
 
 def bootstrap_weights(
-    num_prompts: int, num_draws: int, seed: int = 0, clusters: ArrayLike | None = None
+    num_prompts: int, num_draws: int, seed: int = 0, clusters: ArrayLike | None = None, *, all_first: bool = False
 ) -> NDArray[np.uint16]:
     """The number of times (B, N) that each draw takes each prompt.
 
     A draw samples as many clusters as there are, with replacement. `clusters` (N,) holds the cluster of each prompt; by
-    default each prompt is its own cluster. Source: Efron (1979); Davison and Hinkley (1997), 3.8, for clusters.
+    default each prompt is its own cluster. `all_first` prepends a draw that takes every prompt once. Source: Efron
+    (1979); Davison and Hinkley (1997), 3.8, for clusters.
     """
     rng = np.random.default_rng(seed)
     names = np.arange(num_prompts) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     num_clusters = int(names.max(initial=-1)) + 1
-    counts = np.empty((num_draws, num_prompts), np.uint16)
-    for draw in range(num_draws):
+    counts = np.ones((1 + num_draws, num_prompts), np.uint16)
+    for draw in counts[1:]:
         drawn = rng.integers(0, max(num_clusters, 1), num_clusters)
-        counts[draw] = np.bincount(drawn, minlength=num_clusters)[names]
-    return counts
+        draw[:] = np.bincount(drawn, minlength=num_clusters)[names]
+    return counts if all_first else counts[1:]
 
 
 def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:
@@ -57,6 +58,6 @@ def interval(value: float, drawn: ArrayLike, level: float = LEVEL) -> Interval:
 
 
 def interval_from_draws(values: ArrayLike) -> Interval:
-    """The interval of values (B,) of which the first is that of all prompts, the others those of bootstrap draws."""
+    """The interval of values (B,) on the draws of `bootstrap_weights` with `all_first`."""
     array = np.asarray(values, np.float64)
     return interval(array[0], array[1:])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -12,14 +11,10 @@ import numpy as np
 from prefill_router import storage
 from prefill_router.common.money import usd
 from prefill_router.evaluation.learning_curve import TIMES, LearnedFigure, LearningCurve
-from prefill_router.evaluation.off_policy import PolicyValue
-from prefill_router.evaluation.results import Evaluation, OperatingPoint, Standing
+from prefill_router.evaluation.results import Evaluation, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS
 from prefill_router.probe.layer_scores import LayerProbe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -32,18 +27,18 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
     """The report as one page, with `notice` at its top."""
     from prefill_router.reports import figures  # imports matplotlib, which is slow to load
 
-    plots: dict[str, Callable[[float], Figure]] = {
-        "curve": lambda width: figures.curve_figure(evaluation, width),
-        "differences": lambda width: figures.differences_figure(evaluation, width),
-        "shares": lambda width: figures.shares_figure(evaluation, width),
-        "risk": lambda width: figures.risk_figure(evaluation, width),
-        "reliability": lambda width: figures.reliability_figure(evaluation, width),
+    plots = {
+        "curve": figures.in_both_widths(figures.curve_figure, evaluation),
+        "differences": figures.in_both_widths(figures.differences_figure, evaluation),
+        "shares": figures.in_both_widths(figures.shares_figure, evaluation),
+        "risk": figures.in_both_widths(figures.risk_figure, evaluation),
+        "reliability": figures.in_both_widths(figures.reliability_figure, evaluation),
     }
     curve = evaluation.learning
     if curve and not curve.silence:
-        plots["learning"] = lambda width: figures.learning_figure(curve, width)
+        plots["learning"] = figures.in_both_widths(figures.learning_figure, curve)
     if probes:
-        plots["probe"] = lambda width: figures.probe_figure(probes, width)
+        plots["probe"] = figures.in_both_widths(figures.probe_figure, probes)
     return TEMPLATES.get_template("report.html").render(
         title=f"Routing report: {evaluation.pool}",
         about=evaluation.about,
@@ -51,19 +46,14 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         notice=notice,
         headline=headline(evaluation),
         against_baselines=against_baselines(evaluation),
-        plots={name: [figures.to_svg(plot(w)) for w in (figures.WIDE, figures.NARROW)] for name, plot in plots.items()},
+        plots=plots,
         standings=_standing_rows(evaluation),
-        operating_points=[_operating_row(point) for point in evaluation.operating_points],
+        operating_points=_operating_rows(evaluation),
         targets=_target_rows(evaluation),
         peers=_peer_rows(evaluation),
-        zones=_zones(evaluation.router),
         missing=_missing(evaluation),
         uncalibrated=_uncalibrated(evaluation),
         outlook=curve and outlook(curve),
-        lengths=[
-            shown(error, ".0f")
-            for error in (evaluation.length_error_tokens, evaluation.length_error_median_rule_tokens)
-        ],
     )
 
 
@@ -160,22 +150,6 @@ _METRICS: list[tuple[str, str, str]] = [
 ]
 
 
-def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
-    """The table of policy values as text, with aligned columns; the first row is the header."""
-    head = ("policy", "doubly robust", "IPS", "self-normalised", "support", "effective requests")
-    rows = [
-        (
-            value.policy,
-            *(in_words(figure, "%") for figure in (value.doubly_robust, value.ips, value.snips)),
-            shown(value.support, "%"),
-            shown(value.effective_requests, ".0f"),
-        )
-        for value in values
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-
-
 def paired_rows(standing: Standing) -> list[tuple[str, str]]:
     """The differences between the evaluated router and this contender, with intervals, as (name, text)."""
     return [(title, in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
@@ -228,15 +202,15 @@ _STANDING = [
 ]
 
 
-def _operating_row(point: OperatingPoint) -> list[Cell]:
+def _operating_rows(evaluation: Evaluation) -> Table:
+    names = ("accuracy", "cost", "efficacy", "saving_against_best_single", "saving_against_dearest")
     return [
-        point.title,
-        shown(point.tolerance, ".3f"),
-        with_interval(point.accuracy, "%"),
-        with_interval(point.cost, "$"),
-        with_interval(point.efficacy, "%"),
-        with_interval(point.saving_against_best_single, "%"),
-        with_interval(point.saving_against_dearest, "%"),
+        [
+            point.title,
+            shown(point.tolerance, ".3f"),
+            *(with_interval(getattr(point, name), "$" if name == "cost" else "%") for name in names),
+        ]
+        for point in evaluation.operating_points
     ]
 
 
@@ -265,10 +239,6 @@ def _peer_rows(evaluation: Evaluation) -> Table:
 _PEERS = [("apgr", ".3f"), ("cpt_50", "%"), ("cpt_80", "%"), ("aiq", ".3f"), ("arena_score", ".3f"), ("aurc", ".3f")]
 
 
-def _zones(router: RoutingScores) -> list[str]:
-    return [shown(value, "%") for value in (router.all_right, router.disagree, router.all_wrong, router.wrong_choices)]
-
-
 def _missing(evaluation: Evaluation) -> str | None:
     """How missing outcomes were handled; None if there are none."""
     num_incomplete = evaluation.num_held_out - evaluation.num_complete
@@ -292,7 +262,10 @@ def with_interval(figure: Interval, style: str) -> Cell:
 
 def in_words(figure: Interval, style: str) -> str:
     """The value, with its interval in parentheses."""
-    cell = with_interval(figure, style)
+    return as_text(with_interval(figure, style))
+
+
+def as_text(cell: Cell) -> str:
     return cell if isinstance(cell, str) else f"{cell[0]} ({cell[1]})"
 
 
@@ -306,3 +279,6 @@ def shown(value: float, style: str) -> str:
     if style in ("m", "+m"):
         return format(1e3 * value, f"{style[:-1]}.1f")
     return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)
+
+
+TEMPLATES.filters["shown"] = shown

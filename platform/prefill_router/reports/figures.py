@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -262,6 +262,11 @@ def _plain(texts: Iterable[Text]) -> None:
     """Turns off math parsing: names may contain dollar signs."""
     for text in texts:
         text.set_parse_math(False)
+
+
+def in_both_widths(draw: Callable[[Any, float], Figure], data: Any) -> list[str]:
+    """The figure of `data` as inline <svg> elements, for desktop and for phone."""
+    return [to_svg(draw(data, width)) for width in (WIDE, NARROW)]
 
 
 def to_svg(figure: Figure) -> str:

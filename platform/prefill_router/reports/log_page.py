@@ -9,7 +9,7 @@ from typing import Any
 from prefill_router import storage
 from prefill_router.evaluation.off_policy import PolicyValue
 from prefill_router.evaluation.results import finite
-from prefill_router.reports.evaluation_page import TEMPLATES, Table, in_words, shown, with_interval
+from prefill_router.reports.evaluation_page import TEMPLATES, Table, as_text, in_words, shown, with_interval
 
 ENOUGH_REQUESTS = 100  # effective requests, at which a 95 % interval is at most about ±10 points
 ENOUGH_SUPPORT = 0.99
@@ -51,9 +51,10 @@ def render_html(report: LogReport) -> str:
         r=report,
         headline=headline(report),
         trust=trust(report),
-        explored=shown(report.explored, "%"),
+        heads=_HEADS,
         policies=_rows(report.policies),
-        enough=(ENOUGH_REQUESTS, shown(ENOUGH_SUPPORT, ".0%")),
+        enough_requests=ENOUGH_REQUESTS,
+        enough_support=ENOUGH_SUPPORT,
     )
 
 
@@ -88,6 +89,24 @@ def _is_reliable(value: PolicyValue) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+_HEADS = [
+    "",
+    "doubly robust",
+    "effective requests",
+    "support",
+    "self-normalised",
+    "inverse propensity",
+    "router's own estimate",
+]
+
+
+def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
+    """The table of policy values as text, with aligned columns; the first row is the header."""
+    rows = [_HEADS, *([as_text(cell) for cell in row] for row in _rows(values))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _rows(policies: Sequence[PolicyValue]) -> Table:

@@ -94,7 +94,7 @@ def test_a_store_that_training_never_saw_is_scored_whole(
     assert (evaluation.num_held_out, evaluation.num_seen) == (240, 0)
     assert [s.name for s in evaluation.standings] == ["router", "oracle"]
     assert evaluation.learning is not None
-    assert "there are 0" in str(evaluation.learning.silence)
+    assert "training prompts, not 0" in str(evaluation.learning.silence)
 
 
 def test_prompts_that_come_again_under_other_ids_are_refused_or_left_out(

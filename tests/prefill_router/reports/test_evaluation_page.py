@@ -268,7 +268,7 @@ def test_page_shows_the_expected_gain_from_more_outcomes() -> None:
     page = Page(render_html(replace(evaluation(), learning=learning())))
     assert text in page.text
     assert page.num_svgs == 12
-    page = Page(render_html(replace(evaluation(), learning=LearningCurve.silent("there are 3 prompts"))))
+    page = Page(render_html(replace(evaluation(), learning=LearningCurve(silence="there are 3 prompts"))))
     assert "Expected gain from more outcomes Not available: there are 3 prompts." in " ".join(page.text.split())
     assert page.num_svgs == 10
     assert "more outcomes" not in Page(render_html(evaluation())).text
