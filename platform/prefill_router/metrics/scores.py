@@ -113,10 +113,10 @@ class Scorer:
         curve = self.curve()
         self._highest = _first(-curve[:, 2], curve[:, 1])
         self._gap = GapRecovered(correct_NT[:, strong], correct_NT[:, weak], p_NT[:, strong] - p_NT[:, weak])
-        graded = ~np.isnan(all_correct)
+        known = ~np.isnan(all_correct)
         self._targets = [
-            (known, TargetScores(y[known], said[known]))
-            for y, said, known in zip(all_correct.T, all_p.T, graded.T, strict=True)
+            (rows, TargetScores(y[rows], p_t[rows]))
+            for y, p_t, rows in zip(all_correct.T, all_p.T, known.T, strict=True)
         ]
 
     def scores(self) -> RoutingScores:
@@ -147,7 +147,7 @@ class Scorer:
     def singles(self, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, T) of each target."""
         w = self._weighed(draws_BN)
-        costs, accuracies = (ratio(w @ values.T, w.sum(1, keepdims=True)) for values in self._singles)
+        costs, accuracies = (_mean(w, values.T) for values in self._singles)
         return costs, accuracies
 
     def _chunks(self, draws_BN: NDArray[Any]) -> Iterator[Array]:
@@ -160,28 +160,13 @@ class Scorer:
 
     def _figures(self, draws_BN: Array) -> dict[str, Array]:
         w = self._weighed(draws_BN)
-
-        def mean(values: Array) -> Array:
-            # Dividing last makes equal counts of right answers equal accuracies, whatever the order of summation.
-            return ratio((w @ values).T, w.sum(1)).T
-
-        single_costs, single_accuracies = self.singles(draws_BN)
-        (c_min, floor), (best_cost, best_accuracy) = (
-            (single_costs[:, target], single_accuracies[:, target]) for target in (self._cheapest, self._best)
-        )
-        c_max = single_costs[:, self.dearest]
-        points, singles = self._sweep.points(w), Points(single_costs, single_accuracies)
-        curve = points.by_cost()
-
-        def area(points: Points) -> Array:
-            return points.area(c_min, c_max, floor)
-
-        cost, accuracy = (mean(values) for values in self._chosen)
-        oracle = mean(self._oracle)
+        points, singles = self._sweep.points(w), Points(*self.singles(draws_BN))
+        best_cost, best_accuracy = singles.costs[:, self._best], singles.accuracies[:, self._best]
+        oracle = _mean(w, self._oracle)
         headroom = np.where(oracle - best_accuracy > ROUNDING, oracle - best_accuracy, 0.0)
-        reached = np.where(curve.accuracies >= best_accuracy[:, None] - ROUNDING, curve.costs, np.inf).min(1)
-        p_area, model_area = area(curve), area(singles.frontier())
-        all_right, disagree, all_wrong, shortfall = mean(self._zones.T).T
+        cost, accuracy = (_mean(w, values) for values in self._chosen)
+        reached = np.where(points.accuracies >= best_accuracy[:, None] - ROUNDING, points.costs, np.inf).min(1)
+        all_right, disagree, all_wrong, shortfall = _mean(w, self._zones.T).T
         return {
             "best_single_accuracy": best_accuracy,
             "best_single_cost": best_cost,
@@ -189,31 +174,43 @@ class Scorer:
             "accuracy": accuracy,
             "cost": cost,
             "efficacy": ratio(accuracy - best_accuracy, headroom),
-            "cost_saving": 1.0 - ratio(cost, c_max),
+            "cost_saving": 1.0 - ratio(cost, singles.costs[:, self.dearest]),
             "best_efficacy": ratio(points.accuracies[:, self._highest] - best_accuracy, headroom),
             "saving_at_best_single": np.where(np.isfinite(reached), 1.0 - ratio(reached, best_cost), np.nan),
-            "p_auccc": p_area,
-            "model_auccc": model_area,
-            "mdp_auccc": p_area - model_area,
-            "pdp_auccc": area(singles.joined(curve).frontier()) - p_area,
+            **self._areas(points, singles),
             "apgr": self._gap.average(w),
             "cpt_50": self._gap.threshold(w, 0.5),
             "cpt_80": self._gap.threshold(w, 0.8),
-            "aiq": _aiq(curve, np.stack([c_min, floor], axis=1), c_max),
             "arena_score": arena_score(accuracy, cost),
             "aurc": self._risk.area(w),
             "all_right": all_right,
             "disagree": disagree,
             "all_wrong": all_wrong,
             "wrong_choices": ratio(shortfall, disagree),
-            "share": mean(self._share),
+            "share": _mean(w, self._share),
             "auc": self._by_target(draws_BN, TargetScores.auc),
             "ece": self._by_target(draws_BN, TargetScores.ece),
             "brier": self._by_target(draws_BN, TargetScores.brier),
         }
 
+    def _areas(self, points: Points, singles: Points) -> dict[str, Array]:
+        """The metrics that are areas below the router's curve and the frontiers."""
+        c_min, floor = singles.costs[:, self._cheapest], singles.accuracies[:, self._cheapest]
+        c_max = singles.costs[:, self.dearest]
+        curve = points.by_cost()
+        p_area, model_area, joint_area = (
+            part.area(c_min, c_max, floor) for part in (curve, singles.frontier(), singles.joined(curve).frontier())
+        )
+        return {
+            "p_auccc": p_area,
+            "model_auccc": model_area,
+            "mdp_auccc": p_area - model_area,
+            "pdp_auccc": joint_area - p_area,
+            "aiq": _aiq(curve, np.stack([c_min, floor], axis=1), c_max),
+        }
+
     def _by_target(self, draws_BN: Array, score: Callable[[TargetScores, Array], Array]) -> Array:
-        return np.stack([score(target, draws_BN[:, known]) for known, target in self._targets], axis=1)
+        return np.stack([score(target, draws_BN[:, rows]) for rows, target in self._targets], axis=1)
 
 
 def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
@@ -232,6 +229,12 @@ def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arra
         enough = max(enough, best_single)
     accurate = curve[curve[:, 2] >= enough - ROUNDING]
     return float(accurate[_first(accurate[:, 1], -accurate[:, 2]), 0])
+
+
+def _mean(weights_BN: Array, values: Array) -> Array:
+    """The weighted means (B,) or (B, T) of values (N,) or (N, T)."""
+    # Dividing last makes equal counts of right answers equal accuracies, whatever the order of summation.
+    return ratio((weights_BN @ values).T, weights_BN.sum(1)).T
 
 
 def _aiq(curve: Points, cheapest_B2: Array, c_max_B: Array) -> Array:
