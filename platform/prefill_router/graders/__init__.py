@@ -1,7 +1,7 @@
-"""Whether an answer is right: graders, which make outcomes of the answers of targets.
+"""Graders: functions that score a target's answer from 0 to 1, given the prompt's row.
 
-A grader is a function of an answer and the prompt's row, found by name with `load_grader`. What it cannot grade it
-calls missing, never wrong.
+`load_grader` finds one by name. Start reading at `registry`, then `grade`: an answer that cannot be graded gets a
+missing grade, never a wrong one.
 """
 
 from prefill_router.corpus.reader import Message
@@ -21,4 +21,4 @@ __all__ += [
     "numeric",
     "python_code",
     "text_match",
-]  # imported for the names they register
+]  # imported because they register their graders

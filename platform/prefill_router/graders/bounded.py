@@ -1,7 +1,7 @@
-"""Graders in a process of their own, which is ended where an answer takes too long.
+"""Graders with a time limit: each runs in a child process, which is killed if one answer takes too long.
 
-A schema, a pattern or a verifier that others wrote may never come to an end with the answer that a model gives, and
-nothing inside a process can break off all that it may be busy with.
+A schema, a pattern or a verifier may run for ever on some answer, and no mechanism inside a process can interrupt
+everything it may be doing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ WALL_S = 10.0  # for one answer
 
 
 class BoundedGrader:
-    """Grades as its `grader` does, and says that an answer is not graded where that takes more than `wall_s`.
+    """Runs `grader` in a child process. The grade of an answer that takes more than `wall_s` is missing.
 
-    Threads take turns. It pickles as its grader does. Equal graders of a process share the one that grades for them.
+    Thread-safe: calls take turns. Picklable if the grader is. Equal graders in a process share one child process.
     """
 
     def __init__(self, grader: Grader, wall_s: float = WALL_S) -> None:
@@ -34,7 +34,7 @@ class BoundedGrader:
         return self.grader.options
 
     def __call__(self, answer: str, row: Row) -> Grade:
-        """The grade of one answer. Raises UserError where the grader does."""
+        """Grades one answer. Raises UserError if the grader does."""
         try:
             grade: Grade = self._child.ask((answer, dict(row)), self.wall_s)
         except ChildDied as death:
@@ -42,7 +42,7 @@ class BoundedGrader:
         return grade
 
     def unfit(self, row: Row) -> str | None:
-        """Why no answer to a row can be graded; None where one can."""
+        """The reason why no answer to a row can be graded, or None."""
         try:
             reason: str | None = self._child.ask((None, dict(row)), self.wall_s)
         except ChildDied as death:
@@ -58,17 +58,17 @@ class BoundedGrader:
 
 @functools.lru_cache(maxsize=8)
 def _child_of(pickled_grader: bytes, _path: tuple[str, ...]) -> Child:
-    """The process that finds a grader's module along the path as it is now."""
+    """The child process of a grader. It finds the grader's module on the current `sys.path`."""
     return Child(_grading, pickle.loads(pickled_grader))
 
 
 def bounded(grader: Grader) -> Grader | BoundedGrader:
-    """The grader, with a limit of time unless it keeps one itself, or asks a judge that is in this process."""
+    """Adds a time limit to a grader, unless it has its own or calls a judge in this process."""
     return grader if grader.keeps_time or "ask" in grader.options else BoundedGrader(grader)
 
 
 def _grading(grader: Grader) -> Callable[[tuple[str | None, Row]], Grade | str | None]:
-    """In the process: grades an answer, or, where there is none, says why a row is unfit."""
+    """Runs in the child process: grades an answer or, if it is None, checks whether the row is unfit."""
 
     def graded(asked: tuple[str | None, Row]) -> Grade | str | None:
         answer, row = asked

@@ -1,4 +1,4 @@
-r"""The last `\boxed{...}` of an answer, whose braces may nest: what mathematics marks a final answer with."""
+r"""Finds the last `\boxed{...}` of an answer, the mark of a final answer in mathematics. Braces may nest."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _OPEN = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 class Box(NamedTuple):
     content: str
-    end: int  # in the text, behind the box
+    end: int  # offset in the text just after the box
 
 
 def last_box(text: str) -> Box | None:
-    """None where there is no box, or where the last one is never closed."""
+    """The last box, or None if there is none or it is never closed."""
     opened = list(_OPEN.finditer(text))
     if not opened:
         return None

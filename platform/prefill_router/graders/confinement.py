@@ -1,8 +1,8 @@
-"""What keeps a process to itself: rules of Linux that anybody may put on, without root and without other programs.
+"""Confinement of a process on Linux by Landlock and seccomp, without root and without other programs.
 
-Landlock takes the file system away, all but what is listed. A seccomp filter lets through the system calls that a
-calculation needs: no sockets, no new processes, no signals to others, no mounts. Both are worked out here as plain
-bytes, since the process that puts them on should have little to do, and cannot import this package.
+Landlock denies the file system except for listed paths. A seccomp filter allows the system calls that a calculation
+needs: no sockets, no new processes, no signals to other processes, no mounts. This module builds both as plain bytes,
+since the process that applies them must start fast and cannot import this package.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 PROTECTIONS = ("landlock", "seccomp")
 
-# Landlock, from linux/landlock.h. Version 3 is the first that guards truncation; 2023, Linux 6.2.
+# Landlock, from linux/landlock.h. Version 3 (Linux 6.2, 2023) is the first that restricts truncation.
 _LANDLOCK_ABI = 3
 _CREATE_RULESET, _VERSION_FLAG = 444, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _WRITE_FILE, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = 1 << 1, 1 << 5, 1 << 8, 1 << 14
-_HANDLED_FILES = {3: (1 << 15) - 1, 5: (1 << 16) - 1}  # from that version on
+_HANDLED_FILES = {3: (1 << 15) - 1, 5: (1 << 16) - 1}  # by the first version that knows these rights
 _HANDLED_NET, _SCOPED = {4: 0b11}, {6: 0b11}
 
 _READ = _READ_FILE | _READ_DIR
-# Files, no folders: a tree could be too deep to remove.
+# Files but no folders: a folder tree could be too deep to remove.
 SCRATCH = _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
 
 # seccomp, from linux/seccomp.h, linux/filter.h and linux/audit.h.
@@ -40,14 +40,14 @@ _CLONE_THREAD = 0x00010000
 
 
 class _Machine:
-    """Numbers of system calls on one kind of machine, from the kernel's headers."""
+    """System call numbers of one CPU architecture, from the kernel's headers."""
 
     def __init__(self, audit: int, seccomp: int, allowed: Iterable[int], special: Mapping[str, int]) -> None:
         self.audit, self.seccomp, self.allowed, self.special = audit, seccomp, list(allowed), special
 
 
-# Reading and writing what is open or may be opened, memory, time, threads, waiting. `stat` sees names and sizes beyond
-# Landlock's rules; what changes a file by its name (chmod, truncate, link, xattr) is left out, as Landlock misses some.
+# Allowed: file access, memory, time, threads, waiting. `stat` shows names and sizes outside Landlock's paths. Calls
+# that change a file by name (chmod, truncate, link, xattr) are not allowed: Landlock does not cover all of them.
 _MACHINES = {
     "x86_64": _Machine(
         0xC000003E,
@@ -74,29 +74,29 @@ _MACHINES = {
     ),
 }
 
-# Of these, only some forms. TCGETS, FIONBIO, FIOCLEX: to ask whether a file is a terminal, and what sockets are set to.
+# Allowed requests of ioctl: TCGETS (is it a terminal?), FIONBIO and FIOCLEX (flags of sockets).
 _IOCTLS = (0x5401, 0x5421, 0x5451)
-_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # no owner of a file, who would be sent signals
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # not F_SETOWN, which makes the kernel signal another process
 
 
 @functools.cache
 def lacking() -> Mapping[str, str]:
-    """The protections that this machine has not, with the reason; none where a process can be confined."""
+    """The protections that this machine lacks, with the reason of each. Empty if a process can be confined."""
     if sys.platform != "linux":
-        return dict.fromkeys(PROTECTIONS, "only Linux has it")
+        return dict.fromkeys(PROTECTIONS, "needs Linux")
     lacks = {}
     if (abi := landlock_abi()) < _LANDLOCK_ABI:
         lacks["landlock"] = f"version {abi}, must be at least {_LANDLOCK_ABI}: Linux 6.2 with landlock enabled"
     machine = _MACHINES.get(platform.machine())
     if machine is None:
-        lacks["seccomp"] = f"not written for {platform.machine()}"
+        lacks["seccomp"] = f"no system call table for {platform.machine()}"
     elif not _has_seccomp(machine):
-        lacks["seccomp"] = "the kernel has no filters"
+        lacks["seccomp"] = "the kernel has no seccomp filters"
     return lacks
 
 
 def landlock_abi() -> int:
-    """0 where the kernel has no Landlock, or where a container hides it."""
+    """The kernel's Landlock version, 0 if it has none or a container hides it."""
     return max(0, int(_libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_FLAG)))
 
 
@@ -110,7 +110,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def landlock_attributes() -> bytes:
-    """`struct landlock_ruleset_attr`: all that this kernel can deny is denied, but for what a rule allows."""
+    """`struct landlock_ruleset_attr`: denies everything that this kernel can deny, unless a rule allows it."""
     abi = landlock_abi()
     fields = [
         max((v for k, v in table.items() if k <= abi), default=0) for table in (_HANDLED_FILES, _HANDLED_NET, _SCOPED)
@@ -120,7 +120,7 @@ def landlock_attributes() -> bytes:
 
 @functools.cache
 def readable_paths(site_packages: bool) -> tuple[tuple[str, int], ...]:
-    """What an interpreter reads while it runs, with the rights: the standard library, shared libraries, packages."""
+    """Paths that a running interpreter reads, each with its rights: standard library, shared libraries, packages."""
     multiarch = sysconfig.get_config_var("MULTIARCH") or "none"
     libraries = [f"/usr/lib/{multiarch}", f"/lib/{multiarch}", "/lib64", "/usr/lib64", "/etc/ld.so.cache"]
     own = [str(path) for path in Path(sys.base_prefix, "lib").glob("lib*.so*")]
@@ -137,7 +137,7 @@ def package_paths() -> list[str]:
 
 @functools.cache
 def seccomp_program() -> bytes:
-    """`struct sock_filter`s: what is not allowed fails with EPERM, so that code gets an exception and not a signal."""
+    """`struct sock_filter`s. A denied call fails with EPERM, so that the code gets an exception, not a signal."""
     machine = _MACHINES[platform.machine()]
     special = machine.special
     program = [
@@ -150,13 +150,13 @@ def seccomp_program() -> bytes:
     ]
     for number in machine.allowed:
         program += _when(number, [(_RETURN, 0, 0, _RET_ALLOW)])
-    # glibc falls back to clone, whose flags a filter can see.
+    # ENOSYS makes glibc fall back to clone, whose flags a filter can read.
     program += _when(special["clone3"], [(_RETURN, 0, 0, _RET_ERRNO | _ENOSYS)])
     program += _when(special["clone"], [_argument(0), (_JUMP_BITS, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _RET_ALLOW)])
     program += _when(special["ioctl"], _one_of(1, _IOCTLS))
     program += _when(special["fcntl"], _one_of(1, _FCNTLS))
-    program += _when(special["prlimit64"], _one_of(0, [0]))  # its own limits
-    # An event loop wakes itself over a pair of streams, which can be sent to nobody else.
+    program += _when(special["prlimit64"], _one_of(0, [0]))  # the process's own limits only
+    # asyncio's event loop needs a pair of Unix stream sockets, which reach no other process.
     kind = [_argument(1), (_AND, 0, 0, 0xF), (_JUMP_EQUAL, 0, 1, 1), (_RETURN, 0, 0, _RET_ALLOW)]
     program += _when(special["socketpair"], [_argument(0), (_JUMP_EQUAL, 0, len(kind), 1), *kind])
     program.append((_RETURN, 0, 0, _RET_ERRNO | _EPERM))
@@ -167,12 +167,12 @@ _Instruction = tuple[int, int, int, int]
 
 
 def _when(number: int, body: Sequence[_Instruction]) -> list[_Instruction]:
-    """`body` for one system call; what it does not return on is denied."""
+    """Runs `body` for one system call, and denies the call if `body` does not return."""
     return [(_JUMP_EQUAL, 0, len(body) + 1, number), *body, (_RETURN, 0, 0, _RET_ERRNO | _EPERM)]
 
 
 def _argument(index: int) -> _Instruction:
-    return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * index)  # its lower half, on these machines
+    return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * index)  # lower half: both architectures are little-endian
 
 
 def _one_of(argument: int, values: Sequence[int]) -> list[_Instruction]:
@@ -183,5 +183,5 @@ def _one_of(argument: int, values: Sequence[int]) -> list[_Instruction]:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """All that a confined process knows of its surroundings. Hashes are the same each time, and so are grades."""
+    """The whole environment of a confined process. Fixed hash seeds make grades reproducible."""
     return {"PYTHONHASHSEED": "0", "TMPDIR": folder, "HOME": folder, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}

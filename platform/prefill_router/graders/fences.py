@@ -1,4 +1,4 @@
-"""The fenced blocks of an answer in Markdown."""
+"""Finds the fenced code blocks of an answer in Markdown."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _MOST_INDENT = 3
 
 
 class Fence(NamedTuple):
-    language: str  # in lower case, empty where none is named
+    language: str  # in lower case, empty if none is named
     text: str
 
 
 class _Opened(NamedTuple):
     mark: str
     language: str
-    start: int  # of its text, in the answer
+    start: int  # offset of its text in the answer
 
 
 def fences(answer: str) -> list[Fence]:
-    """In their order. A fence that is never closed, as of an answer that was cut off, goes to the end.
+    """The fenced blocks in order. A fence that is never closed, as in a truncated answer, extends to the end.
 
-    Takes time in proportion to the answer's length: each line is looked at once.
+    Runs in time proportional to the answer's length.
     """
     found: list[Fence] = []
     opened: _Opened | None = None
@@ -44,7 +44,7 @@ def fences(answer: str) -> list[Fence]:
 
 
 def _marked(line: str) -> tuple[str, str]:
-    """The backticks or tildes that a line begins with, at least three of them, and what follows; else nothing."""
+    """A line's leading run of at least three backticks or tildes, and the rest; two empty strings if it has none."""
     text = line.lstrip(" \t")
     if len(line) - len(text) > _MOST_INDENT or not text.startswith(_MARKS):
         return "", ""

@@ -1,7 +1,6 @@
-"""What a grader says of an answer, and what all graders ask of a prompt's row.
+"""The grade of an answer, and helpers with which graders read a prompt's row.
 
-A wrong answer and one that could not be graded are two things: the first counts against the target, the second is a
-missing outcome, whatever it was that failed.
+A wrong answer counts against the target. An answer that could not be graded, for whatever reason, is a missing outcome.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ Row = Mapping[str, Any]
 
 
 class Grade(NamedTuple):
-    """`score` is from 0 to 1, None where the answer could not be graded; `reason` is a line for people.
+    """The result of grading one answer.
 
-    `agreement` says whether a judge came to the same in both orders, None where nobody judged; `cost_usd` is what the
-    grading itself cost.
+    `score` is from 0 to 1, or None if the answer could not be graded. `reason` is one line for people. `agreement` says
+    whether a judge's two scores agreed, None without a judge. `cost_usd` is the cost of the grading itself.
     """
 
     score: float | None
@@ -39,7 +38,7 @@ def missing(reason: str) -> Grade:
 
 
 def references(row: Row, column: str) -> list[Any]:
-    """The references of a row, any of which will do; none where the column is absent, null or NaN."""
+    """The acceptable references of a row; empty if the column is absent, null or NaN."""
     value: Any = row.get(column)
     value = value.tolist() if hasattr(value, "tolist") else value
     return [v for v in (value if isinstance(value, list | tuple) else [value]) if not is_absent(v)]
@@ -50,21 +49,21 @@ def is_absent(value: object) -> bool:
 
 
 def lacking(row: Row, *columns: str) -> str | None:
-    """Says which of these columns a row has no value in, the first of them; None where it has all."""
+    """A reason that names the first of these columns without a value in the row, or None."""
     return next((f'the row has no "{column}"' for column in columns if not references(row, column)), None)
 
 
 def without_reference(row: Row, options: Mapping[str, Any]) -> str | None:
-    """Why a row is unfit for a grader that needs nothing but a reference."""
+    """The reason why a row is unfit for a grader that needs only a reference, or None."""
     return lacking(row, options["reference"])
 
 
 def nested(value: object) -> Any:
-    """A value that tables hold as it is or, where rows differ in shape, as JSON. Raises ValueError for bad JSON."""
+    """Parses a nested value that a table holds as JSON text; returns others as they are. Raises ValueError."""
     return json.loads(value) if isinstance(value, str) else value
 
 
 def short(text: object, length: int = 80) -> str:
-    """For a reason: one line, cut to a length."""
+    """The text on one line, cut to `length` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= length else f"{line[: length - 1]}…"

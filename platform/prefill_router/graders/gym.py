@@ -1,7 +1,7 @@
-"""The grader of reasoning-gym's tasks: each data set has a verifier of its own, which may give part of a point.
+"""The `reasoning_gym` grader: scores an answer with its data set's own verifier, which may give partial credit.
 
-Some verifiers evaluate what they read, as Python or by sympy, which comes to the same: an answer could be a program.
-To those, only what is harmless gets through; see `harmless.py`.
+Some verifiers evaluate the answer as Python, or with sympy, which can run any Python too. These verifiers get harmless
+answers only; see `harmless.py`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
 def reasoning_gym(
     answer: str, row: Row, *, reference: str = "reference", metadata: str = "metadata", dataset: str | None = None
 ) -> Grade:
-    """The score of the row's verifier, by `source_dataset` in its metadata or the one `dataset` of all rows.
+    """Scores with the verifier of `dataset`, or of `source_dataset` in the row's metadata.
 
-    What stands in the answer's last <answer> tag is verified, else all of it. An answer that a verifier cannot read is
-    wrong, unless it cannot read the reference either.
+    Verifies the content of the answer's last <answer> tag, or the whole answer. An answer that the verifier cannot read
+    is wrong, unless the verifier cannot read the reference either: then the grade is missing.
     """
     facts = nested(row[metadata])
     name = _dataset(facts, dataset)
@@ -58,7 +58,7 @@ def reasoning_gym(
 
 
 def tagged(answer: str) -> str | None:
-    """What stands in the answer's last <answer> tag that is closed; None where there is none."""
+    """The content of the answer's last closed <answer> tag, or None."""
     found, at = None, 0
     while (start := answer.find(_TAG, at)) >= 0 and (end := answer.find(_END_TAG, start + len(_TAG))) >= 0:
         found, at = answer[start + len(_TAG) : end], end + len(_END_TAG)
@@ -68,7 +68,7 @@ def tagged(answer: str) -> str | None:
 def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -> Grade:
     try:
         score = float(verifier(said, entry))
-    except Exception as error:  # a verifier that fails has read the answer, or the entry: the reference tells which
+    except Exception as error:  # the fault is the answer's, unless the reference fails too
         try:
             verifier(entry["answer"], entry)
         except Exception:
@@ -78,7 +78,7 @@ def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -
 
 
 def _dataset(facts: Mapping[str, Any], dataset: str | None) -> str:
-    """Raises ValueError where neither names a data set."""
+    """The name of the data set. Raises ValueError if neither argument has one."""
     name = dataset or facts.get("source_dataset")
     if not isinstance(name, str):
         raise ValueError("the metadata names no source_dataset")
@@ -87,7 +87,7 @@ def _dataset(facts: Mapping[str, Any], dataset: str | None) -> str:
 
 @functools.cache
 def _verifier(name: str) -> tuple[Verifier, str | None]:
-    """A data set's verifier, and as what it evaluates an answer, if it does. Raises ValueError for an unknown name."""
+    """A data set's verifier, and the language it evaluates answers in, if any. Raises ValueError for unknown names."""
     from reasoning_gym import get_score_answer_fn
 
     verifier = get_score_answer_fn(name)

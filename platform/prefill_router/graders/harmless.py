@@ -1,6 +1,6 @@
-"""Which texts may be evaluated: verifiers that are not ours call `eval` on answers, and an answer may be a program.
+"""Decides whether a text is safe to evaluate: reasoning-gym's verifiers call `eval` on answers, which may be programs.
 
-Nothing is evaluated here. A text is parsed, and refused unless every part of it is known to compute little.
+Nothing is evaluated here. The text is parsed, and refused unless every part is known to be harmless and cheap.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _MOST_POWERS_OF_POWERS = 2
 
 
 def is_harmless(text: str, language: str) -> bool:
-    """May `text` be evaluated as "python", of which only literals may, or by "sympy", of which only formulas may?
+    """Whether `text` is a Python literal or name, for "python", or a formula, for "sympy".
 
-    What Python cannot parse it does not run either; sympy mends some of it first, so that there it is refused.
+    Text that Python cannot parse is harmless as "python". It is refused as "sympy", which repairs some of it first.
     """
     if len(text) > _MOST_CHARACTERS:
         return False
@@ -44,7 +44,7 @@ def _is_formula(node: ast.expr) -> bool:
 
 
 def _powers(node: ast.expr) -> float:
-    """How deep powers stand in bases of powers; infinite where the node is no formula, or an exponent is large."""
+    """The nesting depth of powers; infinite if the node is no formula or an exponent is too large."""
     if isinstance(node, ast.Constant):
         return 0 if isinstance(node.value, int | float) and not isinstance(node.value, bool) else float("inf")
     if isinstance(node, ast.Name):
@@ -60,7 +60,7 @@ def _powers(node: ast.expr) -> float:
 
 
 def _is_large(exponent: ast.expr) -> float:
-    """What a power adds to the depth: 1, or no end of it where the exponent is neither a small number nor symbolic."""
+    """What a power adds to the depth: 1 for an exponent of small numbers or with symbols, else infinity."""
     numbers = [node.value for node in ast.walk(exponent) if isinstance(node, ast.Constant)]
     has_power = any(isinstance(node, ast.Pow | ast.Mult) for node in ast.walk(exponent))
     symbolic = any(isinstance(node, ast.Name) and node.id not in _FUNCTIONS for node in ast.walk(exponent))

@@ -1,13 +1,14 @@
-"""The program that runs an answer's code and a row's tests, in a process that it first confines.
+"""The program inside the sandbox: confines its own process, then runs an answer's code or a row's tests.
 
-It stands alone and is run by its path: it must start fast, and the process must know nothing of this package. Code and
-tests have a process each. The tests call what the code defines, by `remote_calls`, and get plain data back, of which
-the judge makes its own objects: nothing that the code does to its process is done to the tests, and it never sees
-them. How the tests went goes over a pipe that only the judge has, behind a secret that waits unread in another one.
+It runs by its path, without this package on the import path, so that it starts fast and the code finds nothing to
+import. The code and the tests run in separate processes. The judge process runs the tests, which call the code's
+functions through `remote_calls`: return values arrive as plain data, from which the judge builds its own objects. The
+code can therefore neither see the tests nor change their process. The judge reports the result through a pipe that
+only it has, after a secret that waits unread in another pipe.
 
-What is left to the code: its answers to calls, its own objects (what they say of their attributes and of each other),
-and names that tests take from it. `together` runs both in one process, for tests that need the code's own objects.
-There, code that is written against this very file can forge a verdict.
+The code still controls its return values, its own objects (their attributes and how they compare with each other) and
+the names that the tests take from it. The role `together` runs both in one process, for tests that need the code's own
+objects. There, code written against this file can forge a verdict.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from os import open as open_fd
 from types import CodeType, ModuleType
 from typing import Any
 
-# Functions below look here first: what the code replaces in `builtins` stays what it is, in this file and in the tests.
+# A copy, so that code which replaces names in `builtins` changes neither this file nor the tests.
 BUILTINS: dict[str, Any] = dict(vars(builtins))
 globals()["__builtins__"] = BUILTINS
 
@@ -34,13 +35,13 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _CAPABILITY_VERSION = 0x20080522
 _MOST_DETAIL = 1000  # characters
 _PEER_GONE = 3  # exit status
-_SOLUTION = "solution"  # as what module the code runs
+_SOLUTION = "solution"  # name of the module that the code runs as
 
 Names = dict[str, Any]
 
 
 class Confinement:
-    """What the parent asked for, put on this process, not to be taken off again. Raises OSError where that fails."""
+    """Irrevocable restrictions of this process, as requested by the parent. Raises OSError if one cannot be applied."""
 
     def __init__(self, request: Names) -> None:
         self.request = request
@@ -75,7 +76,7 @@ class Confinement:
         close(fd)
 
     def _drop_capabilities(self) -> None:
-        """Root without its powers: it may not raise its limits again, and reads what its owner may read."""
+        """Drops root's powers: the process cannot raise its limits again, and reads only what its user may read."""
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
         self._check("capset", self.libc.capset(header, (ctypes.c_uint32 * 6)()))
 
@@ -94,7 +95,7 @@ class Confinement:
 
 
 class Report:
-    """The pipe to the parent, and the one that the secret waits in. The first thing said is the last."""
+    """The pipe to the parent, and the pipe that holds the secret. The first status reported is final."""
 
     def __init__(self, out: int, secret: int) -> None:
         self.out, self.secret = out, secret
@@ -109,10 +110,10 @@ class Report:
 
 
 class Tests:
-    """A row's tests, compiled before the code is seen: asserts, a `check(candidate)`, or functions named test_…"""
+    """A row's tests, compiled before the code runs: asserts, a `check(candidate)`, or functions named test_…"""
 
     def __init__(self, source: str, entry_point: str | None) -> None:
-        """Raises ValueError for tests that test nothing, SyntaxError and ImportError for ones that cannot run."""
+        """Raises ValueError if the tests test nothing, SyntaxError or ImportError if they cannot run."""
         self.entry_point, self.lines = entry_point, source.splitlines()
         self.code = compile(source, "<tests>", "exec", dont_inherit=True)
         tree: Any = compile(source, "<tests>", "exec", flags=_ast.PyCF_ONLY_AST, dont_inherit=True)
@@ -121,14 +122,14 @@ class Tests:
         self.functions = [name for name in functions if name.startswith("test_")]
         self.has_check = "check" in functions and not calls_check
         if self.has_check and entry_point is None:
-            raise ValueError("the tests define check(candidate), and the row has no entry_point")
+            raise ValueError("the tests define check(candidate), but the row has no entry_point")
         if not (self.functions or self.has_check or calls_check or any(map(_asserts, tree.body))):
             raise ValueError("the tests have no assert, no check(candidate) and no function test_…")
         for module in _imports(tree):
             __import__(module)
 
     def run(self, solution: Names) -> None:
-        """Raises what the first test that fails raises. The tests see the code's names, and builtins of their own."""
+        """Runs the tests on the code's names, with separate builtins. Raises what the first failing test raises."""
         names = {**self._needed(solution), "__builtins__": dict(BUILTINS)}
         names["__name__"] = "tests"
         if self.entry_point is not None and self.entry_point not in solution:
@@ -141,7 +142,7 @@ class Tests:
             names["check"](candidate)
 
     def _needed(self, solution: Names) -> Names:
-        """The code's names, but for those of builtins, unless these are all of it that the tests use."""
+        """The code's names, without those that shadow a builtin, unless the tests use no others."""
         used = {name for name in _names(self.code) if name in solution and not name.startswith("__")}
         hidden = {name for name in used if name in BUILTINS}
         if used == hidden:
@@ -155,7 +156,7 @@ def _is_call_of_check(node: _ast.AST) -> bool:
 
 
 def _asserts(node: _ast.AST) -> bool:
-    """Is there an assert that runs with the statement?"""
+    """Does running the statement run an assert?"""
     if isinstance(node, _ast.FunctionDef | _ast.AsyncFunctionDef | _ast.ClassDef | _ast.Lambda):
         return False
     bodies = [getattr(node, name, None) or [] for name in ("body", "orelse", "finalbody")]
@@ -178,7 +179,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _describe(error: BaseException, lines: list[str]) -> str:
-    """What was raised, and the line of the tests that it came through. Code may raise what cannot be printed."""
+    """The error and the test line that it passed through. The code may raise errors that cannot be printed."""
     try:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
     except BaseException:
@@ -191,7 +192,10 @@ def _describe(error: BaseException, lines: list[str]) -> str:
 
 
 def _attempt(report: Report, step: Callable[[], object], lines: list[str], peer: Any = None) -> None:
-    """A step that must not fail. Where the `peer` that runs the code has gone, how it ended says why, not the tests."""
+    """Runs a step, and reports the error if it fails. Exits without a report if the code's process, `peer`, has ended.
+
+    In that case the exit status of the code's process decides the verdict.
+    """
     caught: BaseException | None = None
     try:
         step()
@@ -200,7 +204,7 @@ def _attempt(report: Report, step: Callable[[], object], lines: list[str], peer:
     if peer is not None and peer.is_gone:
         _exit(_PEER_GONE)
     if peer is not None and peer.is_unportable:
-        report.end("broken", f"{caught}: run the tests together with the code")
+        report.end("broken", f"{caught}: run code and tests in one process with together = true")
     if isinstance(caught, MemoryError):
         report.end("memory", "MemoryError")
     if caught is not None:
@@ -208,7 +212,7 @@ def _attempt(report: Report, step: Callable[[], object], lines: list[str], peer:
 
 
 def _request() -> Names:
-    """What standard input says before the secret. It holds nothing more for what runs later."""
+    """The request, read from standard input up to the secret."""
     size = int.from_bytes(read(0, 8), "little")
     data = b""
     while len(data) < size:
@@ -224,7 +228,7 @@ def _without_input() -> None:
 
 
 def _remote_calls() -> Any:
-    """The module beside this file."""
+    """Imports `remote_calls` from the folder of this file."""
     sys.path.insert(0, __file__.rpartition("/")[0])
     try:
         return __import__("remote_calls")
@@ -233,7 +237,7 @@ def _remote_calls() -> Any:
 
 
 def judge_main(report_fd: int, reads: int, writes: int) -> None:
-    """The process of the tests. The code's names are those of another process, where calls of them go."""
+    """Runs the tests. Calls of the code's functions go to the code's process."""
     request, remote_calls = _request(), _remote_calls()
     report = Report(report_fd, dup(0))
     _without_input()
@@ -257,7 +261,7 @@ def judge_main(report_fd: int, reads: int, writes: int) -> None:
 
 
 def code_main(reads: int, writes: int) -> None:
-    """The process of an answer's code, which knows neither the tests nor the verdict's pipe."""
+    """Runs an answer's code, in a process that has neither the tests nor the pipe of the verdict."""
     request, remote_calls = _request(), _remote_calls()
     _without_input()
     peer = remote_calls.Peer(reads, writes, shares_all=True)
@@ -285,7 +289,7 @@ def code_main(reads: int, writes: int) -> None:
 
 
 def together_main(report_fd: int) -> None:
-    """Code and tests in one process, where that is asked for: code can reach all that tests and the verdict have."""
+    """Runs code and tests in one process, where the code can reach the tests and the pipe of the verdict."""
     request = _request()
     report = Report(report_fd, dup(0))
     _without_input()
@@ -306,7 +310,7 @@ def together_main(report_fd: int) -> None:
 
 
 def _tests(report: Report, request: Names) -> Tests:
-    """Ends the process where they cannot run."""
+    """The request's tests. Ends the process if they cannot run."""
     sys.path += request["packages"]
     try:
         return Tests(request["tests"], request["entry_point"])

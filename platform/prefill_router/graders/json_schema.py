@@ -1,4 +1,4 @@
-"""The grader of answers in JSON: finds it, in a code fence or in a sentence, and checks it against a schema."""
+"""The `json_schema` grader: finds JSON in an answer, in a code fence or in a sentence, and validates it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from prefill_router.graders.fences import fences
 from prefill_router.graders.grade import Grade, Row, lacking, missing, nested, right, short, wrong
 from prefill_router.graders.registry import grader
 
-_PATTERN_S = 1.0  # for one string; a pattern may backtrack for ever
+_PATTERN_S = 1.0  # time limit per string: a pattern may backtrack for ever
 _NOTHING = object()
 _OPENING = re.compile(r"[{\[]")
-_MOST_READ, _ALWAYS_READ = 8, 20_000  # characters that are read in vain: for each of the answer's, and beside them
+_MOST_READ, _ALWAYS_READ = 8, 20_000  # limit of failed parsing, in characters: per character of the answer, plus fixed
 
 
 def checked_schema(schema: Any) -> Any:
-    """Raises ValueError for what is no schema."""
+    """Returns a valid schema. Raises ValueError otherwise."""
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        raise ValueError(f"is no JSON schema: {error.message}") from None
+        raise ValueError(f"is not a JSON schema: {error.message}") from None
     return schema
 
 
@@ -55,9 +55,9 @@ def json_schema(
     schema: Annotated[dict[str, Any] | None, AfterValidator(lambda s: s if s is None else checked_schema(s))] = None,
     column: str = "schema",
 ) -> Grade:
-    """One `schema` for all rows, or one of each row in a `column`, as JSON text or as it is.
+    """Validates against one `schema` for all rows, or each row's own in `column`, as JSON text or nested values.
 
-    Nothing is fetched: a schema that refers to another file grades nothing.
+    Nothing is fetched: if the schema refers to another file, the grade is missing.
     """
     if schema is None:
         schema = nested(row[column])
@@ -88,7 +88,7 @@ def _additional_properties(validator: Any, schema: Any, value: Any, whole: Any) 
     known = set(whole.get("properties", ())).union(*(_matching(value, p) for p in whole.get("patternProperties", ())))
     for name in [name for name in value if name not in known]:
         if schema is False:
-            yield ValidationError(f"{name!r} is one more than the schema names")
+            yield ValidationError(f"{name!r} is not a property of the schema")
         else:
             yield from validator.descend(value[name], schema, path=name)
 
@@ -98,13 +98,13 @@ def _matching(names: Mapping[str, Any], pattern: str) -> list[str]:
 
 
 def _unique_items(_: Any, is_on: Any, value: Any, __: Any) -> Iterator[ValidationError]:
-    """Each is looked up among those before it, not compared with them all."""
+    """Replaces the library's check, whose time grows with the square of the items."""
     if is_on and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
         yield ValidationError(f"{short(value)} has equal items")
 
 
 def _hashable(value: Any) -> Hashable:
-    """Equal for values that are equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    """A hashable value, equal for values that are equal in JSON: 1 and 1.0 are, 1 and true are not."""
     if isinstance(value, dict):
         return frozenset((key, _hashable(item)) for key, item in value.items())
     return tuple(map(_hashable, value)) if isinstance(value, list) else (isinstance(value, bool), value)
@@ -119,13 +119,13 @@ _KEYWORDS = {
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:
-    """Of the draft that the schema names, with an empty registry, since the default one asks the network."""
+    """The validator of the schema's own draft, with an empty registry: the default one fetches from the network."""
     kind = extend(validator_for(schema, default=Draft202012Validator), _KEYWORDS)
     return kind(schema, registry=Registry())
 
 
 def find_json(answer: str) -> Any:
-    """The whole answer, else the last fence that is JSON, else the last object or array that the text holds."""
+    """The JSON value of the whole answer, else of its last fence in JSON, else its last object or array."""
     for text in [answer, *(fence.text for fence in reversed(fences(answer)))]:
         try:
             return json.loads(text, parse_constant=_refuse)
@@ -135,7 +135,7 @@ def find_json(answer: str) -> Any:
 
 
 def _last_inside(answer: str) -> Any:
-    """The last object or array; what a text holds that is none is read no longer than `_MOST_READ` says."""
+    """The last object or array. The limit on failed parsing keeps the time linear in the answer's length."""
     decoder, found, at = json.JSONDecoder(parse_constant=_refuse), _NOTHING, 0
     left = _MOST_READ * len(answer) + _ALWAYS_READ
     while left > 0 and (match := _OPENING.search(answer, at)):

@@ -1,7 +1,7 @@
-"""The grader that asks a model: a rubric, the reference and the answer, shown twice, in both orders.
+"""The `judge` grader: a model compares the answer with the reference by a rubric, twice, in both orders.
 
-Judges favour a place; an answer that is judged in both says how much. The judge is a function of messages that is
-passed in, so that this module knows of no server, and what it costs is in the grade.
+Judge models have a position bias; judging both orders measures it. The caller passes in the judge as a function of
+messages, so that this module needs no server. The grade carries the cost.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def judge(
     agree_within: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25,
     disagreement: Literal["mean", "missing"] = "mean",
 ) -> Grade:
-    """The mean of two judgements, that see the reference first and the answer first.
+    """The mean of two judgements, one with the reference first and one with the answer first.
 
-    They agree where they differ by `agree_within` at most; where they do not, the `mean` still stands, with
-    `agreement` false, or the outcome is `missing`. It is missing too where a judgement fails, or names no grade.
+    They agree if they differ by at most `agree_within`. For a disagreement, the grade is still the `mean`, with
+    `agreement` false, or it is `missing`. It is also missing if a judgement fails or names no grade.
     """
     wanted = references(row, reference)
     asked = None if is_absent(row.get(question)) else str(row[question])
@@ -70,7 +70,7 @@ def judge(
     if len(scores) < len(judged):
         return Grade(None, next(j.reason for j in judged if j.score is None), None, cost_usd)
     agreement = abs(scores[0] - scores[1]) <= agree_within
-    reason = f"judged {scores[0]:g} behind the reference, {scores[1]:g} before it"
+    reason = f"judged {scores[0]:g} after the reference, {scores[1]:g} before it"
     score = sum(scores) / 2 if agreement or disagreement == "mean" else None
     return Grade(score, reason, agreement, cost_usd)
 
@@ -81,7 +81,7 @@ def _orders(reference: str, answer: str) -> list[list[tuple[str, str]]]:
 
 
 def _messages(rubric: str, question: str | None, texts: Sequence[tuple[str, str]]) -> list[Message]:
-    """The tags bear a number that no text can know, as it is made from all of them."""
+    """The judge's prompt. The tags carry a hash of all the texts, so that no text can forge a closing tag."""
     parts = [*([] if question is None else [("question", question)]), *texts]
     mark = hashlib.sha256("\0".join(text for _, text in parts).encode(errors="replace")).hexdigest()[:12]
     shown = "\n\n".join(f"<{name}-{mark}>\n{text}\n</{name}-{mark}>" for name, text in parts)
@@ -93,7 +93,7 @@ def _judged(ask: Ask, messages: Sequence[Message]) -> _Judged:
         reply = ask(messages)
     except UserError:
         raise
-    except Exception as error:  # what a client of a model may raise is not known
+    except Exception as error:  # a model client may raise anything
         return _Judged(None, f"the judge failed: {type(error).__name__}: {short(error)}", 0.0)
     grades = _GRADE.findall(reply.text)
     if not grades or float(grades[-1]) > 1.0:

@@ -1,7 +1,7 @@
-"""The grader of multiple choice: finds the letter that an answer settles on, however it is set.
+"""The `choice` grader: finds the letter that an answer to a multiple-choice question settles on.
 
-What an answer states outright ("the answer is C", a box) outranks a letter that is only set apart ("(C)", "**C**"), and
-of several statements the last counts. One that names two letters is no choice, and so is wrong.
+An explicit statement ("the answer is C", a box) outranks a letter that is only set apart ("(C)", "**C**"). The last of
+several statements counts. A statement that names two letters is ambiguous, and graded wrong.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from prefill_router.graders.grade import Grade, Row, lacking, nested, references
 from prefill_router.graders.registry import grader
 from prefill_router.graders.text_match import normalize
 
-# A letter as it may be set: C, (C), [C], **C**, $C$, "C"; a small one only where something sets it apart.
-# All repeats are bounded, or give nothing back, so that no answer makes a search take longer than its length allows.
+# A letter in its usual forms: C, (C), [C], **C**, $C$, "C". Lower case counts only in brackets or before a full stop.
+# All repeats are bounded or possessive, so that the time of a search is linear in the answer's length.
 _OPEN, _CLOSE = r"[*_`$\"'“‘\s]{0,12}", r"[*_`$\"'”’]{0,6}"
 _LETTER = (
     _OPEN + r"(?:\\text\{|\\mathrm\{)?"
@@ -52,7 +52,7 @@ _MORE = re.compile(rf"{_CLOSE}[)\]]?[*_]{{0,2}}\s{{0,3}}(?:,|/|&|\bor\b|\band\b)
 
 
 class Said(NamedTuple):
-    """The letters of one statement, and where it stands in the answer."""
+    """The letters that one statement names, and its offset in the answer."""
 
     letters: set[str]
     at: int
@@ -70,8 +70,8 @@ def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
     if _letter_of(wanted, texts, labels) is not None:
         return None
     if row.get(choices) is None:
-        return f'the row has no "{choices}", and its {reference} {short(wanted)} is no letter'
-    return f"the {reference} {short(wanted)} is none of the {len(labels)} choices"
+        return f'the row has no "{choices}", and its {reference} {short(wanted)} is not a letter'
+    return f"the {reference} {short(wanted)} is not among the {len(labels)} choices"
 
 
 @grader("choice", unfit=_unfit)
@@ -83,10 +83,10 @@ def choice(
     choices: str = "choices",
     num_choices: Annotated[int, Field(ge=2, le=26)] = 26,
 ) -> Grade:
-    """The reference is a letter, an index from 0, or one of the `choices`, whose number says which letters there are.
+    """Compares the chosen letter with the reference, which is a letter, an index from 0, or the text of a choice.
 
-    `choices` is a list, also as JSON, or `text` and `label` lists as of ARC; `num_choices` counts where a row has no
-    such column.
+    `choices` is a column with a list of texts, with ARC's `text` and `label` lists, or with JSON of either. Rows
+    without it have `num_choices` choices.
     """
     texts, labels = _choices(row.get(choices), num_choices)
     right_letter = _letter_of(references(row, reference)[0], texts, labels)
@@ -99,13 +99,13 @@ def choice(
 
 
 def _choices(value: Any, num_choices: int) -> tuple[list[str], list[str]]:
-    """The texts, none where the row has none, and the labels that a reference may name."""
+    """The texts of the choices, empty if the row has none, and the labels that a reference may name."""
     value = nested(value)
     if value is None:
         return [], list(ascii_uppercase[:num_choices])
     texts = [str(text) for text in (value["text"] if isinstance(value, Mapping) else value)]
     if len(texts) > len(ascii_uppercase):
-        raise ValueError(f"{len(texts)} choices, more than there are letters")
+        raise ValueError(f"{len(texts)} choices, must be at most {len(ascii_uppercase)}")
     labels = value.get("label") if isinstance(value, Mapping) else None
     return texts, list(ascii_uppercase[: len(texts)] if labels is None else map(str, labels))
 
@@ -126,7 +126,7 @@ def _letter_of(reference: Any, texts: Sequence[str], labels: Sequence[str]) -> s
 
 
 def find_letters(answer: str, letters: str) -> set[str]:
-    """The letters of the last statement that names any; none where no letter is stated, or set apart."""
+    """The letters of the last statement that names any, else of the last letter set apart, else none."""
     text = answer.strip()
     if whole := _named(_WHOLE.fullmatch(text), letters):
         return whole
@@ -156,7 +156,7 @@ def _said(pattern: re.Pattern[str], text: str, letters: str) -> list[Said]:
 
 
 def _further(text: str, start: int, letters: str) -> set[str]:
-    """Letters that go on from one, as in "A or B"; no more of them than there are letters."""
+    """Letters that continue a statement, as in "A or B"."""
     named: set[str] = set()
     for _ in letters:
         match = _MORE.match(text, start)
@@ -173,7 +173,7 @@ def _named(match: re.Match[str] | None, letters: str) -> set[str]:
 
 
 def _by_text(answer: str, texts: Sequence[str]) -> set[str]:
-    """The choice that an answer, its box, its last line or what it states is, word for word."""
+    """The choice whose text equals the answer, its box, its last line or the end of its statement."""
     box = last_box(answer)
     lines = answer.strip().splitlines() or [""]
     said = [
@@ -183,7 +183,7 @@ def _by_text(answer: str, texts: Sequence[str]) -> set[str]:
         re.split(r"\banswer\s*(?:is|:)", answer, flags=re.IGNORECASE)[-1],
     ]
     for text in map(normalize, said):
-        if len(text) < 2:  # a letter is the name of a choice before it is its text
+        if len(text) < 2:  # a single letter is a label, not the text of a choice
             continue
         equal = {letter for letter, known in zip(ascii_uppercase, texts, strict=False) if normalize(known) == text}
         if equal:

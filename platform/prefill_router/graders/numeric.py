@@ -1,6 +1,6 @@
-"""The grader of numbers: finds the one that an answer settles on, and compares it within tolerances.
+"""The `numeric` grader: finds the number that an answer settles on, and compares it within tolerances.
 
-Numbers are decimals, so that an exponent of a thousand million takes no memory and no digit of a long integer is lost.
+Numbers are decimals: a huge exponent takes no memory, and long integers keep all their digits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _NUMBER = re.compile(
 _MARK = re.compile(r"####|\banswer\s*(?:is|was|=|:)+|^[ \t]{0,8}answer\b", re.IGNORECASE | re.MULTILINE)
 _PLAIN = str.maketrans({"−": "-", "–": "-", "﹣": "-", "，": ",", "％": "%", "\u00a0": " ", "\u202f": " "})
 _LATEX = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{[^{}]*\}|\\[,;!: ]|\^\s*\{?\\circ\}?|\\left|\\right")
-_SUM = re.compile(r"[\d\s.,+*/×÷()^$\\{}%-]*=")  # what stands before an equals sign is no result
+_SUM = re.compile(r"[\d\s.,+*/×÷()^$\\{}%-]*=")  # text up to an equals sign, which is not the result
 _CONTEXT = Context(prec=60, traps=[])
 
 
 class Number(NamedTuple):
-    value: Decimal  # a percentage as it is written, 50 of 50 %
+    value: Decimal  # a percentage as written: 50 for 50 %
     is_percent: bool = False
 
 
@@ -42,7 +42,7 @@ def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
     reference = options["reference"]
     if reason := lacking(row, reference):
         return reason
-    return None if _numbers_of(row, reference) else f"the {reference} {short(row[reference])} is no number"
+    return None if _numbers_of(row, reference) else f"the {reference} {short(row[reference])} is not a number"
 
 
 @grader("numeric", unfit=_unfit)
@@ -54,9 +54,9 @@ def numeric(
     absolute: Annotated[float, Field(ge=0.0)] = 0.0,
     relative: Annotated[float | None, Field(ge=0.0)] = None,
 ) -> Grade:
-    """Equal within `absolute`, or within `relative` times the reference: 1e-9 unless it is given, 0 for whole numbers.
+    """Compares within `absolute`, or within `relative` times the reference (default 1e-9, or 0 for whole numbers).
 
-    A percentage beside a bare number may mean either 50 or 0.5, and both are taken.
+    If only one of the two is a percentage, 50 % equals both 50 and 0.5.
     """
     wanted = _numbers_of(row, reference)
     said = find_number(answer)
@@ -90,13 +90,13 @@ def _tolerance(value: Decimal, wanted: Decimal, absolute: float, relative: float
 
 
 def _is_whole(value: Decimal) -> bool:
-    return value.as_tuple().exponent == 0  # as it is written: 1e23 and 5.0 are measured
+    return value.as_tuple().exponent == 0  # by notation: 1e23 and 5.0 count as measurements
 
 
 def find_number(text: str) -> Number | None:
-    """The number in the last box, else what follows the last "####" or "answer is", else the last number of all.
+    """The number in the last box, else after the last mark ("####", "answer is"), else the last number of the text.
 
-    After a mark, the first number of its line counts, or the result where it begins a sum, as in 3 + 4 = 7.
+    After a mark, the first number of the line counts, or the result of a calculation, such as 3 + 4 = 7.
     """
     text = text.translate(_PLAIN)
     box, marks = last_box(text), list(_MARK.finditer(text))
@@ -119,7 +119,7 @@ def _stated(text: str) -> Number | None:
 
 
 def _result(line: str, numbers: list[re.Match[str]]) -> re.Match[str] | None:
-    """The first number of a line, or the first behind the sums that it begins with; the last where all are in sums."""
+    """The first number of a line that no calculation with an equals sign uses, else the last number."""
     place = 0
     while place < len(numbers) - 1 and (equals := _SUM.match(line, numbers[place].end())):
         while place < len(numbers) - 1 and numbers[place].end() < equals.end():
@@ -128,7 +128,7 @@ def _result(line: str, numbers: list[re.Match[str]]) -> re.Match[str] | None:
 
 
 def _only(content: str) -> Number | None:
-    """The one number in a box, which may name a variable and a unit; None for an expression."""
+    """The only number in a box, besides a variable and a unit, or None for an expression."""
     content = _unescaped(_LATEX.sub(" ", content)).rpartition("=")[2]
     numbers = list(_NUMBER.finditer(content))
     if len(numbers) != 1 or "\\" in content.replace(numbers[0][0], ""):

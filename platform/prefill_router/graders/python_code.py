@@ -1,4 +1,4 @@
-"""The grader of Python code: what an answer defines is run with the row's tests, in a sandbox."""
+"""The `code` grader: runs an answer's Python code against the row's tests in a sandbox."""
 
 from __future__ import annotations
 
@@ -41,13 +41,12 @@ def code(
     site_packages: bool = False,
     together: bool = False,
 ) -> Grade:
-    """1 where all tests pass: asserts, functions named test_…, or `check(candidate)` with the row's `entry_point`.
+    """Scores 1 if all tests pass: asserts, functions test_…, or `check(candidate)` with the row's `entry_point`.
 
-    `tests` is a column of Python source, or a list of it; the source in `setup`, if there is any, runs before the
-    answer's. Tests that cannot run grade nothing. Code and tests have a process each, and values go between them as
-    data; tests that need the code's own objects, as arrays and coroutines, run `together` with it, where code that is
-    written to forge a pass can do so. Raises UserError on a machine that cannot confine the code, unless
-    that is accepted by `unconfined`.
+    `tests` is a column with Python source or a list of sources; the source in `setup`, if any, runs before the
+    answer's. If the tests cannot run, the grade is missing. Code and tests run in separate processes that exchange
+    plain data. Tests that need the code's own objects, such as arrays and coroutines, need `together`: one process, in
+    which code can forge a pass. Raises UserError on a machine that cannot confine the code, unless `unconfined`.
     """
     given = [str(test) for test in references(row, tests)]
     name = None if is_absent(row.get(entry_point)) else str(row[entry_point])
@@ -64,9 +63,9 @@ def code(
 
 
 def python_of(answer: str) -> str:
-    """The answer's Python blocks in their order, so that a later one mends an earlier; all of it where it has no block.
+    """The answer's Python blocks in order, so that later ones override earlier ones, or the answer if it has no block.
 
-    Blocks that name no language count where none names Python. Prompts of a session (>>>) are no code.
+    If no block names Python, those that name no language count. Interactive sessions (>>>) are left out.
     """
     blocks = fences(answer)
     if not blocks:

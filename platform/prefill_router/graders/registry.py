@@ -1,8 +1,8 @@
-"""Graders by name: ours, and a user's own as `package.module:function`.
+"""The registry of graders: built-in ones by name, a user's own as `package.module:function`.
 
-A grader is a function of an answer and its row; its further parameters are options, and their types are what a recipe's
-options are checked against, once, before any answer is graded. What it needs of a row it declares beside its name, so
-that nobody pays for an answer that cannot be graded.
+A grader is a function of an answer and its row. Its further parameters are options, whose types validate a recipe's
+options before any answer is graded. A grader also declares which rows are unfit, so that nobody pays for answers that
+cannot be graded.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _KEEPING_TIME: set[Callable[..., Grade]] = set()
 def grader(
     name: str, check: Check | None = None, unfit: Unfit | None = None, *, keeps_time: bool = False
 ) -> Callable[[F], F]:
-    """Registers a function by name. `check` gets the options when it is loaded, to raise UserError for what lacks.
+    """Registers a function by name.
 
-    `unfit` gets a row and the options, and says why no answer to the row can be graded, or None where one can. The
-    function is called for fit rows alone. One that `keeps_time` bounds by itself how long it takes.
+    `check` gets the options on loading, and raises UserError for a missing requirement. `unfit` gets a row and the
+    options, and returns the reason why no answer to the row can be graded, or None; the function is called for fit rows
+    only. A function that `keeps_time` limits its own run time.
     """
 
     def register(function: F) -> F:
@@ -56,16 +57,16 @@ def grader(
 
 @dataclass(frozen=True)
 class Grader:
-    """A grader with its options. It pickles wherever its function and options do."""
+    """A grader function with its options. Picklable if both are."""
 
     spec: str
     function: Callable[..., Grade]
     options: Mapping[str, Any]
 
     def __call__(self, answer: str, row: Row) -> Grade:
-        """The grade of one answer. A grader that raises could not grade; a UserError is raised, as for all rows.
+        """Grades one answer. The grade is missing if the row is unfit or the function raises.
 
-        Raises UserError where a user's function returns no Grade, or a score beyond [0, 1].
+        Raises UserError if the function does, or if it returns no Grade or a score outside [0, 1].
         """
         if (reason := self.unfit(row)) is not None:
             return missing(reason)
@@ -73,7 +74,7 @@ class Grader:
             grade = self.function(answer, row, **self.options)
         except UserError:
             raise
-        except Exception as error:  # what a user's function, or a verifier, may raise is not known
+        except Exception as error:  # a user's function or a verifier may raise anything
             return missing(f"{self.spec} raised {type(error).__name__}: {short(error)}")
         if not isinstance(grade, Grade) or not (grade.score is None or 0.0 <= grade.score <= 1.0):
             raise UserError(f"grader {self.spec} returned {short(grade)}, must be a Grade with a score from 0 to 1")
@@ -81,11 +82,11 @@ class Grader:
 
     @property
     def keeps_time(self) -> bool:
-        """Does it bound by itself how long it takes?"""
+        """Whether the function limits its own run time."""
         return self.function in _KEEPING_TIME
 
     def unfit(self, row: Row) -> str | None:
-        """Why no answer to a row can be graded; None where one can, or where the grader declares no needs."""
+        """The reason why no answer to a row can be graded, or None, also if the grader declares no check."""
         needs = _UNFIT.get(self.function)
         try:
             return None if needs is None else needs(row, self.options)
@@ -98,7 +99,7 @@ def grader_names() -> list[str]:
 
 
 def load_grader(spec: str, options: Mapping[str, Any] | None = None) -> Grader:
-    """The grader named `spec`. Raises UserError for an unknown name, a path that does not import and bad options."""
+    """Loads the grader `spec`. Raises UserError for an unknown name, a failed import or invalid options."""
     function = _imported(spec) if ":" in spec else _registered(spec)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
@@ -111,7 +112,7 @@ def load_grader(spec: str, options: Mapping[str, Any] | None = None) -> Grader:
 
 
 class _Options(StrictModel):
-    # A judge is a callable, and names like `schema` are no attributes that anybody asks of these models.
+    # A judge is a callable. Options may have names of pydantic's own attributes, such as `schema`.
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
 
@@ -135,7 +136,7 @@ def _imported(spec: str) -> Callable[..., Grade]:
 
 
 def _fields(spec: str, function: Callable[..., Grade]) -> dict[str, Any]:
-    """The options of a function as fields of a model: its parameters after the answer and the row."""
+    """A function's options as fields of a pydantic model: its parameters after the answer and the row."""
     parameters = list(inspect.signature(function).parameters.values())
     if len([p for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) < 2:
         raise UserError(f'grader "{spec}": its first two parameters must be the answer and the row')

@@ -1,8 +1,8 @@
-"""Calls between two processes that share nothing: values go as plain data, everything else as a number.
+"""Remote calls between the judge's process and the code's process: values travel as plain data, objects as numbers.
 
-The judge calls what an answer's code defines. What comes back is data, which the judge makes its own objects of, or a
-number of an object that stays where it is: `Remote`, which is equal to no data, whatever the object says of itself.
-Like the harness, this stands alone, and is run by its path.
+The judge calls the functions that an answer's code defines. It receives either data, from which it builds its own
+objects, or the number of an object that stays in the code's process. That becomes a `Remote`, which equals no data,
+whatever the object's own `__eq__` says. The harness imports this module from its own folder, without the package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "float": float,
     "next": next,
 }
-# Values that are made anew from their parts.
+# Types of the standard library whose values are rebuilt from their parts.
 _PARTS: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("decimal", "Decimal"): lambda value: [str(value)],
     ("fractions", "Fraction"): lambda value: [value.numerator, value.denominator],
@@ -45,28 +45,28 @@ _PARTS: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
 
 
 class Gone(BaseException):
-    """The other process has ended, which no test should catch."""
+    """The other process has ended. Not an Exception, so that no test catches it."""
 
 
-class Unportable(TypeError):  # noqa: N818 - of a value
-    """A value that only the process which made it can use."""
+class Unportable(TypeError):  # noqa: N818 - describes a value
+    """A value that cannot be sent to the other process."""
 
 
 class Peer:
-    """One end. Both call, answer, and while they wait for an answer, answer calls.
+    """One end of a connection. Both ends make calls, and answer calls while they wait for a return value.
 
-    `shares` says what the other end may do with objects that stay here: all, or nothing but call them.
+    `shares_all` lets the other end do everything with objects that stay here; otherwise it can only call them.
     """
 
     def __init__(self, reads: int, writes: int, *, shares_all: bool) -> None:
         self._reads, self._writes, self._shares_all = reads, writes, shares_all
-        self._held: dict[int, Any] = {}  # by number; what the other end knows of is kept to the end
+        self._held: dict[int, Any] = {}  # by number; kept to the end, since the other end may refer to them
         self._numbers: dict[int, int] = {}  # by id
         self._remotes: dict[int, Any] = {}
         self.is_gone = self.is_unportable = False
 
     def hold_first(self, value: Any) -> None:
-        """What the other end knows as number 0."""
+        """Makes `value` the object that the other end knows as number 0."""
         assert self._hold(value) == 0
 
     def send(self, message: Any) -> None:
@@ -80,7 +80,7 @@ class Peer:
             raise Gone from None
 
     def receive(self) -> Any:
-        """The next message. What is none, or too long, is the end: nobody speaks at the other end who should."""
+        """The next message. Raises Gone if it is malformed or too long: then the other end is not our program."""
         size = int.from_bytes(self._exactly(_HEAD_BYTES), "little")
         try:
             if size <= _MOST_BYTES:
@@ -103,7 +103,7 @@ class Peer:
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def ask(self, what: str, *arguments: Any, **named: Any) -> Any:
-        """What the other end answers. Raises what it raised, as the builtin that it is or inherits from."""
+        """Requests an operation and returns its result. Raises the other end's error as its closest builtin class."""
         self.send(["ask", what, [self.encode(a) for a in arguments], {k: self.encode(v) for k, v in named.items()}])
         while True:
             kind, *rest = self.receive()
@@ -117,7 +117,7 @@ class Peer:
                 return self.decode(value)
 
     def serve(self) -> None:
-        """Answers until the other end has gone."""
+        """Answers requests until the other end closes."""
         while True:
             _, *rest = self.receive()
             self._answer(*rest)
@@ -138,11 +138,11 @@ class Peer:
         if what == "call":
             return values[0](*values[1:], **named)
         if not self._shares_all:
-            raise (AttributeError if what == "getattr" else TypeError)("what the tests hand over can only be called")
+            raise (AttributeError if what == "getattr" else TypeError)("objects of the tests can only be called")
         return _OPERATIONS[what](*values)
 
     def _change(self, arguments: tuple[Any, ...], changed: list[Any]) -> None:
-        """Does to lists, dicts and sets that were handed over what the other end did to its copies."""
+        """Copies the other end's changes of lists, dicts and sets back to the arguments."""
         for ours, theirs in zip(arguments, changed, strict=True):
             new = self.decode(theirs)
             if type(ours) is not type(new) or type(ours) not in _MUTABLE or ours == new:
@@ -153,7 +153,7 @@ class Peer:
     # --- values ------------------------------------------------------------------------------------------------------
 
     def encode(self, value: Any) -> Any:
-        """As JSON, in which lists are lists and all but scalars and text are objects with one key."""
+        """Encodes a value for JSON: scalars, text and lists as themselves, other values as objects with one key."""
         kind = type(value)
         if value is None or kind in (bool, float, str):
             return value
@@ -189,7 +189,7 @@ class Peer:
             return {"x": [kind.__module__, kind.__qualname__, self.encode(parts(value))]}
         if not self._shares_all and not callable(value):
             self.is_unportable = True
-            raise Unportable(f"the tests hand the code a {kind.__name__}, which only they can use")
+            raise Unportable(f"the tests pass the code a {kind.__name__}, which cannot be sent to another process")
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"error": self._hold_error(value)}
         return {"mine": self._hold(value)}
@@ -240,7 +240,7 @@ class Peer:
         return number
 
     def _hold_error(self, kind: type[BaseException]) -> list[Any]:
-        """A class of errors: its number, none of a builtin's, its name, and the builtins that it inherits from."""
+        """Describes an error class by its number (-1 for a builtin), its name and its builtin base classes."""
         bases = [base.__name__ for base in kind.__mro__ if _ERRORS.get(base.__name__) is base]
         return [-1 if _ERRORS.get(kind.__name__) is kind else self._hold(kind), kind.__name__, bases]
 
@@ -255,14 +255,15 @@ class Peer:
         made = self._error_class(*kind)
         try:
             return made(*map(self.decode, arguments))
-        except Exception:  # a class that wants other arguments
+        except Exception:  # the class takes other arguments
             return RuntimeError(made.__name__)
 
 
 class Remote:
-    """An object of the other process. What is done to it is done there; it is equal to nothing that is here.
+    """A proxy of an object in the other process, which forwards operations there and equals no local value.
 
-    It is not shown data that it is compared or calculated with, as what it says then would depend on what is expected.
+    Local data in a comparison or a calculation is not forwarded: the object could adapt its result to what the tests
+    expect.
     """
 
     def __init__(self, peer: Peer, number: int) -> None:

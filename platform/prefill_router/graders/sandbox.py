@@ -1,8 +1,8 @@
-"""Runs code that a model wrote, against tests in another process, where it can do nothing but compute.
+"""The sandbox: runs code that a model wrote against tests in another process, where it can only compute.
 
-Both have a folder that is removed, a budget of time, memory, threads, files and output, and no network, no other
-processes and no other files; see `confinement` for how, and `harness` for what happens inside, and what code that is
-written against it could still do. On a machine that cannot confine a process nothing is run, unless that is accepted.
+Both processes get a temporary folder and limits of time, memory, threads, files and output. They have no network, no
+other processes and no other files. See `confinement` for the mechanisms, and `harness` for the program inside and what
+hostile code could still do. On a machine that cannot confine a process nothing runs, unless the caller accepts that.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ MIB = 1024 * 1024
 
 
 class Verdict(NamedTuple):
-    """`passed` is the only one that passes. `broken` says that the tests cannot be run, and `killed` that something
-    else than a limit ended the process; neither says anything of the code.
+    """The result of one run; only the status `passed` is a pass.
+
+    `broken` means that the tests cannot run, `killed` that something other than a limit ended the process. Neither
+    says anything about the code.
     """
 
     status: Status
@@ -51,11 +53,11 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits of one run. `wall_s` is larger than `cpu_s`, since others work on the machine too.
+    """The limits of one run. `wall_s` is larger than `cpu_s`, since the machine is shared.
 
-    `unconfined` accepts that protections which the machine has not are done without. `site_packages` lets code import
-    what is installed beside this package. `together` runs code and tests in one process, which code can use to forge a
-    verdict. Raises UserError where a protection lacks.
+    `unconfined` runs without the protections that the machine lacks. `site_packages` lets the code import installed
+    packages. `together` runs code and tests in one process, where code can forge a verdict. Raises UserError if the
+    machine lacks a protection and `unconfined` is false.
     """
 
     cpu_s: int = 5
@@ -76,12 +78,12 @@ class Sandbox:
         if lacks and not self.unconfined:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in lacks.items())
             raise UserError(
-                f"code cannot be run safely here: the machine lacks {reasons}; grade on another machine, or accept "
-                "that a model's code runs with your rights by unconfined = true"
+                f"cannot run code safely: this machine lacks {reasons}; grade on another machine, or set "
+                "unconfined = true to run a model's code with your own rights"
             )
 
     def run(self, code: str, tests: str, entry_point: str | None = None) -> Verdict:
-        """Runs `code`, then `tests` on the names that it defines. Raises UserError where the sandbox does not start."""
+        """Runs `code`, then `tests` on the names that it defines. Raises UserError if the sandbox does not start."""
         secret = secrets.token_hex(16).encode()
         with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=self.unconfined) as folder:
             judged = {"tests": tests, "entry_point": entry_point, **self._confinement(folder)}
@@ -92,7 +94,7 @@ class Sandbox:
                 judge.send(judged if runner is not judge else {**judged, **graded}, secret)
                 stopped = _watched(judge, runner, self)
                 if stopped is None and not judge.report.strip(_STARTED) and not runner.ends_soon():
-                    stopped = "ended", "left its tests without an answer"
+                    stopped = "ended", "the code stopped answering the tests"
                 judge_ended = judge.end()
                 returned, cpu_s = judge_ended if judge_ended[0] < 0 else runner.end()
         return self._verdict(judge, stopped, returned, cpu_s, secret, bytes(runner.output))
@@ -115,13 +117,13 @@ class Sandbox:
             "RLIMIT_NOFILE": self.open_files,
             "RLIMIT_CORE": 0,
         }
-        # Code may catch the signal of the first limit, not that of the second.
+        # The code can catch the signal of the soft limit, but not that of the hard limit.
         return {"RLIMIT_CPU": (self.cpu_s, self.cpu_s + 1), **{name: (value, value) for name, value in same.items()}}
 
     def _verdict(
         self, run: _Run, stopped: Stopped | None, returned: int, cpu_s: float, secret: bytes, printed: bytes
     ) -> Verdict:
-        if stopped is not None and not run.report:  # the machine is at fault, not the code, which had not begun
+        if stopped is not None and not run.report:  # a slow machine: the code has not started
             return Verdict("killed", f"not started within {self.wall_s:g} s", "", cpu_s)
         output = printed[: self.output_bytes].decode(errors="replace")
         if not run.report.startswith(_STARTED):
@@ -132,17 +134,17 @@ class Sandbox:
         return Verdict(status, detail, output, cpu_s)
 
     def _ending(self, returned: int, cpu_s: float) -> Stopped:
-        """What became of a process that said nothing."""
+        """The status and detail of a process that reported nothing."""
         if returned >= 0:
-            return "ended", f"exit status {returned} before the tests were through"
+            return "ended", f"exit status {returned} before the tests finished"
         name = signal.Signals(-returned).name
         if cpu_s >= self.cpu_s or name == "SIGXCPU":
             return "timeout", f"more than {self.cpu_s} s of CPU time"
-        return "killed" if name == "SIGKILL" else "ended", f"{name} before the tests were through"
+        return "killed" if name == "SIGKILL" else "ended", f"{name} before the tests finished"
 
 
 def _reported(report: bytes, secret: bytes) -> Stopped | None:
-    """What the harness says; None for what is said by another, or in other words."""
+    """The status and detail that the harness reports, or None if the report lacks the secret or is malformed."""
     said, _, rest = report.partition(b"\0")
     status, _, detail = rest.decode(errors="replace").partition("\0")
     if not secrets.compare_digest(said, secret) or status not in _REPORTED:
@@ -151,7 +153,7 @@ def _reported(report: bytes, secret: bytes) -> Stopped | None:
 
 
 class _Run:
-    """A process of the harness, and what it wrote so far. One without a `report_fd` reports nothing."""
+    """A harness process and its output so far. The code's process has no `report_fd` and reports nothing."""
 
     def __init__(self, process: subprocess.Popen[bytes], report_fd: int | None, folder: str) -> None:
         self.process, self.report_fd, self.folder = process, report_fd, folder
@@ -161,11 +163,11 @@ class _Run:
     def send(self, request: dict[str, Any], secret: bytes) -> None:
         data = marshal.dumps(request)
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:  # its end says why
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:  # the exit status says why
             stdin.write(len(data).to_bytes(8, "little") + data + secret)
 
     def end(self) -> tuple[int, float]:
-        """Kills what is left of the process and its group. Its exit status, and the CPU time that it took, in s."""
+        """Kills the process and its group. Returns its exit status and its CPU time in seconds."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -180,11 +182,11 @@ class _Run:
         return [(self.process.stdout.fileno(), self.output), *report]
 
     def has_ended(self) -> bool:
-        """Without reaping it: until then its number, and that of its group, are nobody else's."""
+        """Whether it has ended. Does not reap it, so that its process and group ids are not reused yet."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def ends_soon(self) -> bool:
-        """Has it ended, or does it in a moment?"""
+        """Whether it ends within `_MOMENT_S`."""
         deadline = time.monotonic() + _MOMENT_S
         while not (ended := self.has_ended()) and time.monotonic() < deadline:
             time.sleep(_ENDS_WITHIN_S)
@@ -194,11 +196,11 @@ class _Run:
         if len(self.output) > sandbox.output_bytes:
             return "output", f"more than {sandbox.output_bytes} bytes of output"
         if len(self.report) > _MOST_REPORT_BYTES:
-            return "ended", "wrote into the pipe of the verdict"
+            return "ended", "wrote to the pipe of the verdict"
         return None
 
     def num_threads(self) -> int:
-        """0 of a process that has ended."""
+        """The number of threads, 0 if the process has ended."""
         try:
             return len(os.listdir(f"/proc/{self.process.pid}/task"))  # noqa: PTH208 - names are enough
         except OSError:
@@ -206,7 +208,7 @@ class _Run:
 
 
 def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
-    """Reads until the judge ends, or one of both goes beyond a limit that the kernel does not keep."""
+    """Reads both outputs until the judge ends, or a process exceeds a limit that the kernel does not enforce."""
     runs = [judge] if runner is judge else [judge, runner]
     deadline = time.monotonic() + sandbox.wall_s
     look_at = time.monotonic() + _LOOK_EVERY_S
@@ -231,7 +233,7 @@ def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
 
 
 def _read(selector: selectors.BaseSelector) -> None:
-    """Waits for what is written, and takes it. A pipe that nobody holds any more is a process about to end."""
+    """Waits for output and stores it. If all pipes are closed, the processes are about to end."""
     if not selector.get_map():
         time.sleep(_ENDS_WITHIN_S)
         return
@@ -244,9 +246,9 @@ def _read(selector: selectors.BaseSelector) -> None:
 
 @contextlib.contextmanager
 def _started(folder: str, *, together: bool) -> Iterator[tuple[_Run, _Run]]:
-    """The judge and what runs the code, which wait for their requests: one process where they are `together`.
+    """Starts the judge and the runner of the code, one process if `together`; both wait for their requests.
 
-    They are killed in the end, whatever happens.
+    Kills both on exit.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
 
@@ -291,7 +293,7 @@ def _process(folder: str, role: list[str], fds: list[int], report_fd: int | None
 
 
 def _is_full(folder: str, sandbox: Sandbox) -> bool:
-    """Flat, as the code makes no folders. A file that goes while it is looked at is none."""
+    """Whether the folder exceeds a limit. It has no subfolders, as the code cannot create any."""
     num_files = num_bytes = 0
     with os.scandir(folder) as entries:
         for entry in entries:

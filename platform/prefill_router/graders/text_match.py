@@ -1,4 +1,4 @@
-"""Graders of a text that is compared with a reference, or with a pattern."""
+"""The graders `exact`, `normalized` and `regex`, which compare an answer with a reference or a pattern."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from prefill_router.graders.registry import grader
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGN = re.compile(r"(?<!\w)-(?=\.?\d)")
-_PATTERN_S = 1.0  # for one answer; a pattern may backtrack for ever
+_PATTERN_S = 1.0  # time limit per answer: a pattern may backtrack for ever
 
 
 @grader("exact", unfit=without_reference)
 def exact(answer: str, row: Row, *, reference: str = "reference") -> Grade:
-    """The reference to the letter, but for space around it."""
+    """Requires the exact reference, except for white space around it."""
     return _compared(answer.strip(), [str(r).strip() for r in references(row, reference)])
 
 
 @grader("normalized", unfit=without_reference)
 def normalized(answer: str, row: Row, *, reference: str = "reference", anywhere: bool = False) -> Grade:
-    """The reference but for case, space, punctuation, articles and Unicode's compatible forms.
+    """Compares regardless of case, white space, punctuation, articles and Unicode compatibility forms.
 
-    `anywhere` takes an answer that holds the reference's words in a row, which a long answer does sooner than a short.
+    `anywhere` accepts an answer that contains the reference's words in a row, which favours long answers.
     """
     said, wanted = normalize(answer), [normalize(str(r)) for r in references(row, reference)]
     if anywhere and any(w and f" {w} " in f" {said} " for w in wanted):
-        return right("holds the reference")
+        return right("contains the reference")
     return _compared(said, wanted)
 
 
 def normalize(text: str) -> str:
-    """What is left for a comparison; of a text that is nothing but punctuation and articles, these are.
+    """The normal form for comparison. Text of only punctuation, or only articles, keeps it.
 
-    What carries a number's meaning stays: its sign, and punctuation between two digits other than of thousands.
+    A number keeps its sign, and the punctuation between its digits except thousands separators.
     """
     return _settled(_without_articles, _settled(_plain, _folded(text)))
 
 
 def _settled(change: Callable[[str], str], text: str) -> str:
-    """`change` made until nothing is left to change, or to keep: what is taken out may bring two others together."""
+    """Applies `change` until it changes nothing more, or would leave nothing: a removal may join two other parts."""
     while (changed := change(text)) and changed != text:
         text = changed
     return text
@@ -72,17 +72,17 @@ def _without_punctuation(text: str) -> list[str]:
         inside_number = 0 < i < len(text) - 1 and text[i - 1].isdigit() and text[i + 1].isdigit()
         if not category.startswith("P") or i in signs or inside_number:
             kept.append(character)
-        elif category in ("Pd", "Pc") or character == "/":  # these part words, the others only close them
+        elif category in ("Pd", "Pc") or character == "/":  # these separate words
             kept.append(" ")
     return kept
 
 
 def compiled(pattern: str) -> Any:
-    """Raises ValueError with the place of the fault."""
+    """The compiled pattern. Raises ValueError with the position of a syntax error."""
     try:
         return regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"is no regular expression: {error}") from None
+        raise ValueError(f"is not a regular expression: {error}") from None
 
 
 def _unfit_pattern(row: Row, options: Mapping[str, Any]) -> str | None:
@@ -105,9 +105,9 @@ def matches(
     reference: str = "reference",
     pattern: Annotated[str | None, AfterValidator(lambda p: p if p is None else compiled(p).pattern)] = None,
 ) -> Grade:
-    """With a `pattern`: the last place that it finds (its first group, if it has one) is the reference.
+    """Searches the answer with a pattern. With `pattern`, its last match (or first group) must equal the reference.
 
-    Without: the reference is a pattern that the answer must hold. One that takes longer than a second grades nothing.
+    Without it, each reference is itself a pattern, and one must match somewhere. After a second the grade is missing.
     """
     wanted = [str(r) for r in references(row, reference)]
     try:

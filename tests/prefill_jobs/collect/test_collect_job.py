@@ -163,7 +163,7 @@ def test_prompts_that_no_grader_could_grade_are_not_paid_for(
     with pytest.raises(UserError) as refused:
         collected(tmp_path, pool, grader="choice")
     assert "corpus.jsonl: grader choice can grade none of 4 prompts" in str(refused.value)
-    assert 'p0: the row has no "choices", and its reference Paris is no letter' in str(refused.value)
+    assert 'p0: the row has no "choices", and its reference Paris is not a letter' in str(refused.value)
     assert not upstreams["big"].calls
 
     unfit = {**rows[3], "reference": None}

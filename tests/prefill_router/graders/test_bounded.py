@@ -1,4 +1,4 @@
-"""Graders that never end, or end their process, on some answer: it is not graded, and the next one is."""
+"""Graders that hang or crash on one answer: its grade is missing, and the next answer is graded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from prefill_router.common.errors import UserError
 from prefill_router.graders import BoundedGrader, Grade, bounded, load_grader
 
-# Each level holds the next one twice: 2 ** 60 ways to the last.
+# Each level refers to the next one twice: 2 ** 60 paths to the last.
 LEVELS = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(60)}
 ENDLESS = {"$defs": {**LEVELS, "a60": {}}, "$ref": "#/$defs/a0"}
 
@@ -83,12 +83,12 @@ def test_every_pattern_of_a_schema_is_broken_off(name: str) -> None:
     schema, value = schemas[name]
     start = time.process_time()
     load_grader("json_schema")(json.dumps(value), {"schema": schema})
-    assert time.process_time() - start < 20.0  # by itself it would take for ever
+    assert time.process_time() - start < 20.0  # without the time limit it takes for ever
 
 
 def test_equal_items_are_found_in_one_pass() -> None:
     schema = {"uniqueItems": True}
-    items: list[Any] = [[i] if i % 2 else {"a": i} for i in range(20_000)]  # which cannot be sorted
+    items: list[Any] = [[i] if i % 2 else {"a": i} for i in range(20_000)]  # of types that cannot be sorted
     start = time.process_time()
     assert load_grader("json_schema")(json.dumps(items), {"schema": schema}).score == 1.0
     assert load_grader("json_schema")(json.dumps([*items, {"a": 4.0}]), {"schema": schema}).score == 0.0

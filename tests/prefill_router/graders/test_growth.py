@@ -1,4 +1,4 @@
-"""Answers that are written to take long: the time that a grader takes grows no faster than the answer."""
+"""Adversarial answers: the run time of a grader grows no faster than the length of the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefill_router.graders.fences import fences
 from prefill_router.graders.gym import tagged
 from prefill_router.graders.json_schema import find_json
 
-LENGTH = 40_000  # of which the square takes seconds to hours
+LENGTH = 40_000  # characters; quadratic time would be seconds to hours
 MOST_CPU_S = 2.0
 
 ANSWERS = {

@@ -14,7 +14,7 @@ ROW = {"reference": "It is Paris.", "prompt": "Which is the capital of France?"}
 
 
 class Judge:
-    """Says what it is told to, by whether it sees the answer first, and remembers what it was asked."""
+    """A fake judge: replies by whether the answer comes first, and records the prompts."""
 
     def __init__(self, answer_first: str, reference_first: str) -> None:
         self.replies = {True: answer_first, False: reference_first}
@@ -32,7 +32,7 @@ def grade(ask: Callable[[Sequence[Message]], Reply], answer: str = "Paris", row:
 
 def test_both_orders_are_asked_and_paid() -> None:
     judge = Judge("It is.\nGRADE: 1", "GRADE: 1")
-    assert grade(judge) == Grade(1.0, "judged 1 behind the reference, 1 before it", True, 0.02)
+    assert grade(judge) == Grade(1.0, "judged 1 after the reference, 1 before it", True, 0.02)
     first, second = (messages[-1]["content"] for messages in judge.asked)
     assert first.index("It is Paris.") < first.index("\nParis\n")
     assert second.index("\nParis\n") < second.index("It is Paris.")

@@ -59,7 +59,7 @@ def test_what_does_not_do_it_is_wrong(answer: str) -> None:
 
 
 def test_a_machine_that_cannot_confine_is_an_error_before_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confinement, "lacking", lambda: {"seccomp": "the kernel has no filters"})
+    monkeypatch.setattr(confinement, "lacking", lambda: {"seccomp": "the kernel has no seccomp filters"})
     with pytest.raises(UserError, match="lacks seccomp"):
         load_grader("code")
     assert load_grader("code", {"unconfined": True})(ANSWER, ROW).score == 1.0

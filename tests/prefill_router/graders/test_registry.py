@@ -11,7 +11,7 @@ from prefill_router.graders import Grade, grader_names, load_grader
 
 
 def longer(answer: str, row: Any, *, than: Annotated[int, Field(ge=0)], unit: str = "chars") -> Grade:
-    """A user's grader, with options of its own."""
+    """A user's grader with options."""
     return Grade(float(len(answer) > than), unit)
 
 
@@ -80,15 +80,15 @@ LACKING = [
     ("exact", {}, {}, 'the row has no "reference"'),
     ("exact", {"reference": "gold"}, {"reference": "x", "gold": None}, 'the row has no "gold"'),
     ("normalized", {}, {"reference": float("nan")}, 'the row has no "reference"'),
-    ("regex", {}, {"reference": "(x"}, "reference is no regular expression: missing )"),
-    ("numeric", {}, {"reference": "many"}, "the reference many is no number"),
+    ("regex", {}, {"reference": "(x"}, "reference is not a regular expression: missing )"),
+    ("numeric", {}, {"reference": "many"}, "the reference many is not a number"),
     ("choice", {}, {"choices": ["x", "y"]}, 'the row has no "reference"'),
-    ("choice", {}, {"reference": "Paris"}, 'the row has no "choices", and its reference Paris is no letter'),
-    ("choice", {}, {"reference": "E", "choices": ["x", "y"]}, "the reference E is none of the 2 choices"),
+    ("choice", {}, {"reference": "Paris"}, 'the row has no "choices", and its reference Paris is not a letter'),
+    ("choice", {}, {"reference": "E", "choices": ["x", "y"]}, "the reference E is not among the 2 choices"),
     ("choice", {}, {"reference": "x", "choices": "x or y"}, "choices: Expecting value"),
     ("code", {}, {"tests": []}, 'the row has no "tests"'),
     ("json_schema", {}, {}, 'the row has no "schema"'),
-    ("json_schema", {}, {"schema": '{"type": 3}'}, "schema is no JSON schema"),
+    ("json_schema", {}, {"schema": '{"type": 3}'}, "schema is not a JSON schema"),
     ("judge", {"ask": print}, {}, 'the row has no "reference"'),
     ("reasoning_gym", {}, {"reference": "1"}, 'the row has no "metadata"'),
     ("reasoning_gym", {}, {"reference": "1", "metadata": "{}"}, "the metadata names no source_dataset"),

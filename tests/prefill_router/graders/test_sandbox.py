@@ -1,4 +1,4 @@
-"""What a model's code may do to a machine, done: each is held off, the verdict is right, and nothing is left behind."""
+"""Attacks by a model's code: the sandbox stops each one, gives the right verdict and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TESTS = "assert f(1) == 2\nassert f(-1) == 0"
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file, no process, no open pipe, whatever the code did."""
+    """Checks that no file, process or open pipe is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are enough
     yield
@@ -55,7 +55,7 @@ def run(code: str, tests: str = TESTS, entry_point: str | None = None, sandbox: 
 
 
 def fails_with(expression: str, preamble: str = "") -> str:
-    """What an expression raises in the sandbox."""
+    """The error that an expression raises in the sandbox."""
     verdict = run(f"{preamble}\n{expression}\n{RIGHT}")
     assert verdict.status == "failed", verdict
     return verdict.detail
@@ -134,10 +134,7 @@ def test_the_entry_point_must_be_defined() -> None:
         ("import time; time.sleep(60)", "timeout"),
         ("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)", "timeout"),
         ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "timeout"),
-        (
-            "import os, time\nos.closerange(0, 10_000)\ntime.sleep(60)",  # whichever those of the verdict are
-            "ended",
-        ),
+        ("import os, time\nos.closerange(0, 10_000)\ntime.sleep(60)", "ended"),
         ("x = 'a' * 2**40", "memory"),
         ("x = []\nwhile True: x.append(bytearray(2**20))", "memory"),
         ("def f(x):\n    x = [0] * 10**7\n    while True: x = x + x", "memory"),
@@ -151,11 +148,11 @@ def test_the_entry_point_must_be_defined() -> None:
 )
 def test_what_takes_too_much_is_stopped(code: str, status: str) -> None:
     start = time.monotonic()
-    # Who is to be found before it has slept has the time that two processes take to start on a busy machine.
+    # Code that sleeps after exceeding a limit gets 40 s: two processes start slowly on a busy machine.
     sandbox = replace(SMALL, wall_s=2 if status == "timeout" else 40) if "sleep" in code else SMALL
     verdict = run(f"{code}\n{RIGHT}" if "def f" not in code else code, sandbox=sandbox)
     assert verdict.status == status, verdict
-    assert time.monotonic() - start < 50.0  # less than any of it would take by itself
+    assert time.monotonic() - start < 50.0  # less than any of them takes without the limit
     assert len(verdict.output) <= SMALL.output_bytes
 
 
@@ -172,7 +169,7 @@ def test_what_takes_too_much_is_stopped(code: str, status: str) -> None:
     ],
 )
 def test_there_is_no_other_process(code: str) -> None:
-    """So there is no fork bomb, and no daemon that goes on."""
+    """Rules out fork bombs and daemons."""
     verdict = run(f"import os\n{code}\n{RIGHT}")
     assert verdict.status == "failed"
     assert "Operation not permitted" in verdict.detail or "ZeroDivisionError" in verdict.detail, verdict
@@ -221,7 +218,7 @@ def test_threads_are_counted() -> None:
 )
 def test_files_and_processes_of_others_are_out_of_reach(expression: str) -> None:
     detail = fails_with(expression, "import os\nopen('x', 'w').close()")
-    assert detail.startswith(("PermissionError", "OSError: [Errno 18]")), detail  # 18: on another device, so to say
+    assert detail.startswith(("PermissionError", "OSError: [Errno 18]")), detail  # 18: EXDEV, from Landlock
     assert not Path("/tmp/prefill-router-was-here").exists()
 
 
@@ -342,8 +339,8 @@ EQUAL = "class E(%s):\n    def __eq__(self, other): return True\n    __hash__ = 
         COLLECT + "def f(x): return 0",
         *(EQUAL % base for base in ("object", "int", "list", "str", "dict")),
         "def f(x):\n    raise AssertionError",
-        "import wire\nwire.Peer.ask = lambda *a: True\ndef f(x): return 0",
-        "import sys\nsys.modules['__main__'].judge = lambda *a: None\ndef f(x): return 0",
+        "import remote_calls\nremote_calls.Peer.ask = lambda *a: True\ndef f(x): return 0",
+        "import sys\nsys.modules['__main__'].judge_main = lambda *a: None\ndef f(x): return 0",
         "import builtins, operator\noperator.eq = builtins.isinstance = lambda a, b: True\ndef f(x): return 0",
         "import os\nfor pid in range(os.getpid() - 9, os.getpid() + 9):\n    try: os.kill(pid, 9)\n"
         "    except OSError: pass\ndef f(x): return 0",
@@ -364,7 +361,7 @@ def test_an_object_is_not_shown_what_it_is_compared_with(tests: str) -> None:
 
 
 def test_code_and_tests_in_one_process_are_not_held_apart() -> None:
-    """Kept here so that nobody takes such a pass for a proof."""
+    """Documents that code can forge a pass with `together`."""
     together = replace(SMALL, together=True)
     assert run(f"{WALK}frame.f_locals['report'].end('passed')", sandbox=together).status == "passed"
     assert run(EQUAL % "object", sandbox=together).status == "passed"
@@ -435,7 +432,8 @@ def test_tests_that_hand_over_what_only_they_can_use_are_not_run_apart() -> None
     tests = "class Node:\n    x = 1\nassert f(Node()) == 2"
     code = "def f(node): return node.x + 1"
     verdict = run(code, tests)
-    assert (verdict.status, verdict.detail.endswith("run the tests together with the code")) == ("broken", True)
+    assert verdict.status == "broken"
+    assert verdict.detail.endswith("run code and tests in one process with together = true")
     assert run(code, tests, sandbox=replace(SMALL, together=True)).status == "passed"
 
 
@@ -449,7 +447,7 @@ def test_a_machine_that_is_too_slow_to_start_says_nothing_of_the_code(
 
 
 def test_other_system_calls_are_denied() -> None:
-    """By number, past Python's own functions: sockets, rings, maps of programs, tracing, namespaces, modules."""
+    """Calls by number: sockets, io_uring, BPF, tracing, namespaces, kernel modules."""
     if platform.machine() != "x86_64":
         pytest.skip("numbers of x86_64")
     calls = "41,425,321,101,272,165,57,58,59,310,311,434,438,157,317,76,90,62,200,234,161,175,250,298,323,308"
@@ -477,7 +475,8 @@ def test_a_machine_that_cannot_confine_runs_nothing(monkeypatch: pytest.MonkeyPa
             Sandbox()
         accepted = Sandbox(unconfined=True)
         assert run(RIGHT, sandbox=accepted).status == "passed"
-        assert run("import os; os.fork()", sandbox=accepted).status == "failed"  # what the machine has still holds
+        # The protections that the machine has still apply.
+        assert run("import os; os.fork()", sandbox=accepted).status == "failed"
     finally:
         confinement.lacking.cache_clear()
 
@@ -504,7 +503,7 @@ def test_code_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert _eventually(lambda: _running(tmp_path) == 0)
-    for folder in tmp_path.glob("grade-*"):  # nobody was left to remove it
+    for folder in tmp_path.glob("grade-*"):  # the killed parent could not remove it
         folder.rmdir()
 
 
