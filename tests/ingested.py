@@ -1,4 +1,4 @@
-"""What `ingest` makes of a source, read back as its tables' readers see it."""
+"""Runs `ingest` and reads its tables back with the readers that jobs use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ingested:
     prompts: dict[str, reader.Prompt]  # by their ids
     outcomes: dict[tuple[str, str], tuple[float, int | None]]  # by prompt and target: correct, output_tokens
     extras: dict[str, dict[str, Any]]  # the corpus' other columns, by prompt
-    quarantine: list[tuple[str, int, str | None, str]]  # file's name, row, prompt_id, reason
+    quarantine: list[tuple[str, int, str | None, str]]  # file name, row, prompt_id, reason
     summary: IngestSummary
 
 
@@ -53,7 +53,7 @@ def _corpus(out: str) -> tuple[dict[str, reader.Prompt], dict[str, dict[str, Any
 
 
 def _outcomes(out: str) -> dict[tuple[str, str], tuple[float, int | None]]:
-    load_outcomes(f"{out}/outcomes", target_names(f"{out}/outcomes"))  # which refuses whatever is not as it should be
+    load_outcomes(f"{out}/outcomes", target_names(f"{out}/outcomes"))  # raises for invalid tables
     return {
         (row["prompt_id"], row["target"]): (row["correct"], row["output_tokens"])
         for file in storage.list_files(f"{out}/outcomes", [".parquet"])

@@ -1,6 +1,7 @@
-"""The world's graded answers, turned into a corpus and outcomes: one module a format, and one that writes them all.
+"""Converts graded answers in other projects' formats into a corpus and outcomes.
 
-A format's module says where its definition was taken from. What it yields is judged and written by `tables`.
+One module per format reads records and cites the source of the format; `tables` validates and writes the records of all
+formats. Start reading at `records`, then `toolkit`, the simplest format.
 """
 
 from __future__ import annotations

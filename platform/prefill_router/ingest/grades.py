@@ -1,4 +1,4 @@
-"""What an answer must hold to become an outcome: the name of a target, a grade in [0, 1], a count of tokens."""
+"""Validates an answer before it becomes an outcome: target name, grade in [0, 1], number of tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prefill_router.ingest.records import RawAnswer
 
 _WORDS = {"true": 1.0, "false": 0.0}
 _MAX_NAME_BYTES = 1024
-_MAX_TOKENS = (1 << 31) - 1  # what the column holds
+_MAX_TOKENS = (1 << 31) - 1  # the column is an int32
 
 
 class CheckedGrade(NamedTuple):
-    """An answer that is fit to be an outcome; `correct` is None where it was never graded."""
+    """A valid answer; `correct` is None if it was never graded."""
 
     target: str
     correct: float | None
@@ -24,7 +24,7 @@ class CheckedGrade(NamedTuple):
 
 
 def grade(answer: RawAnswer) -> CheckedGrade:
-    """Raises UnfitError where the answer names no target, or its grade or its tokens are not numbers in their range."""
+    """Validates an answer. Raises UnfitError without a target, or if the grade or the tokens are out of range."""
     target = fit_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
     if not target:
         raise UnfitError(f"{TARGET} = {shown(answer.target)}, must name a model")
@@ -44,7 +44,7 @@ def _correct(value: object) -> float | None:
 
 
 def output_tokens(value: object) -> int | None:
-    """Raises UnfitError where it is neither a count nor missing."""
+    """A number of tokens, or None if missing. Raises UnfitError for other values."""
     if _is_missing(value):
         return None
     number = math.nan if isinstance(value, bool) else _number(value)
@@ -54,7 +54,7 @@ def output_tokens(value: object) -> int | None:
 
 
 def is_grade(value: object) -> bool:
-    """Could it be the grade of an answer, or the lack of one?"""
+    """Whether the value is a grade or a missing grade."""
     return _is_missing(value) or 0.0 <= _number(value) <= 1.0
 
 
@@ -63,7 +63,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _number(value: object) -> float:
-    """NaN where it is none."""
+    """The value as a number, NaN if it is not one."""
     if isinstance(value, str):
         word = value.strip().lower()
         if word in _WORDS:

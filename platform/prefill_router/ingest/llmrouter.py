@@ -1,9 +1,9 @@
-"""The routing data of LLMRouter (UIUC): JSONL, a line for each query and model.
+"""LLMRouter (UIUC) routing data: JSONL with one line per query and model.
 
 Source: ulab-uiuc/LLMRouter, llmrouter/data/README.md, "Routing Data JSONL", and api_calling_evaluation.py, which writes
-it. `performance` is in [0, 1]. `query` leaves out the options of a multiple-choice question, which stand in `choices`:
-they are added, since the models were shown them and many questions differ in nothing else. A call that failed is
-written with a response that begins with ERROR: and graded like an answer: it is none, and is left ungraded.
+it. `performance` is in [0, 1]. `query` lacks the options of a multiple-choice question, which are in `choices`: they
+are appended, since the models saw them and many questions differ in nothing else. A failed call has a response that
+begins with ERROR: and a grade like an answer. It counts as ungraded.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def _prompt(fields: Fields) -> object:
 
 
 def _options(choices: object, *, is_code: bool) -> str:
-    """`choices` is JSON in a string: {"text": [...], "labels": [...]}, where the key may be label, or a bare list.
+    """Formats `choices`, a JSON string: {"text": [...], "labels": [...]}, with `label` as another key, or a plain list.
 
-    A task of code lists the tests there that the code must pass.
+    For a coding task, it lists the tests that the code must pass.
     """
     value = choices
     if isinstance(choices, str):
@@ -76,7 +76,9 @@ def _options(choices: object, *, is_code: bool) -> str:
         texts, labels = value.get("text"), value.get("labels", value.get("label"))
         if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
             return lettered(texts, labels)
-    raise UnfitError(f"choices = {shown(choices)}, must be JSON: text and labels, as many of each, or a list")
+    raise UnfitError(f"choices = {shown(choices)}, must be JSON: text and labels of equal length, or a list")
 
 
-FORMAT = Format("llmrouter", "LLMRouter's routing data: JSONL of queries and models", (".jsonl",), read, (CATEGORY,))
+FORMAT = Format(
+    "llmrouter", "LLMRouter routing data: JSONL, one line per query and model", (".jsonl",), read, (CATEGORY,)
+)

@@ -1,10 +1,10 @@
-"""The results of LLMRouterBench: a JSON object for each dataset, split and model, with its records in a list.
+"""LLMRouterBench results: one JSON object per dataset, split and model, with a list of records.
 
 Source: ynulihao/LLMRouterBench, data_collector/storage.py, which writes
 bench/DATASET/SPLIT/MODEL/DATASET-SPLIT-MODEL-TIME.json, and README.md, "Data Format". A record has prompt, score in
-[0, 1] and completion_tokens; a null score was never graded. Files that lack model_name, from before it was written,
-have it from their folder. Demo runs, over the first few prompts, are left out, as by LLMRouterBench itself; of several
-runs of a model on a dataset the newest counts, for it is read first.
+[0, 1] and completion_tokens; a null score was never graded. Older files lack model_name, and take it from their folder.
+Demo runs over the first few prompts are skipped, as LLMRouterBench does. The newest of several runs of a model on a
+dataset counts: it is read first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KNOWN = (
 
 
 def read(uri: str, options: Options) -> Iterator[Item]:
-    about: dict[str, Any] = {}  # the run, which the file tells of before its records
+    about: dict[str, Any] = {}  # metadata of the run, which precedes the records in the file
     unknown = Unknown(_KNOWN)
     has_records = False
     with open_bytes(uri) as stream:
@@ -45,7 +45,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
                 has_records = True
                 yield BadRow(uri, member.place, None, f"must be a JSON object, not {shown(member.value)}")
     if not has_records:
-        raise UserError(f"{uri}: holds no records: it has {', '.join(about) or 'nothing'}")
+        raise UserError(f"{uri}: has no list of records, only {', '.join(about) or 'an empty object'}")
 
 
 def _record(uri: str, row: int, fields: Fields, about: dict[str, Any], options: Options) -> Record:
@@ -61,7 +61,7 @@ def _record(uri: str, row: int, fields: Fields, about: dict[str, Any], options: 
 
 FORMAT = Format(
     "llmrouterbench",
-    "LLMRouterBench's results: a JSON file for each dataset and model",
+    "LLMRouterBench results: one JSON file per dataset and model",
     (".json",),
     read,
     (CATEGORY,),

@@ -1,13 +1,13 @@
-"""The samples that lm-evaluation-harness logs with --log_samples: JSONL, a line for each document and filter.
+"""lm-evaluation-harness samples, written by --log_samples: JSONL with one line per document and filter.
 
 Source: EleutherAI/lm-evaluation-harness, lm_eval/loggers/evaluation_tracker.py (OUTPUT/MODEL/samples_TASK_TIME.jsonl
 beside results_TIME.json) and lm_eval/evaluator.py (doc_id, doc, target, arguments, resps, filtered_resps, filter,
-metrics, doc_hash, and each metric under its own name). The prompt is the context that the model was given, the first
-argument of the first request; a conversation stands there as JSON.
+metrics, doc_hash, and each metric under its own name). The prompt is the context given to the model, which is the first
+argument of the first request; a conversation is in JSON.
 
-A document is known by its task, number and hash. Models that were given it in other words, as by their own chat
-templates, are graded on one prompt: the one that was read first. A task that filters answers in several ways is graded
-by the filter that comes first in its file, and by the first of exact_match, acc and the metrics that the line names.
+A document is identified by its task, number and hash. Models may have seen it in different wordings, for example
+through their chat templates; all are graded on the prompt that was read first. For a task with several filters, the
+first filter in the file counts, with the first metric of exact_match, acc, ... and the metrics that the line lists.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KNOWN = (
 def read(uri: str, options: Options) -> Iterator[Item]:
     match = _NAME.fullmatch(storage.name(uri))
     if match is None:
-        raise UserError(f"{uri}: must be named as lm-eval names it, samples_TASK_TIME.jsonl")
+        raise UserError(f"{uri}: the file name must be samples_TASK_TIME.jsonl, as lm-eval writes it")
     task = match["task"]
     target = options.target or _target(uri, match["time"])
     unknown = Unknown([*_KNOWN, *_METRICS])
@@ -53,7 +53,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
 
 
 def _target(uri: str, time: str | None) -> str:
-    """The model, from the results beside the samples, or else by the name of the folder that both lie in."""
+    """The model's name, from the results file beside the samples, else the folder's name."""
     folder = uri.rpartition("/")[0]
     results = storage.join(folder, f"results_{time}.json")
     if time and storage.is_file(results):
@@ -62,7 +62,7 @@ def _target(uri: str, time: str | None) -> str:
         if isinstance(name, str) and name:
             return name
     if not (name := storage.name(folder)):
-        raise UserError(f"{uri}: no results_TIME.json beside it tells the model: give --target")
+        raise UserError(f"{uri}: unknown model: no results_TIME.json with model_name beside the file: set --target")
     return name
 
 
@@ -71,7 +71,7 @@ def _record(uri: str, row: int, fields: Fields, task: str, target: str) -> Recor
     prompt_id = None if number is None else f"{task}-{number}"
     metric = _metric(fields)
     if metric is None:
-        return BadRow(uri, row, prompt_id, f"holds none of the metrics {', '.join(_METRICS)}, nor one that it names")
+        return BadRow(uri, row, prompt_id, f"has no metric: expected {', '.join(_METRICS)}, or one listed in metrics")
     prompt = _context(fields.get("arguments"))
     messages = _conversation(prompt)
     return Record(
@@ -87,7 +87,7 @@ def _record(uri: str, row: int, fields: Fields, task: str, target: str) -> Recor
 
 
 def _metric(fields: Fields) -> str | None:
-    """The first that holds a grade, or, where none does, the first, whose value says what is wrong."""
+    """The first metric with a valid grade, else the first metric, whose invalid value is then reported."""
     held = [name for name in (*_METRICS, *_named_metrics(fields)) if name in fields]
     return next((name for name in held if is_grade(fields[name])), held[0] if held else None)
 
@@ -98,7 +98,7 @@ def _named_metrics(fields: Fields) -> list[str]:
 
 
 def _context(arguments: Any) -> object:
-    """Of {"gen_args_0": {"arg_0": context, ...}, ...}, or of the older [[context, ...], ...]."""
+    """The context in {"gen_args_0": {"arg_0": context, ...}, ...} or, in older files, [[context, ...], ...]."""
     if isinstance(arguments, dict):
         first = arguments.get("gen_args_0")
         return first.get("arg_0") if isinstance(first, dict) else first
@@ -109,7 +109,7 @@ def _context(arguments: Any) -> object:
 
 
 def _conversation(context: object) -> list[Any] | None:
-    """Chat models behind an API get [JSON of messages], where others get text."""
+    """The messages of a context [JSON of messages], which chat models behind an API get, or None for text."""
     if not isinstance(context, list) or not context:
         return None
     try:
@@ -121,7 +121,7 @@ def _conversation(context: object) -> list[Any] | None:
 
 FORMAT = Format(
     "lm-eval",
-    "lm-evaluation-harness's samples, of --log_samples (JSONL)",
+    "lm-evaluation-harness samples from --log_samples (JSONL)",
     (".jsonl",),
     read,
     (CATEGORY,),

@@ -1,16 +1,16 @@
-"""The answers to MMLU-Pro that its authors publish: a zip a model, of JSON lists with a record a question.
+"""MMLU-Pro answers as published by its authors: one zip per model, of JSON lists with one record per question.
 
 Source: TIGER-AI-Lab/MMLU-Pro, eval_results/model_outputs_MODEL_Nshots.zip, and evaluate_from_api.py and
-evaluate_from_local.py, which write what is in them: question_id, question, options, answer, category, src, pred,
-model_outputs. A zip holds one list, or one for each subject; a file whose name holds "summary" has totals only. JSON
-files that were never zipped are read as well.
+evaluate_from_local.py, which write the records: question_id, question, options, answer, category, src, pred,
+model_outputs. A zip holds one list, or one per subject; a file with "summary" in its name has totals only. Unzipped
+JSON files are read as well.
 
-An answer is right where the letter that was found in it, `pred`, is `answer`. Where none was found, the benchmark
-guesses one by a seeded draw; here such an answer is wrong, as no user would have got it right. Where the model gave no
-answer at all, it is ungraded. Questions and options are stripped: some were published with a space before them.
+An answer is right if the letter found in it, `pred`, equals `answer`. If no letter was found, the benchmark guesses one
+with a seeded draw; here such an answer is wrong, as it is for a user. If the model gave no answer, it is ungraded.
+Questions and options are stripped, since some were published with a leading space.
 
-Nothing of a zip is ever written to disk, so that the paths in it lead nowhere, and what it unpacks is read piece by
-piece: a huge one costs time, not memory, and above 4 GiB not even that.
+Zip members are streamed and never written to disk, so that their paths cannot escape a folder and a zip bomb costs
+time, not memory. A member of more than 4 GiB is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prefill_router.ingest.records import (
 from prefill_router.storage.compression import open_bytes
 
 _MAX_MEMBER_BYTES = 4 << 30
-_OUTPUTS = ("model_outputs", "generated_text", "response")  # what the answer is called, by the script that wrote it
+_OUTPUTS = ("model_outputs", "generated_text", "response")  # names of the answer's field, by the script that wrote it
 _KNOWN = (
     *("question_id", "question", "options", "answer", "answer_index", "cot_content", "category", "src", "pred"),
     *_OUTPUTS,
@@ -62,11 +62,11 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError) as error:
             if storage.is_failure_of_storage(error):
                 raise
-            raise UserError(f"{uri}: not a zip that can be read: {error}") from None
+            raise UserError(f"{uri}: cannot read the zip file: {error}") from None
 
 
 def _target(uri: str) -> str:
-    """The model, by the name of its file, or of the folder that its files lie in, one for each subject."""
+    """The model's name, from the file name, or from the folder with one file per subject."""
     *folders, name = uri.split("/")
     if match := re.fullmatch(r"model_outputs_(.+?)(_\d+shots?)?(\.json)?\.(zip|json)(\.gz|\.zst)?", name):
         return match[1]
@@ -75,7 +75,7 @@ def _target(uri: str) -> str:
         return folders[-3]
     if "_result.json" in name and folders:
         return folders[-1]
-    raise UserError(f"{uri}: its name does not tell the model, as model_outputs_MODEL_5shots.zip: give --target")
+    raise UserError(f"{uri}: unknown model: the file name is not like model_outputs_MODEL_5shots.zip: set --target")
 
 
 def _read_zip(uri: str, raw: IO[bytes], target: str, options: Options) -> Iterator[Item]:
@@ -92,7 +92,7 @@ def _read_zip(uri: str, raw: IO[bytes], target: str, options: Options) -> Iterat
             if info.flag_bits & 1:
                 raise UserError(f"{where}: is encrypted: unpack it first")
             if info.header_offset < 0:
-                raise zipfile.BadZipFile(f"{info.filename} lies before its beginning")
+                raise zipfile.BadZipFile(f"{info.filename} has a negative offset")
             if info.file_size > _MAX_MEMBER_BYTES:
                 raise UserError(f"{where}: unpacks to {info.file_size:,} bytes, more than {_MAX_MEMBER_BYTES:,}")
             with archive.open(info) as member:
@@ -112,7 +112,7 @@ def _records(uri: str, stream: IO[bytes], target: str, options: Options) -> Iter
     unknown = Unknown(_KNOWN)
     for row, member in enumerate(read_json(uri, stream, options.max_record_bytes)):
         if member.place is None:
-            raise UserError(f"{uri}: must hold lists of answers, but {shown(member.key)} is none")
+            raise UserError(f"{uri}: must hold lists of answers, but {shown(member.key)} is not a list")
         if not isinstance(member.value, dict):
             yield BadRow(uri, row, None, f"must be a JSON object with question and options, not {shown(member.value)}")
             continue
@@ -133,7 +133,7 @@ def _record(uri: str, row: int, fields: Fields, target: str) -> Record | BadRow:
     ):
         return BadRow(uri, row, prompt_id, f"options = {shown(choices)}, must be a list of 1 to 26 strings")
     if "pred" not in fields or not isinstance(fields.get("answer"), str):
-        return BadRow(uri, row, prompt_id, "has no pred or no answer, so that it cannot be graded")
+        return BadRow(uri, row, prompt_id, "cannot be graded: pred or answer is missing")
     prompt = f"{question.strip()}\n\n{lettered([choice.strip() for choice in choices])}"
     extras = {CATEGORY.name: text(fields.get("category")), SOURCE.name: text(fields.get("src"))}
     return Record(uri, row, prompt, [RawAnswer(target, _correct(fields))], prompt_id, extras=extras)
@@ -153,7 +153,7 @@ def _correct(fields: Fields) -> bool | None:
 
 FORMAT = Format(
     "mmlu-pro",
-    "MMLU-Pro's eval_results: a zip a model, or its JSON files",
+    "MMLU-Pro eval_results: one zip per model, or its JSON files",
     (".zip", ".json"),
     read,
     (CATEGORY, SOURCE),

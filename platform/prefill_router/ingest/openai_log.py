@@ -1,7 +1,7 @@
-"""Logs of requests to an OpenAI-style endpoint: JSONL, which has no grades and becomes a corpus alone.
+"""Request logs of an OpenAI-style endpoint: JSONL without grades, which becomes a corpus only.
 
-`logged` says what a line is. The model that was used and the tokens of its answer, where the log has them, are kept in
-the corpus.
+`prefill_router.corpus.openai_requests` defines the lines. The corpus keeps the model and the answer's tokens if the log
+has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables that grow row by row, of which only the last rows are held."""
+"""Writers of tables that grow row by row; only the latest rows are in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PART_BYTES = 16 << 20  # of prompts, before compression
 
 
 class Parts:
-    """The rows of one table, written in parts as they come."""
+    """Writes one table as a sequence of Parquet parts."""
 
     def __init__(self, uri: str, schema: pa.Schema) -> None:
         self.uri, self.schema = uri, schema
@@ -27,7 +27,7 @@ class Parts:
         self._columns: list[list[object]] = [[] for _ in schema]
 
     def add(self, row: Mapping[str, object], num_bytes: int = 0) -> None:
-        """A row by its columns' names, of which those that the table has not are left out."""
+        """Adds a row, a mapping of column names to values. Columns that the table lacks are dropped."""
         for column, name in zip(self._columns, self.schema.names, strict=True):
             column.append(row.get(name))
         self._num_bytes += num_bytes
@@ -44,7 +44,7 @@ class Parts:
 
 
 class Quarantine:
-    """Bad rows, kept as the bytes of the one file that they become."""
+    """Collects invalid rows as the bytes of one Parquet file."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -61,13 +61,13 @@ class Quarantine:
             self._flush()
 
     def _flush(self) -> None:
-        rows = [(text(bad.uri), *bad[1:]) for bad in self._rows]  # a file's name may be no Unicode
+        rows = [(text(bad.uri), *bad[1:]) for bad in self._rows]  # a file's name may be invalid Unicode
         columns = [list(column) for column in zip(*rows, strict=True)]
         self._writer.write_table(pa.table(columns, schema=QUARANTINE))
         self._rows = []
 
     def write(self, uri: str) -> None:
-        """Writes the file, unless no row was bad."""
+        """Writes the file if there are any invalid rows."""
         if self._rows:
             self._flush()
         self._writer.close()

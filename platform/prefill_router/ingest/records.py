@@ -1,7 +1,6 @@
-"""What a format's reader hands on: records as a file has them, unchecked, and what the file holds besides.
+"""The interface between formats and tables: readers yield unchecked records and ignored fields.
 
-Readers only find things. Whether a prompt can be encoded, a grade is one and a pair stands twice is judged in one
-place, `tables`, for all formats alike.
+Readers only extract values. `tables` validates the prompts and grades, and detects duplicates, for all formats alike.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import pyarrow as pa
 from prefill_router.common.errors import shown
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow
 
-CATEGORY = pa.field("category", pa.string())  # the benchmark, task or subject that a prompt is from
+CATEGORY = pa.field("category", pa.string())  # benchmark, task or subject of the prompt
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SOURCE = pa.field("source", pa.string())  # what the prompt was taken from, as its file says
+SOURCE = pa.field("source", pa.string())  # origin of the prompt according to the file
 
-_MAX_UNKNOWN = 64  # names of unknown columns that are kept of one file
+_MAX_UNKNOWN = 64  # reported unknown columns per file
 
 
 class RawAnswer(NamedTuple):
-    """A target's answer to a prompt; `correct` is None where it was never graded."""
+    """A target's answer to a prompt; `correct` is None if it was never graded."""
 
     target: object
     correct: object
@@ -32,20 +31,20 @@ class RawAnswer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt, with the answers to it that stand in the same row; `row` counts from 0 in its file."""
+    """One row of a file: a prompt and its answers. `row` counts from 0."""
 
     uri: str
     row: int
     prompt: object
     answers: Sequence[RawAnswer] = ()
-    prompt_id: str | None = None  # a hash of the content where the format gives none
+    prompt_id: str | None = None  # default: a hash of the content
     messages: object = None  # a conversation, in place of `prompt`
     extras: Mapping[str, object] = field(default_factory=dict)  # by the names of the format's extra columns
-    identity: str | None = None  # what must agree wherever `prompt_id` stands again, if it is not the prompt's text
+    identity: str | None = None  # must agree between records with the same `prompt_id`; default: the prompt
 
 
 class Ignored(NamedTuple):
-    """Something that has no place in our tables, such as a column that the format is not known to have."""
+    """Data that our tables have no place for, such as an unknown column of a format."""
 
     what: str
 
@@ -55,22 +54,22 @@ Item = Record | BadRow | Ignored
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user may say about any source."""
+    """The user's options for reading a source."""
 
-    target: str | None = None  # the model whose answers they are, where the files do not tell
+    target: str | None = None  # the model that answered, if the files do not name it
     max_prompt_bytes: int = MAX_PROMPT_BYTES
 
     @property
     def max_record_bytes(self) -> int:
-        """Escapes may make a prompt six times as long, and whole answers stand beside it."""
+        """The size limit of one record. Escapes can make a prompt six times as long, and records include answers."""
         return 64 * max(self.max_prompt_bytes, MAX_PROMPT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A way in which others keep graded answers; `read` yields what one file of it holds.
+    """A file format of graded answers. `read` yields the items of one file.
 
-    `read` raises UserError where the file as a whole is not of the format.
+    It raises UserError if the file as a whole is not of the format.
     """
 
     name: str
@@ -79,14 +78,14 @@ class Format:
     read: Callable[[str, Options], Iterator[Item]]
     extras: tuple[pa.Field, ...] = ()
     has_messages: bool = False
-    takes_target: bool = False  # its records do not name the model: its files do, or the user
-    newest_first: bool = False  # files that repeat a run carry its date: the newest, read first, is the one that counts
-    is_wanted: Callable[[str], bool] = lambda _: True  # by the name of a file that lies in a folder
-    is_companion: Callable[[str], bool] = lambda _: False  # files beside them that are known to hold no records
+    takes_target: bool = False  # records do not name the model; the file's path or the user does
+    newest_first: bool = False  # file names end with the date of the run; the newest run is read first, and counts
+    is_wanted: Callable[[str], bool] = lambda _: True  # by file name, for files in a folder
+    is_companion: Callable[[str], bool] = lambda _: False  # known files without records
 
 
 class Unknown:
-    """Tells of each column once that is not among those that a format is known to have."""
+    """Reports each column that is unknown to a format once."""
 
     def __init__(self, known: Iterable[str]) -> None:
         self._told, self._left = set(known), _MAX_UNKNOWN
@@ -100,12 +99,12 @@ class Unknown:
 
 
 def text(value: object) -> str | None:
-    """A value as text for an extra column, None where there is none."""
+    """A value as text for an extra column, None if it is empty."""
     if value is None or value == "":
         return None
     return (value if isinstance(value, str) else str(value)).encode("utf-8", "replace").decode()
 
 
 def lettered(options: Sequence[object], letters: Sequence[object] = LETTERS) -> str:
-    """Options of a multiple-choice question, a line each: `A. first`. There must be a letter for each."""
+    """The options of a multiple-choice question, one per line: `A. first`. Raises ValueError without enough letters."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters[: len(options)], options, strict=True))

@@ -1,9 +1,9 @@
-"""The responses that RouteLLM evaluates routers on: a CSV with a prompt a row and a column of booleans a model.
+"""RouteLLM evaluation responses: a CSV with one prompt per row and one boolean column per model.
 
 Source: lm-sys/RouteLLM, routellm/evals/mmlu/responses/mmlu_*.csv (prompt, mixtral-8x7b-instruct-v0.1,
-gpt-4-1106-preview) and routellm/evals/gsm8k/gsm8k_responses.csv, which adds a column MODEL_response for each model. Its
-prompts that RouteLLM calls contaminated are listed in other files, and stay in. MT-Bench's judgements, on a scale to
-10, are not of this format.
+gpt-4-1106-preview) and routellm/evals/gsm8k/gsm8k_responses.csv, which adds a column MODEL_response for each model.
+RouteLLM lists contaminated prompts in other files; they are not removed. MT-Bench judgements, on a scale to 10, are not
+supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefill_router.ingest.grades import is_grade
 from prefill_router.ingest.records import CATEGORY, Format, Item, Options, RawAnswer, Record, Unknown
 
 _RESPONSE = "_response"
-_INDEX = "Unnamed:"  # how pandas calls the index that it has written
+_INDEX = "Unnamed:"  # pandas' name for a written index
 
 
 def read(uri: str, options: Options) -> Iterator[Item]:
@@ -31,7 +31,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         start, first = _first_good(rows)
         models = _models(table.columns, first)
         if first and not models:
-            raise UserError(f"{uri}: no column of true and false beside prompt: it has {', '.join(table.columns)}")
+            raise UserError(f"{uri}: no column of true and false besides prompt: it has {', '.join(table.columns)}")
         yield from Unknown(["prompt", *models, *(model + _RESPONSE for model in models)]).among(table.columns)
         for row, _, fields in itertools.chain(start, rows):
             if isinstance(fields, str):
@@ -42,7 +42,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
 
 
 def _first_good(rows: Iterator[text_files.Record]) -> tuple[list[text_files.Record], Fields]:
-    """The rows up to the first that is whole, and that one."""
+    """The rows up to the first valid one, and that row's fields."""
     start: list[text_files.Record] = []
     for row in rows:
         start.append(row)
@@ -52,11 +52,11 @@ def _first_good(rows: Iterator[text_files.Record]) -> tuple[list[text_files.Reco
 
 
 def _models(columns: Sequence[str], first: Fields) -> list[str]:
-    """The columns that hold grades, judged by the first row: models have no mark of their own."""
+    """The columns that have a grade in the first row: nothing else distinguishes the models' columns."""
     named = [c for c in columns if c and c != "prompt" and not c.startswith(_INDEX) and not c.endswith(_RESPONSE)]
     return [c for c in named if c in first and is_grade(first[c])]
 
 
 FORMAT = Format(
-    "routellm", "RouteLLM's evaluation responses: a CSV with a column a model", (".csv",), read, (CATEGORY,)
+    "routellm", "RouteLLM evaluation responses: a CSV with one column per model", (".csv",), read, (CATEGORY,)
 )

@@ -1,10 +1,10 @@
-"""RouterArena's predictions, a JSON list with a prompt and the model that a router chose, and its cached results.
+"""RouterArena predictions (a JSON list of prompts and the models that a router chose) and cached results (JSONL).
 
 Source: RouteWorks/RouterArena. router_inference/predictions/ROUTER.json, which llm_evaluation/run.py grades: "global
 index", prompt, prediction (the model), generated_result with token_usage, accuracy and cost, null until graded.
-cached_results/MODEL.jsonl: global_index, question, llm_selected, token_usage, evaluation_result with score. A call that
-did not succeed is no answer, and is left ungraded. The files ROUTER-robustness.json word the same prompts otherwise
-under the same index: read them by themselves.
+cached_results/MODEL.jsonl: global_index, question, llm_selected, token_usage, evaluation_result with score. A failed
+call counts as ungraded. The files ROUTER-robustness.json reword the same prompts under the same index: ingest them
+separately.
 """
 
 from __future__ import annotations

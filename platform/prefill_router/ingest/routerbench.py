@@ -1,10 +1,10 @@
-"""RouterBench's table, exported as Parquet or CSV: a row a prompt, with the score, response and cost of every model.
+"""RouterBench table, exported as Parquet or CSV: one row per prompt, with every model's score, response and cost.
 
 Source: withmartian/routerbench, convertors/common.py and utils.py, and the files routerbench_0shot.pkl and
 routerbench_5shot.pkl: sample_id, prompt, eval_name, oracle_model_to_route_to, and MODEL, MODEL|model_response and
-MODEL|total_cost for each model. The long form, routerbench_raw.pkl, has model_name and performance in place of these. A
-prompt is written there as a Python list of its turns, as "['first', 'second']": they are joined by a blank line. A
-score that is missing was never graded. The files are pickles, which run code as they are loaded, and are refused.
+MODEL|total_cost for each model. The long form, routerbench_raw.pkl, has model_name and performance instead. A prompt
+may be a Python list of its turns, such as "['first', 'second']"; they are joined by a blank line. A missing score was
+never graded. The published files are pickles, which can run code on loading, and are refused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _read_parquet(uri: str) -> Iterator[Item]:
 
 def _batches(uri: str, file: pa.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
     row = 0
-    for group in range(file.num_row_groups):  # one at a time: what a reader of several has fetched, it keeps
+    for group in range(file.num_row_groups):  # one at a time: a reader of several keeps all it has fetched in memory
         size = batch_rows(uri, file.metadata.row_group(group), columns, _BATCH_ROWS)
         for batch in file.iter_batches(size, row_groups=[group], columns=list(columns)):
             yield row, batch
@@ -68,7 +68,7 @@ def _batches(uri: str, file: pa.parquet.ParquetFile, columns: Sequence[str]) -> 
 
 
 class _Columns:
-    """What the columns of one file stand for. Raises UserError where they are not RouterBench's."""
+    """The roles of one file's columns. Raises UserError if they are not RouterBench's."""
 
     def __init__(self, uri: str, names: Sequence[str]) -> None:
         check_unique(uri, names)
@@ -77,7 +77,7 @@ class _Columns:
         self.is_long = all(name in names for name in _LONG)
         self.models = [] if self.is_long else [m for m in names if any(m + suffix in names for suffix in _OF_MODEL)]
         if not self.is_long and not self.models:
-            raise UserError(f"{uri}: no model has a column MODEL beside MODEL|total_cost or MODEL|model_response")
+            raise UserError(f"{uri}: no model found: needs columns MODEL and MODEL|total_cost or MODEL|model_response")
         self.used = [name for name in (*_USED, *(_LONG if self.is_long else self.models)) if name in names]
 
     def unknown(self) -> Iterator[Item]:
@@ -96,7 +96,7 @@ class _Columns:
 
 
 def _score(value: object) -> object:
-    """pandas writes what is missing as NaN."""
+    """A score, None for NaN, which pandas writes for missing values."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -104,7 +104,7 @@ def _joined(prompt: object) -> object:
     turns = prompt
     if isinstance(prompt, str) and prompt.startswith(("['", '["')) and prompt.endswith("]"):
         try:
-            with warnings.catch_warnings(action="ignore"):  # of text that only looks like a list
+            with warnings.catch_warnings(action="ignore"):  # from text that only looks like a list
                 turns = ast.literal_eval(prompt)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return prompt
@@ -115,7 +115,7 @@ def _joined(prompt: object) -> object:
 
 FORMAT = Format(
     "routerbench",
-    "RouterBench's table as Parquet or CSV: a row a prompt, a column a model",
+    "RouterBench table as Parquet or CSV: one row per prompt, one column per model",
     (".parquet", ".csv"),
     read,
     (CATEGORY,),

@@ -1,4 +1,4 @@
-"""What is kept of every prompt while a source is read: how it differs from the others, and who was graded on it."""
+"""Detects repeated prompts and repeated grades while a source is read."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _HALF = (1 << 64) - 1
 
 
 class Recurrence(Enum):
-    """How a prompt stands to those before it."""
+    """The relation of a prompt to earlier ones."""
 
     NEW = auto()
     AGAIN = auto()
-    OTHER_WORDING = auto()  # the prompt that has its id is known to be the same, but reads otherwise
-    CLASH = auto()  # another prompt has its id
+    OTHER_WORDING = auto()  # same id and identity, different text
+    CLASH = auto()  # same id, different prompt
 
 
 class Seen:
-    """The prompts so far, and the targets that each was graded on."""
+    """The prompts read so far, and the targets graded on each."""
 
     def __init__(self) -> None:
-        # An integer each: 64 bits of the content, 64 bits of the identity, a bit for each target.
+        # One integer per prompt: 64 bits of the content, 64 bits of the identity, one bit per target.
         self._prompts: dict[bytes, int] = {}
         self._bits: dict[str, int] = {}
 
@@ -40,7 +40,7 @@ class Seen:
         return Recurrence.CLASH if differs >> 64 & _HALF else Recurrence.OTHER_WORDING
 
     def grade(self, prompt_id: str, target: str) -> bool:
-        """Notes a pair, and says whether it is new. The prompt must have been placed."""
+        """Records a pair, and returns whether it is new. `place` must have recorded the prompt."""
         bit = 1 << (128 + self._bits.setdefault(target, len(self._bits)))
         key = id_digest(prompt_id)
         before = self._prompts[key]

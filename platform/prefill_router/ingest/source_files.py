@@ -1,4 +1,4 @@
-"""The files of a source: one file, or all of a format that lie anywhere below a folder."""
+"""Finds the files of a source: a single file, or all files of a format below a folder."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _PICKLES = (".pkl", ".pickle", ".joblib", ".pt")
 
 
 class Source(NamedTuple):
-    """URIs of the files to read, in their order, and of those in the folder that nobody expects there."""
+    """URIs of the files to read, in order, and of the other, unexpected files in the folder."""
 
     files: list[str]
     others: list[str]
 
 
 def find_source(uri: str, kind: Format) -> Source:
-    """Raises UserError where nothing at `uri` is of the format `kind`."""
+    """Finds the files of format `kind` at `uri`. Raises UserError if there are none."""
     storage.require(uri, "source")
     found = storage.find_files(uri)
     if found == [uri]:
         _refuse_pickle(uri)
         if not _has_suffix(uri, kind):
-            raise UserError(f"{uri}: a file of {kind.name} is one of {', '.join(kind.suffixes)}")
+            raise UserError(f"{uri}: unexpected file type: format {kind.name} reads {', '.join(kind.suffixes)}")
         return Source(found, [])
     found = [file for file in found if not kind.is_companion(storage.name(file))]
     files = [file for file in found if _has_suffix(file, kind) and kind.is_wanted(storage.name(file))]
     if not files:
         for file in found:
             _refuse_pickle(file)
-        raise UserError(f"{uri}: holds no file of {kind.name}: looked for {', '.join(kind.suffixes)}")
+        raise UserError(f"{uri}: no files of format {kind.name} found: looked for {', '.join(kind.suffixes)}")
     taken = set(files)
     return Source(sorted(files, reverse=kind.newest_first), [file for file in found if file not in taken])
 
@@ -45,6 +45,6 @@ def _has_suffix(uri: str, kind: Format) -> bool:
 def _refuse_pickle(uri: str) -> None:
     if uri.lower().endswith(_PICKLES):
         raise UserError(
-            f"{uri}: a pickle runs code as it is loaded, and is not read: where you trust it, export it with "
+            f"{uri}: pickle files are not read, since loading one can run code: if you trust it, export it with "
             'pandas.read_pickle(path).to_parquet("table.parquet")'
         )

@@ -1,7 +1,6 @@
-"""Records of any format, written as a corpus and its outcomes, with a quarantine of all that could not be.
+"""Validates the records of any format and writes them as a corpus, outcomes and a quarantine of invalid rows.
 
-Nothing is held but a few rows of each table and, of every prompt, what tells it from the others and which targets it
-was graded on: some 200 bytes a prompt, whatever its length.
+Memory holds one part of each table, and about 200 bytes per prompt, whatever its length, to detect duplicates.
 """
 
 from __future__ import annotations
@@ -37,29 +36,29 @@ class TargetSummary:
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What became of a source's records."""
+    """Counts of an ingested source, as written to summary.json."""
 
     format: str
     source: str
     files: int
-    files_ignored: int  # of the folder, because they are of another kind
+    files_ignored: int  # unexpected files in the folder
     records: int
     prompts: int  # rows of the corpus
     outcomes: int
-    ungraded: int  # answers that have no grade, and so are no outcomes
-    quarantined: int  # entries of the quarantine; a record with several bad answers makes several
-    repeated_pairs: int  # of these, pairs of a prompt and a target that were graded before
-    repeated_prompts: int  # records without answers whose prompt stands earlier
-    other_wordings: int  # records whose prompt stands earlier in other words, though it is known to be the same
+    ungraded: int  # answers without a grade, which are no outcomes
+    quarantined: int  # rows of the quarantine, one per invalid answer
+    repeated_pairs: int  # quarantined grades of a prompt and target that already have one
+    repeated_prompts: int  # records without answers whose prompt was read before
+    other_wordings: int  # records whose prompt was read before in another wording
     targets: dict[str, TargetSummary]
-    ignored: dict[str, int]  # what has no place in our tables, and how often it was met
+    ignored: dict[str, int]  # unsupported fields and files, with their number of occurrences
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Tables:
-    """Writes what a format's reader yields below `out`. Left with an error, it takes back all that it wrote."""
+    """Context manager that writes a reader's items below `out`. Deletes everything it wrote if an error occurs."""
 
     def __init__(self, out: str, kind: Format, options: Options) -> None:
         self.out, self.kind, self.options = out, kind, options
@@ -110,7 +109,7 @@ class Tables:
             return
         place = self._seen.place(prompt_id, content, record.identity)
         if place is Recurrence.CLASH:
-            self._refuse(record, prompt_id, f"{PROMPT_ID} {shown(prompt_id)} stands earlier with another prompt")
+            self._refuse(record, prompt_id, f"{PROMPT_ID} {shown(prompt_id)} already belongs to another prompt")
             return
         if place is Recurrence.NEW:
             self._add_prompt(record, prompt_id, prompt)
@@ -147,13 +146,13 @@ class Tables:
             self._correct[one.target] += one.correct
         else:
             self._num_repeated_pairs += 1
-            self._refuse(record, prompt_id, f"target {shown(one.target)} was graded on this prompt before")
+            self._refuse(record, prompt_id, f"target {shown(one.target)} already has a grade for this prompt")
 
     def _refuse(self, record: Record, prompt_id: str | None, reason: str) -> None:
         self._quarantine.add(BadRow(record.uri, record.row, prompt_id, reason))
 
     def finish(self, source: str, num_files: int, num_files_ignored: int = 0) -> IngestSummary:
-        """Writes what is left, the summary last. Raises UserError where not one record was good."""
+        """Writes the remaining rows, then the summary. Raises UserError if no record was valid."""
         self._corpus.flush()
         self._outcomes.flush()
         if not self._corpus.num_rows:
@@ -180,8 +179,8 @@ class Tables:
 
     def _nothing(self) -> str:
         if self._quarantine.first is None:
-            return f"holds no record of {self.kind.name}"
-        return f"none of {self._num_records:,} records is good; the first: {self._quarantine.first.message}"
+            return f"no records of format {self.kind.name} found"
+        return f"no valid records among {self._num_records:,}; the first error: {self._quarantine.first.message}"
 
 
 def _corpus_schema(kind: Format) -> pa.Schema:
@@ -191,7 +190,7 @@ def _corpus_schema(kind: Format) -> pa.Schema:
 
 
 def _fit(record: Record, max_bytes: int) -> Prompt:
-    """Raises UnfitError unless the record holds a conversation or, in its place, a text of more than white space."""
+    """The record's prompt. Raises UnfitError unless it is a conversation or a text of more than white space."""
     return fit_prompt(record.prompt, max_bytes) if record.messages is None else fit_messages(record.messages, max_bytes)
 
 
@@ -199,13 +198,13 @@ def _num_chars(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
 
 
-# --- where the tables go -----------------------------------------------------------------------------------------
+# --- the output folder -------------------------------------------------------------------------------------------
 
 
 def claim(out: str, *, overwrite: bool) -> None:
-    """Makes room for the tables. Raises UserError where some lie there already, unless they are to be replaced.
+    """Prepares the output folder. Raises UserError if it has tables already and `overwrite` is false.
 
-    Only what `ingest` writes is ever deleted.
+    Deletes only files that `ingest` writes.
     """
     storage.check_output(out)
     folders = (CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER)
@@ -216,11 +215,11 @@ def claim(out: str, *, overwrite: bool) -> None:
     clear(out)
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
         if names := storage.list_names(storage.join(out, folder)):
-            raise UserError(f"{out}/{folder}: holds {names[0]}, which no `ingest` wrote: choose another --out")
+            raise UserError(f"{out}/{folder}: holds {names[0]}, which `ingest` did not write: choose another --out")
 
 
 def clear(out: str) -> None:
-    """Deletes what `ingest` wrote below `out`, the summary first, which says that it is whole."""
+    """Deletes the files of `ingest` below `out`. The summary, which marks a complete output, goes first."""
     storage.remove(storage.join(out, SUMMARY))
     storage.remove(storage.join(out, QUARANTINE_FILE))
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):

@@ -1,8 +1,7 @@
-"""The CSV that NVIDIA's LLM router toolkit trains on: a row for each question and model.
+"""Training data of NVIDIA's LLM router toolkit: a CSV with one row per question and model.
 
 Source: NVIDIA-AI-Blueprints/llm-router, docs/guide-data-collection.md and docs/training-guide.md: columns question,
-model, isCorrect (1 or 0) and output_tokens, of which the last may be absent. Scripts around it add category and source,
-which are kept.
+model, isCorrect (1 or 0) and, optionally, output_tokens. Scripts around it add category and source, which are kept.
 """
 
 from __future__ import annotations
@@ -30,4 +29,4 @@ def read(uri: str, options: Options) -> Iterator[Item]:
             yield Record(uri, row, fields["question"], [answer], extras=extras)
 
 
-FORMAT = Format("toolkit", "NVIDIA's LLM router toolkit: a CSV of questions and models", (".csv",), read, _EXTRAS)
+FORMAT = Format("toolkit", "NVIDIA LLM router toolkit: CSV, one row per question and model", (".csv",), read, _EXTRAS)

@@ -1,4 +1,4 @@
-"""What `ingest` makes of rows that are not as they should be: quarantined with a reason, and nothing else is lost."""
+"""Invalid rows: `ingest` quarantines them with a reason, and loses nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = "question,model,isCorrect,output_tokens\n"
 
 
 def toolkit(path: Path, text: str | bytes) -> Ingested:
-    """What becomes of the rows of a toolkit's CSV, the last of which is good."""
+    """Ingests rows of a toolkit CSV, and one valid row after them."""
     rows = text.encode() if isinstance(text, str) else text
     write(path / "t.csv", HEADER.encode() + rows + b"good,m,1,5\n")
     return ingest("toolkit", path / "t.csv", path / "out")
@@ -57,7 +57,7 @@ def test_a_bad_row_goes_to_the_quarantine(tmp_path: Path, row: str | bytes, reas
     prompt_id = content_hash("hi") if reason.startswith("target") else None
     assert found.quarantine == [("t.csv", 0, prompt_id, reason)]
     assert found.outcomes == {(content_hash("good"), "m"): (1.0, 5)}
-    assert list(found.prompts.values()) == ["good"]  # a prompt of which no answer is fit is none of the corpus
+    assert list(found.prompts.values()) == ["good"]  # the corpus leaves out a prompt without a valid answer
     assert (found.summary.records, found.summary.quarantined) == (2, 1)
 
 
@@ -80,7 +80,7 @@ def test_an_answer_without_a_grade_is_a_missing_outcome(tmp_path: Path) -> None:
 def test_a_pair_that_stands_twice(tmp_path: Path) -> None:
     found = toolkit(tmp_path, "hi,m,1,5\nhi,n,0,5\nhi,m,0,6\nhi,m,1,5\n")
     assert found.outcomes[content_hash("hi"), "m"] == (1.0, 5)
-    reason = 'target "m" was graded on this prompt before'
+    reason = 'target "m" already has a grade for this prompt'
     assert found.quarantine == [("t.csv", row, content_hash("hi"), reason) for row in (2, 3)]
     assert (found.summary.repeated_pairs, found.summary.prompts, found.summary.outcomes) == (2, 2, 3)
     assert found.summary.targets["m"].accuracy == 1.0
@@ -90,7 +90,7 @@ def test_an_id_with_another_prompt(tmp_path: Path) -> None:
     lines = ["sample_id,prompt,m,m|total_cost", "a,one,1,0", "a,two,0,0", "b,one,0,0"]
     found = ingest("routerbench", write(tmp_path / "r.csv", "\n".join(lines)), tmp_path / "out")
     assert found.prompts == {"a": "one", "b": "one"}
-    assert found.quarantine == [("r.csv", 1, "a", 'prompt_id "a" stands earlier with another prompt')]
+    assert found.quarantine == [("r.csv", 1, "a", 'prompt_id "a" already belongs to another prompt')]
 
 
 def test_a_bad_answer_leaves_the_others_of_its_row(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_bad_line_goes_to_the_quarantine(tmp_path: Path, line: str, reason: st
         ({"options": "AB"}, 'options = "AB", must be a list of 1 to 26 strings'),
         ({"options": ["x"] * 27}, "options = ["),
         ({"question": " "}, 'question = " ", must be a non-empty string'),
-        ({"answer": None}, "has no pred or no answer, so that it cannot be graded"),
+        ({"answer": None}, "cannot be graded: pred or answer is missing"),
     ],
 )
 def test_a_question_that_cannot_be_asked(tmp_path: Path, change: dict[str, object], reason: str) -> None:

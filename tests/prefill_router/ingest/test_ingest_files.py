@@ -1,4 +1,4 @@
-"""What `ingest` makes of files that are not as they should be, where it writes, and that it needs little memory."""
+"""Invalid files, the output folder and the memory use of `ingest`."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ RECORD = '{"index": 1, "prompt": "hi", "score": 1.0}'
         ("toolkit", "t.csv", "", "is empty: a CSV must begin with the names of its columns"),
         ("toolkit", "t.csv", "question,model\n", "column isCorrect is missing; it has question, model"),
         ("toolkit", "t.csv", "question,model,model,isCorrect\n", "has 2 columns model, must have one"),
-        ("toolkit", "t.csv", HEADER, "holds no record of toolkit"),
+        ("toolkit", "t.csv", HEADER, "no records of format toolkit found"),
         ("toolkit", "t.csv", HEADER + '"open,m,1,5\n', "near byte 51: not CSV: unexpected end of data"),
         (
             "toolkit",
             "t.csv",
             HEADER + "hi,m,7,5\n",
-            'none of 1 records is good; the first: {}: row 1: target "m": correct',
+            'no valid records among 1; the first error: {}: row 1: target "m": correct',
         ),
         ("toolkit", "t.csv.gz", "no gzip", "cannot be decompressed"),
         ("toolkit", "t.csv.gz", gzip.compress(b"x" * 4000, mtime=0)[:-9], "cannot be decompressed"),
         ("toolkit", "t.csv.zst", "no zstd", "cannot be decompressed"),
-        ("toolkit", "t.txt", "x", "a file of toolkit is one of .csv"),
-        ("routerbench", "r.csv", "sample_id,prompt,m\n", "no model has a column MODEL beside MODEL|total_cost"),
+        ("toolkit", "t.txt", "x", "unexpected file type: format toolkit reads .csv"),
+        ("routerbench", "r.csv", "sample_id,prompt,m\n", "no model found: needs columns MODEL and MODEL|total_cost"),
         ("routerbench", "r.parquet", "PAR1", "not a Parquet file"),
         (
             "routellm",
             "r.csv",
             "prompt,domain\nhi,law\n",
-            "no column of true and false beside prompt: it has prompt, domain",
+            "no column of true and false besides prompt: it has prompt, domain",
         ),
-        ("llmrouter", "l.jsonl", "", "holds no record of llmrouter"),
+        ("llmrouter", "l.jsonl", "", "no records of format llmrouter found"),
         ("llmrouterbench", "b.json", "", "is empty: must hold a JSON list or object"),
         ("llmrouterbench", "b.json", "[1]", "must be a JSON object with a list of records, but is a list"),
-        ("llmrouterbench", "b.json", '{"demo": false}', "holds no records: it has demo"),
+        ("llmrouterbench", "b.json", '{"demo": false}', "has no list of records, only demo"),
         ("llmrouterbench", "b.json", f'{{"records": [{RECORD}, {{"pro', "not JSON: Unterminated string starting at"),
         ("llmrouterbench", "b.json", f'{{"records": [{RECORD}', "not JSON: ends early"),
         ("llmrouterbench", "b.json", f'{{"records": [{RECORD} 5]}}', "near character 56: not JSON: expected , or ]"),
@@ -67,9 +67,14 @@ RECORD = '{"index": 1, "prompt": "hi", "score": 1.0}'
         ("routerarena", "p.json", '"text"', "must hold a JSON list or object, but begins with '\"'"),
         ("routerarena", "p.json", "[]\n[]", "has more than one value: if it has one per line, name it .jsonl"),
         ("routerarena", "p.json", "[" * 100_000, "not JSON: nested too deep"),
-        ("lm-eval", "gsm8k.jsonl", "{}", "must be named as lm-eval names it, samples_TASK_TIME.jsonl"),
-        ("mmlu-pro", "model_outputs_m_5shots.zip", "PK no zip", "not a zip that can be read: File is not a zip file"),
-        ("mmlu-pro", "model_outputs_m_5shots.json", '{"acc": 1}', 'must hold lists of answers, but "acc" is none'),
+        ("lm-eval", "gsm8k.jsonl", "{}", "the file name must be samples_TASK_TIME.jsonl, as lm-eval writes it"),
+        ("mmlu-pro", "model_outputs_m_5shots.zip", "PK no zip", "cannot read the zip file: File is not a zip file"),
+        (
+            "mmlu-pro",
+            "model_outputs_m_5shots.json",
+            '{"acc": 1}',
+            'must hold lists of answers, but "acc" is not a list',
+        ),
     ],
 )
 def test_a_broken_file_is_one_line(
@@ -103,11 +108,11 @@ def test_a_broken_zip_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fails("5shots.zip: holds no JSON file with answers")
     whole = _members(path, **{"a.json": (FIXTURES / "mmlu_pro.json").read_text()})
     path.write_bytes(whole[: len(whole) // 2])
-    fails("5shots.zip: not a zip that can be read")
+    fails("5shots.zip: cannot read the zip file")
     path.write_bytes(whole[:60] + b"\xff\xff\xff\xff" + whole[64:])
-    fails("5shots.zip: not a zip that can be read")
+    fails("5shots.zip: cannot read the zip file")
     encrypted = bytearray(whole)
-    encrypted[6] |= 1  # the flag of the member, and of its entry in the directory
+    encrypted[6] |= 1  # the encryption flag, here and in the central directory
     encrypted[whole.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(encrypted)
     fails("5shots.zip#a.json: is encrypted: unpack it first")
@@ -155,7 +160,7 @@ def test_a_folder_of_many_things(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (found.summary.files, found.summary.files_ignored) == (3, 10)
     names = ", ".join(f"x{i}.txt" for i in range(8))
     assert capsys.readouterr().err == f"ingest: ignored: files of another kind: {names} and 2 more\n"
-    with pytest.raises(UserError, match=r"source: holds no file of mmlu-pro: looked for .zip, .json"):
+    with pytest.raises(UserError, match=r"source: no files of format mmlu-pro found: looked for .zip, .json"):
         ingest("mmlu-pro", source, tmp_path / "out2")
 
 
@@ -174,7 +179,7 @@ def test_an_output_is_replaced_only_on_request(tmp_path: Path) -> None:
     found = ingest("toolkit", source, out, overwrite=True)
     assert (list(found.prompts.values()), found.quarantine) == (["two"], [])
     (out / "corpus" / "mine.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"out/corpus: holds mine.jsonl, which no `ingest` wrote"):
+    with pytest.raises(UserError, match=r"out/corpus: holds mine.jsonl, which `ingest` did not write"):
         ingest("toolkit", source, out, overwrite=True)
     assert (out / "pool.toml").exists()
     with pytest.raises(UserError, match=r"t.csv: is a file: an output is a folder"):
@@ -238,7 +243,7 @@ def _write_rows(path: Path, num_rows: int) -> str:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Of 100 MB no more is held than a part, and 200 bytes of each of 20,000 prompts: 46 MB."""
+    """Reading 100 MB takes at most one part and 200 bytes for each of 20,000 prompts: 46 MB."""
     sources = _write_rows(tmp_path / "small.csv", 20_000), _write_rows(tmp_path / "large.csv", 200_000)
     env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-c", PEAK, *sources, str(tmp_path / "out")]

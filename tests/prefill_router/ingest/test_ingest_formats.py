@@ -1,4 +1,4 @@
-"""Every format that `ingest` reads: a small file in its true form, and the very tables that it must become."""
+"""The formats of `ingest`: a small file of each in its original form, and the exact tables expected from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefill_router.corpus.reader import Prompt, content_hash
 
 
 def ids(prompts: list[Prompt]) -> dict[str, Prompt]:
-    """Prompts by the ids that they get where a format gives none."""
+    """Prompts by their default ids."""
     return {content_hash(prompt): prompt for prompt in prompts}
 
 
@@ -107,7 +107,7 @@ def test_mmlu_pro_as_json(tmp_path: Path, name: str, target: str) -> None:
 
 def test_a_target_that_only_the_user_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "answers.json", MMLU_PRO)
-    with pytest.raises(UserError, match=r"answers.json: its name does not tell the model, .*: give --target"):
+    with pytest.raises(UserError, match=r"answers.json: unknown model: .*: set --target"):
         ingest("mmlu-pro", path, tmp_path / "out")
     assert ingest("mmlu-pro", path, tmp_path / "out", target="gpt-4o").outcomes == mmlu_pro_outcomes("gpt-4o")
 
@@ -162,7 +162,9 @@ def test_routerbench_in_its_long_form(tmp_path: Path) -> None:
 def test_a_pickle_is_refused(tmp_path: Path, format_name: str) -> None:
     pickle = write(tmp_path / "routerbench_0shot.pkl", b"\x80\x04N.")
     for source in (pickle, tmp_path):
-        with pytest.raises(UserError, match=r"routerbench_0shot.pkl: a pickle runs code .* export it with pandas"):
+        with pytest.raises(
+            UserError, match=r"routerbench_0shot.pkl: pickle files are not read, .* export it with pandas"
+        ):
             ingest(format_name, source, tmp_path / "out")
 
 
@@ -209,7 +211,7 @@ def test_llmrouter(tmp_path: Path) -> None:
         (content_hash(who), "qwen2.5-7b-instruct"): (0.5, 5),
     }
     assert found.extras[content_hash(bone)] == {"category": "mmlu"}
-    assert (found.summary.ungraded, found.summary.ignored) == (1, {})  # the call that failed
+    assert (found.summary.ungraded, found.summary.ignored) == (1, {})  # the failed call
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_llmrouterbench_takes_the_newest_run(tmp_path: Path) -> None:
     assert found.extras[content_hash(two)] == {"category": "aime"}
     assert (found.summary.ungraded, found.summary.repeated_pairs) == (1, 1)
     assert found.summary.ignored == {"demo run": 1}
-    reason = 'target "glm-4.6" was graded on this prompt before'
+    reason = 'target "glm-4.6" already has a grade for this prompt'
     assert found.quarantine == [("aime-test-glm-4.6-20250901_120000.json", 0, content_hash(two), reason)]
 
 
@@ -262,7 +264,7 @@ def test_routerarena(tmp_path: Path) -> None:
         ("ArcMMLU_98", "gpt-4o-mini"): (0.0, 12),
     }
     assert found.extras["ArcMMLU_98"] == {"category": "ArcMMLU"}
-    assert found.summary.ungraded == 2  # one that was not graded yet, one call that failed
+    assert found.summary.ungraded == 2  # one not graded yet, one failed call
 
 
 def test_routerarena_cached_results(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_lm_eval(tmp_path: Path) -> None:
     assert found.outcomes == {
         ("gsm8k-0", "org/small"): (1.0, None),
         ("gsm8k-1", "org/small"): (0.0, None),
-        ("gsm8k-0", "org__chat"): (0.0, None),  # the same document, given as a conversation
+        ("gsm8k-0", "org__chat"): (0.0, None),  # the same document as a conversation
         ("copa-0", "org__chat"): (1.0, None),
     }
     assert found.extras["gsm8k-0"] == {"category": "gsm8k"}
