@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes *.lock, what the image and the machines of cluster.yaml install, with a hash of each wheel: for Linux on x86-64
-# and Python 3.12. Run it when pyproject.toml or constraints.txt have changed; it needs pip and uv.
+# Writes *.lock: the packages that the image and the machines of cluster.yaml install, with a hash of each wheel, for
+# Linux on x86-64 and Python 3.12. Run it after changing pyproject.toml or constraints.txt. Needs pip and uv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=3.12
@@ -9,17 +9,17 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
 platforms=()
-for minor in {5..28}; do # of glibc
+for minor in {5..28}; do # minor versions of glibc 2
     platforms+=(--platform "manylinux_2_${minor}_x86_64")
 done
 platforms+=(--platform manylinux1_x86_64 --platform manylinux2010_x86_64 --platform manylinux2014_x86_64)
 
-resolve() { # requirements with all that they need
+resolve() { # requirements with all their dependencies
     uv pip compile --quiet --constraint constraints.txt --python-version "$python" --no-header --no-annotate \
         --python-platform x86_64-manylinux_2_28 "$@"
 }
 
-lock() { # stdin: exact versions; $1: the file; a line each, with the hash of the wheel that pip would take
+lock() { # stdin: exact versions; $1: output file, one line per package with the hash of the wheel that pip would choose
     cat > "$work/versions"
     pip install --quiet --dry-run --ignore-installed --no-deps --only-binary :all: --python-version "$python" \
         "${platforms[@]}" --target "$work/none" --requirement "$work/versions" --report "$work/report"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An answer with its headers, one of which says which model was chosen; then a stream.
+# curl: an answer with its headers (x-router-selected-model names the chosen model), then a stream.
 set -euo pipefail
 
 ask() {

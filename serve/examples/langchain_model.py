@@ -1,4 +1,4 @@
-"""LangChain: an answer, a stream, a tool. `pip install langchain-openai`."""
+"""LangChain: an answer, a stream and a tool call. Needs `pip install langchain-openai`."""
 
 import os
 
@@ -20,7 +20,7 @@ print()
 
 
 def get_weather(city: str) -> str:
-    """The weather in a city."""
+    """Get the weather in a city."""
     return f"4 degrees and rain in {city}"
 
 

@@ -1,6 +1,6 @@
-"""LiteLLM: an answer and a stream. `pip install litellm`; `openai/` says which protocol the server speaks.
+"""LiteLLM: an answer and a stream. Needs `pip install litellm`; the prefix `openai/` selects the OpenAI protocol.
 
-When imported it fetches a list of prices, unless LITELLM_LOCAL_MODEL_COST_MAP=True is set.
+On import, LiteLLM downloads a price list unless LITELLM_LOCAL_MODEL_COST_MAP=True is set.
 """
 
 import os

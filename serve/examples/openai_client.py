@@ -1,4 +1,4 @@
-"""OpenAI's own client: an answer, a stream, a tool. `pip install openai`."""
+"""OpenAI client: an answer, a stream and a tool call. Needs `pip install openai`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ client = OpenAI(
     api_key=os.environ.get("PREFILL_ROUTER_KEY", "none"),
 )
 
-# An answer. The header says which model was chosen, as does the answer itself.
+# An answer. A header and the answer name the chosen model.
 raw = client.chat.completions.with_raw_response.create(
     model="auto", messages=[{"role": "user", "content": "What is 17 * 23?"}]
 )
@@ -26,7 +26,7 @@ for chunk in client.chat.completions.create(
         print(chunk.choices[0].delta.content or "", end="", flush=True)
 print("\nby", chunk.model)
 
-# A tool: the model asks for it, we run it, the model answers with what came of it.
+# A tool call: the model requests it, this program runs it, the model answers with the result.
 schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 tools = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}]
 messages = [{"role": "user", "content": "How is it in Oslo? Use get_weather."}]
