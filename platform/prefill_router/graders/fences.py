@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _MARKS = ("```", "~~~")
-_MOST_INDENT = 3
+_MAX_INDENT = 3
 
 
 class Fence(NamedTuple):
@@ -46,7 +46,7 @@ def fences(answer: str) -> list[Fence]:
 def _marked(line: str) -> tuple[str, str]:
     """A line's leading run of at least three backticks or tildes, and the rest; two empty strings if it has none."""
     text = line.lstrip(" \t")
-    if len(line) - len(text) > _MOST_INDENT or not text.startswith(_MARKS):
+    if len(line) - len(text) > _MAX_INDENT or not text.startswith(_MARKS):
         return "", ""
     rest = text.lstrip(text[0])
     return text[: len(text) - len(rest)], rest

@@ -10,9 +10,9 @@ import ast
 _TRIGONOMETRIC = "sin cos tan cot sec csc asin acos atan sinh cosh tanh"
 _FUNCTIONS = frozenset([*_TRIGONOMETRIC.split(), "exp", "log", "ln", "sqrt", "Abs", "erf"])
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.BitXor)
-_MOST_CHARACTERS = 2000
-_MOST_EXPONENT = 99
-_MOST_POWERS_OF_POWERS = 2
+_MAX_CHARS = 2000
+_MAX_EXPONENT = 99
+_MAX_NESTED_POWERS = 2
 
 
 def is_harmless(text: str, language: str) -> bool:
@@ -20,7 +20,7 @@ def is_harmless(text: str, language: str) -> bool:
 
     Text that Python cannot parse is harmless as "python". It is refused as "sympy", which repairs some of it first.
     """
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > _MAX_CHARS:
         return False
     try:
         tree = ast.parse(text, mode="eval").body
@@ -40,7 +40,7 @@ def _is_literal(node: ast.expr) -> bool:
 
 
 def _is_formula(node: ast.expr) -> bool:
-    return _powers(node) <= _MOST_POWERS_OF_POWERS
+    return _powers(node) <= _MAX_NESTED_POWERS
 
 
 def _powers(node: ast.expr) -> float:
@@ -64,5 +64,5 @@ def _is_large(exponent: ast.expr) -> float:
     numbers = [node.value for node in ast.walk(exponent) if isinstance(node, ast.Constant)]
     has_power = any(isinstance(node, ast.Pow | ast.Mult) for node in ast.walk(exponent))
     symbolic = any(isinstance(node, ast.Name) and node.id not in _FUNCTIONS for node in ast.walk(exponent))
-    small = all(isinstance(n, int | float) and abs(n) <= _MOST_EXPONENT for n in numbers)
+    small = all(isinstance(n, int | float) and abs(n) <= _MAX_EXPONENT for n in numbers)
     return 1 if small and (symbolic or not has_power) else float("inf")

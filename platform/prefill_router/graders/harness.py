@@ -33,7 +33,7 @@ _SET_PDEATHSIG, _SET_NO_NEW_PRIVS, _SET_SECCOMP = 1, 38, 22
 _SIGKILL, _O_PATH, _FILTER = 9, 0o10000000, 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _CAPABILITY_VERSION = 0x20080522
-_MOST_DETAIL = 1000  # characters
+_MAX_DETAIL_CHARS = 1000  # characters
 _PEER_GONE = 3  # exit status
 _SOLUTION = "solution"  # name of the module that the code runs as
 
@@ -104,7 +104,7 @@ class Report:
         write(self.out, b"+")
 
     def end(self, status: str, detail: str = "") -> None:
-        text = f"{status}\0{detail[:_MOST_DETAIL]}".encode(errors="replace")
+        text = f"{status}\0{detail[:_MAX_DETAIL_CHARS]}".encode(errors="replace")
         write(self.out, read(self.secret, 64) + b"\0" + text)
         _exit(0)
 

@@ -22,7 +22,10 @@ from prefill_router.graders.registry import grader
 _PATTERN_S = 1.0  # time limit per string: a pattern may backtrack for ever
 _NOTHING = object()
 _OPENING = re.compile(r"[{\[]")
-_MOST_READ, _ALWAYS_READ = 8, 20_000  # limit of failed parsing, in characters: per character of the answer, plus fixed
+_MAX_WASTE_PER_CHAR, _MAX_WASTE_FIXED = (
+    8,
+    20_000,
+)  # limit of failed parsing, in characters: per character of the answer, plus fixed
 
 
 def checked_schema(schema: Any) -> Any:
@@ -52,7 +55,7 @@ def json_schema(
     answer: str,
     row: Row,
     *,
-    schema: Annotated[dict[str, Any] | None, AfterValidator(lambda s: s if s is None else checked_schema(s))] = None,
+    schema: Annotated[dict[str, Any], AfterValidator(checked_schema)] | None = None,
     column: str = "schema",
 ) -> Grade:
     """Validates against one `schema` for all rows, or each row's own in `column`, as JSON text or nested values.
@@ -137,7 +140,7 @@ def find_json(answer: str) -> Any:
 def _last_inside(answer: str) -> Any:
     """The last object or array. The limit on failed parsing keeps the time linear in the answer's length."""
     decoder, found, at = json.JSONDecoder(parse_constant=_refuse), _NOTHING, 0
-    left = _MOST_READ * len(answer) + _ALWAYS_READ
+    left = _MAX_WASTE_PER_CHAR * len(answer) + _MAX_WASTE_FIXED
     while left > 0 and (match := _OPENING.search(answer, at)):
         try:
             found, at = decoder.raw_decode(answer, match.start())

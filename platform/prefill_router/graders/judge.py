@@ -64,7 +64,8 @@ def judge(
     """
     wanted = references(row, reference)
     asked = None if is_absent(row.get(question)) else str(row[question])
-    judged = [_judged(ask, _messages(rubric, asked, order)) for order in _orders(str(wanted[0]), answer)]
+    texts = [("reference", str(wanted[0])), ("answer", answer)]
+    judged = [_judged(ask, _messages(rubric, asked, order)) for order in (texts, texts[::-1])]
     cost_usd = sum(j.cost_usd for j in judged)
     scores = [j.score for j in judged if j.score is not None]
     if len(scores) < len(judged):
@@ -73,11 +74,6 @@ def judge(
     reason = f"judged {scores[0]:g} after the reference, {scores[1]:g} before it"
     score = sum(scores) / 2 if agreement or disagreement == "mean" else None
     return Grade(score, reason, agreement, cost_usd)
-
-
-def _orders(reference: str, answer: str) -> list[list[tuple[str, str]]]:
-    texts = [("reference", reference), ("answer", answer)]
-    return [texts, texts[::-1]]
 
 
 def _messages(rubric: str, question: str | None, texts: Sequence[tuple[str, str]]) -> list[Message]:

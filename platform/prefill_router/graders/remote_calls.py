@@ -15,8 +15,8 @@ from os import read, write
 from typing import Any
 
 _HEAD_BYTES = 8
-_PIECE_BYTES = 1 << 16
-_MOST_BYTES = 64 << 20
+_CHUNK_BYTES = 1 << 16
+_MAX_BYTES = 64 << 20
 _SMALL_INT = 1 << 62
 _BUILTINS = dict(vars(builtins))
 _ERRORS = {name: kind for name, kind in _BUILTINS.items() if isinstance(kind, type) and issubclass(kind, BaseException)}
@@ -83,7 +83,7 @@ class Peer:
         """The next message. Raises Gone if it is malformed or too long: then the other end is not our program."""
         size = int.from_bytes(self._exactly(_HEAD_BYTES), "little")
         try:
-            if size <= _MOST_BYTES:
+            if size <= _MAX_BYTES:
                 return json.loads(self._exactly(size))
         except (ValueError, RecursionError):
             pass
@@ -93,7 +93,7 @@ class Peer:
     def _exactly(self, size: int) -> bytes:
         pieces = bytearray()
         while len(pieces) < size:
-            piece = read(self._reads, min(size - len(pieces), _PIECE_BYTES))
+            piece = read(self._reads, min(size - len(pieces), _CHUNK_BYTES))
             if not piece:
                 self.is_gone = True
                 raise Gone

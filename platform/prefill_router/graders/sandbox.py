@@ -31,10 +31,10 @@ Stopped = tuple[Status, str]
 _REPORTED: tuple[Status, ...] = ("passed", "failed", "memory", "broken")
 _STARTED = b"+"
 _HARNESS = str(Path(__file__).with_name("harness.py"))
-_LOOK_EVERY_S = 0.05
-_ENDS_WITHIN_S, _MOMENT_S = 0.001, 1.0
-_MOST_REPORT_BYTES = 8192
-_MOST_READ_BYTES = 65536
+_POLL_S = 0.05
+_EXIT_POLL_S, _EXIT_GRACE_S = 0.001, 1.0
+_MAX_REPORT_BYTES = 8192
+_CHUNK_BYTES = 65536
 MIB = 1024 * 1024
 
 
@@ -186,16 +186,16 @@ class _Run:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def ends_soon(self) -> bool:
-        """Whether it ends within `_MOMENT_S`."""
-        deadline = time.monotonic() + _MOMENT_S
+        """Whether it ends within `_EXIT_GRACE_S`."""
+        deadline = time.monotonic() + _EXIT_GRACE_S
         while not (ended := self.has_ended()) and time.monotonic() < deadline:
-            time.sleep(_ENDS_WITHIN_S)
+            time.sleep(_EXIT_POLL_S)
         return ended
 
     def beyond(self, sandbox: Sandbox) -> Stopped | None:
         if len(self.output) > sandbox.output_bytes:
             return "output", f"more than {sandbox.output_bytes} bytes of output"
-        if len(self.report) > _MOST_REPORT_BYTES:
+        if len(self.report) > _MAX_REPORT_BYTES:
             return "ended", "wrote to the pipe of the verdict"
         return None
 
@@ -211,7 +211,7 @@ def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
     """Reads both outputs until the judge ends, or a process exceeds a limit that the kernel does not enforce."""
     runs = [judge] if runner is judge else [judge, runner]
     deadline = time.monotonic() + sandbox.wall_s
-    look_at = time.monotonic() + _LOOK_EVERY_S
+    next_poll = time.monotonic() + _POLL_S
     with selectors.DefaultSelector() as selector:
         for fd, into in itertools.chain.from_iterable(run.pipes() for run in runs):
             os.set_blocking(fd, False)
@@ -222,8 +222,8 @@ def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
                 return stopped
             if time.monotonic() > deadline:
                 return "timeout", f"more than {sandbox.wall_s:g} s"
-            if time.monotonic() >= look_at:
-                look_at = time.monotonic() + _LOOK_EVERY_S
+            if time.monotonic() >= next_poll:
+                next_poll = time.monotonic() + _POLL_S
                 if _is_full(judge.folder, sandbox):
                     return "files", f"more than {sandbox.num_files} files or {sandbox.folder_bytes} bytes"
                 if max(run.num_threads() for run in runs) > sandbox.threads:
@@ -235,10 +235,10 @@ def _watched(judge: _Run, runner: _Run, sandbox: Sandbox) -> Stopped | None:
 def _read(selector: selectors.BaseSelector) -> None:
     """Waits for output and stores it. If all pipes are closed, the processes are about to end."""
     if not selector.get_map():
-        time.sleep(_ENDS_WITHIN_S)
+        time.sleep(_EXIT_POLL_S)
         return
-    for key, _ in selector.select(_LOOK_EVERY_S):
-        if data := os.read(key.fd, _MOST_READ_BYTES):
+    for key, _ in selector.select(_POLL_S):
+        if data := os.read(key.fd, _CHUNK_BYTES):
             key.data.extend(data)
         else:
             selector.unregister(key.fd)

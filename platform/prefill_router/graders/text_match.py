@@ -103,7 +103,7 @@ def matches(
     row: Row,
     *,
     reference: str = "reference",
-    pattern: Annotated[str | None, AfterValidator(lambda p: p if p is None else compiled(p).pattern)] = None,
+    pattern: Annotated[str, AfterValidator(lambda p: compiled(p).pattern)] | None = None,
 ) -> Grade:
     """Searches the answer with a pattern. With `pattern`, its last match (or first group) must equal the reference.
 

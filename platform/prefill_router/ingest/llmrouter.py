@@ -79,6 +79,4 @@ def _options(choices: object, *, is_code: bool) -> str:
     raise UnfitError(f"choices = {shown(choices)}, must be JSON: text and labels of equal length, or a list")
 
 
-FORMAT = Format(
-    "llmrouter", "LLMRouter routing data: JSONL, one line per query and model", (".jsonl",), read, (CATEGORY,)
-)
+FORMAT = Format("llmrouter", (".jsonl",), read, (CATEGORY,))

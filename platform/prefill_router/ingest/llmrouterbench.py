@@ -61,7 +61,6 @@ def _record(uri: str, row: int, fields: Fields, about: dict[str, Any], options: 
 
 FORMAT = Format(
     "llmrouterbench",
-    "LLMRouterBench results: one JSON file per dataset and model",
     (".json",),
     read,
     (CATEGORY,),

@@ -121,7 +121,6 @@ def _conversation(context: object) -> list[Any] | None:
 
 FORMAT = Format(
     "lm-eval",
-    "lm-evaluation-harness samples from --log_samples (JSONL)",
     (".jsonl",),
     read,
     (CATEGORY,),

@@ -126,11 +126,7 @@ def _record(uri: str, row: int, fields: Fields, target: str) -> Record | BadRow:
     prompt_id = None if number is None else f"mmlu-pro-{text(number)}"
     if not isinstance(question, str) or not question.strip():
         return BadRow(uri, row, prompt_id, f"question = {shown(question)}, must be a non-empty string")
-    if (
-        not isinstance(choices, list)
-        or not 0 < len(choices) <= len(LETTERS)
-        or not all(isinstance(c, str) for c in choices)
-    ):
+    if not _are_options(choices):
         return BadRow(uri, row, prompt_id, f"options = {shown(choices)}, must be a list of 1 to 26 strings")
     if "pred" not in fields or not isinstance(fields.get("answer"), str):
         return BadRow(uri, row, prompt_id, "cannot be graded: pred or answer is missing")
@@ -153,7 +149,6 @@ def _correct(fields: Fields) -> bool | None:
 
 FORMAT = Format(
     "mmlu-pro",
-    "MMLU-Pro eval_results: one zip per model, or its JSON files",
     (".zip", ".json"),
     read,
     (CATEGORY, SOURCE),

@@ -47,7 +47,6 @@ def _extras(fields: Fields) -> dict[str, object]:
 
 FORMAT = Format(
     "openai-log",
-    "Requests to an OpenAI-style endpoint, or a batch of them (JSONL): a corpus without outcomes",
     (".jsonl",),
     read,
     _EXTRAS,

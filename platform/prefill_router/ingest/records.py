@@ -73,7 +73,6 @@ class Format:
     """
 
     name: str
-    about: str
     suffixes: tuple[str, ...]
     read: Callable[[str, Options], Iterator[Item]]
     extras: tuple[pa.Field, ...] = ()
@@ -88,12 +87,12 @@ class Unknown:
     """Reports each column that is unknown to a format once."""
 
     def __init__(self, known: Iterable[str]) -> None:
-        self._told, self._left = set(known), _MAX_UNKNOWN
+        self._known, self._left = set(known), _MAX_UNKNOWN
 
     def among(self, names: Iterable[str]) -> Iterator[Ignored]:
         for name in names:
-            if name not in self._told and self._left:
-                self._told.add(name)
+            if name not in self._known and self._left:
+                self._known.add(name)
                 self._left -= 1
                 yield Ignored(f"column {shown(name)}" if self._left else "further columns")
 

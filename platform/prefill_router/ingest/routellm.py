@@ -57,6 +57,4 @@ def _models(columns: Sequence[str], first: Fields) -> list[str]:
     return [c for c in named if c in first and is_grade(first[c])]
 
 
-FORMAT = Format(
-    "routellm", "RouteLLM evaluation responses: a CSV with one column per model", (".csv",), read, (CATEGORY,)
-)
+FORMAT = Format("routellm", (".csv",), read, (CATEGORY,))

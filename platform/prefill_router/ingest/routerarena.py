@@ -67,10 +67,4 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-FORMAT = Format(
-    "routerarena",
-    "RouterArena's predictions (JSON) and cached results (JSONL)",
-    (".json", ".jsonl"),
-    read,
-    (CATEGORY,),
-)
+FORMAT = Format("routerarena", (".json", ".jsonl"), read, (CATEGORY,))

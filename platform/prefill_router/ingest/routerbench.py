@@ -113,10 +113,4 @@ def _joined(prompt: object) -> object:
     return prompt
 
 
-FORMAT = Format(
-    "routerbench",
-    "RouterBench table as Parquet or CSV: one row per prompt, one column per model",
-    (".parquet", ".csv"),
-    read,
-    (CATEGORY,),
-)
+FORMAT = Format("routerbench", (".parquet", ".csv"), read, (CATEGORY,))

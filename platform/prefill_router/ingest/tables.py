@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +17,10 @@ from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UnfitError, UserError, shown
 from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
-from prefill_router.corpus.reader import BadRow, Prompt, content_digest, fit_messages, fit_prompt, fit_text
+from prefill_router.corpus.reader import BadRow, Prompt, content_digest, fit_messages, fit_prompt, fit_text, id_digest
 from prefill_router.ingest.grades import CheckedGrade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
-from prefill_router.ingest.seen import Recurrence, Seen
 from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
@@ -62,7 +62,7 @@ class Tables:
 
     def __init__(self, out: str, kind: Format, options: Options) -> None:
         self.out, self.kind, self.options = out, kind, options
-        self._seen = Seen()
+        self._seen = SeenPrompts()
         self._corpus = Parts(storage.join(out, CORPUS_FOLDER), _corpus_schema(kind))
         self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), OUTCOMES)
         self._quarantine = Quarantine()
@@ -107,15 +107,15 @@ class Tables:
         grades = self._grades(record, prompt_id)
         if record.answers and not grades:
             return
-        place = self._seen.place(prompt_id, content, record.identity)
-        if place is Recurrence.CLASH:
+        recurrence = self._seen.add(prompt_id, content, record.identity)
+        if recurrence is Recurrence.CLASH:
             self._refuse(record, prompt_id, f"{PROMPT_ID} {shown(prompt_id)} already belongs to another prompt")
             return
-        if place is Recurrence.NEW:
+        if recurrence is Recurrence.NEW:
             self._add_prompt(record, prompt_id, prompt)
         elif not record.answers:
             self._num_repeated_prompts += 1
-        self._num_other_wordings += place is Recurrence.OTHER_WORDING
+        self._num_other_wordings += recurrence is Recurrence.OTHER_WORDING
         for one in grades:
             self._add_outcome(record, prompt_id, one)
 
@@ -140,7 +140,7 @@ class Tables:
     def _add_outcome(self, record: Record, prompt_id: str, one: CheckedGrade) -> None:
         if one.correct is None:
             self._num_ungraded += 1
-        elif self._seen.grade(prompt_id, one.target):
+        elif self._seen.add_grade(prompt_id, one.target):
             self._outcomes.add(dict(zip(OUTCOMES.names, (prompt_id, *one), strict=True)))
             self._graded[one.target] += 1
             self._correct[one.target] += one.correct
@@ -196,6 +196,51 @@ def _fit(record: Record, max_bytes: int) -> Prompt:
 
 def _num_chars(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+
+
+# --- duplicates --------------------------------------------------------------------------------------------------
+
+_HALF = (1 << 64) - 1
+
+
+class Recurrence(Enum):
+    """The relation of a prompt to earlier ones."""
+
+    NEW = auto()
+    AGAIN = auto()
+    OTHER_WORDING = auto()  # same id and identity, different text
+    CLASH = auto()  # same id, different prompt
+
+
+class SeenPrompts:
+    """The prompts read so far, and the targets graded on each."""
+
+    def __init__(self) -> None:
+        # One integer per prompt: 64 bits of the content, 64 bits of the identity, one bit per target.
+        self._prompts: dict[bytes, int] = {}
+        self._bits: dict[str, int] = {}
+
+    def add(self, prompt_id: str, content: bytes, identity: str | None) -> Recurrence:
+        """Records a prompt by its id, the digest of its content and, if the format has one, its identity."""
+        key = id_digest(prompt_id)
+        known = content[:8] if identity is None else id_digest(identity)
+        marks = int.from_bytes(content[:8] + known, "little")
+        before = self._prompts.get(key)
+        if before is None:
+            self._prompts[key] = marks
+            return Recurrence.NEW
+        differs = before ^ marks
+        if not differs & _HALF:
+            return Recurrence.AGAIN
+        return Recurrence.CLASH if differs >> 64 & _HALF else Recurrence.OTHER_WORDING
+
+    def add_grade(self, prompt_id: str, target: str) -> bool:
+        """Records a pair, and returns whether it is new. `add` must have recorded the prompt."""
+        bit = 1 << (128 + self._bits.setdefault(target, len(self._bits)))
+        key = id_digest(prompt_id)
+        before = self._prompts[key]
+        self._prompts[key] = before | bit
+        return not before & bit
 
 
 # --- the output folder -------------------------------------------------------------------------------------------

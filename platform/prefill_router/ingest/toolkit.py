@@ -29,4 +29,4 @@ def read(uri: str, options: Options) -> Iterator[Item]:
             yield Record(uri, row, fields["question"], [answer], extras=extras)
 
 
-FORMAT = Format("toolkit", "NVIDIA LLM router toolkit: CSV, one row per question and model", (".csv",), read, _EXTRAS)
+FORMAT = Format("toolkit", (".csv",), read, _EXTRAS)
