@@ -1,1 +1,4 @@
-"""What everything else stands on: errors, messages, strict models, column schemas."""
+"""Base utilities that every other package may import: errors, strict models, column schemas, console output.
+
+Start with `errors` (UserError), `validation` (StrictModel) and `schema` (column names and Arrow schemas).
+"""

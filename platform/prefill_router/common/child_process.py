@@ -1,6 +1,6 @@
-"""A process of its own that answers requests, within limits of time and memory.
+"""A child process that answers requests within limits of time and memory.
 
-What is asked there may never come to an end, take all memory or end its process: who asks is told so, and goes on.
+It isolates code that may never return, exhaust memory or crash: the caller gets a ChildDied error and continues.
 """
 
 from __future__ import annotations
@@ -22,35 +22,38 @@ from prefill_router.common.errors import UserError
 
 Handler = Callable[[Any], Any]
 
-_START_S = 120.0  # to import what a handler needs, on a machine that is busy
-_END_S = 5.0  # for a process that sees nobody at the other end
+_START_S = 120.0  # timeout for the handler's imports, on a busy machine
+_EXIT_S = 5.0  # timeout for a child to exit once its connection is closed
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2:]; "
     "from prefill_router.common.child_process import serve; serve(int(sys.argv[1]))"
 )
 
 
-class ChildDied(Exception):  # noqa: N818 - what happened, of a process
-    """The process took too long, or ended, over a request."""
+class ChildDied(Exception):  # noqa: N818 - an event, not an error of the caller
+    """The child process exited, or exceeded its time limit, during a request."""
 
 
 class Child:
-    """Answers as the handler does that `make` makes of `argument`. Threads take turns.
+    """A child process that runs the handler `make(argument)`. Threads may share it; requests run one at a time.
 
-    The process is started when it is needed, and again after it has ended. `make`, requests and answers are pickled.
-    `memory_bytes` bounds its address space.
+    The process starts on the first request, and restarts after it has died. `make`, requests and answers are pickled.
+    `memory_bytes` limits its address space.
     """
 
     def __init__(self, make: Callable[[Any], Handler], argument: Any, memory_bytes: int | None = None) -> None:
-        self._about = (make, argument, memory_bytes)
-        self._turn = threading.Lock()
+        self._setup = (make, argument, memory_bytes)
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         _CHILDREN.add(self)
 
     def ask(self, request: Any, wall_s: float) -> Any:
-        """Raises ChildDied, with the reason, what the handler raises, and UserError where no process starts."""
-        with self._turn:
+        """Returns the handler's answer to `request`.
+
+        Raises ChildDied with the reason, UserError if the process does not start, and whatever the handler raises.
+        """
+        with self._lock:
             self._start()
             raised, answer = self._exchange((request, wall_s), wall_s)
         if raised:
@@ -58,11 +61,11 @@ class Child:
         return answer
 
     def close(self) -> None:
-        with self._turn:
-            self._end(_END_S)
+        with self._lock:
+            self._stop(_EXIT_S)
 
     def __del__(self) -> None:
-        self._end(_END_S)
+        self._stop(_EXIT_S)
 
     def _start(self) -> None:
         if self._connection is not None:
@@ -73,11 +76,13 @@ class Child:
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             self._connection = Connection(ours.detach())
         try:
-            raised, answer = self._exchange(self._about, _START_S)
+            raised, answer = self._exchange(self._setup, _START_S)
         except ChildDied as death:
-            raise UserError(f"a process of {sys.executable} does not start: it {death}: see what it printed") from None
+            raise UserError(
+                f"cannot start a child process of {sys.executable}: it {death}: see its output on stderr"
+            ) from None
         if raised:
-            self._end(_END_S)
+            self._stop(_EXIT_S)
             raise answer
 
     def _exchange(self, message: Any, wall_s: float) -> tuple[bool, Any]:
@@ -89,18 +94,18 @@ class Child:
                 answer: tuple[bool, Any] = connection.recv()
                 return answer
         except (EOFError, OSError):
-            raise ChildDied(f"ended its process: {self._end(_END_S)}") from None
-        self._end(0.0)
+            raise ChildDied(f"ended its process: {self._stop(_EXIT_S)}") from None
+        self._stop(0.0)
         raise ChildDied(f"took more than {wall_s:g} s")
 
-    def _end(self, wait_s: float) -> str:
-        """Ends the process, if there is one and it does not end by itself, and says how it has ended."""
+    def _stop(self, wait_s: float) -> str:
+        """Waits `wait_s` for the process to exit, then kills it. Returns how it exited."""
         process, connection = self._process, self._connection
         self._process = self._connection = None
         if connection is not None:
             connection.close()
         if process is None:
-            return "there was none"
+            return "not running"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait_s)
         process.kill()
@@ -118,7 +123,10 @@ def _close_all() -> None:
 
 
 def serve(fd: int) -> None:
-    """The child: answers until its parent has gone. Where it has gone meanwhile, the kernel ends the child."""
+    """Runs in the child: answers requests until the parent exits.
+
+    The alarm kills a child whose parent died during a request that never returns.
+    """
     connection = Connection(fd)
     make, argument, memory_bytes = connection.recv()
     raised, handler = _answered(make, argument)
@@ -139,5 +147,5 @@ def serve(fd: int) -> None:
 def _answered(handler: Handler, request: Any) -> tuple[bool, Any]:
     try:
         return False, handler(request)
-    except Exception as error:  # whatever it is, who asked should know
+    except Exception as error:  # raised again in the parent
         return True, error

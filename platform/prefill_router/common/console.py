@@ -1,4 +1,4 @@
-"""What is said on stderr: a line at once, or nothing at all while others would."""
+"""Writing to stderr: messages for the user, and silencing native code that writes there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def said_if_slow(line: str, after_s: float = 3.0) -> Iterator[None]:
-    """Says `line` if the block takes longer than `after_s`, even where stderr is silenced meanwhile."""
+    """Writes `line` to stderr if the block takes longer than `after_s`, even inside `silent_stderr`."""
     stderr = os.dup(2)
     timer = threading.Timer(after_s, os.write, [stderr, f"{line}\n".encode()])
     timer.start()
@@ -30,14 +30,14 @@ def said_if_slow(line: str, after_s: float = 3.0) -> Iterator[None]:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Without what native code writes to stderr, such as Ray's core as it starts and stops; exceptions still pass."""
+    """Discards what the process writes to stderr, native code included, such as Ray's core at start and shutdown."""
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    original, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)

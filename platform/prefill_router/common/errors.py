@@ -1,4 +1,4 @@
-"""The errors that users read: `UserError` of an input that they can put right, `UnfitError` of one row among many."""
+"""Errors that users read: `UserError` for an input that they can correct, `UnfitError` for one invalid row."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import json
 
 
 class UserError(ValueError):
-    """Says which input is bad, its value, and the remedy: `pool.toml: target "x": output_price = -1, must be >= 0`.
+    """Names the bad input, its value and the remedy: `pool.toml: target "x": output_price = -1, must be >= 0`.
 
-    Entry points print it as a line and exit with `exit_code`.
+    Entry points print the message as one line and exit with `exit_code`.
     """
 
     exit_code = 1
 
 
 class UnfitError(ValueError):
-    """Why a value cannot stand in a row: the key, the value and what it must be."""
+    """A value makes a row invalid. The message gives the key, the value and what is allowed."""
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error says, in one line without a full stop; its kind where it says nothing."""
+    """Returns an error's message as one line without a full stop, or its type if the message is empty."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to 60 characters; of a gigantic or deeply nested one no more is written."""
+    """Returns a value as JSON, cut to 60 characters. Large or deeply nested values are not serialised in full."""
     short = value[:60] if isinstance(value, str) else value
     text = "".join(itertools.islice(json.JSONEncoder(default=str).iterencode(short), 61))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
-"""Gauges that stay exported while nothing happens: one thread of a process sets all of them again.
+"""Gauges that stay exported while they do not change: one thread per process sets them all again every 5 s.
 
-Ray's exporter forgets a gauge that was not set for two of its reports, 20 s, and an alert on it falls silent.
+Ray's exporter drops a gauge that is not set for two of its reports (20 s), and alerts on it stop firing.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ log = logging.getLogger(__name__)
 
 
 class Settable(Protocol):
-    """As Ray's gauge."""
+    """The interface of Ray's gauge."""
 
     def set(self, value: float, tags: dict[str, str]) -> None: ...
 
 
 class Refresher:
-    """Calls methods every `every_s` seconds, in a thread that begins with the first."""
+    """Calls methods every `every_s` seconds, in a thread that starts with the first `add`."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
         self._methods: list[WeakMethod[Callable[[], None]]] = []
-        self._adding = threading.Lock()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, method: Callable[[], None]) -> None:
-        """Calls a bound method from now on, as long as its object lives."""
-        with self._adding:
-            self._methods = [kept for kept in self._methods if kept() is not None] + [WeakMethod(method)]
+        """Calls a bound method periodically until its object is garbage-collected."""
+        with self._lock:
+            self._methods = [ref for ref in self._methods if ref() is not None] + [WeakMethod(method)]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
                 self._thread.start()
 
     def refresh(self) -> None:
-        """Calls all of them once. One that fails is logged, and keeps no other from being called."""
-        for kept in self._methods:
-            if (method := kept()) is not None:
+        """Calls every method once. Logs a failure and continues with the next method."""
+        for ref in self._methods:
+            if (method := ref()) is not None:
                 try:
                     method()
                 except Exception:
-                    log.exception("a gauge could not be set")
-            del method  # or its object would live as long as the thread
+                    log.exception("cannot refresh a gauge")
+            del method  # a reference here would keep its object alive while the thread sleeps
 
     def _run(self) -> None:
         while True:
@@ -54,31 +54,31 @@ class Refresher:
             self.refresh()
 
 
-REFRESHER = Refresher(5.0)  # of this process
+REFRESHER = Refresher(5.0)  # one per process
 
 
 class KeptGauge:
-    """A gauge whose values are set again as long as this object lives."""
+    """A gauge whose values are set again periodically while this object lives."""
 
     def __init__(self, gauge: Settable, refresher: Refresher = REFRESHER) -> None:
         self.gauge = gauge
         self._values: dict[frozenset[tuple[str, str]], float] = {}
-        self._setting = threading.Lock()  # no old value comes after a new one
+        self._lock = threading.Lock()  # a refresh must not overwrite a newer value
         refresher.add(self.refresh)
 
     def set(self, value: float, tags: Mapping[str, str] | None = None) -> None:
         tags = tags or {}
-        with self._setting:
+        with self._lock:
             self._values[frozenset(tags.items())] = value
             self.gauge.set(value, dict(tags))
 
     def forget(self, tags: Mapping[str, str]) -> None:
-        """Sets a value to 0 for the last time."""
-        with self._setting:
+        """Sets a value to 0 and stops refreshing it."""
+        with self._lock:
             if self._values.pop(frozenset(tags.items()), None) is not None:
                 self.gauge.set(0.0, dict(tags))
 
     def refresh(self) -> None:
-        with self._setting:
+        with self._lock:
             for tags, value in self._values.items():
                 self.gauge.set(value, dict(tags))

@@ -1,6 +1,6 @@
-"""Column names and Arrow schemas of every table that crosses a boundary, in one place.
+"""Column names and Arrow schemas of every table that is written to storage or passed between components.
 
-All tables are Parquet with zstd and standard Arrow types, so DuckDB, Polars and pandas read them in one line.
+Tables are Parquet with zstd and standard Arrow types, so DuckDB, Polars and pandas read them in one line.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ AT = "answered_at"
 CALLER = "caller"
 CALL_ID = "call_id"
 
-# Outcomes of requests that were answered; a pair stands as often as it was graded, a call once. Request ids are the
-# callers' own: two callers may have the same.
+# Outcomes of answered requests: one row per grade of a (prompt, target) pair, and at most one per call. Callers choose
+# their request ids, so two callers may use the same one.
 FEEDBACK = pa.schema(
     [
         *OUTCOMES,
@@ -58,7 +58,8 @@ FEEDBACK = pa.schema(
     ]
 )
 
-# What targets said, as `collect` was told: all that grading and paying need. A call without an answer has a reason.
+# Target answers received by `collect`, with what grading and cost accounting need. Calls without an answer have a
+# reason.
 ANSWERS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -72,14 +73,14 @@ ANSWERS = pa.schema(
         pa.field("latency_s", pa.float32()),
         pa.field(COST_USD, pa.float64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("lost_usd", pa.float64(), nullable=False),  # on attempts that may have been paid for in vain
+        pa.field("lost_usd", pa.float64(), nullable=False),  # on failed attempts that may have been billed
         pa.field("lost_tokens", pa.int64(), nullable=False),
         pa.field("attempts", pa.int32(), nullable=False),
         pa.field("reason", pa.string()),
     ]
 )
 
-# The shards of a store, as its manifest names them.
+# The shards of an activation store, as listed in its manifest.
 SHARDS = pa.schema(
     [
         pa.field("file", pa.string()),
@@ -91,7 +92,7 @@ SHARDS = pa.schema(
     ]
 )
 
-_REFUSED = pa.struct(
+_QUARANTINED = pa.struct(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -101,18 +102,18 @@ _REFUSED = pa.struct(
     ]
 )
 
-# Shards that are done. There is no file where no row could be read; `columns` are joined by commas.
+# Committed shards. `file` is null if no row could be encoded; `columns` holds comma-separated names.
 COMMITS = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),
         *SHARDS,
         pa.field("columns", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("truncated", pa.list_(pa.int32()), nullable=False),
-        pa.field("refused", pa.list_(_REFUSED), nullable=False),
+        pa.field("refused", pa.list_(_QUARANTINED), nullable=False),
     ]
 )
 
-# Rows of a corpus that were left out; `row` counts from 0 in the file, `prompt_id` is null where it could not be read.
+# Invalid corpus rows. `row` counts from 0 within the file; `prompt_id` is null if it could not be read.
 QUARANTINE = pa.schema(
     [
         pa.field("file", pa.string(), nullable=False),
@@ -125,10 +126,10 @@ QUARANTINE = pa.schema(
 
 @dataclass(frozen=True, order=True)
 class ActivationColumn:
-    """One pooled layer of the activation store, named like `last_012`.
+    """One pooled layer in the activation store, named like `last_012`.
 
-    `layer` is the index in transformers' `hidden_states`: 0 is the embedding, L the output of block L, and the deepest
-    index is taken after the final norm.
+    `layer` is the index in transformers' `hidden_states`: 0 is the embedding, L the output of block L. The last index
+    is taken after the final norm.
     """
 
     pooling: Pooling
@@ -142,17 +143,17 @@ class ActivationColumn:
     def parse(cls, name: str) -> ActivationColumn:
         match = re.fullmatch(r"(last|mean)_(\d{3,})", name)
         if match is None:
-            raise UserError(f'"{name}" is no activation column: expected a pooling and a layer, like last_012')
+            raise UserError(f'"{name}" is not an activation column: expected a pooling and a layer, like last_012')
         return cls(match[1], int(match[2]))  # type: ignore[arg-type]
 
 
 def activation_columns(layers: Iterable[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
-    """Every (pooling, layer) asked for, poolings first, as the store orders them."""
+    """Returns the column of every requested (pooling, layer), in the store's order: by pooling, then by layer."""
     return [ActivationColumn(p, layer) for p in dict.fromkeys(pooling) for layer in sorted(set(layers))]
 
 
 def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Schema:
-    """`prompt_id`, `num_tokens`, then a float16 vector of width `hidden_size` for each column."""
+    """Schema of an activation shard: `prompt_id`, `num_tokens`, a float16 vector of `hidden_size` per column."""
     vector = pa.list_(pa.field("element", pa.float16(), nullable=False), hidden_size)
     return pa.schema(
         [
@@ -164,7 +165,7 @@ def activations(columns: Sequence[ActivationColumn], hidden_size: int) -> pa.Sch
 
 
 def estimates(num_targets: int) -> pa.Schema:
-    """What a router says of prompts, by their content; `reason` where one could not be read."""
+    """Schema of a router's estimates, keyed by prompt content. `reason` says why a prompt could not be read."""
     vector = pa.list_(pa.field("element", pa.float32(), nullable=False), num_targets)
     return pa.schema(
         [
@@ -180,9 +181,9 @@ def estimates(num_targets: int) -> pa.Schema:
 
 
 def decisions(targets: Sequence[str], extras: Sequence[str] = ()) -> pa.Schema:
-    """One line of a log a row, of the file and the row (from 0) where it stands, with the columns asked for as text.
+    """Schema of routing decisions for a query log: one row per logged query, with its file and row (from 0).
 
-    `target` is null where no target met the constraints.
+    `extras` are log columns to copy as text. `target` is null if no target met the constraints.
     """
     per_target = pa.struct([pa.field(t, pa.float32()) for t in targets])
     return pa.schema(

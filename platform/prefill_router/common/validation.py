@@ -1,4 +1,4 @@
-"""Files and sockets are read strictly: an unknown key, or a bad value, is one line that says what is allowed."""
+"""Strict validation of files and requests: an unknown key or a bad value gives a one-line error with the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefill_router.common.errors import UserError
 
 
 class StrictModel(BaseModel):
-    """Base of all that is read from a file or a socket: unknown keys are errors."""
+    """Base class of models read from files or requests. Rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -25,8 +25,8 @@ M = TypeVar("M", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-def _object(value: object) -> object:
-    """Flags give JSON as text, files a table."""
+def _parse_object(value: object) -> object:
+    """Parses JSON text, which flags give. Tables from files pass unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -35,20 +35,20 @@ def _object(value: object) -> object:
         raise ValueError(f"must be a JSON object: {error}") from None
 
 
-def _day(value: object) -> object:
-    """TOML has dates of its own."""
+def _parse_date(value: object) -> object:
+    """Normalises an ISO date. TOML gives dates as `date` objects, flags as text."""
     try:
         return date.fromisoformat(str(value)).isoformat()
     except ValueError:
-        raise ValueError("must be a date, as 2026-01-31") from None
+        raise ValueError("must be a date, such as 2026-01-31") from None
 
 
-JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_object)]
-IsoDate = Annotated[str, BeforeValidator(_day)]
+JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_parse_object)]
+IsoDate = Annotated[str, BeforeValidator(_parse_date)]
 
 
 def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
-    """`data` as a `model`. Raises UserError with one line: the source, the key, the bad value and what is allowed."""
+    """Parses `data` as `model`. Raises UserError with one line: source, key, bad value and what is allowed."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def validate(model: type[M], data: Mapping[str, Any], source: str) -> M:
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing: the first says more.
+    # A misspelt key is reported as unknown and as missing: prefer the first, which has a suggestion.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -69,7 +69,7 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where `path` leads, following nested models only."""
+    """Returns the known keys of the nested model at `path`; empty if `path` leaves the models."""
     for part in path:
         field = model.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
@@ -79,6 +79,7 @@ def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def nearest(key: str, known: list[str]) -> str:
+    """Returns the suffix of an unknown-key error: the closest known key, or all of them."""
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f', did you mean "{close[0]}"?'

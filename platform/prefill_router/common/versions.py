@@ -1,4 +1,4 @@
-"""What a figure was made with, for whoever wants to make it again."""
+"""Package versions, recorded with every result so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _PACKAGES = ("prefill-router", "torch", "transformers", "numpy", "scikit-learn")
 
 
 def versions() -> str:
-    """Python and the packages that figures depend on, in one line."""
+    """Returns the versions of Python and of the packages that results depend on, as one line."""
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)])

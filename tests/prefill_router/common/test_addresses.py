@@ -1,4 +1,4 @@
-"""A port that a command wants is looked at before anything starts."""
+"""Ports and addresses are checked before a command starts anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefill_router.common.errors import UserError
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port of 127.0.0.1 that somebody listens on, ready to share it, as servers of many processes do."""
+    """A port of 127.0.0.1 with a listener that sets SO_REUSEPORT, as multi-process servers do."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -36,11 +36,13 @@ def test_a_free_port_stays_free() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
-    with pytest.raises(UserError, match=f"host = {host}, port = .*cannot listen there .*: choose another --host"):
+    with pytest.raises(
+        UserError, match=f"host = {host}, port = .*cannot listen on this address .*: choose another --host"
+    ):
         require_free(free_port(), host)
 
 
-def test_nobody_listens_where_a_cluster_should_be() -> None:
+def test_an_address_without_a_listener_is_refused() -> None:
     with pytest.raises(UserError, match=r"^RAY_ADDRESS = 127\.0\.0\.1:\d+: cannot be reached \(.*refused\): "):
         require_listener(f"127.0.0.1:{free_port()}", "RAY_ADDRESS")
     with socket.socket() as listener:

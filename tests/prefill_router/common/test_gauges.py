@@ -1,4 +1,4 @@
-"""Gauges are set again while nothing happens, by one thread; objects that are gone are not told of."""
+"""One thread sets unchanged gauges again; gauges of garbage-collected objects are not set."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from serving import wait_until
 
 
 class FakeGauge:
-    """Remembers what it was set to, in turn."""
+    """Records each call of `set`."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, dict[str, str]]] = []
+        self.calls: list[tuple[float, dict[str, str]]] = []
 
     def set(self, value: float, tags: dict[str, str]) -> None:
-        self.told.append((value, tags))
+        self.calls.append((value, tags))
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_each_of_its_values_is_set_again(gauge: FakeGauge) -> None:
     kept.set(1.0, {"target": "a"})
     kept.set(2.0, {"target": "b"})
     kept.set(3.0, {"target": "a"})
-    gauge.told.clear()
+    gauge.calls.clear()
     refresher.refresh()
-    assert gauge.told == [(3.0, {"target": "a"}), (2.0, {"target": "b"})]
+    assert gauge.calls == [(3.0, {"target": "a"}), (2.0, {"target": "b"})]
 
 
 def test_a_value_that_is_forgotten_ends_at_0(gauge: FakeGauge) -> None:
@@ -46,21 +46,23 @@ def test_a_value_that_is_forgotten_ends_at_0(gauge: FakeGauge) -> None:
     kept.forget({"target": "a"})
     kept.forget({"target": "never set"})
     refresher.refresh()
-    assert gauge.told == [(1.0, {"target": "a"}), (0.0, {"target": "a"})]
+    assert gauge.calls == [(1.0, {"target": "a"}), (0.0, {"target": "a"})]
 
 
-def test_a_gauge_that_is_gone_is_not_set(gauge: FakeGauge) -> None:
+def test_a_garbage_collected_gauge_is_not_set(gauge: FakeGauge) -> None:
     refresher = Refresher(3600.0)
     kept = KeptGauge(gauge, refresher)
     kept.set(1.0)
     del kept
     gc.collect()
-    gauge.told.clear()
+    gauge.calls.clear()
     refresher.refresh()
-    assert gauge.told == []
+    assert gauge.calls == []
 
 
-def test_one_that_fails_is_logged_and_keeps_no_other_back(gauge: FakeGauge, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_method_is_logged_and_the_others_still_run(
+    gauge: FakeGauge, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         def tell(self) -> None:
             raise ValueError("no value")
@@ -71,18 +73,18 @@ def test_one_that_fails_is_logged_and_keeps_no_other_back(gauge: FakeGauge, capl
     kept.set(1.0)
     with caplog.at_level(logging.ERROR):
         refresher.refresh()
-    assert gauge.told == [(1.0, {}), (1.0, {})]
+    assert gauge.calls == [(1.0, {}), (1.0, {})]
     assert "no value" in caplog.text
 
 
-def test_a_thread_does_it_again_and_again(gauge: FakeGauge) -> None:
+def test_the_thread_refreshes_repeatedly(gauge: FakeGauge) -> None:
     refresher = Refresher(0.001)
     kept = KeptGauge(gauge, refresher)
     kept.set(1.0)
-    wait_until(lambda: len(gauge.told) > 3, "set again", 30)
+    wait_until(lambda: len(gauge.calls) > 3, "set again", 30)
 
 
-def test_a_process_has_one_thread_for_all(gauge: FakeGauge) -> None:
+def test_all_gauges_of_a_process_share_one_thread(gauge: FakeGauge) -> None:
     def threads() -> list[Any]:
         return [thread for thread in threading.enumerate() if thread is REFRESHER._thread]
 

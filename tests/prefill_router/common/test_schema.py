@@ -28,7 +28,7 @@ def test_a_name_parses_to_its_column(pooling: Pooling, layer: int) -> None:
 
 @pytest.mark.parametrize("name", ["", "num_tokens", "last_12", "max_012", "last_012x", "last_-12", "last_012\n"])
 def test_another_name_is_an_error(name: str) -> None:
-    with pytest.raises(UserError, match=r"is no activation column: expected .* like last_012"):
+    with pytest.raises(UserError, match=r"is not an activation column: expected .* like last_012"):
         ActivationColumn.parse(name)
 
 

@@ -74,7 +74,7 @@ def test_the_date_must_be_one(day: str, is_date: bool) -> None:
     if is_date:
         assert EncoderSpec(model="m", template_date=day).template_date == day
         return
-    with pytest.raises(ValueError, match="must be a date, as 2026-01-31"):
+    with pytest.raises(ValueError, match="must be a date, such as 2026-01-31"):
         EncoderSpec(model="m", template_date=day)
 
 
