@@ -23,7 +23,7 @@ from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
-from prefill_router.encoder.prefix_cache import PrefixMemory
+from prefill_router.encoder.prefix_cache import PrefixCache
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Prediction
@@ -107,7 +107,7 @@ class Engine:
         self.encoder = encoder
         num_lanes, budget_tokens = 1, 1 << 14
         if isinstance(encoder, PrefillEncoder):
-            encoder.memory = PrefixMemory(REMEMBERED_TOKENS)
+            encoder.prefix_cache = PrefixCache(REMEMBERED_TOKENS)
             budget_tokens = encoder.budget_tokens
             if encoder.runs_side_by_side:
                 num_lanes = num_threads

@@ -39,7 +39,8 @@ from race import Bench, Check, Chunk, timed
 
 from prefill_router.common.console import say
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
 ROOT = Path(__file__).parents[2]
 MMLU_PRO = ROOT.parent / "shared" / "data" / "mmlu_pro" / "prompts.parquet"

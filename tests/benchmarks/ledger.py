@@ -47,7 +47,7 @@ from prefill_router.common.schema import NUM_TOKENS, activation_columns
 from prefill_router.common.versions import versions
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.corpus.split_groups import by_content
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.s3 import S3
 
@@ -75,7 +75,7 @@ def record(index: int, rows: int) -> Commit:
         name=parquet_objects.file_name(name), rows=rows, bytes=18_000_000 + index % 1000, sha256=sha256
     )
     start = index * 97 % (len(_KEYS) - rows)
-    refused = {"uri": "corpus.jsonl", "row": index, "prompt_id": name, "content": name, "reason": "ends the encoder"}
+    refused = {"uri": "corpus.jsonl", "row": index, "prompt_id": name, "content": name, "reason": "crashes the encoder"}
     return Commit(
         name=name,
         file=file,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prefill_router.activations.activation_store import StoreManifest, to_table, write_manifest
 from prefill_router.activations.shard_list import ActivationShard
 from prefill_router.common.schema import OUTCOMES, ActivationColumn
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.storage import parquet_objects
 
 COLUMNS = [ActivationColumn("last", 1), ActivationColumn("mean", 1)]

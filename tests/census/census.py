@@ -28,7 +28,9 @@ from census.table import Row
 from census.tiny_checkpoints import save_checkpoint, text_model
 from prefill_router.common.errors import UserError, one_line
 from prefill_router.common.schema import POOLINGS
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder, Tokens
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.tokenization import Tokens
 from reference import relative_error, states_alone
 from tiny import VOCABULARY, save_word_tokenizer
 

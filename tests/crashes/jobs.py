@@ -31,7 +31,8 @@ from prefill_router.collection.journal import CallState
 from prefill_router.collection.target_calls import Spent, TargetAnswer, TargetCall
 from prefill_router.collection.target_client import Miss
 from prefill_router.corpus.reader import content_hash
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
 Options = dict[str, Any]
 

@@ -89,7 +89,7 @@ AGAIN = "copy the model again"
     ("damage", "parts"),
     [
         (holds("config.json", '{"half'), ["config.json", "is not JSON", AGAIN]),
-        (holds("config.json", "[]"), ["config.json", "holds no object", AGAIN]),
+        (holds("config.json", "[]"), ["config.json", "must be a JSON object", AGAIN]),
         (holds("config.json", "{}"), ["config.json", "model_type is missing", AGAIN]),
         (configured(model_type="zebra"), ['config.json: model_type = "zebra"', "upgrade transformers"]),
         (configured(num_hidden_layers="four"), ["config.json: ", "num_hidden_layers", "expected int"]),
@@ -98,17 +98,20 @@ AGAIN = "copy the model again"
         (configured(vocab_size=50), [".weight has shape (127, 32), must be (50, 32)", AGAIN]),
         (configured(num_hidden_layers=6), ["model.layers.4.", "is missing", AGAIN]),
         (without_a_block, ["model.layers.1.mlp.", "is missing", AGAIN]),
-        (cut("model.safetensors", 1000), ["model.safetensors", "cut or damaged", "invalid header length", AGAIN]),
-        (cut("model.safetensors", -10), ["model.safetensors", "cut or damaged", "not fully covered", AGAIN]),
+        (cut("model.safetensors", 1000), ["model.safetensors", "truncated or damaged", "invalid header length", AGAIN]),
+        (cut("model.safetensors", -10), ["model.safetensors", "truncated or damaged", "not fully covered", AGAIN]),
         (in_parts, ["model-2.safetensors is missing", AGAIN]),
         (holds("model.safetensors.index.json", "{}"), ["model.safetensors.index.json has no weight_map", AGAIN]),
         (without("tokenizer.json"), ["has no tokenizer.json", AGAIN]),
         (cut("tokenizer.json", 300), ["tokenizer.json", "is not JSON", AGAIN]),
         (holds("tokenizer.json", "{}"), ["its tokenizer", "tokenizer.json", AGAIN]),
-        (holds("tokenizer_config.json", "[]"), ["tokenizer_config.json", "holds no object", AGAIN]),
-        (holds("chat_template.jinja", "{% for m in %}"), ["chat template", "is broken", "Expected an expression"]),
-        (packed(20), ["model.gguf", "cut or damaged", AGAIN]),
-        (packed(100_000), ["model.gguf", "cut or damaged", AGAIN]),
+        (holds("tokenizer_config.json", "[]"), ["tokenizer_config.json", "must be a JSON object", AGAIN]),
+        (
+            holds("chat_template.jinja", "{% for m in %}"),
+            ["chat template", "has a syntax error", "Expected an expression"],
+        ),
+        (packed(20), ["model.gguf", "truncated or damaged", AGAIN]),
+        (packed(100_000), ["model.gguf", "truncated or damaged", AGAIN]),
     ],
 )
 def test_a_damaged_encoder_names_the_file(
@@ -133,8 +136,8 @@ def test_a_damaged_encoder_names_the_file(
     [
         (holds("config.json", '{"half'), ["config.json is not JSON", AGAIN]),
         (configured(intermediate_size=128), [".intermediate.dense.", "has shape", "must be", AGAIN]),
-        (cut("model.safetensors", 1000), ["model.safetensors is cut or damaged", AGAIN]),
-        (holds("1_Pooling/config.json", "[]"), ["1_Pooling/config.json holds no object", AGAIN]),
+        (cut("model.safetensors", 1000), ["model.safetensors is truncated or damaged", AGAIN]),
+        (holds("1_Pooling/config.json", "[]"), ["1_Pooling/config.json must be a JSON object", AGAIN]),
         (holds("sentence_bert_config.json", '{"half'), ["sentence_bert_config.json is not JSON", AGAIN]),
     ],
 )

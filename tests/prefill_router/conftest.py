@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from prefill_router.common.schema import ActivationColumn
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.policy.pool import Pool, Target
 from prefill_router.predictor.kernel_ridge import KernelMachine
 from prefill_router.predictor.trunk import SharedTrunkNet

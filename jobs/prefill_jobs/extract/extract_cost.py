@@ -11,7 +11,7 @@ from prefill_router.activations.activation_store import read_manifest
 from prefill_router.common.schema import ActivationColumn, activation_columns
 from prefill_router.corpus.plan import plan
 from prefill_router.corpus.reader import Row, files, read
-from prefill_router.encoder.model_size import EncoderSize
+from prefill_router.encoder.encoder_spec import EncoderSize
 
 _GPU_FLOPS = 0.5 * 989e12  # half of what an H100 (SXM) can do in dense bf16 products, by its data sheet
 _GPU = "half of an H100's peak"

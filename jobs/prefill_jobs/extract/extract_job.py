@@ -36,7 +36,7 @@ from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
 from prefill_router.corpus.quarantine import write_quarantine
 from prefill_router.corpus.reader import refuse_output, report_unread
 from prefill_router.encoder import checkpoint
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, check
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, check_encoder
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.lease import Lease
@@ -76,7 +76,7 @@ def _extract(
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
     if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
-        check(request.encoder, [] if request.layers == "all" else request.layers)
+        check_encoder(request.encoder, [] if request.layers == "all" else request.layers)
     report_unread(config.corpus, "extract")
     with cluster.connected():
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)

@@ -20,8 +20,9 @@ from prefill_router.activations.commit_records import Commit, shard_name
 from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.common.schema import POOLINGS, ActivationColumn, Pooling
 from prefill_router.corpus.plan import Repeats, Shard
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.encoder.hardware import measured_peak_flops
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
 
 Source = tuple[str, RecordLocation]  # a store, and a shard in it

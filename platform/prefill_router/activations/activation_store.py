@@ -20,7 +20,7 @@ from prefill_router.activations.shard_list import ShardList
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
-from prefill_router.encoder.prefill_encoder import EncoderIdentity
+from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 

@@ -28,7 +28,7 @@ from prefill_router.activations.commit_segments import Segment
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.row_keys import Keys
-from prefill_router.encoder.prefill_encoder import EncoderIdentity
+from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.storage import parquet_objects
 
 SEGMENT_RECORDS = 4096  # number of loose records that are gathered into one segment

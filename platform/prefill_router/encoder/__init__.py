@@ -1,7 +1,7 @@
-"""The encoder: a causal LM that reads prompts through prefill alone, and what it takes to load one exactly.
+"""The encoder: a small causal LM that computes prefill activations of prompts, verified against transformers on load.
 
-The names below are imported when they are asked for, as they bring torch along, which readers of token counts and of
-chat templates do without.
+Start with `prefill_encoder` (PrefillEncoder), then `checkpoint` (loads weights) and `decoder` (the fast forward pass).
+The names below are imported on first use, because they import torch, which many users of this package do not need.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec, PrefillEncoder
+    from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
+    from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
 __all__ = ["EncoderIdentity", "EncoderSpec", "PrefillEncoder"]
 
+_MODULES = {"EncoderIdentity": "encoder_spec", "EncoderSpec": "encoder_spec", "PrefillEncoder": "prefill_encoder"}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("prefill_router.encoder.prefill_encoder"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What a transformers model says of its own shape. Families name the same thing differently, or not at all."""
+"""Reads a transformers model's structure from its config and modules, whose names differ between model families."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from prefill_router.common.errors import UserError
 from prefill_router.encoder.prefill_work import ModelCost
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
-_SENSES = re.compile("vision|visual|image|audio|speech")
+_OTHER_MODALITY = re.compile("vision|visual|image|audio|speech")
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions")
 _SELECTED_KEYS = ("index_topk", "keep_window_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 def text_config(backbone: Any) -> Any:
-    """The config of the language model, where the backbone has others beside it."""
+    """Returns the config of the language model, which a multimodal config nests."""
     return backbone.config.get_text_config()
 
 
 def backbone_of(model: Any) -> Any:
-    """The part of a model of transformers that reads text: no heads, and nothing that sees or hears."""
+    """Returns the text decoder of a transformers model, without heads and without vision or audio towers."""
     part = model.get_decoder()
     part = part if hasattr(part, "config") else model.base_model
     while (inner := _inner(part)) is not part:
@@ -33,38 +33,42 @@ def backbone_of(model: Any) -> Any:
 
 
 def _inner(part: Any) -> Any:
-    """The model below a head; a model without one is its own."""
+    """Returns the model below a head, or `part` itself if it has no head."""
     return part.base_model if part.base_model is not part else getattr(part, "model", part)
 
 
 def find_blocks(backbone: nn.Module) -> nn.ModuleList:
-    """The list of a model's blocks. Raises UserError if there is none."""
+    """Returns the list of a model's decoder blocks. Raises UserError if there is none."""
     depths = [depth for name in _DEPTHS if (depth := _number(text_config(backbone), name))]
     for depth in depths:
         for name, module in backbone.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and not _SENSES.search(name):
+            if isinstance(module, nn.ModuleList) and len(module) == depth and not _OTHER_MODALITY.search(name):
                 return module
-    raise UserError(f"{type(backbone).__name__} has no list of {depths[0] if depths else 'its'} blocks")
+    num_blocks = depths[0] if depths else "its"
+    raise UserError(f"{type(backbone).__name__} has no ModuleList of {num_blocks} blocks: choose another model")
 
 
 def context_tokens(config: Any) -> int | None:
-    """The most tokens that a model takes, where it says so."""
+    """Returns the model's context length, or None if its config gives none."""
     return _number(config, *_CONTEXT)
 
 
 def short_rope_tokens(config: Any) -> int | None:
-    """The length of prompts beyond which a model's rotary embedding takes other frequencies, where it does."""
+    """Returns the prompt length beyond which a LongRoPE model switches its frequencies; None for other models."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
 def selects_keys(config: Any) -> bool:
-    """Does attention take the best of a prompt's keys? Those of padding would be among them."""
+    """Whether attention selects the top-scoring keys of a prompt. It could then select keys of padding."""
     return _number(config, *_SELECTED_KEYS) is not None
 
 
-def is_the_same_at_any_length(config: Any) -> bool:
-    """Do tokens read a prompt's keys by rules that short prompts show too, windows apart?"""
+def is_length_independent(config: Any) -> bool:
+    """Whether attention follows the same rules at any prompt length, apart from windows.
+
+    Only then does a check on short prompts also hold for long ones.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     depends_on_length = any("dynamic" in str(kind) or "longrope" in str(kind) for kind in _rope_types(rope))
     chunked = _number(config, "attention_chunk_size") is not None
@@ -72,21 +76,21 @@ def is_the_same_at_any_length(config: Any) -> bool:
 
 
 def has_windows(config: Any) -> bool:
-    """Do some of a model's tokens see a window of the last ones alone?"""
+    """Whether some layers use sliding-window attention."""
     kinds = getattr(config, "layer_types", None)
     is_used = getattr(config, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
     return bool(is_used) and _number(config, "sliding_window") is not None
 
 
 def _rope_types(rope: dict[str, Any]) -> list[Any]:
-    """One, or one for each kind of layer."""
+    """Returns the RoPE types: one, or one for each kind of layer."""
     nested = [kind.get("rope_type") for kind in rope.values() if isinstance(kind, dict)]
     return [rope.get("rope_type"), *nested]
 
 
 def block_cost(block: nn.Module, config: Any) -> ModelCost:
-    """What a token costs in a block. Experts, stacked in one tensor, count by the share of them that reads a token."""
-    experts, used = _number(config, *_EXPERTS), _number(config, *_EXPERTS_OF_A_TOKEN)
+    """Returns the compute cost of one block. Stacked expert weights count by the share of experts used per token."""
+    experts, used = _number(config, *_EXPERTS), _number(config, *_EXPERTS_PER_TOKEN)
     share = used / experts if experts and used else 1.0
     num_weights = sum(w.numel() * (share if w.ndim == 3 and len(w) == experts else 1.0) for w in _matrices(block))
     return ModelCost.of_block(int(num_weights), _attention_width(config))
@@ -97,19 +101,19 @@ def _matrices(block: nn.Module) -> list[nn.Parameter]:
 
 
 def _attention_width(config: Any) -> int:
-    """Heads times head size; 0 where a model has no attention."""
+    """Returns heads times head size; 0 for a model without attention."""
     heads = _number(config, "num_attention_heads") or 0
     return heads * (_number(config, "head_dim") or config.hidden_size // max(1, heads))
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """What of a model's config changes its activations: all that is not default, but where it came from."""
+    """Returns the non-default config values that can change activations."""
     incidental = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
     return {key: value for key, value in config.to_diff_dict().items() if key not in incidental}
 
 
 def _number(config: Any, *names: str) -> int | None:
-    """The first of some attributes that is a whole number."""
+    """Returns the first of the named attributes that is an integer."""
     for name in names:
         try:
             value = getattr(config, name, None)

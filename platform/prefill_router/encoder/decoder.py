@@ -1,7 +1,7 @@
-"""A dense decoder as one forward pass over a pack of prompts, made for prefill: no padding, no cache, no logits.
+"""A dense decoder for prefill only: one forward pass over a pack of prompts, without padding, KV cache or logits.
 
-It takes the weights of a transformers model of the families below and computes what that model computes. What differs
-is the work around the matrix products: projections are fused, prompts are packed, the pass ends at the deepest layer.
+It uses the weights of a transformers model of one of the FAMILIES and computes the same hidden states. It is faster
+because projections are fused, prompts are packed without padding, and the pass ends at the deepest requested layer.
 """
 
 # T tokens of a pack, D hidden size, H heads, K key-value heads, E head size
@@ -21,16 +21,16 @@ from prefill_router.encoder.hardware import has_amx
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-Visit = Callable[[int, Tensor], None]  # takes the index in `hidden_states` and the states (T, D)
+Visit = Callable[[int, Tensor], None]  # called with the index in `hidden_states` and the states (T, D)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Prompts laid end to end; all of them continue the same prefix, where there is one."""
+    """Concatenated prompts, all of which may continue one shared prefix."""
 
     ids: Tensor  # (T,) int64
-    lengths: list[int]  # own tokens of each prompt
-    prefix: list[KeyValue] | None = None  # what `Decoder.run` kept of the prefix, a layer each
+    lengths: list[int]  # tokens of each prompt after the prefix
+    prefix: list[KeyValue] | None = None  # keys and values of the prefix for each layer, kept by `Decoder.run`
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], device: torch.device, prefix: list[KeyValue] | None = None) -> Pack:
@@ -44,7 +44,7 @@ class Pack:
         return len(self.prefix[0][0]) if self.prefix else 0
 
     def padded(self, multiple: int) -> Pack:
-        """A multiple of so many tokens: what is appended continues the last prompt, which does not see it."""
+        """Pads the last prompt to make the pack a multiple of `multiple` tokens. Causality hides the padding."""
         padding = -len(self.ids) % multiple
         if not padding:
             return self
@@ -52,9 +52,9 @@ class Pack:
 
 
 class Decoder:
-    """Make one with `Decoder.from_transformers`."""
+    """Runs packs through the decoder's blocks. Create one with `Decoder.from_transformers`."""
 
-    is_packed = True  # prompts are laid end to end, and may continue a prefix
+    is_packed = True  # no padding; prompts may continue a prefix
 
     def __init__(self, backbone: Any) -> None:
         self.head_size = head_size(backbone.config)
@@ -62,14 +62,14 @@ class Decoder:
         self.frequencies: Tensor = backbone.rotary_emb.inv_freq
         self.rotary_scale: float = backbone.rotary_emb.attention_scaling
         linear = _linear_for(self.device, self.dtype)
-        # Products of a new height are compiled, 7 ms each on AMX: half of a pack's time. Others take under one.
+        # oneDNN compiles a kernel per number of rows: 7 ms on AMX, half of a pack's time; under 1 ms elsewhere.
         self.pack_multiple = 64 if linear is _PackedLinear and has_amx() else 1
         self.blocks = [_Block(block, linear) for block in backbone.layers]
         self.final_norm = _RMSNorm(backbone.norm)
 
     @classmethod
     def from_transformers(cls, backbone: Any, max_tokens: int) -> Decoder | None:
-        """None where the model is of another kind: another family, attention not plainly causal, adapted layers."""
+        """Returns None for an unsupported model: another family, windowed attention, or non-standard linear layers."""
         config = backbone.config
         rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         window = getattr(config, "sliding_window", None) or max_tokens
@@ -78,7 +78,7 @@ class Decoder:
             and rotary in ("default", "linear", "llama3", "yarn")
             and config.hidden_act == "silu"
             and window >= max_tokens
-            # Quantised or adapted ones compute more than their weights say.
+            # Quantised and adapted layers compute more than a product with their weight.
             and all(type(m) is nn.Linear for m in backbone.layers.modules() if hasattr(m, "in_features"))
         )
         return cls(backbone) if fits else None
@@ -92,9 +92,9 @@ class Decoder:
         return self.embedding.dtype
 
     def run(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None:
-        """Calls `visit(layer, states)` for layers 0 to `deepest`, the last of all after the final norm.
+        """Calls `visit(layer, states)` for layers 0 to `deepest`; the model's last layer is taken after the final norm.
 
-        Appends each layer's keys and values to `keep`, for packs whose prompts continue this one.
+        Appends each layer's keys and values to `keep`, for packs that continue this one.
         """
         num_tokens = len(pack.ids)
         pack = pack.padded(self.pack_multiple)
@@ -113,7 +113,7 @@ class Decoder:
             visit(layer + 1, self.final_norm(visible) if is_last else visible)
 
     def _rotation(self, pack: Pack) -> Callable[[Tensor], Tensor]:
-        """Rotary embedding of (T, heads, E), the halves of a head as transformers lays them out."""
+        """Returns a function that applies rotary embedding to (T, heads, E), with transformers' layout of a head."""
         start = pack.prefix_tokens
         positions = torch.cat([torch.arange(start, start + n) for n in pack.lengths]).to(self.device)
         angles = positions[:, None, None].float() * self.frequencies
@@ -123,12 +123,12 @@ class Decoder:
 
 
 def head_size(config: Any) -> int:
-    """Of a head of attention, as a transformers config has it or implies it."""
+    """Returns the size of an attention head, given or implied by a transformers config."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class _Block:
-    """One layer: attention and a gated MLP, each behind a norm and added to the stream."""
+    """One decoder layer: attention and a gated MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, block: Any, linear: type[_Linear]) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -141,7 +141,7 @@ class _Block:
         self.query_norm, self.key_norm = (None if norm is None else _RMSNorm(norm) for norm in norms)
 
     def project(self, states: Tensor, head_size: int, rotate: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """Queries (T, H, E), keys and values (T, K, E); the first two rotated."""
+        """Returns queries (T, H, E), keys and values (T, K, E), with queries and keys rotated."""
         projected = self.project_all(self.attention_norm(states))
         heads = projected.view(len(states), -1, head_size)
         query, key, value = torch.split(heads, [width // head_size for width in self.widths], 1)
@@ -165,14 +165,14 @@ class _RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # The same, in half as many passes as torch's takes on a CPU.
+        # The same formula as F.rms_norm, with half as many passes over memory on a CPU.
         wide = x.float()
         mean_square: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return (wide * mean_square.add_(self.eps).rsqrt_()).mul_(self.wide_weight).to(x.dtype)
 
 
 class _Linear:
-    """A linear layer and what can follow it. Several modules become one product."""
+    """A linear layer with optional fused elementwise operations. Several modules are fused into one product."""
 
     def __init__(self, *modules: nn.Linear) -> None:
         self.weight = torch.cat(tuple(m.weight for m in modules))
@@ -193,7 +193,7 @@ class _Linear:
 
 
 class _PackedLinear(_Linear):
-    """oneDNN's product with weights laid out once, the elementwise work done on tiles while they are in cache."""
+    """oneDNN's matrix product with prepacked weights, with elementwise operations fused while tiles are in cache."""
 
     def __init__(self, *modules: nn.Linear) -> None:
         super().__init__(*modules)

@@ -1,4 +1,4 @@
-"""What the machine is good at: the number type to compute in, and the rate that it can reach at most."""
+"""Hardware properties: the preferred dtype, kernel caches, and the peak rate of matrix products."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 DType = Literal["bfloat16", "float32"]
 
-_CPUINFO = Path("/proc/cpuinfo")  # Linux alone has it
+_CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
 
 def preferred_dtype(device: str) -> DType:
-    """bfloat16 where the hardware is fast at it, otherwise float32. It hangs on the kind of hardware alone.
+    """Returns bfloat16 if the hardware computes it fast, otherwise float32. Depends on the hardware type only.
 
-    A measurement would tell more, but not the same each time, and activations of one type do not fit the other's.
+    A measurement could differ from run to run, and activations of different dtypes cannot be mixed.
     """
     if device == "cpu":
-        # Intel's AVX-512 does half as many products in bfloat16 as in float32 (measured: 85 and 160 GFLOP/s a core).
+        # Intel's AVX-512 is half as fast in bfloat16 as in float32 (measured: 85 and 160 GFLOP/s per core).
         fast = has_amx() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -29,7 +29,7 @@ def preferred_dtype(device: str) -> DType:
 
 
 def has_amx() -> bool:
-    """Does this CPU have Intel's matrix unit, and torch use it?"""
+    """Whether this CPU has Intel's matrix unit (AMX) and torch supports it."""
     return torch.cpu._is_amx_tile_supported()
 
 
@@ -38,11 +38,11 @@ def _is_intel() -> bool:
 
 
 def bound_kernel_caches() -> None:
-    """Keeps memory flat: oneDNN and torch's layer over it each keep a compiled kernel, 1 to 2 MB, for every shape.
+    """Limits the caches of compiled kernels in oneDNN and in torch's layer above it, which hold 1 to 2 MB per shape.
 
-    Packs have a thousand lengths, which would be a gigabyte; compiling one anew takes under a millisecond. With AMX it
-    takes 7, and packs have 16 lengths for that (see `Decoder.pack_multiple`), whose products all find room. It has to
-    come before the first product, and leaves alone what the user has set.
+    Packs have about a thousand lengths, which would take a gigabyte, while recompiling takes under 1 ms. With AMX it
+    takes 7 ms, but there packs have only 16 lengths (see `Decoder.pack_multiple`), whose kernels all fit. Call this
+    before the first matrix product. It does not override the user's environment variables.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
@@ -50,8 +50,8 @@ def bound_kernel_caches() -> None:
 
 @torch.inference_mode()
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 6) -> float:
-    """FLOP/s of the fastest of a few large matrix products, with the threads that torch has now."""
-    size = 8192 if device.type == "cuda" else 1024  # which reaches the rate of larger ones, in a tenth of the time
+    """Measures peak FLOP/s: the fastest of `repeats` large matrix products with torch's current thread count."""
+    size = 8192 if device.type == "cuda" else 1024  # as fast as larger products, in a tenth of the time
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     fastest_s = min(_product_s(a, b) for _ in range(repeats))
     return 2 * size**3 / fastest_s

@@ -1,6 +1,7 @@
-"""Any causal LM of transformers as it is: the way for architectures that neither `decoder` nor `packed` can run.
+"""Runs any transformers causal LM through forward hooks: the fallback for what Decoder and PackedBackbone cannot run.
 
-Prompts are padded, and hooks hand out each block's states. Slower, but it needs to know nothing of the model's inside.
+Prompts are padded, and a hook on each block reports its hidden states. It is slower, but makes no assumptions about
+the model's internals.
 """
 
 # B prompts in a batch, S tokens of the longest, T tokens of all, D hidden size
@@ -19,11 +20,11 @@ from prefill_router.encoder.decoder import Pack, Visit
 
 
 class HookedBackbone:
-    """Runs one pack at a time: its hooks hang in the model while it runs."""
+    """Runs one pack at a time, because its hooks are installed in the model during a run."""
 
     is_packed = False
-    is_mixed = True  # may prompts of several lengths be padded, or does padding change what they give?
-    has_embedding = True  # is the first hidden state the embedding, or, as in Mamba, what the first block gives?
+    is_mixed = True  # whether a batch may mix lengths, that is, whether padding leaves states unchanged
+    has_embedding = True  # whether hidden state 0 is the embedding; in Mamba it is the first block's output
 
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
         self.backbone, self.blocks = backbone, blocks
@@ -33,9 +34,9 @@ class HookedBackbone:
         return next(iter(self.backbone.parameters())).device  # type: ignore[no-any-return]
 
     def run(self, pack: Pack, visit: Visit, deepest: int) -> None:
-        """As `Decoder.run`, for packs without a prefix."""
-        # Padding stands right of every prompt: under causal attention no real token ever sees it, so that the batch
-        # needs no attention mask. Any id will do.
+        """Does what `Decoder.run` does, for packs without a prefix."""
+        # Prompts are right-padded: under causal attention no real token sees the padding, so no attention mask is
+        # needed, and any token id will do.
         padded = nn.utils.rnn.pad_sequence(list(torch.split(pack.ids, pack.lengths)), batch_first=True)
         columns = torch.arange(padded.shape[1], device=padded.device)
         is_real = columns < torch.tensor(pack.lengths, device=padded.device)[:, None]
@@ -46,12 +47,12 @@ class HookedBackbone:
 
         with self._visiting(visit_packed, deepest):
             final = self.backbone(input_ids=padded, use_cache=False).last_hidden_state
-            # The last layer is taken after the final norm, as transformers does.
+            # The last layer is taken after the final norm, as in transformers' `hidden_states`.
             visit_packed(len(self.blocks), final)
 
     @contextmanager
     def _visiting(self, visit: Visit, deepest: int) -> Iterator[None]:
-        """Calls `visit(layer, states)` at each layer but the last of a forward pass, and ends it at `deepest`."""
+        """Installs hooks that call `visit(layer, states)` at each layer but the last, and end the pass at `deepest`."""
 
         def reached(layer: int, states_BSD: Tensor) -> None:
             visit(layer, states_BSD)
@@ -80,10 +81,10 @@ class HookedBackbone:
 
 
 def states_of(output: Any) -> Tensor:
-    """The hidden states among what a block returns."""
+    """Returns the hidden states from a block's output."""
     states: Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 
 
 class DeepestLayerReached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass whose later layers nobody asked for."""
+    """Ends a forward pass after the deepest requested layer."""

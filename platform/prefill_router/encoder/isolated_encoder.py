@@ -1,7 +1,7 @@
-"""An encoder in a process of its own: what a prompt does to that process, it does not do to the one that asked.
+"""Fault-tolerant encoding in a child process: finds the prompts that crash the encoder, so that they can be skipped.
 
-A prompt that takes all memory, or crashes a kernel, ends its process. Tried in the worker again and again, it would end
-the worker each time; tried here, it is found and left out.
+A prompt that exhausts memory or crashes a kernel kills its process. In the worker itself, every retry would kill the
+worker again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ import torch
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import EncodedPrompts, PrefillEncoder
 
-_MEMORY_SHARE = 0.8  # of the memory that is free, which the process may take
-_MOST_KILLERS = 8  # in one shard: with more, it is not the prompts
+_MEMORY_SHARE = 0.8  # of the available memory, which the child may use
+_MAX_CRASHES = 8  # crashing prompts per shard; with more, the prompts are not the cause
 
 
-class EncoderDied(Exception):  # noqa: N818 - what happened, of a process
-    """The process ended, or raised, over some prompts."""
+class EncoderDied(Exception):  # noqa: N818 - an event, not an error of the caller
+    """The child process crashed or raised while it encoded some prompts."""
 
 
 class IsolatedEncoder:
-    """Encodes as `PrefillEncoder.read` does, in a child process that is started when it is needed."""
+    """Encodes as `PrefillEncoder.read` does, in a child process that starts on first use."""
 
     def __init__(self, spec: EncoderSpec, threads: int) -> None:
         self.spec, self.threads = spec, threads
@@ -43,13 +44,13 @@ class IsolatedEncoder:
         self._connection: Connection | None = None
 
     def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> EncodedPrompts:
-        """Raises EncoderDied, with the reason, where the process ends or raises."""
+        """Encodes prompts in the child. Raises EncoderDied, with the reason, if it crashes or raises."""
         connection = self._start()
         try:
             connection.send((list(prompts), list(columns)))
             answer = connection.recv()
         except (EOFError, OSError):
-            raise EncoderDied(self._epitaph()) from None
+            raise EncoderDied(self._exit_reason()) from None
         if isinstance(answer, Exception):
             raise EncoderDied(str(answer) or type(answer).__name__)
         reading: EncodedPrompts = answer
@@ -58,42 +59,46 @@ class IsolatedEncoder:
     def read_survivors(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
     ) -> tuple[EncodedPrompts, dict[int, str]]:
-        """Reads all prompts but those that end the process, which come back by their place, with how.
+        """Encodes all prompts except those that crash the encoder. Returns the reasons of these by prompt index.
 
-        Raises UserError where there are too many of them, or where the others end it together.
+        Raises UserError if too many prompts crash it, or if the remaining ones crash it only together.
         """
         try:
             return self.read(prompts, columns), {}
         except EncoderDied:
-            killers = self._find_killers(prompts, columns)
+            crashes = self._find_crashes(prompts, columns)
         try:
-            return self.read([prompt for i, prompt in enumerate(prompts) if i not in killers], columns), killers
+            return self.read([prompt for i, prompt in enumerate(prompts) if i not in crashes], columns), crashes
         except EncoderDied as death:
             raise UserError(
-                f"the prompts of a shard end the encoder together, though none does alone: {death}"
+                f"the prompts of a shard crash the encoder together, but not one by one: {death}: "
+                "give its workers more memory"
             ) from None
 
-    def _find_killers(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> dict[int, str]:
-        """The prompts that end the process by themselves, twice. Halves them until they are found."""
-        killers: dict[int, str] = {}
+    def _find_crashes(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> dict[int, str]:
+        """Finds the prompts that crash the encoder alone, twice in a row, by bisection."""
+        crashes: dict[int, str] = {}
 
-        def search(places: range) -> None:
+        def search(indices: range) -> None:
             try:
-                self.read([prompts[i] for i in places], columns)
+                self.read([prompts[i] for i in indices], columns)
                 return
             except EncoderDied as death:
-                reason = f"ends the encoder: {death}"
-            if len(places) > 1:
-                middle = places.start + len(places) // 2
-                search(range(places.start, middle))
-                search(range(middle, places.stop))
-            elif self._kills_again(prompts[places.start], columns):
-                killers[places.start] = reason
-            if len(killers) > _MOST_KILLERS:
-                raise UserError(f"more than {_MOST_KILLERS} prompts of a shard cannot be read: {reason}")
+                reason = f"crashes the encoder: {death}"
+            if len(indices) > 1:
+                middle = indices.start + len(indices) // 2
+                search(range(indices.start, middle))
+                search(range(middle, indices.stop))
+            elif self._crashes_again(prompts[indices.start], columns):
+                crashes[indices.start] = reason
+            if len(crashes) > _MAX_CRASHES:
+                raise UserError(
+                    f"more than {_MAX_CRASHES} prompts of a shard fail, the last one {reason}: "
+                    "check the encoder and its workers' memory"
+                )
 
         search(range(len(prompts)))
-        return killers
+        return crashes
 
     def close(self) -> None:
         if self._process is not None:
@@ -101,8 +106,8 @@ class IsolatedEncoder:
             self._process.join()
         self._process = self._connection = None
 
-    def _kills_again(self, prompt: Prompt, columns: Sequence[ActivationColumn]) -> bool:
-        """One death may be another's doing: of a node that was short of memory, or of who killed the process."""
+    def _crashes_again(self, prompt: Prompt, columns: Sequence[ActivationColumn]) -> bool:
+        """Rules out other causes of a single crash, such as a node short of memory or an external kill."""
         try:
             self.read([prompt], columns)
         except EncoderDied:
@@ -119,7 +124,7 @@ class IsolatedEncoder:
             theirs.close()
         return self._connection
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         assert self._process is not None
         self._process.join(timeout=10)
         code = self._process.exitcode
@@ -130,8 +135,8 @@ class IsolatedEncoder:
 
 
 def _serve(connection: Connection, spec: EncoderSpec, threads: int) -> None:
-    """The child: answers until its parent is gone."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    """Runs in the child: answers requests until the parent exits."""
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     encoder = PrefillEncoder.load(spec)
     if encoder.device.type == "cpu":
@@ -141,23 +146,23 @@ def _serve(connection: Connection, spec: EncoderSpec, threads: int) -> None:
         answer: Any
         try:
             answer = encoder.read(prompts, columns)
-        except Exception as error:  # what a prompt may raise is not known
+        except Exception as error:  # a prompt can raise any exception
             answer = EncoderDied(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         connection.send(answer)
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _limit_memory() -> None:
-    """So that this process fails before the node does."""
+    """Limits the address space, so that this process runs out of memory before the node does."""
     if sys.platform != "linux":
         return
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = taken + int(_MEMORY_SHARE * available)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + int(_MEMORY_SHARE * available)
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -1,7 +1,7 @@
-"""Checks that all of a model came from its files: nothing random, nothing left out, nothing read without its scale.
+"""Checks that a model was loaded completely: no random or skipped tensors, no quantised weights without their scales.
 
-transformers fills a missing tensor with random numbers, skips one that it has no place for, and says so in a log at
-most. What it reports of a load is held against the model here.
+transformers initialises missing tensors randomly and skips unexpected ones, with a log line at most. These checks
+compare its loading report with the model.
 """
 
 from __future__ import annotations
@@ -14,46 +14,48 @@ from torch import nn
 
 _REMEDY = "copy the model again"
 
-# Tensors that old checkpoints carry and that models compute anew, or that belong to training.
+# Tensors in old checkpoints that models now compute themselves.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 _ADAPTER = re.compile(r"\b(lora_|adapter_|prompt_embeddings|ia3_|base_layer\b)")
 _SCALE = re.compile(r"((?<!logit)_scale(_inv|_2)?|\.scales|zero_point|qzeros|g_idx|absmax)$")
 
 
 def check_shapes(report: Mapping[str, Any]) -> None:
-    """Raises ValueError for a tensor of another shape than config.json says. `report` is as that of `check_load`."""
-    for name, held, wanted in sorted(report["mismatched_keys"]):
-        raise ValueError(f"{name} has shape {tuple(held)}, must be {tuple(wanted)} by config.json: {_REMEDY}")
+    """Raises ValueError for a tensor whose shape differs from config.json. `report` is that of `check_load`."""
+    for name, actual, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{name} has shape {tuple(actual)}, must be {tuple(expected)} by config.json: {_REMEDY}")
 
 
 def check_load(report: Mapping[str, Any], model: nn.Module, backbone: nn.Module) -> None:
-    """Raises ValueError unless the files gave `backbone`, a part of `model`, exactly the tensors that it has.
+    """Raises ValueError unless the files contain exactly the tensors of `backbone`, a part of `model`.
 
-    `report` is what `from_pretrained(..., output_loading_info=True)` returns. Heads beside the backbone may be missing,
-    and other parts, such as a vision tower, may be left over.
+    `report` is what `from_pretrained(..., output_loading_info=True)` returns. Heads outside the backbone may be
+    missing, and unused parts, such as a vision tower, may be present.
     """
     prefix = _prefix_of(backbone, model)
-    left_over = [name for name in sorted(report["unexpected_keys"]) if not _COMPUTED.search(name)]
-    _check_readable(left_over)
+    unexpected = [name for name in sorted(report["unexpected_keys"]) if not _COMPUTED.search(name)]
+    _check_readable(unexpected)
     missing = [name for name in sorted(report["missing_keys"]) if name.startswith(prefix)]
     if missing:
-        renamed = next((name for name in left_over if name.endswith(missing[0])), None)
-        remedy = f"the file calls it {renamed}: save the model without that prefix" if renamed else _REMEDY
-        raise ValueError(f"{_named(missing)} is missing in the weights, though config.json asks for it: {remedy}")
+        renamed = next((name for name in unexpected if name.endswith(missing[0])), None)
+        remedy = f"the file names it {renamed}: save the model without that prefix" if renamed else _REMEDY
+        raise ValueError(f"{_summary(missing)} is missing in the weights, but config.json requires it: {remedy}")
     parts = {name for name, _ in backbone.named_children()}
-    unused = [name for name in left_over if name.removeprefix(prefix).partition(".")[0] in parts]
+    unused = [name for name in unexpected if name.removeprefix(prefix).partition(".")[0] in parts]
     if unused:
-        raise ValueError(f"{_named(unused)} is in the weights, but config.json has no place for it: {_REMEDY}")
+        raise ValueError(f"{_summary(unused)} is in the weights, but not in the model of config.json: {_REMEDY}")
 
 
-def _check_readable(left_over: Collection[str]) -> None:
-    adapters = [name for name in left_over if _ADAPTER.search(name)]
+def _check_readable(unexpected: Collection[str]) -> None:
+    """Raises ValueError for tensors of adapters and of unsupported quantisation."""
+    adapters = [name for name in unexpected if _ADAPTER.search(name)]
     if adapters:
-        raise ValueError(f"{_named(adapters)} is part of an adapter: merge it into the weights and save them")
-    scales = [name for name in left_over if _SCALE.search(name)]
+        raise ValueError(f"{_summary(adapters)} is part of an adapter: merge it into the weights and save them")
+    scales = [name for name in unexpected if _SCALE.search(name)]
     if scales:
         raise ValueError(
-            f"{_named(scales)} is of a quantisation that transformers does not apply: give it the unquantised model"
+            f"{_summary(scales)} is a scale of a quantisation that transformers does not apply: "
+            "use the unquantised model"
         )
 
 
@@ -62,7 +64,7 @@ def _prefix_of(backbone: nn.Module, model: nn.Module) -> str:
     return f"{name}." if name else ""
 
 
-def _named(names: Collection[str]) -> str:
-    """The first of some tensors and how many there are."""
+def _summary(names: Collection[str]) -> str:
+    """Returns the first of some tensor names and their number."""
     first, *others = names
     return f"{first} (the first of {len(names)})" if others else first

@@ -1,7 +1,7 @@
-"""Causal LMs of transformers over packs: no padding, shared prefixes, and no code for a family.
+"""Runs transformers causal LMs over packs of prompts, without padding, with shared prefixes, for any model family.
 
-Where the tokens of a model meet in attention alone, prompts can be laid end to end: transformers hands the attention of
-each layer to a function by name, which keeps them apart, and takes the positions of their tokens from us.
+If tokens interact in attention only, prompts can be concatenated: transformers dispatches each layer's attention to a
+registered function, which keeps prompts apart, and accepts explicit token positions.
 """
 
 # T tokens of a pack, H heads, K key-value heads, E head size, D hidden size
@@ -22,18 +22,18 @@ from prefill_router.encoder.attention import Attention, KeyValue, Scoring, atten
 from prefill_router.encoder.decoder import Pack, Visit
 from prefill_router.encoder.hooked_backbone import DeepestLayerReached, HookedBackbone, states_of
 
-_NAME = "prefill_router"  # of our attention, in transformers
-_POSITIONS = ("position_ids", "cache_position")  # which it is given, and has used before
+_NAME = "prefill_router"  # the name of this attention function in transformers
+_POSITIONS = ("position_ids", "cache_position")  # tensors passed to attention that are already applied
 _running = threading.local()
 
 
 class PackedBackbone(HookedBackbone):
-    """Threads may share it: what a run needs is held for its thread."""
+    """A transformers model with its attention replaced. Threads may share it: the state of a run is thread-local."""
 
     is_packed = True
 
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
-        """Hands the attention of `backbone` over to packs. Raises ValueError if the model does not let it."""
+        """Replaces the attention of `backbone`. Raises ValueError if the model does not allow it."""
         from transformers import AttentionInterface
 
         AttentionInterface.register(_NAME, _attend)
@@ -41,13 +41,13 @@ class PackedBackbone(HookedBackbone):
         if backbone.config._attn_implementation != _NAME:
             raise ValueError("its attention cannot be replaced")
         super().__init__(backbone, blocks)
-        self.windows: set[int | None] = set()  # that its layers asked for
+        self.windows: set[int | None] = set()  # window sizes that its layers passed to attention
         blocks[0].register_forward_pre_hook(_before, with_kwargs=True)
         for i, block in enumerate(blocks[:-1]):
             block.register_forward_hook(partial(_after, i + 1))
 
     def run(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None:
-        """As `Decoder.run`. Raises ValueError if a block has another number of attentions than one."""
+        """Does what `Decoder.run` does. Raises ValueError unless each block calls attention exactly once."""
         start = pack.prefix_tokens
         positions = torch.cat([torch.arange(start, start + n) for n in pack.lengths]).to(self.device)
         run = _Run(pack, visit, deepest, keep, self.device)
@@ -59,12 +59,12 @@ class PackedBackbone(HookedBackbone):
                 pass
         self.windows |= run.windows
         if run.num_attended != deepest:
-            raise ValueError(f"{deepest} of its blocks have {run.num_attended} attentions")
+            raise ValueError(f"{deepest} of its blocks call attention {run.num_attended} times")
 
 
 @dataclass
 class _Run:
-    """One pack on its way through a model."""
+    """The state of one pack's forward pass."""
 
     pack: Pack
     visit: Visit
@@ -81,7 +81,7 @@ class _Run:
             raise DeepestLayerReached
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """Attention of the next layer: (T, H, E), (T, K, E), (T, K, V) -> (T, H, V)."""
+        """Computes attention of the next layer: (T, H, E), (T, K, E), (T, K, V) -> (T, H, V)."""
         prefix = self.pack.prefix[self.num_attended] if self.pack.prefix else None
         self.num_attended += 1
         self.windows.add(scoring.window)
@@ -125,12 +125,12 @@ def _attend(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for transformers' attention: (1, H, T, E), (1, K, T, E), (1, K, T, V) -> (1, T, H, V).
+    """Replaces transformers' attention: (1, H, T, E), (1, K, T, E), (1, K, T, V) -> (1, T, H, V).
 
-    Raises ValueError for a mask or a bias of the model's own, which may be too small to show in bfloat16.
+    Raises ValueError for a model-specific mask or bias, which may be too small for the load-time check to detect.
     """
     biases = [name for name, value in options.items() if isinstance(value, Tensor) and name not in _POSITIONS]
     if mask is not None or biases:
-        raise ValueError(f"its attention has {', '.join(biases) or 'a mask'} of its own")
+        raise ValueError(f"its attention adds {', '.join(biases) or 'a mask'}")
     by_token = (states[0].transpose(0, 1) for states in (query, key, value))
     return _running.run.attend(*by_token, Scoring(scaling, sliding_window, softcap, s_aux))[None], None

@@ -1,4 +1,4 @@
-"""Pooling: a layer's states of a pack, reduced to a vector a prompt while the layer is at hand."""
+"""Pools each layer's hidden states to one vector per prompt as the forward pass reaches the layer."""
 
 # B prompts in a pack, T their tokens, D hidden size, C columns, P tokens of a shared prefix
 
@@ -18,11 +18,11 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 @dataclass
 class PrefixSums:
-    """What a shared prefix adds to the mean of the prompts that continue it: the sum of its states, a layer each."""
+    """Sums of a shared prefix's states per layer, which the mean pooling of every continuing prompt includes."""
 
     num_tokens: int
     leave_out_first: bool
-    start: PrefixSums | None = None  # of the tokens before those that are visited
+    start: PrefixSums | None = None  # sums over the tokens before the visited ones
     by_layer: dict[int, Tensor] = field(default_factory=dict)  # (D,) float32
 
     def visit(self, layer: int, states_TD: Tensor) -> None:
@@ -33,9 +33,9 @@ class PrefixSums:
 
 
 class Pooler:
-    """Collects `columns` of one pack, layer by layer, as float16; values beyond its range are clamped to it.
+    """Collects `columns` of one pack, layer by layer, as float16. Clamps values outside float16's range.
 
-    `mean` is over a prompt's tokens, without the first of them when `leave_out_first`, unless it is the only one.
+    `mean` averages a prompt's tokens. If `leave_out_first`, it excludes the first one, unless that is the only token.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Pooler:
         prefix: PrefixSums | None = None,
     ) -> None:
         self.columns, self.prefix = columns, prefix
-        # With a prefix, the first token is the prefix's.
+        # With a prefix, the first token is in the prefix.
         self.skipped = [int(leave_out_first and prefix is None and n > 1) for n in lengths]
         self.lengths = list(lengths)
         ends = np.cumsum(lengths)
@@ -67,7 +67,7 @@ class Pooler:
                 self.pooled[column] = pooled.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
 
     def result(self) -> Tensor:
-        """(C, B, D) float16, on the device."""
+        """Returns the pooled columns, (C, B, D) float16, on the device."""
         return torch.stack([self.pooled[column] for column in self.columns])
 
     def _mean(self, layer: int, states_TD: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class Pooler:
         return sums_BD / self.counts
 
     def _sums(self, states_TD: Tensor) -> Tensor:
-        """(B, D) float32. Each prompt is summed by itself, so that its companions do not change a bit of it."""
-        if states_TD.is_cuda:  # one kernel; unsafe: the lengths are not checked, which would wait for the device
+        """Returns (B, D) float32. Sums each prompt separately, so that other prompts do not change a bit of its sum."""
+        if states_TD.is_cuda:  # one kernel; checking the lengths would synchronise with the device, hence `unsafe`
             states = states_TD.float()
             if len(self.first):
                 states = states.index_fill(0, self.first, 0)

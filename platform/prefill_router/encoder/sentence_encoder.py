@@ -1,7 +1,7 @@
-"""A sentence encoder: what semantic routers read in place of prefill activations.
+"""Sentence embeddings, the input of the semantic baseline routers.
 
-Any bidirectional model of the sentence-transformers kind: its last states are pooled as its own files say, and scaled
-to unit length.
+Supports bidirectional models in the sentence-transformers format. The last hidden states are pooled as the model's
+config says and scaled to unit length.
 """
 
 # N prompts, D hidden size, B prompts in a batch, S tokens of the longest
@@ -37,7 +37,7 @@ _POOLINGS: dict[str, _Pooling] = {
 
 
 class SentenceEncoder:
-    """Make one with `SentenceEncoder.load`."""
+    """A bidirectional model with its tokenizer and pooling. Create one with `SentenceEncoder.load`."""
 
     def __init__(self, source: str, loaded: checkpoint.Checkpoint, pooling: _Pooling, max_tokens: int) -> None:
         self.name, self.model, self.tokenizer = source, loaded.model.eval().requires_grad_(False), loaded.tokenizer
@@ -45,37 +45,37 @@ class SentenceEncoder:
         dtype = str(self.model.dtype)
         parts = [loaded.weights_id, pooling, max_tokens, dtype, loaded.tokenizer.backend_tokenizer.to_str()]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        self._tokenizing = threading.Lock()  # a fast tokenizer may not be lent twice
+        self._lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     @classmethod
     def load(cls, source: str, device: str | None = None) -> SentenceEncoder:
-        """Loads a hub id, a directory or `package:NAME` on CUDA when there is one, otherwise the CPU.
+        """Loads a hub id, a directory or `package:NAME`, by default on CUDA if available, otherwise on the CPU.
 
-        Raises UserError where there is no such model.
+        Raises UserError if it cannot be loaded.
         """
         bound_kernel_caches()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, folder = checkpoint.load_sentence_model(source, getattr(torch, preferred_dtype(device)))
         loaded.model.to(device)
         positions = getattr(loaded.model.config, "max_position_embeddings", 512)
-        stated = _read(folder / "sentence_bert_config.json").get("max_seq_length", positions)
-        return cls(source, loaded, _pooling(folder), min(stated, positions))
+        max_tokens = _read_json(folder / "sentence_bert_config.json").get("max_seq_length", positions)
+        return cls(source, loaded, _pooling(folder), min(max_tokens, positions))
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
-        """Token ids of each prompt, its first `max_tokens`; a conversation is its messages' texts, a line each."""
+        """Returns token ids, cut to the first `max_tokens`. A conversation becomes one line per message."""
         if not prompts:
             return Tokens([], np.zeros(0, np.int32))
         texts = [p if isinstance(p, str) else "\n".join(m["content"] for m in p) for p in prompts]
-        with self._tokenizing:
+        with self._lock:
             ids: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = np.array([len(i) for i in ids], np.int32)
-        # What ends a sequence stays at its end.
+        # A cut prompt keeps the end-of-sequence token.
         cut = [i if len(i) <= self.max_tokens else [*i[: self.max_tokens - 1], i[-1]] for i in ids]
         return Tokens(cut, lengths)
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Embeddings (N, D) of unit length."""
+        """Returns embeddings (N, D) of unit length."""
         lengths = tokens.num_tokens.tolist()
         embeddings = np.empty((len(lengths), self.model.config.hidden_size), np.float32)
         device = self.model.device
@@ -102,13 +102,14 @@ def _pooled(states_BSD: Tensor, mask_BS: Tensor, pooling: _Pooling) -> Tensor:
 
 
 def _pooling(folder: Path) -> _Pooling:
-    """As the model's files say; the mean where they say nothing."""
-    stated = _read(folder / "1_Pooling" / "config.json")
-    modes = [key for key, is_on in stated.items() if key.startswith("pooling_mode_") and is_on]
+    """Returns the pooling in the model's files, or `mean` if they have none."""
+    config = _read_json(folder / "1_Pooling" / "config.json")
+    modes = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
     if len(modes) > 1 or any(mode not in _POOLINGS for mode in modes):
-        raise UserError(f"{folder}: {', '.join(modes)} is not supported: use one of {', '.join(_POOLINGS)}")
+        supported = ", ".join(_POOLINGS)
+        raise UserError(f"{folder}: {', '.join(modes)} is not supported: choose a model with one of {supported}")
     return _POOLINGS[modes[0]] if modes else "mean"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -1,7 +1,7 @@
-"""Prompts to token ids, by a model's own chat template and tokenizer.
+"""Converts prompts to token ids with the model's own chat template and tokenizer.
 
-A rendering depends on the prompt and the spec alone: templates that ask for today's date get a fixed one. A prompt's
-text is text: what looks like a special token in it cannot end a turn or begin another.
+Rendering is deterministic: templates that ask for today's date get a fixed one. Prompt text cannot inject control
+tokens: text that looks like a special token is tokenised as plain text.
 """
 
 # N prompts
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError, one_line
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder.chat_template import ChatTemplate, TemplateError, of_tokenizer
+from prefill_router.encoder.chat_template import ChatTemplate, TemplateError, template_of
 
 _PROBE = "Zebra 4815162342"
 _DATE_OF_TODAY = "strftime_now"
@@ -39,7 +39,7 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised prompts: what the encoder reads, and how long each was before it was cut."""
+    """Token ids of prompts after truncation, and their lengths before it."""
 
     ids: list[list[int]]
     full_lengths: NDArray[np.int32]  # (N,) tokens before truncation
@@ -50,7 +50,7 @@ class Tokens:
 
     @property
     def is_truncated(self) -> NDArray[np.bool_]:
-        """(N,): was the prompt's middle cut?"""
+        """(N,) whether each prompt's middle was cut."""
         return self.num_tokens < self.full_lengths
 
     @property
@@ -61,40 +61,41 @@ class Tokens:
 class PromptTokenizer:
     """Renders and tokenises prompts for one model. Threads may share it.
 
-    `arguments` are passed to the chat template, such as `enable_thinking`; `today` is the date that it may ask for.
-    Raises UserError for an argument that is not the template's to take, and if prompts do not come through it.
+    `arguments` are passed to the chat template, such as `enable_thinking`. `today` is the date that templates see.
+    Raises UserError for a reserved argument, and for a template whose output does not contain the prompt.
     """
 
     def __init__(self, tokenizer: Any, model: str, max_tokens: int, today: date, arguments: Mapping[str, Any]) -> None:
         self.tokenizer, self.model, self.max_tokens = tokenizer, model, max_tokens
         for name in arguments:
             if name in _RESERVED:
-                raise UserError(f"template argument {name} cannot be given: it is set for every prompt")
-        self._given, before = dict(arguments), ""
+                raise UserError(f"template argument {name} is reserved: remove it")
+        self._settings, before = dict(arguments), ""
         if _DATE_OF_TODAY in (tokenizer.chat_template or ""):
-            self._given["date"], before = today.isoformat(), _frozen(today)
+            self._settings["date"], before = today.isoformat(), _fixed_date_macro(today)
         has_template = tokenizer.chat_template is not None
-        self._template = of_tokenizer(tokenizer, before, arguments) if has_template else None
+        self._template = template_of(tokenizer, before, arguments) if has_template else None
         self._wants_parts = self._template is not None and self._find_parts(self._template)
         control = sorted(_control_tokens(tokenizer), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")  # the longest first, or never
+        # Alternatives are tried in order: longest first. Without control tokens, the pattern matches nothing.
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._control_ids = set(tokenizer.convert_tokens_to_ids(control)) - {tokenizer.unk_token_id}
-        self._lock = threading.Lock()  # a fast tokenizer may not be lent twice
+        self._lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     @property
     def digest(self) -> dict[str, Any]:
-        """All that decides a prompt's tokens, for the fingerprint."""
+        """Everything that determines a prompt's tokens, for the fingerprint."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = _saved(self.tokenizer) if backend is None else backend.to_str().encode()
         parts = {"tokenizer": hashlib.sha256(content).hexdigest(), "chat_template": self.tokenizer.chat_template}
-        return {**parts, **({"template_arguments": self._given} if self._given else {})}
+        return {**parts, **({"template_arguments": self._settings} if self._settings else {})}
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as the model's own chat template renders it, ending in the generation prompt.
+        """Renders a prompt with the model's chat template, ending in the generation prompt.
 
-        A bare prompt is one user message. Without a chat template, a bare prompt stays as it is, and a conversation
-        becomes paragraphs such as `User: ...`, the last of them `Assistant:`. Raises UserError if the template refuses
-        the messages.
+        A bare prompt becomes one user message. Without a chat template, a bare prompt is returned unchanged, and a
+        conversation becomes paragraphs such as `User: ...`, ending with `Assistant:`. Raises UserError if the template
+        rejects the messages.
         """
         if self._template is None:
             return prompt if isinstance(prompt, str) else _plain(prompt)
@@ -105,20 +106,20 @@ class PromptTokenizer:
             raise UserError(f"the chat template of {self.model} refuses the messages: {one_line(error)}") from None
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
-        """Token ids of each prompt; special tokens come from the chat template, or, without one, from the tokenizer.
+        """Returns each prompt's token ids, with special tokens from the chat template, or else from the tokenizer.
 
-        A prompt longer than `max_tokens` keeps its first half and its last half of them: its middle is cut, so that
-        the template's opening and the generation prompt stay. Raises UserError for a prompt without tokens.
+        The middle of a prompt longer than `max_tokens` is cut, which keeps the template's opening and the generation
+        prompt. Raises UserError for a prompt without tokens.
         """
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of prompts, not one string")
         if not prompts:
             return Tokens([], np.zeros(0, np.int32))
-        is_forging = [any(map(self._control.search, _texts(prompt))) for prompt in prompts]
-        plain = iter(self._ids([self.render(p) for p, forges in zip(prompts, is_forging, strict=True) if not forges]))
+        has_control = [any(map(self._control.search, _texts(prompt))) for prompt in prompts]
+        plain = iter(self._ids([self.render(p) for p, has in zip(prompts, has_control, strict=True) if not has]))
         ids = [
-            self._ids_of_forging(prompt) if forges else next(plain)
-            for prompt, forges in zip(prompts, is_forging, strict=True)
+            self._ids_with_control_text(prompt) if has else next(plain)
+            for prompt, has in zip(prompts, has_control, strict=True)
         ]
         if not all(ids):
             raise UserError("a prompt has no tokens: it is empty, and the model has no chat template")
@@ -133,8 +134,11 @@ class PromptTokenizer:
             ids: list[list[int]] = self.tokenizer(list(texts), verbose=False, **options)["input_ids"]
         return ids
 
-    def _ids_of_forging(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt whose text holds control tokens: only those of the template are control tokens."""
+    def _ids_with_control_text(self, prompt: Prompt) -> list[int]:
+        """Tokenises a prompt whose text contains control tokens: only those from the template keep their meaning.
+
+        Replaces the ones in the text by random markers, renders the prompt, and restores them as plain text.
+        """
         if self._template is None:
             before, after = self._added_by_tokenizer()
             return [*before, *self._ids_of_text(self.render(prompt)), *after]
@@ -159,23 +163,23 @@ class PromptTokenizer:
         return ids
 
     def _ids_of_text(self, text: str) -> list[int]:
-        """Token ids of a text that holds no control tokens, whatever it looks like."""
+        """Tokenises a text without producing control tokens, whatever the text contains."""
         ids = self._ids([text], add_special_tokens=False, split_special_tokens=True)[0]
         if self._control_ids.isdisjoint(ids):
             return ids
-        # Some vocabularies hold them as words too: their halves are none.
+        # Some vocabularies also have control tokens as ordinary words: split each after its first character.
         cuts = [0, *(found.start() + 1 for found in self._control.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in pairwise(cuts)]
         return [i for ids in self._ids(parts, add_special_tokens=False, split_special_tokens=True) for i in ids]
 
     def _added_by_tokenizer(self) -> tuple[list[int], list[int]]:
-        """What a tokenizer without a template puts before and after a text."""
+        """Returns the special tokens that a tokenizer without a template adds before and after a text."""
         [whole], [bare] = self._ids([_PROBE]), self._ids([_PROBE], add_special_tokens=False)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]
 
     def _adapted(self, messages: Sequence[Mapping[str, Any]], wants_parts: bool) -> list[dict[str, Any]]:
-        """Messages as the template takes them."""
+        """Converts messages to the roles and content format that the template supports."""
         adapted = [dict(message) for message in messages]
         for message in adapted:
             if message["role"] == "developer" and "developer" not in self.tokenizer.chat_template:
@@ -185,31 +189,34 @@ class PromptTokenizer:
         return adapted
 
     def _find_parts(self, template: ChatTemplate) -> bool:
-        """Does the template want a message's content as a list of parts? Raises UserError if no text comes through."""
+        """Whether the template needs a message's content as a list of parts.
+
+        Raises UserError if its output contains the content in neither form.
+        """
         failed = False
         for wants_parts in (False, True):
             try:
                 if _PROBE in template.render(self._adapted([{"role": "user", "content": _PROBE}], wants_parts)):
                     return wants_parts
             except TemplateError:
-                failed = True  # which messages it takes is seen when they come
+                failed = True  # the template may still accept other messages
         if failed:
             return False
-        raise UserError(f"the chat template of {self.model} leaves out what a prompt says: every prompt would be alike")
+        raise UserError(f"the chat template of {self.model} omits the prompt's text: choose another model")
 
 
-def _frozen(today: date) -> str:
-    """A macro of Jinja that stands in for transformers' function of the same name, which formats the present."""
+def _fixed_date_macro(today: date) -> str:
+    """Returns a Jinja macro that replaces transformers' function of the same name, which formats the current time."""
     midnight = datetime.combine(today, time())
     formats = "".join(
         f"|replace({json.dumps(code)}, {json.dumps(midnight.strftime(code))})" for code in (*_DATE_CODES, "%%")
     )
-    # What follows a tag is output of its own, or Jinja would drop the line's end that a template begins with.
+    # The empty output keeps Jinja from dropping a newline at the start of the template.
     return f"{{% macro {_DATE_OF_TODAY}(format) %}}{{{{ format{formats} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 def _control_tokens(tokenizer: Any) -> set[str]:
-    """Tokens that a text may not hold: the special ones, and those that the chat template writes itself."""
+    """Returns the tokens that prompt text cannot inject: special ones, and added ones that the chat template writes."""
     template = tokenizer.chat_template or ""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     written = {token.content for token in added if token.special or token.content in template}
@@ -226,7 +233,7 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _saved(tokenizer: Any) -> bytes:
-    """The files of a tokenizer that is not the tokenizers library's."""
+    """Returns the file hashes of a tokenizer that the tokenizers library cannot serialise."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}

@@ -19,8 +19,8 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.corpus.split import Split
-from prefill_router.encoder import prefill_encoder
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderIdentity, check_encoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide
 from prefill_router.policy.pool import Pool
@@ -104,7 +104,7 @@ class Router:
 
     def require_encoder(self) -> None:
         """Raises UserError if the encoder cannot be loaded. Reads none of its weights."""
-        prefill_encoder.check(self.encoder_identity.spec)
+        check_encoder(self.encoder_identity.spec)
 
     def check_encoder(self, fingerprint: str, source: str) -> None:
         if fingerprint != self.encoder_identity.fingerprint:

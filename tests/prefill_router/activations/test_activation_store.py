@@ -18,7 +18,7 @@ from prefill_router.activations.activation_store import ActivationStore, StoreMa
 from prefill_router.activations.shard_list import ActivationShard
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.storage import parquet_objects
 
 NAMES = ["last_001", "mean_001"]

@@ -20,7 +20,8 @@ from prefill_router.corpus.plan import Repeats
 from prefill_router.corpus.reader import content_hash
 from prefill_router.corpus.row_keys import digest_of, row_keys
 from prefill_router.corpus.split import prompt_hashes
-from prefill_router.encoder.prefill_encoder import EncodedPrompts, EncoderIdentity, EncoderSpec
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
+from prefill_router.encoder.prefill_encoder import EncodedPrompts
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.storage import uris
 from stores import content_groups

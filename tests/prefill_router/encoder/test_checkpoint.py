@@ -42,7 +42,7 @@ def test_a_package_that_is_not_installed_says_how_to_get_it() -> None:
 
 
 def test_a_package_without_weights_is_an_error() -> None:
-    assert_refused("package:pytest", r"package:pytest: the package carries no \.gguf file")
+    assert_refused("package:pytest", r"package:pytest: the package has no \.gguf file: name a package")
 
 
 @pytest.mark.parametrize("path", ["/no/such/directory", "./no-such-directory", "no/such/directory"])
@@ -170,14 +170,14 @@ def test_unpacking_says_where_and_replaces_what_a_killed_process_left(
         monkeypatch.setattr(kind, "from_pretrained", lambda *_arguments, _value=value, **_options: _value)
     monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path / "cache"))
     target = tmp_path / "cache" / f"model-{'0' * 16}"
-    (target.with_name(f"{target.name}.draft") / "left").mkdir(parents=True)
+    (target.with_name(f"{target.name}.partial") / "left").mkdir(parents=True)
     assert checkpoint._unpacked(tmp_path / "model.gguf", "0" * 64) == target
     assert (target / "model.safetensors").is_file()
     assert not (target / "left").exists()
     assert sorted(path.name for path in target.parent.iterdir()) == [target.name, f"{target.name}.lock"]
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("encoder:")] == [
-        f"encoder: model.gguf was unpacked to {target}, 0 MB: PREFILL_ROUTER_CACHE moves it"
+        f"encoder: unpacked model.gguf to {target} (0 MB): set PREFILL_ROUTER_CACHE to use another folder"
     ]
 
 

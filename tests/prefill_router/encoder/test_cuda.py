@@ -28,9 +28,10 @@ from prefill_router.encoder import attention
 from prefill_router.encoder import prefill_encoder as encoder_module
 from prefill_router.encoder.attention import KeyValue, PaddedAttention, VarlenAttention, attention_for
 from prefill_router.encoder.decoder import Decoder, Pack
+from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hardware import measured_peak_flops, preferred_dtype
 from prefill_router.encoder.pooling import Pooler, PrefixSums
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import causal_softmax, hidden_states, relative_error
 from tiny import SIZES, WORDS, random_prompts, save_tiny_model
 

@@ -11,8 +11,9 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config
 
 from prefill_router.encoder.decoder import Pack
+from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hooked_backbone import HookedBackbone
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import assert_equals_transformers
 from tiny import SIZES, WORDS, random_prompts, save_tiny_model
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from prefill_router.common.schema import NUM_TOKENS
 from prefill_router.encoder import prefill_encoder as encoder_module
 from prefill_router.encoder.checkpoint import load_causal_lm
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import relative_error, states_alone
 from tiny import WORDS
 

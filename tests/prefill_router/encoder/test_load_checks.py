@@ -59,13 +59,19 @@ def quantised(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without(f"{DOWN}.weight"), f"{DOWN}.weight is missing in the weights, though config.json asks for it"),
-        (prefixed("_orig_mod."), "is missing .*: the file calls it _orig_mod.model.*: save the model without that"),
-        (prefixed("text."), r"model.embed_tokens.weight \(the first of \d+\) is missing .*calls it text.model.embed"),
-        (also(model__layers__4__input_layernorm__weight=(32,)), "model.layers.4.* is in the weights, but config.json"),
-        (also(model__layers__1__self_attn__q_proj__bias=(32,)), "q_proj.bias is in the weights, but config.json"),
+        (without(f"{DOWN}.weight"), f"{DOWN}.weight is missing in the weights, but config.json requires it"),
+        (prefixed("_orig_mod."), "is missing .*: the file names it _orig_mod.model.*: save the model without that"),
+        (prefixed("text."), r"model.embed_tokens.weight \(the first of \d+\) is missing .*names it text.model.embed"),
+        (
+            also(model__layers__4__input_layernorm__weight=(32,)),
+            "model.layers.4.* is in the weights, but not in the model of config.json",
+        ),
+        (
+            also(model__layers__1__self_attn__q_proj__bias=(32,)),
+            "q_proj.bias is in the weights, but not in the model of config.json",
+        ),
         (also(model__layers__0__mlp__up_proj__lora_A__weight=(2, 32)), "lora_A.weight is part of an adapter: merge"),
-        (quantised, f"{DOWN}.weight_scale is of a quantisation that transformers does not apply"),
+        (quantised, f"{DOWN}.weight_scale is a scale of a quantisation that transformers does not apply"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(model: Path, change: Callable[[Tensors], Tensors], message: str) -> None:
@@ -93,7 +99,7 @@ def test_what_the_text_needs_not_may_be_there_or_missing(
 
 def test_an_adapter_beside_the_weights_is_refused(model: Path) -> None:
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    with pytest.raises(UserError, match=r"an adapter lies beside it \(adapter_config.json\): merge it"):
+    with pytest.raises(UserError, match=r"it contains an adapter \(adapter_config.json\): merge it"):
         load_causal_lm(str(model), None, torch.float32)
 
 

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from prefill_router.encoder import packed_backbone
+from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.packed_backbone import PackedBackbone
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import hidden_states, relative_error
 from tiny import SIZES, WORDS, save_tiny_model
 

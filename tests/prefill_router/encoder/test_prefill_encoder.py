@@ -19,9 +19,10 @@ import torch
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.encoder.decoder import Decoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hardware import preferred_dtype
 from prefill_router.encoder.hooked_backbone import HookedBackbone
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import ATOL, RTOL, assert_equals_transformers, hidden_states, relative_error
 from tiny import CHAT_TEMPLATE, SIZES, WORDS, random_prompts, save_tiny_model
 
@@ -234,7 +235,7 @@ def test_values_beyond_float16_are_clamped_and_counted(tmp_path: Path, caplog: p
     np.testing.assert_allclose(values[0].astype(np.float32), np.clip(states, -limit, limit), rtol=1e-3)
     num_clamped = int((np.abs(states) > limit).sum())
     assert num_clamped
-    assert f"{num_clamped} activations beyond float16's range were clamped" in caplog.text
+    assert f"{num_clamped} activations outside float16's range were clamped" in caplog.text
 
 
 def test_bfloat16_is_close_to_float32(tiny_model: Path, tiny_encoder: PrefillEncoder) -> None:
@@ -251,7 +252,7 @@ def test_bfloat16_goes_without_the_processors_instructions_for_it(
 ) -> None:
     """An older CPU, as oneDNN sees it in a process of its own."""
     code = (
-        "import sys, numpy as np; from prefill_router.encoder.prefill_encoder import *\n"
+        "import sys, numpy as np; from prefill_router.encoder import *\n"
         "encoder = PrefillEncoder.load(EncoderSpec(model=sys.argv[1], dtype='bfloat16'), device='cpu')\n"
         "np.save(sys.argv[2], encoder.encode(['one two three'], [2])['mean_002'])"
     )
@@ -336,11 +337,11 @@ def test_max_tokens_is_at_most_the_models_context(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "pooling", "message"),
     [
-        ([5], ["last"], "layer 5 is out of range: .* has 0 to 4"),
+        ([5], ["last"], "layer 5 is out of range: .* has layers 0 to 4"),
         ([-1], ["last"], "layer -1 is out of range"),
         ([1], ["max"], 'pooling "max" is unknown: use last or mean'),
-        ([], ["last"], "no layer or no pooling was asked for"),
-        ([1], [], "no layer or no pooling was asked for"),
+        ([], ["last"], "no layers or no poolings were given"),
+        ([1], [], "no layers or no poolings were given"),
     ],
 )
 def test_a_layer_or_pooling_that_is_not_there_is_an_error(

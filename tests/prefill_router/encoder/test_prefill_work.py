@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, Qwen3Config
 
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import ModelCost, Work
 from tiny import SIZES, save_tiny_model
 

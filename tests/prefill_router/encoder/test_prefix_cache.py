@@ -11,7 +11,7 @@ import torch
 
 from prefill_router.encoder.pooling import PrefixSums
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
-from prefill_router.encoder.prefix_cache import Prefix, PrefixMemory
+from prefill_router.encoder.prefix_cache import Prefix, PrefixCache
 from prefill_router.encoder.tokenization import Tokens
 
 SYSTEM = "one two three four five six " * 4
@@ -23,9 +23,9 @@ def prefix(ids: range, num_blocks: int = 2) -> Prefix:
 
 @pytest.fixture
 def encoder(tiny_encoder: PrefillEncoder) -> Iterator[PrefillEncoder]:
-    tiny_encoder.memory = PrefixMemory(1000)
+    tiny_encoder.prefix_cache = PrefixCache(1000)
     yield tiny_encoder
-    tiny_encoder.memory = None
+    tiny_encoder.prefix_cache = None
 
 
 def conversation(*turns: str) -> list[dict[str, str]]:
@@ -33,45 +33,45 @@ def conversation(*turns: str) -> list[dict[str, str]]:
 
 
 def test_a_prefix_is_found_with_the_second_prompt_and_used_from_the_third() -> None:
-    memory = PrefixMemory(1000)
+    cache = PrefixCache(1000)
     shared = list(range(50))
-    assert [g.num_tokens for g in memory.groups([[*shared, 100]])] == [0]
-    assert [g.num_tokens for g in memory.groups([[*shared, 101], [200, 201]])] == [50, 0]
-    memory.keep(prefix(range(50)))
-    assert [(g.num_tokens, g.prompts) for g in memory.groups([[*shared, 102], [7], [*shared, 103]])] == [
+    assert [g.num_tokens for g in cache.groups([[*shared, 100]])] == [0]
+    assert [g.num_tokens for g in cache.groups([[*shared, 101], [200, 201]])] == [50, 0]
+    cache.add(prefix(range(50)))
+    assert [(g.num_tokens, g.prompts) for g in cache.groups([[*shared, 102], [7], [*shared, 103]])] == [
         (50, [0, 2]),
         (0, [1]),
     ]
 
 
 def test_a_prompt_keeps_a_token_of_its_own() -> None:
-    memory = PrefixMemory(1000)
-    memory.keep(prefix(range(30)))
-    assert [g.num_tokens for g in memory.groups([list(range(30))])] == [0]
+    cache = PrefixCache(1000)
+    cache.add(prefix(range(30)))
+    assert [g.num_tokens for g in cache.groups([list(range(30))])] == [0]
 
 
 def test_what_was_used_longest_ago_is_forgotten() -> None:
-    memory = PrefixMemory(100)
+    cache = PrefixCache(100)
     for start in (0, 1000, 2000):
-        memory.keep(prefix(range(start, start + 50)))
-    assert memory.longest(tuple(range(60)), 2) is None
-    assert memory.longest(tuple(range(1000, 1060)), 2) is not None
-    memory.keep(prefix(range(3000, 3050)))
-    assert memory.longest(tuple(range(2000, 2060)), 2) is None
-    assert memory.num_tokens == 100
+        cache.add(prefix(range(start, start + 50)))
+    assert cache.longest(tuple(range(60)), 2) is None
+    assert cache.longest(tuple(range(1000, 1060)), 2) is not None
+    cache.add(prefix(range(3000, 3050)))
+    assert cache.longest(tuple(range(2000, 2060)), 2) is None
+    assert cache.num_tokens == 100
 
 
 def test_a_prefix_of_fewer_blocks_does_not_serve_a_deeper_router() -> None:
-    memory = PrefixMemory(100)
-    memory.keep(prefix(range(30), num_blocks=2))
-    assert memory.longest(tuple(range(40)), 3) is None
+    cache = PrefixCache(100)
+    cache.add(prefix(range(30), num_blocks=2))
+    assert cache.longest(tuple(range(40)), 3) is None
 
 
-def test_activations_are_those_without_a_memory(encoder: PrefillEncoder) -> None:
+def test_activations_are_those_without_a_cache(encoder: PrefillEncoder) -> None:
     columns = encoder.columns("all", ("last", "mean"))
     tokens = [encoder.tokenize([conversation(*["name a river"] * turn, "what is two plus six")]) for turn in range(5)]
     remembered = [encoder.forward(t, columns) for t in tokens]
-    memory, encoder.memory = encoder.memory, None
+    cache, encoder.prefix_cache = encoder.prefix_cache, None
     for t, (got, work) in zip(tokens, remembered, strict=True):
         expected, whole = encoder.forward(t, columns)
         for name, values in expected.items():
@@ -79,16 +79,16 @@ def test_activations_are_those_without_a_memory(encoder: PrefillEncoder) -> None
         assert work.computed_tokens <= whole.computed_tokens
     # The last turn computes what it adds, and no prefix anew.
     assert remembered[-1][1].computed_tokens <= 0.5 * whole.computed_tokens
-    assert memory is not None
-    assert memory.num_tokens > 0
+    assert cache is not None
+    assert cache.num_tokens > 0
 
 
-def test_threads_share_a_memory(encoder: PrefillEncoder) -> None:
+def test_threads_share_a_cache(encoder: PrefillEncoder) -> None:
     columns = encoder.columns([2], ("last",))
     tokens = [encoder.tokenize([conversation(f"what is {n} plus {n % 7}")]) for n in range(60)]
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         got = list(pool.map(lambda t: encoder.forward(t, columns)[0]["last_002"][0], tokens))
-    encoder.memory = None
+    encoder.prefix_cache = None
     together = Tokens([t.ids[0] for t in tokens], np.concatenate([t.full_lengths for t in tokens]))
     expected, _ = encoder.forward(together, columns)
     np.testing.assert_allclose(np.stack(got).astype(float), expected["last_002"].astype(float), rtol=2**-9, atol=1e-5)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefill_router.encoder import prefill_encoder as encoder_module
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefixes import PrefixGroup, shared_prefixes
 from reference import assert_equals_transformers, relative_error
 from tiny import WORDS

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from prefill_router.common.errors import UserError
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from tiny import CHAT_TEMPLATE, SPECIAL, save_tiny_model
 
 DATED = "<|system|> {{ strftime_now('%d %b %Y') }} <|end|> " + CHAT_TEMPLATE
@@ -51,7 +52,7 @@ def test_a_template_of_parts_is_given_parts(tmp_path: Path) -> None:
 
 def test_a_template_that_leaves_the_prompt_out_is_refused(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, chat_template="<|user|> one <|assistant|>")
-    with pytest.raises(UserError, match="leaves out what a prompt says: every prompt would be alike"):
+    with pytest.raises(UserError, match="omits the prompt's text: choose another model"):
         load(tmp_path)
 
 
@@ -65,7 +66,7 @@ def test_arguments_reach_the_template_and_the_fingerprint(tmp_path: Path) -> Non
 
 
 def test_an_argument_that_is_set_for_every_prompt_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="template argument messages cannot be given"):
+    with pytest.raises(UserError, match="template argument messages is reserved: remove it"):
         load(tiny_model, template_arguments={"messages": []})
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, DogeConfig, Qwen3MoeConfig
 
 from prefill_router.encoder.architecture import find_blocks
 from prefill_router.encoder.decoder import Pack, Visit
+from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hooked_backbone import HookedBackbone
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.verification import Run, check_causal, expected_states
 from reference import hidden_states, relative_error
 from tiny import SIZES, save_tiny_model
@@ -36,7 +37,7 @@ def test_a_causal_model_that_is_read_as_it_is_passes(backbone: Any) -> None:
     check_causal(backbone, CONTEXT)
     expected, run = expected_states(backbone, LAYERS, WIDTH, CONTEXT), hooked(backbone)
     expected.check(run)
-    assert expected.holds_in_company(run)
+    assert expected.matches_in_batch(run)
 
 
 def test_a_mixture_of_experts_is_causal_though_it_rounds_otherwise(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_tokens_that_see_later_ones_are_noticed(backbone: Any, monkeypatch: pyte
         return attended + 0.1 * attended.mean(1, keepdim=True), weights
 
     monkeypatch.setattr(attention, "forward", forward)
-    with pytest.raises(ValueError, match="it is no causal LM: its tokens see the ones after them"):
+    with pytest.raises(ValueError, match="it is not a causal LM: its tokens attend to later tokens"):
         check_causal(backbone, CONTEXT)
 
 
@@ -94,7 +95,7 @@ def shifted(visit: Visit) -> Visit:
     ],
 )
 def test_states_that_differ_name_the_layer(backbone: Any, change: Any, layer: int) -> None:
-    with pytest.raises(ValueError, match=f"its layer {layer} is not read as transformers gives it"):
+    with pytest.raises(ValueError, match=f"its layer {layer} differs from transformers'"):
         expected_states(backbone, LAYERS, WIDTH, CONTEXT).check(
             lambda pack, visit, deepest: hooked(backbone)(pack, change(visit), deepest)
         )
@@ -107,7 +108,7 @@ def test_what_padding_changes_is_noticed_in_company_alone(backbone: Any) -> None
 
     expected = expected_states(backbone, LAYERS, WIDTH, CONTEXT)
     expected.check(run)
-    assert not expected.holds_in_company(run)
+    assert not expected.matches_in_batch(run)
 
 
 def test_states_of_another_shape_are_refused(backbone: Any) -> None:
@@ -115,7 +116,7 @@ def test_states_of_another_shape_are_refused(backbone: Any) -> None:
         expected_states(backbone, LAYERS, 64, CONTEXT)
     with pytest.raises(ValueError, match="it gives 5 hidden states for 3 blocks"):
         expected_states(backbone, 3, WIDTH, CONTEXT)
-    with pytest.raises(ValueError, match=r"layer 0 gives \(12, 32\), must be \(24, 32\)"):
+    with pytest.raises(ValueError, match=r"layer 0 has shape \(12, 32\), must be \(24, 32\)"):
         expected_states(backbone, LAYERS, WIDTH, CONTEXT).check(
             lambda pack, visit, deepest: hooked(backbone)(pack, lambda n, states: visit(n, states[::2]), deepest)
         )

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError
-from prefill_router.encoder.prefill_encoder import EncoderSpec, PrefillEncoder
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.policy.decision import Policy
 from prefill_router.policy.pool import Pool, Target
 from prefill_router.policy.selection import choose

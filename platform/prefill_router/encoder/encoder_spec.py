@@ -1,0 +1,102 @@
+"""Descriptions of an encoder that need no weights: its configuration, identity, size, and a check that it will load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from prefill_router.common.errors import UserError
+from prefill_router.common.schema import POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
+from prefill_router.common.validation import IsoDate, JsonObject, StrictModel
+from prefill_router.encoder import checkpoint
+from prefill_router.encoder.architecture import architecture, backbone_of, block_cost, find_blocks, text_config
+from prefill_router.encoder.hardware import DType
+from prefill_router.encoder.prefill_work import ModelCost
+from prefill_router.encoder.tokenization import PromptTokenizer
+
+# Part of the fingerprint. Increase it with every change that alters the activations of an unchanged encoder.
+ENCODING_VERSION = 4
+
+
+class EncoderSpec(StrictModel):
+    """The user's configuration of an encoder. Fields that are None are resolved on load."""
+
+    model: str = Field(min_length=1, description="Hub id, directory, or package:NAME")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
+    dtype: DType | None = Field(None, description="By default bfloat16 if the hardware computes it fast, or float32")
+    max_tokens: int = Field(4096, ge=2, description="Longer prompts are cut in the middle")
+    mean_over: MeanOver = Field("all", description="Tokens that the mean pooling averages")
+    template_arguments: JsonObject = Field({}, description="Passed to the chat template")
+    template_date: IsoDate = Field("2026-01-01", description="The date that chat templates see as today's")
+
+
+class EncoderIdentity(StrictModel):
+    """Describes a loaded encoder well enough to load it again. The fingerprint changes with its activations."""
+
+    spec: EncoderSpec
+    num_layers: int
+    hidden_size: int
+    fingerprint: str
+
+    def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
+        """Returns the activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
+        indices = range(self.num_layers + 1) if layers == "all" else layers
+        _check_layers(indices, self.num_layers, self.spec.model)
+        for name in pooling:
+            if name not in POOLINGS:
+                raise UserError(f'pooling "{name}" is unknown: use {" or ".join(POOLINGS)}')
+        columns = activation_columns(indices, pooling)
+        if not columns:
+            raise UserError("no layers or no poolings were given: choose at least one of each")
+        return columns
+
+
+@dataclass(frozen=True)
+class EncoderSize:
+    """The size of an encoder, from its config."""
+
+    num_layers: int
+    hidden_size: int
+    block: ModelCost
+
+    @classmethod
+    def of(cls, model: str) -> EncoderSize:
+        """Reads the config of a hub id, a directory or `package:NAME`. Raises UserError if it is not a causal LM."""
+        model_config = checkpoint.check_causal_lm(model)
+        with torch.device("meta"):
+            backbone = backbone_of(checkpoint.text_class(model_config).from_config(model_config))
+        config = text_config(backbone)
+        blocks = find_blocks(backbone)
+        return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config))
+
+
+def check_encoder(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:
+    """Raises UserError if `PrefillEncoder.load` would fail or lack one of `layers`. Reads no weights."""
+    config = checkpoint.check_causal_lm(spec.model, spec.revision)
+    _check_layers(layers, config.get_text_config().num_hidden_layers, spec.model)
+
+
+def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:
+    for layer in layers:
+        if not 0 <= layer <= num_layers:
+            raise UserError(f"layer {layer} is out of range: {model} has layers 0 to {num_layers}")
+
+
+def fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: PromptTokenizer) -> str:
+    """Returns a hash of everything that changes activations, except the device."""
+    parts = {
+        "encoding_version": ENCODING_VERSION,
+        "weights": weights_id,
+        "config": architecture(config),
+        **tokenizer.digest,
+        "dtype": spec.dtype,
+        "max_tokens": spec.max_tokens,
+        "mean_over": spec.mean_over,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
