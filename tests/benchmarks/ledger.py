@@ -75,7 +75,13 @@ def record(index: int, rows: int) -> Commit:
         name=parquet_objects.file_name(name), rows=rows, bytes=18_000_000 + index % 1000, sha256=sha256
     )
     start = index * 97 % (len(_KEYS) - rows)
-    refused = {"uri": "corpus.jsonl", "row": index, "prompt_id": name, "content": name, "reason": "crashes the encoder"}
+    refused = {
+        "uri": "corpus.jsonl",
+        "row": index,
+        "prompt_id": name,
+        "content": name,
+        "reason": "the encoder ended its process",
+    }
     return Commit(
         name=name,
         file=file,

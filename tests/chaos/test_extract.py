@@ -147,7 +147,7 @@ def test_a_prompt_that_ends_its_process_is_quarantined(tiny_model: Path, tmp_pat
     assert (summary["prompts"], summary["quarantined"]) == (19, 1)
     assert summary["retries"] >= 2
     rows = duckdb.sql(f"select row, prompt_id, reason from '{out}/quarantine/*.parquet'").fetchall()
-    assert rows == [(11, "p11", "crashes the encoder: killed by SIGKILL")]
+    assert rows == [(11, "p11", "the encoder ended its process: killed by SIGKILL")]
     ids = [i for shard in ActivationStore.open(str(out)).manifest.shards for i in ids_of(out / shard.file.name)]
     assert ids == [f"p{i}" for i in range(20) if i != 11]
 

@@ -38,18 +38,24 @@ class Child:
     """A child process that runs the handler `make(argument)`. Threads may share it; requests run one at a time.
 
     The process starts on the first request, and restarts after it has died. `make`, requests and answers are pickled.
-    `memory_bytes` limits its address space.
+    `memory_bytes` limits its address space; `start_s` limits the time that `make` may take.
     """
 
-    def __init__(self, make: Callable[[Any], Handler], argument: Any, memory_bytes: int | None = None) -> None:
-        self._setup = (make, argument, memory_bytes)
+    def __init__(
+        self,
+        make: Callable[[Any], Handler],
+        argument: Any,
+        memory_bytes: int | None = None,
+        start_s: float | None = _START_S,
+    ) -> None:
+        self._setup, self._start_s = (make, argument, memory_bytes), start_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         _CHILDREN.add(self)
 
-    def ask(self, request: Any, wall_s: float) -> Any:
-        """Returns the handler's answer to `request`.
+    def ask(self, request: Any, wall_s: float | None) -> Any:
+        """Returns the handler's answer to `request`; `wall_s` is its time limit.
 
         Raises ChildDied with the reason, UserError if the process does not start, and whatever the handler raises.
         """
@@ -76,7 +82,7 @@ class Child:
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             self._connection = Connection(ours.detach())
         try:
-            raised, answer = self._exchange(self._setup, _START_S)
+            raised, answer = self._exchange(self._setup, self._start_s)
         except ChildDied as death:
             raise UserError(
                 f"cannot start a child process of {sys.executable}: it {death}: see its output on stderr"
@@ -85,7 +91,7 @@ class Child:
             self._stop(_EXIT_S)
             raise answer
 
-    def _exchange(self, message: Any, wall_s: float) -> tuple[bool, Any]:
+    def _exchange(self, message: Any, wall_s: float | None) -> tuple[bool, Any]:
         connection = self._connection
         assert connection is not None
         try:
@@ -125,7 +131,8 @@ def _close_all() -> None:
 def serve(fd: int) -> None:
     """Runs in the child: answers requests until the parent exits.
 
-    The alarm kills a child whose parent died during a request that never returns.
+    The alarm kills a child whose parent died during a request that never returns. Requests without a time limit have no
+    alarm.
     """
     connection = Connection(fd)
     make, argument, memory_bytes = connection.recv()
@@ -138,7 +145,7 @@ def serve(fd: int) -> None:
             request, wall_s = connection.recv()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, 2 * wall_s + 1)
+        signal.setitimer(signal.ITIMER_REAL, 0 if wall_s is None else 2 * wall_s + 1)
         answer = _answered(handler, request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(answer)

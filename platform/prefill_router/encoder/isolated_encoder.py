@@ -6,21 +6,17 @@ worker again.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
-import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from prefill_router.common.child_process import Child, ChildDied
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
@@ -29,6 +25,8 @@ from prefill_router.encoder.prefill_encoder import EncodedPrompts, PrefillEncode
 
 _MEMORY_SHARE = 0.8  # of the available memory, which the child may use
 _MAX_CRASHES = 8  # crashing prompts per shard; with more, the prompts are not the cause
+
+_Request = tuple[list[Prompt], list[ActivationColumn]]
 
 
 class EncoderDied(Exception):  # noqa: N818 - an event, not an error of the caller
@@ -39,22 +37,15 @@ class IsolatedEncoder:
     """Encodes as `PrefillEncoder.read` does, in a child process that starts on first use."""
 
     def __init__(self, spec: EncoderSpec, threads: int) -> None:
-        self.spec, self.threads = spec, threads
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._child = Child(_make_reader, (spec, threads), start_s=None)
 
     def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> EncodedPrompts:
         """Encodes prompts in the child. Raises EncoderDied, with the reason, if it crashes or raises."""
-        connection = self._start()
         try:
-            connection.send((list(prompts), list(columns)))
-            answer = connection.recv()
-        except (EOFError, OSError):
-            raise EncoderDied(self._exit_reason()) from None
-        if isinstance(answer, Exception):
-            raise EncoderDied(str(answer) or type(answer).__name__)
-        reading: EncodedPrompts = answer
-        return reading
+            encoded: EncodedPrompts = self._child.ask((list(prompts), list(columns)), None)
+        except ChildDied as death:
+            raise EncoderDied(f"the encoder {death}") from None
+        return encoded
 
     def read_survivors(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
@@ -84,7 +75,7 @@ class IsolatedEncoder:
                 self.read([prompts[i] for i in indices], columns)
                 return
             except EncoderDied as death:
-                reason = f"crashes the encoder: {death}"
+                reason = str(death)
             if len(indices) > 1:
                 middle = indices.start + len(indices) // 2
                 search(range(indices.start, middle))
@@ -93,18 +84,12 @@ class IsolatedEncoder:
                 crashes[indices.start] = reason
             if len(crashes) > _MAX_CRASHES:
                 raise UserError(
-                    f"more than {_MAX_CRASHES} prompts of a shard fail, the last one {reason}: "
+                    f"more than {_MAX_CRASHES} prompts of a shard cannot be encoded (last reason: {reason}): "
                     "check the encoder and its workers' memory"
                 )
 
         search(range(len(prompts)))
         return crashes
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        self._process = self._connection = None
 
     def _crashes_again(self, prompt: Prompt, columns: Sequence[ActivationColumn]) -> bool:
         """Rules out other causes of a single crash, such as a node short of memory or an external kill."""
@@ -114,41 +99,27 @@ class IsolatedEncoder:
             return True
         return False
 
-    def _start(self) -> Connection:
-        if self._process is None or self._connection is None or not self._process.is_alive():
-            self.close()
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self.spec, self.threads), daemon=True)
-            self._process.start()
-            theirs.close()
-        return self._connection
-
-    def _exit_reason(self) -> str:
-        assert self._process is not None
-        self._process.join(timeout=10)
-        code = self._process.exitcode
-        self.close()
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit status {code}"
+    def close(self) -> None:
+        self._child.close()
 
 
-def _serve(connection: Connection, spec: EncoderSpec, threads: int) -> None:
-    """Runs in the child: answers requests until the parent exits."""
+def _make_reader(setup: tuple[EncoderSpec, int]) -> Callable[[_Request], EncodedPrompts]:
+    """Runs in the child: loads the encoder and returns a function that encodes with it."""
+    spec, threads = setup
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     encoder = PrefillEncoder.load(spec)
     if encoder.device.type == "cpu":
         _limit_memory()
-    while True:
-        prompts, columns = connection.recv()
-        answer: Any
+
+    def read(request: _Request) -> EncodedPrompts:
         try:
-            answer = encoder.read(prompts, columns)
-        except Exception as error:  # a prompt can raise any exception
-            answer = EncoderDied(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        connection.send(answer)
+            return encoder.read(*request)
+        except Exception as error:  # a prompt can raise any exception, which may not be picklable
+            first_line = str(error).partition("\n")[0]
+            raise EncoderDied(f"the encoder raised {type(error).__name__}: {first_line}") from None
+
+    return read
 
 
 def _exit_with(parent: int) -> None:
