@@ -1,7 +1,7 @@
-"""The reference is causal softmax attention written out in float64, a prompt at a time.
+"""Attention is compared with causal softmax attention in float64, one prompt at a time.
 
-The kernel of `VarlenAttention` runs on CUDA alone (test_cuda.py); here its definition stands in for it, so that what
-is handed to it is checked everywhere.
+The kernel of `VarlenAttention` runs on CUDA only (see test_cuda.py). Here a reference implementation replaces it, so
+that its arguments are checked on every machine.
 """
 
 # T tokens of a pack, P of the prefix, H heads, K key-value heads, E head size
@@ -35,7 +35,7 @@ from reference import causal_softmax
 
 CPU = torch.device("cpu")
 HEAD_SIZE = 16
-# One token, a tile less one, a tile, a tile and one, several tiles, all of these, equal ones.
+# One token, one less than a tile, a tile, one more, several tiles, a mixture, equal lengths.
 LENGTHS = [[1], [63], [64], [65], [200], [3, 1, 65, 64, 63, 130], [64, 64, 64], [1, 1, 1, 1]]
 PREFIXES = [0, 1, 64, 100]
 HEADS = [(4, 4), (6, 2), (4, 1)]
@@ -55,7 +55,7 @@ def expected(inputs: Inputs, lengths: Sequence[int], scoring: Scoring = PLAIN) -
 def random_inputs(
     num_tokens: int, prefix_tokens: int, heads: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Inputs:
-    """Views of one tensor, as a fused projection leaves them."""
+    """Returns views of one tensor, as a fused projection does."""
     num_heads, num_groups = heads
     generator = torch.Generator().manual_seed(seed)
     projected = torch.randn(prefix_tokens + num_tokens, num_heads + 2 * num_groups, HEAD_SIZE, generator=generator)
@@ -77,7 +77,7 @@ def kernel_by_definition(
     enable_gqa: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """What torch.nn.attention.varlen.varlen_attn computes, causal and aligned at the end."""
+    """Computes what torch.nn.attention.varlen.varlen_attn does: causal, with queries and keys aligned at the end."""
     assert window_size[1] == 0
     window = window_size[0] + 1 if window_size[0] >= 0 else None
     assert enable_gqa
@@ -105,7 +105,7 @@ def attended(kind: Any, inputs: Inputs, lengths: Sequence[int], scoring: Scoring
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("prefix_tokens", PREFIXES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_causal_softmax_of_each_prompt(kind: Any, prefix_tokens: int, heads: tuple[int, int]) -> None:
+def test_it_equals_causal_softmax_of_each_prompt(kind: Any, prefix_tokens: int, heads: tuple[int, int]) -> None:
     for lengths in LENGTHS:
         inputs = random_inputs(sum(lengths), prefix_tokens, heads)
         torch.testing.assert_close(
@@ -121,7 +121,7 @@ def test_it_is_causal_softmax_of_each_prompt(kind: Any, prefix_tokens: int, head
     heads=st.sampled_from(HEADS),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_it_is_so_for_any_lengths(
+def test_it_equals_causal_softmax_for_any_lengths(
     kind: Any, lengths: list[int], prefix_tokens: int, heads: tuple[int, int], seed: int
 ) -> None:
     inputs = random_inputs(sum(lengths), prefix_tokens, heads, seed=seed)
@@ -141,7 +141,7 @@ def test_it_is_so_for_any_lengths(
     has_sinks=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_windows_capped_scores_scales_and_sinks_are_as_written_out(
+def test_windows_soft_caps_scales_and_sinks_equal_the_reference(
     lengths: list[int],
     prefix_tokens: int,
     heads: tuple[int, int],
@@ -172,7 +172,7 @@ def test_values_may_be_of_another_size_than_keys() -> None:
         torch.testing.assert_close(result, expected(inputs, [30, 70]), rtol=1e-5, atol=2e-5)
 
 
-def test_what_is_plain_for_a_pack_takes_the_fast_way() -> None:
+def test_a_window_that_no_prompt_fills_uses_the_fast_implementation() -> None:
     assert type(attention_for([30, 40], 20, CPU, torch.float32, Scoring(window=60))) is TiledAttention
     assert type(attention_for([30, 40], 20, CPU, torch.float32, Scoring(window=59))) is ScoredAttention
 
@@ -180,9 +180,9 @@ def test_what_is_plain_for_a_pack_takes_the_fast_way() -> None:
 @pytest.mark.parametrize("kind", [TiledAttention, PaddedAttention])
 @pytest.mark.parametrize("prefix_tokens", [0, 100])
 def test_bfloat16_rounds_scores_and_results_only(kind: Any, prefix_tokens: int) -> None:
-    """Tiles round their scores too, as transformers' eager attention does; scores reach 16 here.
+    """Tiles also round their scores, like transformers' eager attention. Scores reach 16 here.
 
-    Measured, in relative L2: tiles 0.9 %, SDPA 0.2 %.
+    Measured relative L2 error: tiles 0.9 %, SDPA 0.2 %.
     """
     for lengths in LENGTHS[1:]:
         inputs = random_inputs(sum(lengths), prefix_tokens, (6, 2), torch.bfloat16)
@@ -192,8 +192,8 @@ def test_bfloat16_rounds_scores_and_results_only(kind: Any, prefix_tokens: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_sees_nothing_of_its_companions(kind: Any) -> None:
-    """Not even what is no number."""
+def test_prompts_of_a_pack_do_not_affect_each_other(kind: Any) -> None:
+    """Not even NaN values do."""
     query, key, value, prefix = random_inputs(100, 20, (6, 2))
     clean = attended(kind, (query, key, value, prefix), [30, 50, 20])
     query, key, value = (torch.cat((t[:30], torch.full_like(t[30:80], torch.nan), t[80:])) for t in (query, key, value))
@@ -203,7 +203,7 @@ def test_a_prompt_sees_nothing_of_its_companions(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("amx", "kind"), [(True, PaddedAttention), (False, TiledAttention)])
-def test_tiles_are_for_the_cpu_and_padding_for_the_rest(
+def test_tiles_are_used_on_the_cpu_and_padding_elsewhere(
     amx: bool, kind: type[Attention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "has_amx", lambda: amx)
@@ -214,8 +214,8 @@ def test_tiles_are_for_the_cpu_and_padding_for_the_rest(
 
 @pytest.mark.parametrize("kind", [TiledAttention, *[PaddedAttention] * has_amx()])
 @pytest.mark.parametrize("shared_tokens", [1, 24, 64, 100])
-def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(kind: Any, shared_tokens: int) -> None:
-    """In bfloat16, where another order of the same sums would show: a router's P(correct) may not hang on chance."""
+def test_tiles_give_the_same_bits_alone_in_a_pack_and_after_a_prefix(kind: Any, shared_tokens: int) -> None:
+    """In bfloat16, a different summation order would show. P(correct) must not depend on other prompts."""
     heads, lengths = (6, 2), [200, 65, 130]
     query, key, value, prefix = random_inputs(sum(lengths), shared_tokens, heads, torch.bfloat16)
     assert prefix is not None
@@ -224,7 +224,7 @@ def test_tiles_give_the_same_bits_alone_in_company_and_after_a_prefix(kind: Any,
         own = slice(start, end)
         alone = kind([end - start], shared_tokens, CPU)(query[own], key[own], value[own], prefix)
         assert torch.equal(continued[own], alone)
-        # The prefix as the prompt's own beginning; its own queries have nothing to do with what comes after them.
+        # The prefix as part of the prompt: its queries do not affect later ones.
         whole = [torch.cat((first, t[own])) for first, t in zip(prefix, (key, value), strict=True)]
         queries = torch.cat((torch.zeros_like(query[:shared_tokens]), query[own]))
         unshared = kind([len(queries)], 0, CPU)(queries, *whole, None)

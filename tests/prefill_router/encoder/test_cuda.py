@@ -1,12 +1,12 @@
-"""What is different on CUDA, and so is checked there: left out, by their marker, where there is no device.
+"""Checks of what differs on CUDA; skipped without a device.
 
-- The variable-length kernel is causal softmax attention (float64), behind a prefix and with grouped heads.
-- The encoder in bfloat16 and in float32 gives what transformers gives in float32 on the CPU.
-- A prompt is the same in any batch; sharing a prefix changes nothing.
-- The sum of each prompt's states by one kernel is right, and leaves the states as they were.
-- Results that are copied while the device computes the next pack are whole.
-- Nothing in a layer makes the host wait for the device.
-- The peak that is measured is the device's.
+- The variable-length kernel equals causal softmax attention (float64), after a prefix and with grouped heads.
+- The encoder in bfloat16 and float32 equals transformers in float32 on the CPU.
+- A prompt's activations are the same in any batch, with and without a shared prefix.
+- The kernel that sums each prompt's states is correct and does not modify them.
+- Results copied while the device computes the next pack are complete.
+- No layer makes the host wait for the device.
+- The measured peak is that of the device.
 """
 
 # T tokens of a pack, D hidden size
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda")
 NUM_LAYERS = SIZES["num_hidden_layers"]
-# In relative L2 of a vector: what float16 rounds, and float32 in another order; what bfloat16 is worth in four layers.
+# Relative L2 error: float16 rounding and the summation order of float32; the precision of bfloat16 over four layers.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03}
 DTYPES = list(TOLERANCE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads of a size that every kernel knows, and not the hidden size's part."""
+    """A model with a head size that every kernel supports, different from hidden size / heads."""
     from transformers import Qwen3Config
 
     sizes = SIZES | {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
@@ -64,10 +64,10 @@ def load(folder: Path, **options: Any) -> PrefillEncoder:
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("prefix_tokens", [0, 1, 64, 100])
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_the_kernel_is_causal_softmax_of_each_prompt(
+def test_the_kernel_equals_causal_softmax_of_each_prompt(
     kind: Any, dtype: torch.dtype, heads: tuple[int, int], prefix_tokens: int, head_size: int
 ) -> None:
-    """Of which VarlenAttention takes for granted that more keys than queries are aligned at their ends."""
+    """VarlenAttention relies on the kernel to align queries and keys at their ends."""
     if kind is VarlenAttention and attention.varlen_kernel() is None:
         pytest.skip("this torch has no variable-length kernel with grouped heads")
     num_heads, num_groups = heads
@@ -89,7 +89,7 @@ def test_the_kernel_is_causal_softmax_of_each_prompt(
         assert error < (1e-5 if dtype == torch.float32 else 0.01), lengths
 
 
-def test_the_kernel_is_used_where_it_can_be() -> None:
+def test_the_kernel_is_used_if_available() -> None:
     kind = VarlenAttention if attention.varlen_kernel() else PaddedAttention
     assert type(attention_for([3, 5], 0, CUDA, torch.bfloat16)) is kind
     assert type(attention_for([3, 5], 0, CUDA, torch.float32)) is PaddedAttention
@@ -134,11 +134,11 @@ def test_a_prompt_is_the_same_in_fifty_random_batches(
     for _ in range(50):
         monkeypatch.setitem(encoder_module.BUDGET_TOKENS, "cuda", int(rng.choice([128, 1024, 32768])))
         batch = [" ".join(rng.choice(WORDS, rng.integers(1, 200))) for _ in range(rng.integers(1, 40))]
-        place = int(rng.integers(len(batch) + 1))
-        batch.insert(place, prompt)
+        index = int(rng.integers(len(batch) + 1))
+        batch.insert(index, prompt)
         for name, values in encoder.encode(batch).items():
             if name != NUM_TOKENS:
-                assert relative_error(values[place], alone[name][0]) < TOLERANCE[dtype], name
+                assert relative_error(values[index], alone[name][0]) < TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("mean_over", ["all", "after_first"])
@@ -164,7 +164,7 @@ def test_sharing_changes_no_activation(
 @pytest.mark.parametrize("leave_out_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pooling_equals_that_on_the_cpu_and_leaves_the_states(leave_out_first: bool, dtype: torch.dtype) -> None:
-    """In float32 there is no copy between the states that go on to the next layer and those that are summed."""
+    """In float32, the summed states are the same tensor as the input of the next layer."""
     lengths = [1, 5, 2, 1, 300, 3]
     torch.manual_seed(0)
     shared, states = ((1e3 * torch.randn(n, 48)).to(dtype) for n in (7, sum(lengths)))
@@ -186,13 +186,13 @@ def test_pooling_equals_that_on_the_cpu_and_leaves_the_states(leave_out_first: b
 
 
 def test_results_copied_while_the_device_is_busy_are_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is held up before each of many packs: what is read before it is there shows."""
+    """The device is delayed before each of many packs, so that reading a result too early would show."""
     encoder, prompts = load(folder, dtype="bfloat16"), random_prompts(300)
     expected = encoder.encode(prompts)
     run = encoder.backbone.run
 
     def late(*args: Any, **options: Any) -> None:
-        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms
+        torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
         run(*args, **options)
 
     monkeypatch.setattr(encoder.backbone, "run", late)
@@ -205,19 +205,19 @@ def test_results_copied_while_the_device_is_busy_are_whole(folder: Path, monkeyp
 
 
 @pytest.fixture
-def _waits_are_told() -> Iterator[None]:
+def _waits_are_reported() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
+        warnings.simplefilter("ignore")  # about a prototype feature
         torch.cuda.set_sync_debug_mode("warn")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 def num_waits(encoder: PrefillEncoder, deepest: int, leave_out_first: bool, prefix: list[KeyValue] | None) -> int:
-    """How often the host waits for the device in one pack."""
+    """Counts how often the host waits for the device in one pack."""
     lengths = [5, 70, 1, 30]
     assert isinstance(encoder.backbone, Decoder)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pack = Pack.of([[7] * n for n in lengths], CUDA, prefix)
         sums = None
@@ -228,21 +228,21 @@ def num_waits(encoder: PrefillEncoder, deepest: int, leave_out_first: bool, pref
         pooler = Pooler(activation_columns(range(deepest + 1), ["last", "mean"]), lengths, CUDA, leave_out_first, sums)
         encoder.backbone.run(pack, pooler.visit, deepest)
         pooler.result()
-    return sum("synchroniz" in str(warning.message) for warning in told)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-@pytest.mark.usefixtures("_waits_are_told")
+@pytest.mark.usefixtures("_waits_are_reported")
 @pytest.mark.parametrize("leave_out_first", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_no_layer_waits_for_the_device(folder: Path, dtype: str, leave_out_first: bool) -> None:
-    """A pack is laid out with some waits; they are as many for one layer as for all."""
+    """Building a pack takes some waits; their number does not depend on the number of layers."""
     encoder = load(folder, dtype=dtype)
     assert isinstance(encoder.backbone, Decoder)
     prefix: list[KeyValue] = []
     encoder.backbone.run(Pack.of([[7] * 10], CUDA), lambda _layer, _states: None, NUM_LAYERS, keep=prefix)
     for shared in (None, prefix):
-        num_waits(encoder, NUM_LAYERS, leave_out_first, shared)  # the first time, libraries set themselves up
+        num_waits(encoder, NUM_LAYERS, leave_out_first, shared)  # warm-up: libraries initialise themselves
         one, every = (num_waits(encoder, deepest, leave_out_first, shared) for deepest in (1, NUM_LAYERS))
         assert one == every
 

@@ -1,4 +1,4 @@
-"""The reference is the transformers model whose weights the decoder takes, each prompt alone and without padding."""
+"""The decoder is compared with the transformers model whose weights it uses, for each prompt alone without padding."""
 
 # T tokens of a pack, D hidden size, L layers
 
@@ -26,7 +26,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, **options}
 
 
-# Scaled so that it tells on the few positions of these tests.
+# Scaled to have an effect on the few positions of these tests.
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = rope("yarn", factor=8.0, original_max_position_embeddings=32)
 CONFIGS: dict[str, Any] = {
@@ -45,7 +45,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def random_backbone(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Norms and biases are random too: as they start, ones and zeros, they would hide much."""
+    """Randomises norms and biases too: their initial ones and zeros would hide errors."""
     torch.manual_seed(0)
     backbone = AutoModel.from_config(config).eval().requires_grad_(False)
     for name, weight in backbone.named_parameters():
@@ -67,7 +67,7 @@ def decoded(
     prefix: list[KeyValue] | None = None,
     keep: list[KeyValue] | None = None,
 ) -> NDArray[np.float32]:
-    """Every layer's states (L + 1, T, D) of one pack."""
+    """Returns every layer's states (L + 1, T, D) for one pack."""
     states: list[NDArray[np.float32]] = []
 
     def visit(layer: int, states_TD: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def decoder_of(backbone: Any) -> Decoder:
     return decoder
 
 
-def test_every_family_is_among_them() -> None:
+def test_the_configurations_cover_every_family() -> None:
     assert {name.partition(",")[0] for name in CONFIGS} == set(FAMILIES)
 
 
@@ -100,8 +100,8 @@ def test_every_layer_equals_transformers(name: str, multiple: int) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prompts_behind_a_shared_prefix_equal_them_whole(name: str, multiple: int) -> None:
-    """Its keys and values are kept as they were computed, its positions are counted."""
+def test_prompts_after_a_shared_prefix_equal_whole_prompts(name: str, multiple: int) -> None:
+    """The prefix's keys and values are kept, and positions continue after it."""
     backbone = random_backbone(CONFIGS[name])
     decoder = decoder_of(backbone)
     decoder.pack_multiple = multiple
@@ -114,7 +114,7 @@ def test_prompts_behind_a_shared_prefix_equal_them_whole(name: str, multiple: in
 
 
 @pytest.mark.parametrize("deepest", [0, 1, 3])
-def test_a_shallower_run_is_the_beginning_of_the_whole(deepest: int) -> None:
+def test_a_shallow_run_equals_the_first_layers_of_a_full_run(deepest: int) -> None:
     decoder, prompts = decoder_of(random_backbone(CONFIGS["llama"])), random_prompts([5, 9])
     kept: list[KeyValue] = []
     shallow = decoded(decoder, prompts, deepest, keep=kept)
@@ -122,7 +122,7 @@ def test_a_shallower_run_is_the_beginning_of_the_whole(deepest: int) -> None:
     assert [key.shape for key, _ in kept] == [(14, 2, 8)] * deepest
 
 
-# --- what it is not for ------------------------------------------------------------------------------------------
+# --- unsupported models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_a_shallower_run_is_the_beginning_of_the_whole(deepest: int) -> None:
         pytest.param(Olmo2Config(**SIZES, eos_token_id=None), 65, id="another family"),
     ],
 )
-def test_none_for_what_it_does_not_compute(config: Any, max_tokens: int) -> None:
-    """test_hooked.py has what they give then."""
+def test_unsupported_models_give_none(config: Any, max_tokens: int) -> None:
+    """test_hooked_backbone.py and test_packed_backbone.py check their activations."""
     assert Decoder.from_transformers(random_backbone(config), max_tokens) is None
 
 
@@ -163,10 +163,10 @@ def test_a_window_that_no_prompt_fills_changes_nothing(config: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
-    """In relative L2 of a token's states: each layer's mean, against the same weights in float32.
+def test_bfloat16_is_as_close_to_float32_as_transformers(name: str) -> None:
+    """Relative L2 error of a token's states against the same weights in float32, averaged per layer.
 
-    Measured: 0.5 to 1.9 %, which is 0.80 to 0.97 of transformers' own, for fewer results are rounded between.
+    Measured: 0.5 to 1.9 %, which is 0.80 to 0.97 of transformers' error: fewer intermediate results are rounded.
     """
     prompts = random_prompts(LENGTHS)
     rounded = random_backbone(CONFIGS[name], torch.bfloat16)
@@ -179,7 +179,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own(name: str) -> None:
 
 
 def test_adapted_layers_are_left_to_transformers(tiny_model: Path) -> None:
-    """A subclass of Linear, as adapters and quantisers put in its place, computes more than its weight says."""
+    """Adapters and quantisers replace Linear by subclasses, which compute more than a product with their weight."""
     from transformers import AutoModelForCausalLM
 
     class Adapted(torch.nn.Linear):

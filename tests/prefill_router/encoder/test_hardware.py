@@ -12,8 +12,8 @@ from prefill_router.encoder.hardware import measured_peak_flops, preferred_dtype
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def test_the_cpus_dtype_is_what_its_flags_and_its_maker_say() -> None:
-    """Where the kernel tells; elsewhere it is one of the two."""
+def test_the_cpus_dtype_follows_from_its_flags_and_vendor() -> None:
+    """Checked on Linux, where /proc/cpuinfo has both."""
     dtype = preferred_dtype("cpu")
     if platform.machine() == "x86_64" and CPUINFO.exists():
         text = CPUINFO.read_text()
@@ -62,7 +62,7 @@ def test_a_gpu_must_multiply_bfloat16_natively(native: bool, dtype: str, monkeyp
 
 
 def test_the_peak_is_that_of_a_timed_product() -> None:
-    """Of half its size, with the same threads; within a factor of 4, for other work shares the machine."""
+    """Compares with a product of half the size and the same threads, to a factor of 4 because the machine is shared."""
     peak = measured_peak_flops(torch.device("cpu"), torch.float32, repeats=8)
     a = torch.ones(1024, 1024)
     timed = []
@@ -73,7 +73,7 @@ def test_the_peak_is_that_of_a_timed_product() -> None:
     assert 1 / 4 < peak / (2 * 1024**3 / min(timed)) < 4
 
 
-def test_the_peak_is_of_the_type_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_measured_in_the_given_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[tuple[torch.dtype, str]] = []
 
     def record(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The reference is transformers in float32, each prompt alone: for models that the decoder does not compute."""
+"""Models that the decoder does not support are compared with transformers in float32, for each prompt alone."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_the_mean_may_leave_out_the_first_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gelu", "dynamic rope"])
-def test_no_hook_of_a_pass_stays_in_the_model(tmp_path: Path, name: str) -> None:
-    """Neither after a whole pass, nor after one that ended early, nor after one that failed."""
+def test_a_pass_removes_its_hooks(tmp_path: Path, name: str) -> None:
+    """After a full pass, one that ended early, and one that failed."""
     encoder = load(tmp_path, CONFIGS[name])
     backbone = encoder.backbone
     assert isinstance(backbone, HookedBackbone)
@@ -84,7 +84,7 @@ def test_no_hook_of_a_pass_stays_in_the_model(tmp_path: Path, name: str) -> None
         modules = backbone.backbone.modules()
         return [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
-    before = hooks()  # a model that runs over packs has its own for good, which do nothing for others
+    before = hooks()  # a PackedBackbone has permanent hooks, which do nothing outside its runs
     pack = Pack.of([[1, 2], [3]], torch.device("cpu"))
     for visit, deepest in ((ignore, 4), (ignore, 2)):
         backbone.run(pack, visit, deepest)

@@ -1,7 +1,7 @@
-"""A prompt's activations are its own: the same alone and in any batch, whatever its companions, their order and number.
+"""A prompt's activations are the same alone and in any batch, whatever the other prompts, their order and number.
 
-The reference is the prompt alone, whose activations test_encoder.py compares with transformers'; for a real model that
-is done here.
+The reference is the prompt alone, which test_prefill_encoder.py compares with transformers for tiny models; this file
+does so for a real model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiny import WORDS
 
 
 def random_batch(rng: np.random.Generator, prompt: str, longest: int) -> tuple[list[str], int]:
-    """The prompt among up to eleven others, and its place; in some batches all of them begin alike."""
+    """Returns the prompt among up to eleven others, and its index. In some batches all prompts share a beginning."""
     opening = " ".join(rng.choice(WORDS, 40)) if rng.random() < 0.3 else ""
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, longest))) for _ in range(rng.integers(1, 12))]
     place = int(rng.integers(len(texts) + 1))
@@ -34,7 +34,7 @@ def random_batch(rng: np.random.Generator, prompt: str, longest: int) -> tuple[l
 def rows_in_batches(
     encoder: PrefillEncoder, prompt: str, num_batches: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, NDArray[Any]], int]:
-    """What a prompt's columns are in random batches, one a row, and in how many of these a prefix was shared."""
+    """Returns a prompt's columns in random batches, one batch per row, and how many batches shared a prefix."""
     rng, rows, num_shared = np.random.default_rng(0), list[dict[str, NDArray[Any]]](), 0
     for _ in range(num_batches):
         monkeypatch.setitem(encoder_module.BUDGET_TOKENS, "cpu", int(rng.choice([128, 512, 1024])))
@@ -49,7 +49,7 @@ def rows_in_batches(
 def test_a_prompt_is_the_same_in_fifty_random_batches(
     tiny_model: Path, num_words: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 to one rounding of float16, in bfloat16 to 1 % of a vector (measured on an EPYC: bit for bit)."""
+    """Tolerance: one float16 rounding in float32, 1 % of a vector in bfloat16 (measured on an EPYC: bit-identical)."""
     encoder = PrefillEncoder.load(EncoderSpec.model_validate({"model": str(tiny_model), "dtype": dtype}), "cpu")
     prompt = " ".join(np.random.default_rng(1).choice(WORDS, num_words))
     alone = encoder.encode([prompt])
@@ -68,9 +68,9 @@ REAL_PROMPTS = ["What is the capital of France?", "Sort a list of pairs by the s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_model_equals_transformers_whatever_the_batch(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative L2 of a vector: float32 to float16's rounding; bfloat16 to 3 % of float32 and 2 % of itself alone.
+    """Relative L2 error: float16 rounding in float32; in bfloat16, 3 % from float32 and 2 % from the prompt alone.
 
-    Measured on an EPYC: 0.04 %; 1.5 % and 1.1 %. Attention sinks, whose values reach 20,000, are in these means.
+    Measured on an EPYC: 0.04 %; 1.5 % and 1.1 %. The means include attention sinks, whose values reach 20,000.
     """
     encoder = PrefillEncoder.load(EncoderSpec.model_validate({"model": REAL, "dtype": dtype}), "cpu")
     ids = encoder.tokenize(REAL_PROMPTS).ids

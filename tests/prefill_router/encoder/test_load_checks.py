@@ -1,4 +1,4 @@
-"""Weights that transformers would load in part, or without what belongs to them, are refused by name."""
+"""Weights that transformers would load only partly, or without their scales or adapters, are rejected by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
 
 
 def quantised(tensors: Tensors) -> Tensors:
-    """A linear layer in eight bits with its scale beside it, as modelopt writes them."""
+    """Quantises a linear layer to eight bits with a separate scale, like modelopt."""
     weight = f"{DOWN}.weight"
     scale = {f"{DOWN}.weight_scale": torch.tensor(0.01)}
     return {**tensors, weight: (tensors[weight] * 100).to(torch.float8_e4m3fn), **scale}
@@ -74,7 +74,9 @@ def quantised(tensors: Tensors) -> Tensors:
         (quantised, f"{DOWN}.weight_scale is a scale of a quantisation that transformers does not apply"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(model: Path, change: Callable[[Tensors], Tensors], message: str) -> None:
+def test_weights_that_do_not_match_are_rejected(
+    model: Path, change: Callable[[Tensors], Tensors], message: str
+) -> None:
     rewrite(model, change)
     with pytest.raises(UserError, match=message) as refused:
         load_causal_lm(str(model), None, torch.float32)
@@ -84,12 +86,12 @@ def test_weights_that_do_not_fit_are_refused(model: Path, change: Callable[[Tens
 @pytest.mark.parametrize(
     "change",
     [
-        also(model__layers__0__self_attn__rotary_emb__inv_freq=(4,)),  # which old checkpoints carry
+        also(model__layers__0__self_attn__rotary_emb__inv_freq=(4,)),  # present in old checkpoints
         also(vision_tower__patch_embedding__weight=(4, 4)),
         without("lm_head.weight"),
     ],
 )
-def test_what_the_text_needs_not_may_be_there_or_missing(
+def test_tensors_outside_the_backbone_may_be_present_or_missing(
     model: Path, tiny_encoder: PrefillEncoder, change: Callable[[Tensors], Tensors]
 ) -> None:
     rewrite(model, change)
@@ -110,22 +112,24 @@ def test_an_unknown_quantisation_is_refused(model: Path, method: str) -> None:
         load_causal_lm(str(model), None, torch.float32)
 
 
-def test_a_quantisation_that_its_config_does_not_name_is_refused(model: Path) -> None:
+def test_a_quantisation_missing_in_config_json_is_rejected(model: Path) -> None:
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     with pytest.raises(UserError, match="it is quantised by modelopt"):
         load_causal_lm(str(model), None, torch.float32)
 
 
-def test_the_fingerprint_is_of_the_tensors_that_were_loaded(model: Path, tiny_encoder: PrefillEncoder) -> None:
+def test_the_fingerprint_depends_on_the_loaded_tensors(model: Path, tiny_encoder: PrefillEncoder) -> None:
     spec = tiny_encoder.spec.model_copy(update={"model": str(model)})
-    save_file({"nobodys": torch.zeros(3)}, model / "consolidated.safetensors")  # beside them, and never read
+    save_file(
+        {"nobodys": torch.zeros(3)}, model / "consolidated.safetensors"
+    )  # an additional file, which is never read
     assert PrefillEncoder.load(spec, device="cpu").fingerprint == tiny_encoder.fingerprint
     rewrite(model, lambda tensors: {**tensors, f"{DOWN}.weight": tensors[f"{DOWN}.weight"] + 1e-3})
     assert PrefillEncoder.load(spec, device="cpu").fingerprint != tiny_encoder.fingerprint
 
 
-def test_no_code_of_a_model_is_offered_to_be_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would ask for it at a terminal."""
+def test_a_models_code_is_neither_run_nor_offered_to_be_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask at a terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked to run code"))
     ran = model / "ran"
     (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")

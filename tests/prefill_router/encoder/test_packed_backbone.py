@@ -1,4 +1,4 @@
-"""Families without code of their own, over packs: each layer is what transformers gives for each prompt alone."""
+"""Model families without code of their own run over packs, and equal transformers for each prompt alone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_shared_prefix_is_computed_once_and_exact(tmp_path: Path, name: str, m
 
 
 @pytest.mark.parametrize("name", ["windows and capped scores", "windows and norms", "learned positions"])
-def test_the_bits_do_not_hang_on_company(tmp_path: Path, name: str) -> None:
+def test_the_bits_do_not_depend_on_the_pack(tmp_path: Path, name: str) -> None:
     encoder, texts = load(tmp_path, PACKED[name], "bfloat16"), prompts(8)
     together = encoder.encode(texts)
     for row, text in enumerate(texts):
@@ -117,7 +117,7 @@ def test_threads_may_share_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_PACKED)
-def test_what_meets_outside_of_attention_is_padded_and_exact(tmp_path: Path, name: str) -> None:
+def test_models_whose_tokens_interact_outside_attention_are_padded_and_exact(tmp_path: Path, name: str) -> None:
     encoder = load(tmp_path, NOT_PACKED[name])
     assert not isinstance(encoder.backbone, PackedBackbone)
     assert_exact(encoder, prompts(6))
@@ -126,8 +126,8 @@ def test_what_meets_outside_of_attention_is_padded_and_exact(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("name", ["mask", "position_bias"])
-def test_a_bias_of_a_models_own_is_not_ignored(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One so small that two prompts would not show it in bfloat16."""
+def test_a_model_specific_bias_is_not_ignored(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bias is too small to show in a comparison of two prompts in bfloat16."""
 
     def biased(*arguments: Any, **options: Any) -> Any:
         layer, query, key, value, mask = arguments
@@ -141,8 +141,10 @@ def test_a_bias_of_a_models_own_is_not_ignored(tmp_path: Path, name: str, monkey
     assert not isinstance(encoder.backbone, PackedBackbone)
 
 
-def test_a_window_that_the_model_does_not_tell_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two short prompts could not show it."""
+def test_a_window_that_is_not_passed_to_attention_is_not_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison of two short prompts cannot show it."""
     config = Gemma3TextConfig(**SIZES, head_dim=8, layer_types=MIXED, sliding_window=WINDOW)
     run = PackedBackbone.run
 

@@ -1,4 +1,4 @@
-"""The reference is numpy in float64, a prompt at a time."""
+"""Pooling is compared with numpy in float64, one prompt at a time."""
 
 # T tokens of a pack, P of a prefix, D hidden size, B prompts, C columns
 
@@ -28,7 +28,7 @@ def random_states(num_tokens: int, dtype: torch.dtype = torch.float32, seed: int
 def pooled(
     states_TD: Tensor, lengths: list[int], leave_out_first: bool, prefix: PrefixSums | None = None
 ) -> NDArray[np.float16]:
-    """Last and mean, (2, B, D)."""
+    """Returns the last and mean pooling, (2, B, D)."""
     pooler = Pooler([LAST, MEAN], lengths, CPU, leave_out_first, prefix)
     pooler.visit(0, states_TD)
     result = pooler.result()
@@ -37,7 +37,7 @@ def pooled(
 
 
 def assert_pooled(values: NDArray[np.float16], prompts: list[NDArray[np.float64]], leave_out_first: bool) -> None:
-    """Within float16's rounding, and float32's beside it."""
+    """Compares within the rounding of float16 and float32."""
     for row, states in enumerate(prompts):
         first = int(leave_out_first and len(states) > 1)
         np.testing.assert_allclose(values[0, row], states[-1], rtol=2**-11, atol=1e-7)
@@ -65,7 +65,7 @@ def test_a_one_token_prompt_keeps_its_token() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leave_out_first", [False, True])
 @pytest.mark.parametrize("prefix_tokens", [1, 2, 200])
-def test_behind_a_prefix_the_mean_is_over_the_prompt_whole(
+def test_after_a_prefix_the_mean_includes_the_prefix(
     prefix_tokens: int, leave_out_first: bool, dtype: torch.dtype
 ) -> None:
     lengths = [1, 5, 2, 100]
@@ -77,7 +77,7 @@ def test_behind_a_prefix_the_mean_is_over_the_prompt_whole(
 
 
 def test_each_layer_has_its_own_prefix_and_columns() -> None:
-    """Columns come in their order, whatever the order of layers."""
+    """Columns keep their order, whatever the order of layers."""
     columns = activation_columns([2, 0], ["mean", "last"])
     sums, pooler = PrefixSums(4, False), None
     shared, own = ([random_states(4, seed=i) for i in range(3)], [random_states(3, seed=9 - i) for i in range(3)])
@@ -103,8 +103,8 @@ def test_values_are_clamped_to_the_range_of_float16() -> None:
     assert pooler.result().tolist() == [[expected], [expected]]
 
 
-def test_the_mean_of_large_values_does_not_overflow_on_its_way() -> None:
-    """Summed in float32: 1,000 values of 60,000 are beyond float16, their mean is not."""
+def test_the_mean_of_large_values_does_not_overflow() -> None:
+    """The sum of 1,000 values of 60,000 exceeds float16, their mean does not."""
     states_TD = torch.full((1000, D), 60000.0)
     np.testing.assert_array_equal(pooled(states_TD, [1000], False)[1], np.full((1, D), 60000.0, np.float16))
 
@@ -118,7 +118,7 @@ def test_the_mean_of_large_values_does_not_overflow_on_its_way() -> None:
     with_prefix=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_companions_do_not_change_a_bit(
+def test_other_prompts_do_not_change_a_bit(
     own: int, before: list[int], after: list[int], leave_out_first: bool, with_prefix: bool, dtype: torch.dtype
 ) -> None:
     sums = None

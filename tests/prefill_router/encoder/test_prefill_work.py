@@ -18,7 +18,7 @@ ATTENTION_WIDTH = 4 * 8
 
 
 def prompt(num_tokens: int) -> str:
-    """With the template's three."""
+    """Returns a prompt of `num_tokens` tokens, including three of the template."""
     return " ".join(["one"] * (num_tokens - 3))
 
 
@@ -26,34 +26,34 @@ def work_of(encoder: PrefillEncoder, prompts: list[str], deepest: int = 4) -> Wo
     return encoder.forward(encoder.tokenize(prompts), encoder.columns([deepest], ["last"]))[1]
 
 
-def test_works_add_up() -> None:
+def test_work_can_be_added() -> None:
     one, other = Work(1, 10, 8, 2, 100.0, 3), Work(2, 5, 5, 3, 50.0, 0)
     assert one + other == Work(3, 15, 13, 5, 150.0, 3)
     assert one + Work() == one
 
 
-def test_padding_waste_is_its_share_of_what_was_computed() -> None:
+def test_padding_waste_is_the_share_of_computed_tokens() -> None:
     assert Work(computed_tokens=30, padded_tokens=10).padding_waste == 0.25
     assert Work().padding_waste == 0
 
 
 def test_flops_equal_a_hand_count() -> None:
     cost = ModelCost.of_block(BLOCK_WEIGHTS, ATTENTION_WIDTH)
-    # Prompts of 3 and 2 tokens: queries see 1, 2, 3 and 1, 2 keys. Two FLOPs a weight, two products a pair.
+    # Prompts of 3 and 2 tokens: queries see 1, 2, 3 and 1, 2 keys. Two FLOPs per weight, two products per pair.
     assert cost.flops([3, 2], 0, 1) == 2 * BLOCK_WEIGHTS * 5 + 2 * 2 * ATTENTION_WIDTH * (6 + 3)
     assert cost.flops([3, 2], 0, 4) == 4 * cost.flops([3, 2], 0, 1)
-    # Behind 10 tokens each query sees 10 more.
+    # After 10 prefix tokens, each query sees 10 more.
     assert cost.flops([3, 2], 10, 1) == cost.flops([3, 2], 0, 1) + 2 * 2 * ATTENTION_WIDTH * 5 * 10
 
 
-def test_a_prefix_and_what_continues_it_cost_what_the_whole_does() -> None:
+def test_a_prefix_and_its_continuation_cost_as_much_as_the_whole() -> None:
     cost = ModelCost.of_block(BLOCK_WEIGHTS, ATTENTION_WIDTH)
     assert cost.flops([10], 0, 3) + cost.flops([7], 10, 3) == cost.flops([17], 0, 3)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES, head_dim=24)])
 def test_flops_equal_those_that_torch_counts(config: LlamaConfig | Qwen3Config, tmp_path: Path) -> None:
-    """torch counts a square of scores, of which causality hides the half above the diagonal."""
+    """torch counts the full square of scores, including the half that causality masks."""
     save_tiny_model(tmp_path, config=config)
     encoder = PrefillEncoder.load(EncoderSpec(model=str(tmp_path), dtype="float32"), device="cpu")
     backbone = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
@@ -76,7 +76,7 @@ def test_the_work_of_an_encoding(tiny_encoder: PrefillEncoder) -> None:
 
 
 def test_a_shared_prefix_is_computed_once(tiny_encoder: PrefillEncoder) -> None:
-    """All but the last few tokens of these are the same: 17 of 20."""
+    """The prompts share 17 of 20 tokens."""
     prompts = [f"{' '.join(['one'] * 16)} {word}" for word in map(str, range(30))]
     work = work_of(tiny_encoder, prompts)
     cost = ModelCost.of_block(BLOCK_WEIGHTS, ATTENTION_WIDTH)
@@ -85,8 +85,8 @@ def test_a_shared_prefix_is_computed_once(tiny_encoder: PrefillEncoder) -> None:
     assert work.padding_waste == 0
 
 
-def test_padding_is_counted_where_there_is_some(tmp_path: Path) -> None:
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}  # which no pack is run with
+def test_padding_is_counted(tmp_path: Path) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}  # not supported in packs
     config = LlamaConfig(**SIZES, rope_parameters=dynamic)
     spec = EncoderSpec(model=str(save_tiny_model(tmp_path, config=config)), dtype="float32")
     encoder = PrefillEncoder.load(spec, device="cpu")
@@ -97,5 +97,5 @@ def test_padding_is_counted_where_there_is_some(tmp_path: Path) -> None:
     assert work.flops == ModelCost.of_block(BLOCK_WEIGHTS, ATTENTION_WIDTH).flops(lengths, 0, 4)
 
 
-def test_no_prompts_are_no_work(tiny_encoder: PrefillEncoder) -> None:
+def test_no_prompts_take_no_work(tiny_encoder: PrefillEncoder) -> None:
     assert work_of(tiny_encoder, []) == Work()

@@ -1,4 +1,4 @@
-"""Prefixes from call to call: the same bits as without, of fewer tokens."""
+"""A prefix cache leaves activations bit-identical and computes fewer tokens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_prompt_keeps_a_token_of_its_own() -> None:
     assert [g.num_tokens for g in cache.groups([list(range(30))])] == [0]
 
 
-def test_what_was_used_longest_ago_is_forgotten() -> None:
+def test_the_least_recently_used_prefix_is_evicted() -> None:
     cache = PrefixCache(100)
     for start in (0, 1000, 2000):
         cache.add(prefix(range(start, start + 50)))
@@ -61,13 +61,13 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert cache.num_tokens == 100
 
 
-def test_a_prefix_of_fewer_blocks_does_not_serve_a_deeper_router() -> None:
+def test_a_prefix_of_too_few_blocks_is_not_used() -> None:
     cache = PrefixCache(100)
     cache.add(prefix(range(30), num_blocks=2))
     assert cache.longest(tuple(range(40)), 3) is None
 
 
-def test_activations_are_those_without_a_cache(encoder: PrefillEncoder) -> None:
+def test_activations_equal_those_without_a_cache(encoder: PrefillEncoder) -> None:
     columns = encoder.columns("all", ("last", "mean"))
     tokens = [encoder.tokenize([conversation(*["name a river"] * turn, "what is two plus six")]) for turn in range(5)]
     remembered = [encoder.forward(t, columns) for t in tokens]
@@ -77,7 +77,7 @@ def test_activations_are_those_without_a_cache(encoder: PrefillEncoder) -> None:
         for name, values in expected.items():
             np.testing.assert_allclose(got[name].astype(float), values.astype(float), rtol=2**-10, atol=2e-6)
         assert work.computed_tokens <= whole.computed_tokens
-    # The last turn computes what it adds, and no prefix anew.
+    # The last turn computes its new tokens and no prefix.
     assert remembered[-1][1].computed_tokens <= 0.5 * whole.computed_tokens
     assert cache is not None
     assert cache.num_tokens > 0

@@ -1,4 +1,4 @@
-"""Groups are compared with a brute force over all groupings, and encodings that share with each prompt's alone."""
+"""Groups are compared with a brute-force search, and activations after shared prefixes with those of single prompts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from prefill_router.encoder.prefixes import PrefixGroup, shared_prefixes
 from reference import assert_equals_transformers, relative_error
 from tiny import WORDS
 
-# Few words and many of one kind, so that much is shared, at many depths.
+# A small, skewed vocabulary, so that prompts share prefixes of many lengths.
 TOKENS = st.sampled_from([0, 0, 0, 1])
 PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=12)
 
 
 def common_tokens(prompts: Sequence[list[int]]) -> int:
-    """The longest beginning of all that leaves each a token of its own."""
+    """Returns the length of the common prefix of all prompts that leaves each a token of its own."""
     num_tokens = 0
     while all(len(p) > num_tokens + 1 for p in prompts) and len({p[num_tokens] for p in prompts}) == 1:
         num_tokens += 1
@@ -37,7 +37,7 @@ def saved_tokens(groups: Sequence[PrefixGroup]) -> int:
 
 
 def groupings(prompts: list[list[int]]) -> Iterator[list[list[list[int]]]]:
-    """All ways to part the prompts into groups."""
+    """Yields all partitions of the prompts into groups."""
     if not prompts:
         yield []
         return
@@ -53,7 +53,7 @@ def groupings(prompts: list[list[int]]) -> Iterator[list[list[list[int]]]]:
 
 @settings(max_examples=300, deadline=None)
 @given(prompts=PROMPTS, min_saved=st.integers(0, 12))
-def test_groups_hold_every_prompt_once_and_share_what_they_say(prompts: list[list[int]], min_saved: int) -> None:
+def test_groups_cover_every_prompt_once_and_share_their_prefix(prompts: list[list[int]], min_saved: int) -> None:
     groups = shared_prefixes(prompts, min_saved)
     assert sorted(i for group in groups for i in group.prompts) == list(range(len(prompts)))
     for group in groups:
@@ -65,7 +65,7 @@ def test_groups_hold_every_prompt_once_and_share_what_they_say(prompts: list[lis
 
 @settings(max_examples=300, deadline=None)
 @given(prompts=PROMPTS, min_saved=st.integers(1, 12))
-def test_never_less_is_saved_than_by_what_all_have_in_common(prompts: list[list[int]], min_saved: int) -> None:
+def test_groups_save_at_least_as_much_as_the_common_prefix(prompts: list[list[int]], min_saved: int) -> None:
     by_common = (len(prompts) - 1) * common_tokens(prompts)
     if by_common >= min_saved:
         assert saved_tokens(shared_prefixes(prompts, min_saved)) >= by_common
@@ -74,7 +74,7 @@ def test_never_less_is_saved_than_by_what_all_have_in_common(prompts: list[list[
 @settings(max_examples=150, deadline=None)
 @given(prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=6), min_saved=st.integers(1, 8))
 def test_no_grouping_saves_more(prompts: list[list[int]], min_saved: int) -> None:
-    """Each group's price taken off; of all groupings there are."""
+    """Compares savings, less the cost of each group, over all possible partitions."""
 
     def saved(grouping: list[list[list[int]]]) -> int:
         return sum(max(0, (len(group) - 1) * common_tokens(group) - min_saved) for group in grouping)
@@ -103,19 +103,19 @@ def random_prompts(num_prompts: int, num_tokens: int, opening: Sequence[int] = (
     return [[*opening, *rng.integers(100, 50_000, num_tokens).tolist()] for _ in range(num_prompts)]
 
 
-def test_a_system_text_before_some_prompts_is_their_group() -> None:
-    """200 tokens before 20 of 100, which all begin with the template's three."""
+def test_prompts_with_a_common_system_text_are_a_group() -> None:
+    """20 of 100 prompts share 200 tokens; all begin with three template tokens."""
     rng = np.random.default_rng(0)
     with_system = random_prompts(20, 50, [1, 2, 3, *range(1000, 1197)])
     prompts = [*with_system, *random_prompts(80, 50, [1, 2, 3], seed=1)]
     order = rng.permutation(100)
     groups = shared_prefixes([prompts[i] for i in order], 256)
     by_tokens = {group.num_tokens: {order[i] for i in group.prompts} for group in groups}
-    # The template alone would save 3 * 79 of the others, less than 256: they go without.
+    # For the other prompts, the template would save only 3 * 79 tokens, less than 256.
     assert by_tokens == {200: set(range(20)), 0: set(range(20, 100))}
 
 
-def test_a_longer_prefix_within_a_shorter_is_a_group_apart() -> None:
+def test_a_longer_prefix_within_a_shorter_one_is_a_separate_group() -> None:
     system, instructions = list(range(1000, 1100)), list(range(2000, 2300))
     prompts = [*random_prompts(30, 20, system), *random_prompts(30, 20, system + instructions, seed=1)]
     groups = {group.num_tokens: sorted(group.prompts) for group in shared_prefixes(prompts, 256)}
@@ -123,10 +123,10 @@ def test_a_longer_prefix_within_a_shorter_is_a_group_apart() -> None:
 
 
 def test_conversations_share_their_turns() -> None:
-    """Ten of eight turns, each prompt the one before and 100 tokens more, all behind a system text of 50.
+    """Ten conversations of eight turns after a system text of 50 tokens; each turn extends the previous one by 100.
 
-    The later five turns of a conversation share its first 449 tokens, the fourth's but its last; all others the system
-    text. By hand: no other turn to part them at saves more than 4 * 449 - 5 * 50.
+    The last five turns of a conversation share 449 tokens, all of the fourth turn but its last token; the others share
+    the system text. By hand: splitting at no other turn saves more than 4 * 449 - 5 * 50.
     """
     system = list(range(50))
     talks = [system + random_prompts(1, 800, seed=talk)[0] for talk in range(10)]
@@ -144,20 +144,20 @@ def test_conversations_share_their_turns() -> None:
         pytest.param([7] * 195, id="195"),
     ],
 )
-def test_grouping_many_prompts_takes_no_time(opening: list[int]) -> None:
-    """8,192 prompts of 200 tokens take 0.04 to 0.4 s of this thread's own time, which other work leaves alone."""
+def test_grouping_many_prompts_is_fast(opening: list[int]) -> None:
+    """8,192 prompts of 200 tokens take 0.04 to 0.4 s of thread time, which other processes do not affect."""
     prompts = random_prompts(8192, 200 - len(opening), opening)
     started = time.thread_time()
     shared_prefixes(prompts, 256)
     assert time.thread_time() - started < 2
 
 
-def test_a_long_chain_of_prompts_that_continue_each_other_is_grouped_too() -> None:
+def test_a_long_chain_of_prompts_that_extend_each_other_is_grouped() -> None:
     groups = shared_prefixes([list(range(n)) for n in range(1, 2001)], 256)
     assert sorted(i for group in groups for i in group.prompts) == list(range(2000))
 
 
-# --- encodings that share ----------------------------------------------------------------------------------------
+# --- activations after shared prefixes ---------------------------------------------------------------------------
 
 
 def words(rng: np.random.Generator, num_words: int) -> str:
@@ -169,7 +169,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def conversations() -> list[Any]:
-    """Twelve behind a common system text, six of them behind a longer one, three of those continued, six bare."""
+    """Twelve prompts share a system text, six of them a longer one, three of which are continued; six have none."""
     rng = np.random.default_rng(0)
     system, more = words(rng, 60), words(rng, 80)
     common = [[message("system", system), message("user", words(rng, n))] for n in (1, 3, 8, 20, 2, 5)]
@@ -185,14 +185,14 @@ def load(folder: Path, **options: Any) -> PrefillEncoder:
 
 @pytest.fixture
 def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that prefixes are worth sharing on a few prompts, and a group fills several packs."""
+    """Makes packs small, so that few prompts are worth a shared prefix and a group fills several packs."""
     monkeypatch.setitem(encoder_module.BUDGET_TOKENS, "cpu", 64)
 
 
 @pytest.mark.usefixtures("_small_packs")
 @pytest.mark.parametrize(("mean_over", "mean_from"), [("all", 0), ("after_first", 1)])
 def test_sharing_changes_no_activation(tiny_model: Path, mean_over: str, mean_from: int) -> None:
-    """Each is that of the prompt alone, to one rounding of float16, and transformers'."""
+    """Activations equal those of the prompt alone, to one rounding of float16, and those of transformers."""
     encoder, prompts = load(tiny_model, mean_over=mean_over), conversations()
     tokens = encoder.tokenize(prompts)
     together, work = encoder.forward(tokens, encoder.columns("all", ["last", "mean"]))
@@ -204,7 +204,7 @@ def test_sharing_changes_no_activation(tiny_model: Path, mean_over: str, mean_fr
 
 
 @pytest.mark.usefixtures("_small_packs")
-def test_what_is_saved_is_what_the_groups_say(tiny_encoder: PrefillEncoder) -> None:
+def test_the_saved_tokens_are_those_of_the_groups(tiny_encoder: PrefillEncoder) -> None:
     tokens = tiny_encoder.tokenize(conversations())
     _, work = tiny_encoder.forward(tokens, tiny_encoder.columns([2], ["mean"]))
     assert work.tokens == tokens.num_tokens.sum()
@@ -220,8 +220,8 @@ def test_a_pass_that_ends_early_shares_too(tiny_encoder: PrefillEncoder, layers:
 
 
 @pytest.mark.usefixtures("_small_packs")
-def test_sharing_in_bfloat16_is_as_near(tiny_model: Path) -> None:
-    """In relative L2 of a vector, to 2 % (measured: 1 %), which is what bfloat16 itself is worth here."""
+def test_sharing_in_bfloat16_is_as_exact(tiny_model: Path) -> None:
+    """Relative L2 error is below 2 % (measured: 1 %), the precision of bfloat16 here."""
     encoder, prompts = load(tiny_model, dtype="bfloat16"), conversations()
     together = encoder.encode(prompts)
     for row, prompt in enumerate(prompts):

@@ -14,7 +14,7 @@ from tiny import random_prompts, save_tiny_sentence_encoder
 
 
 def naive(folder: Path, prompt: str, pooling: str) -> NDArray[np.float32]:
-    """One prompt alone, in float32, as the model's card would do it."""
+    """Embeds one prompt in float32, as a model card describes."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     with torch.inference_mode():
         states = model(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]
@@ -23,18 +23,18 @@ def naive(folder: Path, prompt: str, pooling: str) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
-def test_embeddings_are_those_of_each_prompt_alone(pooling: str, tmp_path: Path) -> None:
+def test_embeddings_equal_those_of_each_prompt_alone(pooling: str, tmp_path: Path) -> None:
     folder = save_tiny_sentence_encoder(tmp_path / "model", pooling, max_tokens=64)
     prompts = random_prompts(30)
     embeddings = SentenceEncoder.load(str(folder), "cpu").embed(prompts)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1.0, rtol=1e-5)
     expected = np.stack([naive(folder, prompt, pooling) for prompt in prompts])
-    # Where the machine multiplies bfloat16 well, that is what is computed in.
+    # On hardware with fast bfloat16, the encoder computes in bfloat16.
     assert (embeddings * expected).sum(1).min() > 0.998
 
 
-def test_pooling_is_the_mean_where_the_model_says_nothing(tmp_path: Path, tiny_sentence_encoder: Path) -> None:
+def test_pooling_is_the_mean_by_default(tmp_path: Path, tiny_sentence_encoder: Path) -> None:
     silent = save_tiny_sentence_encoder(tmp_path / "model", None)
     prompts = random_prompts(5)
     np.testing.assert_array_equal(
@@ -43,7 +43,7 @@ def test_pooling_is_the_mean_where_the_model_says_nothing(tmp_path: Path, tiny_s
     )
 
 
-def test_a_long_prompt_keeps_its_beginning_and_its_end_mark(tiny_sentence_encoder: Path) -> None:
+def test_a_long_prompt_keeps_its_beginning_and_its_end_token(tiny_sentence_encoder: Path) -> None:
     encoder = SentenceEncoder.load(str(tiny_sentence_encoder))
     tokens = encoder.tokenize(["one " * 40, "one two"])
     assert tokens.full_lengths.tolist() == [42, 4]
@@ -76,7 +76,7 @@ def test_the_fingerprint_tells_models_apart(tmp_path: Path, tiny_sentence_encode
         ("./no/such/folder", "no such directory"),
     ],
 )
-def test_what_is_no_model_is_an_error(source: str, message: str) -> None:
+def test_a_missing_model_is_an_error(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SentenceEncoder.load(source)
 

