@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,11 +39,16 @@ class Proxy:
 
 
 @contextmanager
-def haproxy_before(ports: Sequence[int], changed: Mapping[str, str] = MappingProxyType({})) -> Iterator[Proxy]:
-    """`changed` are other values for settings of the config, as timeouts, for tests that do not wait for long."""
+def haproxy_before(
+    ports: Sequence[int], changed: Mapping[str, str] = MappingProxyType({}), fallback: int | None = None
+) -> Iterator[Proxy]:
+    """`changed` are other values for settings of the config, as timeouts, for tests that do not wait for long.
+
+    `fallback` is the port of what Serve falls back to.
+    """
     with tempfile.TemporaryDirectory(prefix="pr-test-", dir="/tmp") as name:  # sockets want short paths
         folder, port = Path(name), free_port()
-        text = haproxy.mended(_serves_config(folder, port, ports), folder)
+        text = haproxy.mended(_serves_config(folder, port, ports, fallback), folder)
         for setting, value in changed.items():
             text, times = re.subn(rf"(?m)^( *{setting}) .*$", rf"\1 {value}", text)
             assert times == 1, setting
@@ -61,7 +66,7 @@ def haproxy_before(ports: Sequence[int], changed: Mapping[str, str] = MappingPro
                 process.kill()
 
 
-def _serves_config(folder: Path, port: int, ports: Sequence[int]) -> str:
+def _serves_config(folder: Path, port: int, ports: Sequence[int], fallback: int | None) -> str:
     """What Ray Serve writes, with the settings that the endpoint gives it."""
     ours = {
         name.removeprefix("RAY_SERVE_HAPROXY_"): value
@@ -90,6 +95,8 @@ def _serves_config(folder: Path, port: int, ports: Sequence[int]) -> str:
     )
     servers = [ServerConfig(name=f"replica-{port}", host="127.0.0.1", port=port) for port in ports]
     backend = BackendConfig(name="app", path_prefix="/", http_health_check_path="/health", servers=servers)
+    if fallback is not None:
+        backend.fallback_server = ServerConfig(name="fallback", host="127.0.0.1", port=fallback)
     path = folder / "serve.cfg"
     HAProxyApi(settings, {"app": backend}, config_file_path=str(path))._generate_config_file_internal()
     return path.read_text()
@@ -101,10 +108,13 @@ def _listens(port: int) -> bool:
 
 
 class Recorder:
-    """A replica that gives everything the same answer, or hangs up on it as if it had died, and keeps what it got."""
+    """A replica that gives everything the same answer, and keeps what it got.
 
-    def __init__(self, *, dies: bool = False, waits_s: float = 0.0, answer: bytes = OK) -> None:
-        self.dies, self.waits_s, self.answer, self.got = dies, waits_s, answer, list[bytes]()
+    Where it `dies` it hangs up, and where it dies for good, nobody listens there any more.
+    """
+
+    def __init__(self, *, dies: bool = False, for_good: bool = False, waits_s: float = 0.0, answer: bytes = OK) -> None:
+        self.dies, self.for_good, self.waits_s, self.answer, self.got = dies, for_good, waits_s, answer, list[bytes]()
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -125,12 +135,15 @@ class Recorder:
                     continue
                 self.got.append(piece)
                 if self.dies:
+                    if self.for_good:
+                        self.close()
                     return
                 time.sleep(self.waits_s)
                 client.sendall(self.answer)
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it has died for good
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

@@ -36,10 +36,13 @@ _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
 _QUIET_S = 60  # of a caller that has more to send, or an answer to read
-# Only a request that is at hand as a whole can be sent again. Replicas do not speak HTTP/2.
+# Only a request that is at hand as a whole can be sent again. Replicas do not speak HTTP/2. No connection to a replica
+# is used twice: one to a replica that has just died costs an attempt, and a request that was once sent over a used one
+# is not answered where attempts run out: HAProxy closes the caller's connection, as it does for clients that try again.
 _DEFAULTS = f"""\
     option http-buffer-request
     option disable-h2-upgrade
+    option http-server-close
     timeout http-request {_IN_TIME_S}s
 """
 # Errors in plain text are Serve's, of its proxy or before a replica's API: they name actors, processes and addresses.

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_serve.launcher import command, haproxy
 from prefill_serve.middleware.attempts import HEADER
-from wire import exchange, request, status_of
+from wire import exchange, read_to_end, request, status_of
 
 
 @pytest.fixture
@@ -144,6 +146,45 @@ def test_a_request_whose_replica_died_goes_to_one_that_lives() -> None:
         assert len(living.got) == 1
     for replica in (dying, living):
         replica.close()
+
+
+@pytest.mark.parametrize("by_the_same_caller", [False, True])
+def test_where_nothing_is_left_to_try_a_caller_is_told_so(by_the_same_caller: bool) -> None:
+    """HAProxy closes a caller's connection without a word once it has reused one to a replica for the request."""
+    replicas = [Recorder(for_good=True), Recorder(for_good=True)]
+    kept = request("POST /v1/route", "Content-Length: 2", body=b"{}").replace(b"Connection: close\r\n", b"")
+    with haproxy_before([replica.port for replica in replicas]) as proxy:
+        with socket.create_connection(("127.0.0.1", proxy.port), 60) as caller:
+            for _ in range(4):
+                caller.sendall(kept)
+                assert status_of(caller.recv(1 << 16)) == 200
+            for replica in replicas:
+                replica.dies = True
+            last = request("POST /v1/route", "Content-Length: 2", body=b"{}")
+            if by_the_same_caller:
+                caller.sendall(last)
+                answer = read_to_end(caller)
+            else:
+                answer = exchange(proxy.port, last)
+        assert (status_of(answer), b'"unavailable"' in answer) == (503, True)
+        assert sum(len(replica.got) for replica in replicas) == 6
+
+
+@pytest.mark.parametrize("num_before", [0, 4])
+def test_a_request_that_ends_all_replicas_comes_to_what_serve_falls_back_to(num_before: int) -> None:
+    """Four retries are enough for two deaths and two refusals, and for no connection of before that is dead too."""
+    replicas, fallback = [Recorder(for_good=True, waits_s=0.5) for _ in range(2)], Recorder()
+    one = request("POST /v1/route", "Content-Length: 2", body=b"{}")
+    with haproxy_before([replica.port for replica in replicas], fallback=fallback.port) as proxy:
+        with ThreadPoolExecutor(4) as callers:
+            before = list(callers.map(lambda _: status_of(exchange(proxy.port, one)), range(num_before)))
+        assert before == [200] * num_before
+        for replica in replicas:
+            replica.got.clear()
+            replica.dies = True
+        assert status_of(exchange(proxy.port, one)) == 200
+    assert [len(each.got) for each in (*replicas, fallback)] == [1, 1, 1]
+    fallback.close()
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "internal_error"), (503, "unavailable")])
