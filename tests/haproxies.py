@@ -27,6 +27,18 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 class Proxy:
     """A running HAProxy."""
 
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Another one takes over meanwhile, as where Serve's replicas come or go; this one ends its answers."""
+        command = [get_haproxy_binary(), "-db", "-f", self.config, "-sf", str(self.process.pid)]
+        command += ["-x", self.config.parent / "admin.sock"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                wait_until(lambda: f"Pid: {process.pid}\n" in self.show("info"), "the other HAProxy", 60)
+                yield
+            finally:
+                process.kill()
+
     def __init__(self, process: subprocess.Popen[bytes], port: int, config: Path) -> None:
         self.process, self.port, self.config = process, port, config
 
@@ -87,6 +99,7 @@ def _serves_config(folder: Path, port: int, ports: Sequence[int], fallback: int 
         observe_error_limit=int(ours["OBSERVE_ERROR_LIMIT"]),
         timeout_client_s=int(ours["TIMEOUT_CLIENT_S"]),
         timeout_server_s=int(ours["TIMEOUT_SERVER_S"]),
+        hard_stop_after_s=int(ours["HARD_STOP_AFTER_S"]),
         bufsize=int(ours["TUNE_BUFSIZE"]),
         metrics_enabled=False,
         is_head=True,

@@ -174,6 +174,7 @@ def test_haproxy_runs_with_what_the_endpoint_gives_it(two: Serve) -> None:
         "timeout http-keep-alive 90s",
         "timeout client 60s",
         "timeout server 600s",
+        "hard-stop-after 3600s",
         f"bind 127.0.0.1:{two.port}",
     } <= settings
     sockets = [Path(word) for line in settings for word in line.split() if word.endswith(".sock")]

@@ -108,6 +108,9 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # or a dead replica, which is the least busy, is tried again
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_QUIET_S),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "600",  # an upstream's own limit comes first
+        # Where replicas come or go, Serve starts another HAProxy. The old one ends with its last answer, or then.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+        "RAY_SERVE_PORT_QUARANTINE_S": "150",  # until a replica may have a port that an old HAProxy still asks
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1 << 16),  # larger bodies are not sent twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # what takes long has threads of its own
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",

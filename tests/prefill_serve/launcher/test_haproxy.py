@@ -25,6 +25,7 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_serve.launcher import command, haproxy
 from prefill_serve.middleware.attempts import HEADER
+from serving import wait_until
 from wire import exchange, read_to_end, request, status_of
 
 
@@ -185,6 +186,20 @@ def test_a_request_that_ends_all_replicas_comes_to_what_serve_falls_back_to(num_
         assert status_of(exchange(proxy.port, one)) == 200
     assert [len(each.got) for each in (*replicas, fallback)] == [1, 1, 1]
     fallback.close()
+
+
+def test_an_answer_that_takes_long_outlives_its_haproxy() -> None:
+    """Which is replaced where replicas come or go, and is given time for the slowest answer, and for a long stream."""
+    replica = Recorder(waits_s=2.0)
+    with haproxy_before([replica.port]) as proxy, ThreadPoolExecutor(1) as caller:
+        assert f"hard-stop-after {60 * 60}s" in {line.strip() for line in proxy.config.read_text().splitlines()}
+        answering = caller.submit(exchange, proxy.port, request("GET /v1/stats"))
+        wait_until(lambda: replica.got, "a request that is under way")
+        with proxy.replaced():
+            assert proxy.process.poll() is None
+            assert status_of(answering.result()) == 200
+            wait_until(lambda: proxy.process.poll() is not None, "the end of the old HAProxy", 60)
+    replica.close()
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "internal_error"), (503, "unavailable")])
