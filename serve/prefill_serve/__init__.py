@@ -1,1 +1,5 @@
-"""The routing endpoint: encoder and head in one Ray Serve replica."""
+"""The routing endpoint on Ray Serve: `POST /v1/route`, and a gateway that answers OpenAI calls.
+
+Start with `app`, the Serve application. `api` holds the HTTP paths, `endpoint` the way from a request to a decision,
+`engine` and `scheduler` the batched encoder, `gateway` the calls to upstreams, `launcher` the `serve` command.
+"""

@@ -1,4 +1,4 @@
-"""The HTTP API of an endpoint: paths, documents and errors. Any ASGI server can run it; it knows nothing of Ray."""
+"""The endpoint's HTTP API: paths, OpenAPI document and errors. Runs on any ASGI server and does not import Ray."""
 
 from __future__ import annotations
 
@@ -42,26 +42,31 @@ from prefill_serve.wire import (
 
 log = logging.getLogger("ray.serve")
 
-_DESCRIPTION = "Which model should answer this prompt? The cheapest one that is good enough, before a token is written."
-_RETRY = {"description": "Seconds to wait", "schema": {"type": "integer"}}
+_DESCRIPTION = (
+    "Chooses the cheapest model that is good enough for a prompt, before any token of the answer is generated."
+)
+_RETRY = {"description": "Seconds to wait before the next try", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed"},
-    401: {"model": ErrorResponse, "description": "No valid key"},
-    403: {"model": ErrorResponse, "description": "Not for this caller, by this host, or for a page of another site"},
-    404: {"model": ErrorResponse, "description": "A target is not in the pool"},
-    408: {"model": ErrorResponse, "description": "The body did not come in time"},
+    401: {"model": ErrorResponse, "description": "The bearer key is missing or invalid"},
+    403: {
+        "model": ErrorResponse,
+        "description": "Forbidden for this caller, this Host header, or a page of another site",
+    },
+    404: {"model": ErrorResponse, "description": "Unknown target, request or response"},
+    408: {"model": ErrorResponse, "description": "The body took too long to arrive"},
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
     413: {"model": ErrorResponse, "description": "The body or the prompt is too long"},
-    415: {"model": ErrorResponse, "description": "The body is not JSON by its content type"},
+    415: {"model": ErrorResponse, "description": "The content type is not JSON"},
     429: {
         "model": ErrorResponse,
-        "description": "Too busy, or a hard limit of a budget is reached",
+        "description": "The queue is full, or a hard budget limit is reached",
         "headers": {"Retry-After": _RETRY},
     },
-    500: {"model": ErrorResponse, "description": "The endpoint failed, or the request ended replicas"},
-    502: {"model": ErrorResponse, "description": "No upstream answered"},
+    500: {"model": ErrorResponse, "description": "Internal error, or the request crashed two replicas"},
+    502: {"model": ErrorResponse, "description": "No upstream gave a usable answer"},
     504: {"model": ErrorResponse, "description": "No upstream answered in time"},
-    503: {"model": ErrorResponse, "description": "Nothing serves yet", "headers": {"Retry-After": _RETRY}},
+    503: {"model": ErrorResponse, "description": "No router is loaded yet", "headers": {"Retry-After": _RETRY}},
 }
 _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     TooLong: (413, "prompt_too_long"),
@@ -77,7 +82,7 @@ _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
 
 def create_api(endpoint: Endpoint, ledger: CallLedger, *, names_requests: bool = True) -> ASGIApp:
-    """The API around an endpoint, behind its gate. The ledger is what the gateway remembers."""
+    """Returns the ASGI app of an endpoint, wrapped in `RequestGate`; the gateway's calls are recorded in `ledger`."""
     api = FastAPI(
         title="prefill-router",
         version=version("prefill-router"),
@@ -100,19 +105,19 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
 
     @routes.post("/v1/route", response_model=RouteResponse)
     async def route(request: RouteRequest, http: Request) -> Response:
-        """The target for one prompt: the cheapest that is good enough, under the request's constraints.
+        """Choose the target for one prompt: the cheapest one that is good enough under the request's constraints.
 
-        A body for OpenAI's chat completions or responses is taken as it is. Fields that have no say in routing, as
-        `temperature`, are named in `metadata.ignored`; one that is nearly a field of these, as `tolerence`, gets 400.
+        Accepts the body of an OpenAI chat completion or response unchanged. Fields that do not affect routing, such as
+        `temperature`, are listed in `metadata.ignored`. A probable misspelling, such as `tolerence`, gets 400.
         """
         return _json(await endpoint.route(request, http.state.request_id, http.state.holder))
 
     @routes.post("/v1/route/batch", response_model=BatchResponse)
     async def route_batch(batch: BatchRequest, http: Request) -> Response:
-        """Many prompts at once; one that cannot be routed does not hold up the others."""
+        """Route many prompts at once. Each prompt gets its own result or error."""
         limit = endpoint.now.settings.limits.batch
         if len(batch.requests) > limit:
-            raise UserError(f"requests: there are {len(batch.requests):,}, must be at most {limit:,}")
+            raise UserError(f"requests: has {len(batch.requests):,} items, must have at most {limit:,}")
 
         async def item(index: int, request: RouteRequest) -> BatchItem:
             try:
@@ -135,22 +140,22 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
 
     @routes.get("/health", response_model=Health)
     async def health() -> Response:
-        """200 as long as a router serves, also while new settings are refused."""
+        """200 while a router is loaded, even if newer settings were refused."""
         if endpoint.serving is None:
             raise NotReady
         return _json(Health(status="ok"))
 
     @routes.get("/ready", response_model=Health)
     async def ready() -> Response:
-        """200 once a real forward pass has run, 503 before."""
+        """200 after the first real forward pass, 503 before."""
         return await health()
 
     @routes.get("/v1/status", response_model=Status, responses=_ERRORS)
     async def status(http: Request) -> Response:
-        """What serves, and why the latest settings were refused; for administrators."""
+        """Loaded routers, and why the latest settings were refused. For administrators only."""
         serving = endpoint.now
         if not serving.settings.is_admin(http.state.holder):
-            raise Refusal(403, "only administrators see this: start the endpoint with --admins NAME", "not_admin")
+            raise Refusal(403, "only administrators may read this: start the endpoint with --admins NAME", "not_admin")
         return _json(
             Status(
                 router_version=serving.primary.version,
@@ -166,24 +171,24 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """How an error is answered."""
+    """The HTTP response for an exception."""
     if isinstance(error, Overloaded):
         after = {"retry-after": str(math.ceil(error.retry_after_s))}
         return Refusal(429, str(error), "overloaded", headers=after)
     if isinstance(error, NotReady):
         return Refusal(
-            503, "no router serves yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
+            503, "no router is loaded yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
         )
     if isinstance(error, LedgerAway):
-        message = "the ledger does not answer now: try again in a few seconds"
+        message = "the ledger is unavailable: try again in a few seconds"
         return Refusal(503, message, "ledger_away", headers={"retry-after": "2"})
     if isinstance(error, ClientDisconnect):
-        return Refusal(HUNG_UP, "the caller hung up", "hung_up")
+        return Refusal(HUNG_UP, "the caller closed the connection", "hung_up")
     if isinstance(error, UserError):
         status, code = _OF_USERS.get(type(error), (400, "invalid_request"))
         return Refusal(status, str(error), code)
-    log.exception("failed", exc_info=error)
-    return Refusal(500, "the endpoint failed; its log says why, by the request's id", "internal_error")
+    log.exception("request failed", exc_info=error)
+    return Refusal(500, "internal error: see the endpoint's log for this request id", "internal_error")
 
 
 def _add_errors(api: FastAPI) -> None:
@@ -211,7 +216,7 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _describe(api: FastAPI) -> None:
-    """The OpenAPI document as it is answered: what is invalid gets 400, never 422, and a key is a bearer token."""
+    """Corrects the generated OpenAPI document: invalid requests get 400, not 422, and a key is a bearer token."""
     document = api.openapi()
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
@@ -225,7 +230,7 @@ def _describe(api: FastAPI) -> None:
 
 
 def _add_documents(api: FastAPI) -> None:
-    """/docs from the package's own files: no other host is asked for anything."""
+    """Serves /docs from the fastapi_offline package, so that browsers load nothing from other hosts."""
     api.mount("/docs/static", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"), name="static")
 
     @api.get("/docs", include_in_schema=False)
@@ -237,7 +242,9 @@ def _add_documents(api: FastAPI) -> None:
             swagger_css_url="docs/static/swagger-ui.css",
             swagger_favicon_url="docs/static/favicon.png",
         )
-        page.headers["content-security-policy"] = "frame-ancestors 'none'"  # what it sends is its user's own click
+        page.headers["content-security-policy"] = (
+            "frame-ancestors 'none'"  # against clickjacking: the page sends real requests
+        )
         return page
 
 

@@ -1,4 +1,4 @@
-"""The Ray Serve application. `prefill_serve.app:build_app` is what a Serve config file imports.
+"""The Ray Serve application. A Serve config file names it as `import_path: prefill_serve.app:build_app`.
 
 No `from __future__ import annotations` here: it would make Serve pass the builder a raw dict instead of `AppArgs`.
 """
@@ -32,11 +32,11 @@ CHECK_TIMEOUT_S = 10.0
 
 
 class Autoscaling(StrictModel):
-    """How many replicas, by the work that waits for each."""
+    """Number of replicas, by queued work per replica."""
 
-    min_replicas: int = Field(1, ge=0, description="0 lets an idle endpoint use nothing; its next request waits")
+    min_replicas: int = Field(1, ge=0, description="0 removes all replicas when idle; the next request waits for one")
     max_replicas: int = Field(ge=1)
-    target_work_s: float = Field(0.5, gt=0.0, description="Of a replica; more brings up another")
+    target_work_s: float = Field(0.5, gt=0.0, description="Seconds of queued work per replica; more starts another one")
     upscale_delay_s: float = Field(5.0, ge=0.0)
     downscale_delay_s: float = Field(60.0, ge=0.0)
 
@@ -48,18 +48,20 @@ class Autoscaling(StrictModel):
 
 
 class AppArgs(Settings):
-    """Arguments of the application, as in a Serve config file: the first settings, and what a restart is needed for."""
+    """Arguments of the application in a Serve config file: the first `Settings`, and fields that need a restart."""
 
-    replicas: int = Field(1, ge=1, description="Copies of encoder and head, where they are not scaled")
+    replicas: int = Field(1, ge=1, description="Number of replicas without autoscaling")
     autoscaling: Autoscaling | None = None
-    threads: int | None = Field(None, ge=1, description="Cores of a replica [the machine's, shared out]")
-    gpus: float | None = Field(None, ge=0.0, description="GPUs of a replica [1 if the cluster has them for all now]")
-    traces: str | None = Field(None, description="OTLP collector, as http://localhost:4318/v1/traces")
+    threads: int | None = Field(
+        None, ge=1, description="CPU cores per replica [the machine's cores divided by replicas]"
+    )
+    gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
+    traces: str | None = Field(None, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces")
 
     @model_validator(mode="after")
     def _at_least_one(self) -> "AppArgs":
         if self.autoscaling and self.autoscaling.min_replicas > self.autoscaling.max_replicas:
-            raise ValueError("autoscaling: min_replicas must be at most max_replicas")
+            raise ValueError("autoscaling: min_replicas must not exceed max_replicas")
         return self
 
     @property
@@ -72,7 +74,7 @@ class AppArgs(Settings):
 
 
 def build_app(args: AppArgs) -> Application:
-    """The endpoint as an application. For a cluster that brings up nodes as replicas want them, say `gpus`."""
+    """Builds the Serve application. On a cluster that adds GPU nodes on demand, set `gpus`."""
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.most_replicas)
     gpus = args.gpus if args.gpus is not None else float(_num_gpus() >= args.most_replicas)
     settings = args.settings.model_dump()
@@ -85,7 +87,7 @@ def build_app(args: AppArgs) -> Application:
         user_config=settings,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
     )
-    # Without it serve.run takes every deployment for new code, and replaces replicas that only new settings concern.
+    # Without an explicit version, serve.run treats every deployment as new code and restarts replicas for new settings.
     deployment._version = hashlib.sha256(f"{fixed}{args.gateway is None}".encode()).hexdigest()[:16]
     if args.gateway is None:
         return deployment.bind(threads, args.traces, settings)  # type: ignore[no-any-return]
@@ -100,7 +102,7 @@ def _num_gpus() -> float:
 
 @serve.deployment(
     name=DEPLOYMENT,
-    max_ongoing_requests=1024,  # the queue's own limit comes first
+    max_ongoing_requests=1024,  # the scheduler's wait limit applies first
     max_queued_requests=1024,
     health_check_period_s=5.0,
     health_check_timeout_s=2 * CHECK_TIMEOUT_S,
@@ -109,12 +111,12 @@ def _num_gpus() -> float:
 )
 @serve.ingress()
 class Replica:
-    """Encoder and heads in one process, behind the HTTP API."""
+    """One replica: encoder and router heads in one process, behind the HTTP API."""
 
     def __init__(
         self, threads: int, traces: str | None, first: dict[str, Any], ledger: DeploymentHandle[Any] | None = None
     ) -> None:
-        torch.set_num_threads(1)  # of all threads but the engine's own
+        torch.set_num_threads(1)  # the engine's threads set their own number
         if traces is not None:
             export_traces(traces)
         self.endpoint = Endpoint(threads)
@@ -122,7 +124,7 @@ class Replica:
         self.ledger = LocalLedger() if ledger is None else RemoteLedger(ledger)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes over settings. Bad ones are refused, and what served before goes on, or what was served first."""
+        """Applies new settings. Invalid ones are refused: the current settings, or else the first ones, stay in use."""
         try:
             await self.endpoint.configure(validate(Settings, user_config, "user_config"))
         except Exception:
@@ -134,13 +136,13 @@ class Replica:
                 self.endpoint.refused = refused
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `ByWork` is told."""
+        """Queued work of this replica, which Serve passes to `ByWork`."""
         serving = self.endpoint.serving
         return {WORK_S: serving.engine.lanes.work_s if serving is not None else 0.0}
 
     async def check_health(self) -> None:
-        """A prompt through the whole path: a replica that is stuck is replaced."""
+        """Reads a test prompt; Serve replaces a replica whose check fails or times out."""
         await asyncio.wait_for(self.endpoint.check(), CHECK_TIMEOUT_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_api(self.endpoint, self.ledger, names_requests=False)  # Serve does
+        return create_api(self.endpoint, self.ledger, names_requests=False)  # Serve adds the header

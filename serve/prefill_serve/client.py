@@ -13,12 +13,12 @@ from prefill_router.common.errors import UserError
 from prefill_router.upstreams.transport import retry_after_s
 from prefill_serve.wire import BatchItem, BatchResponse, RouteResponse
 
-_BUSY = (429, 503)  # of the endpoint's own, whose 409 says that no target meets the constraints
+_BUSY = (429, 503)  # retried; 409 is not: no target meets the constraints
 _LONGEST_WAIT_S = 30.0
 
 
 class RouteError(UserError):
-    """An answer that is an error, as the endpoint says it."""
+    """An error response of the endpoint."""
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class RouteError(UserError):
 
 
 class RouterClient:
-    """Threads may share one. What a busy or a vanishing endpoint refuses is asked again, as it says when."""
+    """Synchronous client; thread-safe. Retries connection errors, 429 and 503, and honours Retry-After."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout_s: float = 30.0, attempts: int = 5
@@ -36,14 +36,14 @@ class RouterClient:
         self._retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(attempts),
             wait=_wait,
-            retry=tenacity.retry_if_exception(_is_passing),
+            retry=tenacity.retry_if_exception(_is_retryable),
             reraise=True,
         )
 
     def route(self, prompt: str | Sequence[Mapping[str, Any]], **wants: Any) -> RouteResponse:
-        """The decision for a prompt, or for messages; `wants` are the other fields of a request, as `tolerance`.
+        """Returns the decision for a prompt or messages. `wants` are other request fields, such as `tolerance`.
 
-        Raises RouteError for an answer that is an error, httpx.TransportError where there is none.
+        Raises RouteError for an error response, httpx.TransportError if the endpoint is unreachable.
         """
         body = {"prompt" if isinstance(prompt, str) else "messages": prompt, **wants}
         return RouteResponse.model_validate_json(self._post("/v1/route", body))
@@ -51,7 +51,7 @@ class RouterClient:
     def route_batch(
         self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], **wants: Any
     ) -> list[RouteResponse | RouteError]:
-        """The decision for each prompt, in their order, or the error of one that could not be routed."""
+        """Returns a decision, or the error of a prompt that could not be routed, for each prompt in order."""
         requests = [{"prompt" if isinstance(p, str) else "messages": p, **wants} for p in prompts]
         answer = BatchResponse.model_validate_json(self._post("/v1/route/batch", {"requests": requests}))
         return [item.response or _error(item) for item in answer.results]
@@ -93,11 +93,11 @@ def _error(item: BatchItem) -> RouteError:
     return RouteError(item.status, item.error.code, item.error.message)
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError) or (isinstance(error, RouteError) and error.status in _BUSY)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    said = error.retry_after_s if isinstance(error, RouteError) else None
-    return min(said or 0.1 * 2**state.attempt_number, _LONGEST_WAIT_S)
+    asked_s = error.retry_after_s if isinstance(error, RouteError) else None
+    return min(asked_s or 0.1 * 2**state.attempt_number, _LONGEST_WAIT_S)

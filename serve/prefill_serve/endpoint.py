@@ -1,4 +1,4 @@
-"""The endpoint without HTTP: from a request to a decision, and from one set of settings to the next."""
+"""The endpoint without HTTP: turns a request into a decision, and applies new settings while it runs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from prefill_serve.settings import Settings
 from prefill_serve.traces import tracer
 from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
 
-log = logging.getLogger("ray.serve")  # as JSON lines, with replica and request id, in Serve's own files
+log = logging.getLogger("ray.serve")  # Serve writes it as JSON lines with replica and request id
 
-RECORD_AFTER_S = 0.005  # what is counted and logged of a request waits until its answer has gone
-_DICE = SystemRandom()  # which a fork does not repeat
+RECORD_AFTER_S = 0.005  # metrics and logs wait until the answer has been sent
+_DICE = SystemRandom()  # forked processes draw different numbers
 
 
-_Key = tuple[str, tuple[str, ...], bytes]  # the caller, the heads that were asked, and the prompt's content
+_Key = tuple[str, tuple[str, ...], bytes]  # caller, head names, content digest of the prompt
 
 
 class NotReady(Exception):  # noqa: N818 - a state, not a fault
-    """No router serves yet."""
+    """No router is loaded yet."""
 
 
 class NoTarget(UserError):  # noqa: N818 - an answer, not a fault
@@ -41,34 +41,34 @@ class NoTarget(UserError):  # noqa: N818 - an answer, not a fault
 
 
 class UnknownTarget(UserError):  # noqa: N818 - an answer, not a fault
-    """A request names a target that is not in the pool."""
+    """A request names a target that the pool lacks."""
 
 
 class TooLong(UserError):  # noqa: N818 - an answer, not a fault
-    """The prompt has more tokens than the endpoint reads."""
+    """The prompt has more tokens than `limits.prompt_tokens`."""
 
 
 class Endpoint:
-    """Answers requests with what serves at the moment, on `num_threads` cores. Belongs to one event loop."""
+    """Answers requests with the loaded routers, on `num_threads` cores. Bound to one event loop."""
 
     def __init__(self, num_threads: int = 1) -> None:
         self.num_threads = num_threads
         self.metrics = Metrics()
         self.serving: Serving | None = None
-        self.refused: str | None = None  # why the latest settings were not taken over
-        self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # told what `route` decides
+        self.refused: str | None = None  # why the latest settings were refused
+        self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # gets each decision
         self._configuring = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
-        # Tasks, so that equal prompts that come at once are read once. Each caller's own: an answer that comes from
-        # the cache tells that the prompt was asked before, in words and by its speed.
+        # Tasks, so that equal prompts that arrive together are encoded once. Keyed by caller: a cache hit would reveal
+        # another caller's prompts, by its flag or by its speed.
         self._readings: OrderedDict[_Key, asyncio.Task[PromptReading]] = OrderedDict()
 
     # --- settings ------------------------------------------------------------------------------------------------
 
     async def configure(self, settings: Settings) -> None:
-        """Takes over settings once all that they name has been loaded and has made a real pass.
+        """Loads routers and encoder, warms them up with real forward passes, then switches to them.
 
-        Raises UserError where they cannot serve; what served before goes on.
+        Raises UserError for settings that cannot be loaded; the current ones stay in use.
         """
         async with self._configuring:
             before = self.serving
@@ -97,7 +97,7 @@ class Endpoint:
 
     @property
     def now(self) -> Serving:
-        """Raises NotReady before the first settings are taken over."""
+        """The loaded routers. Raises NotReady before the first settings are applied."""
         if self.serving is None:
             raise NotReady
         return self.serving
@@ -105,15 +105,15 @@ class Endpoint:
     # --- requests ------------------------------------------------------------------------------------------------
 
     async def route(self, request: RouteRequest, request_id: str, holder: str = "") -> RouteResponse:
-        """The target for one prompt: the cheapest that is good enough, under the request's constraints.
+        """Chooses the target for one prompt: the cheapest that is good enough under the request's constraints.
 
-        Raises UserError for a request that cannot be met, or one of its kinds here; Overloaded where it would wait for
-        too long.
+        Raises UserError, or one of its subclasses above, for a request that cannot be met; Overloaded if the prompt
+        would wait too long in the queue.
         """
         routing = await self.read(request, holder=holder)
         decision = routing.decide(routing.policy)
         if decision.target is None:
-            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct, or allow more")
+            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct or extend models")
         answer = routing.response(decision, request_id, explained=request.explain)
         _later(self.record, routing, decision, request_id)
         if self.on_routed is not None:
@@ -121,7 +121,7 @@ class Endpoint:
         return answer
 
     async def read(self, request: RouteRequest, max_wait_s: float = math.inf, holder: str = "") -> Routing:
-        """A prompt as the router that serves at the moment reads it. Raises what `route` does, but for NoTarget."""
+        """Reads a prompt with the loaded routers. Raises what `route` does, except NoTarget."""
         serving = self.now
         max_wait_s = min(max_wait_s, serving.settings.limits.wait_s)
         question = request.question_of(serving.settings.limits.messages)
@@ -138,17 +138,17 @@ class Endpoint:
         else:
             self._readings.move_to_end(key)
             self.metrics.prompts.inc(1, tags={"source": "cache"})
-        # Shielded: a caller that hangs up does not take the reading from others who wait for it.
+        # Shielded: a caller that disconnects must not cancel the reading for others that wait for it.
         try:
             reading = await asyncio.shield(cached)
         except Overloaded as refusal:
             if refusal.max_wait_s >= max_wait_s:
                 raise
-            return await self.read(request, max_wait_s, holder)  # the other request had less patience
+            return await self.read(request, max_wait_s, holder)  # refused by another request's shorter limit
         return Routing(serving, head, question, policy, reading, is_cached)
 
     def record(self, routing: Routing, decision: Decision, request_id: str) -> None:
-        """Counts and logs a decision."""
+        """Records a decision in metrics and log."""
         assert decision.target is not None
         role, reading, settings = routing.role, routing.reading, routing.serving.settings
         self.metrics.decided(decision, reading.estimates[0], role, routing.is_stranger)
@@ -170,18 +170,18 @@ class Endpoint:
         log.info("routed", extra=fields)
 
     async def check(self) -> None:
-        """A prompt through tokenizer, queue, encoder and heads, past the cache. Raises what goes wrong on the way."""
+        """Reads a test prompt with tokenizer, queue, encoder and heads, bypassing the cache. Raises whatever fails."""
         serving = self.now
         tokens, _ = await serving.engine.tokenize("Hello.")
         await serving.engine.read(tokens, serving.heads)
 
     async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> PromptReading:
         limits, engine = serving.settings.limits, serving.engine
-        engine.lanes.admit(max_wait_s)  # a refusal should cost nothing, not even tokens
+        engine.lanes.admit(max_wait_s)  # refuse before tokenization, which costs time
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
         if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
-            raise TooLong(f"the prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
+            raise TooLong(f"prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
         with tracer.start_as_current_span("read") as span:
             try:
                 reading = await engine.read(tokens, asked, max_wait_s, tokenize_s)
@@ -192,7 +192,7 @@ class Endpoint:
         return reading
 
     def _remember(self, key: _Key, task: asyncio.Task[PromptReading]) -> asyncio.Task[PromptReading]:
-        """Keeps a reading; one that fails is forgotten, and so is what was used longest ago."""
+        """Caches a reading; drops it if it fails, and evicts the least recently used."""
         self._readings[key] = task
 
         def forget_failure(done: asyncio.Task[PromptReading]) -> None:
@@ -207,7 +207,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Routing:
-    """A prompt that has been read, by what served at that moment, and not yet decided."""
+    """A prompt with its estimates and the routers that made them, before a decision."""
 
     serving: Serving
     head: Head
@@ -222,12 +222,12 @@ class Routing:
 
     @property
     def is_stranger(self) -> bool:
-        """Is the prompt unlike those of training?"""
+        """Whether the prompt is outside the training distribution."""
         safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
         return percentile is not None and percentile >= (STRANGER if safe is None else safe.beyond)
 
     def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
-        """The decision under a policy: of a stranger the safe target, where there is one and the policy allows it."""
+        """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed."""
         safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
         if self.is_stranger and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
             safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
@@ -238,7 +238,7 @@ class Routing:
         return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _DICE)
 
     def response(self, decision: Decision, request_id: str, *, explained: bool) -> RouteResponse:
-        """What a caller is told."""
+        """The response to the caller."""
         assert decision.target is not None
         tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
         metadata = Metadata(
@@ -270,12 +270,12 @@ class Routing:
 
 
 def _later(record: Callable[..., None], *args: object) -> None:
-    """Counts or logs once the answer has gone."""
+    """Calls `record` once the answer has been sent."""
     asyncio.get_running_loop().call_later(RECORD_AFTER_S, record, *args)
 
 
 def _check_targets(policy: Policy, head: Head) -> None:
-    """Raises UnknownTarget, before the prompt is read."""
+    """Raises UnknownTarget if the policy names a target that the pool lacks."""
     try:
         policy.mask(head.router.pool)
     except UserError as error:

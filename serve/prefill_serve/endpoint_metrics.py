@@ -1,4 +1,4 @@
-"""What operators watch, as Prometheus has it from Ray's exporter; Ray adds the node and the worker."""
+"""Prometheus metrics of the endpoint, exported by Ray, which adds labels for node and worker."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ _DISTANCES = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0]
 
 
 class Metrics:
-    """One of each a process; every name begins with `prefill_router_`."""
+    """The endpoint's metrics, one instance per process; every name starts with `prefill_router_`."""
 
     def __init__(self) -> None:
         self.requests = counter("requests", "HTTP requests by route and status", "route", "status")
-        self.request_seconds = histogram("request_seconds", "From the request's head to its answer", SECONDS, "route")
-        self.phase_seconds = histogram("phase_seconds", "tokenize, queue, encode, head", SECONDS, "phase")
-        self.batch_tokens = histogram("batch_tokens", "Tokens that a prompt's batch held", _TOKENS)
-        self.batch_fill = histogram("batch_fill", "Of what a batch may hold", _SHARES)
-        self.queued_tokens = gauge("queued_tokens", "Tokens of the prompts that wait")
-        self.prompts = counter("prompts", "Prompts by where their estimates came from", "source")
-        self.truncated = counter("truncated_prompts", "Prompts whose middle the encoder did not read")
-        self.routed = counter("routed", "Decisions by target, and by router or canary", "target", "role")
-        self.expected_cost = counter("expected_cost_usd", "Of the chosen targets' answers", "target")
-        self.p_correct = histogram("p_correct", "Of the chosen target", _SHARES, "role")
-        self.distance = histogram("drift_distance", "From the training prompts, 1 for an ordinary one", _DISTANCES)
-        self.strangers = counter("out_of_distribution", "Prompts unlike those of training")
-        self.shadow = counter("shadow", "Shadow's choices: the same target or another", "agrees")
-        self.settings = counter("settings", "Settings that were taken over or refused", "outcome")
-        self.router = gauge("info", "1 for the routers that serve", "version", "role")
+        self.request_seconds = histogram(
+            "request_seconds", "Seconds from the request's headers to its answer", SECONDS, "route"
+        )
+        self.phase_seconds = histogram(
+            "phase_seconds", "Seconds per prompt by phase: tokenize, queue, encode, head", SECONDS, "phase"
+        )
+        self.batch_tokens = histogram("batch_tokens", "Tokens in the batch that a prompt was encoded in", _TOKENS)
+        self.batch_fill = histogram("batch_fill", "Tokens of a batch as a share of its limit", _SHARES)
+        self.queued_tokens = gauge("queued_tokens", "Tokens of queued prompts")
+        self.prompts = counter("prompts", "Prompts by source of their estimates: encoder or cache", "source")
+        self.truncated = counter("truncated_prompts", "Prompts whose middle was cut before encoding")
+        self.routed = counter("routed", "Decisions by target and role (router or canary)", "target", "role")
+        self.expected_cost = counter("expected_cost_usd", "Expected cost of the chosen targets' answers", "target")
+        self.p_correct = histogram("p_correct", "P(correct) of the chosen target", _SHARES, "role")
+        self.distance = histogram(
+            "drift_distance", "Distance from the training prompts, 1 for a typical prompt", _DISTANCES
+        )
+        self.strangers = counter("out_of_distribution", "Prompts outside the training distribution")
+        self.shadow = counter("shadow", "Shadow router's choices: same target as the router's or another", "agrees")
+        self.settings = counter("settings", "Settings that were applied or refused", "outcome")
+        self.router = gauge("info", "1 for each loaded router", "version", "role")
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self.requests.inc(1, tags={"route": route, "status": str(status)})
@@ -64,8 +70,7 @@ class Metrics:
 
 
 def counter(name: str, description: str, *tags: str) -> Counter:
-    """A counter of this package, with its labels."""
-    # Ray's exporter ends a counter's name in _total.
+    """A Ray counter named `prefill_router_NAME` with the given labels; Ray's exporter appends `_total`."""
     return Counter(f"prefill_router_{name}", description=description, tag_keys=tags)
 
 

@@ -1,7 +1,7 @@
-"""The engine of a replica: one encoder, and the heads that read from it, as batches in threads.
+"""The engine of a replica: one encoder and the router heads on top of it, run in batches on threads.
 
-Tokenising, waiting, encoding and heads are timed apart. What a head is asked travels with the prompt, so that a change
-of routers takes hold between two prompts and none is lost.
+Tokenization, queueing, encoding and heads are timed separately. Each prompt carries the heads it was submitted for, so
+that a change of routers loses no prompt.
 """
 
 # N prompts of a batch, T targets
@@ -30,14 +30,14 @@ from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Router
 from prefill_serve.scheduler import Batch, Lanes
 
-REMEMBERED_TOKENS = 16_384  # of prefixes: some 12 KB each in SmolLM2's lower half
+REMEMBERED_TOKENS = 16_384  # cached prefix tokens: about 12 KB each in SmolLM2's lower half
 _IDLE_S = 0.05
 _WARM_UP = ["Hello.", "What is 17 * 23?", " ".join(["word"] * 200), "Name a river in Europe."]
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A router as it serves: `router` may have other prices than the artifact of `version`."""
+    """A loaded router. Its prices may differ from those in the artifact of `version`."""
 
     router: Router | BaselineRouter
     version: str
@@ -45,7 +45,7 @@ class Head:
 
     @property
     def name(self) -> str:
-        """What tells its estimates from those of all others; prices are no part of them."""
+        """Cache key of its estimates: version and targets. Prices do not affect estimates."""
         return f"{self.version}:{','.join(self.router.pool.target_names)}"
 
     @property
@@ -53,7 +53,7 @@ class Head:
         return self.router.columns if isinstance(self.router, Router) else []
 
     def estimate(self, tokens: Tokens, activations: dict[str, NDArray[Any]]) -> list[Estimate]:
-        """For each prompt; a baseline reads the tokens, a router the activations."""
+        """Returns one estimate per prompt. A baseline reads tokens, a router activations."""
         if isinstance(self.router, BaselineRouter):
             return [Estimate(Prediction(*row)) for row in zip(*self.router.predict_tokens(tokens), strict=True)]
         features = self.router.features(activations)
@@ -66,15 +66,15 @@ class Head:
 
 
 class Estimate(NamedTuple):
-    """What a head says of one prompt: its prediction (T,), and how far it is from the training prompts."""
+    """A head's estimate for one prompt: prediction (T,) and distance from the training prompts."""
 
     prediction: Prediction
     distance: float | None = None
-    percentile: float | None = None  # share of training prompts that lie nearer
+    percentile: float | None = None  # share of training prompts with a smaller distance
 
 
 class Times(NamedTuple):
-    """Seconds that a prompt took, by phase."""
+    """Seconds per prompt, by phase."""
 
     tokenize: float
     queue: float
@@ -84,7 +84,7 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptReading:
-    """One prompt, read: an estimate of each head that was asked."""
+    """The result for one prompt: one estimate for each head asked."""
 
     estimates: list[Estimate]
     input_tokens: int
@@ -101,7 +101,7 @@ class _Job(NamedTuple):
 
 
 class Engine:
-    """An encoder on `num_threads` cores, which other threads of the process should leave to it."""
+    """An encoder on `num_threads` cores, which the other threads of the process should leave free."""
 
     def __init__(self, encoder: PrefillEncoder | SentenceEncoder, num_threads: int) -> None:
         self.encoder = encoder
@@ -116,7 +116,7 @@ class Engine:
         self._num_in_use = 0
 
     async def tokenize(self, prompt: Prompt) -> tuple[Tokens, float]:
-        """Tokens of one prompt, and the seconds that it took. Raises UserError where the chat template refuses it."""
+        """Returns the tokens of one prompt and the seconds taken. Raises UserError if the chat template rejects it."""
         started = perf_counter()
         with self._in_use():
             tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self.encoder.tokenize, [prompt])
@@ -125,21 +125,21 @@ class Engine:
     async def read(
         self, tokens: Tokens, heads: Sequence[Head], max_wait_s: float = float("inf"), tokenize_s: float = 0.0
     ) -> PromptReading:
-        """Estimates of `heads` for one tokenised prompt. Raises Overloaded where it would wait longer."""
+        """Returns the estimates of `heads` for one tokenized prompt. Raises Overloaded if it would wait longer."""
         (ids,) = tokens.ids
         job = _Job(ids, int(tokens.full_lengths[0]), tuple(heads), tokenize_s)
         with self._in_use():
             return await self.lanes.submit(job, len(ids), max_wait_s)
 
     async def warm_up(self, heads: Sequence[Head]) -> None:
-        """Real passes, alone and side by side: the first in a thread is slow."""
+        """Runs forward passes alone and on all lanes: the first pass in a thread is slow."""
         tokens = [(await self.tokenize(prompt))[0] for prompt in _WARM_UP]
         await self.read(tokens[0], heads)
         await asyncio.gather(*(self.read(t, heads) for t in tokens * self.lanes.num_lanes))
 
     async def close(self) -> None:
-        """Ends the threads once nobody uses them any more."""
-        await asyncio.sleep(_IDLE_S)  # a request that has just come may not have begun
+        """Stops the threads once no request uses them."""
+        await asyncio.sleep(_IDLE_S)  # a request that has just arrived may not be counted yet
         while self._num_in_use:
             await asyncio.sleep(_IDLE_S)
         self.lanes.close()

@@ -1,14 +1,17 @@
-"""How many replicas: by the work that waits for them, of which the number of requests says little: some are long."""
+"""Autoscaling by queued work instead of request count, as prompts differ in length.
+
+Serve's controller imports this module, so it stays free of torch and transformers.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-WORK_S = "work_s"  # what a replica has begun and not begun, in seconds at its own speed
+WORK_S = "work_s"  # running and queued work of a replica, in seconds at its measured speed
 
 
 class ByWork:
-    """Serve's autoscaling policy: as many replicas as have `target_work_s` of work each."""
+    """Serve autoscaling policy: one replica per `target_work_s` seconds of queued work."""
 
     def __init__(self, target_work_s: float) -> None:
         self.target_work_s = target_work_s

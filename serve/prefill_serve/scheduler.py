@@ -1,8 +1,8 @@
-"""Lanes: from requests that come one by one to batches, each on a core of its own.
+"""Lanes: a scheduler that groups single requests into batches, each on a core of its own.
 
-On a CPU a prompt is soonest done by all cores together, and many prompts are soonest done with a core for each: so a
-prompt that comes alone has all of them, and a queue is shared out among threads that have one. Nothing ever waits for a
-batch to fill. A device that wants large batches has a single lane.
+On a CPU a single prompt finishes soonest on all cores, and many prompts finish soonest on one core each. So a prompt
+that arrives alone gets all cores, and a queue is divided among one-core threads. No request waits for a batch to fill.
+A device that needs large batches has a single lane.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_MEMORY = 0.95  # of the rate: what a batch counts beside the one after it
-# A lane needs the interpreter between any two products, and waits so long for it where a request is being taken in. At
-# Python's 5 ms two lanes had 4 % less of their cores.
+_MEMORY = 0.95  # decay of the measured rate, per batch
+# Lanes need the interpreter lock between matrix products and wait this long for it while a request is parsed. With
+# Python's default of 5 ms, two lanes lost 4 % of their cores.
 _SWITCH_S = 3e-4
 
 
 class Overloaded(Exception):  # noqa: N818 - a refusal, not a fault
-    """The queue is as long as it may be."""
+    """The request would wait in the queue for longer than its limit."""
 
     def __init__(self, wait_s: float, max_wait_s: float) -> None:
-        """`max_wait_s` is how long the item might have waited, `wait_s` how long it would have."""
+        """`max_wait_s` is the item's limit, `wait_s` its expected wait."""
         self.max_wait_s, self.retry_after_s = max_wait_s, max(wait_s - max_wait_s, 1.0)
         super().__init__(f"the endpoint is busy: try again in {math.ceil(self.retry_after_s)} s")
 
@@ -48,7 +48,7 @@ class _Waiting(Generic[In, Out]):
 
 @dataclass(frozen=True)
 class Batch(Generic[In]):
-    """Items that are worked on together, and how long each was in the queue."""
+    """Items that run together, and how long each was queued."""
 
     items: list[In]
     num_tokens: int
@@ -56,12 +56,12 @@ class Batch(Generic[In]):
 
 
 class Lanes(Generic[In, Out]):
-    """`work` takes a batch and returns a result for each of its items; it runs in threads, `submit` on the loop."""
+    """Runs `work` on batches in threads; it returns one result per item. `submit` runs on the loop."""
 
     def __init__(
         self, work: Callable[[Batch[In]], Sequence[Out]], num_lanes: int, budget_tokens: int, num_threads: int = 1
     ) -> None:
-        """`num_threads` is what a prompt that is alone is computed with."""
+        """`num_threads` is the number of cores for a prompt that runs alone."""
         self.work, self.num_lanes, self.budget_tokens = work, num_lanes, budget_tokens
         self.queued_tokens = 0
         self._done_tokens, self._lane_seconds = 0.0, 0.0
@@ -70,36 +70,36 @@ class Lanes(Generic[In, Out]):
         self._running: set[asyncio.Future[None]] = set()
         self._wide = _threads(1, num_threads)
         self._narrow = _threads(num_lanes, 1) if num_lanes > 1 else self._wide
-        # One thread alone may have a team of others. Were there two, with more threads in all than cores, OpenMP would
-        # put them to sleep between any two products, and a prompt would take twice as long.
+        # Only one thread may have an OpenMP team. With two teams and more threads than cores, OpenMP would put threads
+        # to sleep between matrix products, and a prompt would take twice as long.
         self._wide.submit(torch.get_num_threads).result()
         torch.set_num_threads(1)
         sys.setswitchinterval(_SWITCH_S)
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all lanes together, lately; infinite until the first batch tells."""
+        """Recent rate of all lanes together; infinite before the first batch."""
         return self._done_tokens / self._lane_seconds * self.num_lanes if self._lane_seconds else math.inf
 
     @property
     def work_s(self) -> float:
-        """How long all lanes will have to do."""
+        """Seconds until all queued and running work is done."""
         return (self.queued_tokens + self._running_tokens) / self.tokens_per_s
 
     @property
     def expected_wait_s(self) -> float:
-        """How long what is submitted now would be in the queue."""
+        """Seconds that an item submitted now would be queued."""
         ahead = self.queued_tokens + self._running_tokens if self._num_free == 0 else self.queued_tokens
         return ahead / self.tokens_per_s
 
     def admit(self, max_wait_s: float) -> None:
-        """Raises Overloaded where what is submitted now would wait for longer."""
+        """Raises Overloaded if an item submitted now would wait longer."""
         wait_s = self.expected_wait_s
         if wait_s > max_wait_s:
             raise Overloaded(wait_s, max_wait_s)
 
     async def submit(self, item: In, num_tokens: int, max_wait_s: float = math.inf) -> Out:
-        """The result for an item. Raises Overloaded where it would wait for longer, and what `work` raises."""
+        """Returns the result for an item. Raises Overloaded if it would wait longer, and whatever `work` raises."""
         self.admit(max_wait_s)
         waiting: _Waiting[In, Out] = _Waiting(item, num_tokens, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
@@ -108,7 +108,7 @@ class Lanes(Generic[In, Out]):
         return await waiting.done
 
     def close(self) -> None:
-        """Lets the threads end once they have done what was submitted."""
+        """Stops the threads after the submitted work."""
         self._narrow.shutdown(wait=False)
         self._wide.shutdown(wait=False)
 
@@ -125,7 +125,7 @@ class Lanes(Generic[In, Out]):
                 task.add_done_callback(self._running.discard)
 
     def _take(self, share: int) -> list[_Waiting[In, Out]]:
-        """The next in the queue, up to a share of its tokens, but for those that nobody waits for any more."""
+        """Takes items from the queue up to `share` tokens, and drops those whose callers have gone."""
         taken: list[_Waiting[In, Out]] = []
         num_tokens = 0
         while self._queue and (not taken or num_tokens + self._queue[0].num_tokens <= share):
@@ -150,7 +150,7 @@ class Lanes(Generic[In, Out]):
             answers = [partial(w.done.set_exception, error) for w in taken]
         self._num_free += num_lanes
         self._running_tokens -= num_tokens
-        self._dispatch()  # before anyone is answered: a lane should not stand still meanwhile
+        self._dispatch()  # first, so that no lane idles while answers are delivered
         for waiting, answer in zip(taken, answers, strict=True):
             if not waiting.done.done():
                 answer()

@@ -1,4 +1,4 @@
-"""What serves at the moment: the settings, and the engine and heads that they name. Made whole or not at all."""
+"""The loaded settings, engine and heads of an endpoint. Built completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Serving:
 
     @classmethod
     def load(cls, settings: Settings, num_threads: int, current: Serving | None = None) -> Serving:
-        """Reads the routers; the encoder too, unless what serves now has the same.
+        """Loads the routers, and the encoder unless `current` has the same one.
 
-        Raises UserError for what cannot serve: an artifact that is missing or damaged, a pool with targets that the
-        router does not know, a canary or a shadow on another encoder.
+        Raises UserError for settings that cannot be loaded: a missing or damaged artifact, a pool with targets that the
+        router does not know, a canary or shadow on another encoder.
         """
         primary, canary, shadow = _heads(settings)
         for head in (primary, canary, shadow):
             if head is not None and isinstance(head.router, Router):
-                _ = head.router.distance  # made now, and not with the first prompt
+                _ = head.router.distance  # compute it now, not on the first prompt
         is_same = current is not None and _encoder(current.primary) == _encoder(primary)
         engine = current.engine if current is not None and is_same else Engine(primary.router.encoder, num_threads)
         return cls(settings, engine, primary, canary, shadow)
 
     @classmethod
     def check(cls, settings: Settings) -> None:
-        """Raises UserError as `load` does, of all but the encoder's weights, which it does not read."""
+        """Raises UserError as `load` does, without reading the encoder's weights."""
         primary, _, _ = _heads(settings)
         primary.router.require_encoder()
 
@@ -46,11 +46,11 @@ class Serving:
         return [head for head in (self.primary, self.canary, self.shadow) if head is not None]
 
     def asked(self, head: Head) -> list[Head]:
-        """The heads that read a prompt which `head` answers."""
+        """The heads to run on a prompt that `head` answers: the shadow runs too."""
         return [head] if self.shadow is None else [head, self.shadow]
 
     def head_for(self, digest: bytes) -> Head:
-        """The head that answers a prompt, by its content digest."""
+        """The head that answers a prompt: router or canary, by the prompt's content digest."""
         place = int.from_bytes(digest[:8], "big") / 2**64
         if self.canary is not None and self.settings.canary is not None and place < self.settings.canary.share:
             return self.canary
@@ -63,7 +63,7 @@ def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:
     shadow = _head(settings, settings.shadow) if settings.shadow else None
     for role, head in (("canary", canary), ("shadow", shadow)):
         if head is not None and _encoder(head) != _encoder(primary):
-            raise UserError(f"{role}: reads from another encoder than the router, and cannot serve beside it")
+            raise UserError(f"{role}: uses another encoder than the router: train it on the router's encoder")
     if settings.safe and settings.safe.target not in primary.router.pool.target_names:
         raise UserError(f'safe: target "{settings.safe.target}" is not in the pool')
     _check_default(settings, primary)
@@ -71,7 +71,7 @@ def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:
 
 
 def _check_default(settings: Settings, primary: Head) -> None:
-    """Raises UserError where what should answer if routing fails could not."""
+    """Raises UserError if the default target has no upstream."""
     default = settings.gateway.default_target if settings.gateway is not None else None
     able = [target.name for target in primary.router.pool.targets if target.upstream is not None]
     if default is not None and default not in able:

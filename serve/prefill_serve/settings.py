@@ -1,6 +1,6 @@
-"""What may change while the endpoint runs: routers, prices, tolerance, keys and limits.
+"""Settings that can change while the endpoint runs: routers, prices, tolerance, keys and limits.
 
-A Serve config holds it as the deployment's `user_config`. Replicas take it over without a restart.
+In a Serve config they are the deployment's `user_config`, which replicas apply without a restart.
 """
 
 from __future__ import annotations
@@ -18,55 +18,61 @@ Hash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class Canary(StrictModel):
-    """A second router that answers a share of the prompts; the same prompt always goes the same way."""
+    """A second router that answers a share of the prompts, chosen by the prompt's content."""
 
     router: str = Field(min_length=1)
     share: float = Field(gt=0.0, lt=1.0)
 
 
 class SafeTarget(StrictModel):
-    """Where prompts go that are unlike those of training, whatever the router says of them."""
+    """Target for prompts outside the training distribution, whatever the router predicts."""
 
     target: str = Field(min_length=1)
-    beyond: float = Field(0.999, gt=0.0, le=1.0, description="Share of training prompts that lie nearer")
+    beyond: float = Field(
+        0.999, gt=0.0, le=1.0, description="A prompt is outside if this share of training prompts is nearer"
+    )
 
 
 class RequestLimits(StrictModel):
-    """What one request may ask for, and how long it may wait."""
+    """Limits of one request."""
 
     body_bytes: int = Field(1 << 20, ge=1)
     messages: int = Field(1024, ge=1)
-    prompt_tokens: int = Field(32768, ge=1, description="Beyond these 413; beyond the encoder's own, the middle is cut")
-    batch: int = Field(256, ge=1, description="Requests in a batch")
-    wait_s: float = Field(2.0, gt=0.0, description="A request that would wait longer is refused with 429")
+    prompt_tokens: int = Field(
+        32768, ge=1, description="Longer prompts get 413; the encoder cuts the middle above its own"
+    )
+    batch: int = Field(256, ge=1, description="Requests per batch")
+    wait_s: float = Field(2.0, gt=0.0, description="Requests that would wait longer get 429")
 
 
 class DailyLimits(StrictModel):
-    """USD a day, in UTC."""
+    """Budgets in USD per UTC day."""
 
-    usd_per_day: float | None = Field(None, ge=0.0, description="Of all together")
-    keys: dict[str, float] = Field(default_factory=dict, description="Of single keys, by the name of their holder")
+    usd_per_day: float | None = Field(None, ge=0.0, description="Budget of all callers together")
+    keys: dict[str, float] = Field(default_factory=dict, description="Budgets of single callers, by name in `keys`")
 
 
 class HardLimits(DailyLimits):
-    """Limits that no call may exceed, a call to a named target neither. Calls count by the most that they can cost."""
+    """Hard limits, for named targets too. A call counts with the most that it can cost."""
 
-    answer_tokens: int = Field(4096, ge=1, description="Limit of the answer to a call that sets none")
+    answer_tokens: int = Field(4096, ge=1, description="Output token limit for calls that set none")
 
     def covers(self, holder: str) -> bool:
-        """Is there a limit for calls of this key?"""
+        """Whether a limit applies to this caller."""
         return self.usd_per_day is not None or holder in self.keys
 
 
 class Budgets(DailyLimits):
-    """Soft limits. What is under way counts by its expected cost."""
+    """Soft limits: calls above them go to cheaper targets. Calls in progress count with their expected cost."""
 
-    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Of what does not fit [1: the cheapest target]")
-    hard: HardLimits = Field(default_factory=HardLimits, description="Limits beyond which calls are refused with 429")
+    tolerance: float | None = Field(
+        None, ge=0.0, le=1.0, description="Tolerance for calls over budget [1: the cheapest target]"
+    )
+    hard: HardLimits = Field(default_factory=HardLimits, description="Limits above which calls get 429")
 
     @property
     def lowest(self) -> DailyLimits:
-        """The lower one of a soft and a hard limit, where there are both."""
+        """The lower of the soft and the hard limit, for all callers together and for each."""
         of_all = [usd for usd in (self.usd_per_day, self.hard.usd_per_day) if usd is not None]
         both = [*self.keys.items(), *self.hard.keys.items()]
         keys = {name: min(usd for other, usd in both if other == name) for name, _ in both}
@@ -74,52 +80,56 @@ class Budgets(DailyLimits):
 
 
 class LedgerSettings(StrictModel):
-    folder: str | None = Field(None, min_length=1, description="For the journal, the outcomes and the prompts")
-    keep_prompts: bool = Field(False, description="Keep the prompts too, so that a router can be trained on them")
+    folder: str | None = Field(None, min_length=1, description="Folder for journal, outcomes and prompts")
+    keep_prompts: bool = Field(False, description="Store prompts too, for training a router on them")
     budgets: Budgets = Budgets()
 
 
 class GatewaySettings(StrictModel):
-    """How calls are answered, where targets of the pool have upstreams."""
+    """Settings of the gateway, which sends calls to the upstreams of the pool's targets."""
 
-    default_target: str | None = Field(None, description="Serves where routing fails [the cheapest]")
-    route_timeout_s: float = Field(1.0, gt=0.0, description="After this the default target serves")
-    stick_margin: float = Field(0.05, ge=0.0, le=1.0, description="More P(correct) that moves a conversation")
+    default_target: str | None = Field(None, description="Target if routing fails [the cheapest]")
+    route_timeout_s: float = Field(
+        1.0, gt=0.0, description="Time limit for routing a call; then the default target answers"
+    )
+    stick_margin: float = Field(
+        0.05, ge=0.0, le=1.0, description="Gain in P(correct) for which a conversation changes its target"
+    )
     ledger: LedgerSettings = LedgerSettings()
 
 
 class Settings(StrictModel):
-    router: str = Field(min_length=1, description="Router artifact that `train` wrote, or a kept baseline")
-    pool: str | None = Field(None, description="Pool file (#name): other prices, or fewer targets, than the router's")
+    router: str = Field(min_length=1, description="Router artifact written by `train`, or a stored baseline")
+    pool: str | None = Field(None, description="Pool file (with #name), to override prices or drop targets")
     tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Default tolerance [the router's own]")
     canary: Canary | None = None
-    shadow: str | None = Field(None, description="A router that is asked and logged, and whose answer is not used")
+    shadow: str | None = Field(None, description="A router whose decisions are logged but not used")
     safe: SafeTarget | None = None
-    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts that go to any target that is allowed")
-    keys: dict[str, Hash] = Field(default_factory=dict, description="Bearer keys' SHA-256, by the name of their holder")
-    admins: list[str] = Field(default_factory=list, description="Holders of keys that see the figures of all callers")
-    open: bool = Field(False, description="Answer without a key: only where none but the machine's own reach it")
+    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts sent to a random allowed target")
+    keys: dict[str, Hash] = Field(default_factory=dict, description="SHA-256 of bearer keys, by caller name")
+    admins: list[str] = Field(default_factory=list, description="Callers that may read the figures of all callers")
+    open: bool = Field(False, description="Answer without a key; only for endpoints on loopback")
     allowed_hosts: list[HostName] = Field(
-        default_factory=list, description="Host headers that are answered beside localhost [with keys any]"
+        default_factory=list, description="Host headers accepted besides localhost [any, if there are keys]"
     )
     limits: RequestLimits = RequestLimits()
-    gateway: GatewaySettings | None = Field(None, description="Answer calls too, by the upstreams of the pool")
-    cached_prompts: int = Field(10_000, ge=0, description="Prompts whose estimates are kept")
-    log_prompts: bool = Field(False, description="Write prompts into the log")
-    revision: int = Field(0, description="Another one makes replicas read the same artifacts and files anew")
+    gateway: GatewaySettings | None = Field(None, description="Answer OpenAI calls through the pool's upstreams")
+    cached_prompts: int = Field(10_000, ge=0, description="Number of prompts whose estimates are cached")
+    log_prompts: bool = Field(False, description="Write prompts to the log")
+    revision: int = Field(0, description="Changing it makes replicas reload the same artifacts and files")
 
     @model_validator(mode="after")
     def _closed_or_open(self) -> Settings:
         if bool(self.keys) == self.open:
-            raise ValueError("give keys, or set open = true where only this machine can reach the endpoint")
+            raise ValueError("set keys, or open = true if only this machine can reach the endpoint")
         return self
 
     @model_validator(mode="after")
     def _admins_have_keys(self) -> Settings:
         if unknown := sorted(set(self.admins) - set(self.keys)):
-            raise ValueError(f"admins: {', '.join(unknown)} must be among the holders of keys")
+            raise ValueError(f"admins: {', '.join(unknown)} must be callers in keys")
         return self
 
     def is_admin(self, holder: str) -> bool:
-        """Without keys every caller is the operator of the machine."""
+        """Without keys, every caller is the machine's operator."""
         return self.open or holder in self.admins

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, by option: without an exporter a span costs next to nothing."""
+"""Optional OpenTelemetry traces. Without an exporter a span costs next to nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ tracer = trace.get_tracer("prefill_router")
 
 
 def export_traces(endpoint: str) -> None:
-    """Sends spans to an OTLP collector, as http://localhost:4318/v1/traces. Raises UserError without its package."""
+    """Exports spans to an OTLP collector URL. Raises UserError if the exporter package is not installed."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
-        raise UserError("traces: install opentelemetry-exporter-otlp-proto-http, or prefill-router[traces]") from None
+        raise UserError("traces: the OTLP exporter is missing: pip install prefill-router[traces]") from None
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor

@@ -1,4 +1,4 @@
-"""What goes over the wire: requests, answers and errors of the endpoint."""
+"""The endpoint's JSON: requests, responses and errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from prefill_router.corpus.openai_requests import TEXT_PARTS
 from prefill_router.corpus.reader import Prompt, Role, fit_messages, fit_prompt
 from prefill_router.policy.decision import Policy
 
-ROUTED_NAMES = ("auto", "routed")  # as `model`, they leave the choice to the router
+ROUTED_NAMES = ("auto", "routed")  # values of `model` that let the router choose
 
-# What every flavour of regular expressions and of white space takes for something to read.
+# A visible character in every regular expression dialect and definition of white space.
 _VISIBLE = r"[^\s\u001c-\u001f\u0085\ufeff]"
 _TEXT: dict[str, Any] = {"type": "string", "pattern": _VISIBLE}
 _HAS_TEXT: dict[str, Any] = {
@@ -53,7 +53,7 @@ _QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
 
 
 class ContentPart(BaseModel):
-    """A part of a message. Text is read; an image, a sound or a file is noted."""
+    """A part of a message. Text is read; images, audio and files are only counted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -62,7 +62,7 @@ class ContentPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A message as OpenAI's API has it. Its role and its text are read, the rest is noted or has no say."""
+    """A message of OpenAI's API. Only role and text are read."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -70,6 +70,7 @@ class Message(BaseModel):
     content: str | list[ContentPart] | None = Field(None, examples=[_QUESTION])
 
     def read(self, noted: Counter[str]) -> dict[str, str]:
+        """Returns role and text, and counts tool calls and other parts that are not text in `noted`."""
         noted.update(key for key in ("tool_calls", "function_call", "audio") if (self.model_extra or {}).get(key))
         if not isinstance(self.content, list):
             return {"role": self.role, "content": self.content or ""}
@@ -79,7 +80,7 @@ class Message(BaseModel):
 
 
 def input_messages(given: Any) -> Any:
-    """A response's input as messages, so that the router reads it; what is neither text nor objects stays as it is."""
+    """Converts the `input` of a response to messages; leaves invalid values unchanged for validation."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
@@ -101,7 +102,7 @@ _READ_INPUT = BeforeValidator(input_messages, json_schema_input_type=str | list[
 
 
 class Question(NamedTuple):
-    """What a request asks about, how often it held what is no text, by its kind, and its fields that have no say."""
+    """The prompt of a request, the number of non-text parts by kind, and the fields that do not affect routing."""
 
     prompt: Prompt
     noted: dict[str, int]
@@ -109,9 +110,9 @@ class Question(NamedTuple):
 
 
 class RouteRequest(StrictModel):
-    """A prompt, bare or as messages, and what the caller wants of the decision.
+    """A prompt, as text or messages, and the caller's constraints on the decision.
 
-    Other fields, as those of a body for OpenAI, have no say; one that is nearly a field of these is refused.
+    Other fields, such as those of an OpenAI body, are ignored; a probable misspelling of a field here is an error.
     """
 
     model_config = ConfigDict(
@@ -125,40 +126,46 @@ class RouteRequest(StrictModel):
         },
     )
 
-    prompt: str | None = Field(None, pattern=_VISIBLE, description="A bare prompt; or give question, messages or input")
-    question: str | None = Field(None, pattern=_VISIBLE, description="The same as prompt")
+    prompt: str | None = Field(
+        None, pattern=_VISIBLE, description="The prompt as text; or give question, messages or input"
+    )
+    question: str | None = Field(None, pattern=_VISIBLE, description="Same as prompt")
     messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
-        None, description="A conversation; one message at least has text", json_schema_extra={"contains": _HAS_TEXT}
+        None,
+        description="A conversation; at least one message must have text",
+        json_schema_extra={"contains": _HAS_TEXT},
     )
     input: Annotated[list[Message], Field(min_length=1), _READ_INPUT] | None = Field(
         None,
-        description="A response's input: a prompt, or items, of which one message at least has text",
+        description="The input of a response: a prompt, or items of which at least one message has text",
         json_schema_extra={"pattern": _VISIBLE, "contains": _HAS_TEXT, "minItems": 1},
     )
-    instructions: str | None = Field(None, description="What stands before input, as a system message")
-    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Give up at most this much P(correct)")
-    max_cost_usd: float | None = Field(None, ge=0.0, description="No target that is expected to cost more")
-    min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="No target with a lower P(correct)")
+    instructions: str | None = Field(None, description="System message before input")
+    tolerance: float | None = Field(
+        None, ge=0.0, le=1.0, description="P(correct) that may be given up for a cheaper target"
+    )
+    max_cost_usd: float | None = Field(None, ge=0.0, description="Excludes targets with a higher expected cost")
+    min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="Excludes targets with a lower P(correct)")
     models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")
     model: _Name | None = Field(
-        None, description='The target to take, whatever models says; "auto" and "routed" leave it to the router'
+        None, description='Target to use, overriding models; "auto" and "routed" let the router choose'
     )
-    explain: bool = Field(False, description="Say of each target why it was taken or not")
+    explain: bool = Field(False, description="Explain for each target why it was chosen or not")
 
     @model_validator(mode="after")
     def _well_spelt(self) -> RouteRequest:
         extra = self.model_extra or {}
         if len(extra) > _MOST_IGNORED:
-            message = "has {num} fields that have no say, must have at most {most}"
+            message = "has {num} fields that do not affect routing, must have at most {most}"
             raise PydanticCustomError("too_many", message, {"num": len(extra), "most": _MOST_IGNORED})
         for name in extra:
             if near := difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR):
-                message = '{name}: is no field of a request, did you mean "{near}"?'
+                message = '{name}: unknown field, did you mean "{near}"?'
                 raise PydanticCustomError("misspelt", message, {"name": name, "near": near[0]})
         return self
 
     def question_of(self, max_messages: int) -> Question:
-        """Raises UserError unless exactly one of prompt, question, messages and input was given, and holds text."""
+        """Returns the prompt. Raises UserError unless exactly one of prompt, question, messages and input has text."""
         given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             names = "prompt, question and messages, or input in their place"
@@ -171,16 +178,16 @@ class RouteRequest(StrictModel):
             if said is None:
                 return Question(fit_prompt(getattr(self, way), _ANY_SIZE, way), {}, sorted(ignored))
             if len(said) > max_messages:
-                raise UserError(f"{way}: there are {len(said):,} messages, must be at most {max_messages:,}")
+                raise UserError(f"{way}: has {len(said):,} messages, must have at most {max_messages:,}")
             messages = fit_messages([message.read(noted) for message in said])
         except UnfitError as problem:
             raise UserError(str(problem)) from None
         if not any(re.search(_VISIBLE, message["content"]) for message in messages):
-            raise UserError(f"{way}: none has text, must hold more than white space")
+            raise UserError(f"{way}: no message has text, must have more than white space")
         return Question(messages, dict(noted), sorted(ignored))
 
     def _said(self) -> list[Message] | None:
-        """The messages; None of a bare prompt."""
+        """The messages, with instructions in front of input; None for a prompt given as text."""
         if self.input is None or not self.instructions:
             return self.input or self.messages
         return [Message(role="system", content=self.instructions), *self.input]
@@ -191,27 +198,27 @@ class RouteRequest(StrictModel):
         return Policy(self.tolerance, allowed, self.max_cost_usd, self.min_p_correct)
 
 
-_ANY_SIZE = 1 << 62  # a body has its own limit
-_MOST_IGNORED = 64  # OpenAI has some 40; each is held beside all of ours
-_NEAR = 0.75  # of two names, as difflib measures it: no field of OpenAI's is so near one of ours
+_ANY_SIZE = 1 << 62  # the limit on the body applies
+_MOST_IGNORED = 64  # OpenAI has about 40; each is compared with all of ours
+_NEAR = 0.75  # difflib ratio of two names; any OpenAI field and one of ours have less
 
 
 class BatchRequest(StrictModel):
-    """Requests that are answered together, each by itself."""
+    """Requests that are routed together, each with its own result."""
 
     requests: list[RouteRequest] = Field(min_length=1)
 
 
 class Drift(StrictModel):
-    """How far the prompt lies from the training prompts."""
+    """Distance of the prompt from the training prompts."""
 
-    distance: float = Field(description="Mahalanobis distance, 1 for an ordinary prompt")
-    percentile: float = Field(description="Share of training prompts that lie nearer")
+    distance: float = Field(description="Mahalanobis distance, 1 for a typical prompt")
+    percentile: float = Field(description="Share of training prompts with a smaller distance")
     is_out_of_distribution: bool
 
 
 class Timings(StrictModel):
-    """Milliseconds; what was read from the cache took none."""
+    """Milliseconds by phase; all 0 for a cached prompt."""
 
     tokenize: float
     queue: float
@@ -221,32 +228,32 @@ class Timings(StrictModel):
 
 class Metadata(StrictModel):
     encoder: str
-    input_tokens: int = Field(description="Of the whole prompt, as the encoder's tokenizer counts them")
-    is_truncated: bool = Field(description="The encoder read the prompt without its middle, as in training")
-    tolerance: float = Field(description="What the decision was made with")
-    propensity: float = Field(description="With which the target was chosen: below 1 where others are explored")
+    input_tokens: int = Field(description="Tokens of the whole prompt, by the encoder's tokenizer")
+    is_truncated: bool = Field(description="The middle of the prompt was cut before encoding, as in training")
+    tolerance: float = Field(description="Tolerance of this decision")
+    propensity: float = Field(description="Probability of choosing this target: below 1 with exploration")
     is_canary: bool
-    is_cached: bool = Field(description="This caller asked the same prompt lately")
-    noted: dict[str, int] = Field(description="Parts of messages that are no text, which nobody read")
-    ignored: list[str] = Field(description="The request's fields that have no say in routing")
+    is_cached: bool = Field(description="Estimates come from this caller's earlier request with the same prompt")
+    noted: dict[str, int] = Field(description="Number of message parts that are not text, which were not read, by type")
+    ignored: list[str] = Field(description="Fields of the request that do not affect routing")
     drift: Drift | None = None
     timings_ms: Timings
 
 
 class RouteResponse(StrictModel):
-    """The decision, and the estimates behind it: as lists in the order of model_names, and by name."""
+    """The decision and its estimates, as lists in the order of model_names and by target name."""
 
     selected_model: str
     model_names: list[str]
     confidences: list[float] = Field(description="P(correct)")
-    costs: list[float] = Field(description="Expected, USD")
+    costs: list[float] = Field(description="Expected cost in USD")
     metadata: Metadata
     p_correct: dict[str, float]
     expected_cost_usd: dict[str, float]
     expected_output_tokens: dict[str, float]
     router_version: str
     request_id: str
-    explanation: dict[str, str] | None = Field(None, description="By target, where it was asked for")
+    explanation: dict[str, str] | None = Field(None, description="By target, if explain is true")
 
 
 class ErrorDetail(StrictModel):
@@ -263,10 +270,10 @@ class ErrorResponse(StrictModel):
 
 
 class BatchItem(StrictModel):
-    """The answer to one request of a batch, or why there is none."""
+    """The result of one request of a batch: a response or an error."""
 
     index: int
-    status: int = Field(200, description="What the request would be answered with by itself")
+    status: int = Field(200, description="HTTP status that the request would get on its own")
     response: RouteResponse | None = None
     error: ErrorDetail | None = None
 
@@ -276,31 +283,31 @@ class BatchResponse(StrictModel):
 
 
 class Health(StrictModel):
-    """All that a probe is told, as it needs no key."""
+    """The response to a probe, which needs no key."""
 
     status: str
 
 
 class Status(StrictModel):
-    """What serves, for administrators."""
+    """Loaded routers, for administrators."""
 
     router_version: str
     encoder: str
     targets: list[str]
     canary_version: str | None = None
     shadow_version: str | None = None
-    refused: str | None = Field(None, description="Why the latest settings were not taken over, if they were not")
+    refused: str | None = Field(None, description="Why the latest settings were refused, if they were")
 
 
 class ServedTarget(StrictModel):
     name: str
     input_price: float = Field(description="USD per million tokens")
     output_price: float = Field(description="USD per million tokens")
-    can_answer: bool = Field(description="Calls may go there")
+    can_answer: bool = Field(description="The gateway can send calls to it")
 
 
 class CurvePoint(StrictModel):
-    """What the router's choices are worth from this tolerance on, on its validation prompts."""
+    """Cost and accuracy of the router from this tolerance on, on its validation prompts."""
 
     tolerance: float
     cost_usd: float = Field(description="Mean, of a prompt")
@@ -308,7 +315,7 @@ class CurvePoint(StrictModel):
 
 
 class SinglePoint(StrictModel):
-    """What one target for all prompts is worth, on the same prompts."""
+    """Cost and accuracy of sending all prompts to one target, on the same prompts."""
 
     target: str
     cost_usd: float = Field(description="Mean, of a prompt")
@@ -316,18 +323,18 @@ class SinglePoint(StrictModel):
 
 
 class RouterCard(StrictModel):
-    """The router that serves, and what it was worth when it was trained, at the prices of that time."""
+    """The loaded router, and its validation results at the prices of its training."""
 
     router_version: str
     encoder: str
     tolerance: float
     targets: list[ServedTarget]
-    curve: list[CurvePoint] = Field(description="By ascending tolerance; empty where it was not recorded")
+    curve: list[CurvePoint] = Field(description="By ascending tolerance; empty if it was not recorded")
     singles: list[SinglePoint]
 
 
 def error_type(status: int) -> str:
-    """The `type` that the OpenAI API gives errors of a status."""
+    """The `type` of errors with this status in OpenAI's API."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 

@@ -130,7 +130,7 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         follow_up = [*said, {"role": "assistant", "content": "Three."}, {"role": "user", "content": "commit it"}]
         assert {ask(follow_up, tolerance=1.0) for _ in range(12)} == {"big"}  # whichever replica is asked
         budgets.write_text("usd_per_day = 0.0\n")
-        serve.reload("took over")
+        serve.reload("serve: reloaded")
         wait_until(lambda: ask(follow_up, tolerance=0.0) == "small", "a spent budget")
         counted = stats()
         assert counted["answered"] >= 14
@@ -138,7 +138,7 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         texts = (f"what is two plus {number} [[fault:slow_head]]" for number in range(100))
         slow, expected_usd = next((said, usd) for said, target, usd in map(routed, texts) if target == "big")
         budgets.write_text(f"usd_per_day = {counted['spent_today_usd'] + 3.5 * expected_usd}\ntolerance = 1.0\n")
-        serve.reload("took over")
+        serve.reload("serve: reloaded")
         with ThreadPoolExecutor(12) as callers:
             burst = list(callers.map(lambda _: ask(slow, tolerance=0.0), range(12)))
         assert burst.count("big") == 3, "what is under way with one replica counts with the other"
@@ -147,7 +147,7 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         body = {"model": "big", "messages": slow, "max_tokens": 50}
         most_usd = (len(json.dumps(body)) + 4 * 50) * PRICES["big"] / 1e6
         budgets.write_text(f"[hard]\nusd_per_day = {stats()['spent_today_usd'] + 3.5 * most_usd}\n")
-        serve.reload("took over")
+        serve.reload("serve: reloaded")
         with ThreadPoolExecutor(12) as callers:
             asked = list(callers.map(lambda _: client.post("/v1/chat/completions", json=body), range(12)))
         assert Counter(answer.status_code for answer in asked) == {200: 3, 429: 9}, (
@@ -155,7 +155,7 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         )
         wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
         budgets.write_text("usd_per_day = 1000.0\n")
-        serve.reload("took over")
+        serve.reload("serve: reloaded")
 
 
 def test_feedback_survives_the_death_of_every_process(serve: Serve, router: str, flags: dict[str, Any]) -> None:

@@ -105,8 +105,8 @@ def test_a_conversation_is_read_whole(page: Page) -> None:
     assert [message["role"] for message in told] == ["user", "assistant"]
     page.get_by_role("button", name="Remove this message").last.click()
     expect(page.get_by_label("Text")).to_have_count(1)
-    page.get_by_role("button", name="Start anew").click()
-    expect(page.locator("#decision")).to_have_text("Type a prompt.")
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#decision")).to_have_text("Enter a prompt.")
 
 
 def test_an_answer_streams_and_one_that_breaks_off_says_so(page: Page, upstreams: dict[str, Upstream]) -> None:
@@ -117,7 +117,7 @@ def test_an_answer_streams_and_one_that_breaks_off_says_so(page: Page, upstreams
     expect(page.locator("#served")).to_contain_text(f"{target}, P(correct)")
     upstreams[target].faults(Fault.ERROR_MIDWAY)
     page.get_by_role("button", name="Send").click()
-    expect(page.locator("#broken")).to_contain_text("The answer broke off")
+    expect(page.locator("#broken")).to_contain_text("The answer failed")
     for upstream in upstreams.values():
         upstream.faults(Fault.ERROR)
     page.get_by_role("button", name="Send").click()

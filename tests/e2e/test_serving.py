@@ -126,12 +126,12 @@ def test_a_router_is_replaced_and_a_bad_one_refused_without_a_failed_request(two
     with asking(two) as answers:
         wait_for_more(answers)
         new.save(published)
-        two.reload("took over")
+        two.reload("serve: reloaded")
         wait_until(lambda: answers[200, new.version] > 20, f"answers of {new.version}")
         (weights,) = Path(published).glob("*.safetensors")
         good = weights.read_bytes()
         weights.write_bytes(good[:-1] + b"x")
-        two.reload("refused, all goes on as before")
+        two.reload("reload refused, settings unchanged")
         weights.write_bytes(good)
         wait_for_more(answers)
     assert {status for status, _ in answers} == {200}, answers

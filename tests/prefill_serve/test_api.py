@@ -162,11 +162,11 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"content": "hi"}]}, "role"),
     ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "at most 1,024"),
     ({"prompt": "one", "models": []}, "models"),
-    ({"prompt": "one", "tolerence": 1}, 'tolerence: is no field of a request, did you mean "tolerance"?'),
+    ({"prompt": "one", "tolerence": 1}, 'tolerence: unknown field, did you mean "tolerance"?'),
     ({"prompt": "one", "max_cost": 1}, 'did you mean "max_cost_usd"?'),
     (
         {"prompt": "one", **{f"max_cost_us{n}": 1 for n in range(65)}},
-        "65 fields that have no say, must have at most 64",
+        "65 fields that do not affect routing, must have at most 64",
     ),
     ({"prompt": "one", "\ud800": 1}, ""),
     ({"input": QUESTION, "prompt": QUESTION}, "exactly one of"),

@@ -19,7 +19,7 @@ from starlette.types import Message
 
 from gateway import Gateway
 from haproxies import Proxy, Recorder, haproxy_before
-from prefill_serve.middleware.arrival import in_time
+from prefill_serve.middleware.gate import _in_time
 from serving import wait_until
 from wire import ATTACKS, REFUSED, exchange, read_to_end, request, status_of
 
@@ -187,7 +187,7 @@ def test_a_body_must_be_whole_in_time_and_its_answer_may_take_longer() -> None:
         async def receive() -> Message:
             return next(messages, None) or await asyncio.sleep(0.2, {"type": "http.disconnect"})
 
-        receiving = in_time(receive, TooSlowError(), 0.1)
+        receiving = _in_time(receive, TooSlowError(), 0.1)
         got = b""
         while (message := await receiving())["type"] == "http.request":
             got += message["body"]

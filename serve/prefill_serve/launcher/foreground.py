@@ -1,4 +1,4 @@
-"""An endpoint that runs in the foreground: started, reloaded on SIGHUP, ended by a signal."""
+"""Runs an endpoint in the foreground: starts it, reloads it on SIGHUP, stops it on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prefill_serve.serving import Serving
 
 _APP = "prefill-router"
 _READY_TIMEOUT_S = 300.0
-_LISTENS = ("host", "port")  # which Ray Serve takes as it starts
+_LISTENS = ("host", "port")  # fixed when Ray Serve starts
 
 
 def run(read: Callable[[], ServeConfig]) -> None:
@@ -38,13 +38,13 @@ def run(read: Callable[[], ServeConfig]) -> None:
     cluster = ray_address()
     if not cluster:
         require_free(config.port, config.host)
-    Serving.check(arguments.settings)  # a bad artifact is one clear line here, and a crash loop in a replica
+    Serving.check(arguments.settings)  # here a bad artifact is one error line, in a replica a crash loop
     if cluster and ":" in cluster and "://" not in cluster:
         _require_token(cluster)
     with silent_stderr():
         ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # Ray has its own idea of SIGTERM, which it sets in init.
+    # ray.init installs its own SIGTERM handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
@@ -66,7 +66,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
 
 
 def _require_token(address: str) -> None:
-    """Raises UserError where the cluster refuses our token or is away, which `ray.init` takes a minute to say."""
+    """Raises UserError if the cluster is unreachable or refuses the token, faster than `ray.init` does."""
     require_listener(address, "RAY_ADDRESS")
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
@@ -79,19 +79,23 @@ def _require_token(address: str) -> None:
 
 
 def start(host: str, port: int) -> None:
-    """Starts Ray Serve's proxies. Raises UserError if one does not come up, as where its machine uses the port."""
+    """Starts Ray Serve's proxies. Raises UserError if one fails to start, for example on a port in use."""
     try:
         ray_serve.start(http_options={"host": host, "port": port})
     except RayError as error:
-        raise UserError(f"serve: the proxy at {host}:{port} does not start: {getattr(error, 'cause', error)}") from None
+        raise UserError(
+            f"serve: the proxy at {host}:{port} failed to start: {getattr(error, 'cause', error)}"
+        ) from None
 
 
 def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
-    """The application's arguments for the command's. Raises UserError where others could ask without a key."""
+    """Converts the command's config. Raises UserError if others could reach an endpoint without keys."""
     most = max(config.replicas, config.max_replicas or 0)
     keys = storage.read_toml(config.keys) if config.keys else {}
     if not keys and not is_loopback(config.host):
-        raise UserError(f"serve: host = {config.host}, which others can reach: give --keys, or listen on 127.0.0.1")
+        raise UserError(
+            f"serve: host = {config.host} is reachable from other machines: set --keys, or listen on 127.0.0.1"
+        )
     arguments: dict[str, Any] = {
         "router": config.router,
         "pool": config.pool,
@@ -132,7 +136,7 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
 
 
 def _gateway(config: ServeConfig) -> dict[str, Any] | None:
-    """Settings of the gateway; none where there is nobody to answer and nothing to remember."""
+    """The gateway's settings; None if no target has an upstream and no feedback is stored."""
     has_upstreams = config.pool and any(target.upstream for target in load_pool(config.pool).targets)
     if not has_upstreams and not config.feedback:
         return None
@@ -149,7 +153,7 @@ def _gateway(config: ServeConfig) -> dict[str, Any] | None:
 
 
 def _wait_until_ready(config: ServeConfig) -> None:
-    """Until the proxy knows a replica; with none as long as nobody asks, the first request brings one up."""
+    """Waits until a replica is ready. With --to-zero this first request starts one."""
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -159,14 +163,13 @@ def _wait_until_ready(config: ServeConfig) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise UserError(f"serve: no replica was ready within {_READY_TIMEOUT_S:.0f} s: Ray's logs say why")
+    raise UserError(f"serve: no replica was ready within {_READY_TIMEOUT_S:.0f} s: see Ray's logs")
 
 
 def reload(read: Callable[[], ServeConfig], current: AppArgs, started: ServeConfig) -> AppArgs:
-    """What is served from now on: what files and artifacts say now, or what is served already where they are bad.
+    """Applies the current config and files; on any error reports it and keeps the `current` arguments.
 
-    `started` is the config that the command began with: where it listens stays as it is, and is what decides whether
-    there must be keys.
+    `started` is the config at start-up: the listening address never changes, and decides whether keys are required.
     """
     stays = {name: getattr(started, name) for name in _LISTENS}
     try:
@@ -174,11 +177,11 @@ def reload(read: Callable[[], ServeConfig], current: AppArgs, started: ServeConf
         arguments = app_arguments(config.model_copy(update=stays), current.revision + 1)
         Serving.check(arguments.settings)
     except (UserError, OSError) as error:
-        say(f"serve: refused, all goes on as before: {error}")
+        say(f"serve: reload refused, settings unchanged: {error}")
         return current
     ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
     for name, value in stays.items():
         if (other := getattr(config, name)) != value:
-            say(f"serve: {name} stays {value} until restart, not {other}")
-    say(f"serve: took over {arguments.router}")
+            say(f"serve: {name} stays {value}: restart to change it to {other}")
+    say(f"serve: reloaded {arguments.router}")
     return arguments

@@ -1,6 +1,6 @@
-"""What every request passes before the API sees it: an id, checks of its origin, a key and a limit on its body.
+"""The gate in front of the API: request id, origin, key and body limits of every request, and its metrics.
 
-It counts requests too. Plain ASGI, so that a refusal costs nothing and a body that is too long is never held whole.
+Plain ASGI, so that a refusal is cheap and a body over the limit is never held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.middleware import attempts
-from prefill_serve.middleware.arrival import MOST_S, in_time
 from prefill_serve.middleware.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
 from prefill_serve.traces import tracer
 from prefill_serve.wire import error_body
 
 log = logging.getLogger("ray.serve")
 
-PROBES = ("/health", "/ready")  # asked by any name, as Kubernetes does by a pod's address
-# No key is asked for: probes, and what anyone may know.
+PROBES = ("/health", "/ready")  # any Host is accepted: Kubernetes probes pods by address
+# Paths that need no key: probes and public pages.
 OPEN_PATHS = (*PROBES, "/openapi.json", "/docs", "/playground.")
-HUNG_UP = 499  # a caller that did not wait for its answer, as nginx says it; nobody reads it
+_BODY_S = 60.0  # limit on the whole body; without one, a slow sender would hold a connection for ever
+HUNG_UP = 499  # nginx's status for a caller that disconnected; only for metrics and logs
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 
 class Refusal(HTTPException):
-    """A request that is answered with an error."""
+    """An error response, raised as an exception."""
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -48,7 +48,7 @@ class Refusal(HTTPException):
 
     @property
     def response(self) -> Response:
-        # json escapes what is no Unicode: a request may have held it, and a message quotes it.
+        # json.dumps escapes lone surrogates, which a message may quote from the request.
         return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
 
 
@@ -56,7 +56,7 @@ class RequestGate:
     """ASGI middleware around the API of an endpoint."""
 
     def __init__(self, app: ASGIApp, endpoint: Endpoint, *, names_requests: bool = True) -> None:
-        """`names_requests`: answers have the request's id among their headers, which a server may do itself."""
+        """`names_requests` adds the header x-request-id to answers; Ray Serve adds it itself."""
         self.app, self.endpoint, self.names_requests = app, endpoint, names_requests
         self.attempts = attempts.RequestAttempts.of_environment()
 
@@ -71,7 +71,7 @@ class RequestGate:
             request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["request_id"], state["holder"] = request_id, ""
-        status, has_left = 0, False  # 0 until there is an answer
+        status, has_left = 0, False  # 0 until the answer starts
 
         async def receive_or_left() -> Message:
             nonlocal has_left
@@ -88,45 +88,45 @@ class RequestGate:
             await send(message)
 
         with tracer.start_as_current_span("request", propagate.extract(headers)) as span:
-            propagate.inject(MutableHeaders(scope=scope))  # FastAPI takes its spans' parent from there
+            propagate.inject(MutableHeaders(scope=scope))  # the parent of FastAPI's spans
             try:
                 self._require_own_origin(scope["path"], headers)
                 state["holder"] = self._holder(scope["path"], headers)
                 if not has_json_or_nothing(headers):
                     raise _not_json()
                 with self.attempts.begun(headers.get(attempts.HEADER), request_id):
-                    await self.app(scope, self._bounded(headers, in_time(receive_or_left, _too_slow())), send_with_id)
+                    await self.app(scope, self._bounded(headers, _in_time(receive_or_left, _too_slow())), send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
             except attempts.TooManyDeaths:
                 lost = Refusal(500, attempts.MESSAGE, attempts.CODE, headers=attempts.NOT_AGAIN)
                 await lost.response(scope, receive, send_with_id)
-            except asyncio.CancelledError:  # as Ray Serve says that the caller has left
+            except asyncio.CancelledError:  # Ray Serve cancels when the caller disconnects
                 has_left = True
                 raise
             finally:
                 status = status or (HUNG_UP if has_left else 500)
-                route = getattr(scope.get("route"), "path", "none")  # a path that leads nowhere is no label
+                route = getattr(scope.get("route"), "path", "none")  # unknown paths share one label
                 self.endpoint.metrics.request(route, status, perf_counter() - started)
                 span.set_attributes({"http.route": route, "http.response.status_code": status, "id": request_id})
                 if status >= 400:
                     fields = {"route_id": request_id, "status": status, "route": route}
-                    log.warning("hung up" if status == HUNG_UP else "refused", extra=fields)
+                    log.warning("caller disconnected" if status == HUNG_UP else "request refused", extra=fields)
 
     def _require_own_origin(self, path: str, headers: Headers) -> None:
-        """Keeps web pages away where no key does. Raises Refusal for a host that is not allowed, and a foreign page."""
+        """Blocks other sites' pages if no key does. Raises Refusal for a disallowed Host or a cross-site request."""
         settings = self.endpoint.serving.settings if self.endpoint.serving is not None else None
         if settings is None or path in PROBES or not (settings.open or settings.allowed_hosts):
             return
         if not has_allowed_host(headers, settings.allowed_hosts):
-            message = "the request's Host is no name of this machine's own, as localhost: allow it with --allowed-hosts"
+            message = "Host header not allowed: use localhost, or start the endpoint with --allowed-hosts NAME"
             raise Refusal(403, message, "host_not_allowed")
         if settings.open and not _is_open_path(path) and not is_from_own_page(headers):
-            message = "a page of another site sent the request: use keys for programs that run in browsers"
+            message = "cross-site request refused: an endpoint for web pages of other sites needs --keys"
             raise Refusal(403, message, "origin_not_allowed")
 
     def _holder(self, path: str, headers: Headers) -> str:
-        """Whose key it is. Every key is compared, each in constant time, so that the time tells nothing of them."""
+        """Returns the key's caller. Compares all keys, each in constant time, so that timing reveals nothing."""
         serving = self.endpoint.serving
         if serving is None or serving.settings.open or _is_open_path(path):
             return ""
@@ -134,12 +134,12 @@ class RequestGate:
         given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"
         matches = [name for name, known in serving.settings.keys.items() if hmac.compare_digest(given, known)]
         if scheme.lower() != "bearer" or not matches:
-            message = "no valid key: send the header Authorization: Bearer KEY"
+            message = "missing or invalid key: send the header Authorization: Bearer KEY"
             raise Refusal(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
         return matches[0]
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
-        """Raises Refusal from `receive` once the body is longer than allowed, at once where its header says so."""
+        """Wraps `receive` to raise Refusal if the body exceeds the limit, at once if Content-Length says so."""
         limit = self.endpoint.serving.settings.limits.body_bytes if self.endpoint.serving else 0
         received = 0
         if limit > 0 and _states_more(headers.get("content-length", ""), limit):
@@ -156,23 +156,43 @@ class RequestGate:
         return bounded
 
 
+def _in_time(receive: Receive, late: Exception, seconds: float = _BODY_S) -> Receive:
+    """Wraps `receive` to raise `late` unless the whole body arrives within `seconds` of the first call."""
+    deadline, is_whole = 0.0, False
+
+    async def received() -> Message:
+        nonlocal deadline, is_whole
+        if is_whole:  # the next message is the caller's disconnect, which may come as late as the answer
+            return await receive()
+        deadline = deadline or asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise late from None
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return received
+
+
 def _states_more(stated: str, limit: int) -> bool:
-    """Is a Content-Length larger than `limit`? Python converts no number of more than 4,300 digits."""
+    """Whether a Content-Length exceeds `limit`. Python does not convert numbers of more than 4,300 digits."""
     digits = stated.lstrip("0")
     return digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit)
 
 
 def _too_large(limit: int) -> Refusal:
-    return Refusal(413, f"the body must have at most {limit:,} bytes", "request_too_large")
+    return Refusal(413, f"body too large: must have at most {limit:,} bytes", "request_too_large")
 
 
 def _too_slow() -> Refusal:
-    message = f"the body was not there within {MOST_S:g} s"
+    message = f"body incomplete after {_BODY_S:g} s"
     return Refusal(408, message, "request_timeout", headers={"connection": "close"})
 
 
 def phrase(status: int) -> str:
-    """A status in words, for what Starlette says of a path or a method."""
+    """The reason phrase of a status, for Starlette's errors on paths and methods."""
     return HTTPStatus(status).phrase.lower()
 
 

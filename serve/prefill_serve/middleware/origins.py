@@ -1,8 +1,8 @@
-"""Where requests come from, as far as browsers tell: what keeps web pages away from an endpoint without keys.
+"""Checks of Host, Origin and content type that protect an endpoint without keys from web pages of other sites.
 
-A browser sends requests to this machine for any page that its user opens, also to ports that only this machine reaches.
-A page may post a form or plain text to another site unasked, and its own site's name may be made to point to this
-machine (DNS rebinding): the Host header then still has that name.
+A browser sends requests to this machine for any page its user opens, even to ports on loopback. A page may post forms
+and plain text to other sites without a preflight request, and its own host name may be made to resolve to this machine
+(DNS rebinding): the Host header then still has that name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _JSON = re.compile(r"application/([a-z0-9.+-]+\+)?json")
 
 
 class Authority(NamedTuple):
-    """A host and perhaps a port, as in a Host header and an origin."""
+    """A host and an optional port, as in the Host and Origin headers."""
 
     host: str
     port: int | None
 
     @classmethod
     def parse(cls, text: str) -> Authority | None:
-        """None for text that is no authority."""
+        """Returns None for invalid text."""
         match = _AUTHORITY.fullmatch(text.lower())
         return None if match is None else cls(match[1].removesuffix("."), int(match[2]) if match[2] else None)
 
 
 def has_allowed_host(headers: Headers, allowed: Collection[str]) -> bool:
-    """Is the request's one Host header a loopback name or address, or one of those allowed, with any port?"""
+    """Whether there is one Host header and it names loopback or an allowed host, with any port."""
     hosts = headers.getlist("host")
     authority = Authority.parse(hosts[0]) if len(hosts) == 1 else None
     if authority is None:
@@ -44,9 +44,9 @@ def has_allowed_host(headers: Headers, allowed: Collection[str]) -> bool:
 
 
 def is_from_own_page(headers: Headers) -> bool:
-    """Was the request sent by a page of this endpoint, by its user, or by a program that is no browser?
+    """Whether the request comes from a page of this endpoint, from its user, or from a program that is not a browser.
 
-    Browsers say so in Sec-Fetch-Site; those that do not yet name the page's origin when they post.
+    Browsers send Sec-Fetch-Site; those that do not yet send Origin with a POST.
     """
     if (site := headers.get("sec-fetch-site")) is not None:
         return site in ("same-origin", "none")
@@ -63,7 +63,7 @@ def _is_origin_of(origin: str, host: str) -> bool:
 
 
 def has_json_or_nothing(headers: Headers) -> bool:
-    """Is the body JSON by its content type, or is there none? Pages cannot send JSON to another site unasked."""
+    """Whether the content type is JSON or the body is empty. Pages cannot send JSON cross-site without a preflight."""
     if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
         return True
     types = headers.getlist("content-type")

@@ -1,4 +1,4 @@
-"""The playground: one page at `/`, of three files, which asks this endpoint and no other host."""
+"""The playground: a single page at `/` (three static files) that talks to this endpoint only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADERS = {
 
 
 def playground_routes(endpoint: Endpoint, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """The page, and what it tells of the router; `errors` documents how that is refused."""
+    """Returns the routes of the page and of its data; `errors` documents their error responses."""
     routes = APIRouter()
 
     def add_file(path: str, name: str) -> None:
@@ -37,7 +37,7 @@ def playground_routes(endpoint: Endpoint, errors: dict[int | str, dict[str, Any]
 
     @routes.get("/v1/router", responses=errors, tags=["state"])
     async def router_card() -> RouterCard:
-        """The router that serves: its targets, and its cost-accuracy curve."""
+        """The loaded router: its targets and its cost-accuracy curve."""
         return card_of(endpoint)
 
     return routes

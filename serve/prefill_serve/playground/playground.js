@@ -1,10 +1,10 @@
-// The playground: asks the endpoint what it would do, and shows it. Nothing is stored but the key, for this tab.
+// The playground: sends prompts to the endpoint and shows its decisions. Stores only the key, for this tab.
 
 const $ = (id) => document.getElementById(id);
 const conversation = $("conversation");
-let card = null; // what GET /v1/router says
-let asking = null; // the AbortController of the routing request under way
-let answering = null; // that of the answer
+let card = null; // the response of GET /v1/router
+let asking = null; // AbortController of the current routing request
+let answering = null; // AbortController of the current answer
 
 // --- requests -------------------------------------------------------------------------------------------------------
 
@@ -13,7 +13,7 @@ function headers() {
   return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
 }
 
-// The response; throws an Error whose message can be shown.
+// Returns the response; throws an Error with a message for the user.
 async function request(path, options = {}) {
   let response;
   try {
@@ -25,7 +25,7 @@ async function request(path, options = {}) {
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
   const message = said?.error?.message ?? response.statusText;
-  const help = { 401: " Enter a key above.", 429: " It is busy; type on to try again." }[response.status] ?? "";
+  const help = { 401: " Enter a key above.", 429: " Edit the prompt to try again." }[response.status] ?? "";
   throw new Error(`${response.status}: ${message}.${help}`.replace("..", "."));
 }
 
@@ -49,7 +49,7 @@ async function route() {
     $("targets").hidden = true;
     show($("problem"), "");
     show($("timing"), "");
-    $("decision").textContent = "Type a prompt.";
+    $("decision").textContent = "Enter a prompt.";
     return;
   }
   const mine = (asking = new AbortController());
@@ -75,7 +75,7 @@ function later(action, milliseconds) {
 }
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
-// Of a thousand prompts: one costs too little to be read. Three digits, and cents at least.
+// Cost per 1,000 prompts, as one prompt costs too little to read. Three significant digits, at least to the cent.
 const money = new Intl.NumberFormat("en", {
   style: "currency",
   currency: "USD",
@@ -91,15 +91,15 @@ function showDecision(answer, milliseconds) {
   const chosen = answer.selected_model;
   const small = document.createElement("small");
   small.textContent =
-    `P(correct) ${percent(answer.p_correct[chosen])}, ${usd(answer.expected_cost_usd[chosen])} for a thousand like it`;
+    `P(correct) ${percent(answer.p_correct[chosen])}, ${usd(answer.expected_cost_usd[chosen])} per 1,000 prompts`;
   $("decision").replaceChildren(chosen, small);
   const byChance = [...answer.model_names].sort((a, b) => answer.p_correct[b] - answer.p_correct[a]);
   $("targets").tBodies[0].replaceChildren(...byChance.map((name) => targetRow(name, answer)));
   $("targets").hidden = false;
   const { input_tokens: tokens, drift, is_cached: isCached } = answer.metadata;
-  const strange = drift?.is_out_of_distribution ? " Unlike the prompts of training: trust it less." : "";
+  const strange = drift?.is_out_of_distribution ? " Outside the training distribution: the estimates are less reliable." : "";
   $("timing").textContent =
-    `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", known before" : ""}.${strange}`;
+    `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", cached" : ""}.${strange}`;
   $("timing").hidden = false;
 }
 
@@ -144,7 +144,7 @@ function drawCurve() {
   if (!card?.curve.length) {
     picture.replaceChildren(title);
     picture.setAttribute("viewBox", "0 0 560 8");
-    $("curve-text").textContent = card ? "This router's curve was not recorded: train it again to see it." : "";
+    $("curve-text").textContent = card ? "This router has no recorded curve: train it again to get one." : "";
     return;
   }
   const singles = card.singles.filter((single) => single.cost_usd > 0);
@@ -161,19 +161,19 @@ function drawCurve() {
     svg("path", { class: "axis", d: "M52 20V280H540", fill: "none" }),
     svg("text", { x: 44, y: 34, "text-anchor": "end" }, (100 * high).toFixed(0)),
     svg("text", { x: 44, y: 274, "text-anchor": "end" }, (100 * low).toFixed(0)),
-    svg("text", { x: 52, y: 14 }, "% right"),
-    svg("text", { x: 540, y: 300, "text-anchor": "end" }, `${usd(most)} for 1,000 prompts`),
+    svg("text", { x: 52, y: 14 }, "% correct"),
+    svg("text", { x: 540, y: 300, "text-anchor": "end" }, `${usd(most)} per 1,000 prompts`),
     ...singles.flatMap((single) => singleMark(single, x(single), y(single))),
     svg("polyline", { class: "line", points: line }),
     svg("circle", { class: "here", cx: x(here), cy: y(here), r: 8 }),
   );
   const best = singles.reduce((a, b) => (b.accuracy > a.accuracy ? b : a), singles[0]);
   const beside = best
-    ? ` Always ${best.target}: ${percent(best.accuracy)} right for ${usd(best.cost_usd)}.`
+    ? ` Always ${best.target}: ${percent(best.accuracy)} correct for ${usd(best.cost_usd)}.`
     : "";
   $("curve-text").textContent =
-    `At tolerance ${at.toFixed(3)}: ${percent(here.accuracy)} right for ${usd(here.cost_usd)} a thousand ` +
-    `prompts, on the prompts that the router was validated on.${beside}`;
+    `At tolerance ${at.toFixed(3)}: ${percent(here.accuracy)} correct for ${usd(here.cost_usd)} per 1,000 ` +
+    `prompts, on the router's validation prompts.${beside}`;
 }
 
 function singleMark(single, x, y) {
@@ -216,7 +216,7 @@ async function readEvents(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("The answer broke off.");
+    if (done) throw new Error("The answer ended before it was complete.");
     const events = (rest + value).split(/\r?\n\r?\n/);
     rest = events.pop();
     for (const event of events) {
@@ -224,7 +224,7 @@ async function readEvents(stream) {
       if (data === "[DONE]") return;
       if (!data.startsWith("{")) continue;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(`The answer broke off: ${chunk.error.message}`);
+      if (chunk.error) throw new Error(`The answer failed: ${chunk.error.message}`);
       $("answer").append(chunk.choices?.[0]?.delta?.content ?? "");
     }
   }

@@ -45,14 +45,14 @@ def test_what_only_a_restart_changes_is_said_of_each_key(
     started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"))
     arguments = reload(started, host="0.0.0.0", port=8001, tolerance=0.5)
     assert capsys.readouterr().err.splitlines() == [
-        "serve: host stays 127.0.0.1 until restart, not 0.0.0.0",
-        "serve: port stays 8000 until restart, not 8001",
-        f"serve: took over {router}",
+        "serve: host stays 127.0.0.1: restart to change it to 0.0.0.0",
+        "serve: port stays 8000: restart to change it to 8001",
+        f"serve: reloaded {router}",
     ]
     assert deployed == [arguments]
     assert arguments.tolerance == 0.5
     reload(started)
-    assert capsys.readouterr().err.splitlines() == [f"serve: took over {router}"]
+    assert capsys.readouterr().err.splitlines() == [f"serve: reloaded {router}"]
 
 
 def test_an_endpoint_that_others_reach_keeps_wanting_keys(
@@ -63,7 +63,7 @@ def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"), host="0.0.0.0")
     assert reload(started, host="127.0.0.1", keys=None).keys == {"ann": HASH}
     said = capsys.readouterr().err
-    assert "refused, all goes on as before" in said
+    assert "reload refused, settings unchanged" in said
     assert "took over" not in said
     assert deployed == []
 
@@ -106,5 +106,5 @@ def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ray_serve, "start", start)
     port = free_port()
-    with pytest.raises(UserError, match=f"127.0.0.1:{port} does not start: Failed to bind to address$"):
+    with pytest.raises(UserError, match=f"127.0.0.1:{port} failed to start: Failed to bind to address$"):
         foreground.start("127.0.0.1", port)
