@@ -93,7 +93,7 @@ class Endpoint:
         for head in serving.heads:
             self.metrics.router.set(1.0, {"version": head.version, "role": _role(serving, head)})
         self.metrics.queued_tokens.set(serving.engine.lanes.queued_tokens)
-        log.info("settings taken over", extra={"router_version": serving.primary.version})
+        log.info("settings applied", extra={"router_version": serving.primary.version})
 
     @property
     def now(self) -> Serving:

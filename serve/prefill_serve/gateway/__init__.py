@@ -1,5 +1,5 @@
-"""A front in the way of OpenAI's API: a call comes in, the router chooses, the target's upstream answers.
+"""The gateway: answers OpenAI calls (chat completions, responses) through the upstreams of the pool's targets.
 
-`calls` and `events` are what goes over the wire, `upstream` is the way to one target, `proxy` leads a call there and
-back. `ledger` keeps what outlives a call: conversations, money, and decisions until their feedback comes.
+Start with `proxy`, which takes a call to one target after another and back. `openai_calls` and `events` read calls and
+streams, `upstream` and `breaker` handle one target, `state` stores what outlives a call.
 """

@@ -1,4 +1,4 @@
-"""What became of one call: the record that stats, budgets, conversations and feedback are made from."""
+"""The record of one finished call, the source of stats, budgets, conversations and feedback."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
-# refused: the upstream, or a hard limit, did not take the call; cancelled: the caller hung up;
-# routed: a decision alone was asked for
+# refused: rejected by the upstream or by a hard limit; cancelled: the caller disconnected;
+# routed: a decision of POST /v1/route
 End = Literal["answered", "failed", "refused", "cancelled", "routed"]
 
-# reported: by the upstream; estimated: from what was relayed; reserved: what had been set aside
+# reported: by the upstream; estimated: from the relayed text; reserved: the amount reserved before the call
 CostKind = Literal["reported", "estimated", "reserved"]
 
 
 class Usage(NamedTuple):
-    """Tokens that an upstream bills; the cached ones are among the input."""
+    """Tokens billed by an upstream; cached tokens are part of the input."""
 
     input_tokens: int
     output_tokens: int
@@ -26,32 +26,32 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """One request, once it has ended. Estimates are of all targets, and empty where none were made."""
+    """A finished request. Estimates cover all targets, and are empty if the router made none."""
 
-    request_id: str  # the caller's: other callers, and later calls, may have the same
-    holder: str  # of the key, "" without one
+    request_id: str  # not unique: callers may repeat it
+    holder: str  # the caller's name, "" without keys
     at: datetime
     end: End
-    target: str | None = None  # that answered, or began to
-    failed: list[str] = field(default_factory=list)  # targets that were asked in vain
+    target: str | None = None  # the one that answered, or began to
+    failed: list[str] = field(default_factory=list)  # targets tried before, without an answer
     is_pinned: bool = False  # the caller named the target
-    is_sticky: bool = False  # the target keeps the answer that the call goes on from, and no other was asked for
+    is_sticky: bool = False  # unrouted, as only this target stores the answer that the call continues
     prompt_id: str | None = None
-    prompt: Any = None  # only where prompts are kept
+    prompt: Any = None  # only if prompts are stored
     p_correct: dict[str, float] = field(default_factory=dict)
     expected_cost_usd: dict[str, float] = field(default_factory=dict)
     propensity: float = 1.0
     router_version: str | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
-    answer_key: str | None = None  # by which the caller's next call finds the target that keeps the answer, as hex
-    call_id: str = field(default_factory=lambda: uuid4().hex)  # no other call has the same
-    cost_kind: CostKind = "reported"  # also of records that were written before there were others
-    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: for attempts without an answer, as reserved
+    answer_key: str | None = None  # hex; finds the target that stores the answer, for the next call
+    call_id: str = field(default_factory=lambda: uuid4().hex)  # unique
+    cost_kind: CostKind = "reported"  # records from before this field are all reported
+    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: reserved cost of attempts without an answer
 
     @property
     def alias(self) -> tuple[str, str]:
-        """What the caller knows the call by."""
+        """Caller and request id, by which feedback finds the call."""
         return self.holder, self.request_id
 
     @property
@@ -60,7 +60,7 @@ class Served:
 
     @property
     def charged_usd(self) -> float:
-        """With what attempts without an answer may have cost."""
+        """Cost including attempts without an answer."""
         return (self.cost_usd or 0.0) + sum(self.lost_usd.values())
 
     def to_json(self) -> str:
@@ -69,6 +69,6 @@ class Served:
     @classmethod
     def from_json(cls, line: str | bytes) -> Served:
         fields = json.loads(line)
-        served = cls(**{"call_id": fields["request_id"], **fields})  # lines of before had no other id
+        served = cls(**{"call_id": fields["request_id"], **fields})  # older lines have no call_id
         usage = Usage(*served.usage) if served.usage is not None else None
         return replace(served, at=datetime.fromisoformat(str(served.at)), usage=usage)

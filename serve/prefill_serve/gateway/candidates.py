@@ -1,4 +1,4 @@
-"""Which target a call goes to, and which after that: the router's choice among those that can take it."""
+"""Plans: the order in which a call tries targets, by the router's decision or fixed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from prefill_router.policy.pool import Target
 from prefill_serve.endpoint import Routing
 from prefill_serve.gateway.openai_calls import Call, ResponsesCall
 
-_CHARACTERS_A_TOKEN = 3  # where nothing was tokenised; rather too many tokens than too few
+_CHARACTERS_A_TOKEN = 3  # for text that was not tokenized; overestimates tokens
 
 
 class Candidate(NamedTuple):
-    """A target, and the decision for it where the router made one."""
+    """A target, with the router's decision if there is one."""
 
     target: str
     decision: Decision | None
@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Routed:
-    """The router's choice, but for a conversation that has a target which is hardly worse."""
+    """A plan by the router's decision, which keeps a conversation's target unless another is clearly better."""
 
     routing: Routing
     policy: Policy
@@ -39,12 +39,12 @@ class Routed:
         return self.routing.reading.input_tokens
 
     def thrifty(self, tolerance: float | None) -> Routed:
-        """As where a budget has no room: by its tolerance, wherever the conversation was."""
+        """Over-budget variant: uses the budget's tolerance and drops the conversation's target."""
         policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
         return replace(self, policy=policy, sticky=None)
 
     def choose(self, among: Collection[str]) -> Candidate | None:
-        """One of some targets; None where none of them meets the constraints."""
+        """Chooses one of these targets; None if none meets the constraints."""
         allowed = [name for name in among if self.policy.allowed is None or name in self.policy.allowed]
         if not allowed:
             return None
@@ -63,7 +63,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Targets in an order that no router made: the caller's own, the conversation's, or where routing fails."""
+    """A plan with a fixed order: the caller's target, the conversation's, or the defaults if routing failed."""
 
     order: Sequence[str]
     input_tokens: int
@@ -77,14 +77,14 @@ Plan = Routed | Fixed
 
 
 def default_order(targets: Sequence[Target], default: str | None, allowed: Sequence[str] | None) -> list[str]:
-    """The default target before all others, those by their price."""
+    """The default target first, then the others by ascending price."""
     by_price = sorted(targets, key=lambda target: target.input_price + target.output_price)
     names = [target.name for target in by_price if allowed is None or target.name in allowed]
     return sorted(names, key=lambda name: name != default)
 
 
 def can_take(target: Target, call: Call, input_tokens: int) -> bool:
-    """Has the target what the call needs?"""
+    """Whether the target supports what the call needs."""
     needs = call.needs
     return (
         target.upstream is not None
@@ -96,7 +96,7 @@ def can_take(target: Target, call: Call, input_tokens: int) -> bool:
 
 
 def guessed_tokens(call: Call) -> int:
-    """Tokens of a call that no tokenizer has seen, images not among them."""
+    """Estimates the tokens of a call that was not tokenized, without images."""
     return sum(_num_characters(message.get("content")) for message in call.messages) // _CHARACTERS_A_TOKEN
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events, as bytes: split where they end, and otherwise left as they are.
+"""Splits a byte stream into server-sent events and leaves their bytes unchanged.
 
 Source: WHATWG HTML, "Server-sent events".
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import re
 
-MAX_EVENT_BYTES = 16 << 20  # a whole response with its images is one event
+MAX_EVENT_BYTES = 16 << 20  # one event may hold a whole response with images
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _END_BYTES = 4
 
 
 class EventSplitter:
-    """Events out of the pieces of a stream, wherever it was cut. Each byte is looked at once."""
+    """Splits events out of arbitrary chunks of a stream. Scans each byte once."""
 
     def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._held, self._seen = bytearray(), 0  # the first `_seen` bytes hold no end of an event
+        self._held, self._seen = bytearray(), 0  # no event ends within the first `_seen` bytes
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The events that are complete now, each with the blank line that ends it, up to one that is too long."""
+        """Returns the events now complete, each with its final blank line, up to one that is too long."""
         self._held += piece
         events: list[bytes] = []
         start = 0
@@ -33,23 +33,23 @@ class EventSplitter:
 
     @property
     def is_too_long(self) -> bool:
-        """Has the event that comes next more than `max_bytes`?"""
+        """Whether the next event exceeds `max_bytes`."""
         return len(self._held) > self.max_bytes
 
     @property
     def rest(self) -> bytes:
-        """The event that has not ended."""
+        """The incomplete event so far."""
         return bytes(self._held)
 
 
 def data_of(event: bytes) -> bytes:
-    """What an event carries; nothing where it is a comment, which only keeps the connection alive."""
+    """The data of an event; empty for a comment, which only keeps the connection alive."""
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line.removeprefix(b" ") for line in lines)
 
 
 def has_plain_words(event: bytes) -> bool:
-    """Does an event carry what is no JSON object, nor a stream's end? Some upstreams put errors so among an answer."""
+    """Whether an event's data is neither a JSON object nor [DONE]; some upstreams put error text into a stream."""
     if b"data: {" in event:
         return False
     data = data_of(event).strip()

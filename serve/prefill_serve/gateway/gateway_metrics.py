@@ -1,4 +1,4 @@
-"""What operators watch of the gateway, beside the endpoint's own metrics."""
+"""Prometheus metrics of the gateway."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from prefill_serve.gateway.call_record import Served
 
 
 def key_label(name: str) -> str:
-    """A label for the key of this name: a digest, as whoever reads metrics need not know who has a key."""
+    """A metric label for a caller: a digest, so that metrics do not reveal names."""
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 class GatewayMetrics:
-    """One of each a process; every name begins with `prefill_router_`."""
+    """The gateway's metrics, one instance per process; every name starts with `prefill_router_`."""
 
     def __init__(self) -> None:
-        self.calls = counter("calls", "Calls by how they ended and by the target", "end", "target")
-        self.failures = counter("upstream_failures", "Upstreams that gave no answer", "target", "reason")
-        self.defaults = counter("default_served", "Calls without a routing decision, by why", "reason")
-        self.breaker = gauge("breaker_open", "1 where the latest call left the upstream alone for a while", "target")
+        self.calls = counter("calls", "Calls by outcome and target", "end", "target")
+        self.failures = counter("upstream_failures", "Failed attempts by target and reason", "target", "reason")
+        self.defaults = counter(
+            "default_served", "Calls sent to the default target because routing failed, by reason", "reason"
+        )
+        self.breaker = gauge("breaker_open", "1 while the target's circuit breaker is open", "target")
         self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")
-        self.cost = counter("actual_cost_usd", "What calls are charged, reported by upstreams or not", "target", "kind")
-        self.tokens = counter("upstream_tokens", "By upstreams' usage", "target", "kind")
-        self.first_seconds = histogram("first_event_seconds", "From the call to the answer's first event", SECONDS)
+        self.cost = counter(
+            "actual_cost_usd", "Charged cost by target and kind: reported, estimated or reserved", "target", "kind"
+        )
+        self.tokens = counter("upstream_tokens", "Tokens reported by upstreams", "target", "kind")
+        self.first_seconds = histogram(
+            "first_event_seconds", "Seconds from the call to the answer's first event", SECONDS
+        )
 
     def ended(self, served: Served) -> None:
         target = served.target or "none"
@@ -42,11 +48,11 @@ class GatewayMetrics:
 
 
 class MemoryMetrics:
-    """Of the one process that remembers calls."""
+    """Metrics of the process that stores calls."""
 
     def __init__(self) -> None:
-        self.calls = gauge("remembered_calls", "Calls that feedback can still come for")
-        self.prompt_bytes = gauge("remembered_prompt_bytes", "Of their prompts, where prompts are kept")
+        self.calls = gauge("remembered_calls", "Stored calls that can still get feedback")
+        self.prompt_bytes = gauge("remembered_prompt_bytes", "Bytes of their prompts, if prompts are stored")
 
     def holds(self, num_calls: int, prompt_bytes: int) -> None:
         self.calls.set(float(num_calls))
@@ -54,14 +60,18 @@ class MemoryMetrics:
 
 
 class BudgetMetrics:
-    """Of the one process that keeps the accounts."""
+    """Metrics of the process that keeps the accounts."""
 
     def __init__(self) -> None:
-        self.share = gauge("budget_spent_share", "Of today's budget, by the key's hash; all: of all keys", "key")
+        self.share = gauge(
+            "budget_spent_share",
+            "Share of today's budget spent, by hash of the caller; all: all callers together",
+            "key",
+        )
         self._keys: set[str] = set()
 
     def spent(self, shares: Mapping[str | None, float]) -> None:
-        """Of all together under the key `all`."""
+        """Sets the spent share of each caller's budget; None, for all callers together, gets the label `all`."""
         by_key = {"all" if key is None else key_label(key): share for key, share in shares.items()}
         for key in self._keys - set(by_key):
             self.share.forget({"key": key})

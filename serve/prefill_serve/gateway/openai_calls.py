@@ -1,6 +1,6 @@
-"""Calls as clients make them and upstreams understand them: OpenAI's chat completions and responses.
+"""OpenAI chat completion and response calls, read from clients and rewritten for upstreams.
 
-A call is read as little as possible: what decides the way is taken out, the model is renamed, all else passes through.
+Only the fields that routing and billing need are read; the model is replaced, and everything else passes through.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from prefill_serve.wire import ROUTED_NAMES, RouteRequest, error_body, input_mes
 _ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
 _UNSAID = "the upstream failed"
-_MOST_TOKENS = 10**8  # no call has more: a usage or a limit beyond is none
+_MOST_TOKENS = 10**8  # a larger usage or limit is invalid
 _IMAGE_TOKENS = 2000
-# Most events have none of it, and need not be parsed.
+# Events without a match, which are most, need no parsing.
 _NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]|^event: ?error', re.M)
 _ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.M)
 _NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
@@ -40,42 +40,42 @@ Body = dict[str, Any]
 
 
 class Note(NamedTuple):
-    """What an event of a stream tells the gateway."""
+    """What the gateway learns from one event of a stream."""
 
     usage: Usage | None = None
     error: str | None = None
-    is_last: bool = False  # an answer that ends after it may be whole; `Call.is_whole` tells
+    is_last: bool = False  # the stream may end here; `Call.is_whole` decides
     is_for_caller: bool = True
-    answer_id: str | None = None  # by which the upstream may keep the answer
-    begun: frozenset[int] = frozenset()  # choices that it is about, where there may be many
-    ended: frozenset[int] = frozenset()  # choices that end with it
+    answer_id: str | None = None  # under which the upstream may store the answer
+    begun: frozenset[int] = frozenset()  # indices of its choices, if the call may have several
+    ended: frozenset[int] = frozenset()  # indices of choices that it finishes
 
 
 class Needs(NamedTuple):
-    """What a target must be able to do."""
+    """Capabilities that a call needs from its target."""
 
     tools: bool
     images: bool
-    output_tokens: int  # that the caller reserves, 0 where it sets no limit
+    output_tokens: int  # the caller's limit, 0 without one
 
 
 @dataclass(frozen=True)
 class Call(ABC):
-    """One call, with its body as it came."""
+    """One call with its unmodified body."""
 
     body: Body
-    answer_tokens: int | None = None  # the limit of an answer, where the caller states none
+    answer_tokens: int | None = None  # limit on the answer for calls that state none
 
     path: ClassVar[str]  # below an upstream's base URL
-    limit_fields: ClassVar[tuple[str, ...]]  # that limit the tokens of an answer
+    limit_fields: ClassVar[tuple[str, ...]]  # fields that limit the tokens of an answer
 
     @classmethod
     def read(cls, raw: bytes) -> Call:
-        """Raises UserError for what is no JSON object."""
+        """Parses a request body. Raises UserError if it is not a JSON object."""
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
-            raise UserError("the body is no JSON") from None
+            raise UserError("the body is not valid JSON") from None
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
         call = cls(body)
@@ -87,7 +87,7 @@ class Call(ABC):
 
     @property
     def pinned(self) -> str | None:
-        """The target that the caller names; None leaves the choice to the router."""
+        """The target that the caller names; None lets the router choose."""
         model = self.body.get("model", ROUTED_NAMES[0])
         return None if model in ROUTED_NAMES else str(model)
 
@@ -98,7 +98,7 @@ class Call(ABC):
     @property
     @abstractmethod
     def messages(self) -> list[Body]:
-        """What was said so far. Raises UserError where the body has no such thing."""
+        """The conversation so far. Raises UserError if the body has none."""
 
     @property
     @abstractmethod
@@ -106,7 +106,7 @@ class Call(ABC):
 
     @property
     def continues(self) -> str | None:
-        """The id of an answer that an upstream keeps, and that this call goes on from."""
+        """The id of an answer stored by an upstream that this call continues."""
         return None
 
     @property
@@ -115,23 +115,23 @@ class Call(ABC):
 
     @property
     def stated_limit(self) -> int:
-        """The caller's limit of an answer's tokens, the largest of several; 0 without one."""
+        """The caller's limit on an answer's tokens, the largest of several; 0 without one."""
         return max(_whole(self.body.get(name)) for name in self.limit_fields)
 
     @cached_property
     def most_input_tokens(self) -> int:
-        """An upper bound for what was said, images apart: no token has less than a byte."""
+        """An upper bound on input tokens: one per byte, plus a fixed number per image."""
         images = _images([message.get("content") for message in self.messages])
         return _num_bytes(self.body) - sum(map(_num_bytes, images)) + _IMAGE_TOKENS * len(images)
 
     @property
     def question(self) -> RouteRequest:
-        """What the router is asked. Raises UserError where it would not understand what was said."""
+        """The routing request for this call. Raises UserError if the router cannot read the conversation."""
         return self._question(messages=self.messages)
 
     @property
     def allowed(self) -> list[str] | None:
-        """The targets that the caller leaves to choose from. Raises UserError for wishes that make no sense."""
+        """The targets that the caller allows. Raises UserError for invalid routing fields."""
         return self._question(prompt="?").models
 
     def _question(self, **said: Any) -> RouteRequest:
@@ -143,7 +143,7 @@ class Call(ABC):
             raise UserError(f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}") from None
 
     def for_upstream(self, target: Target) -> bytes:
-        """The body that the target's upstream gets."""
+        """The body for the target's upstream."""
         body = {name: value for name, value in self.body.items() if name not in _ROUTER_FIELDS}
         assert target.upstream is not None
         if self.answer_tokens is not None and not self.stated_limit:
@@ -151,42 +151,42 @@ class Call(ABC):
             body[self._limit_field(target.upstream)] = self.answer_tokens
         return json.dumps({**body, "model": target.upstream.model or target.name}).encode()
 
-    def _limit_field(self, upstream: Upstream) -> str:  # noqa: ARG002 - of chats alone
+    def _limit_field(self, upstream: Upstream) -> str:  # noqa: ARG002 - for chats
         return self.limit_fields[0]
 
     # --- answers -------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def usage(self, answer: Body) -> Usage | None:
-        """Of a whole answer."""
+        """The usage reported in a whole answer."""
 
     @abstractmethod
     def text_bytes(self, event: bytes) -> int:
-        """The length of what an event of a stream adds to the answer."""
+        """Length of the text that an event adds to the answer."""
 
     @abstractmethod
     def answer_bytes(self, answer: Body) -> int:
-        """The length of what a whole answer says."""
+        """Length of the text of a whole answer."""
 
     @abstractmethod
     def answer_id(self, answer: Body) -> str | None:
-        """By which an upstream keeps a whole answer, so that another call can go on from it."""
+        """The id under which an upstream stores the answer, for a later call to continue."""
 
     def error(self, answer: Body) -> str | None:
-        """The upstream's words, where an answer says that something went wrong."""
+        """The upstream's error message if an answer is an error."""
         return (said_in(answer) or _UNSAID) if is_error(answer) else None
 
     @abstractmethod
     def note(self, event: bytes) -> Note | None:
-        """What an event tells the gateway; None of most, which are only for the caller."""
+        """Reads one event; None for most events, which are only for the caller."""
 
-    def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:  # noqa: ARG002 - of chats alone
-        """Is a stream whole at its last event, whose choices were noted as begun and ended?"""
+    def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:  # noqa: ARG002 - for chats
+        """Whether a stream is complete at its last event, given the choices that began and ended."""
         return True
 
     @abstractmethod
     def error_event(self, message: str, code: str) -> bytes:
-        """How a stream ends that breaks off."""
+        """The event that ends a failed stream."""
 
 
 class ChatCall(Call):
@@ -235,7 +235,7 @@ class ChatCall(Call):
     def answer_bytes(self, answer: Body) -> int:
         return self.text_bytes(_encoded(answer))
 
-    def answer_id(self, answer: Body) -> str | None:  # noqa: ARG002 - chat completions are not gone on from
+    def answer_id(self, answer: Body) -> str | None:  # noqa: ARG002 - chat completions cannot be continued
         return None
 
     def note(self, event: bytes) -> Note | None:
@@ -256,7 +256,7 @@ class ChatCall(Call):
         return Note(usage, error, is_for_caller=is_for_caller, begun=begun, ended=ended)
 
     def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:
-        """[DONE] alone does not tell: some upstreams send it after whatever they have."""
+        """[DONE] is not enough: some upstreams send it after an incomplete answer."""
         return bool(ended) and begun <= ended
 
     def error_event(self, message: str, code: str) -> bytes:
@@ -321,7 +321,7 @@ class ResponsesCall(Call):
 
 
 def json_object(data: bytes) -> Body:
-    """The JSON object that bytes hold; an empty one where they hold none."""
+    """Parses a JSON object; empty if the bytes are not one."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -349,7 +349,7 @@ def _num_bytes(body: Body) -> int:
 
 
 def _whole(given: Any) -> int:
-    """A number above 0 as lenient upstreams read it, who take "5" and 5.0 too; 0 for anything else."""
+    """A positive integer as lenient upstreams read it ("5" and 5.0 count); 0 for anything else."""
     try:
         return min(max(int(given), 0), _MOST_TOKENS)
     except (TypeError, ValueError, OverflowError):
@@ -357,7 +357,7 @@ def _whole(given: Any) -> int:
 
 
 def _usage(given: Any, input_name: str, output_name: str, details_name: str) -> Usage | None:
-    """None for numbers that cannot be: no whole ones, below zero, too many, or more cached than there are."""
+    """Parses a usage; None if a number is not an integer, negative, too large, or cached tokens exceed the input."""
     if not isinstance(given, dict):
         return None
     details = given.get(details_name)
@@ -370,7 +370,7 @@ def _usage(given: Any, input_name: str, output_name: str, details_name: str) -> 
 
 
 def _indices(choices: Any, having: str | None = None) -> frozenset[int]:
-    """Of the choices of a chunk: all, or those that have a field."""
+    """Indices of a chunk's choices: all, or those with a non-empty field."""
     given = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     indices = [choice.get("index", 0) for choice in given if having is None or choice.get(having)]
     return frozenset(index for index in indices if isinstance(index, int))

@@ -1,4 +1,4 @@
-"""A call's way: to the target that the router chooses, to the next where that one fails, and back to the caller."""
+"""Proxies a call: chooses a target, falls back to the next if its upstream fails, and relays the answer."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from prefill_serve.settings import Budgets, GatewaySettings
 log = logging.getLogger("ray.serve")
 
 _WAIT = (429, 503)
-LEDGER_S = 0.25  # what the past may say of a call, it says within this time
+LEDGER_S = 0.25  # limit for ledger requests that a call can do without
 _RENEW_S = LAPSES_S / 4
-_HARD_LEDGER_S = 5.0  # a call under a hard limit cannot go on without the ledger
+_HARD_LEDGER_S = 5.0  # a call under a hard limit needs the ledger's answer
 _T = TypeVar("_T")
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
@@ -50,11 +50,11 @@ class NoUpstream(UserError):  # noqa: N818 - an answer, not a fault
 
 
 class UnknownAnswer(UserError):  # noqa: N818 - an answer, not a fault
-    """A call goes on from an answer that its caller was not given, or too long ago."""
+    """A call continues an answer that the ledger does not know as this caller's."""
 
 
 class Caller(NamedTuple):
-    """Who calls: the holder of the key, the request's id, and the caller's own id of the conversation."""
+    """The caller's name, the request's id, and the caller's id of the conversation."""
 
     holder: str
     request_id: str
@@ -63,7 +63,7 @@ class Caller(NamedTuple):
 
 @dataclass
 class _Passage:
-    """A call under way."""
+    """A call in progress."""
 
     call: Call
     caller: Caller
@@ -72,21 +72,21 @@ class _Passage:
     keys: list[Key]  # of its conversation
     choice: Candidate | None = None
     failed: list[str] = field(default_factory=list)
-    ticket: str = field(default_factory=lambda: uuid4().hex)  # not the request's id, which callers may repeat
+    ticket: str = field(default_factory=lambda: uuid4().hex)  # unlike the request id, unique
     reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
-    reserved_usd: float = 0.0  # for the target that is asked
-    attempt: Attempt | None = None  # under way
-    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: what attempts without an answer may have cost
-    answer_key: Key | None = None  # by which the caller's next call finds the target that keeps the answer
+    reserved_usd: float = 0.0  # for the current target
+    attempt: Attempt | None = None  # in progress
+    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: billable attempts without an answer
+    answer_key: Key | None = None  # finds the target that stores the answer, for the next call
 
     def keep_answer(self, answer_id: str | None) -> None:
-        """Notes the id by which the upstream keeps the answer, if it told one."""
+        """Records the id under which the upstream stores the answer, if any."""
         if answer_id is not None:
             self.answer_key = answer_key(self.caller.holder, answer_id)
             self.keys.append(self.answer_key)
 
     def choose(self, plan: Plan) -> Candidate | None:
-        """The next target to ask: of those that can take the call, one that is ready where there is one."""
+        """The next target to try: of those that can take the call, preferably one that is ready."""
         able = [
             name
             for name, channel in self.channels.items()
@@ -96,12 +96,12 @@ class _Passage:
         return plan.choose(ready) or plan.choose(able)
 
     def bid(self, choice: Candidate) -> Bid:
-        """What the call is expected to cost at a target; where its answers have a limit for it, the most it can."""
+        """The call's expected cost at a target or, under a hard limit, the most it can cost."""
         target, call = self.channels[choice.target].target, self.call
         usd, least_usd = None, 0.0
         if call.answer_tokens is not None:
             least_usd = most_usd(target, call)
-            usd = None if call.continues else least_usd  # what an upstream keeps of a conversation may cost as much
+            usd = None if call.continues else least_usd  # the stored conversation's length is unknown
         elif choice.expected_usd is not None:
             usd = expected_usd(choice.expected_usd, call)
         else:
@@ -109,7 +109,7 @@ class _Passage:
         return Bid(choice.target, usd, least_usd, sum(self.lost_usd.values()))
 
     def lose(self) -> None:
-        """Charges the attempt under way, which ends without an answer, where its upstream may bill it."""
+        """Charges the current attempt, which ends without an answer, if its upstream may bill it."""
         if self.attempt is not None and self.attempt.is_billable and self.choice is not None:
             target = self.channels[self.choice.target].target
             charge = charge_of(target, None, self.reserved_usd, self.plan.input_tokens, 0)
@@ -118,7 +118,7 @@ class _Passage:
 
 
 class Proxy:
-    """Answers calls with what the endpoint serves at the moment. Belongs to one event loop."""
+    """Answers calls with the loaded router. Bound to one event loop."""
 
     def __init__(self, endpoint: Endpoint, ledger: CallLedger) -> None:
         self.endpoint, self.ledger, self.metrics = endpoint, ledger, GatewayMetrics()
@@ -129,13 +129,13 @@ class Proxy:
         self._renewing: asyncio.Task[None] | None = None
 
     async def answer(self, call: Call, caller: Caller) -> Response:
-        """The answer of a target's upstream, whole or as a stream.
+        """Returns an upstream's answer, whole or as a stream.
 
-        Raises UserError for a call that no target can take, Refusal where no upstream gave an answer.
+        Raises UserError for a call that no target can take, Refusal if no upstream gave an answer.
         """
         started = perf_counter()
         hard = self._settings.ledger.budgets.hard
-        if hard.covers(caller.holder):  # what an answer can cost must be known before
+        if hard.covers(caller.holder):  # its maximum cost must be known in advance
             call = replace(call, answer_tokens=hard.answer_tokens)
         channels = self._current_channels()
         plan, keys = await self._plan(call, caller, channels)
@@ -171,10 +171,10 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._http.aclose()
 
-    # --- there ---------------------------------------------------------------------------------------------------
+    # --- request --------------------------------------------------------------------------------------------------
 
     def _current_channels(self) -> dict[str, Channel]:
-        """By target. One whose target has changed is made anew."""
+        """Channels by target; a changed target gets a new one."""
         if self.endpoint.now.settings.gateway is None:
             return {}
         targets = self.endpoint.now.primary.router.pool.targets
@@ -193,7 +193,7 @@ class Proxy:
 
     async def _plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
         if not channels:
-            raise NoUpstream("this endpoint routes, and does not answer: give it a pool whose targets have upstreams")
+            raise NoUpstream("this endpoint only routes: to answer calls, set a pool whose targets have upstreams")
         if call.pinned is not None and call.pinned not in channels:
             raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
         await self._require_own_answer(call, caller)
@@ -204,56 +204,56 @@ class Proxy:
         return await self._routed(call, caller, past), [here]
 
     async def _require_own_answer(self, call: Call, caller: Caller) -> None:
-        """Raises UnknownAnswer for a call that goes on from another caller's answer, or from none.
+        """Raises UnknownAnswer for a call that continues an unknown answer or another caller's.
 
-        An upstream keeps the answers to all callers under one key, and would go on from any of them. Without keys there
-        is one caller, and the upstream may be asked.
+        An upstream stores the answers to all callers under one key, and would continue any of them. Without keys there
+        is one caller, so the upstream may be asked.
         """
         if call.continues is None or self.endpoint.now.settings.open:
             return
         if await self.ledger.target_of_answer(answer_key(caller.holder, call.continues)) is None:
             raise UnknownAnswer(
-                f'previous_response_id "{call.continues}": is not known, or too old: send the conversation as input'
+                f'previous_response_id "{call.continues}": not found: it may be too old; send the conversation as input'
             )
 
     async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self._settings
         allowed = call.allowed
-        if call.continues is not None and (target := await past) is not None:  # no other knows what was said
+        if call.continues is not None and (target := await past) is not None:  # only its target stores the conversation
             return Fixed([target], guessed_tokens(call), sticky=target)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
                 routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.holder)
         except UnknownTarget:
             raise
-        except Exception as error:  # whatever it is: the caller wants an answer
+        except Exception as error:  # the default target can still answer
             return self._unrouted(call, caller, allowed, error)
         return Routed(routing, routing.policy, await past, settings.stick_margin)
 
     def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> Fixed:
-        """The default target first."""
+        """The plan without the router: the default target first."""
         reason = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         self.metrics.defaults.inc(1, tags={"reason": reason})
-        log.warning("not routed", extra={"route_id": caller.request_id, "reason": str(error) or reason})
+        log.warning("routing failed", extra={"route_id": caller.request_id, "reason": str(error) or reason})
         targets = self.endpoint.now.primary.router.pool.targets
         order = default_order(targets, self._settings.default_target, allowed)
         return Fixed(order, guessed_tokens(call))
 
     async def _past(self, keys: list[Key]) -> str | None:
-        """The target of a conversation. Where the ledger takes too long, a call has no past."""
+        """The target of a conversation; None if it is new or the ledger takes too long."""
         return await self._told(self.ledger.target(keys)) if keys else None
 
     async def _told(self, answer: Awaitable[_T], patience_s: float | None = None) -> _T | None:
-        """What the ledger says; None where it does not in time."""
+        """The ledger's answer; None if it fails or takes too long."""
         try:
             async with asyncio.timeout(patience_s or LEDGER_S):
                 return await answer
         except Exception:
-            log.warning("the ledger does not answer", exc_info=True)
+            log.warning("ledger unavailable", exc_info=True)
             return None
 
     async def _ask(self, passage: _Passage) -> Body | Stream:
-        """The answer of the first target that has one."""
+        """Returns the answer of the first target that gives one."""
         failure: Failed | None = None
         while (channel := await self._next(passage)) is not None:
             try:
@@ -272,14 +272,16 @@ class Proxy:
         if failure is not None and failure.refusal is not None:
             raise failure.refusal
         if failure is None:
-            raise NoTarget("no target can take this call under its max_cost_usd, min_p_correct and models")
+            raise NoTarget("no target can take this call: raise max_cost_usd, lower min_p_correct or extend models")
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
-        raise Refusal(failure.status, f"no upstream answered; the last: {failure}", "upstream_failed", headers=after)
+        raise Refusal(
+            failure.status, f"no upstream answered; last failure: {failure}", "upstream_failed", headers=after
+        )
 
     async def _next(self, passage: _Passage) -> Channel | None:
-        """The way to the next target to ask. Where there are budgets, what it is expected to cost is reserved.
+        """The channel of the next target to try. With budgets, reserves its expected cost.
 
-        Raises OverLimit where a hard limit has no room, LedgerAway where one cannot be held.
+        Raises OverLimit if a hard limit is exceeded, LedgerAway if a hard limit cannot be checked.
         """
         self._probe_in_doubt(passage.channels)
         plan, budgets = passage.plan, self._settings.ledger.budgets
@@ -296,7 +298,7 @@ class Proxy:
         return None if passage.choice is None else passage.channels[passage.choice.target]
 
     async def _reserve(self, passage: _Passage, bids: list[Bid]) -> Reserved:
-        """What the ledger takes of some bids. In doubt it is the last, the thrifty one, but never past a hard limit."""
+        """Reserves one of the bids; without the ledger the last, cheaper one, except under a hard limit."""
         is_hard = passage.call.answer_tokens is not None
         reserving = asyncio.ensure_future(self.ledger.reserve(passage.ticket, passage.caller.holder, bids))
         passage.reserving.append(reserving)
@@ -307,17 +309,17 @@ class Proxy:
         if isinstance(found, Exhausted):
             raise OverLimit(found)
         if found is None and is_hard:
-            raise LedgerAway("a hard limit cannot be held without the ledger")
+            raise LedgerAway("a hard limit cannot be checked without the ledger")
         return found or Reserved(len(bids) - 1, max(bids[-1].usd or 0.0, bids[-1].least_usd))
 
     async def _renew(self) -> None:
-        """Keeps the reservations of calls under way, however long a caller draws out an answer."""
+        """Renews the reservations of calls in progress, however slowly a caller reads its answer."""
         while self._under_way:
             await asyncio.sleep(_RENEW_S)
             await self._told(self.ledger.renew(list(self._under_way)), _HARD_LEDGER_S)
 
     def _probe_in_doubt(self, channels: dict[str, Channel]) -> None:
-        """Begins to probe upstreams whose breakers want it; no call waits for that."""
+        """Starts probes of upstreams whose breakers ask for one; no call waits for them."""
         for channel in channels.values():
             if channel.breaker.wants_probe:
                 channel.breaker.begin_probe()
@@ -325,21 +327,21 @@ class Proxy:
 
     async def _probe(self, channel: Channel) -> None:
         await channel.probe()
-        log.info("probed", extra={"target": channel.target.name, "is_open": channel.breaker.is_open})
+        log.info("upstream probed", extra={"target": channel.target.name, "is_open": channel.breaker.is_open})
         self._tell_breaker(channel)
 
     def _tell_breaker(self, channel: Channel) -> None:
-        if self._channels.get(channel.target.name) is channel:  # not of a target that is no more
+        if self._channels.get(channel.target.name) is channel:  # not for a removed target
             self.metrics.breaker.set(float(channel.breaker.is_open), {"target": channel.target.name})
 
-    # --- and back ------------------------------------------------------------------------------------------------
+    # --- answer --------------------------------------------------------------------------------------------------
 
     def _finish(self, passage: _Passage, stream: Stream, end: End) -> None:
-        """Once a stream has been relayed, or its caller has gone."""
+        """Called when a stream has been relayed or its caller has disconnected."""
         assert passage.choice is not None
         passage.keep_answer(stream.answer_id)
         self._record(passage, end, passage.choice.target, stream.usage, stream.text_bytes)
-        self._spawn(stream.close())  # on its own: a caller that has gone cancels whatever is awaited here
+        self._spawn(stream.close())  # not awaited: a disconnect cancels this task
 
     def _record(
         self,
@@ -349,7 +351,7 @@ class Proxy:
         usage: Usage | None = None,
         text_bytes: int = 0,
     ) -> None:
-        """What became of a call; `target` is the one that answered, or began to, with a text of some length."""
+        """Records a call's outcome; `target` answered, or began to, with `text_bytes` of text."""
         call, caller, plan = passage.call, passage.caller, passage.plan
         routing = plan.routing if isinstance(plan, Routed) else None
         decision = passage.choice.decision if passage.choice is not None else None
@@ -382,14 +384,14 @@ class Proxy:
         self._note(self._described(served, prompt, decision), passage)
 
     def _prompt(self, call: Call) -> Prompt | None:
-        """What was asked without the router; None where it would not have understood."""
+        """The prompt of a call that was not routed; None if the router could not read it."""
         try:
             return call.question.question_of(self.endpoint.now.settings.limits.messages).prompt
         except UserError:
             return None
 
     def _described(self, served: Served, prompt: Prompt | None, decision: Decision | None) -> Served:
-        """With its prompt, and with what was estimated."""
+        """Adds the prompt and the router's estimates to a record."""
         if prompt is not None:
             kept = prompt if self._settings.ledger.keep_prompts else None
             served = replace(served, prompt_id=content_hash(prompt), prompt=kept)
@@ -404,7 +406,7 @@ class Proxy:
         )
 
     def note_routed(self, routing: Routing, decision: Decision, request_id: str, holder: str) -> None:
-        """A decision that was asked for alone: there may be feedback on it."""
+        """Records a decision of POST /v1/route, for which feedback may follow."""
         served = Served(request_id, holder, datetime.now(UTC), "routed", decision.target)
         self._note(self._described(served, routing.question.prompt, decision))
 
@@ -417,12 +419,12 @@ class Proxy:
             try:
                 if passage is None:
                     await self.ledger.record(served, [])
-                else:  # a reservation that came after its end would stay
+                else:  # a reservation made after the record would remain
                     await asyncio.gather(*passage.reserving, return_exceptions=True)
                     self._under_way.pop(passage.ticket, None)
                     await self.ledger.record(served, passage.keys, passage.ticket)
             except Exception:
-                log.exception("the ledger did not take a call", extra={"route_id": served.request_id})
+                log.exception("call not recorded in the ledger", extra={"route_id": served.request_id})
 
         self._spawn(note())
 
@@ -432,7 +434,7 @@ class Proxy:
 
 
 class Relay(StreamingResponse):
-    """An answer's events under the target's name. One that breaks off ends with an error event."""
+    """Streams an answer's events with the target's name as model. A stream that fails ends with an error event."""
 
     def __init__(
         self,
@@ -446,13 +448,13 @@ class Relay(StreamingResponse):
         super().__init__(self._events(), 200, headers, "text/event-stream")
 
     def abandon(self) -> None:
-        """Ends an answer that nobody takes: its caller has gone as it came."""
+        """Ends an answer whose caller disconnected before it started."""
         self._finish(self._passage, self._stream, self._end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # also where the caller has gone before the first event
+        finally:  # even if the caller disconnects before the first event
             self._finish(self._passage, self._stream, self._end)
 
     async def _events(self) -> AsyncIterator[bytes]:
@@ -460,7 +462,7 @@ class Relay(StreamingResponse):
         rename = _Renaming(self._passage.choice.target)
         try:
             async for piece in self._stream.pieces():
-                if self._stream.is_whole:  # whether or not the caller waits for the connection's end
+                if self._stream.is_whole:  # even if the caller disconnects right after the last event
                     self._end = "answered"
                 yield rename(piece)
         except Failed as failed:
@@ -470,7 +472,7 @@ class Relay(StreamingResponse):
 
 
 class _Renaming:
-    """Puts the target's name where the upstream says what its model is called."""
+    """Replaces the upstream's model name with the target's name in the bytes of a stream."""
 
     def __init__(self, target: str) -> None:
         self._new = b'"model":' + json.dumps(target).encode()
@@ -482,12 +484,12 @@ class _Renaming:
             if found is None:
                 return piece
             self._old = found.group()
-        # In a text its quotes would be escaped, so that this can only be the key.
+        # In a JSON string the quotes would be escaped, so this matches only the key.
         return piece.replace(self._old, self._new)
 
 
 def _headers(passage: _Passage) -> dict[str, str]:
-    """What the answer's head says of the decision."""
+    """Response headers that describe the decision."""
     choice = passage.choice
     if choice is None:
         return {}

@@ -1,4 +1,4 @@
-"""The gateway's paths: chat completions and responses in the way of OpenAI, models, stats and feedback."""
+"""The gateway's HTTP paths: OpenAI chat completions, responses and models; stats and feedback."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from prefill_serve.wire import ROUTED_NAMES
 _SESSION = "x-session-id"
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
-    "x-router-p-correct": "Its P(correct), where the call was routed",
-    "x-router-version": "The router's, where the call was routed",
+    "x-router-p-correct": "Its P(correct), if the call was routed",
+    "x-router-version": "The router's version, if the call was routed",
 }
 _ANSWER: dict[str, Any] = {
     "description": "The target's own answer; `model` is its name",
@@ -43,21 +43,21 @@ class Model(StrictModel):
 
 
 class ModelList(StrictModel):
-    """What `model` may be in a call."""
+    """Values of `model` in a call."""
 
     object: str = "list"
     data: list[Model]
 
 
 class Recorded(StrictModel):
-    """An outcome is kept."""
+    """Confirms that an outcome is stored."""
 
     request_id: str
-    is_new: bool = Field(description="False where the same was recorded before")
+    is_new: bool = Field(description="False if the same feedback was recorded before")
 
 
 def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Routes around an endpoint; `errors` documents how they refuse."""
+    """Returns the gateway's routes; `errors` documents their error responses."""
     proxy = Proxy(endpoint, ledger)
     endpoint.on_routed = proxy.note_routed
 
@@ -76,39 +76,39 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
     @routes.post("/v1/chat/completions", responses=answers, tags=["gateway"], openapi_extra=_body("messages"))
     async def chat_completions(http: Request) -> Response:
-        """A chat completion by the target that the router chooses, or that `model` names.
+        """Answer a chat completion with the target that the router chooses, or that `model` names.
 
-        All fields go to the target's upstream but `tolerance`, `models`, `max_cost_usd` and `min_p_correct`, which are
-        the router's. Calls with the same `x-session-id`, or the same history, stay with their target.
+        All fields are passed to the target's upstream except the router's own: `tolerance`, `models`, `max_cost_usd`
+        and `min_p_correct`. Calls with the same `x-session-id` or the same history keep their target.
         """
         return await answer(ChatCall.read(await http.body()), http)
 
     @routes.post("/v1/responses", responses=answers, tags=["gateway"], openapi_extra=_body("input"))
     async def responses(http: Request) -> Response:
-        """As chat completions, for targets whose upstreams have the Responses API."""
+        """Same as chat completions, for targets whose upstreams have the Responses API."""
         return await answer(ResponsesCall.read(await http.body()), http)
 
     @routes.get("/v1/models", responses=errors, tags=["gateway"])
     async def models() -> ModelList:
-        """ "auto", "routed", and the targets that can answer."""
+        """List "auto", "routed", and the targets that can answer."""
         targets = endpoint.now.primary.router.pool.targets
         names = [target.name for target in targets if target.upstream is not None]
         return ModelList(data=[Model(id=name) for name in [*ROUTED_NAMES, *names]])
 
     @routes.get("/v1/stats", responses=errors, tags=["gateway"])
     async def stats(http: Request) -> Stats:
-        """What calls cost, were expected to cost, and would have cost on one target.
+        """Actual and expected cost of calls, and the expected cost of using a single target.
 
-        The caller's own calls; with the key of an administrator, and without keys, those of all callers.
+        Covers the caller's own calls, or those of all callers for administrators and for endpoints without keys.
         """
         holder = http.state.holder
         return await ledger.stats(None if endpoint.now.settings.is_admin(holder) else holder)
 
     @routes.post("/v1/feedback", responses=errors, tags=["gateway"])
     async def feedback(given: Feedback, http: Request) -> Recorded:
-        """Says whether an answer was right. Once this is acknowledged it is kept; to repeat it changes nothing.
+        """Report whether an answer was correct. It is stored before the response is sent; repeating it changes nothing.
 
-        Only the caller of a request can judge it. Where a caller gave several requests one id, it is the latest.
+        Only the caller of a request can give feedback on it. If a caller reused a request id, it applies to the latest.
         """
         return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.holder))
 
@@ -116,9 +116,13 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
 
 def _body(required: str) -> dict[str, Any]:
-    """What of a call is read here; the rest is the upstream's to judge."""
+    """The documented fields of a call; the upstream validates the rest."""
     fields = {
-        "model": {"type": "string", "default": ROUTED_NAMES[0], "description": "Or a target's name"},
+        "model": {
+            "type": "string",
+            "default": ROUTED_NAMES[0],
+            "description": "Lets the router choose, or names a target",
+        },
         "stream": {"type": ["boolean", "null"]},
         "tolerance": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
         "models": {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}, "minItems": 1},
@@ -130,7 +134,7 @@ def _body(required: str) -> dict[str, Any]:
 
 
 async def _unless_gone(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
-    """The answer; or, once the caller has hung up, the end of all work on it."""
+    """Returns the answer, or cancels all work on it once the caller disconnects."""
 
     async def hung_up() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -145,7 +149,7 @@ async def _unless_gone(http: Request, answering: Coroutine[Any, Any, Response]) 
     except asyncio.CancelledError:
         if work.done() and not work.cancelled() and work.exception() is None:
             answer = work.result()
-            if isinstance(answer, Relay):  # it holds a place at its upstream, and is not paid for
+            if isinstance(answer, Relay):  # it occupies its upstream and is not charged yet
                 answer.abandon()
         raise
     finally:

@@ -1,4 +1,4 @@
-"""The way to one target: its upstream is called, watched, and left alone when it fails."""
+"""Sends calls to one target's upstream, limits concurrency, and feeds its circuit breaker."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from prefill_serve.gateway.openai_calls import Body, Call, ChatCall, json_object
 from prefill_serve.gateway.upstream_errors import refusal_body, said_in
 
 _END_S = 0.1
-_PLACE_S = 1.0  # how long a call waits at an upstream that has as many as it may
+_PLACE_S = 1.0  # how long a call waits at an upstream at its concurrency limit
 _TOO_LONG = b"context_length_exceeded"
-_MAY_BILL = (408, 504)  # a proxy that had no more patience says nothing of what is billed behind it
+_MAY_BILL = (408, 504)  # a proxy's timeout: the upstream behind it may still bill
 _PROBE_S = 10.0
 _PROBE = [{"role": "user", "content": "Hi"}]
 
 
 @dataclass
 class Attempt:
-    """One call at one upstream, for the caller whose key it came with."""
+    """One try of a call at one upstream."""
 
     call: Call
     holder: str = ""
-    is_billable: bool = False  # the upstream has got it, and has not refused it
+    is_billable: bool = False  # the upstream received it and did not reject it
 
 
-class Failed(Exception):  # noqa: N818 - others make up for it
-    """An upstream gave no answer that can be used; `reason` is short, for labels."""
+class Failed(Exception):  # noqa: N818 - another target may answer
+    """An upstream gave no usable answer; `reason` is a short metric label."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Failed(Exception):  # noqa: N818 - others make up for it
         refusal: UpstreamRefusal | None = None,
         said: str | None = None,
     ) -> None:
-        """`message` is for the caller, `said` are the upstream's words, redacted, for the log alone.
+        """`message` is for the caller; `said`, the upstream's redacted message, is for the log only.
 
-        `refusal` is what the caller gets instead if no other target helps.
+        `refusal` is the caller's response if no other target answers.
         """
         super().__init__(message)
         self.reason, self.status, self.retry_after_s, self.refusal = reason, status, retry_after_s, refusal
@@ -62,7 +62,7 @@ class Failed(Exception):  # noqa: N818 - others make up for it
 
 
 class UpstreamRefusal(Exception):  # noqa: N818 - an answer
-    """What a caller gets whose own mistake an upstream has refused: the upstream's message, redacted."""
+    """An upstream rejected the caller's request: the response for the caller, with the redacted message."""
 
     def __init__(self, status: int, content: bytes) -> None:
         super().__init__(f"status {status}")
@@ -70,7 +70,7 @@ class UpstreamRefusal(Exception):  # noqa: N818 - an answer
 
 
 class Stream:
-    """An answer that comes in pieces, of which the first has come and is no error. It must be closed."""
+    """A streamed answer whose first event has arrived and is not an error. Must be closed."""
 
     def __init__(self, channel: Channel, attempt: Attempt, response: httpx.Response) -> None:
         self.usage: Usage | None = None
@@ -85,15 +85,15 @@ class Stream:
         self._failure: Failed | None = None
 
     async def begin(self) -> None:
-        """Raises Failed where the stream begins with an error, with nothing, or not in time."""
+        """Reads the first event. Raises Failed if the stream starts with an error, is empty or takes too long."""
         while not self._first:
             self._first = [event for event in await self._next_events() if data_of(event)]
         if not data_of(self._first[0]).startswith(b"{"):
             self.is_whole = False
-            raise self._channel.failure(self._attempt, "malformed", "streamed what is no JSON")
+            raise self._channel.failure(self._attempt, "malformed", "streamed invalid JSON")
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """What the caller gets, as it comes. Raises Failed where it breaks off, or says that the answer failed."""
+        """Yields the caller's events as they arrive. Raises Failed if the stream is cut off or reports an error."""
         yield b"".join(self._first)
         while not self.is_whole:
             yield b"".join(event for event in await self._next_events() if not has_plain_words(event))
@@ -101,7 +101,7 @@ class Stream:
     async def close(self) -> None:
         if self.is_whole:
             self._channel.breaker.succeed()
-            # The connection can serve again once all has been read.
+            # The connection can be reused once all data is read.
             with suppress(Exception):
                 async with asyncio.timeout(_END_S):
                     await anext(self._pieces, None)
@@ -126,7 +126,7 @@ class Stream:
         return events
 
     def _last_events(self) -> list[bytes]:
-        """Those at the end of a stream. Its last event may lack the blank line, any other was cut off there."""
+        """Events at the end of the stream. Only a final event may lack the blank line; any other was cut off."""
         last = self._splitter.rest.rstrip(b"\r\n") + b"\n\n"
         note = self._call.note(last)
         if note is None or not (note.is_last or note.error):
@@ -134,7 +134,7 @@ class Stream:
         return list(self._for_caller([last]))
 
     def _for_caller(self, events: list[bytes]) -> Iterator[bytes]:
-        """Those that the caller gets; what comes before an error is not lost."""
+        """Yields the events for the caller, up to an error."""
         for event in events:
             self.text_bytes += self._call.text_bytes(event)
             note = self._call.note(event)
@@ -142,7 +142,7 @@ class Stream:
                 self.answer_id = note.answer_id or self.answer_id
                 self._begun |= note.begun
                 self._ended |= note.ended
-                if self._call.is_whole(self._begun, self._ended):  # before, a usage is of what there was so far
+                if self._call.is_whole(self._begun, self._ended):  # an earlier usage is partial
                     self.usage = note.usage or self.usage
                 if note.error is not None:
                     self._failure = self._channel.failure(
@@ -158,11 +158,11 @@ class Stream:
                 yield event
 
     def _cut(self) -> Failed:
-        return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was whole")
+        return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was complete")
 
 
 class Channel:
-    """One target's upstream, for one event loop. Calls raise Failed or Refused."""
+    """One target's upstream, for one event loop. Calls raise Failed or UpstreamRefusal."""
 
     def __init__(self, target: Target, http: httpx.AsyncClient) -> None:
         assert target.upstream is not None
@@ -172,11 +172,11 @@ class Channel:
 
     @property
     def is_ready(self) -> bool:
-        """Would a call go out at once?"""
+        """Whether a call can be sent now."""
         return not self.breaker.is_open and not self._places.locked()
 
     async def answer(self, attempt: Attempt) -> Body:
-        """The whole answer to a call."""
+        """Sends a call and returns the whole answer."""
         async with self._in_time(attempt):
             response = await self._send(attempt)
             try:
@@ -184,14 +184,14 @@ class Channel:
             finally:
                 await self.release(response)
         if not body:
-            raise self.failure(attempt, "malformed", "answered with what is no JSON object")
+            raise self.failure(attempt, "malformed", "answered with invalid JSON")
         if (said := attempt.call.error(body)) is not None:
             raise self.failure(attempt, "error", "answered 200 with an error", said=said)
         self.breaker.succeed()
         return body
 
     async def stream(self, attempt: Attempt) -> Stream:
-        """The answer to a call, once its first event has come."""
+        """Sends a call and returns the answer once its first event has arrived."""
         async with self._in_time(attempt):
             stream = Stream(self, attempt, await self._send(attempt))
             try:
@@ -202,7 +202,7 @@ class Channel:
             return stream
 
     async def probe(self) -> None:
-        """Asks for one token, and tells the breaker whether the upstream answers."""
+        """Requests one token and reports to the breaker whether the upstream answers."""
         call = ChatCall({"messages": _PROBE, self.upstream.limit_field: 1})
         request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
         try:
@@ -219,7 +219,7 @@ class Channel:
 
     @asynccontextmanager
     async def _in_time(self, attempt: Attempt) -> AsyncIterator[None]:
-        """Whatever goes wrong inside is a failure of the upstream, and so is what takes too long."""
+        """Turns errors and timeouts inside into failures of the upstream."""
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
                 yield
@@ -229,7 +229,7 @@ class Channel:
             raise self.failure_of(attempt, error) from error
 
     async def _send(self, attempt: Attempt) -> httpx.Response:
-        """The head of an answer with status 200; whoever gets it holds a place, and releases it."""
+        """Returns the response once its headers have arrived with status 200. The caller must release it."""
         await self._take_place()
         response = None
         try:
@@ -247,7 +247,7 @@ class Channel:
             raise
 
     async def release(self, response: httpx.Response | None) -> None:
-        """Gives back a place, and what else an answer holds."""
+        """Frees the concurrency slot and closes the response."""
         self._places.release()
         if response is not None:
             with suppress(Exception):
@@ -259,7 +259,9 @@ class Channel:
                 await self._places.acquire()
         except TimeoutError:
             most = self.upstream.concurrency
-            raise Failed("full", f"{self.target.name}: has {most} calls, as many as it may", 429, _PLACE_S) from None
+            raise Failed(
+                "full", f"{self.target.name}: busy with {most} calls, its concurrency limit", 429, _PLACE_S
+            ) from None
 
     # --- failures ------------------------------------------------------------------------------------------------
 
@@ -272,7 +274,7 @@ class Channel:
         retry_after_s: float = 0.0,
         said: str | None = None,
     ) -> Failed:
-        """A failure, which the breaker has counted; `said` are the upstream's words."""
+        """Counts a failure in the breaker and returns it; `said` is the upstream's message."""
         self.breaker.fail(attempt.holder, retry_after_s)
         return self._failed(reason, message, status, retry_after_s, said)
 
@@ -283,22 +285,24 @@ class Channel:
         return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s, said=said)
 
     def failure_of(self, attempt: Attempt, error: Exception) -> Failed:
-        if isinstance(error, TimeoutError | httpx.ReadTimeout):  # not those of the transport, which calls more so
+        if isinstance(
+            error, TimeoutError | httpx.ReadTimeout
+        ):  # the transport's own connect and write timeouts are connection failures
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure(attempt, "connection", "the connection failed")
 
     def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> Failed | UpstreamRefusal:
-        """The breaker counts what is no answer to a mistake of the caller's or of the pool's."""
+        """Maps an error status; the breaker counts it unless the caller's request or the pool caused it."""
         status = response.status_code
         if is_callers_fault(status):
             refused = UpstreamRefusal(
                 status, refusal_body(status, json_object(content), self.target.name, self.upstream.key)
             )
-            if _TOO_LONG in content:  # but another may have a longer context
+            if _TOO_LONG in content:  # another target may have a longer context
                 return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
             return refused
         reason, message, said = f"status_{status}", f"answered {status}", said_in(json_object(content))
-        if 400 <= status < 500 and not is_passing(status):  # a key or a name, of the pool or of what the caller asked
+        if 400 <= status < 500 and not is_passing(status):  # a wrong key or model name, from the pool or the caller
             self.breaker.doubt()
             return self._failed(reason, message, said=said)
         after_s = retry_after_s(response.headers.get("retry-after")) or 0.0

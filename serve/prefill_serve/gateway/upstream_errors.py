@@ -1,7 +1,7 @@
-"""Errors as upstreams write them: what they say, and how much of it a caller may see.
+"""Error bodies of upstreams: their message, and the part of it that callers may see.
 
-Providers quote keys and account ids in them. Callers get an upstream's words only where these are about the caller's
-own request (400, 405, 413, 415, 422): without them nobody could mend it. They are redacted, and no other field passes.
+Providers quote keys and account ids in error messages. Callers get an upstream's message only if it is about their own
+request (400, 405, 413, 415, 422), as they need it to fix the request. It is redacted, and no other field is passed on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from prefill_router.upstreams.redaction import redacted
 from prefill_serve.wire import error_body
 
-_NAME = re.compile(r"[\w.\[\]$-]{1,200}", re.ASCII)  # of a parameter, a code, a type
+_NAME = re.compile(r"[\w.\[\]$-]{1,200}", re.ASCII)  # a parameter, a code or a type
 
 
 def is_error(answer: Mapping[str, Any]) -> bool:
-    """Does an answer, or an event of one, say that something went wrong? Also vLLM's way, {"object": "error"}."""
+    """Whether an answer or an event is an error, including vLLM's {"object": "error"}."""
     return bool(answer.get("error")) or "error" in (answer.get("object"), answer.get("type"))
 
 
 def said_in(answer: Mapping[str, Any]) -> str | None:
-    """What an error says, as OpenAI, vLLM and FastAPI write it; None where it says nothing."""
+    """The message of an error in the format of OpenAI, vLLM or FastAPI; None if it has none."""
     error = answer.get("error") or answer
     said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
     if isinstance(said, list) and said and isinstance(said[0], dict):
@@ -32,7 +32,7 @@ def said_in(answer: Mapping[str, Any]) -> str | None:
 
 
 def refusal_body(status: int, answer: Mapping[str, Any], target: str, key: str | None) -> bytes:
-    """What a caller gets of an upstream's answer to the caller's own mistake. `key` is the upstream's."""
+    """The error body for a caller whose request the upstream rejected. `key` is the upstream's, to redact."""
     error = answer["error"] if isinstance(answer.get("error"), dict) else answer
     said = said_in(answer)
     message = f"{target}: answered {status}" if said is None else redacted(said, key)
@@ -44,5 +44,5 @@ def refusal_body(status: int, answer: Mapping[str, Any], target: str, key: str |
 
 
 def _named(value: Any, key: str | None) -> str | None:
-    """A name as the upstream wrote it, if it is one and no credential."""
+    """The upstream's value if it is a plain name and holds no credential."""
     return value if isinstance(value, str) and _NAME.fullmatch(value) and redacted(value, key) == value else None

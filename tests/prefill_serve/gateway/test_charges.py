@@ -93,8 +93,8 @@ def test_a_context_bounds_what_a_call_can_cost() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("ann", 'key "ann": 0.25 of its 2 USD a day are left, and this call can cost 0.5 USD'),
-        (None, "the hard limit of all keys together has no room, and this call can cost 0.5 USD"),
+        ("ann", 'caller "ann" has 0.25 of 2 USD a day left, and this call can cost 0.5 USD'),
+        (None, "too little is left of the hard limit of all callers together, and this call can cost 0.5 USD"),
     ],
 )
 def test_a_refusal_says_what_and_until_when(key: str | None, said: str) -> None:

@@ -247,7 +247,7 @@ def test_what_a_hard_limit_has_no_room_for_is_refused(gateway: Gateway, big: Ups
         assert error["code"] == "budget_exceeded"
         midnight = datetime.combine(datetime.now(UTC).date() + timedelta(days=1), datetime.min.time(), UTC)
         assert f"{midnight:%Y-%m-%dT%H:%M:%SZ}" in error["message"]
-        assert "all keys" in error["message"]
+        assert "all callers" in error["message"]
         wait_s = (midnight - datetime.now(UTC)).total_seconds()
         assert int(answer.headers["retry-after"]) == pytest.approx(wait_s, abs=30)
     assert not big.completions
@@ -336,7 +336,7 @@ def test_a_keys_hard_limit_is_its_own(gateway: Gateway) -> None:
     gateway.configure(gateway=with_budgets(hard={"keys": {"": 0.0}}))  # without a key, as all calls of this gateway
     answer = gateway.post(PATHS[0], body())
     assert answer.status_code == 429
-    assert "0 of its 0 USD a day" in answer.json()["error"]["message"]
+    assert "0 of 0 USD a day" in answer.json()["error"]["message"]
     gateway.configure(gateway=with_budgets(hard={"keys": {"ann": 0.0}}))
     assert gateway.post(PATHS[0], body()).status_code == 200
 

@@ -1,4 +1,4 @@
-"""Money: what calls cost and were expected to, what any single target would have cost, and what budgets still hold."""
+"""Accounts: actual and expected cost of calls, the cost of single targets instead, and today's budgets."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ from prefill_serve.gateway.call_record import CostKind, Served
 from prefill_serve.gateway.state.reservations import Exhausted, Reservations
 from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
-_SOON_S = 5  # until some of the calls under way have ended
+_SOON_S = 5  # until some calls in progress have ended
 
 
 class TargetStats(StrictModel):
-    """Of one target."""
+    """Figures of one target."""
 
     answered: int
-    failed: int = Field(description="Calls that it did not answer, and others made up for or not")
+    failed: int = Field(description="Calls that it did not answer, whether or not another target did")
     input_tokens: int
     output_tokens: int
     cached_tokens: int
-    actual_cost_usd: float = Field(description="By the upstream's usage and the pool's prices, or as it was charged")
-    expected_cost_usd: float = Field(description="Of the same answers, before they were made")
+    actual_cost_usd: float = Field(description="From the upstream's usage and the pool's prices, or as charged")
+    expected_cost_usd: float = Field(description="Expected cost of the same answers")
 
 
 class Charged(StrictModel):
-    """Costs of one kind."""
+    """Calls and cost of one kind."""
 
-    calls: int = Field(description="Answers, and attempts without one that an upstream may bill")
+    calls: int = Field(description="Answers, and billable attempts without an answer")
     cost_usd: float
 
 
 class Saving(StrictModel):
-    """What the routed calls would have been expected to cost, had one target answered all."""
+    """The expected cost of the routed calls if one target had answered all."""
 
     target: str
     expected_cost_usd: float
-    saved_usd: float = Field(description="Less what the calls were expected to cost as they were routed")
+    saved_usd: float = Field(description="Minus the expected cost of the calls as routed")
 
 
 class Stats(StrictModel):
-    """Figures of one caller's calls, or of all callers' together, since the oldest call that is remembered."""
+    """Figures of one caller's calls, or of all callers', since the oldest stored call."""
 
     since: datetime | None
     calls: int
     answered: int
     failed: int
-    cancelled: int = Field(description="By the caller, before the end")
-    sticky: int = Field(description="Answered without a routing decision, where the answer is that they go on from")
-    by_default: int = Field(description="Answered without a routing decision, which failed or came too late")
-    unmetered: int = Field(description="Answered by upstreams that told no usage")
+    cancelled: int = Field(description="Calls whose caller disconnected before the end")
+    sticky: int = Field(description="Calls sent without routing to the target that stores the answer they continue")
+    by_default: int = Field(description="Calls answered by the default target, as routing failed or timed out")
+    unmetered: int = Field(description="Calls answered without a reported usage")
     actual_cost_usd: float
     charged: dict[CostKind, Charged] = Field(
-        description="The same: as upstreams reported it, as it was estimated from what was relayed, or as reserved"
+        description="Actual cost by kind: reported by upstreams, estimated from relayed text, or as reserved"
     )
-    expected_cost_usd: float = Field(description="Of answers that were routed and metered")
+    expected_cost_usd: float = Field(description="Expected cost of answers that were routed and metered")
     metered_cost_usd: float = Field(description="Actual cost of the same answers")
     against_dearest: Saving | None
     against_best_single: Saving | None = Field(description="The target with the highest mean P(correct)")
     targets: dict[str, TargetStats]
     spent_today_usd: float = Field(description="Today, in UTC")
-    reserved_usd: float = Field(description="What calls under way are expected to cost")
-    feedback: int = Field(description="Outcomes that were recorded")
+    reserved_usd: float = Field(description="Expected cost of calls in progress")
+    feedback: int = Field(description="Number of recorded outcomes")
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _Sums:
 
 @dataclass
 class Accounts:
-    """Sums over calls. A call is booked once; what is reserved for it beforehand is ended apart."""
+    """Sums over calls. Each call is booked once; its reservation is ended separately."""
 
     since: datetime | None = None
     ends: Counter[str] = field(default_factory=Counter)
@@ -140,7 +140,7 @@ class Accounts:
         self.charged_usd[kind] += usd
 
     def _compare(self, served: Served, sums: _Sums, expected_usd: float) -> None:
-        """An answer beside what was expected of it, and of the other targets."""
+        """Adds the expected cost of an answer and of all targets instead."""
         self.routed_usd += expected_usd
         for target, p in served.p_correct.items():
             self._p_correct[target] += p
@@ -161,19 +161,19 @@ class Accounts:
         return dict(self._spent) if now.astimezone(UTC).date().isoformat() == self._day else {}
 
     def usual_usd(self, target: str) -> float:
-        """What an answer of a target has cost on average, by its upstream's reports; 0 before the first."""
+        """Mean reported cost of a target's answers; 0 before the first."""
         sums = self._targets[target] if target in self._targets else _Sums()
         return sums.metered_usd / max(sums.metered, 1)
 
     def fits(self, usd: float, limits: DailyLimits, holder: str, now: datetime) -> bool:
-        """Does today's budget of the holder, and that of all together, hold as much beside what is under way?"""
+        """Whether an amount fits today's budgets of the caller and of all callers, including reservations."""
         taken = Counter(self.spent_today(now))
         taken.update(self.reservations.usd())
         of_all = inf if limits.usd_per_day is None else limits.usd_per_day
         return taken[holder] + usd <= limits.keys.get(holder, inf) and taken.total() + usd <= of_all
 
     def exhausted(self, usd: float, limits: HardLimits, holder: str, now: datetime) -> Exhausted:
-        """Which limit has no room for a call, and until when: midnight, unless it has once others have ended."""
+        """The limit that a call exceeds, and when to retry: at midnight UTC, or soon if reservations alone fill it."""
         spent = self.spent_today(now)
         key: str | None = holder
         limit_usd = limits.keys.get(holder, inf)
@@ -188,7 +188,7 @@ class Accounts:
         return Exhausted(key, limit_usd, limit_usd - spent_usd - reserved_usd, usd, until, after_s)
 
     def shares(self, budgets: Budgets, now: datetime) -> dict[str | None, float]:
-        """How much of its budget each holder that has one has spent today; under None, all together."""
+        """Share of today's budget that each caller with one has spent; None: all callers together."""
         spent, lowest = self.spent_today(now), budgets.lowest
         shares: dict[str | None, float] = {who: _share(spent.get(who, 0.0), usd) for who, usd in lowest.keys.items()}
         if lowest.usd_per_day is not None:
@@ -196,7 +196,7 @@ class Accounts:
         return shares
 
     def stats(self, now: datetime, reserved_usd: float, num_feedback: int) -> Stats:
-        """The figures of all calls that were booked here."""
+        """The figures of all booked calls."""
         targets = {
             name: TargetStats(
                 answered=sums.answered,

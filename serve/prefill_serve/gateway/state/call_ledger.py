@@ -1,7 +1,7 @@
-"""What outlives a call: conversations, money, and decisions until their feedback comes. One for all replicas.
+"""The ledger: conversations, spending and calls that await feedback, one for all replicas.
 
-With a folder, all of it is kept there: a journal of calls, and the outcomes that feedback makes of them, which `train`
-and `evaluate` read. Feedback is on the disk, or in the object store, before it is acknowledged.
+With a folder it is persistent: a journal of calls, and the outcomes from feedback, which `train` and `evaluate` read.
+Feedback is durable on disk or in the object store before it is acknowledged.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ from prefill_serve.settings import DailyLimits, LedgerSettings
 
 log = logging.getLogger("ray.serve")
 
-_KEPT = timedelta(days=7)  # a call in the journal, and so the time for its feedback
+_KEPT = timedelta(days=7)  # retention of calls in the journal, and so the deadline for feedback
 _JOURNAL_S = 1.0
-_LOOK_EVERY = 64  # calls that gather
-_UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # calls that are kept where the journal cannot be written, their prompts
-_PATIENCE_S = 1.0  # for the record of a call whose caller is quick to come back to it
+_LOOK_EVERY = 64  # unsaved calls
+_UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # limits on unsaved calls and their prompts
+_PATIENCE_S = 1.0  # a caller may refer to a call before it is recorded
 
 Row = dict[str, Any]
 _T = TypeVar("_T")
 
 
 class UnknownRequest(UserError):  # noqa: N818 - an answer, not a fault
-    """Feedback on a request that nobody remembers."""
+    """Feedback on an unknown request."""
 
 
 class OtherFeedback(UserError):  # noqa: N818 - an answer, not a fault
-    """A request has had other feedback, which stands."""
+    """The request has different feedback, which is final."""
 
 
 class LedgerAway(Exception):  # noqa: N818 - a state, not a fault
-    """The ledger's process does not answer; another one is on its way."""
+    """The ledger's process is unavailable; Serve restarts it."""
 
 
 class NoFeedback(UserError):  # noqa: N818 - an answer, not a fault
-    """There is no folder for feedback."""
+    """The endpoint has no folder for feedback."""
 
 
 _GIVEN = {"not": {"type": "null"}}
@@ -82,16 +82,16 @@ _ONE_WAY: list[Any] = [
 
 
 class Feedback(StrictModel):
-    """Whether the answer to a request was right."""
+    """Whether the answer to a request was correct."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": _ONE_WAY, "examples": [{"request_id": "route-3f2a", "correct": True}]}
     )
 
-    request_id: str = Field(min_length=1, description="Of the answer: its header x-request-id")
-    correct: bool | None = Field(None, description="Was it right; or give a score")
-    score: float | None = Field(None, ge=0.0, le=1.0, description="How right it was")
-    output_tokens: int | None = Field(None, ge=0, lt=1 << 31, description="Its length [what the upstream said]")
+    request_id: str = Field(min_length=1, description="The answer's header x-request-id")
+    correct: bool | None = Field(None, description="Whether the answer was correct; or give a score")
+    score: float | None = Field(None, ge=0.0, le=1.0, description="Degree of correctness")
+    output_tokens: int | None = Field(None, ge=0, lt=1 << 31, description="Length of the answer [the upstream's usage]")
 
     @model_validator(mode="after")
     def _one(self) -> Feedback:
@@ -105,16 +105,16 @@ class Feedback(StrictModel):
 
 
 class Bid(NamedTuple):
-    """What a call may be sent to, and what it is expected to cost there; None where nobody has said."""
+    """A target that a call may be sent to, with its expected cost; None if unknown."""
 
     target: str
     usd: float | None
-    least_usd: float = 0.0  # to reserve: a guess where nobody has said, or the most it can cost where a limit is hard
-    lost_usd: float = 0.0  # what earlier attempts of the same call may have cost
+    least_usd: float = 0.0  # minimum to reserve: a guess, or the maximum cost under a hard limit
+    lost_usd: float = 0.0  # cost of earlier attempts of the same call
 
 
 class CallLedger(Protocol):
-    """As LocalLedger; where it is another process, calls may fail or take long."""
+    """The interface of LocalLedger; calls to another process may fail or take long."""
 
     async def target(self, keys: Sequence[Key]) -> str | None: ...
     async def target_of_answer(self, key: Key) -> str | None: ...
@@ -131,7 +131,7 @@ class LocalLedger:
     def __init__(self) -> None:
         self.settings = LedgerSettings()
         self.accounts, self.conversations, self.metrics = Accounts(), Conversations(), BudgetMetrics()
-        self._accounts_of: defaultdict[str, Accounts] = defaultdict(Accounts)  # each caller's calls alone
+        self._accounts_of: defaultdict[str, Accounts] = defaultdict(Accounts)  # by caller
         self.memory = MemoryMetrics()
         self._remembered: Remembered[_Given] = Remembered()
         self._num_feedback: Counter[str] = Counter()  # by caller
@@ -141,10 +141,10 @@ class LocalLedger:
         self._committing, self._journaling = asyncio.Lock(), asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        REFRESHER.add(self._tell_budgets)  # a new day is told of before its first call
+        REFRESHER.add(self._tell_budgets)  # resets the shares on a new day even without calls
 
     async def configure(self, settings: LedgerSettings) -> None:
-        """Takes over settings; a folder is read first, and what it holds counts as if it had happened here."""
+        """Applies settings. Reads a new folder first and counts its calls as if they had happened here."""
         if settings.folder != self.settings.folder:
             await self._save()
             self._folder = None
@@ -165,7 +165,7 @@ class LocalLedger:
             self._folder = folder
         hard = settings.budgets.hard
         if settings.folder is None and (hard.keys or hard.usd_per_day is not None):
-            log.warning("hard limits forget at a restart what was spent: start the endpoint with --feedback FOLDER")
+            log.warning("hard limits lose today's spending at a restart: start the endpoint with --feedback FOLDER")
         self.settings = settings
         self._tell_budgets()
 
@@ -173,17 +173,17 @@ class LocalLedger:
         self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
 
     async def target(self, keys: Sequence[Key]) -> str | None:
-        """Of the conversation that is found by one of these."""
+        """The target of the conversation with one of these keys."""
         return self.conversations.target(keys)
 
     async def target_of_answer(self, key: Key) -> str | None:
-        """The target that keeps an answer; it is waited for, as its caller may go on before it has been recorded."""
+        """The target that stores an answer; waits a moment, as the answer may not be recorded yet."""
         return await _awaited(lambda: self.conversations.target([key]))
 
     async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
-        """Takes the first bid that budgets have room for, or else the last that hard limits have.
+        """Reserves the first bid that fits all budgets, or else the last that fits the hard limits.
 
-        What a bid costs counts until `record`. A ticket has one reservation at a time, which lapses where its call is
+        The amount counts as spent until `record`. A ticket has one reservation at a time, which lapses if its call is
         never recorded.
         """
         accounts, budgets, now = self.accounts, self.settings.budgets, _now()
@@ -201,11 +201,11 @@ class LocalLedger:
         return Reserved(taken, costs[taken])
 
     async def renew(self, tickets: Sequence[str]) -> None:
-        """Keeps reservations of calls that are still under way."""
+        """Extends the reservations of calls in progress."""
         self.accounts.reservations.renew(tickets)
 
     async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
-        """A call that has ended, and with it what its ticket had reserved."""
+        """Records a finished call and ends its reservation."""
         self.accounts.reservations.end(ticket)
         if served.target is not None and served.end != "routed":
             self.conversations.keep(keys, served.target)
@@ -213,30 +213,30 @@ class LocalLedger:
         self._tell_budgets()
         if self._folder is not None:
             self._unsaved.append(served)
-            if len(self._unsaved) % _LOOK_EVERY == 0:  # where the folder does not answer, they only gather
+            if len(self._unsaved) % _LOOK_EVERY == 0:  # calls accumulate while the folder is unavailable
                 self._unsaved = latest(self._unsaved, _UNSAVED, _UNSAVED_BYTES)
             if self._saver is None or self._saver.done():
                 self._saver = asyncio.create_task(self._save_soon())
 
     async def feedback(self, given: Feedback, holder: str) -> bool:
-        """Records an outcome, and says whether it is new. It is kept for good once this returns.
+        """Records feedback durably; returns False if the same was recorded before.
 
-        Raises UserError where there is no folder, the caller made no such call, or other feedback on it stands.
+        Raises UserError if there is no folder, the caller made no such call, or it has different feedback.
         """
         if self._folder is None:
-            raise NoFeedback("feedback is not recorded here: start the endpoint with --feedback FOLDER")
+            raise NoFeedback("feedback is not enabled: start the endpoint with --feedback FOLDER")
         value, length = _float32(given.value), given.output_tokens
         alias = holder, given.request_id
         if alias not in self._remembered.aliases:
             await _awaited(lambda: self._remembered.call(alias))
         served, known = self._remembered.call(alias), self._remembered.given(alias)
-        if known is not None:  # of a call that may be forgotten by now
+        if known is not None:  # the call itself may be evicted
             if value != known.value or length not in (None, known.output_tokens):
-                raise OtherFeedback(f'request "{given.request_id}": has other feedback, which stands')
+                raise OtherFeedback(f'request "{given.request_id}": already has different feedback, which is final')
             await asyncio.shield(known.written)
             return False
         if served is None or served.target is None or served.prompt_id is None:
-            raise UnknownRequest(f'request "{given.request_id}": is not known, or too old, or had no answer')
+            raise UnknownRequest(f'request "{given.request_id}": not found: it may be too old or have no answer')
         if length is None and served.usage is not None:
             length = served.usage.output_tokens
         new = _Given(value, length)
@@ -249,7 +249,7 @@ class LocalLedger:
         return True
 
     async def stats(self, holder: str | None) -> Stats:
-        """The figures of one caller; None: those of all callers together."""
+        """The figures of one caller, or of all callers for None."""
         reserved_usd = self.accounts.reservations.usd()
         if holder is None:
             return self.accounts.stats(_now(), sum(reserved_usd.values()), self._num_feedback.total())
@@ -257,7 +257,7 @@ class LocalLedger:
         return accounts.stats(_now(), reserved_usd.get(holder, 0.0), self._num_feedback[holder])
 
     async def close(self) -> None:
-        """Saves what has not been."""
+        """Saves unsaved calls and pending feedback."""
         await self._save()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -268,7 +268,7 @@ class LocalLedger:
         self.memory.holds(len(self._remembered), self._remembered.prompt_bytes)
 
     async def _commit(self, folder: _Folder) -> None:
-        """Writes all feedback that waits, as one file: while it does, more can gather for the next."""
+        """Writes all pending feedback as one file; more accumulates meanwhile for the next."""
         async with self._committing:
             batch, self._pending = self._pending, []
             if not batch:
@@ -276,18 +276,18 @@ class LocalLedger:
             try:
                 await asyncio.to_thread(folder.write_outcomes, batch)
             except Exception as error:
-                log.exception("feedback was not written")
+                log.exception("feedback not written")
                 for given, served in batch:
                     self._remembered.take_back(served.call_id)
                     self._num_feedback[served.holder] -= 1
                     given.written.set_exception(error)
-                    given.written.exception()  # its callers may have gone
+                    given.written.exception()  # its callers may have disconnected
                 return
             for given, _ in batch:
                 given.written.set_result(None)
 
     async def _save_soon(self) -> None:
-        while self._unsaved and self._folder is not None:  # more may come while it is saved
+        while self._unsaved and self._folder is not None:  # more may arrive while saving
             await asyncio.sleep(_JOURNAL_S)
             await self._save()
 
@@ -298,12 +298,12 @@ class LocalLedger:
                 try:
                     await asyncio.to_thread(self._folder.write_calls, calls)
                 except Exception:
-                    log.exception("calls were not written to the journal: they go with the next ones")
+                    log.exception("calls not written to the journal: they will be retried with the next ones")
                     self._unsaved = latest([*calls, *self._unsaved], _UNSAVED, _UNSAVED_BYTES)
 
 
 class _Given:
-    """Feedback on a call; `written` is done once it is kept. Belongs to the event loop that it is made on."""
+    """Feedback on a call; `written` completes once it is durable. Bound to one event loop."""
 
     def __init__(self, value: float, output_tokens: int | None) -> None:
         self.value, self.output_tokens = value, output_tokens
@@ -311,18 +311,18 @@ class _Given:
 
 
 class _Folder:
-    """The ledger's folder: journal/, outcomes/ and prompts/."""
+    """The ledger's folder, with subfolders journal, outcomes and prompts."""
 
     def __init__(self, uri: str) -> None:
         self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
         self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_outcomes)
         self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
-        self._kept_prompts = LatestNames()  # one that is forgotten may be kept again, which changes nothing
+        self._kept_prompts = LatestNames()  # an evicted id may be stored twice, which is harmless
 
     def read(self, since: datetime) -> tuple[list[Served], list[Row], Counter[str]]:
-        """Calls since a time and the latest outcomes, each once, and how many outcomes there are, by caller.
+        """Returns the calls since a time, the latest outcomes, and the number of outcomes by caller, each deduplicated.
 
-        Calls whose prompts are too many to be held have none any more, and so no feedback.
+        Calls whose prompts exceed the memory limit come without them and can get no feedback.
         """
         self.journal.forget(since)
         self._kept_prompts.update(self.prompts.read(_decode_prompt_ids))
@@ -346,7 +346,7 @@ class _Folder:
     def write_outcomes(self, batch: Sequence[tuple[_Given, Served]]) -> None:
         prompts = {served.prompt_id: served.prompt for _, served in batch if served.prompt is not None}
         new = {key: prompt for key, prompt in prompts.items() if key not in self._kept_prompts}
-        if new:  # before the outcomes: none should be without its prompt
+        if new:  # before the outcomes, so that none lacks its prompt
             self.prompts.write([{PROMPT_ID: key, PROMPT: prompt} for key, prompt in new.items()], _now())
             self._kept_prompts.update(new)
             _tidy(self.prompts)
@@ -355,11 +355,11 @@ class _Folder:
 
 
 def _tidy(segments: Segments[Any]) -> None:
-    """What was written is kept, whether or not this succeeds."""
+    """Merges small files; a failure loses nothing."""
     try:
         segments.merge(_now())
     except Exception:
-        log.exception("small files were not made one", extra={"folder": segments.uri})
+        log.exception("small files not merged", extra={"folder": segments.uri})
 
 
 def _outcome(given: _Given, served: Served) -> Row:
@@ -391,7 +391,7 @@ def _encode_outcomes(rows: Sequence[Row]) -> bytes:
 
 
 def _decode_outcomes(data: bytes) -> list[Row]:
-    """Files of before name neither the caller nor the call, and have each request id once."""
+    """Older files lack caller and call id, and have each request id once."""
     return [{CALLER: None, CALL_ID: row[REQUEST_ID], **row} for row in _decode_table(data)]
 
 
@@ -423,7 +423,7 @@ def _decode_prompts(data: bytes) -> list[Row]:
 
 
 async def _awaited(find: Callable[[], _T | None]) -> _T | None:
-    """What is found within a moment."""
+    """Polls `find` for a moment until it returns a value."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + _PATIENCE_S
     while (found := find()) is None and clock() < deadline:
@@ -432,7 +432,7 @@ async def _awaited(find: Callable[[], _T | None]) -> _T | None:
 
 
 def _float32(value: float) -> float:
-    """As the outcomes hold it."""
+    """Rounds as the outcomes file does."""
     return float(pa.scalar(value, pa.float32()).as_py())
 
 

@@ -1,4 +1,4 @@
-"""Which target a conversation has: by the caller's own id of it, or by what was said before."""
+"""The target of each conversation, found by the caller's session id or by the messages so far."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a ledger's process needs none of it
+if TYPE_CHECKING:  # not needed in the ledger's process
     from prefill_serve.gateway.openai_calls import Body, Call
 
 Key = bytes
-_REMEMBERED = 200_000  # conversations: some 200 bytes each
+_REMEMBERED = 200_000  # conversations, about 200 bytes each
 
 
 def keys_of(call: Call, holder: str, session: str | None) -> tuple[list[Key], Key]:
-    """Where the target of the call's conversation may be found, the likeliest first; and where it is to be kept.
+    """Returns the keys to look up the conversation's target, best first, and the key to store it under.
 
-    Without an id, what a call says is found again before the answer that followed it. Nobody finds what another
-    holder's key began.
+    Without a session id, a call is found by its messages before each earlier answer. Keys include the caller, so
+    callers never find each other's conversations.
     """
     if call.continues is not None:
         return [answer_key(holder, call.continues)], _key(holder, "next", call.continues)
-    if session:  # an empty header is none
+    if session:  # ignore an empty header
         key = _key(holder, "session", session)
         return [key], key
     digest = hashlib.sha256(_key(holder, "said", ""))
@@ -36,18 +36,18 @@ def keys_of(call: Call, holder: str, session: str | None) -> tuple[list[Key], Ke
 
 
 def answer_key(holder: str, answer_id: str) -> Key:
-    """Of an answer that an upstream keeps, and that only it can go on from."""
+    """The key of an answer stored by an upstream, which no other target can continue."""
     return _key(holder, "answer", answer_id)
 
 
 class Conversations:
-    """The targets of the latest conversations."""
+    """The targets of the most recent conversations."""
 
     def __init__(self) -> None:
         self._targets: OrderedDict[Key, str] = OrderedDict()
 
     def target(self, keys: Sequence[Key]) -> str | None:
-        """That of the first key which is known."""
+        """The target of the first known key."""
         return next((self._targets[key] for key in keys if key in self._targets), None)
 
     def keep(self, keys: Sequence[Key], target: str) -> None:
@@ -63,6 +63,6 @@ def _key(*parts: str) -> Key:
 
 
 def _said(message: Body) -> bytes:
-    """What of a message tells it from others, however its sender writes it."""
+    """The content that identifies a message, independent of its encoding."""
     what = [message.get("role"), message.get("content") or "", message.get("tool_calls") or []]
     return json.dumps(what, sort_keys=True).encode()

@@ -1,7 +1,7 @@
-"""What the ledger keeps in memory of calls and of feedback: the latest, within bounds of their number and size.
+"""The ledger's in-memory store of recent calls and feedback, bounded in number and size.
 
-A folder keeps all of it. What is forgotten here can have no feedback any more, and feedback that is sent again is not
-known to have been.
+The folder stores all of them. A call that is evicted here can get no feedback, and repeated feedback on it is no longer
+recognized.
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ from typing import Any, Generic, TypeVar
 
 from prefill_serve.gateway.call_record import Served
 
-Alias = tuple[str, str]  # a caller, and the request id that the caller gave or was told
+Alias = tuple[str, str]  # caller and request id
 
 MOST_CALLS = 200_000
-MOST_PROMPT_BYTES = 256 << 20  # of the prompts that calls bring along, where prompts are kept
+MOST_PROMPT_BYTES = 256 << 20  # of the stored calls' prompts
 
 Given = TypeVar("Given")
 
 
 class Remembered(Generic[Given]):
-    """Calls, and what was given for them. The oldest are forgotten first.
+    """Calls and their feedback, with the oldest evicted first.
 
-    A request id counts for its caller only: others may use the same one, and do not find the call. Where a caller gives
-    several calls one id, all are remembered, and the id finds the latest.
+    Request ids are looked up per caller. If a caller reuses an id, all calls are stored, and the id finds the latest.
     """
 
     def __init__(self, most_calls: int = MOST_CALLS, most_prompt_bytes: int = MOST_PROMPT_BYTES) -> None:
         self.most_calls, self.most_prompt_bytes = most_calls, most_prompt_bytes
         self.prompt_bytes = 0
         self.num_forgotten = 0  # calls
-        self.aliases: dict[Alias, str] = {}  # the call_id of the latest, which may be forgotten but for what was given
-        self._calls: OrderedDict[str, Served] = OrderedDict()  # by call_id, as all that follows
-        self._given: dict[str, Given] = {}  # of these calls
-        self._former: OrderedDict[str, tuple[Alias, Given]] = OrderedDict()  # of calls that are forgotten
+        self.aliases: dict[Alias, str] = {}  # call_id of the latest call, whose feedback may outlive it
+        self._calls: OrderedDict[str, Served] = OrderedDict()  # by call_id, as below
+        self._given: dict[str, Given] = {}  # of stored calls
+        self._former: OrderedDict[str, tuple[Alias, Given]] = OrderedDict()  # of evicted calls
 
     def __len__(self) -> int:
-        """Calls."""
+        """The number of calls."""
         return len(self._calls)
 
     def __contains__(self, call_id: str) -> bool:
@@ -49,7 +48,7 @@ class Remembered(Generic[Given]):
         return self._calls.get(self.aliases.get(alias, ""))
 
     def add(self, served: Served) -> None:
-        """A call that is not remembered yet; what was given for it may be."""
+        """Adds a new call, whose feedback may already be here."""
         self._calls[served.call_id] = served
         self.aliases[served.alias] = served.call_id
         self.prompt_bytes += num_bytes(served)
@@ -75,7 +74,7 @@ class Remembered(Generic[Given]):
         self._keep_former(alias, call_id, given)
 
     def take_back(self, call_id: str) -> None:
-        """What was given."""
+        """Removes feedback."""
         self._given.pop(call_id, None)
         self._former.pop(call_id, None)
 
@@ -100,7 +99,7 @@ class Remembered(Generic[Given]):
 
 
 class LatestNames:
-    """Names that were met, the latest of them."""
+    """A set of the most recent names."""
 
     def __init__(self, most: int = MOST_CALLS) -> None:
         self.most = most
@@ -118,7 +117,7 @@ class LatestNames:
 
 
 def latest(calls: list[Served], most: int, most_bytes: int) -> list[Served]:
-    """The last calls, so many that they stay within a number and a size of their prompts."""
+    """The last calls, bounded in number and in bytes of their prompts."""
     size = 0
     for place in range(len(calls) - 1, max(-1, len(calls) - most - 1), -1):
         size += num_bytes(calls[place])
@@ -128,7 +127,7 @@ def latest(calls: list[Served], most: int, most_bytes: int) -> list[Served]:
 
 
 def bound_prompts(calls: Iterable[Served], most_bytes: int = MOST_PROMPT_BYTES) -> list[Served]:
-    """Calls, each once, of which the latest alone have their prompts; the others can have no feedback."""
+    """Deduplicates calls, and drops the oldest prompts above a size; calls without one can get no feedback."""
     found: dict[str, Served] = {}
     holding: deque[str] = deque()
     size = 0
@@ -146,7 +145,7 @@ def bound_prompts(calls: Iterable[Served], most_bytes: int = MOST_PROMPT_BYTES) 
 
 
 def num_bytes(served: Served) -> int:
-    """What a call's prompt takes of the memory."""
+    """Memory used by a call's prompt."""
     prompt: Any = served.prompt
     if isinstance(prompt, list):
         return sum(sys.getsizeof(text) for message in prompt for text in message.values())

@@ -1,4 +1,4 @@
-"""What calls under way are expected to cost: it counts as if it were spent, until what they did cost is known."""
+"""Reservations: the expected cost of calls in progress, which counts as spent until the actual cost is known."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from datetime import datetime
 from time import monotonic
 from typing import NamedTuple
 
-LAPSES_S = 600.0  # unless renewed: where a replica dies, nobody says what became of its calls
-_PER_USD = 10**12  # whole numbers, so that what is given back leaves nothing
+LAPSES_S = 600.0  # unless renewed: a dead replica never ends its reservations
+_PER_USD = 10**12  # integers, so that ended reservations sum to exactly 0
 
 
 class Reserved(NamedTuple):
-    """The bid that was taken, by its place, and what is reserved for it."""
+    """The index of the bid taken, and the amount reserved for it."""
 
     bid: int
     usd: float
 
 
 class Exhausted(NamedTuple):
-    """Why a call is refused: a hard limit has no room for it before `until`."""
+    """A hard limit that has no room for a call before `until`."""
 
-    key: str | None  # None: of all together
+    key: str | None  # the caller; None: all callers together
     limit_usd: float
     left_usd: float
     call_usd: float
@@ -37,22 +37,22 @@ class _Reservation(NamedTuple):
 
 
 class Reservations:
-    """By ticket: each call has one of its own. `clock` counts seconds."""
+    """Reservations by ticket, one per call. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._under_way: OrderedDict[str, _Reservation] = OrderedDict()  # the oldest first
-        self._parts: Counter[str] = Counter()  # by holder
+        self._parts: Counter[str] = Counter()  # by caller
 
     def make(self, ticket: str, holder: str, usd: float) -> None:
-        """In place of what the ticket had."""
+        """Makes a reservation, replacing the ticket's previous one."""
         self.end(ticket)
         made = _Reservation(holder, round(usd * _PER_USD), self._clock() + LAPSES_S)
         self._under_way[ticket] = made
         self._parts[holder] += made.parts
 
     def renew(self, tickets: Iterable[str]) -> None:
-        """Puts off their lapse; some may have ended."""
+        """Extends reservations; ignores unknown tickets."""
         for ticket in tickets:
             if ticket in self._under_way:
                 until = self._clock() + LAPSES_S
@@ -60,7 +60,7 @@ class Reservations:
                 self._under_way.move_to_end(ticket)
 
     def end(self, ticket: str) -> None:
-        """There may be none."""
+        """Ends a reservation, if there is one."""
         ended = self._under_way.pop(ticket, None)
         if ended is not None:
             self._parts[ended.holder] -= ended.parts
@@ -68,7 +68,7 @@ class Reservations:
                 del self._parts[ended.holder]
 
     def usd(self) -> dict[str, float]:
-        """By holder."""
+        """Reserved USD by caller."""
         while self._under_way and next(iter(self._under_way.values())).until <= self._clock():
             self.end(next(iter(self._under_way)))
         return {holder: parts / _PER_USD for holder, parts in self._parts.items()}

@@ -1,6 +1,7 @@
-"""Rows that are kept: in files that are whole or absent, of which many small ones become one.
+"""Stores rows in immutable files, and merges many small files into one.
 
-Where a process dies between writing the one and removing the many, rows lie twice: readers tell them by their ids.
+If the process dies between writing the merged file and removing the small ones, rows are duplicated: readers
+deduplicate by id.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SMALL_BYTES = 4 << 20
 
 
 class Segments(Generic[Row]):
-    """A folder of files that are named by when they were written. One process at a time writes."""
+    """A folder of files named by their time of writing, with a single writer."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Segments(Generic[Row]):
         self._encode, self._decode = encode, decode
 
     def write(self, rows: Sequence[Row], at: datetime) -> None:
-        """On the disk, or in the object store, once it returns."""
+        """Writes rows as a new file; they are durable when this returns."""
         name = f"{at.strftime(_TIME)}-{uuid.uuid4().hex[:12]}{self.suffix}"
         storage.write_bytes(storage.join(self.uri, name), self._encode(rows))
 
@@ -43,14 +44,14 @@ class Segments(Generic[Row]):
     @overload
     def read(self, decode: Callable[[bytes], list[Part]]) -> Iterator[Part]: ...
     def read(self, decode: Callable[[bytes], list[Any]] | None = None) -> Iterator[Any]:
-        """All rows, or what `decode` takes of them, the oldest file first. A few files at a time are held."""
+        """Yields all rows, or the output of `decode`, oldest file first. Holds a few files in memory at a time."""
         uris = [storage.join(self.uri, name) for name in self._names()]
         for start in range(0, len(uris), _READ_FILES):
             for data in storage.read_many(uris[start : start + _READ_FILES]):
                 yield from (decode or self._decode)(data)
 
     def merge(self, at: datetime) -> None:
-        """Makes one file of many small ones, where there are many."""
+        """Merges small files into one, if there are at least MOST_FILES of them."""
         uris = [storage.join(self.uri, name) for name in self._names()]
         uris = [uri for uri in uris if storage.size_bytes(uri) < SMALL_BYTES] if len(uris) >= MOST_FILES else []
         if len(uris) < MOST_FILES:
@@ -60,7 +61,7 @@ class Segments(Generic[Row]):
             storage.remove(uri)
 
     def forget(self, before: datetime) -> None:
-        """Removes the files that were written before."""
+        """Removes files written before a time."""
         for name in self._names():
             if name < before.strftime(_TIME):
                 storage.remove(storage.join(self.uri, name))

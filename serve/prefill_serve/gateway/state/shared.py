@@ -1,4 +1,4 @@
-"""The ledger as a deployment of its own: one for all replicas of the endpoint."""
+"""The ledger as a Ray Serve deployment, shared by all replicas of the endpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TIMEOUT_S = 10.0
     ray_actor_options={"num_cpus": 0},
 )
 class SharedLedger(LocalLedger):
-    """What `RemoteLedger` speaks to."""
+    """The ledger's deployment, called through `RemoteLedger`."""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self.configure(validate(LedgerSettings, user_config, "ledger"))
@@ -40,7 +40,7 @@ class SharedLedger(LocalLedger):
 
 
 class RemoteLedger:
-    """The ledger as a replica has it. Calls raise what the ledger does, and LedgerAway."""
+    """A replica's client of the shared ledger. Calls raise what LocalLedger's do, and LedgerAway."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
