@@ -1,4 +1,4 @@
-"""The API in this process: no Ray, no socket, a real router around the tiny model."""
+"""The API in this process, without Ray or sockets, on a real router with the tiny model."""
 
 from __future__ import annotations
 

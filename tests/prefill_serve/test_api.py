@@ -1,4 +1,4 @@
-"""Requests as a caller sends them, answers and errors as one sees them."""
+"""The HTTP API as a caller sees it: requests, answers and errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_answer_is_the_routers_own(api: Api, router: str) -> None:
 
 
 def test_what_is_served_is_what_was_computed_offline(api: Api, router: str) -> None:
-    """Many at once, so that batches, memory and cache are on the way."""
+    """Many at once, to involve batches, prefix cache and estimate cache."""
     prompts = [f"what is {a} plus {b}" for a in range(12) for b in range(12)]
     expected = Router.load(router).predict(prompts).p_correct
     with ThreadPoolExecutor(16) as pool:
@@ -121,7 +121,7 @@ def test_instructions_and_tools_of_a_response_are_read_as_the_gateway_reads_them
     assert answer["metadata"]["noted"] == {"tool_calls": 1}
     expected = api.post({"messages": as_messages}).json()
     assert answer["p_correct"] == expected["p_correct"]
-    assert expected["metadata"]["is_cached"]  # it is the same prompt
+    assert expected["metadata"]["is_cached"]  # same prompt
     ignored = api.post({"messages": as_messages, "instructions": "name a river"}).json()["metadata"]["ignored"]
     assert ignored == ["instructions"]
 
@@ -273,7 +273,7 @@ def test_a_body_without_a_length_is_bounded_too(api: Api, router: str) -> None:
     "path", ["/v1/route", "/v1/route/batch", "/v1/chat/completions", "/v1/responses", "/v1/feedback"]
 )
 def test_a_number_of_thousands_of_digits_is_the_callers_fault(api: Api, path: str) -> None:
-    """Python refuses to convert numbers of more than 4,300 digits, wherever they are."""
+    """Python does not convert numbers of more than 4,300 digits."""
     digits, json_type = "9" * 5000, {"content-type": "application/json"}
     stated = api.client.post(path, content=b"{}", headers={**json_type, "content-length": digits})
     assert (stated.status_code, stated.json()["error"]["code"]) == (413, "request_too_large")
@@ -296,7 +296,7 @@ def test_a_caller_who_hangs_up_is_no_fault_of_ours(
         messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"pro', "more_body": True}]
 
         async def receive() -> dict[str, Any]:
-            if len(messages) == 1 and how == "is cancelled":  # as Ray Serve's proxy tells
+            if len(messages) == 1 and how == "is cancelled":  # Ray Serve's way to report a disconnect
                 asked.set()
                 await left.wait()
             return messages.pop() if messages else {"type": "http.disconnect"}
@@ -355,7 +355,7 @@ def test_settings_say_whether_the_endpoint_is_open(router: str) -> None:
 
 @pytest.fixture(scope="module")
 def other(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A router on the same encoder that is sure of "small"."""
+    """A router on the same encoder that always prefers "small"."""
     loaded = Router.load(router)
     out = str(tmp_path_factory.mktemp("other") / "router")
     turned = loaded.with_pool(loaded.pool.model_copy(update={"targets": loaded.pool.targets[::-1]}))
@@ -436,7 +436,7 @@ def test_a_canary_answers_its_share_and_a_prompt_always_goes_the_same_way(api: A
 def test_a_shadow_is_asked_and_logged_and_not_used(
     api: Api, router: str, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    api.post({"prompt": "name a big river"})  # what is remembered of it does not stand for the shadow's opinion
+    api.post({"prompt": "name a big river"})  # the cached reading lacks the shadow's estimate
     api.settle()
     api.configure(router=router, shadow=other)
     with caplog.at_level("INFO", "ray.serve"):
@@ -470,13 +470,13 @@ def test_an_engine_closes_once_its_last_prompt_is_done(router: str) -> None:
         ((0.5, 2.0), [True, False]),
         ((0.5, 0.5), [True, True]),
         ((0.5, 0.7, 2.0, 2.0), [True, True, False, False]),
-        ((2.0, 0.5), [False, False]),  # the reading is under way
+        ((2.0, 0.5), [False, False]),  # the reading is in progress
     ],
 )
 def test_nobody_is_refused_for_another_callers_lack_of_patience(
     router: str, monkeypatch: pytest.MonkeyPatch, patience_s: tuple[float, ...], refused: list[bool]
 ) -> None:
-    """Though equal prompts that come at once share a reading."""
+    """Although equal prompts that arrive together share a reading."""
 
     async def scenario() -> list[Any]:
         endpoint = Endpoint()

@@ -1,4 +1,4 @@
-"""What the application asks of the cluster."""
+"""Resources that the application requests from the cluster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from prefill_serve.app import AppArgs, build_app
 
 @pytest.mark.parametrize(("gpus", "asked"), [(None, 0.0), (0.5, 0.5), (1, 1.0)])
 def test_a_replica_waits_for_the_gpus_that_it_is_told_of(gpus: float | None, asked: float) -> None:
-    """Though the cluster has none now: it may bring up a node for them."""
+    """Even if the cluster has none now: it may add a node."""
     app = build_app(AppArgs(router="s3://bucket/router", open=True, gpus=gpus))
     assert app._bound_deployment.ray_actor_options["num_gpus"] == asked

@@ -1,4 +1,4 @@
-"""Callers with keys of their own: what one does is hidden from all others but administrators."""
+"""Callers with their own keys: only administrators see what other callers do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ASKED = "what is one plus two"
 
 
 def by(name: str, **headers: str) -> dict[str, dict[str, str]]:
-    """Options of a request by one of the callers, whose key is their name."""
+    """Request options of a caller, whose key is its name."""
     return {"headers": {"authorization": f"Bearer {name}", **{key.replace("_", "-"): v for key, v in headers.items()}}}
 
 
 @pytest.fixture
 def closed(api: Api, router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    """An endpoint with keys, which takes feedback."""
+    """An endpoint with keys and feedback."""
     monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
     api.configure(router=router, **CLOSED)
     api.keep(folder=str(tmp_path / "kept"))
@@ -58,7 +58,7 @@ def test_callers_with_one_request_id_give_feedback_on_their_own_requests(closed:
 
 
 def test_feedback_on_another_callers_request_is_answered_as_on_none(closed: Api) -> None:
-    """Whatever is guessed, whether or not the request exists, and whether or not it has had feedback."""
+    """For any guess, whether or not the request exists or already has feedback."""
     for request_id in ("judged", "not-judged"):
         closed.post({"prompt": ASKED}, **by("ann", x_request_id=request_id)).raise_for_status()
     closed.settle()
@@ -84,7 +84,7 @@ def test_no_caller_learns_that_another_has_asked_the_same_prompt(closed: Api) ->
     assert not metadata("ann")["is_cached"]
     of_bob = metadata("bob")
     assert not of_bob["is_cached"]
-    assert of_bob["timings_ms"]["tokenize"] > 0.0  # it was read, and the answer comes no sooner
+    assert of_bob["timings_ms"]["tokenize"] > 0.0  # encoded again, so that timing reveals nothing
     assert metadata("ann")["is_cached"]
     assert metadata("bob")["is_cached"]
 
@@ -152,7 +152,7 @@ def gateway(router: str, upstreams: dict[str, Upstream], tmp_path_factory: pytes
 def test_no_caller_goes_on_from_another_callers_answer(
     gateway: Gateway, upstreams: dict[str, Upstream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Upstreams keep the answers to all callers under one key, and would."""
+    """Upstreams store all callers' answers under one key, and would continue any."""
     monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
     first = gateway.post("/v1/responses", {"input": ASKED, "models": ["big"]}, **by("ann")).raise_for_status().json()
     refusals = set()
@@ -170,7 +170,7 @@ def test_no_caller_goes_on_from_another_callers_answer(
 
 @pytest.mark.parametrize("model", ["auto", "small"])
 def test_a_caller_goes_on_from_an_answer_at_once(gateway: Gateway, model: str) -> None:
-    """Though it is recorded only after it has been sent."""
+    """Although the answer is recorded only after it was sent."""
     answer_id = None
     for turn in range(5):
         body = {"input": f"{turn} {ASKED}", "model": model, "previous_response_id": answer_id}

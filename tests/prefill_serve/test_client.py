@@ -1,4 +1,4 @@
-"""The client for scripts, before an endpoint that is busy."""
+"""The client for scripts, against a busy endpoint."""
 
 from __future__ import annotations
 

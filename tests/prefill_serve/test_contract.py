@@ -1,4 +1,4 @@
-"""Requests that nobody meant: made from the OpenAPI document, and bodies that were damaged."""
+"""Fuzzing: requests generated from the OpenAPI document, and damaged bodies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_damaged_bodies_are_answered_in_the_documented_shape(api: Api) -> None:
 
 @pytest.fixture
 def url(router: str) -> Iterator[str]:
-    """The API on a socket, for a tool that brings its own client; no target can answer."""
+    """The API on a socket, for Schemathesis; no target can answer."""
     with Gateway(router=router) as gateway:
         yield gateway.url
 
@@ -69,7 +69,7 @@ def test_schemathesis_finds_no_violation(url: str) -> None:
         @given(case=operation.as_strategy())
         def check(case: schemathesis.Case) -> None:
             response = case.call()
-            # No schema can say that any field may be there but one that is nearly ours.
+            # A schema cannot express that any field is allowed except near misses of ours.
             if b"unknown field, did you mean" not in response.content:
                 case.validate_response(response)
 

@@ -1,4 +1,4 @@
-"""Gauges of the endpoint and the gateway stay exported while nobody calls, and end with what they are about."""
+"""Gauges of endpoint and gateway stay exported while idle, and are removed with their subject."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Told = list[tuple[Any, float, dict[str, str]]]
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    """What gauges were set to, in turn."""
+    """Records the values that gauges are set to."""
     values: Told = []
     monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags=None: values.append((gauge, value, tags or {})))
     return values
 
 
 def refreshed(told: Told, kept: KeptGauge) -> list[tuple[float, dict[str, str]]]:
-    """What a gauge is set to while nothing happens."""
+    """The value that the refresher sets a gauge to."""
     told.clear()
     REFRESHER.refresh()
     return [(value, tags) for gauge, value, tags in told if gauge is kept.gauge]
@@ -47,7 +47,7 @@ def test_an_upstream_that_is_left_alone_is_told_of_without_a_call(told: Told) ->
 
 
 def test_an_upstream_that_is_not_there_any_more_is_not_told_of(told: Told) -> None:
-    """Nor one that is reached otherwise now: nobody has failed to."""
+    """Nor for a target whose upstream changed: its breaker is new."""
 
     def endpoint(url: str) -> Any:
         way = {"base_url": url, "model": "m"}
@@ -72,7 +72,7 @@ def test_an_upstream_that_is_not_there_any_more_is_not_told_of(told: Told) -> No
 
 
 def test_budgets_are_told_of_without_a_call(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share that was spent, after midnight that of the new day, and none where there is no budget any more."""
+    """The spent share resets at midnight, and is removed with its budget."""
 
     async def scenario() -> None:
         ledger = LocalLedger()
@@ -92,7 +92,7 @@ def test_budgets_are_told_of_without_a_call(told: Told, monkeypatch: pytest.Monk
 
 
 def test_a_label_does_not_name_who_has_a_key() -> None:
-    """It is what the README's command prints, and no key's name is taken for the sum of all."""
+    """It matches the README's command, and no caller's name collides with the label of the sum."""
     shell = subprocess.run(
         "printf %s ann | sha256sum | cut -c1-12", shell=True, capture_output=True, text=True, check=True
     )

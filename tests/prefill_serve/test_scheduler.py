@@ -1,4 +1,4 @@
-"""Lanes with work that tests hold up and let go, so that what is decided meanwhile can be seen."""
+"""Lanes whose work blocks until a test releases it, to observe decisions meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefill_serve.scheduler import Batch, Lanes, Overloaded
 
 
 class Held:
-    """Work that waits until it is let go, and notes its batches and how many cores its thread has."""
+    """Work that blocks until released, and records its batches and its thread's core count."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -82,7 +82,7 @@ def test_more_than_the_wait_allows_is_refused_and_the_refusal_says_for_how_long(
 
     async def scenario() -> None:
         lanes: Lanes[int, int] = Lanes(slow, 1, 100)
-        await lanes.submit(0, 100)  # tells the rate: 1,000 tokens a second
+        await lanes.submit(0, 100)  # sets the rate: 1,000 tokens a second
         accepted = [asyncio.create_task(lanes.submit(i, 100, max_wait_s=0.5)) for i in range(4)]
         await asyncio.sleep(0)
         late = [asyncio.create_task(lanes.submit(i, 5000, max_wait_s=0.5)) for i in (4, 5)]

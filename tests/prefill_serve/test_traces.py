@@ -1,4 +1,4 @@
-"""Spans of a request, as a collector gets them by OTLP."""
+"""Spans of a request, as an OTLP collector receives them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Collector:
 
 
 def ancestors(span: Span, spans: dict[str, Span]) -> set[bytes]:
-    """FastAPI has spans of its own in between."""
+    """FastAPI adds spans in between."""
     by_id = {each.span_id: each for each in spans.values()}
     found = set()
     while (parent := by_id.get(span.parent_span_id)) is not None:

@@ -1,4 +1,4 @@
-"""Callers that mean harm, on a socket: before HAProxy with the endpoint's config, and before a replica itself."""
+"""Malicious callers on a socket: against HAProxy with the endpoint's config, and against a replica directly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROUTE = {"prompt": "what is one plus two"}
 
 @pytest.fixture(scope="module")
 def replica(router: str) -> Iterator[Gateway]:
-    """The API that asks for a key, on uvicorn, as in a replica."""
+    """The API with a key, on uvicorn as in a replica."""
     keys = {"ann": f"sha256:{hashlib.sha256(KEY.encode()).hexdigest()}"}
     with Gateway(router=router, keys=keys, open=False, limits={"wait_s": 120.0}) as gateway:
         yield gateway
@@ -53,7 +53,7 @@ def recorded() -> Iterator[tuple[Proxy, Recorder]]:
 
 
 def route(port: int) -> httpx.Response:
-    """A caller like any other."""
+    """A well-behaved caller."""
     url, headers = f"http://127.0.0.1:{port}/v1/route", {"authorization": f"Bearer {KEY}"}
     return httpx.post(url, json=ROUTE, headers=headers, timeout=120)
 
@@ -83,7 +83,7 @@ def test_what_reaches_a_replica_is_one_request_that_can_be_read_in_one_way(
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_attack_passes_the_gate_or_is_the_replicas_trouble(proxy: Proxy, replica: Gateway, attack: str) -> None:
-    """Behind HAProxy, and without it, as where another proxy stands there. The next caller notices nothing."""
+    """With and without HAProxy, as another proxy may replace it. The next caller is not affected."""
     assert status_of(exchange(proxy.port, ATTACKS[attack])) in REFUSED
     direct = exchange(replica.port, ATTACKS[attack])
     assert status_of(direct) in REFUSED
@@ -144,7 +144,7 @@ def test_who_stops_in_the_middle_is_left_in_time(proxy: Proxy, sent: bytes, with
 
 
 def test_who_sends_a_byte_now_and_then_is_left_in_time(proxy: Proxy) -> None:
-    """Each byte is in time by itself."""
+    """Although no single byte is late."""
     started = monotonic()
     with socket.create_connection(("127.0.0.1", proxy.port)) as client:
         client.sendall(b"GET /v1/stats HTTP/1.1\r\nX: ")
@@ -161,13 +161,13 @@ def test_who_sends_a_byte_now_and_then_is_left_in_time(proxy: Proxy) -> None:
 
 
 def test_a_late_body_is_an_error_as_all_others(proxy: Proxy) -> None:
-    """What is no request yet, or none any more, gets a page of HAProxy's own."""
+    """Invalid HTTP gets HAProxy's own error page."""
     late = exchange(proxy.port, request("POST /v1/route", "Content-Length: 10", body=b"x"))
     assert json.loads(late.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
 
 def test_an_answer_may_take_longer_than_its_caller_may_be_silent() -> None:
-    """As those of upstreams do: only who has something to send, or to read, must not be silent."""
+    """As answers of upstreams do: only a side that has data to send or read must not be silent."""
     recorder = Recorder(waits_s=0.4)
     with haproxy_before([recorder.port], {"timeout client": "200ms"}) as proxy:
         assert status_of(exchange(proxy.port, request("GET /v1/stats"))) == 200
@@ -179,7 +179,7 @@ def test_a_body_must_be_whole_in_time_and_its_answer_may_take_longer() -> None:
         pass
 
     async def body(*pieces: bytes) -> bytes:
-        """Pieces that come at once, and then nothing until the caller leaves."""
+        """Body pieces without delay, then nothing until the caller disconnects."""
         messages: Iterator[Message] = iter(
             {"type": "http.request", "body": piece, "more_body": n < 2} for n, piece in enumerate(pieces)
         )
@@ -200,12 +200,12 @@ def test_a_body_must_be_whole_in_time_and_its_answer_may_take_longer() -> None:
 
 # --- callers that are many -------------------------------------------------------------------------------------------
 
-MOST_BYTES = 64 << 20  # that HAProxy may grow by, with 4,096 connections of which none has a request
+MOST_BYTES = 64 << 20  # growth of HAProxy with 4,096 connections without a request
 
 
 @pytest.fixture
 def idle() -> Iterator[list[socket.socket]]:
-    """10,000 connections, or as many as this process may have. Most of them wait at HAProxy's door."""
+    """10,000 connections, or as many as this process may open. Most of them wait to be accepted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 12_000 if hard == resource.RLIM_INFINITY else min(hard, 12_000)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

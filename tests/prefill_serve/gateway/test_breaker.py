@@ -1,4 +1,4 @@
-"""The circuit breaker, with a clock that tests set."""
+"""The circuit breaker, with a fake clock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fail(breaker: Breaker, callers: Iterable[str]) -> None:
 
 
 def until_probed_s(breaker: Breaker, clock: Clock) -> float:
-    """How long it takes from now on until the breaker wants a probe."""
+    """Seconds until the breaker wants a probe."""
     start_s = clock.now_s
     while not breaker.wants_probe:
         clock.now_s += 0.5

@@ -1,4 +1,4 @@
-"""The record of a call, as a line of the journal."""
+"""Call records as lines of the journal."""
 
 from __future__ import annotations
 

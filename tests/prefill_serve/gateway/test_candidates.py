@@ -1,4 +1,4 @@
-"""Which targets come into question for a call, and in which order where no router chose."""
+"""Targets that can take a call, and their default order."""
 
 from __future__ import annotations
 

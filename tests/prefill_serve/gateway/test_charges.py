@@ -1,4 +1,4 @@
-"""What a call is expected to cost, can cost at most, and is charged."""
+"""Expected cost, maximum cost and charge of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls through the gateway: routed, passed through, taken over by the next target, broken off, counted."""
+"""Calls through the gateway: routing, pass-through, fallback, broken streams and accounting."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ BEFORE_AN_ANSWER = [
     Fault.NOT_JSON,
     Fault.ERROR_FIRST,
 ]
-SILENT = (Fault.HANG, Fault.RESET, Fault.EMPTY, Fault.NOT_JSON, Fault.CUT, Fault.TRUNCATED)  # they say nothing
+SILENT = (Fault.HANG, Fault.RESET, Fault.EMPTY, Fault.NOT_JSON, Fault.CUT, Fault.TRUNCATED)  # no error message
 SILENT += (Fault.RESET_MIDWAY, Fault.STALL)
 MIDWAY = [Fault.ERROR_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.RESET_MIDWAY, Fault.STALL]
 
 
 @pytest.fixture(scope="module")
 def router_of_three(router: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tests' router, with one more target that it thinks as much of as of small."""
+    """The tests' router with a third target, rated like small."""
     loaded = Router.load(router)
     big, small = loaded.pool.targets
     twice = loaded.with_pool(loaded.pool.model_copy(update={"targets": (big, small, small)}))
@@ -82,7 +82,7 @@ def gateway(served: tuple[Gateway, dict[str, Upstream]], upstreams: dict[str, Up
 
 @pytest.fixture
 def upstreams(served: tuple[Gateway, dict[str, Upstream]], router_of_three: str, tmp_path: Path) -> dict[str, Upstream]:
-    """Those that stand in the pool: well, forgotten, and with closed breakers, for their targets are written anew."""
+    """Working upstreams with empty logs and closed breakers, behind a rewritten pool."""
     gateway, upstreams = served
     for upstream in upstreams.values():
         upstream.faults()
@@ -98,7 +98,7 @@ _number = 0
 def _configure(
     served: Gateway, upstreams: dict[str, Upstream], folder: Path, of_targets: Any = None, **settings: Any
 ) -> None:
-    """A pool that differs from the last, so that nothing is known of its upstreams, and settings."""
+    """Configures a changed pool, which resets the breakers, and other settings."""
     global _number
     _number += 1
     fresh = {name: {"upstream": {"concurrency": 200 + _number}} for name in upstreams}
@@ -118,7 +118,7 @@ def answering(response: httpx.Response) -> str:
 
 
 def _asked(upstream: Upstream) -> list[Call]:
-    """The calls it got; a probe by the gateway is none."""
+    """The calls that an upstream got, without the gateway's probes."""
     return [call for call in upstream.completions if call.body.get("messages", [{}])[0].get("content") != "Hi"]
 
 
@@ -314,7 +314,7 @@ def test_what_an_upstream_quotes_reaches_no_caller_and_no_log(
     fault: Fault,
     stream: bool,
 ) -> None:
-    """Neither its key, nor a part of it that providers leave of one, nor the id of an account."""
+    """Neither its key, nor the part of a key that providers quote, nor an account id."""
     key = "sk-proj-Ab3dEf6hIj9kLmNoPq"
     monkeypatch.setenv("MID_KEY", key)
     _configure(gateway, upstreams, tmp_path, {"mid": {"upstream": {"key_env": "MID_KEY"}}})
@@ -445,7 +445,7 @@ def test_an_answer_that_an_upstream_keeps_is_gone_on_from_there(
         assert answer.headers["x-router-selected-model"] == "mid"
         assert "x-router-p-correct" not in answer.headers
     strange = {"input": "and then", "previous_response_id": "resp_of_nobody", "tolerance": 1.0}
-    assert "x-router-p-correct" in gateway.post("/v1/responses", strange).headers  # routed, as nothing is known of it
+    assert "x-router-p-correct" in gateway.post("/v1/responses", strange).headers  # routed as a new conversation
     time.sleep(0.05)
     after = gateway.stats()
     counted = {name: after[name] - before[name] for name in ("answered", "sticky", "by_default")}
@@ -482,7 +482,9 @@ def test_stats_say_what_upstreams_bill(gateway: Gateway, upstreams: dict[str, Up
         upstreams["big"].faults(Fault.ERROR if i % 4 == 0 else None)
         said = gateway.chat(text, tolerance=0.0 if i % 2 else 1.0, stream=stream)
         if stream:
-            assert all(event == "[DONE]" or event["choices"] for event in events(said))  # no usage: none was asked for
+            assert all(
+                event == "[DONE]" or event["choices"] for event in events(said)
+            )  # no usage, as none was requested
     time.sleep(0.1)
     after = gateway.stats()
     assert after["answered"] - before["answered"] == 12
@@ -515,7 +517,7 @@ def test_a_budget_that_is_spent_makes_the_rest_cheap(
 
 
 def _dear(gateway: Gateway) -> tuple[str, dict[str, float]]:
-    """A question that goes to big where cost is no matter, and what it is expected to cost on each target."""
+    """A question that goes to big if cost does not matter, and its expected cost on each target."""
     for number in range(100):
         text = f"what is two plus {number}"
         route = gateway.post("/v1/route", {"messages": [_user(text)], "tolerance": 0.0}).json()
@@ -534,14 +536,14 @@ def _until_settled(gateway: Gateway) -> None:
 def test_a_burst_overruns_a_budget_by_no_more_than_expectations_err(
     gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_serve.gateway.proxy.LEDGER_S", 30.0)  # other work may hold up this process's loop
+    monkeypatch.setattr("prefill_serve.gateway.proxy.LEDGER_S", 30.0)  # this process's loop may be slow
     text, usd = _dear(gateway)
     budget_usd = 5.5 * usd["big"]
     budgets = {"usd_per_day": gateway.stats()["spent_today_usd"] + budget_usd}
     patient = {name: {"upstream": {"timeout_s": 30.0}} for name in PRICES}
     _configure(gateway, upstreams, tmp_path, patient, gateway={"ledger": {"budgets": budgets}}, tolerance=0.0)
     for upstream in upstreams.values():
-        upstream.slow_s = 5.0  # in which all are under way, whatever else this machine does
+        upstream.slow_s = 5.0  # long enough for all to be in progress at once
         upstream.faults(Fault.SLOW_HEAD, rate=1.0)
     with ThreadPoolExecutor(24) as callers:
         burst = [callers.submit(gateway.chat, text, stream=number % 2 == 0) for number in range(24)]
@@ -593,7 +595,7 @@ def test_while_the_ledger_is_silent_calls_are_thrifty_and_leave_no_reservation(
         return await reserve(*bid)
 
     monkeypatch.setattr(gateway.ledger, "reserve", late)
-    assert answering(gateway.chat(text)) == "small"  # nobody waits for the ledger, nor fails for it
+    assert answering(gateway.chat(text)) == "small"  # calls neither wait for the ledger nor fail
     time.sleep(3 * LEDGER_S)
     assert gateway.stats()["reserved_usd"] == 0.0
 
@@ -652,7 +654,7 @@ KINDS = ("plain", "stream", "tool", "streamed tool", "response", "json")
 
 
 def _ask(gateway: Gateway, number: int) -> str:
-    """One call by OpenAI's own client, and what came of it."""
+    """The outcome of one call with OpenAI's client."""
     dice = random.Random(number)
     kind, model = dice.choice(KINDS), dice.choice(["auto", "auto", "big"])
     text = f"{number} what is {dice.randrange(9)} plus two" + (" call weather" if "tool" in kind else "")
@@ -683,7 +685,7 @@ def test_mixed_calls_are_answered_or_fail_as_documented_and_are_counted_once(
 ) -> None:
     _configure(gateway, upstreams, tmp_path, {name: {"upstream": {"timeout_s": 0.6}} for name in PRICES})
     faults = [*BEFORE_AN_ANSWER, *MIDWAY]
-    faults.remove(Fault.STALL)  # which takes as long as a hang
+    faults.remove(Fault.STALL)  # as slow as a hang
     for seed, upstream in enumerate(upstreams.values()):
         upstream.faults(*faults, rate=0.2, seed=seed)
     before = gateway.stats()
@@ -698,7 +700,7 @@ def test_mixed_calls_are_answered_or_fail_as_documented_and_are_counted_once(
     assert after["failed"] - before["failed"] + _refused(after) - _refused(before) == MIXED - ends["answered"]
     answered = {name: after["targets"][name]["answered"] - before["targets"][name]["answered"] for name in PRICES}
     assert sum(answered.values()) == ends["answered"]
-    for name, upstream in upstreams.items():  # which may have answered one too late
+    for name, upstream in upstreams.items():  # one may have answered too late
         whole = sum(call.wait().fault in (None, Fault.SLOW_HEAD) for call in _asked(upstream))
         assert 0.97 * whole <= answered[name] <= whole
 

@@ -1,4 +1,4 @@
-"""What calls are charged however they end, and hard limits that they cannot pass."""
+"""Charges of calls for every outcome, and hard limits that no call can exceed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def served(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 @pytest.fixture
 def gateway(served: tuple[Gateway, dict[str, Upstream]], tmp_path: Path) -> Gateway:
-    """Nothing is known of its upstreams, which are well; there are budgets that nobody will reach."""
+    """Resets upstreams and breakers; budgets are too high to matter."""
     gateway, upstreams = served
     for upstream in upstreams.values():
         upstream.between_chunks_s, upstream.slow_s = 0.0, 30.0
@@ -49,7 +49,7 @@ def with_budgets(**budgets: Any) -> dict[str, Any]:
 
 
 def limited(gateway: Gateway, usd: float, **hard: Any) -> None:
-    """Sets a hard limit that leaves so much for all."""
+    """Sets a hard limit for all callers that leaves this much."""
     spent = gateway.stats()["spent_today_usd"]
     gateway.configure(gateway=with_budgets(hard={"usd_per_day": spent + usd, **hard}))
 
@@ -75,13 +75,13 @@ def kinds(stats: Any) -> Counter[str]:
 
 
 class Watch:
-    """What is charged from now on."""
+    """Charges made from now on."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._before = gateway, gateway.stats()
 
     def charged(self, calls: int = 1) -> tuple[float, dict[str, int]]:
-        """USD, and calls by kind, once so many calls have ended."""
+        """Charged USD and calls by kind, once this many calls have ended."""
         before = self._before
         until(lambda: self._gateway.stats()["calls"] - before["calls"] >= calls)
         after = self._gateway.stats()
@@ -96,7 +96,7 @@ class Watch:
 
 
 def hang_up_once(gateway: Gateway, path: str, seen: bytes, **fields: Any) -> bytes:
-    """A stream whose caller leaves once it has seen something."""
+    """A stream whose caller disconnects once it has read a given text."""
     got = b""
     with gateway.http.stream("POST", path, json=body(path, stream=True, **fields)) as stream:
         for piece in stream.iter_bytes():
@@ -117,13 +117,13 @@ def test_a_caller_who_hangs_up_with_the_whole_answer_pays_for_it(gateway: Gatewa
     got = hang_up_once(gateway, PATHS[0], b'"finish_reason":"stop"', model=model, models=["big"], text=text)
     assert b"word11" in got
     usd, how = watch.charged()
-    assert sum(how.values()) == 1  # reported, where this machine is so slow that the usage came first
+    assert sum(how.values()) == 1  # reported, if a slow machine got the usage first
     assert usd >= cost_usd(12, 13)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_caller_who_hangs_up_early_pays_what_was_reserved(gateway: Gateway, big: Upstream, path: str) -> None:
-    big.between_chunks_s = 1.0  # of which the test waits for none
+    big.between_chunks_s = 1.0  # the test waits for none
     watch = Watch(gateway)
     hang_up_once(gateway, path, b"data:")
     usd, how = watch.charged()
@@ -185,7 +185,7 @@ def test_an_answer_without_a_usage_that_can_be_is_charged_by_its_text(
     assert answer.status_code == 200
     usd, how = watch.charged()
     assert how == {"estimated": 1}
-    assert usd == pytest.approx(cost_usd(8333, 8333), rel=0.01)  # of 25,000 bytes each way
+    assert usd == pytest.approx(cost_usd(8333, 8333), rel=0.01)  # 25,000 bytes each way
 
 
 def test_an_interim_usage_is_not_the_last_word(
@@ -271,14 +271,14 @@ def test_a_hard_limit_holds_under_calls_that_come_at_once(
     assert Counter(answer.status_code for answer in answers) == {200: 5, 429: 19}
     assert len(big.completions) == 5
     assert len(under_way) == 24
-    assert {int(a.headers["retry-after"]) for a in answers if a.status_code == 429} == {5}  # calls under way will end
+    assert {int(a.headers["retry-after"]) for a in answers if a.status_code == 429} == {5}  # calls in progress will end
     until(lambda: gateway.stats()["reserved_usd"] == 0.0)
     assert 0.0 < gateway.stats()["spent_today_usd"] - before_usd <= 5.5 * most_usd
-    assert gateway.post(PATHS[0], body(**fields)).status_code == 200  # they cost less than they could
+    assert gateway.post(PATHS[0], body(**fields)).status_code == 200  # less than their maximum
 
 
 def _all_at_once(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_calls: int) -> list[str]:
-    """No call ends for the ledger before so many have been reserved or refused; their tickets."""
+    """Delays all records until this many calls were reserved or refused; returns their tickets."""
     reserve, record, tickets = gateway.ledger.reserve, gateway.ledger.record, list[str]()
 
     async def counted(ticket: str, *bid: Any) -> Any:
@@ -333,7 +333,7 @@ def test_under_a_hard_limit_an_answer_whose_caller_sets_no_limit_has_one(
 
 
 def test_a_keys_hard_limit_is_its_own(gateway: Gateway) -> None:
-    gateway.configure(gateway=with_budgets(hard={"keys": {"": 0.0}}))  # without a key, as all calls of this gateway
+    gateway.configure(gateway=with_budgets(hard={"keys": {"": 0.0}}))  # the caller without a key
     answer = gateway.post(PATHS[0], body())
     assert answer.status_code == 429
     assert "0 of 0 USD a day" in answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""What one caller of the gateway can do to the others: nothing that breaks a target for them."""
+"""Isolation of callers: no single caller can make a target unavailable to the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {name: f"sha256:{hashlib.sha256(name.encode()).hexdigest()}" for name in 
 
 @pytest.fixture(scope="module")
 def served(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, dict[str, Upstream]]]:
-    """A gateway with three keys, each of which is its holder's name."""
+    """A gateway with three callers, each of whose keys is the caller's name."""
     folder = tmp_path_factory.mktemp("callers")
     with gateway_of_two(router, folder, open=False, keys=KEYS) as gateway_and_upstreams:
         yield gateway_and_upstreams
@@ -28,7 +28,7 @@ def served(router: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 @pytest.fixture
 def gateway(served: tuple[Gateway, dict[str, Upstream]], tmp_path: Path) -> Gateway:
-    """Nothing is known of its upstreams, which are well."""
+    """Resets the upstreams and what the gateway knows of them."""
     gateway, upstreams = served
     gateway.configure(pool=renewed_pool(tmp_path, upstreams, 1.0))
     return gateway
@@ -45,7 +45,7 @@ def ask(gateway: Gateway, who: str, path: str = "/v1/chat/completions", **body: 
 
 
 def answering(gateway: Gateway, who: str, **body: Any) -> str:
-    """Who answers a call that is for big, and for small where big is left alone."""
+    """The target that answers a call meant for big; small if big is paused."""
     answer = ask(gateway, who, models=["big", "small"], tolerance=0.0, min_p_correct=0.0, **body)
     assert answer.status_code == 200, answer.text
     return answer.headers["x-router-selected-model"]
@@ -53,7 +53,7 @@ def answering(gateway: Gateway, who: str, **body: Any) -> str:
 
 @pytest.fixture
 def _for_big(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router thinks more of big, whatever is asked."""
+    """Makes the router prefer big for every prompt."""
     choose = Routed.choose
     monkeypatch.setattr(Routed, "choose", lambda plan, among: choose(plan, ["big"] if "big" in among else among))
 
@@ -63,7 +63,7 @@ def _for_big(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "status"),
     [
-        (Fault.NOT_FOUND, 502),  # as an unknown previous_response_id is answered
+        (Fault.NOT_FOUND, 502),  # the answer to an unknown previous_response_id
         (Fault.UNAUTHORIZED, 502),
         (Fault.BAD_REQUEST, 400),
         (Fault.RATE_LIMIT, 429),
@@ -78,7 +78,7 @@ def _for_big(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_caller_whose_calls_fail_breaks_no_target_for_others(
     gateway: Gateway, big: Upstream, path: str, fault: Fault, status: int
 ) -> None:
-    for _ in range(8):  # the target is well: all others are answered, and so is the gateway's own probe
+    for _ in range(8):  # the target works: other callers and the probe get answers
         text = f"[[fault:{fault}@big]]"
         said = {"input": text} if path == "/v1/responses" else {"messages": [{"role": "user", "content": text}]}
         assert ask(gateway, "eve", path, model="big", **said).status_code == status
@@ -103,10 +103,10 @@ def test_a_target_that_is_broken_is_left_alone_whoever_finds_out(
 ) -> None:
     big.faults(Fault.RESET, rate=1.0)
     assert [answering(gateway, who) for who in callers] == ["small"] * 5
-    if len(set(callers)) == 1:  # whose word the gateway does not take: it asks too
+    if len(set(callers)) == 1:  # one caller's failures are only a doubt: the gateway probes
         while len(big.completions) < 6:
             assert answering(gateway, "ann") == "small"
-    while _is_asked_by(gateway, "bob", big):  # until the probe has been heard of
+    while _is_asked_by(gateway, "bob", big):  # until the probe has ended
         assert len(big.completions) < 50
 
 

@@ -1,4 +1,4 @@
-"""What the gateway reads of calls and answers, and what passes through."""
+"""What the gateway reads from calls and answers, and what it passes through unchanged."""
 
 from __future__ import annotations
 
@@ -421,7 +421,7 @@ def test_of_many_choices_all_are_noted() -> None:
 )
 def test_a_chat_is_whole_once_each_choice_has_ended(begun: list[int], ended: list[int], is_whole: bool) -> None:
     assert chat(stream=True).is_whole(set(begun), set(ended)) is is_whole
-    assert responses(stream=True).is_whole(set(begun), set(ended))  # its last event says so itself
+    assert responses(stream=True).is_whole(set(begun), set(ended))  # its last event is enough
 
 
 def test_an_error_event_is_noted() -> None:

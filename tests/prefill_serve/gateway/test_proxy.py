@@ -1,4 +1,4 @@
-"""Reservations of calls under way; what else a proxy does, calls through the gateway show."""
+"""Reservations of calls in progress; test_gateway covers the rest of the proxy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Watched(LocalLedger):
 @pytest.mark.parametrize("closes", [False, True])
 def test_a_reservation_is_renewed_while_its_call_is_under_way(monkeypatch: pytest.MonkeyPatch, closes: bool) -> None:
     monkeypatch.setattr("prefill_serve.gateway.proxy._RENEW_S", 0.001)
-    endpoint: Any = None  # is not asked
+    endpoint: Any = None  # unused
 
     async def scenario() -> None:
         ledger = Watched()
@@ -43,7 +43,7 @@ def test_a_reservation_is_renewed_while_its_call_is_under_way(monkeypatch: pytes
         if closes:
             await proxy.close()
         else:
-            del passage  # a call that nobody remembers is under way no more
+            del passage  # a call without references is no longer in progress
         await asyncio.wait({renewing})
         assert renewing.cancelled() == closes
 

@@ -1,4 +1,4 @@
-"""A caller who leaves at the moment that its answer comes."""
+"""A caller that disconnects just as its answer arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefill_serve.gateway.routes import _unless_gone
 
 
 class Waiting:
-    """A request whose caller does not say that it leaves."""
+    """A request without a disconnect message."""
 
     async def receive(self) -> Any:
         await asyncio.Event().wait()
@@ -25,7 +25,7 @@ def test_an_answer_that_comes_as_its_caller_is_gone_is_ended_and_recorded() -> N
 
     async def scenario() -> None:
         async def answering() -> Any:
-            serving.cancel()  # as Ray Serve tells of a caller that has left
+            serving.cancel()  # Ray Serve's way to report a disconnect
             return Relay(passage, stream, {}, lambda *what: ended.append(what))
 
         request: Any = Waiting()

@@ -1,4 +1,4 @@
-"""The way to one target, whatever its upstream does: what a call raises, what the breaker hears, what is given back."""
+"""Channels under upstream failures: exceptions, breaker reports and released slots."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def responses(stream: bool = False) -> ResponsesCall:
 
 
 class Scripted(LoopbackServer):
-    """Answers every request with the same status, headers and pieces."""
+    """A server that answers every request with the same status, headers and pieces."""
 
     def answers(self, *pieces: bytes, status: int = 200, headers: dict[str, str] | None = None) -> str:
         """A target's base URL."""
@@ -60,13 +60,13 @@ class Scripted(LoopbackServer):
         await response.prepare(request)
         for piece in pieces:
             await response.write(piece)
-            await asyncio.sleep(0.02)  # or two of them may come as one
+            await asyncio.sleep(0.02)  # otherwise two may arrive as one
         await response.write_eof()
         return response
 
 
 class Watched(Breaker):
-    """Closed, whatever it hears."""
+    """A breaker that stays closed and records what it is told."""
 
     is_open = False
 
@@ -117,7 +117,7 @@ def attempt(call: Call) -> Attempt:
 
 
 async def ask(channel: Channel, call: Call, pieces: list[bytes], made: Attempt | None = None) -> None:
-    """Until the answer is whole; `pieces` gets what there was of it."""
+    """Reads a stream to its end and appends what arrives to `pieces`."""
     if not call.is_stream:
         pieces.append(json.dumps(await channel.answer(made or attempt(call))).encode())
         return
@@ -134,7 +134,7 @@ def run(scenario: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def answered(url: str, call: Call, **way: Any) -> bytes:
-    """What a caller gets of an answer that is whole."""
+    """The bytes that a caller gets of a complete answer."""
 
     async def scenario() -> bytes:
         async with channel_to(url, **way) as (channel, breaker):
@@ -148,7 +148,7 @@ def answered(url: str, call: Call, **way: Any) -> bytes:
 
 
 def failed(url: str, call: Call, **way: Any) -> tuple[Failed, list[str], bytes]:
-    """How a call fails, what the breaker hears of it, and what its caller had got by then."""
+    """The failure of a call, what the breaker was told, and what the caller had received."""
 
     async def scenario() -> tuple[Failed, list[str], bytes]:
         async with channel_to(url, **way) as (channel, breaker):
@@ -213,7 +213,7 @@ def test_a_fault_is_a_failure_with_its_reason(
     assert heard == ["doubted" if doubtful else f"failed, {retry_after_s:g}"]
     is_midway = stream and fault in (Fault.ERROR_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.RESET_MIDWAY, Fault.STALL)
     assert (b"small: " in got) == is_midway
-    assert b"The server failed" not in got  # the caller hears of it from the gateway
+    assert b"The server failed" not in got  # the gateway reports it to the caller
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -278,7 +278,7 @@ def test_what_an_upstream_says_of_when_to_come_again_is_heard(
 
 def test_nobody_listening_is_a_failure() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and not listened to
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         failure, heard, _ = failed(f"http://127.0.0.1:{taken.getsockname()[1]}", chat())
     assert (failure.reason, failure.status, heard) == ("connection", 502, ["failed, 0"])
 
@@ -368,7 +368,7 @@ def test_all_choices_that_began_must_end(scripted: Scripted) -> None:
     assert (failure.reason, got) == ("cut", CONTENT + second[0] + FINISH)
     whole = CONTENT + second[0] + FINISH + second[1] + DONE
     assert answered(scripted.answers(whole), two) == whole
-    assert answered(scripted.answers(CONTENT + FINISH + DONE), two) == CONTENT + FINISH + DONE  # all that it has
+    assert answered(scripted.answers(CONTENT + FINISH + DONE), two) == CONTENT + FINISH + DONE  # the whole stream
 
 
 @pytest.mark.parametrize(("before", "got"), [(b"", b""), (CONTENT, CONTENT)])
@@ -420,7 +420,7 @@ def test_the_callers_own_mistake_is_passed_on_as_it_was_said(scripted: Scripted,
                 await ask(channel, chat(stream), [])
             assert caught.value.status == status
             assert json.loads(caught.value.content) == {"error": said}
-            assert breaker.heard == []  # whether the upstream can answer, it does not tell
+            assert breaker.heard == []  # it does not show whether the upstream works
             assert channel.is_ready
 
     run(scenario)
@@ -465,7 +465,7 @@ def test_a_prompt_that_is_too_long_here_may_fit_elsewhere(small: Upstream, strea
     ("fault", "heard"),
     [
         (None, "passed"),
-        (Fault.BAD_REQUEST, "passed"),  # it reads what it gets
+        (Fault.BAD_REQUEST, "passed"),  # it parsed the request
         (Fault.UNAUTHORIZED, "probe failed, 0"),
         (Fault.NOT_FOUND, "probe failed, 0"),
         (Fault.RATE_LIMIT, "probe failed, 1"),
@@ -562,7 +562,7 @@ def test_an_upstream_that_has_as_many_calls_as_it_may_is_full(small: Upstream, m
             with pytest.raises(Failed) as caught:
                 await channel.answer(attempt(chat()))
             assert (caught.value.reason, caught.value.status) == ("full", 429)
-            assert breaker.heard == []  # it is well
+            assert breaker.heard == []  # the upstream works
             for stream in under_way:
                 await stream.close()
             assert channel.is_ready

@@ -1,4 +1,4 @@
-"""A command that serves: what it checks before it starts anything, and what it takes over while it runs."""
+"""The serve command: checks before start, and reloads while it runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HASH = "sha256:" + "0" * 64
 
 @pytest.fixture
 def deployed(monkeypatch: pytest.MonkeyPatch) -> list[AppArgs]:
-    """What Ray Serve is told to run."""
+    """The applications passed to Ray Serve."""
     taken: list[AppArgs] = []
     monkeypatch.setattr(foreground, "build_app", lambda arguments: arguments)
     monkeypatch.setattr(foreground.ray_serve, "run", lambda arguments, **_: taken.append(arguments))
@@ -58,7 +58,7 @@ def test_what_only_a_restart_changes_is_said_of_each_key(
 def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It still listens where it did, whatever the config says of the host now."""
+    """The listening address never changes, even if the config's host does."""
     (tmp_path / "keys.toml").write_text(f'ann = "{HASH}"')
     started = ServeConfig(router=router, keys=str(tmp_path / "keys.toml"), host="0.0.0.0")
     assert reload(started, host="127.0.0.1", keys=None).keys == {"ann": HASH}
@@ -99,7 +99,7 @@ def test_an_encoder_that_is_missing_is_said_before_a_replica_starts(router: str,
 
 
 def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a cluster, where a port may be in use on another machine."""
+    """On a cluster, the port may be in use on another machine."""
 
     def start(**_options: object) -> None:
         raise RayTaskError("ready", "Traceback ...", OSError("Failed to bind to address"))

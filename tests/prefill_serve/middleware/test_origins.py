@@ -1,4 +1,4 @@
-"""Web pages that try to use an endpoint without keys, and the programs and pages that may."""
+"""Web pages of other sites against an endpoint without keys, and the programs and pages that may use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data
 
 
 def operations(api: Api) -> list[tuple[str, str]]:
-    """Every method and path that the endpoint documents, so that none is forgotten here."""
+    """Every documented method and path."""
     paths = api.client.get("/openapi.json").raise_for_status().json()["paths"]
     return [(method.upper(), path) for path, methods in paths.items() for method in methods]
 
@@ -78,7 +78,7 @@ def test_loopback_hosts_are_answered(api: Api, host: str) -> None:
     ],
 )
 def test_hosts_that_are_not_this_machines_own_are_refused_on_every_path(api: Api, host: str) -> None:
-    """A page whose site's name was made to point to this machine reads nothing, and asks nothing."""
+    """A page that uses DNS rebinding can neither read nor send."""
     paths = [*operations(api), ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nowhere")]
     for method, path in paths:
         if path not in ("/health", "/ready"):
@@ -89,13 +89,13 @@ def test_hosts_that_are_not_this_machines_own_are_refused_on_every_path(api: Api
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 @pytest.mark.parametrize("host", ["10.1.2.3:8000", "prefill-router-serve-svc", "evil.example"])
 def test_probes_are_answered_by_any_name_and_tell_nothing(api: Api, path: str, host: str) -> None:
-    """As Kubernetes probes by the pod's address."""
+    """Kubernetes probes by the pod's address."""
     assert api.client.get(path, headers={"host": host}).raise_for_status().json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("hosts", [[], [b"localhost", b"evil.example"], [b"evil.example", b"localhost"]])
 def test_a_request_has_one_host(api: Api, hosts: list[bytes]) -> None:
-    """HTTP/1.0 allows none."""
+    """HTTP/1.0 allows requests without a Host."""
 
     async def ask() -> list[Any]:
         sent: list[Any] = []
@@ -163,7 +163,7 @@ def test_links_of_other_sites_lead_to_its_pages(api: Api) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
 def test_its_pages_are_shown_in_no_frame(api: Api, path: str) -> None:
-    """Nor can a page lie over them and catch clicks that spend money."""
+    """Nor can a page overlay them to capture clicks that spend money."""
     assert "frame-ancestors 'none'" in api.client.get(path).headers["content-security-policy"]
 
 
@@ -197,7 +197,7 @@ def test_there_are_no_websockets(api: Api) -> None:
 @pytest.mark.parametrize("content_type", PLAIN)
 @pytest.mark.parametrize("is_open", [True, False])
 def test_a_body_must_be_json_wherever_one_is_taken(api: Api, router: str, content_type: str, is_open: bool) -> None:
-    """With keys too: a body of another kind is a mistake, and no page can send one with a key."""
+    """With keys too: another content type is a mistake, and pages have no key."""
     posts = [path for method, path in operations(api) if method == "POST"]
     api.configure(router=router, open=is_open, keys={} if is_open else KEYS)
     headers = {"authorization": f"Bearer {KEY}", **({"content-type": content_type} if content_type else {})}
@@ -209,7 +209,7 @@ def test_a_body_must_be_json_wherever_one_is_taken(api: Api, router: str, conten
 
 
 def test_with_keys_any_name_and_any_page_may_ask(api: Api, router: str) -> None:
-    """No page has a key unless its user gave it one; proxies have names of their own."""
+    """Pages have no key unless the user gave them one; proxies use their own Host."""
     api.configure(router=router, open=False, keys=KEYS)
     for headers in ({"host": "router.example.org"}, *CROSS_SITE):
         assert api.post(ASKED, headers={"authorization": f"Bearer {KEY}", **headers}).status_code == 200

@@ -1,4 +1,4 @@
-"""Sums over calls, beside those made by hand."""
+"""Sums over calls, compared with sums made by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ P_CORRECT = {"small": 0.6, "big": 0.9}
 
 
 def routed(target: str = "small", **fields: Any) -> Served:
-    """An answer to a call that was routed."""
+    """The record of a routed and answered call."""
     usual = {
         "request_id": "r",
         "holder": "ann",
@@ -146,7 +146,7 @@ def test_what_was_not_routed_is_not_compared() -> None:
 def test_savings_are_against_the_dearest_and_the_best_single_target() -> None:
     first = {"p_correct": {"a": 0.9, "b": 0.5, "c": 0.6}, "expected_cost_usd": {"a": 0.04, "b": 0.01, "c": 0.09}}
     second = {"p_correct": {"a": 0.8, "b": 0.7, "c": 0.1}, "expected_cost_usd": {"a": 0.06, "b": 0.02, "c": 0.03}}
-    stats = stats_of(routed("b", **first), routed("a", **second))  # expected to cost 0.01 + 0.06
+    stats = stats_of(routed("b", **first), routed("a", **second))  # expected cost 0.01 + 0.06
     dearest, best = stats.against_dearest, stats.against_best_single
     assert (dearest.target, best.target) == ("c", "a")
     assert dearest.expected_cost_usd == pytest.approx(0.12)

@@ -52,7 +52,7 @@ async def opened(folder: Path, **settings: Any) -> LocalLedger:
 
 
 async def taken_by(ledger: LocalLedger, ticket: str, holder: str, bids: Sequence[Bid] = BIDS) -> int:
-    """The bid that is taken of some."""
+    """The index of the bid that the ledger takes."""
     reserved = await ledger.reserve(ticket, holder, bids)
     assert isinstance(reserved, Reserved)
     return reserved.bid
@@ -82,7 +82,7 @@ def wrong(request_id: str = "r-1") -> Feedback:
 
 
 def outcomes(folder: Path) -> list[tuple[Any, ...]]:
-    """What lies on the disk, as a foreign reader sees it."""
+    """The stored outcomes, read with DuckDB."""
     files = f"{folder}/outcomes/*.parquet"
     with duckdb.connect() as db:
         return db.execute(
@@ -262,7 +262,7 @@ def test_where_writing_fails_all_who_wait_are_told_and_can_repeat_it(tmp_path: P
         assert [isinstance(each, OSError) for each in failed] == [True] * 3
         assert (await ledger.stats("ann")).feedback == 0
         blocked.unlink()
-        assert await ledger.feedback(wrong("r-1"), "ann")  # nothing was kept of the first
+        assert await ledger.feedback(wrong("r-1"), "ann")  # the first left nothing
         assert await ledger.feedback(wrong("r-2"), "ann")
 
     run(scenario)
@@ -450,7 +450,7 @@ def test_what_a_hard_limit_has_no_room_for_is_not_reserved(hard: dict[str, Any])
         taken = [await ledger.reserve(f"t-{n}", "ann", BIDS) for n in range(5)]
         assert taken[:2] == [Reserved(0, 0.05)] * 2
         assert all(isinstance(each, Exhausted) and each.retry_after_s == 5 for each in taken[2:])
-        await ledger.record(served(cost_usd=0.01), [], "t-0")  # it cost less than it could
+        await ledger.record(served(cost_usd=0.01), [], "t-0")  # less than its maximum
         assert await ledger.reserve("t-6", "ann", BIDS) == Reserved(1, 0.01)
         assert (await ledger.stats("ann")).reserved_usd == pytest.approx(0.06)
 
@@ -556,7 +556,7 @@ def test_the_journal_is_written_without_being_asked(tmp_path: Path) -> None:
         for i in range(3):
             await old.record(served(f"r-{i}"), [])
             await asyncio.sleep(0.1)
-        return (await (await opened(tmp_path)).stats("ann")).calls  # while the old one is still there
+        return (await (await opened(tmp_path)).stats("ann")).calls  # while the old one exists
 
     assert run(scenario) == 3
 
@@ -609,7 +609,7 @@ def test_feedback_on_forgotten_calls_is_forgotten_after_them(tmp_path: Path) -> 
         for i in range(7):
             await ledger.record(served(f"r-{i}"), [])
             assert await ledger.feedback(right(f"r-{i}"), "ann")
-        for known in ("r-3", "r-6"):  # of a call that is forgotten by now, and of one that is not
+        for known in ("r-3", "r-6"):  # an evicted call and a stored one
             assert not await ledger.feedback(right(known), "ann")
         with pytest.raises(UnknownRequest):
             await ledger.feedback(right("r-2"), "ann")
@@ -625,7 +625,7 @@ def test_feedback_on_forgotten_calls_is_forgotten_after_them(tmp_path: Path) -> 
 def test_prompts_that_are_kept_take_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: Prompt
 ) -> None:
-    """They are held with their calls until feedback comes, which may be never."""
+    """Prompts are stored with their calls until feedback arrives, which may be never."""
     monkeypatch.setattr(module, "_UNSAVED_BYTES", 50_000)
 
     async def scenario() -> None:
@@ -714,7 +714,7 @@ def test_budgets_change_while_calls_are_remembered(tmp_path: Path) -> None:
 
 
 def test_calls_with_one_request_id_are_all_booked_before_and_after_a_restart(tmp_path: Path) -> None:
-    """A caller who repeats an id, or takes another's, spends no less."""
+    """A caller that repeats a request id, or uses another's, still pays for every call."""
 
     async def scenario() -> None:
         old = await opened(tmp_path)
@@ -762,7 +762,7 @@ def test_of_feedback_that_comes_twice_before_its_call_one_is_new(tmp_path: Path)
 
 
 def test_a_folder_of_before_calls_had_ids_of_their_own_is_read(tmp_path: Path) -> None:
-    """Its outcomes name no caller; the journal does."""
+    """Older outcomes lack the caller; the journal has it."""
 
     async def scenario() -> None:
         old = await opened(tmp_path)

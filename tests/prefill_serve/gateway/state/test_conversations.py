@@ -1,4 +1,4 @@
-"""Which earlier call a call is the follow-up of."""
+"""Finding the conversation that a call continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chat(*messages: dict[str, Any]) -> ChatCall:
 
 
 class Past:
-    """Conversations as the gateway leads them."""
+    """Conversations, used as the gateway does."""
 
     def __init__(self) -> None:
         self.conversations = Conversations()

@@ -1,4 +1,4 @@
-"""Which call a caller's request id stands for."""
+"""Looking up calls by a caller's request id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is set aside comes back whole, and is not held for ever."""
+"""Reservations are returned in full, and lapse."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_of_calls_whose_end_nobody_tells_nothing_is_held_for_ever() -> None:
     assert reservations.usd() == {"ann": 0.75}
     clock.now_s += 1.0
     assert reservations.usd() == {"ann": 0.5}
-    reservations.end("of a replica that dies")  # it was but slow
+    reservations.end("of a replica that dies")  # it was only slow
     assert reservations.usd() == {"ann": 0.5}
     clock.now_s += LAPSES_S
     assert reservations.usd() == {}

@@ -1,4 +1,4 @@
-"""Files of rows, of which many small ones become one."""
+"""Files of rows, and merging of small files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def segments(tmp_path: Path) -> Segments[str]:
 
 
 def write_many(segments: Segments[str], num_files: int) -> list[str]:
-    """One row a file, a second apart."""
+    """Writes one row per file, a second apart."""
     rows = [f"row-{i}" for i in range(num_files)]
     for i, row in enumerate(rows):
         segments.write([row], NOON + timedelta(seconds=i))
@@ -102,7 +102,7 @@ def test_a_merge_that_dies_before_it_removes_loses_nothing(segments: Segments[st
     rows = write_many(segments, MOST_FILES)
     left = {path: path.read_bytes() for path in Path(segments.uri).iterdir()}
     segments.merge(NOON + timedelta(hours=1))
-    for path, data in left.items():  # as if it had not come to remove them
+    for path, data in left.items():  # as after a crash before they were removed
         path.write_bytes(data)
     assert sorted(segments.read()) == sorted([*rows, *rows])
     segments.merge(NOON + timedelta(hours=2))
