@@ -22,9 +22,10 @@ from starlette.types import ASGIApp
 
 from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
-from prefill_serve.gateway.proxy import NoUpstream, UnknownAnswer
+from prefill_serve.gateway.planner import NoUpstream, UnknownAnswer
 from prefill_serve.gateway.routes import gateway_routes
-from prefill_serve.gateway.state.call_ledger import CallLedger, LedgerAway, NoFeedback, OtherFeedback, UnknownRequest
+from prefill_serve.gateway.state.call_ledger import CallLedger, LedgerUnavailable
+from prefill_serve.gateway.state.feedback import ConflictingFeedback, FeedbackDisabled, UnknownRequest
 from prefill_serve.middleware.gate import HUNG_UP, Refusal, RequestGate, phrase
 from prefill_serve.playground import playground_routes
 from prefill_serve.scheduler import Overloaded
@@ -73,9 +74,9 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     UnknownTarget: (404, "model_not_found"),
     NoTarget: (409, "no_target"),
     NoUpstream: (404, "no_upstream"),
-    NoFeedback: (404, "no_feedback"),
+    FeedbackDisabled: (404, "no_feedback"),
     UnknownRequest: (404, "request_not_found"),
-    OtherFeedback: (409, "other_feedback"),
+    ConflictingFeedback: (409, "other_feedback"),
     UnknownAnswer: (404, "response_not_found"),
 }
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
@@ -110,7 +111,7 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
         Accepts the body of an OpenAI chat completion or response unchanged. Fields that do not affect routing, such as
         `temperature`, are listed in `metadata.ignored`. A probable misspelling, such as `tolerence`, gets 400.
         """
-        return _json(await endpoint.route(request, http.state.request_id, http.state.holder))
+        return _json(await endpoint.route(request, http.state.request_id, http.state.caller))
 
     @routes.post("/v1/route/batch", response_model=BatchResponse)
     async def route_batch(batch: BatchRequest, http: Request) -> Response:
@@ -122,7 +123,7 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
         async def item(index: int, request: RouteRequest) -> BatchItem:
             try:
                 request_id = f"{http.state.request_id}-{index}"
-                return BatchItem(index=index, response=await endpoint.route(request, request_id, http.state.holder))
+                return BatchItem(index=index, response=await endpoint.route(request, request_id, http.state.caller))
             except (UserError, Overloaded) as error:
                 refusal = refusal_of(error)
                 detail = ErrorDetail(**refusal.body["error"])
@@ -154,7 +155,7 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
     async def status(http: Request) -> Response:
         """Loaded routers, and why the latest settings were refused. For administrators only."""
         serving = endpoint.now
-        if not serving.settings.is_admin(http.state.holder):
+        if not serving.settings.is_admin(http.state.caller):
             raise Refusal(403, "only administrators may read this: start the endpoint with --admins NAME", "not_admin")
         return _json(
             Status(
@@ -179,7 +180,7 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(
             503, "no router is loaded yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
         )
-    if isinstance(error, LedgerAway):
+    if isinstance(error, LedgerUnavailable):
         message = "the ledger is unavailable: try again in a few seconds"
         return Refusal(503, message, "ledger_away", headers={"retry-after": "2"})
     if isinstance(error, ClientDisconnect):
@@ -209,7 +210,7 @@ def _add_errors(api: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
         return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response
 
-    for kind in (UserError, Overloaded, NotReady, LedgerAway, ClientDisconnect, Exception):
+    for kind in (UserError, Overloaded, NotReady, LedgerUnavailable, ClientDisconnect, Exception):
         api.add_exception_handler(kind, on_error)
     api.add_exception_handler(RequestValidationError, on_invalid)
     api.add_exception_handler(HTTPException, on_http)

@@ -26,7 +26,7 @@ from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteRes
 log = logging.getLogger("ray.serve")  # Serve writes it as JSON lines with replica and request id
 
 RECORD_AFTER_S = 0.005  # metrics and logs wait until the answer has been sent
-_DICE = SystemRandom()  # forked processes draw different numbers
+_RANDOM = SystemRandom()  # forked processes draw different numbers
 
 
 _Key = tuple[str, tuple[str, ...], bytes]  # caller, head names, content digest of the prompt
@@ -104,23 +104,23 @@ class Endpoint:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    async def route(self, request: RouteRequest, request_id: str, holder: str = "") -> RouteResponse:
+    async def route(self, request: RouteRequest, request_id: str, caller: str = "") -> RouteResponse:
         """Chooses the target for one prompt: the cheapest that is good enough under the request's constraints.
 
         Raises UserError, or one of its subclasses above, for a request that cannot be met; Overloaded if the prompt
         would wait too long in the queue.
         """
-        routing = await self.read(request, holder=holder)
+        routing = await self.read(request, caller=caller)
         decision = routing.decide(routing.policy)
         if decision.target is None:
             raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct or extend models")
         answer = routing.response(decision, request_id, explained=request.explain)
         _later(self.record, routing, decision, request_id)
         if self.on_routed is not None:
-            _later(self.on_routed, routing, decision, request_id, holder)
+            _later(self.on_routed, routing, decision, request_id, caller)
         return answer
 
-    async def read(self, request: RouteRequest, max_wait_s: float = math.inf, holder: str = "") -> Routing:
+    async def read(self, request: RouteRequest, max_wait_s: float = math.inf, caller: str = "") -> Routing:
         """Reads a prompt with the loaded routers. Raises what `route` does, except NoTarget."""
         serving = self.now
         max_wait_s = min(max_wait_s, serving.settings.limits.wait_s)
@@ -130,7 +130,7 @@ class Endpoint:
         head = serving.head_for(digest)
         _check_targets(policy, head)
         asked = serving.asked(head)
-        key = holder, tuple(each.name for each in asked), digest
+        key = caller, tuple(each.name for each in asked), digest
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
         if cached is None:
@@ -144,14 +144,14 @@ class Endpoint:
         except Overloaded as refusal:
             if refusal.max_wait_s >= max_wait_s:
                 raise
-            return await self.read(request, max_wait_s, holder)  # refused by another request's shorter limit
+            return await self.read(request, max_wait_s, caller)  # refused by another request's shorter limit
         return Routing(serving, head, question, policy, reading, is_cached)
 
     def record(self, routing: Routing, decision: Decision, request_id: str) -> None:
         """Records a decision in metrics and log."""
         assert decision.target is not None
         role, reading, settings = routing.role, routing.reading, routing.serving.settings
-        self.metrics.decided(decision, reading.estimates[0], role, routing.is_stranger)
+        self.metrics.decided(decision, reading.estimates[0], role, routing.is_out_of_distribution)
         fields: dict[str, object] = {
             "route_id": request_id,
             "target": decision.target,
@@ -221,7 +221,7 @@ class Routing:
         return _role(self.serving, self.head)
 
     @property
-    def is_stranger(self) -> bool:
+    def is_out_of_distribution(self) -> bool:
         """Whether the prompt is outside the training distribution."""
         safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
         return percentile is not None and percentile >= (STRANGER if safe is None else safe.beyond)
@@ -229,13 +229,17 @@ class Routing:
     def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
         """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed."""
         safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
-        if self.is_stranger and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
+        if (
+            self.is_out_of_distribution
+            and safe is not None
+            and (policy.allowed is None or safe.target in policy.allowed)
+        ):
             safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
             decision = _decision(self.head, self.reading, prediction, safely)
             if decision.target is not None:
                 return decision
         decision = _decision(self.head, self.reading, prediction, policy)
-        return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _DICE)
+        return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _RANDOM)
 
     def response(self, decision: Decision, request_id: str, *, explained: bool) -> RouteResponse:
         """The response to the caller."""
@@ -251,7 +255,7 @@ class Routing:
             is_cached=self.is_cached,
             noted=self.question.noted,
             ignored=self.question.ignored,
-            drift=_drift(self.reading.estimates[0], self.is_stranger),
+            drift=_drift(self.reading.estimates[0], self.is_out_of_distribution),
             timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if self.is_cached else self.reading.times),
         )
         return RouteResponse(
@@ -287,10 +291,12 @@ def _decision(head: Head, reading: PromptReading, prediction: Prediction, policy
     return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version)
 
 
-def _drift(estimate: Estimate, is_stranger: bool) -> Drift | None:
+def _drift(estimate: Estimate, is_out_of_distribution: bool) -> Drift | None:
     if estimate.distance is None or estimate.percentile is None:
         return None
-    return Drift(distance=estimate.distance, percentile=estimate.percentile, is_out_of_distribution=is_stranger)
+    return Drift(
+        distance=estimate.distance, percentile=estimate.percentile, is_out_of_distribution=is_out_of_distribution
+    )
 
 
 def _milliseconds(times: Times) -> Timings:

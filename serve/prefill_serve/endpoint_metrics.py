@@ -38,7 +38,7 @@ class Metrics:
         self.distance = histogram(
             "drift_distance", "Distance from the training prompts, 1 for a typical prompt", _DISTANCES
         )
-        self.strangers = counter("out_of_distribution", "Prompts outside the training distribution")
+        self.out_of_distribution = counter("out_of_distribution", "Prompts outside the training distribution")
         self.shadow = counter("shadow", "Shadow router's choices: same target as the router's or another", "agrees")
         self.settings = counter("settings", "Settings that were applied or refused", "outcome")
         self.router = gauge("info", "1 for each loaded router", "version", "role")
@@ -54,7 +54,7 @@ class Metrics:
         self.batch_tokens.observe(reading.batch_tokens)
         self.batch_fill.observe(max(min(1.0, reading.batch_tokens / budget_tokens), 1e-9))
 
-    def decided(self, decision: Decision, estimate: Estimate, role: str, is_stranger: bool) -> None:
+    def decided(self, decision: Decision, estimate: Estimate, role: str, is_out_of_distribution: bool) -> None:
         assert decision.target is not None
         self.routed.inc(1, tags={"target": decision.target, "role": role})
         cost_usd = decision.expected_cost_usd[decision.target]
@@ -65,8 +65,8 @@ class Metrics:
             self.truncated.inc(1)
         if estimate.distance is not None:
             self.distance.observe(max(estimate.distance, 1e-9))
-        if is_stranger:
-            self.strangers.inc(1)
+        if is_out_of_distribution:
+            self.out_of_distribution.inc(1)
 
 
 def counter(name: str, description: str, *tags: str) -> Counter:

@@ -23,7 +23,7 @@ import torch
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_MEMORY = 0.95  # decay of the measured rate, per batch
+_DECAY = 0.95  # decay of the measured rate, per batch
 # Lanes need the interpreter lock between matrix products and wait this long for it while a request is parsed. With
 # Python's default of 5 ms, two lanes lost 4 % of their cores.
 _SWITCH_S = 3e-4
@@ -143,8 +143,8 @@ class Lanes(Generic[In, Out]):
         try:
             threads = self._wide if num_lanes == self.num_lanes else self._narrow
             results = await asyncio.get_running_loop().run_in_executor(threads, self.work, batch)
-            self._done_tokens = _MEMORY * self._done_tokens + num_tokens
-            self._lane_seconds = _MEMORY * self._lane_seconds + num_lanes * (perf_counter() - started)
+            self._done_tokens = _DECAY * self._done_tokens + num_tokens
+            self._lane_seconds = _DECAY * self._lane_seconds + num_lanes * (perf_counter() - started)
             answers = [partial(w.done.set_result, result) for w, result in zip(taken, results, strict=True)]
         except Exception as error:
             answers = [partial(w.done.set_exception, error) for w in taken]

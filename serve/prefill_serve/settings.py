@@ -57,9 +57,9 @@ class HardLimits(DailyLimits):
 
     answer_tokens: int = Field(4096, ge=1, description="Output token limit for calls that set none")
 
-    def covers(self, holder: str) -> bool:
+    def covers(self, caller: str) -> bool:
         """Whether a limit applies to this caller."""
-        return self.usd_per_day is not None or holder in self.keys
+        return self.usd_per_day is not None or caller in self.keys
 
 
 class Budgets(DailyLimits):
@@ -130,6 +130,6 @@ class Settings(StrictModel):
             raise ValueError(f"admins: {', '.join(unknown)} must be callers in keys")
         return self
 
-    def is_admin(self, holder: str) -> bool:
+    def is_admin(self, caller: str) -> bool:
         """Without keys, every caller is the machine's operator."""
-        return self.open or holder in self.admins
+        return self.open or caller in self.admins

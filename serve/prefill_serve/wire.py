@@ -39,13 +39,15 @@ _HAS_TEXT: dict[str, Any] = {
         }
     },
 }
-_WAYS = ("prompt", "question", "messages", "input")
-_ONE_WAY: list[Any] = [
+_PROMPT_FIELDS = ("prompt", "question", "messages", "input")
+_EXACTLY_ONE: list[Any] = [
     {
-        "required": [way],
-        "properties": {name: {"type": "null"} if name != way else {"not": {"type": "null"}} for name in _WAYS},
+        "required": [given],
+        "properties": {
+            name: {"type": "null"} if name != given else {"not": {"type": "null"}} for name in _PROMPT_FIELDS
+        },
     }
-    for way in _WAYS
+    for given in _PROMPT_FIELDS
 ]
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
@@ -118,7 +120,7 @@ class RouteRequest(StrictModel):
     model_config = ConfigDict(
         extra="allow",
         json_schema_extra={
-            "oneOf": _ONE_WAY,
+            "oneOf": _EXACTLY_ONE,
             "examples": [
                 {"prompt": _QUESTION},
                 {"messages": [{"role": "user", "content": _QUESTION}], "tolerance": 0.02, "explain": True},
@@ -153,11 +155,11 @@ class RouteRequest(StrictModel):
     explain: bool = Field(False, description="Explain for each target why it was chosen or not")
 
     @model_validator(mode="after")
-    def _well_spelt(self) -> RouteRequest:
+    def _refuse_misspellings(self) -> RouteRequest:
         extra = self.model_extra or {}
-        if len(extra) > _MOST_IGNORED:
+        if len(extra) > _MAX_IGNORED:
             message = "has {num} fields that do not affect routing, must have at most {most}"
-            raise PydanticCustomError("too_many", message, {"num": len(extra), "most": _MOST_IGNORED})
+            raise PydanticCustomError("too_many", message, {"num": len(extra), "most": _MAX_IGNORED})
         for name in extra:
             if near := difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR):
                 message = '{name}: unknown field, did you mean "{near}"?'
@@ -166,27 +168,27 @@ class RouteRequest(StrictModel):
 
     def question_of(self, max_messages: int) -> Question:
         """Returns the prompt. Raises UserError unless exactly one of prompt, question, messages and input has text."""
-        given = [name for name in _WAYS if getattr(self, name) is not None]
+        given = [name for name in _PROMPT_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
             names = "prompt, question and messages, or input in their place"
             raise UserError(f"give exactly one of {names}, not {' and '.join(given) or 'none'}")
-        (way,) = given
-        ignored = [*(self.model_extra or {}), *(["instructions"] if self.instructions and way != "input" else [])]
+        (name,) = given
+        ignored = [*(self.model_extra or {}), *(["instructions"] if self.instructions and name != "input" else [])]
         noted: Counter[str] = Counter()
         try:
-            said = self._said()
-            if said is None:
-                return Question(fit_prompt(getattr(self, way), _ANY_SIZE, way), {}, sorted(ignored))
-            if len(said) > max_messages:
-                raise UserError(f"{way}: has {len(said):,} messages, must have at most {max_messages:,}")
-            messages = fit_messages([message.read(noted) for message in said])
+            conversation = self._conversation()
+            if conversation is None:
+                return Question(fit_prompt(getattr(self, name), _ANY_SIZE, name), {}, sorted(ignored))
+            if len(conversation) > max_messages:
+                raise UserError(f"{name}: has {len(conversation):,} messages, must have at most {max_messages:,}")
+            messages = fit_messages([message.read(noted) for message in conversation])
         except UnfitError as problem:
             raise UserError(str(problem)) from None
         if not any(re.search(_VISIBLE, message["content"]) for message in messages):
-            raise UserError(f"{way}: no message has text, must have more than white space")
+            raise UserError(f"{name}: no message has text, must have more than white space")
         return Question(messages, dict(noted), sorted(ignored))
 
-    def _said(self) -> list[Message] | None:
+    def _conversation(self) -> list[Message] | None:
         """The messages, with instructions in front of input; None for a prompt given as text."""
         if self.input is None or not self.instructions:
             return self.input or self.messages
@@ -199,7 +201,7 @@ class RouteRequest(StrictModel):
 
 
 _ANY_SIZE = 1 << 62  # the limit on the body applies
-_MOST_IGNORED = 64  # OpenAI has about 40; each is compared with all of ours
+_MAX_IGNORED = 64  # OpenAI has about 40; each is compared with all of ours
 _NEAR = 0.75  # difflib ratio of two names; any OpenAI field and one of ours have less
 
 

@@ -13,18 +13,20 @@ from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.life import mortal
 from prefill_router import storage
 from prefill_router.common.schema import PROMPT_ID, REQUEST_ID
-from prefill_serve.gateway.call_record import Served, Usage
+from prefill_serve.gateway.call_record import CallRecord, Usage
 from prefill_serve.gateway.state import call_ledger as module
 from prefill_serve.gateway.state import row_files
-from prefill_serve.gateway.state.call_ledger import Feedback, LocalLedger, UnknownRequest
+from prefill_serve.gateway.state.call_ledger import LocalLedger
+from prefill_serve.gateway.state.feedback import Feedback, UnknownRequest
+from prefill_serve.gateway.state.ledger_folder import LedgerFolder
 from prefill_serve.gateway.state.row_files import Segments
 from prefill_serve.settings import LedgerSettings
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 CALLS = [
-    Served(
+    CallRecord(
         request_id=f"r-{i}",
-        holder="ann",
+        caller="ann",
         at=NOW,
         end="answered",
         target="small",
@@ -43,7 +45,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges files in pairs, with a fixed clock."""
     monkeypatch.setattr(row_files, "MOST_FILES", 2)
     monkeypatch.setattr(module, "_now", lambda: NOW)
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "_POLL_S", 0.0)
     monkeypatch.setattr(module, "_JOURNAL_S", 0.0)
 
 
@@ -64,23 +66,23 @@ class Serving(Scenario):
         for calls in (CALLS[:2], CALLS[2:]):
             await asyncio.gather(*(self._call(ledger, call) for call in calls))
             await ledger._save()
-            self.booked.update(call.request_id for call in CALLS if call.call_id in ledger._remembered)
+            self.booked.update(call.request_id for call in CALLS if call.call_id in ledger._memory)
         await ledger.close()
 
-    async def _call(self, ledger: LocalLedger, call: Served) -> None:
+    async def _call(self, ledger: LocalLedger, call: CallRecord) -> None:
         """Gives feedback; if the ledger has lost the call, makes the call again first."""
         given = Feedback(request_id=call.request_id, correct=True)
         try:
-            is_new = await ledger.feedback(given, call.holder)
+            is_new = await ledger.feedback(given, call.caller)
         except UnknownRequest:
             assert call.request_id not in self.booked, "a call that was saved is forgotten"
             await ledger.record(call, [])
-            is_new = await ledger.feedback(given, call.holder)
+            is_new = await ledger.feedback(given, call.caller)
         assert not (is_new and call.request_id in self.acknowledged), "feedback that was acknowledged is new"
         self.acknowledged.add(call.request_id)
 
     def check(self) -> None:
-        folder = module._Folder(self.out)
+        folder = LedgerFolder(self.out)
         outcomes = [row[REQUEST_ID] for row in folder.outcomes.read()]
         prompts = {row[PROMPT_ID] for row in folder.prompts.read()}
         calls = {served.request_id for served in folder.journal.read()}
@@ -100,7 +102,7 @@ class Serving(Scenario):
         assert [await ledger.feedback(Feedback(request_id=name, correct=True), "ann") for name in NAMES] == [False] * 4
         stats = await ledger.stats("ann")
         await ledger.close()
-        lost = {call.request_id for call in CALLS if call.call_id not in ledger._remembered}
+        lost = {call.request_id for call in CALLS if call.call_id not in ledger._memory}
         assert lost <= self.acknowledged
         lost_usd = sum(call.cost_usd or 0.0 for call in CALLS if call.request_id in lost)
         return stats.feedback, stats.calls + len(lost), stats.spent_today_usd + lost_usd

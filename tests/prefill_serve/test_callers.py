@@ -32,7 +32,7 @@ def by(name: str, **headers: str) -> dict[str, dict[str, str]]:
 @pytest.fixture
 def closed(api: Api, router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """An endpoint with keys and feedback."""
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "_POLL_S", 0.05)
     api.configure(router=router, **CLOSED)
     api.keep(folder=str(tmp_path / "kept"))
     yield api
@@ -153,7 +153,7 @@ def test_no_caller_goes_on_from_another_callers_answer(
     gateway: Gateway, upstreams: dict[str, Upstream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Upstreams store all callers' answers under one key, and would continue any."""
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "_POLL_S", 0.05)
     first = gateway.post("/v1/responses", {"input": ASKED, "models": ["big"]}, **by("ann")).raise_for_status().json()
     refusals = set()
     for body in ({"previous_response_id": first["id"]}, {"previous_response_id": "resp_of_nobody"}):

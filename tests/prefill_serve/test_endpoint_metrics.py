@@ -14,7 +14,7 @@ from ray.util.metrics import Gauge
 from prefill_router.common.gauges import REFRESHER, KeptGauge
 from prefill_router.policy.pool import Pool, Target
 from prefill_router.router.artifact import Router
-from prefill_serve.gateway.call_record import Served
+from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics, key_label
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.state import call_ledger as module
@@ -81,7 +81,7 @@ def test_budgets_are_told_of_without_a_call(told: Told, monkeypatch: pytest.Monk
         await ledger.configure(LedgerSettings.model_validate({"budgets": budgets}))
         now = datetime.now(UTC)
         call = {"target": "small", "prompt_id": "p", "p_correct": {}, "expected_cost_usd": {}, "usage": None}
-        await ledger.record(Served(request_id="r", holder="ann", at=now, end="answered", cost_usd=0.5, **call), [])
+        await ledger.record(CallRecord(request_id="r", caller="ann", at=now, end="answered", cost_usd=0.5, **call), [])
         assert refreshed(told, share)[-2:] == [(0.5, {"key": key_label("ann")}), (0.05, {"key": "all"})]
         monkeypatch.setattr(module, "_now", lambda: now + timedelta(days=1))
         assert refreshed(told, share)[-2:] == [(0.0, {"key": key_label("ann")}), (0.0, {"key": "all"})]

@@ -25,11 +25,11 @@ class Usage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Served:
+class CallRecord:
     """A finished request. Estimates cover all targets, and are empty if the router made none."""
 
     request_id: str  # not unique: callers may repeat it
-    holder: str  # the caller's name, "" without keys
+    caller: str  # the caller's name, "" without keys
     at: datetime
     end: End
     target: str | None = None  # the one that answered, or began to
@@ -52,7 +52,7 @@ class Served:
     @property
     def alias(self) -> tuple[str, str]:
         """Caller and request id, by which feedback finds the call."""
-        return self.holder, self.request_id
+        return self.caller, self.request_id
 
     @property
     def reported_usd(self) -> float | None:
@@ -64,11 +64,14 @@ class Served:
         return (self.cost_usd or 0.0) + sum(self.lost_usd.values())
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"at": self.at.isoformat()})
+        fields = asdict(self) | {"at": self.at.isoformat()}
+        fields["holder"] = fields.pop("caller")  # the key in existing journals
+        return json.dumps(fields)
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> Served:
+    def from_json(cls, line: str | bytes) -> CallRecord:
         fields = json.loads(line)
-        served = cls(**{"call_id": fields["request_id"], **fields})  # older lines have no call_id
-        usage = Usage(*served.usage) if served.usage is not None else None
-        return replace(served, at=datetime.fromisoformat(str(served.at)), usage=usage)
+        fields["caller"] = fields.pop("holder")
+        record = cls(**{"call_id": fields["request_id"], **fields})  # older lines have no call_id
+        usage = Usage(*record.usage) if record.usage is not None else None
+        return replace(record, at=datetime.fromisoformat(str(record.at)), usage=usage)

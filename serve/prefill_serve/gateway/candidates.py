@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Routed:
+class RoutedPlan:
     """A plan by the router's decision, which keeps a conversation's target unless another is clearly better."""
 
     routing: Routing
@@ -38,7 +38,7 @@ class Routed:
     def input_tokens(self) -> int:
         return self.routing.reading.input_tokens
 
-    def thrifty(self, tolerance: float | None) -> Routed:
+    def over_budget(self, tolerance: float | None) -> RoutedPlan:
         """Over-budget variant: uses the budget's tolerance and drops the conversation's target."""
         policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
         return replace(self, policy=policy, sticky=None)
@@ -62,7 +62,7 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedPlan:
     """A plan with a fixed order: the caller's target, the conversation's, or the defaults if routing failed."""
 
     order: Sequence[str]
@@ -73,7 +73,7 @@ class Fixed:
         return next((Candidate(name, None) for name in self.order if name in among), None)
 
 
-Plan = Routed | Fixed
+Plan = RoutedPlan | FixedPlan
 
 
 def default_order(targets: Sequence[Target], default: str | None, allowed: Sequence[str] | None) -> list[str]:
@@ -95,7 +95,7 @@ def can_take(target: Target, call: Call, input_tokens: int) -> bool:
     )
 
 
-def guessed_tokens(call: Call) -> int:
+def estimated_tokens(call: Call) -> int:
     """Estimates the tokens of a call that was not tokenized, without images."""
     return sum(_num_characters(message.get("content")) for message in call.messages) // _CHARACTERS_A_TOKEN
 

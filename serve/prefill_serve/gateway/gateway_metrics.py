@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from prefill_serve.endpoint_metrics import SECONDS, counter, gauge, histogram
-from prefill_serve.gateway.call_record import Served
+from prefill_serve.gateway.call_record import CallRecord
 
 
 def key_label(name: str) -> str:
@@ -19,7 +19,9 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.calls = counter("calls", "Calls by outcome and target", "end", "target")
-        self.failures = counter("upstream_failures", "Failed attempts by target and reason", "target", "reason")
+        self.failures = counter(
+            "upstream_failures", "UpstreamFailure attempts by target and reason", "target", "reason"
+        )
         self.defaults = counter(
             "default_served", "Calls sent to the default target because routing failed, by reason", "reason"
         )
@@ -33,16 +35,16 @@ class GatewayMetrics:
             "first_event_seconds", "Seconds from the call to the answer's first event", SECONDS
         )
 
-    def ended(self, served: Served) -> None:
-        target = served.target or "none"
-        self.calls.inc(1, tags={"end": served.end, "target": target})
-        if served.cost_usd:
-            self.cost.inc(served.cost_usd, tags={"target": target, "kind": served.cost_kind})
-        for lost, usd in served.lost_usd.items():
+    def ended(self, record: CallRecord) -> None:
+        target = record.target or "none"
+        self.calls.inc(1, tags={"end": record.end, "target": target})
+        if record.cost_usd:
+            self.cost.inc(record.cost_usd, tags={"target": target, "kind": record.cost_kind})
+        for lost, usd in record.lost_usd.items():
             if usd:
                 self.cost.inc(usd, tags={"target": lost, "kind": "reserved"})
-        if served.usage is not None:
-            for kind, tokens in served.usage._asdict().items():
+        if record.usage is not None:
+            for kind, tokens in record.usage._asdict().items():
                 if tokens:
                     self.tokens.inc(tokens, tags={"target": target, "kind": kind.removesuffix("_tokens")})
 

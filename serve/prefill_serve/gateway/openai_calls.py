@@ -19,12 +19,12 @@ from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import Target, Upstream
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import data_of
-from prefill_serve.gateway.upstream_errors import is_error, said_in
+from prefill_serve.gateway.upstream_errors import error_message, is_error
 from prefill_serve.wire import ROUTED_NAMES, RouteRequest, error_body, input_messages
 
 _ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
-_UNSAID = "the upstream failed"
+_NO_MESSAGE = "the upstream failed"
 _MOST_TOKENS = 10**8  # a larger usage or limit is invalid
 _IMAGE_TOKENS = 2000
 # Events without a match, which are most, need no parsing.
@@ -174,7 +174,7 @@ class Call(ABC):
 
     def error(self, answer: Body) -> str | None:
         """The upstream's error message if an answer is an error."""
-        return (said_in(answer) or _UNSAID) if is_error(answer) else None
+        return (error_message(answer) or _NO_MESSAGE) if is_error(answer) else None
 
     @abstractmethod
     def note(self, event: bytes) -> Note | None:
@@ -252,7 +252,7 @@ class ChatCall(Call):
         ended = _indices(choices, "finish_reason")
         error = self.error(body)
         if error is None and _ERROR_EVENT.search(event):
-            error = said_in(body) or _UNSAID
+            error = error_message(body) or _NO_MESSAGE
         return Note(usage, error, is_for_caller=is_for_caller, begun=begun, ended=ended)
 
     def is_whole(self, begun: Set[int], ended: Set[int]) -> bool:
@@ -310,9 +310,9 @@ class ResponsesCall(Call):
         if kind in ("response.completed", "response.incomplete"):
             return Note(self.usage(answer), is_last=True, answer_id=self.answer_id(answer))
         if kind == "response.failed":
-            return Note(self.usage(answer), self.error(answer) or _UNSAID)
+            return Note(self.usage(answer), self.error(answer) or _NO_MESSAGE)
         if kind == "error":
-            return Note(error=said_in(body) or _UNSAID)
+            return Note(error=error_message(body) or _NO_MESSAGE)
         return Note(error=self.error(body)) if kind is None else None
 
     def error_event(self, message: str, code: str) -> bytes:

@@ -12,10 +12,13 @@ from pydantic import Field
 
 from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
+from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
-from prefill_serve.gateway.proxy import Caller, Proxy, Relay
+from prefill_serve.gateway.proxy import Proxy
+from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.state.accounts import Stats
-from prefill_serve.gateway.state.call_ledger import CallLedger, Feedback
+from prefill_serve.gateway.state.call_ledger import CallLedger
+from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import ROUTED_NAMES
 
@@ -59,7 +62,7 @@ class Recorded(StrictModel):
 def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
     """Returns the gateway's routes; `errors` documents their error responses."""
     proxy = Proxy(endpoint, ledger)
-    endpoint.on_routed = proxy.note_routed
+    endpoint.on_routed = proxy.record_decision
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,8 +72,8 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
     routes = APIRouter(lifespan=lifespan)
 
     async def answer(call: Call, http: Request) -> Response:
-        caller = Caller(http.state.holder, http.state.request_id, http.headers.get(_SESSION))
-        return await _unless_gone(http, proxy.answer(call, caller))
+        caller = Caller(http.state.caller, http.state.request_id, http.headers.get(_SESSION))
+        return await _unless_disconnected(http, proxy.answer(call, caller))
 
     answers: dict[int | str, dict[str, Any]] = {**errors, 200: _ANSWER}
 
@@ -101,8 +104,8 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
         Covers the caller's own calls, or those of all callers for administrators and for endpoints without keys.
         """
-        holder = http.state.holder
-        return await ledger.stats(None if endpoint.now.settings.is_admin(holder) else holder)
+        caller = http.state.caller
+        return await ledger.stats(None if endpoint.now.settings.is_admin(caller) else caller)
 
     @routes.post("/v1/feedback", responses=errors, tags=["gateway"])
     async def feedback(given: Feedback, http: Request) -> Recorded:
@@ -110,7 +113,7 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
         Only the caller of a request can give feedback on it. If a caller reused a request id, it applies to the latest.
         """
-        return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.holder))
+        return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.caller))
 
     return routes
 
@@ -133,7 +136,7 @@ def _body(required: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def _unless_gone(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+async def _unless_disconnected(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
     """Returns the answer, or cancels all work on it once the caller disconnects."""
 
     async def hung_up() -> None:

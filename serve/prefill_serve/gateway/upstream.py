@@ -16,10 +16,10 @@ from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
 from prefill_serve.gateway.openai_calls import Body, Call, ChatCall, json_object
-from prefill_serve.gateway.upstream_errors import refusal_body, said_in
+from prefill_serve.gateway.upstream_errors import error_message, refusal_body
 
-_END_S = 0.1
-_PLACE_S = 1.0  # how long a call waits at an upstream at its concurrency limit
+_DRAIN_S = 0.1
+_SLOT_S = 1.0  # how long a call waits at an upstream at its concurrency limit
 _TOO_LONG = b"context_length_exceeded"
 _MAY_BILL = (408, 504)  # a proxy's timeout: the upstream behind it may still bill
 _PROBE_S = 10.0
@@ -31,11 +31,11 @@ class Attempt:
     """One try of a call at one upstream."""
 
     call: Call
-    holder: str = ""
+    caller: str = ""
     is_billable: bool = False  # the upstream received it and did not reject it
 
 
-class Failed(Exception):  # noqa: N818 - another target may answer
+class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
     """An upstream gave no usable answer; `reason` is a short metric label."""
 
     def __init__(
@@ -82,10 +82,10 @@ class Stream:
         self._ended: set[int] = set()
         self._pieces = response.aiter_raw()
         self._first: list[bytes] = []
-        self._failure: Failed | None = None
+        self._failure: UpstreamFailure | None = None
 
     async def begin(self) -> None:
-        """Reads the first event. Raises Failed if the stream starts with an error, is empty or takes too long."""
+        """Reads the first event. Raises UpstreamFailure if it is an error, missing or late."""
         while not self._first:
             self._first = [event for event in await self._next_events() if data_of(event)]
         if not data_of(self._first[0]).startswith(b"{"):
@@ -93,7 +93,7 @@ class Stream:
             raise self._channel.failure(self._attempt, "malformed", "streamed invalid JSON")
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yields the caller's events as they arrive. Raises Failed if the stream is cut off or reports an error."""
+        """Yields the caller's events as they arrive. Raises UpstreamFailure if the stream is cut or fails."""
         yield b"".join(self._first)
         while not self.is_whole:
             yield b"".join(event for event in await self._next_events() if not has_plain_words(event))
@@ -103,7 +103,7 @@ class Stream:
             self._channel.breaker.succeed()
             # The connection can be reused once all data is read.
             with suppress(Exception):
-                async with asyncio.timeout(_END_S):
+                async with asyncio.timeout(_DRAIN_S):
                     await anext(self._pieces, None)
         await self._channel.release(self._response)
 
@@ -157,23 +157,23 @@ class Stream:
             if note is None or note.is_for_caller:
                 yield event
 
-    def _cut(self) -> Failed:
+    def _cut(self) -> UpstreamFailure:
         return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was complete")
 
 
 class Channel:
-    """One target's upstream, for one event loop. Calls raise Failed or UpstreamRefusal."""
+    """One target's upstream, for one event loop. Calls raise UpstreamFailure or UpstreamRefusal."""
 
     def __init__(self, target: Target, http: httpx.AsyncClient) -> None:
         assert target.upstream is not None
         self.target, self.upstream, self.http = target, target.upstream, http
         self.breaker = Breaker()
-        self._places = asyncio.Semaphore(self.upstream.concurrency)
+        self._slots = asyncio.Semaphore(self.upstream.concurrency)
 
     @property
     def is_ready(self) -> bool:
         """Whether a call can be sent now."""
-        return not self.breaker.is_open and not self._places.locked()
+        return not self.breaker.is_open and not self._slots.locked()
 
     async def answer(self, attempt: Attempt) -> Body:
         """Sends a call and returns the whole answer."""
@@ -223,14 +223,14 @@ class Channel:
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
                 yield
-        except (Failed, UpstreamRefusal):
+        except (UpstreamFailure, UpstreamRefusal):
             raise
         except Exception as error:
             raise self.failure_of(attempt, error) from error
 
     async def _send(self, attempt: Attempt) -> httpx.Response:
         """Returns the response once its headers have arrived with status 200. The caller must release it."""
-        await self._take_place()
+        await self._take_slot()
         response = None
         try:
             call = attempt.call
@@ -248,19 +248,19 @@ class Channel:
 
     async def release(self, response: httpx.Response | None) -> None:
         """Frees the concurrency slot and closes the response."""
-        self._places.release()
+        self._slots.release()
         if response is not None:
             with suppress(Exception):
                 await response.aclose()
 
-    async def _take_place(self) -> None:
+    async def _take_slot(self) -> None:
         try:
-            async with asyncio.timeout(_PLACE_S):
-                await self._places.acquire()
+            async with asyncio.timeout(_SLOT_S):
+                await self._slots.acquire()
         except TimeoutError:
             most = self.upstream.concurrency
-            raise Failed(
-                "full", f"{self.target.name}: busy with {most} calls, its concurrency limit", 429, _PLACE_S
+            raise UpstreamFailure(
+                "full", f"{self.target.name}: busy with {most} calls, its concurrency limit", 429, _SLOT_S
             ) from None
 
     # --- failures ------------------------------------------------------------------------------------------------
@@ -273,25 +273,27 @@ class Channel:
         status: int = 502,
         retry_after_s: float = 0.0,
         said: str | None = None,
-    ) -> Failed:
+    ) -> UpstreamFailure:
         """Counts a failure in the breaker and returns it; `said` is the upstream's message."""
-        self.breaker.fail(attempt.holder, retry_after_s)
+        self.breaker.fail(attempt.caller, retry_after_s)
         return self._failed(reason, message, status, retry_after_s, said)
 
     def _failed(
         self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0, said: str | None = None
-    ) -> Failed:
+    ) -> UpstreamFailure:
         said = None if said is None else redacted(said, self.upstream.key)
-        return Failed(reason, f"{self.target.name}: {message}", status, retry_after_s, said=said)
+        return UpstreamFailure(reason, f"{self.target.name}: {message}", status, retry_after_s, said=said)
 
-    def failure_of(self, attempt: Attempt, error: Exception) -> Failed:
+    def failure_of(self, attempt: Attempt, error: Exception) -> UpstreamFailure:
         if isinstance(
             error, TimeoutError | httpx.ReadTimeout
         ):  # the transport's own connect and write timeouts are connection failures
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure(attempt, "connection", "the connection failed")
 
-    def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> Failed | UpstreamRefusal:
+    def _status_failure(
+        self, attempt: Attempt, response: httpx.Response, content: bytes
+    ) -> UpstreamFailure | UpstreamRefusal:
         """Maps an error status; the breaker counts it unless the caller's request or the pool caused it."""
         status = response.status_code
         if is_callers_fault(status):
@@ -299,9 +301,11 @@ class Channel:
                 status, refusal_body(status, json_object(content), self.target.name, self.upstream.key)
             )
             if _TOO_LONG in content:  # another target may have a longer context
-                return Failed("too_long", f"{self.target.name}: its context is too short", status, refusal=refused)
+                return UpstreamFailure(
+                    "too_long", f"{self.target.name}: its context is too short", status, refusal=refused
+                )
             return refused
-        reason, message, said = f"status_{status}", f"answered {status}", said_in(json_object(content))
+        reason, message, said = f"status_{status}", f"answered {status}", error_message(json_object(content))
         if 400 <= status < 500 and not is_passing(status):  # a wrong key or model name, from the pool or the caller
             self.breaker.doubt()
             return self._failed(reason, message, said=said)

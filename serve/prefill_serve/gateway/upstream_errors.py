@@ -22,7 +22,7 @@ def is_error(answer: Mapping[str, Any]) -> bool:
     return bool(answer.get("error")) or "error" in (answer.get("object"), answer.get("type"))
 
 
-def said_in(answer: Mapping[str, Any]) -> str | None:
+def error_message(answer: Mapping[str, Any]) -> str | None:
     """The message of an error in the format of OpenAI, vLLM or FastAPI; None if it has none."""
     error = answer.get("error") or answer
     said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
@@ -34,15 +34,15 @@ def said_in(answer: Mapping[str, Any]) -> str | None:
 def refusal_body(status: int, answer: Mapping[str, Any], target: str, key: str | None) -> bytes:
     """The error body for a caller whose request the upstream rejected. `key` is the upstream's, to redact."""
     error = answer["error"] if isinstance(answer.get("error"), dict) else answer
-    said = said_in(answer)
+    said = error_message(answer)
     message = f"{target}: answered {status}" if said is None else redacted(said, key)
-    named = {name: _named(error.get(name), key) for name in ("type", "param", "code")}
-    refusal = error_body(status, message, named["code"] or "invalid_request", named["param"])
-    if named["type"]:
-        refusal["error"]["type"] = named["type"]
+    names = {name: _plain_name(error.get(name), key) for name in ("type", "param", "code")}
+    refusal = error_body(status, message, names["code"] or "invalid_request", names["param"])
+    if names["type"]:
+        refusal["error"]["type"] = names["type"]
     return json.dumps(refusal).encode()
 
 
-def _named(value: Any, key: str | None) -> str | None:
+def _plain_name(value: Any, key: str | None) -> str | None:
     """The upstream's value if it is a plain name and holds no credential."""
     return value if isinstance(value, str) and _NAME.fullmatch(value) and redacted(value, key) == value else None

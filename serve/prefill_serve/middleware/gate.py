@@ -70,7 +70,7 @@ class RequestGate:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = new_request_id()
         state = scope.setdefault("state", {})
-        state["request_id"], state["holder"] = request_id, ""
+        state["request_id"], state["caller"] = request_id, ""
         status, has_left = 0, False  # 0 until the answer starts
 
         async def receive_or_left() -> Message:
@@ -91,7 +91,7 @@ class RequestGate:
             propagate.inject(MutableHeaders(scope=scope))  # the parent of FastAPI's spans
             try:
                 self._require_own_origin(scope["path"], headers)
-                state["holder"] = self._holder(scope["path"], headers)
+                state["caller"] = self._caller(scope["path"], headers)
                 if not has_json_or_nothing(headers):
                     raise _not_json()
                 with self.attempts.begun(headers.get(attempts.HEADER), request_id):
@@ -125,7 +125,7 @@ class RequestGate:
             message = "cross-site request refused: an endpoint for web pages of other sites needs --keys"
             raise Refusal(403, message, "origin_not_allowed")
 
-    def _holder(self, path: str, headers: Headers) -> str:
+    def _caller(self, path: str, headers: Headers) -> str:
         """Returns the key's caller. Compares all keys, each in constant time, so that timing reveals nothing."""
         serving = self.endpoint.serving
         if serving is None or serving.settings.open or _is_open_path(path):

@@ -7,13 +7,13 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from prefill_serve.gateway.call_record import Served, Usage
+from prefill_serve.gateway.call_record import CallRecord, Usage
 
 AT = datetime(2026, 3, 1, 12, 30, 5, 123456, UTC)
-LEAST = Served("r-1", "", AT, "failed")
-MOST = Served(
+LEAST = CallRecord("r-1", "", AT, "failed")
+MOST = CallRecord(
     request_id="r-2",
-    holder="Zoë",
+    caller="Zoë",
     at=AT,
     end="answered",
     target="big\nmodel",
@@ -33,20 +33,20 @@ MOST = Served(
 
 
 @pytest.mark.parametrize("served", [LEAST, MOST])
-def test_a_record_comes_back_as_it_went(served: Served) -> None:
-    assert Served.from_json(served.to_json()) == served
-    assert Served.from_json(served.to_json().encode()) == served
+def test_a_record_comes_back_as_it_went(served: CallRecord) -> None:
+    assert CallRecord.from_json(served.to_json()) == served
+    assert CallRecord.from_json(served.to_json().encode()) == served
 
 
 def test_a_cost_of_a_record_from_before_there_were_kinds_was_reported() -> None:
     fields = json.loads(MOST.to_json())
     del fields["cost_kind"], fields["lost_usd"]
-    served = Served.from_json(json.dumps(fields))
+    served = CallRecord.from_json(json.dumps(fields))
     assert served.reported_usd == served.charged_usd == 1 / 7
 
 
 def test_usage_comes_back_by_name() -> None:
-    usage = Served.from_json(MOST.to_json()).usage
+    usage = CallRecord.from_json(MOST.to_json()).usage
     assert usage is not None
     assert (usage.input_tokens, usage.output_tokens, usage.cached_tokens) == (10, 5, 3)
 
@@ -59,4 +59,4 @@ def test_a_record_is_one_line_of_ascii() -> None:
 
 def test_a_time_of_another_zone_is_the_same_moment() -> None:
     there = AT.astimezone(timezone(timedelta(hours=5, minutes=30)))
-    assert Served.from_json(Served("r", "", there, "routed").to_json()).at == AT
+    assert CallRecord.from_json(CallRecord("r", "", there, "routed").to_json()).at == AT

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.gateway.candidates import Candidate, Fixed, can_take, default_order, guessed_tokens
+from prefill_serve.gateway.candidates import Candidate, FixedPlan, can_take, default_order, estimated_tokens
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}
@@ -48,7 +48,7 @@ def test_the_callers_wish_holds_for_the_default_too() -> None:
 
 
 def test_a_fixed_order_gives_the_first_that_is_left() -> None:
-    plan = Fixed(["a", "b", "c"], 0)
+    plan = FixedPlan(["a", "b", "c"], 0)
     assert plan.choose({"c", "b"}) == Candidate("b", None)
     assert plan.choose([]) is None
     assert plan.choose(["other"]) is None
@@ -88,13 +88,13 @@ def test_prompt_and_reserved_answer_must_fit_into_the_context() -> None:
     "content", ["a" * 300, [{"type": "text", "text": "a" * 100}, {"type": "text", "text": "b" * 200}]]
 )
 def test_text_is_guessed_to_have_a_token_for_three_characters(content: Any) -> None:
-    assert guessed_tokens(chat(content)) == 100
+    assert estimated_tokens(chat(content)) == 100
 
 
 def test_an_image_is_not_guessed_to_be_a_long_text() -> None:
     call = chat([{"type": "text", "text": "what is this?"}, IMAGE])
-    assert can_take(target(context_tokens=8_192), call, guessed_tokens(call))
+    assert can_take(target(context_tokens=8_192), call, estimated_tokens(call))
 
 
 def test_messages_without_text_have_no_tokens() -> None:
-    assert guessed_tokens(ChatCall({"messages": [{"role": "assistant", "content": None}, {"role": "user"}]})) == 0
+    assert estimated_tokens(ChatCall({"messages": [{"role": "assistant", "content": None}, {"role": "user"}]})) == 0

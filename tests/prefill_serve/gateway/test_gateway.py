@@ -24,7 +24,7 @@ from gateway import PRICES, Gateway, write_pool
 from mutations import damaged, mutated
 from prefill_router.corpus.reader import content_hash
 from prefill_router.router.artifact import Router
-from prefill_serve.gateway.proxy import LEDGER_S
+from prefill_serve.gateway.planner import LEDGER_S
 from upstream import Call, Fault, Upstream
 
 ASKED = "what is one plus two"
@@ -506,11 +506,11 @@ def test_usage_that_was_asked_for_is_passed_on(gateway: Gateway, upstreams: dict
     assert told[-2]["usage"]["completion_tokens"] > 0
 
 
-@pytest.mark.parametrize(("thrifty", "expected"), [(None, "small"), (0.0, None)])
+@pytest.mark.parametrize(("over_budget", "expected"), [(None, "small"), (0.0, None)])
 def test_a_budget_that_is_spent_makes_the_rest_cheap(
-    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path, thrifty: float | None, expected: str | None
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path, over_budget: float | None, expected: str | None
 ) -> None:
-    budgets = {"usd_per_day": 0.0, "tolerance": thrifty}
+    budgets = {"usd_per_day": 0.0, "tolerance": over_budget}
     _configure(gateway, upstreams, tmp_path, gateway={"ledger": {"budgets": budgets}}, tolerance=0.0)
     best = gateway.post("/v1/route", {"prompt": ASKED, "tolerance": 0.0}).json()["selected_model"]
     assert answering(gateway.chat(ASKED)) == (expected or best)
@@ -536,7 +536,7 @@ def _until_settled(gateway: Gateway) -> None:
 def test_a_burst_overruns_a_budget_by_no_more_than_expectations_err(
     gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_serve.gateway.proxy.LEDGER_S", 30.0)  # this process's loop may be slow
+    monkeypatch.setattr("prefill_serve.gateway.planner.LEDGER_S", 30.0)  # this process's loop may be slow
     text, usd = _dear(gateway)
     budget_usd = 5.5 * usd["big"]
     budgets = {"usd_per_day": gateway.stats()["spent_today_usd"] + budget_usd}

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from gateway import PRICES, Gateway, gateway_of_two, renewed_pool
-from prefill_serve.gateway.state.call_ledger import LedgerAway
+from prefill_serve.gateway.state.call_ledger import LedgerUnavailable
 from upstream import Fault, Upstream
 
 ASKED = "what is one plus two"
@@ -343,7 +343,7 @@ def test_a_keys_hard_limit_is_its_own(gateway: Gateway) -> None:
 
 def test_a_hard_limit_holds_while_the_ledger_is_silent(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     async def away(*_bid: Any) -> int:
-        raise LedgerAway("it is gone")
+        raise LedgerUnavailable("it is gone")
 
     limited(gateway, 1e6)
     monkeypatch.setattr(gateway.ledger, "reserve", away)

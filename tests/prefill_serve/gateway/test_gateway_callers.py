@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from gateway import Gateway, gateway_of_two, renewed_pool
-from prefill_serve.gateway.candidates import Routed
+from prefill_serve.gateway.candidates import RoutedPlan
 from upstream import Fault, Upstream
 
 ASKED = "what is one plus two"
@@ -54,8 +54,8 @@ def answering(gateway: Gateway, who: str, **body: Any) -> str:
 @pytest.fixture
 def _for_big(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the router prefer big for every prompt."""
-    choose = Routed.choose
-    monkeypatch.setattr(Routed, "choose", lambda plan, among: choose(plan, ["big"] if "big" in among else among))
+    choose = RoutedPlan.choose
+    monkeypatch.setattr(RoutedPlan, "choose", lambda plan, among: choose(plan, ["big"] if "big" in among else among))
 
 
 @pytest.mark.usefixtures("_for_big")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.candidates import Fixed
+from prefill_serve.gateway.active_call import ActiveCall, Caller
+from prefill_serve.gateway.candidates import FixedPlan
 from prefill_serve.gateway.openai_calls import ChatCall
-from prefill_serve.gateway.proxy import Caller, Proxy, _Passage
+from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.state.call_ledger import Bid, LocalLedger
 
 
@@ -32,9 +33,9 @@ def test_a_reservation_is_renewed_while_its_call_is_under_way(monkeypatch: pytes
     async def scenario() -> None:
         ledger = Watched()
         proxy = Proxy(endpoint, ledger)
-        passage = _Passage(ChatCall({}), Caller("ann", "r"), Fixed(["t"], 0), {}, [])
-        ticket = passage.ticket
-        await proxy._reserve(passage, [Bid("t", 0.5)])
+        active = ActiveCall(ChatCall({}), Caller("ann", "r"), FixedPlan(["t"], 0), {}, [])
+        ticket = active.ticket
+        await proxy._reserve(active, [Bid("t", 0.5)])
         for _ in range(3):
             assert await ledger.renewed.get() == [ticket]
         assert (await ledger.stats("ann")).reserved_usd == 0.5
@@ -43,7 +44,7 @@ def test_a_reservation_is_renewed_while_its_call_is_under_way(monkeypatch: pytes
         if closes:
             await proxy.close()
         else:
-            del passage  # a call without references is no longer in progress
+            del active  # a call without references is no longer in progress
         await asyncio.wait({renewing})
         assert renewing.cancelled() == closes
 

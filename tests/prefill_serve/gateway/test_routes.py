@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.proxy import Relay
-from prefill_serve.gateway.routes import _unless_gone
+from prefill_serve.gateway.relay import Relay
+from prefill_serve.gateway.routes import _unless_disconnected
 
 
 class Waiting:
@@ -20,16 +20,16 @@ class Waiting:
 
 def test_an_answer_that_comes_as_its_caller_is_gone_is_ended_and_recorded() -> None:
     ended: list[tuple[Any, ...]] = []
-    passage: Any = "the call"
+    active: Any = "the call"
     stream: Any = "its stream"
 
     async def scenario() -> None:
         async def answering() -> Any:
             serving.cancel()  # Ray Serve's way to report a disconnect
-            return Relay(passage, stream, {}, lambda *what: ended.append(what))
+            return Relay(active, stream, {}, lambda *what: ended.append(what))
 
         request: Any = Waiting()
-        serving = asyncio.create_task(_unless_gone(request, answering()))
+        serving = asyncio.create_task(_unless_disconnected(request, answering()))
         with pytest.raises(asyncio.CancelledError):
             await serving
 

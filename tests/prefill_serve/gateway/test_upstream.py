@@ -20,7 +20,7 @@ from prefill_serve.gateway import upstream as module
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
-from prefill_serve.gateway.upstream import Attempt, Channel, Failed, UpstreamRefusal
+from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamFailure, UpstreamRefusal
 from upstream import Fault, Upstream
 
 SAID = [{"role": "user", "content": "how do you do"}]
@@ -147,13 +147,13 @@ def answered(url: str, call: Call, **way: Any) -> bytes:
     return run(scenario)  # type: ignore[no-any-return]
 
 
-def failed(url: str, call: Call, **way: Any) -> tuple[Failed, list[str], bytes]:
+def failed(url: str, call: Call, **way: Any) -> tuple[UpstreamFailure, list[str], bytes]:
     """The failure of a call, what the breaker was told, and what the caller had received."""
 
-    async def scenario() -> tuple[Failed, list[str], bytes]:
+    async def scenario() -> tuple[UpstreamFailure, list[str], bytes]:
         async with channel_to(url, **way) as (channel, breaker):
             pieces: list[bytes] = []
-            with pytest.raises(Failed) as caught:
+            with pytest.raises(UpstreamFailure) as caught:
                 await ask(channel, call, pieces)
             assert channel.is_ready, "a place is not given back"
             assert str(caught.value).startswith("t: ")
@@ -512,7 +512,7 @@ def test_an_upstream_may_bill_what_it_has_taken(small: Upstream, fault: Fault, s
 
     async def scenario() -> None:
         async with channel_to(small.url, timeout_s=HASTY_S if fault in TIMEOUTS else PATIENT_S) as (channel, _):
-            with pytest.raises((Failed, UpstreamRefusal)):
+            with pytest.raises((UpstreamFailure, UpstreamRefusal)):
                 await ask(channel, made.call, [], made)
 
     run(scenario)
@@ -527,7 +527,7 @@ def test_a_proxy_that_lost_patience_does_not_tell_what_is_billed(
 
     async def scenario() -> None:
         async with channel_to(scripted.answers(status=status)) as (channel, _):
-            with pytest.raises(Failed):
+            with pytest.raises(UpstreamFailure):
                 await channel.answer(made)
 
     run(scenario)
@@ -541,7 +541,7 @@ def test_an_upstream_that_was_not_reached_bills_nothing() -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             async with channel_to(f"http://127.0.0.1:{taken.getsockname()[1]}") as (channel, _):
-                with pytest.raises(Failed):
+                with pytest.raises(UpstreamFailure):
                     await channel.answer(made)
 
     run(scenario)
@@ -552,14 +552,14 @@ def test_an_upstream_that_was_not_reached_bills_nothing() -> None:
 
 
 def test_an_upstream_that_has_as_many_calls_as_it_may_is_full(small: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PLACE_S", 0.05)
+    monkeypatch.setattr(module, "_SLOT_S", 0.05)
     small.faults()
 
     async def scenario() -> None:
         async with channel_to(small.url, concurrency=2) as (channel, breaker):
             under_way = [await channel.stream(attempt(chat(stream=True))) for _ in range(2)]
             assert not channel.is_ready
-            with pytest.raises(Failed) as caught:
+            with pytest.raises(UpstreamFailure) as caught:
                 await channel.answer(attempt(chat()))
             assert (caught.value.reason, caught.value.status) == ("full", 429)
             assert breaker.heard == []  # the upstream works

@@ -11,7 +11,7 @@ from typing import get_args
 from pydantic import Field
 
 from prefill_router.common.validation import StrictModel
-from prefill_serve.gateway.call_record import CostKind, Served
+from prefill_serve.gateway.call_record import CallRecord, CostKind
 from prefill_serve.gateway.state.reservations import Exhausted, Reservations
 from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
@@ -104,58 +104,58 @@ class Accounts:
     _day: str = ""
     _spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def book(self, served: Served) -> None:
-        self.since = min(self.since or served.at, served.at)
-        self.ends[served.end] += 1
-        for target in served.failed:
+    def book(self, record: CallRecord) -> None:
+        self.since = min(self.since or record.at, record.at)
+        self.ends[record.end] += 1
+        for target in record.failed:
             self._targets[target].failed += 1
-        for target, usd in served.lost_usd.items():
+        for target, usd in record.lost_usd.items():
             self._charge(target, usd, "reserved")
-        self._spend(served)
-        if served.target is None or served.end == "routed":
+        self._spend(record)
+        if record.target is None or record.end == "routed":
             return
-        sums = self._targets[served.target]
-        sums.failed += served.end == "failed"
-        if served.usage is not None:
-            sums.input_tokens += served.usage.input_tokens
-            sums.output_tokens += served.usage.output_tokens
-            sums.cached_tokens += served.usage.cached_tokens
-        if served.cost_usd is not None:
-            self._charge(served.target, served.cost_usd, served.cost_kind)
-        if served.end == "answered":
+        sums = self._targets[record.target]
+        sums.failed += record.end == "failed"
+        if record.usage is not None:
+            sums.input_tokens += record.usage.input_tokens
+            sums.output_tokens += record.usage.output_tokens
+            sums.cached_tokens += record.usage.cached_tokens
+        if record.cost_usd is not None:
+            self._charge(record.target, record.cost_usd, record.cost_kind)
+        if record.end == "answered":
             sums.answered += 1
-            self.sticky += served.is_sticky
-            self.by_default += not (served.p_correct or served.is_pinned or served.is_sticky)
-            if served.reported_usd is None:
+            self.sticky += record.is_sticky
+            self.by_default += not (record.p_correct or record.is_pinned or record.is_sticky)
+            if record.reported_usd is None:
                 self.unmetered += 1
             else:
                 sums.metered += 1
-                sums.metered_usd += served.reported_usd
-            if served.p_correct:
-                self._compare(served, sums, served.expected_cost_usd[served.target])
+                sums.metered_usd += record.reported_usd
+            if record.p_correct:
+                self._compare(record, sums, record.expected_cost_usd[record.target])
 
     def _charge(self, target: str, usd: float, kind: CostKind) -> None:
         self._targets[target].actual_usd += usd
         self.charged_calls[kind] += 1
         self.charged_usd[kind] += usd
 
-    def _compare(self, served: Served, sums: _Sums, expected_usd: float) -> None:
+    def _compare(self, record: CallRecord, sums: _Sums, expected_usd: float) -> None:
         """Adds the expected cost of an answer and of all targets instead."""
         self.routed_usd += expected_usd
-        for target, p in served.p_correct.items():
+        for target, p in record.p_correct.items():
             self._p_correct[target] += p
-            self._would_cost[target] += served.expected_cost_usd[target]
-        if served.reported_usd is not None:
+            self._would_cost[target] += record.expected_cost_usd[target]
+        if record.reported_usd is not None:
             self.expected_usd += expected_usd
-            self.metered_usd += served.reported_usd
+            self.metered_usd += record.reported_usd
             sums.expected_usd += expected_usd
 
-    def _spend(self, served: Served) -> None:
-        if (day := served.at.astimezone(UTC).date().isoformat()) > self._day:
+    def _spend(self, record: CallRecord) -> None:
+        if (day := record.at.astimezone(UTC).date().isoformat()) > self._day:
             self._day = day
             self._spent.clear()
         if day == self._day:
-            self._spent[served.holder] += served.charged_usd
+            self._spent[record.caller] += record.charged_usd
 
     def spent_today(self, now: datetime) -> dict[str, float]:
         return dict(self._spent) if now.astimezone(UTC).date().isoformat() == self._day else {}
@@ -165,19 +165,19 @@ class Accounts:
         sums = self._targets[target] if target in self._targets else _Sums()
         return sums.metered_usd / max(sums.metered, 1)
 
-    def fits(self, usd: float, limits: DailyLimits, holder: str, now: datetime) -> bool:
+    def fits(self, usd: float, limits: DailyLimits, caller: str, now: datetime) -> bool:
         """Whether an amount fits today's budgets of the caller and of all callers, including reservations."""
         taken = Counter(self.spent_today(now))
         taken.update(self.reservations.usd())
         of_all = inf if limits.usd_per_day is None else limits.usd_per_day
-        return taken[holder] + usd <= limits.keys.get(holder, inf) and taken.total() + usd <= of_all
+        return taken[caller] + usd <= limits.keys.get(caller, inf) and taken.total() + usd <= of_all
 
-    def exhausted(self, usd: float, limits: HardLimits, holder: str, now: datetime) -> Exhausted:
+    def exhausted(self, usd: float, limits: HardLimits, caller: str, now: datetime) -> Exhausted:
         """The limit that a call exceeds, and when to retry: at midnight UTC, or soon if reservations alone fill it."""
         spent = self.spent_today(now)
-        key: str | None = holder
-        limit_usd = limits.keys.get(holder, inf)
-        spent_usd, reserved_usd = spent.get(holder, 0.0), self.reservations.usd().get(holder, 0.0)
+        key: str | None = caller
+        limit_usd = limits.keys.get(caller, inf)
+        spent_usd, reserved_usd = spent.get(caller, 0.0), self.reservations.usd().get(caller, 0.0)
         if limits.usd_per_day is not None and spent_usd + reserved_usd + usd <= limit_usd:
             key, limit_usd = None, limits.usd_per_day
             spent_usd, reserved_usd = sum(spent.values()), sum(self.reservations.usd().values())

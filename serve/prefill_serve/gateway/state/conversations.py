@@ -15,18 +15,18 @@ Key = bytes
 _REMEMBERED = 200_000  # conversations, about 200 bytes each
 
 
-def keys_of(call: Call, holder: str, session: str | None) -> tuple[list[Key], Key]:
+def keys_of(call: Call, caller: str, session: str | None) -> tuple[list[Key], Key]:
     """Returns the keys to look up the conversation's target, best first, and the key to store it under.
 
     Without a session id, a call is found by its messages before each earlier answer. Keys include the caller, so
     callers never find each other's conversations.
     """
     if call.continues is not None:
-        return [answer_key(holder, call.continues)], _key(holder, "next", call.continues)
+        return [answer_key(caller, call.continues)], _key(caller, "next", call.continues)
     if session:  # ignore an empty header
-        key = _key(holder, "session", session)
+        key = _key(caller, "session", session)
         return [key], key
-    digest = hashlib.sha256(_key(holder, "said", ""))
+    digest = hashlib.sha256(_key(caller, "said", ""))
     before: list[Key] = []
     for message in call.messages:
         if message.get("role") == "assistant":
@@ -35,9 +35,9 @@ def keys_of(call: Call, holder: str, session: str | None) -> tuple[list[Key], Ke
     return before[::-1], digest.digest()[:16]
 
 
-def answer_key(holder: str, answer_id: str) -> Key:
+def answer_key(caller: str, answer_id: str) -> Key:
     """The key of an answer stored by an upstream, which no other target can continue."""
-    return _key(holder, "answer", answer_id)
+    return _key(caller, "answer", answer_id)
 
 
 class Conversations:

@@ -31,7 +31,7 @@ class Exhausted(NamedTuple):
 
 
 class _Reservation(NamedTuple):
-    holder: str
+    caller: str
     parts: int  # of a dollar
     until: float
 
@@ -41,34 +41,34 @@ class Reservations:
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._under_way: OrderedDict[str, _Reservation] = OrderedDict()  # the oldest first
+        self._in_progress: OrderedDict[str, _Reservation] = OrderedDict()  # the oldest first
         self._parts: Counter[str] = Counter()  # by caller
 
-    def make(self, ticket: str, holder: str, usd: float) -> None:
+    def make(self, ticket: str, caller: str, usd: float) -> None:
         """Makes a reservation, replacing the ticket's previous one."""
         self.end(ticket)
-        made = _Reservation(holder, round(usd * _PER_USD), self._clock() + LAPSES_S)
-        self._under_way[ticket] = made
-        self._parts[holder] += made.parts
+        made = _Reservation(caller, round(usd * _PER_USD), self._clock() + LAPSES_S)
+        self._in_progress[ticket] = made
+        self._parts[caller] += made.parts
 
     def renew(self, tickets: Iterable[str]) -> None:
         """Extends reservations; ignores unknown tickets."""
         for ticket in tickets:
-            if ticket in self._under_way:
+            if ticket in self._in_progress:
                 until = self._clock() + LAPSES_S
-                self._under_way[ticket] = self._under_way[ticket]._replace(until=until)
-                self._under_way.move_to_end(ticket)
+                self._in_progress[ticket] = self._in_progress[ticket]._replace(until=until)
+                self._in_progress.move_to_end(ticket)
 
     def end(self, ticket: str) -> None:
         """Ends a reservation, if there is one."""
-        ended = self._under_way.pop(ticket, None)
+        ended = self._in_progress.pop(ticket, None)
         if ended is not None:
-            self._parts[ended.holder] -= ended.parts
-            if not self._parts[ended.holder]:
-                del self._parts[ended.holder]
+            self._parts[ended.caller] -= ended.parts
+            if not self._parts[ended.caller]:
+                del self._parts[ended.caller]
 
     def usd(self) -> dict[str, float]:
         """Reserved USD by caller."""
-        while self._under_way and next(iter(self._under_way.values())).until <= self._clock():
-            self.end(next(iter(self._under_way)))
-        return {holder: parts / _PER_USD for holder, parts in self._parts.items()}
+        while self._in_progress and next(iter(self._in_progress.values())).until <= self._clock():
+            self.end(next(iter(self._in_progress)))
+        return {caller: parts / _PER_USD for caller, parts in self._parts.items()}

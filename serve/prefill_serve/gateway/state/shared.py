@@ -12,10 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from prefill_router.common.validation import validate
-from prefill_serve.gateway.call_record import Served
+from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.state.accounts import Stats
-from prefill_serve.gateway.state.call_ledger import Bid, Feedback, LedgerAway, LocalLedger
+from prefill_serve.gateway.state.call_ledger import Bid, LedgerUnavailable, LocalLedger
 from prefill_serve.gateway.state.conversations import Key
+from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.settings import LedgerSettings
 
@@ -40,7 +41,7 @@ class SharedLedger(LocalLedger):
 
 
 class RemoteLedger:
-    """A replica's client of the shared ledger. Calls raise what LocalLedger's do, and LedgerAway."""
+    """A replica's client of the shared ledger. Calls raise what LocalLedger's do, and LedgerUnavailable."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -51,20 +52,20 @@ class RemoteLedger:
     async def target_of_answer(self, key: Key) -> str | None:
         return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
 
-    async def reserve(self, ticket: str, holder: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
-        return await self._call("reserve", ticket, holder, bids)  # type: ignore[no-any-return]
+    async def reserve(self, ticket: str, caller: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
+        return await self._call("reserve", ticket, caller, bids)  # type: ignore[no-any-return]
 
     async def renew(self, tickets: Sequence[str]) -> None:
         await self._call("renew", tickets)
 
-    async def record(self, served: Served, keys: Sequence[Key], ticket: str = "") -> None:
-        await self._call("record", served, keys, ticket)
+    async def record(self, record: CallRecord, keys: Sequence[Key], ticket: str = "") -> None:
+        await self._call("record", record, keys, ticket)
 
-    async def feedback(self, given: Feedback, holder: str) -> bool:
-        return await self._call("feedback", given, holder)  # type: ignore[no-any-return]
+    async def feedback(self, given: Feedback, caller: str) -> bool:
+        return await self._call("feedback", given, caller)  # type: ignore[no-any-return]
 
-    async def stats(self, holder: str | None) -> Stats:
-        return await self._call("stats", holder)  # type: ignore[no-any-return]
+    async def stats(self, caller: str | None) -> Stats:
+        return await self._call("stats", caller)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -73,4 +74,4 @@ class RemoteLedger:
         except RayTaskError as error:
             raise error.cause from None
         except (RayError, TimeoutError) as error:
-            raise LedgerAway(str(error)) from error
+            raise LedgerUnavailable(str(error)) from error

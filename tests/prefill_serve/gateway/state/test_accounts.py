@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.call_record import Served, Usage
+from prefill_serve.gateway.call_record import CallRecord, Usage
 from prefill_serve.gateway.state.accounts import Accounts
 from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
@@ -16,11 +16,11 @@ EXPECTED = {"small": 0.01, "big": 0.05}
 P_CORRECT = {"small": 0.6, "big": 0.9}
 
 
-def routed(target: str = "small", **fields: Any) -> Served:
+def routed(target: str = "small", **fields: Any) -> CallRecord:
     """The record of a routed and answered call."""
     usual = {
         "request_id": "r",
-        "holder": "ann",
+        "caller": "ann",
         "at": NOON,
         "end": "answered",
         "target": target,
@@ -29,21 +29,21 @@ def routed(target: str = "small", **fields: Any) -> Served:
         "usage": Usage(100, 20, 10),
         "cost_usd": 0.02,
     }
-    return Served(**{**usual, **fields})
+    return CallRecord(**{**usual, **fields})
 
 
-def unrouted(end: Any = "answered", target: str | None = "small", **fields: Any) -> Served:
-    return Served("r", "ann", NOON, end, target, **fields)
+def unrouted(end: Any = "answered", target: str | None = "small", **fields: Any) -> CallRecord:
+    return CallRecord("r", "ann", NOON, end, target, **fields)
 
 
-def booked(*calls: Served) -> Accounts:
+def booked(*calls: CallRecord) -> Accounts:
     accounts = Accounts()
     for call in calls:
         accounts.book(call)
     return accounts
 
 
-def stats_of(*calls: Served) -> Any:
+def stats_of(*calls: CallRecord) -> Any:
     return booked(*calls).stats(NOON, 0.0, 0)
 
 
@@ -181,7 +181,7 @@ def test_a_call_fits_where_it_ends_with_its_budget() -> None:
 
 
 def test_the_budget_of_all_is_spent_by_all() -> None:
-    accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.6, holder="bob"))
+    accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.6, caller="bob"))
     assert not accounts.fits(0.01, Budgets(usd_per_day=1.0), "eve", NOON)
     assert accounts.fits(0.01, Budgets(usd_per_day=1.2), "eve", NOON)
 
@@ -234,7 +234,7 @@ def test_a_call_of_yesterday_that_is_booked_late_costs_nothing_today() -> None:
 def test_a_refusal_says_which_limit_and_until_when(
     hard: dict[str, Any], key: str | None, left_usd: float, is_soon: bool
 ) -> None:
-    accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.5, holder="bob"))
+    accounts = booked(routed(cost_usd=0.5), routed(cost_usd=0.5, caller="bob"))
     accounts.reservations.make("t", "ann", 0.25)
     accounts.reservations.make("u", "bob", 0.25)
     limits = HardLimits(**hard)

@@ -17,17 +17,12 @@ from pydantic import ValidationError
 from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, content_hash
 from prefill_router.outcomes import load_outcomes
-from prefill_serve.gateway.call_record import Served, Usage
+from prefill_serve.gateway.call_record import CallRecord, Usage
 from prefill_serve.gateway.state import call_ledger as module
-from prefill_serve.gateway.state.call_ledger import (
-    Bid,
-    Feedback,
-    LocalLedger,
-    NoFeedback,
-    OtherFeedback,
-    UnknownRequest,
-)
-from prefill_serve.gateway.state.remembered import LatestNames, bound_prompts
+from prefill_serve.gateway.state.call_ledger import Bid, LocalLedger
+from prefill_serve.gateway.state.call_memory import RecentNames, bound_prompts
+from prefill_serve.gateway.state.feedback import ConflictingFeedback, Feedback, FeedbackDisabled, UnknownRequest
+from prefill_serve.gateway.state.ledger_folder import LedgerFolder
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.state.row_files import MOST_FILES
 from prefill_serve.settings import Budgets, HardLimits, LedgerSettings
@@ -37,7 +32,7 @@ BIDS = [Bid("big", 0.05), Bid("small", 0.01)]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "_POLL_S", 0.1)
     monkeypatch.setattr(module, "_JOURNAL_S", 0.01)
 
 
@@ -51,16 +46,16 @@ async def opened(folder: Path, **settings: Any) -> LocalLedger:
     return ledger
 
 
-async def taken_by(ledger: LocalLedger, ticket: str, holder: str, bids: Sequence[Bid] = BIDS) -> int:
+async def taken_by(ledger: LocalLedger, ticket: str, caller: str, bids: Sequence[Bid] = BIDS) -> int:
     """The index of the bid that the ledger takes."""
-    reserved = await ledger.reserve(ticket, holder, bids)
+    reserved = await ledger.reserve(ticket, caller, bids)
     assert isinstance(reserved, Reserved)
     return reserved.bid
 
 
-def served(request_id: str = "r-1", prompt_id: str | None = None, **fields: Any) -> Served:
+def served(request_id: str = "r-1", prompt_id: str | None = None, **fields: Any) -> CallRecord:
     usual = {
-        "holder": "ann",
+        "caller": "ann",
         "at": datetime.now(UTC),
         "end": "answered",
         "target": "small",
@@ -70,7 +65,7 @@ def served(request_id: str = "r-1", prompt_id: str | None = None, **fields: Any)
         "usage": Usage(100, 20, 10),
         "cost_usd": 0.25,
     }
-    return Served(request_id=request_id, **{**usual, **fields})
+    return CallRecord(request_id=request_id, **{**usual, **fields})
 
 
 def right(request_id: str = "r-1", **fields: Any) -> Feedback:
@@ -154,7 +149,7 @@ def test_other_feedback_is_refused_and_the_first_stands(tmp_path: Path, other: F
         ledger = await opened(tmp_path)
         await ledger.record(served(), [])
         await ledger.feedback(right(), "ann")
-        with pytest.raises(OtherFeedback, match="r-1"):
+        with pytest.raises(ConflictingFeedback, match="r-1"):
             await ledger.feedback(other, "ann")
 
     run(scenario)
@@ -173,19 +168,19 @@ def test_feedback_that_comes_before_its_call_is_recorded_waits_for_it(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("request_id", "holder"),
+    ("request_id", "caller"),
     [("nobody's", "ann"), ("r-1", "bob"), ("r-1", ""), ("unanswered", "ann"), ("unrouted", "ann")],
 )
 def test_a_request_that_one_did_not_make_or_that_had_no_routed_answer_is_unknown(
-    tmp_path: Path, request_id: str, holder: str
+    tmp_path: Path, request_id: str, caller: str
 ) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
         await ledger.record(served(), [])
         await ledger.record(served("unanswered", end="failed", target=None), [])
-        await ledger.record(Served("unrouted", "ann", datetime.now(UTC), "answered", "small"), [])
+        await ledger.record(CallRecord("unrouted", "ann", datetime.now(UTC), "answered", "small"), [])
         with pytest.raises(UnknownRequest, match=request_id):
-            await ledger.feedback(right(request_id), holder)
+            await ledger.feedback(right(request_id), caller)
 
     run(scenario)
     assert not (tmp_path / "outcomes").exists()
@@ -205,7 +200,7 @@ def test_without_a_folder_there_is_no_feedback() -> None:
     async def scenario() -> None:
         ledger = LocalLedger()
         await ledger.record(served(), [])
-        with pytest.raises(NoFeedback, match="--feedback"):
+        with pytest.raises(FeedbackDisabled, match="--feedback"):
             await ledger.feedback(right(), "ann")
 
     run(scenario)
@@ -543,7 +538,7 @@ def test_a_new_ledger_on_the_folder_knows_what_the_old_one_did(tmp_path: Path) -
         assert await new.stats("ann") == await old.stats("ann")
         assert await taken_by(new, "t", "bob") == 1
         assert not await new.feedback(Feedback(request_id="r-1", score=0.1), "ann")
-        with pytest.raises(OtherFeedback):
+        with pytest.raises(ConflictingFeedback):
             await new.feedback(right("r-1"), "ann")
         assert await new.feedback(right("r-2"), "ann")
 
@@ -591,7 +586,7 @@ def test_a_call_of_more_than_a_week_ago_is_forgotten(tmp_path: Path) -> None:
 def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
-        ledger._remembered.most_calls = 2
+        ledger._memory.most_calls = 2
         for name in ("r-1", "r-2", "r-3"):
             await ledger.record(served(name), [])
         with pytest.raises(UnknownRequest):
@@ -605,7 +600,7 @@ def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path) -> None:
 def test_feedback_on_forgotten_calls_is_forgotten_after_them(tmp_path: Path) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
-        ledger._remembered.most_calls = 2
+        ledger._memory.most_calls = 2
         for i in range(7):
             await ledger.record(served(f"r-{i}"), [])
             assert await ledger.feedback(right(f"r-{i}"), "ann")
@@ -630,12 +625,12 @@ def test_prompts_that_are_kept_take_bounded_memory(
 
     async def scenario() -> None:
         ledger = await opened(tmp_path, keep_prompts=True)
-        ledger._remembered.most_prompt_bytes = 50_000
-        monkeypatch.setattr(module._Folder, "write_calls", _fail)
+        ledger._memory.most_prompt_bytes = 50_000
+        monkeypatch.setattr(LedgerFolder, "write_calls", _fail)
         for i in range(50):
             await ledger.record(served(f"r-{i}", prompt=prompt), [])
-        assert ledger._remembered.prompt_bytes <= 50_000
-        assert len(ledger._remembered) == 4
+        assert ledger._memory.prompt_bytes <= 50_000
+        assert len(ledger._memory) == 4
         with pytest.raises(UnknownRequest):
             await ledger.feedback(right("r-45"), "ann")
         assert await ledger.feedback(right("r-46"), "ann")
@@ -655,7 +650,7 @@ def test_a_ledger_that_is_read_anew_holds_the_latest_prompts_alone() -> None:
 
 
 def test_names_that_were_met_are_the_latest() -> None:
-    names = LatestNames(2)
+    names = RecentNames(2)
     names.update(["a", "b", "a", "c"])
     assert [name in names for name in "abc"] == [True, False, True]
 
@@ -669,7 +664,7 @@ def test_a_folder_that_is_taken_away_gets_no_more_feedback(tmp_path: Path) -> No
         ledger = await opened(tmp_path)
         await ledger.record(served(), [])
         await ledger.configure(LedgerSettings())
-        with pytest.raises(NoFeedback):
+        with pytest.raises(FeedbackDisabled):
             await ledger.feedback(right(), "ann")
 
     run(scenario)
@@ -718,8 +713,8 @@ def test_calls_with_one_request_id_are_all_booked_before_and_after_a_restart(tmp
 
     async def scenario() -> None:
         old = await opened(tmp_path)
-        for holder in ("ann", "ann", "bob"):
-            await old.record(served("same", holder=holder), [])
+        for caller in ("ann", "ann", "bob"):
+            await old.record(served("same", caller=caller), [])
         await old.close()
         for ledger in (old, await opened(tmp_path)):
             spent = [(await ledger.stats(who)).spent_today_usd for who in ("ann", "bob", "eve", None)]
@@ -733,13 +728,13 @@ def test_feedback_by_an_id_is_on_the_callers_latest_call_before_and_after_a_rest
         old = await opened(tmp_path)
         await old.record(served("same", "first"), [])
         assert await old.feedback(right("same"), "ann")
-        await old.record(served("same", "of bob", holder="bob"), [])
+        await old.record(served("same", "of bob", caller="bob"), [])
         await old.record(served("same", "second"), [])
         assert await old.feedback(wrong("same"), "ann")
         await old.close()
         for ledger in (old, await opened(tmp_path)):
             assert not await ledger.feedback(wrong("same"), "ann")
-            with pytest.raises(OtherFeedback):
+            with pytest.raises(ConflictingFeedback):
                 await ledger.feedback(right("same"), "ann")
             assert [(await ledger.stats(who)).feedback for who in ("ann", "bob", None)] == [2, 0, 2]
 

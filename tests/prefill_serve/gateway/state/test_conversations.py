@@ -28,11 +28,11 @@ class Past:
     def __init__(self) -> None:
         self.conversations = Conversations()
 
-    def answered(self, call: Call, target: str, holder: str = "ann", session: str | None = None) -> None:
-        self.conversations.keep([keys_of(call, holder, session)[1]], target)
+    def answered(self, call: Call, target: str, caller: str = "ann", session: str | None = None) -> None:
+        self.conversations.keep([keys_of(call, caller, session)[1]], target)
 
-    def target(self, call: Call, holder: str = "ann", session: str | None = None) -> str | None:
-        return self.conversations.target(keys_of(call, holder, session)[0])
+    def target(self, call: Call, caller: str = "ann", session: str | None = None) -> str | None:
+        return self.conversations.target(keys_of(call, caller, session)[0])
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_fields_that_say_nothing_make_no_difference(past: Past) -> None:
     assert past.target(chat({**FIRST, "name": "ann"}, same, SECOND, ANSWER, THIRD)) == "big"
 
 
-def test_nobody_finds_what_another_holder_began(past: Past) -> None:
+def test_nobody_finds_what_another_caller_began(past: Past) -> None:
     past.answered(chat(FIRST), "small", "ann")
     past.answered(chat(FIRST), "big", "bob", "s-1")
     assert past.target(chat(FIRST, ANSWER, SECOND), "bob") is None
@@ -122,7 +122,7 @@ def test_a_response_goes_on_at_the_target_that_keeps_the_one_before(past: Past) 
     call = ResponsesCall({"input": "and halved?", "previous_response_id": "resp_1"})
     assert past.target(call) == "big"
     assert past.target(call, session="s-1") == "big"
-    assert past.target(call, holder="bob") is None
+    assert past.target(call, caller="bob") is None
 
 
 def test_a_responses_history_is_found_as_a_chats_is(past: Past) -> None:
@@ -137,7 +137,7 @@ def test_half_characters_are_no_obstacle(past: Past) -> None:
     assert past.target(chat(odd, ANSWER, SECOND)) == "small"
 
 
-def test_holder_and_session_are_not_run_together() -> None:
+def test_caller_and_session_are_not_run_together() -> None:
     assert keys_of(chat(FIRST), "a", "bc")[1] != keys_of(chat(FIRST), "ab", "c")[1]
 
 

@@ -14,7 +14,7 @@ class Clock:
         return self.now_s
 
 
-def test_reservations_add_up_by_holder_and_end_each_by_itself() -> None:
+def test_reservations_add_up_by_caller_and_end_each_by_itself() -> None:
     reservations = Reservations()
     reservations.make("a", "ann", 0.25)
     reservations.make("b", "ann", 0.5)

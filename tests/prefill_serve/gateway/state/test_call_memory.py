@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from prefill_serve.gateway.call_record import Served
-from prefill_serve.gateway.state.remembered import Remembered
+from prefill_serve.gateway.call_record import CallRecord
+from prefill_serve.gateway.state.call_memory import CallMemory
 
 
-def call(request_id: str, holder: str = "ann") -> Served:
-    return Served(request_id, holder, datetime.now(UTC), "answered")
+def call(request_id: str, caller: str = "ann") -> CallRecord:
+    return CallRecord(request_id, caller, datetime.now(UTC), "answered")
 
 
-def remembered(*calls: Served, most: int = 10) -> Remembered[str]:
-    memory = Remembered[str](most)
+def remembered(*calls: CallRecord, most: int = 10) -> CallMemory[str]:
+    memory = CallMemory[str](most)
     for each in calls:
         memory.add(each)
     return memory
@@ -47,10 +47,10 @@ def test_of_too_many_calls_the_oldest_is_forgotten_and_a_later_one_keeps_its_id(
 def test_what_was_given_is_found_by_its_caller_after_the_call_is_forgotten() -> None:
     first, other, later = call("same"), call("other"), call("same")
     memory = remembered(first, most=1)
-    memory.give(first.alias, first.call_id, "good")
+    memory.add_feedback(first.alias, first.call_id, "good")
     memory.add(other)
-    assert (memory.call(first.alias), memory.given(first.alias)) == (None, "good")
-    assert memory.given(("bob", "same")) is None
+    assert (memory.call(first.alias), memory.feedback(first.alias)) == (None, "good")
+    assert memory.feedback(("bob", "same")) is None
     memory.add(later)
-    assert (memory.call(first.alias), memory.given(first.alias)) == (later, None)
+    assert (memory.call(first.alias), memory.feedback(first.alias)) == (later, None)
     assert set(memory.aliases) == {first.alias}

@@ -12,17 +12,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from prefill_serve.gateway.call_record import Served
+from prefill_serve.gateway.call_record import CallRecord
 
 Alias = tuple[str, str]  # caller and request id
 
 MOST_CALLS = 200_000
 MOST_PROMPT_BYTES = 256 << 20  # of the stored calls' prompts
 
-Given = TypeVar("Given")
+FeedbackT = TypeVar("FeedbackT")
 
 
-class Remembered(Generic[Given]):
+class CallMemory(Generic[FeedbackT]):
     """Calls and their feedback, with the oldest evicted first.
 
     Request ids are looked up per caller. If a caller reuses an id, all calls are stored, and the id finds the latest.
@@ -31,11 +31,10 @@ class Remembered(Generic[Given]):
     def __init__(self, most_calls: int = MOST_CALLS, most_prompt_bytes: int = MOST_PROMPT_BYTES) -> None:
         self.most_calls, self.most_prompt_bytes = most_calls, most_prompt_bytes
         self.prompt_bytes = 0
-        self.num_forgotten = 0  # calls
         self.aliases: dict[Alias, str] = {}  # call_id of the latest call, whose feedback may outlive it
-        self._calls: OrderedDict[str, Served] = OrderedDict()  # by call_id, as below
-        self._given: dict[str, Given] = {}  # of stored calls
-        self._former: OrderedDict[str, tuple[Alias, Given]] = OrderedDict()  # of evicted calls
+        self._calls: OrderedDict[str, CallRecord] = OrderedDict()  # by call_id, as below
+        self._feedback: dict[str, FeedbackT] = {}  # of stored calls
+        self._evicted: OrderedDict[str, tuple[Alias, FeedbackT]] = OrderedDict()  # of evicted calls
 
     def __len__(self) -> int:
         """The number of calls."""
@@ -44,61 +43,60 @@ class Remembered(Generic[Given]):
     def __contains__(self, call_id: str) -> bool:
         return call_id in self._calls
 
-    def call(self, alias: Alias) -> Served | None:
+    def call(self, alias: Alias) -> CallRecord | None:
         return self._calls.get(self.aliases.get(alias, ""))
 
-    def add(self, served: Served) -> None:
+    def add(self, record: CallRecord) -> None:
         """Adds a new call, whose feedback may already be here."""
-        self._calls[served.call_id] = served
-        self.aliases[served.alias] = served.call_id
-        self.prompt_bytes += num_bytes(served)
-        if (former := self._former.pop(served.call_id, None)) is not None:
-            self._given[served.call_id] = former[1]
+        self._calls[record.call_id] = record
+        self.aliases[record.alias] = record.call_id
+        self.prompt_bytes += num_bytes(record)
+        if (evicted := self._evicted.pop(record.call_id, None)) is not None:
+            self._feedback[record.call_id] = evicted[1]
         while len(self._calls) > self.most_calls or (self.prompt_bytes > self.most_prompt_bytes and self._calls):
-            self._forget_oldest()
+            self._evict_oldest()
 
-    def given(self, alias: Alias) -> Given | None:
+    def feedback(self, alias: Alias) -> FeedbackT | None:
         call_id = self.aliases.get(alias, "")
-        _, former = self._former.get(call_id, (None, None))
-        return self._given.get(call_id, former)
+        _, evicted = self._evicted.get(call_id, (None, None))
+        return self._feedback.get(call_id, evicted)
 
-    def has_given(self, call_id: str) -> bool:
-        return call_id in self._given or call_id in self._former
+    def has_feedback(self, call_id: str) -> bool:
+        return call_id in self._feedback or call_id in self._evicted
 
-    def give(self, alias: Alias, call_id: str, given: Given) -> None:
+    def add_feedback(self, alias: Alias, call_id: str, feedback: FeedbackT) -> None:
         if call_id in self._calls:
-            self._given[call_id] = given
+            self._feedback[call_id] = feedback
             return
         if self.aliases.get(alias) not in self._calls:
             self.aliases[alias] = call_id
-        self._keep_former(alias, call_id, given)
+        self._keep_evicted(alias, call_id, feedback)
 
-    def take_back(self, call_id: str) -> None:
+    def remove_feedback(self, call_id: str) -> None:
         """Removes feedback."""
-        self._given.pop(call_id, None)
-        self._former.pop(call_id, None)
+        self._feedback.pop(call_id, None)
+        self._evicted.pop(call_id, None)
 
-    def _forget_oldest(self) -> None:
-        call_id, served = self._calls.popitem(last=False)
-        self.prompt_bytes -= num_bytes(served)
-        self.num_forgotten += 1
-        if (given := self._given.pop(call_id, None)) is not None:
-            self._keep_former(served.alias, call_id, given)
+    def _evict_oldest(self) -> None:
+        call_id, record = self._calls.popitem(last=False)
+        self.prompt_bytes -= num_bytes(record)
+        if (feedback := self._feedback.pop(call_id, None)) is not None:
+            self._keep_evicted(record.alias, call_id, feedback)
         else:
-            self._forget_alias(served.alias, call_id)
+            self._remove_alias(record.alias, call_id)
 
-    def _keep_former(self, alias: Alias, call_id: str, given: Given) -> None:
-        self._former[call_id] = alias, given
-        while len(self._former) > self.most_calls:
-            oldest, (its_alias, _) = self._former.popitem(last=False)
-            self._forget_alias(its_alias, oldest)
+    def _keep_evicted(self, alias: Alias, call_id: str, feedback: FeedbackT) -> None:
+        self._evicted[call_id] = alias, feedback
+        while len(self._evicted) > self.most_calls:
+            oldest, (its_alias, _) = self._evicted.popitem(last=False)
+            self._remove_alias(its_alias, oldest)
 
-    def _forget_alias(self, alias: Alias, call_id: str) -> None:
+    def _remove_alias(self, alias: Alias, call_id: str) -> None:
         if self.aliases.get(alias) == call_id:
             del self.aliases[alias]
 
 
-class LatestNames:
+class RecentNames:
     """A set of the most recent names."""
 
     def __init__(self, most: int = MOST_CALLS) -> None:
@@ -116,7 +114,7 @@ class LatestNames:
                 self._names.popitem(last=False)
 
 
-def latest(calls: list[Served], most: int, most_bytes: int) -> list[Served]:
+def latest(calls: list[CallRecord], most: int, most_bytes: int) -> list[CallRecord]:
     """The last calls, bounded in number and in bytes of their prompts."""
     size = 0
     for place in range(len(calls) - 1, max(-1, len(calls) - most - 1), -1):
@@ -126,17 +124,17 @@ def latest(calls: list[Served], most: int, most_bytes: int) -> list[Served]:
     return calls[max(0, len(calls) - most) :]
 
 
-def bound_prompts(calls: Iterable[Served], most_bytes: int = MOST_PROMPT_BYTES) -> list[Served]:
+def bound_prompts(calls: Iterable[CallRecord], most_bytes: int = MOST_PROMPT_BYTES) -> list[CallRecord]:
     """Deduplicates calls, and drops the oldest prompts above a size; calls without one can get no feedback."""
-    found: dict[str, Served] = {}
+    found: dict[str, CallRecord] = {}
     holding: deque[str] = deque()
     size = 0
-    for served in calls:
-        if served.call_id in found:
+    for record in calls:
+        if record.call_id in found:
             continue
-        found[served.call_id] = served
-        holding.append(served.call_id)
-        size += num_bytes(served)
+        found[record.call_id] = record
+        holding.append(record.call_id)
+        size += num_bytes(record)
         while size > most_bytes:
             oldest = found[holding.popleft()]
             size -= num_bytes(oldest)
@@ -144,9 +142,9 @@ def bound_prompts(calls: Iterable[Served], most_bytes: int = MOST_PROMPT_BYTES) 
     return list(found.values())
 
 
-def num_bytes(served: Served) -> int:
+def num_bytes(record: CallRecord) -> int:
     """Memory used by a call's prompt."""
-    prompt: Any = served.prompt
+    prompt: Any = record.prompt
     if isinstance(prompt, list):
         return sum(sys.getsizeof(text) for message in prompt for text in message.values())
     return sys.getsizeof(prompt) if isinstance(prompt, str) else 0

@@ -1,0 +1,92 @@
+"""A call in progress: its plan, its current target, and what it has reserved, tried and lost."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from uuid import uuid4
+
+from prefill_serve.gateway.candidates import Candidate, Plan, can_take
+from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.state.call_ledger import Bid
+from prefill_serve.gateway.state.conversations import Key, answer_key
+from prefill_serve.gateway.state.reservations import Exhausted, Reserved
+from prefill_serve.gateway.upstream import Attempt, Channel
+
+
+class Caller(NamedTuple):
+    """The caller's name, the request's id, and the caller's id of the conversation."""
+
+    name: str
+    request_id: str
+    session: str | None = None
+
+
+@dataclass
+class ActiveCall:
+    """A call in progress."""
+
+    call: Call
+    caller: Caller
+    plan: Plan
+    channels: dict[str, Channel]  # by target
+    keys: list[Key]  # of its conversation
+    choice: Candidate | None = None
+    failed: list[str] = field(default_factory=list)
+    ticket: str = field(default_factory=lambda: uuid4().hex)  # unlike the request id, unique
+    reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
+    reserved_usd: float = 0.0  # for the current target
+    attempt: Attempt | None = None  # in progress
+    lost_usd: dict[str, float] = field(default_factory=dict)  # by target: billable attempts without an answer
+    answer_key: Key | None = None  # finds the target that stores the answer, for the next call
+
+    def keep_answer(self, answer_id: str | None) -> None:
+        """Records the id under which the upstream stores the answer, if any."""
+        if answer_id is not None:
+            self.answer_key = answer_key(self.caller.name, answer_id)
+            self.keys.append(self.answer_key)
+
+    def choose(self, plan: Plan) -> Candidate | None:
+        """The next target to try: of those that can take the call, preferably one that is ready."""
+        able = [
+            name
+            for name, channel in self.channels.items()
+            if name not in self.failed and can_take(channel.target, self.call, self.plan.input_tokens)
+        ]
+        ready = [name for name in able if self.channels[name].is_ready]
+        return plan.choose(ready) or plan.choose(able)
+
+    def bid(self, choice: Candidate) -> Bid:
+        """The call's expected cost at a target or, under a hard limit, the most it can cost."""
+        target, call = self.channels[choice.target].target, self.call
+        usd, least_usd = None, 0.0
+        if call.answer_tokens is not None:
+            least_usd = most_usd(target, call)
+            usd = None if call.continues else least_usd  # the stored conversation's length is unknown
+        elif choice.expected_usd is not None:
+            usd = expected_usd(choice.expected_usd, call)
+        else:
+            least_usd = guessed_usd(target, call, self.plan.input_tokens)
+        return Bid(choice.target, usd, least_usd, sum(self.lost_usd.values()))
+
+    def lose(self) -> None:
+        """Charges the current attempt, which ends without an answer, if its upstream may bill it."""
+        if self.attempt is not None and self.attempt.is_billable and self.choice is not None:
+            target = self.channels[self.choice.target].target
+            charge = charge_of(target, None, self.reserved_usd, self.plan.input_tokens, 0)
+            self.lost_usd[target.name] = charge.usd
+        self.attempt = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that describe the decision."""
+        choice = self.choice
+        if choice is None:
+            return {}
+        headers = {"x-router-selected-model": choice.target.encode("ascii", "backslashreplace").decode()}
+        if choice.decision is not None:
+            headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
+            headers["x-router-version"] = choice.decision.router_version
+        return headers

@@ -1,0 +1,105 @@
+"""Plans a call: which targets may take it, by the router, the conversation or the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from prefill_router.common.errors import UserError
+from prefill_serve.endpoint import Endpoint, UnknownTarget
+from prefill_serve.gateway.active_call import Caller
+from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, default_order, estimated_tokens
+from prefill_serve.gateway.gateway_metrics import GatewayMetrics
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.state.call_ledger import CallLedger
+from prefill_serve.gateway.state.conversations import Key, answer_key, keys_of
+from prefill_serve.gateway.upstream import Channel
+from prefill_serve.settings import GatewaySettings
+
+log = logging.getLogger("ray.serve")
+
+LEDGER_S = 0.25  # limit for ledger requests that a call can do without
+_T = TypeVar("_T")
+
+
+class NoUpstream(UserError):  # noqa: N818 - an answer, not a fault
+    """No target of the pool has an upstream."""
+
+
+class UnknownAnswer(UserError):  # noqa: N818 - an answer, not a fault
+    """A call continues an answer that the ledger does not know as this caller's."""
+
+
+class Planner:
+    """Plans calls with the loaded router and the ledger's conversations."""
+
+    def __init__(self, endpoint: Endpoint, ledger: CallLedger, metrics: GatewayMetrics) -> None:
+        self.endpoint, self.ledger, self.metrics = endpoint, ledger, metrics
+
+    @property
+    def settings(self) -> GatewaySettings:
+        return self.endpoint.now.settings.gateway or GatewaySettings()
+
+    async def plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
+        if not channels:
+            raise NoUpstream("this endpoint only routes: to answer calls, set a pool whose targets have upstreams")
+        if call.pinned is not None and call.pinned not in channels:
+            raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
+        await self._require_own_answer(call, caller)
+        if call.pinned is not None:
+            return FixedPlan([call.pinned], estimated_tokens(call)), []
+        earlier, here = keys_of(call, caller.name, caller.session)
+        past = asyncio.create_task(self._past(earlier))
+        return await self._routed(call, caller, past), [here]
+
+    async def _require_own_answer(self, call: Call, caller: Caller) -> None:
+        """Raises UnknownAnswer for a call that continues an unknown answer or another caller's.
+
+        An upstream stores the answers to all callers under one key, and would continue any of them. Without keys there
+        is one caller, so the upstream may be asked.
+        """
+        if call.continues is None or self.endpoint.now.settings.open:
+            return
+        if await self.ledger.target_of_answer(answer_key(caller.name, call.continues)) is None:
+            raise UnknownAnswer(
+                f'previous_response_id "{call.continues}": not found: it may be too old; send the conversation as input'
+            )
+
+    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
+        settings = self.settings
+        allowed = call.allowed
+        if call.continues is not None and (target := await past) is not None:  # only its target stores the conversation
+            return FixedPlan([target], estimated_tokens(call), sticky=target)
+        try:
+            async with asyncio.timeout(settings.route_timeout_s):
+                routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.name)
+        except UnknownTarget:
+            raise
+        except Exception as error:  # the default target can still answer
+            return self._unrouted(call, caller, allowed, error)
+        return RoutedPlan(routing, routing.policy, await past, settings.stick_margin)
+
+    def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> FixedPlan:
+        """The plan without the router: the default target first."""
+        reason = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        self.metrics.defaults.inc(1, tags={"reason": reason})
+        log.warning("routing failed", extra={"route_id": caller.request_id, "reason": str(error) or reason})
+        targets = self.endpoint.now.primary.router.pool.targets
+        order = default_order(targets, self.settings.default_target, allowed)
+        return FixedPlan(order, estimated_tokens(call))
+
+    async def _past(self, keys: list[Key]) -> str | None:
+        """The target of a conversation; None if it is new or the ledger takes too long."""
+        return await answer_in_time(self.ledger.target(keys)) if keys else None
+
+
+async def answer_in_time(answer: Awaitable[_T], patience_s: float | None = None) -> _T | None:
+    """The ledger's answer; None if it fails or takes too long."""
+    try:
+        async with asyncio.timeout(patience_s or LEDGER_S):
+            return await answer
+    except Exception:
+        log.warning("ledger unavailable", exc_info=True)
+        return None
