@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 import torch
-from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -18,59 +17,17 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from prefill_router.common.validation import StrictModel, validate
+from prefill_router.common.validation import validate
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.gateway.state.shared import RemoteLedger, SharedLedger
 from prefill_serve.scaling import WORK_S, ByWork
-from prefill_serve.settings import Settings
+from prefill_serve.settings import AppArgs, Autoscaling, Settings
 from prefill_serve.traces import export_traces
 
 DEPLOYMENT = "Endpoint"
 CHECK_TIMEOUT_S = 10.0
-
-
-class Autoscaling(StrictModel):
-    """Number of replicas, by queued work per replica."""
-
-    min_replicas: int = Field(1, ge=0, description="0 removes all replicas when idle; the next request waits for one")
-    max_replicas: int = Field(ge=1)
-    target_work_s: float = Field(0.5, gt=0.0, description="Seconds of queued work per replica; more starts another one")
-    upscale_delay_s: float = Field(5.0, ge=0.0)
-    downscale_delay_s: float = Field(60.0, ge=0.0)
-
-    def config(self) -> AutoscalingConfig:
-        policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
-            policy_function=ByWork, policy_kwargs={"target_work_s": self.target_work_s}
-        )
-        return AutoscalingConfig(**self.model_dump(exclude={"target_work_s"}), policy=policy)
-
-
-class AppArgs(Settings):
-    """Arguments of the application in a Serve config file: the first `Settings`, and fields that need a restart."""
-
-    replicas: int = Field(1, ge=1, description="Number of replicas without autoscaling")
-    autoscaling: Autoscaling | None = None
-    threads: int | None = Field(
-        None, ge=1, description="CPU cores per replica [the machine's cores divided by replicas]"
-    )
-    gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
-    traces: str | None = Field(None, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces")
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> "AppArgs":
-        if self.autoscaling and self.autoscaling.min_replicas > self.autoscaling.max_replicas:
-            raise ValueError("autoscaling: min_replicas must not exceed max_replicas")
-        return self
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
-
-    @property
-    def most_replicas(self) -> int:
-        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
 
 def build_app(args: AppArgs) -> Application:
@@ -81,7 +38,7 @@ def build_app(args: AppArgs) -> Application:
     fixed = args.model_dump_json(include=set(AppArgs.model_fields) - set(Settings.model_fields))
     scale: dict[str, Any] = {"num_replicas": args.replicas}
     if args.autoscaling is not None:
-        scale = {"autoscaling_config": args.autoscaling.config()}
+        scale = {"autoscaling_config": _autoscaling_config(args.autoscaling)}
     deployment = Replica.options(  # type: ignore[attr-defined]
         **scale,
         user_config=settings,
@@ -94,6 +51,13 @@ def build_app(args: AppArgs) -> Application:
     ledger = SharedLedger.options(user_config=args.gateway.ledger.model_dump())  # type: ignore[attr-defined]
     ledger._version = "1"
     return deployment.bind(threads, args.traces, settings, ledger.bind())  # type: ignore[no-any-return]
+
+
+def _autoscaling_config(autoscaling: Autoscaling) -> AutoscalingConfig:
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function=ByWork, policy_kwargs={"target_work_s": autoscaling.target_work_s}
+    )
+    return AutoscalingConfig(**autoscaling.model_dump(exclude={"target_work_s"}), policy=policy)
 
 
 def _num_gpus() -> float:

@@ -1,6 +1,7 @@
-"""Settings that can change while the endpoint runs: routers, prices, tolerance, keys and limits.
+"""Settings of the endpoint, as in a Serve config.
 
-In a Serve config they are the deployment's `user_config`, which replicas apply without a restart.
+`Settings` can change while it runs: a deployment's `user_config`, which replicas apply without a restart. `AppArgs`,
+the application's `args`, adds what needs a restart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Canary(StrictModel):
     """A second router that answers a share of the prompts, chosen by the prompt's content."""
 
     router: str = Field(min_length=1)
-    share: float = Field(gt=0.0, lt=1.0)
+    share: float = Field(gt=0.0, lt=1.0, description="Share of prompts that the canary routes")
 
 
 class SafeTarget(StrictModel):
@@ -36,12 +37,12 @@ class SafeTarget(StrictModel):
 class RequestLimits(StrictModel):
     """Limits of one request."""
 
-    body_bytes: int = Field(1 << 20, ge=1)
-    messages: int = Field(1024, ge=1)
+    body_bytes: int = Field(1 << 20, ge=1, description="Longer bodies get 413")
+    messages: int = Field(1024, ge=1, description="Longer conversations get 400")
     prompt_tokens: int = Field(
-        32768, ge=1, description="Longer prompts get 413; the encoder cuts the middle above its own"
+        32768, ge=1, description="Longer prompts get 413; the encoder cuts the middle above its own limit"
     )
-    batch: int = Field(256, ge=1, description="Requests per batch")
+    batch: int = Field(256, ge=1, description="Requests per POST /v1/route/batch")
     wait_s: float = Field(2.0, gt=0.0, description="Requests that would wait longer get 429")
 
 
@@ -101,7 +102,9 @@ class GatewaySettings(StrictModel):
 class Settings(StrictModel):
     router: str = Field(min_length=1, description="Router artifact written by `train`, or a stored baseline")
     pool: str | None = Field(None, description="Pool file (with #name), to override prices or drop targets")
-    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Default tolerance [the router's own]")
+    tolerance: float | None = Field(
+        None, ge=0.0, le=1.0, description="P(correct) that may be given up for a cheaper target [router's own]"
+    )
     canary: Canary | None = None
     shadow: str | None = Field(None, description="A router whose decisions are logged but not used")
     safe: SafeTarget | None = None
@@ -127,9 +130,45 @@ class Settings(StrictModel):
     @model_validator(mode="after")
     def _admins_have_keys(self) -> Settings:
         if unknown := sorted(set(self.admins) - set(self.keys)):
-            raise ValueError(f"admins: {', '.join(unknown)} must be callers in keys")
+            raise ValueError(f"admins: {', '.join(unknown)} must be named in keys")
         return self
 
     def is_admin(self, caller: str) -> bool:
         """Without keys, every caller is the machine's operator."""
         return self.open or caller in self.admins
+
+
+class Autoscaling(StrictModel):
+    """Number of replicas, by queued work per replica."""
+
+    min_replicas: int = Field(1, ge=0, description="0 removes all replicas when idle; the next request waits for one")
+    max_replicas: int = Field(ge=1)
+    target_work_s: float = Field(0.5, gt=0.0, description="Seconds of queued work per replica; more starts another one")
+    upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must be high before replicas are added")
+    downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must be low before replicas are removed")
+
+
+class AppArgs(Settings):
+    """Arguments of the application in a Serve config file: the first `Settings`, and fields that need a restart."""
+
+    replicas: int = Field(1, ge=1, description="Number of replicas without autoscaling")
+    autoscaling: Autoscaling | None = None
+    threads: int | None = Field(
+        None, ge=1, description="CPU cores per replica [the machine's cores divided by replicas]"
+    )
+    gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
+    traces: str | None = Field(None, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces")
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> AppArgs:
+        if self.autoscaling and self.autoscaling.min_replicas > self.autoscaling.max_replicas:
+            raise ValueError("autoscaling: min_replicas must not exceed max_replicas")
+        return self
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas

@@ -14,8 +14,8 @@ from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeAppli
 from manifests import INFRA, KUBERNETES, load_all, render
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel, validate
-from prefill_serve.app import DEPLOYMENT, AppArgs, build_app
-from prefill_serve.settings import Settings
+from prefill_serve.app import DEPLOYMENT, build_app
+from prefill_serve.settings import AppArgs, Settings
 
 FILES = (INFRA / "serve.yaml", KUBERNETES / "endpoint" / "serve.yaml")
 Config = dict[str, Any]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prefill_serve.app import AppArgs, build_app
+from prefill_serve.app import build_app
+from prefill_serve.settings import AppArgs
 
 
 @pytest.mark.parametrize(("gpus", "asked"), [(None, 0.0), (0.5, 0.5), (1, 1.0)])

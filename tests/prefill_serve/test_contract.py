@@ -15,8 +15,7 @@ from ray import serve
 
 from gateway import Gateway
 from mutations import damaged, mutated
-from prefill_serve.app import AppArgs
-from prefill_serve.settings import Settings
+from prefill_serve.settings import AppArgs, Settings
 from served import Api
 
 MUTATIONS = 2_000

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import httpx
 import ray
@@ -22,9 +21,10 @@ from prefill_router.common.console import said_if_slow, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import validate
 from prefill_router.policy.pool import load_pool
-from prefill_serve.app import AppArgs, build_app
+from prefill_serve.app import build_app
 from prefill_serve.launcher.serve_options import ServeConfig
 from prefill_serve.serving import Serving
+from prefill_serve.settings import AppArgs
 
 _APP = "prefill-router"
 _READY_TIMEOUT_S = 300.0
@@ -96,60 +96,26 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
         raise UserError(
             f"serve: host = {config.host} is reachable from other machines: set --keys, or listen on 127.0.0.1"
         )
-    arguments: dict[str, Any] = {
-        "router": config.router,
-        "pool": config.pool,
-        "tolerance": config.tolerance,
-        "canary": {"router": config.canary, "share": config.canary_share} if config.canary else None,
-        "shadow": config.shadow,
-        "safe": {"target": config.safe_target, "beyond": config.safe_beyond} if config.safe_target else None,
-        "keys": keys,
-        "admins": list(config.admins),
-        "allowed_hosts": list(config.allowed_hosts),
-        "open": not keys,
-        "limits": {
-            "body_bytes": config.max_body_bytes,
-            "messages": config.max_messages,
-            "prompt_tokens": config.max_prompt_tokens,
-            "batch": config.max_batch,
-            "wait_s": config.max_wait_s,
-        },
-        "gateway": _gateway(config),
-        "explore": config.explore,
-        "cached_prompts": config.cached_prompts,
-        "log_prompts": config.log_prompts,
-        "revision": revision,
-        "replicas": config.replicas,
-        "threads": config.threads,
-        "gpus": config.gpus,
-        "traces": config.traces,
-    }
+    arguments = {**config.arguments(), "keys": keys, "open": not keys, "revision": revision}
+    if config.canary is None:
+        del arguments["canary"]
+    if config.safe_target is None:
+        del arguments["safe"]
     if config.to_zero or most > config.replicas:
-        arguments["autoscaling"] = {
-            "min_replicas": 0 if config.to_zero else config.replicas,
-            "max_replicas": most,
-            "target_work_s": config.target_work_s,
-            "upscale_delay_s": config.upscale_delay_s,
-            "downscale_delay_s": config.downscale_delay_s,
-        }
+        arguments["autoscaling"] |= {"min_replicas": 0 if config.to_zero else config.replicas, "max_replicas": most}
+    else:
+        del arguments["autoscaling"]
+    if config.feedback or _has_upstreams(config):
+        folder = config.feedback and storage.absolute(config.feedback)
+        budgets = storage.read_toml(config.budgets) if config.budgets else {}
+        arguments["gateway"]["ledger"] |= {"folder": folder, "budgets": budgets}
+    else:
+        del arguments["gateway"]
     return validate(AppArgs, arguments, config.keys or "serve")
 
 
-def _gateway(config: ServeConfig) -> dict[str, Any] | None:
-    """The gateway's settings; None if no target has an upstream and no feedback is stored."""
-    has_upstreams = config.pool and any(target.upstream for target in load_pool(config.pool).targets)
-    if not has_upstreams and not config.feedback:
-        return None
-    return {
-        "default_target": config.default_target,
-        "route_timeout_s": config.route_timeout_s,
-        "stick_margin": config.stick_margin,
-        "ledger": {
-            "folder": config.feedback and storage.absolute(config.feedback),
-            "keep_prompts": config.keep_prompts,
-            "budgets": storage.read_toml(config.budgets) if config.budgets else {},
-        },
-    }
+def _has_upstreams(config: ServeConfig) -> bool:
+    return config.pool is not None and any(target.upstream for target in load_pool(config.pool).targets)
 
 
 def _wait_until_ready(config: ServeConfig) -> None:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from copy import copy
+from typing import Annotated, Any, get_args
+
+from pydantic import Field, StringConstraints
 
 from prefill_router.common.validation import StrictModel
 from prefill_router.storage import Uri
+from prefill_serve.settings import AppArgs
+
+_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+_SETTING = "setting"  # in a field's schema: the path of the flag's setting in AppArgs
+
+
+def _flag(path: str, **changes: Any) -> Any:
+    """A flag with the default, limits and description of the setting at `path` in AppArgs, except for `changes`."""
+    *groups, name = path.split(".")
+    model: Any = AppArgs
+    for group in groups:
+        kind = model.model_fields[group].annotation
+        model = next((part for part in get_args(kind) if hasattr(part, "model_fields")), kind)
+    field = copy(model.model_fields[name])
+    for attribute, value in {**changes, "json_schema_extra": {_SETTING: path}}.items():
+        setattr(field, attribute, value)
+    return field
 
 
 class ServeConfig(StrictModel):
@@ -15,64 +35,73 @@ class ServeConfig(StrictModel):
     prices, tolerance, keys and limits.
     """
 
-    router: Uri = Field(description="Router artifact written by `train`")
+    router: Uri = _flag("router")
     host: str = Field("127.0.0.1", description="Address to listen on; any other than loopback requires --keys")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
     keys: Uri | None = Field(None, description='Callers: a TOML file of NAME = "sha256:...", see the key command')
-    admins: tuple[str, ...] = Field((), description="Caller in --keys that may read all callers' figures; repeatable")
-    allowed_hosts: tuple[str, ...] = Field(
-        (),
+    admins: tuple[str, ...] = _flag(
+        "admins",
+        default=(),
+        default_factory=None,
+        description="Caller in --keys that may read all callers' figures; repeatable",
+    )
+    allowed_hosts: tuple[str, ...] = _flag(
+        "allowed_hosts",
+        default=(),
+        default_factory=None,
         description="Host header to accept besides localhost; repeatable [any, with --keys]",
     )
-    pool: Uri | None = Field(
-        None,
+    pool: Uri | None = _flag(
+        "pool",
         description="TOML pool file, with #name if it has several pools, to override prices or drop targets",
     )
-    tolerance: float | None = Field(
-        None, ge=0.0, le=1.0, description="P(correct) that may be given up for a cheaper target [router's own]"
-    )
-    replicas: int = Field(1, ge=1, description="Minimum number of replicas")
+    tolerance: float | None = _flag("tolerance")
+    replicas: int = _flag("replicas", description="Minimum number of replicas")
     max_replicas: int | None = Field(None, ge=1, description="Maximum number of replicas, for autoscaling [--replicas]")
     to_zero: bool = Field(False, description="Scale to zero replicas when idle; the next request waits for one")
-    target_work_s: float = Field(
-        0.5, gt=0.0, description="Seconds of queued work per replica that autoscaling aims for"
+    target_work_s: float = _flag("autoscaling.target_work_s")
+    upscale_delay_s: float = _flag("autoscaling.upscale_delay_s")
+    downscale_delay_s: float = _flag("autoscaling.downscale_delay_s")
+    threads: int | None = _flag("threads")
+    gpus: float | None = _flag("gpus")
+    canary: Uri | None = _flag(
+        "canary.router", default=None, description="Second router, which routes --canary-share of the prompts"
     )
-    upscale_delay_s: float = Field(5.0, ge=0.0, description="How long load must be high before replicas are added")
-    downscale_delay_s: float = Field(60.0, ge=0.0, description="How long load must be low before replicas are removed")
-    threads: int | None = Field(
-        None, ge=1, description="CPU cores per replica [the machine's cores divided by replicas]"
+    canary_share: float = _flag("canary.share", default=0.05)
+    shadow: Uri | None = _flag("shadow")
+    safe_target: str | None = _flag(
+        "safe.target", default=None, description="Target for prompts outside the training distribution"
     )
-    gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
-    canary: Uri | None = Field(None, description="Second router, which routes --canary-share of the prompts")
-    canary_share: float = Field(0.05, gt=0.0, lt=1.0, description="Share of prompts that the canary routes")
-    shadow: Uri | None = Field(None, description="Router whose decisions are logged but not used")
-    safe_target: str | None = Field(
-        None, min_length=1, description="Target for prompts outside the training distribution"
-    )
-    safe_beyond: float = Field(
-        0.999, gt=0.0, le=1.0, description="A prompt is outside if this share of training prompts is nearer"
-    )
-    max_wait_s: float = Field(2.0, gt=0.0, description="Requests that would wait longer get 429")
-    max_body_bytes: int = Field(1 << 20, ge=1, description="Longer bodies get 413")
-    max_messages: int = Field(1024, ge=1, description="Longer conversations get 400")
-    max_prompt_tokens: int = Field(32768, ge=1, description="Longer prompts get 413")
-    max_batch: int = Field(256, ge=1, description="Requests per POST /v1/route/batch")
-    cached_prompts: int = Field(10_000, ge=0, description="Number of prompts whose estimates are cached")
-    log_prompts: bool = Field(False, description="Write prompts to the log")
-    default_target: str | None = Field(None, min_length=1, description="Target if routing fails [the cheapest]")
-    route_timeout_s: float = Field(
-        1.0, gt=0.0, description="Time limit for routing a call; then the default target answers"
-    )
-    stick_margin: float = Field(
-        0.05, ge=0.0, le=1.0, description="Gain in P(correct) for which a conversation changes its target"
-    )
-    explore: float = Field(0.0, ge=0.0, le=1.0, description="Share of prompts sent to a random allowed target")
+    safe_beyond: float = _flag("safe.beyond")
+    max_wait_s: float = _flag("limits.wait_s")
+    max_body_bytes: int = _flag("limits.body_bytes")
+    max_messages: int = _flag("limits.messages")
+    max_prompt_tokens: int = _flag("limits.prompt_tokens")
+    max_batch: int = _flag("limits.batch")
+    cached_prompts: int = _flag("cached_prompts")
+    log_prompts: bool = _flag("log_prompts")
+    default_target: _NonEmpty | None = _flag("gateway.default_target")
+    route_timeout_s: float = _flag("gateway.route_timeout_s")
+    stick_margin: float = _flag("gateway.stick_margin")
+    explore: float = _flag("explore")
     budgets: Uri | None = Field(None, description="Spending limits: a TOML file with usd_per_day, [keys] and [hard]")
     feedback: Uri | None = Field(None, description="Folder for the call journal and for outcomes from feedback")
-    keep_prompts: bool = Field(False, description="Store prompts in --feedback too, for training a router on them")
-    traces: str | None = Field(
-        None, min_length=1, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces"
+    keep_prompts: bool = _flag(
+        "gateway.ledger.keep_prompts", description="Store prompts in --feedback too, for training a router on them"
     )
+    traces: _NonEmpty | None = _flag("traces")
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings of all flags that have one, nested as in AppArgs."""
+        nested: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if isinstance(extra := field.json_schema_extra, dict) and _SETTING in extra:
+                *groups, key = str(extra[_SETTING]).split(".")
+                place = nested
+                for group in groups:
+                    place = place.setdefault(group, {})
+                place[key] = getattr(self, name)
+        return nested
 
 
 class KeyConfig(StrictModel):

@@ -15,11 +15,10 @@ from ray.exceptions import RayTaskError
 from ports import free_port
 from prefill_router.common.errors import UserError
 from prefill_router.router.artifact import Router
-from prefill_serve.app import AppArgs
 from prefill_serve.launcher import foreground
 from prefill_serve.launcher.serve_options import ServeConfig
 from prefill_serve.serving import Serving
-from prefill_serve.settings import Settings
+from prefill_serve.settings import AppArgs, Settings
 from tokens import refusing_token
 
 HASH = "sha256:" + "0" * 64
