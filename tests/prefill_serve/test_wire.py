@@ -19,7 +19,7 @@ from starlette.types import Message
 
 from gateway import Gateway
 from haproxies import Proxy, Recorder, haproxy_before
-from prefill_serve.middleware.gate import _in_time
+from prefill_serve.middleware.gate import Refusal, _BodyReader
 from serving import wait_until
 from wire import ATTACKS, REFUSED, exchange, read_to_end, request, status_of
 
@@ -175,9 +175,6 @@ def test_an_answer_may_take_longer_than_its_caller_may_be_silent() -> None:
 
 
 def test_a_body_must_be_whole_in_time_and_its_answer_may_take_longer() -> None:
-    class TooSlowError(Exception):
-        pass
-
     async def body(*pieces: bytes) -> bytes:
         """Body pieces without delay, then nothing until the caller disconnects."""
         messages: Iterator[Message] = iter(
@@ -187,15 +184,16 @@ def test_a_body_must_be_whole_in_time_and_its_answer_may_take_longer() -> None:
         async def receive() -> Message:
             return next(messages, None) or await asyncio.sleep(0.2, {"type": "http.disconnect"})
 
-        receiving = _in_time(receive, TooSlowError(), 0.1)
+        receiving = _BodyReader(receive, None, 0.1)
         got = b""
         while (message := await receiving())["type"] == "http.request":
             got += message["body"]
         return got
 
     assert asyncio.run(body(b"a", b"b", b"c")) == b"abc"
-    with pytest.raises(TooSlowError):
+    with pytest.raises(Refusal) as late:
         asyncio.run(body(b"a", b"b"))
+    assert late.value.status_code == 408
 
 
 # --- callers that are many -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from prefill_router.policy.decision import Decision, Policy
 from prefill_router.policy.pool import Target
 from prefill_serve.endpoint import Routing
-from prefill_serve.gateway.openai_calls import Call, ResponsesCall
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.responses_calls import ResponsesCall
 
 _CHARACTERS_A_TOKEN = 3  # for text that was not tokenized; overestimates tokens
 

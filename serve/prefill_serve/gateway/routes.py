@@ -13,16 +13,19 @@ from pydantic import Field
 from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.active_call import Caller
-from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.openai_calls import ROUTER_FIELDS, Call
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.relay import Relay
+from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
-from prefill_serve.wire import ROUTED_NAMES
+from prefill_serve.wire import ROUTED_NAMES, RouteRequest
 
 _SESSION = "x-session-id"
+_ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
     "x-router-p-correct": "Its P(correct), if the call was routed",
@@ -127,10 +130,7 @@ def _body(required: str) -> dict[str, Any]:
             "description": "Lets the router choose, or names a target",
         },
         "stream": {"type": ["boolean", "null"]},
-        "tolerance": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
-        "models": {"type": ["array", "null"], "items": {"type": "string", "minLength": 1}, "minItems": 1},
-        "max_cost_usd": {"type": ["number", "null"], "minimum": 0},
-        "min_p_correct": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        **{name: _ROUTE_FIELDS[name] for name in ROUTER_FIELDS},
     }
     schema = {"type": "object", "required": [required], "properties": fields}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

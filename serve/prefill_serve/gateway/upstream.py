@@ -14,8 +14,9 @@ from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
+from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
-from prefill_serve.gateway.openai_calls import Body, Call, ChatCall, json_object
+from prefill_serve.gateway.openai_calls import Body, Call, json_object
 from prefill_serve.gateway.upstream_errors import error_message, refusal_body
 
 _DRAIN_S = 0.1

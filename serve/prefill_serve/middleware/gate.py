@@ -71,18 +71,14 @@ class RequestGate:
             request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["request_id"], state["caller"] = request_id, ""
-        status, has_left = 0, False  # 0 until the answer starts
-
-        async def receive_or_left() -> Message:
-            nonlocal has_left
-            message = await receive()
-            has_left = has_left or message["type"] == "http.disconnect"
-            return message
+        limits = self.endpoint.serving.settings.limits if self.endpoint.serving else None
+        body = _BodyReader(receive, limits.body_bytes if limits else None)
+        status = 0  # until the answer starts
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = HUNG_UP if has_left else message["status"]
+                status = HUNG_UP if body.has_left else message["status"]
                 if self.names_requests:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
@@ -95,17 +91,18 @@ class RequestGate:
                 if not has_json_or_nothing(headers):
                     raise _not_json()
                 with self.attempts.begun(headers.get(attempts.HEADER), request_id):
-                    await self.app(scope, self._bounded(headers, _in_time(receive_or_left, _too_slow())), send_with_id)
+                    body.require_length(headers.get("content-length", ""))
+                    await self.app(scope, body, send_with_id)
             except Refusal as refusal:
                 await refusal.response(scope, receive, send_with_id)
             except attempts.TooManyDeaths:
                 lost = Refusal(500, attempts.MESSAGE, attempts.CODE, headers=attempts.NOT_AGAIN)
                 await lost.response(scope, receive, send_with_id)
             except asyncio.CancelledError:  # Ray Serve cancels when the caller disconnects
-                has_left = True
+                body.has_left = True
                 raise
             finally:
-                status = status or (HUNG_UP if has_left else 500)
+                status = status or (HUNG_UP if body.has_left else 500)
                 route = getattr(scope.get("route"), "path", "none")  # unknown paths share one label
                 self.endpoint.metrics.request(route, status, perf_counter() - started)
                 span.set_attributes({"http.route": route, "http.response.status_code": status, "id": request_id})
@@ -138,57 +135,45 @@ class RequestGate:
             raise Refusal(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
         return matches[0]
 
-    def _bounded(self, headers: Headers, receive: Receive) -> Receive:
-        """Wraps `receive` to raise Refusal if the body exceeds the limit, at once if Content-Length says so."""
-        limit = self.endpoint.serving.settings.limits.body_bytes if self.endpoint.serving else 0
-        received = 0
-        if limit > 0 and _states_more(headers.get("content-length", ""), limit):
+
+class _BodyReader:
+    """The `receive` of a request: limits the body's size and time, and notes when the caller disconnects."""
+
+    def __init__(self, receive: Receive, max_bytes: int | None, seconds: float = _BODY_S) -> None:
+        self._receive, self._max_bytes, self._seconds = receive, max_bytes, seconds
+        self._num_bytes, self._deadline, self._is_whole = 0, 0.0, False
+        self.has_left = False
+
+    def require_length(self, stated: str) -> None:
+        """Raises Refusal if a Content-Length exceeds the limit. Python does not convert more than 4,300 digits."""
+        digits, limit = stated.lstrip("0"), self._max_bytes
+        if limit is not None and digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit):
             raise _too_large(limit)
 
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit > 0:
-                raise _too_large(limit)
-            return message
-
-        return bounded
-
-
-def _in_time(receive: Receive, late: Exception, seconds: float = _BODY_S) -> Receive:
-    """Wraps `receive` to raise `late` unless the whole body arrives within `seconds` of the first call."""
-    deadline, is_whole = 0.0, False
-
-    async def received() -> Message:
-        nonlocal deadline, is_whole
-        if is_whole:  # the next message is the caller's disconnect, which may come as late as the answer
-            return await receive()
-        deadline = deadline or asyncio.get_running_loop().time() + seconds
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            raise late from None
-        is_whole = not message.get("more_body", False)
+    async def __call__(self) -> Message:
+        """Raises Refusal once the body exceeds the limit, or if it is incomplete `seconds` after the first call."""
+        message = await self._next()
+        self.has_left = self.has_left or message["type"] == "http.disconnect"
+        self._is_whole = not message.get("more_body", False)
+        self._num_bytes += len(message.get("body", b""))
+        if self._max_bytes is not None and self._num_bytes > self._max_bytes:
+            raise _too_large(self._max_bytes)
         return message
 
-    return received
-
-
-def _states_more(stated: str, limit: int) -> bool:
-    """Whether a Content-Length exceeds `limit`. Python does not convert numbers of more than 4,300 digits."""
-    digits = stated.lstrip("0")
-    return digits.isdecimal() and (len(digits) > len(str(limit)) or int(digits) > limit)
+    async def _next(self) -> Message:
+        if self._is_whole:  # the next message is the caller's disconnect, which may come as late as the answer
+            return await self._receive()
+        self._deadline = self._deadline or asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._receive()
+        except TimeoutError:
+            message = f"body incomplete after {self._seconds:g} s"
+            raise Refusal(408, message, "request_timeout", headers={"connection": "close"}) from None
 
 
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"body too large: must have at most {limit:,} bytes", "request_too_large")
-
-
-def _too_slow() -> Refusal:
-    message = f"body incomplete after {_BODY_S:g} s"
-    return Refusal(408, message, "request_timeout", headers={"connection": "close"})
 
 
 def phrase(status: int) -> str:

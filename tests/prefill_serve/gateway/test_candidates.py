@@ -8,7 +8,9 @@ import pytest
 
 from prefill_router.policy.pool import Target, Upstream
 from prefill_serve.gateway.candidates import Candidate, FixedPlan, can_take, default_order, estimated_tokens
-from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.responses_calls import ResponsesCall
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}}
 TOOL = {"type": "function", "function": {"name": "f"}}

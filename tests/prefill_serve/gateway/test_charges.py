@@ -10,7 +10,8 @@ import pytest
 from prefill_router.policy.pool import Target
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.charges import Charge, OverLimit, charge_of, expected_usd, guessed_usd, most_usd
-from prefill_serve.gateway.openai_calls import ChatCall, ResponsesCall
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state.reservations import Exhausted
 
 TARGET = Target(name="t", input_price=1e6, output_price=1e6)  # a dollar a token

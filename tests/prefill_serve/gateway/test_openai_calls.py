@@ -11,7 +11,9 @@ import pytest
 from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import Target, Upstream
 from prefill_serve.gateway.call_record import Usage
-from prefill_serve.gateway.openai_calls import Call, ChatCall, Needs, Note, ResponsesCall, json_object
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.openai_calls import Call, Needs, Note, json_object
+from prefill_serve.gateway.responses_calls import ResponsesCall
 
 TARGET = Target(name="t", input_price=1.0, output_price=1.0, upstream=Upstream(base_url="http://127.0.0.1/v1"))
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]

@@ -10,7 +10,7 @@ import pytest
 
 from prefill_serve.gateway.active_call import ActiveCall, Caller
 from prefill_serve.gateway.candidates import FixedPlan
-from prefill_serve.gateway.openai_calls import ChatCall
+from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.state.call_ledger import Bid, LocalLedger
 

@@ -19,7 +19,9 @@ from prefill_router.upstreams.transport import LONGEST_RETRY_AFTER_S, http_clien
 from prefill_serve.gateway import upstream as module
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
-from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamFailure, UpstreamRefusal
 from upstream import Fault, Upstream
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefill_serve.gateway.openai_calls import Call, ChatCall, ResponsesCall
+from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state import conversations
 from prefill_serve.gateway.state.conversations import Conversations, answer_key, keys_of
 
