@@ -1,4 +1,4 @@
-"""`python -m prefill_jobs` is `prefill-router`: what a submitted job runs, whose Python may have no scripts by it."""
+"""`python -m prefill_jobs` runs `prefill-router`. Submitted jobs use it, as the script may not be on their path."""
 
 from prefill_jobs.cli.command_line import main
 

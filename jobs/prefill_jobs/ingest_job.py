@@ -1,4 +1,4 @@
-"""`ingest`: graded answers in another project's format in, a corpus and outcomes out."""
+"""`ingest`: converts graded answers from another project's format to a corpus and outcomes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from prefill_router.ingest import FORMATS, Options
 from prefill_router.ingest.source_files import find_source
 from prefill_router.ingest.tables import IngestSummary, Tables, claim
 
-_SHOWN = 8  # names of files that are said to be of another kind
+_SHOWN = 8  # ignored files that are named
 
 
 def ingest(config: IngestConfig) -> IngestSummary:
-    """Writes corpus/, outcomes/ and the quarantine below `config.out`, and last its summary, which it returns.
+    """Writes corpus/, outcomes/ and the quarantine below `config.out`, and last the summary, which it returns.
 
-    Raises UserError for a source that is not of the format or holds no good record, where the output is taken, and for
-    a target's name that the format has no use for.
+    Raises UserError if the source has another format or no valid record, if the output exists, or if a target name is
+    given for a format whose records name their targets.
     """
     kind = FORMATS[config.format]
     if config.target is not None and not kind.takes_target:
-        raise UserError(f"target = {config.target!r}: the records of {kind.name} name their targets: leave it out")
+        raise UserError(f"target = {config.target!r}: records of format {kind.name} name their targets: omit --target")
     source = find_source(config.source, kind)
     options = Options(config.target, config.max_prompt_bytes)
     claim(config.out, overwrite=config.overwrite)
     if source.others:
         names = ", ".join(storage.name(file) for file in source.others[:_SHOWN])
         more = f" and {len(source.others) - _SHOWN:,} more" if len(source.others) > _SHOWN else ""
-        say(f"ingest: ignored: files of another kind: {names}{more}")
+        say(f"ingest: ignored files of another format: {names}{more}")
     with Tables(config.out, kind, options) as tables:
         for file in source.files:
             for item in kind.read(file, options):

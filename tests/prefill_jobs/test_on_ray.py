@@ -94,7 +94,8 @@ def test_what_ray_ends_is_one_line_with_the_rest_in_a_file(local_ray: None) -> N
     for method, what in (("end", "ActorDiedError: The actor died"), ("fail", "ZeroDivisionError: of ours")):
         with (
             pytest.raises(
-                UserError, match=f"^Ray ended the job: .*{what}.*: run it again, what is done stays; see "
+                UserError,
+                match=f"^Ray failed the job: .*{what}.*: run the job again to resume from the committed shards; full log: ",
             ) as e,
             ray_failures.in_one_line(),
         ):

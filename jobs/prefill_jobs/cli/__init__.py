@@ -1,1 +1,1 @@
-"""The `prefill-router` command."""
+"""The `prefill-router` command line. Start with `command_line.py`; `flags.py` turns config models into flags."""

@@ -1,6 +1,7 @@
-"""The `prefill-router` command. Every flag is a field of its command's config, which is where its help comes from.
+"""The `prefill-router` command. Every flag, with its help, is a field of the command's config model.
 
-Exit status: 0; 1 with one line that says what to do; 2 for usage; of a submitted job that fails, its own.
+Exit status: 0 on success; 1 after an error, which is one line on stderr; 2 after a usage error. A submitted job that
+fails sets its own exit status.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ _HELP = "Routes each prompt to the cheapest model that will answer it, by a smal
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line, of the process by default; a user's error is one line on stderr and status 1."""
-    with _told():
+    """Runs `arguments`, by default those of the process. A UserError is one line on stderr and exit status 1."""
+    with _reported():
         require_secrets()
         build_app()(arguments)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _reported() -> Iterator[None]:
+    """Prints a user's error as one line and exits."""
     try:
         yield
     except (UserError, OSError, BotoCoreError) as error:
@@ -52,7 +54,7 @@ def build_app() -> typer.Typer:
     app.callback(help=_HELP)(_root)
     for name, run in _JOBS.items():
         add_command(app, name, {name: JOBS[name]}, partial(_run_job, run))
-    add_submit(app, [name for name in _JOBS if name not in _HERE])
+    add_submit(app, [name for name in _JOBS if name not in _LOCAL])
     for entry in entry_points(group="prefill_router.commands"):
         add_command(app, entry.name, {entry.name: command_options()[entry.name]}, partial(_run_entry, entry))
     return app
@@ -73,17 +75,17 @@ def _root(
 
 
 def _run_job(run: Callable[[Any], None], read: Read) -> None:
-    with _told():  # here, as click ends without a word where a pipe or a connection breaks
+    with _reported():  # inside the command, because click exits silently on a broken pipe or connection
         run(read())
 
 
 def _run_entry(entry: EntryPoint, read: Read) -> None:
-    with _told():
+    with _reported():
         entry.load()(read)
 
 
-# --- what each command prints ------------------------------------------------------------------------------------
-# The jobs are imported when they run, so that --help does not wait for Ray and torch.
+# --- output of each command --------------------------------------------------------------------------------------
+# Jobs are imported inside the functions, so that --help does not wait for Ray and torch.
 
 
 def _ingest(config: Any) -> None:
@@ -131,9 +133,7 @@ def _probe(config: Any) -> None:
     for encoder, rows in encoders.items():
         joint = joint_columns(rows)
         names = ", ".join(column.name for column in joint)
-        typer.echo(
-            f"for the whole pool, by {encoder}: {names}, with {coverage(rows, joint):.1%} of the targets' best J"
-        )
+        typer.echo(f"for the whole pool, {encoder}: {names}, with {coverage(rows, joint):.1%} of the targets' best J")
 
 
 def _train(config: Any) -> None:
@@ -206,9 +206,9 @@ def _compare(config: Any) -> None:
 
     with results_apart():
         evaluation = compare(config)
-    typer.echo(f"{evaluation.num_held_out:,} prompts new to all: {headline(evaluation)}")
+    typer.echo(f"{evaluation.num_held_out:,} prompts held out from all routers: {headline(evaluation)}")
     for other in evaluation.standings[1:]:
-        typer.echo(f"{config.routers[0]} less {other.title}:")
+        typer.echo(f"{config.routers[0]} minus {other.title}:")
         for name, text in paired_rows(other):
             typer.echo(f"  {name}: {text}")
     typer.echo(f"report: {config.out}/report.html")
@@ -220,7 +220,7 @@ def _collect(config: Any) -> None:
 
     manifest = collect(config)
     for target, spending in manifest.spending.items():
-        lost = f", and at most {usd(spending.lost_usd)} on calls that brought none" if spending.lost_usd else ""
+        lost = f", and at most {usd(spending.lost_usd)} on failed calls" if spending.lost_usd else ""
         typer.echo(f"{target}: {spending.answers:,} answers for {usd(spending.cost_usd)}{lost}")
     typer.echo(
         f"{config.out}: {manifest.outcomes:,} outcomes, {manifest.graded:,} graded, {manifest.missing:,} missing"
@@ -244,7 +244,7 @@ def _pipeline(config: Any) -> None:
 
 def _say_truncated(count: int) -> None:
     if count:
-        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: it read them without their middle")
+        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: their middle was cut out")
 
 
 _JOBS: dict[str, Callable[[Any], None]] = {
@@ -260,4 +260,4 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "label": _label,
     "pipeline": _pipeline,
 }
-_HERE = ("demo", "inspect")  # make no use of a cluster
+_LOCAL = ("demo", "inspect")  # cannot be submitted to a cluster

@@ -1,4 +1,4 @@
-"""Commands whose flags are the fields of config models, over a TOML file with a table for each."""
+"""Builds commands whose flags are the fields of config models. Flags override the tables of a TOML file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prefill_jobs.option_fields import CONFIG_FILE, POSITIONAL, must_be_given, s
 from prefill_jobs.options import load_command
 from prefill_router.common.validation import StrictModel, validate
 
-_CONFIG_HELP = "TOML file with a table for each command; flags win over it"
+_CONFIG_HELP = "TOML file with one table per command; flags override it"
 
-Read = Callable[[], Any]  # a command's config, from its flags and from its file as it is now
+Read = Callable[[], Any]  # builds a command's config from its flags and the current content of its TOML file
 
 
 def add_command(app: typer.Typer, name: str, models: Mapping[str, type[StrictModel]], run: Callable[..., None]) -> None:
-    """Adds a command to `app`. `models` are those of its flags, by their tables; `run` is given a `Read` of each.
+    """Adds the command `name` to `app`. Its flags are the fields of `models`, which are keyed by TOML table.
 
-    The first model's docstring is its help.
+    `run` receives one `Read` per model. The docstring of the first model is the command's help.
     """
 
     def command(config: str | None, **flags: Any) -> None:
@@ -41,7 +41,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     if getattr(field.annotation, "__origin__", None) is tuple:
         kind = list[str]
     note = " [required]" if field.is_required() else ""
-    if field.default and not field.is_required():
+    if not field.is_required() and (field.default or type(field.default) in (int, float)):
         note = f" [default: {field.default}]"
     if schema_extra(field).get(POSITIONAL):
         return _parameter(name, kind, typer.Argument(help=field.description, show_default=False))
@@ -61,5 +61,7 @@ def _merge(table: str, model: type[StrictModel], flags: Mapping[str, Any], uri: 
     values = {**(load_command(uri, table) if uri else {}), **given}
     for key in model.model_fields:
         if must_be_given(model, key, values):
-            raise typer.BadParameter(f"give it, or set {key} under [{table}] in --config", param_hint=f"--{key}")
+            raise typer.BadParameter(
+                f"missing: give --{key}, or set {key} in table [{table}] of --config", param_hint=f"--{key}"
+            )
     return validate(model, values, table)

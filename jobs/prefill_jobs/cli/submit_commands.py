@@ -1,4 +1,4 @@
-"""`prefill-router submit`: every job as a command that a cluster runs, and commands for what became of it."""
+"""`prefill-router submit`: runs a job on a Ray cluster, and shows, follows or stops submitted jobs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from prefill_router.common.errors import UserError
 if TYPE_CHECKING:
     from prefill_jobs.submit.submission import Submission
 
-_Id = Annotated[str, typer.Argument(help="Submission id")]
-_Address = Annotated[str | None, typer.Option(help="Dashboard of the Ray cluster \\[RAY_API_SERVER_ADDRESS]")]
+_Id = Annotated[str, typer.Argument(help="Submission id of the job")]
+_Address = Annotated[
+    str | None,
+    typer.Option(help="URL of the Ray dashboard, such as http://host:8265 \\[default: RAY_API_SERVER_ADDRESS]"),
+]
 _FAILED = ("FAILED", "STOPPED")
 
 
 def add_submit(app: typer.Typer, jobs: Sequence[str]) -> None:
+    """Adds the command group `submit` to `app`, with a command for each of `jobs`."""
     group = typer.Typer(
-        help="Runs a job on a Ray cluster, by its Jobs API: with this code, these options and no secrets.",
+        help="Run a job on a Ray cluster through its Jobs API. Sends this code and the options, but no secrets.",
         no_args_is_help=True,
     )
     for job in jobs:
@@ -42,8 +46,8 @@ def _submit(read_job: Read, read_submit: Read) -> None:
         _run(config, submit)
         return
     if submit.detach:
-        raise UserError("detach: a Ray on this machine ends with the command: follow the job")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads them while it is imported
+        raise UserError("--detach: a local Ray ends with this command: omit --detach, or give a cluster's --address")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads both variables when it is imported
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from prefill_jobs.submit.submission import local_head
 
@@ -67,9 +71,13 @@ def _follow(job: Submission, *, is_local: bool = False) -> None:
         job.follow(partial(typer.echo, nl=False))
     except KeyboardInterrupt:
         if is_local:
-            raise UserError(f"{job.submission_id} ends with its Ray: the same command goes on where it was") from None
+            raise UserError(
+                f"{job.submission_id} was stopped with its local Ray: run the command again to resume it"
+            ) from None
         again = f"prefill-router submit logs {job.submission_id} --follow"
-        raise UserError(f"{job.submission_id} goes on: {again} follows it, submit stop ends it") from None
+        raise UserError(
+            f"{job.submission_id} is still running: follow it with {again}, or end it with submit stop"
+        ) from None
 
 
 def _find(submission_id: str, address: str | None) -> Submission:
@@ -79,7 +87,7 @@ def _find(submission_id: str, address: str | None) -> Submission:
 
 
 def _status(submission_id: _Id, address: _Address = None) -> None:
-    """Prints a job's status; exit status 1 where it failed or was stopped."""
+    """Print a job's status. The exit status is 1 if it failed or was stopped."""
     details = _find(submission_id, address).details
     typer.echo(details.status.value)
     if details.status.value in _FAILED:
@@ -89,9 +97,11 @@ def _status(submission_id: _Id, address: _Address = None) -> None:
 def _logs(
     submission_id: _Id,
     address: _Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job has ended, and with its exit status")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Follow the log until the job ends, and exit with the job's exit status")
+    ] = False,
 ) -> None:
-    """Prints what a job has said."""
+    """Print a job's log."""
     job = _find(submission_id, address)
     if follow:
         _follow(job)
@@ -100,12 +110,12 @@ def _logs(
 
 
 def _stop(submission_id: _Id, address: _Address = None) -> None:
-    """Ends a job; what it has committed stays, and the same job goes on from there."""
+    """Stop a job. Committed shards stay, and the same job resumes from them."""
     typer.echo(_find(submission_id, address).stop().value)
 
 
 def _list(address: _Address = None) -> None:
-    """Prints the cluster's jobs, the latest last: id, status, seconds, command."""
+    """Print the cluster's jobs, the latest last: id, status, duration in seconds, command."""
     from prefill_jobs.submit.submission import Cluster
 
     for job in Cluster.at(address).list():

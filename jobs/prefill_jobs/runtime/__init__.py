@@ -1,1 +1,1 @@
-"""How jobs meet Ray, and what they say while they run."""
+"""Jobs on Ray: connecting, sizing actors, mapping items, reporting errors and progress. Start with `cluster.py`."""

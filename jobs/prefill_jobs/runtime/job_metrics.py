@@ -1,6 +1,6 @@
-"""What operators watch of jobs, as Prometheus has it from Ray's exporter. Every name begins with `prefill_router_`.
+"""Prometheus metrics of jobs, exported by Ray. Every name begins with `prefill_router_`.
 
-A job's driver exports what it is told of its workers' shards, Ray Train's first worker how training goes.
+The job's driver exports shard counts and rates; the rank-0 worker of Ray Train exports training metrics.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from prefill_router.encoder.prefill_work import Work
 
 
 class JobMetrics:
-    """Of one long task of a job; the label `task` tells which. Gauges are exported as long as it lives."""
+    """Metrics of one long task of a job, with the label `task`. Gauges are exported while this object lives."""
 
     def __init__(self, task: str) -> None:
         self._task = {"task": task}
-        self._rows = self._counter("rows", "Rows that were done by this run")
-        self._reused = self._counter("reused_rows", "Rows that an earlier run had done")
-        self._tokens = self._counter("tokens", "Tokens that the encoder read")
-        self._retries = self._counter("retries", "Shards that were begun again, because a worker had ended over them")
-        self._quarantined = self._counter("quarantined_rows", "Rows that could not be read")
-        self._backlog = self._gauge("backlog_rows", "Rows that are still to be done")
-        self._mfu = self._gauge("mfu", "Share of its workers' peak FLOP/s that the run has reached so far")
-        self._padding = self._gauge("padding", "Padding's share of what was computed")
-        self._last_commit = self._gauge("last_commit_seconds", "When the latest shard was done, or the run began")
-        self._running = self._gauge("running", "1 until all rows are done")
+        self._rows = self._counter("rows", "Rows processed by this run")
+        self._reused = self._counter("reused_rows", "Rows reused from an earlier run")
+        self._tokens = self._counter("tokens", "Tokens read by the encoder")
+        self._retries = self._counter("retries", "Shards retried because a worker crashed")
+        self._quarantined = self._counter("quarantined_rows", "Quarantined rows")
+        self._backlog = self._gauge("backlog_rows", "Rows still to be processed")
+        self._mfu = self._gauge("mfu", "Model FLOPs utilization of the run so far, as a share of the workers' peak")
+        self._padding = self._gauge("padding", "Share of computed tokens that are padding")
+        self._last_commit = self._gauge("last_commit_seconds", "Unix time of the last commit, or of the run's start")
+        self._running = self._gauge("running", "1 until all rows are processed, then 0")
 
     def begin(self, rows: int) -> None:
         self._last_commit.set(time.time())
@@ -41,7 +41,7 @@ class JobMetrics:
         self._add(self._reused, rows)
 
     def commit(self, rows: int, tokens: int, retries: int) -> None:
-        """A shard that is done."""
+        """Counts a finished shard."""
         for counter, value in ((self._rows, rows), (self._tokens, tokens), (self._retries, retries)):
             self._add(counter, value)
         self._last_commit.set(time.time())
@@ -50,17 +50,17 @@ class JobMetrics:
         self._add(self._quarantined, rows)
 
     def compute(self, work: Work, mfu: float) -> None:
-        """All work of the run so far."""
+        """Sets the gauges from all work of the run so far."""
         self._mfu.set(mfu)
         self._padding.set(work.padding_waste)
 
     @staticmethod
     def _add(counter: Counter, value: int) -> None:
-        if value > 0:  # Ray refuses to count nothing
+        if value > 0:  # Ray rejects an increment of 0
             counter.inc(value)
 
     def _counter(self, name: str, description: str) -> Counter:
-        # Ray's exporter ends a counter's name in _total.
+        # Ray's exporter appends _total to a counter's name.
         counter = Counter(f"prefill_router_job_{name}", description=description, tag_keys=("task",))
         counter.set_default_tags(self._task)
         return counter
@@ -72,11 +72,11 @@ class JobMetrics:
 
 
 class TrainMetrics:
-    """Of a training, after each epoch."""
+    """Metrics of a training run, set after each epoch."""
 
     def __init__(self) -> None:
-        self._epoch = _gauge("epoch", "Passes over the training prompts")
-        self._loss = _gauge("validation_loss", "Mean of the trunks, each at its best epoch so far")
+        self._epoch = _gauge("epoch", "Completed passes over the training prompts")
+        self._loss = _gauge("validation_loss", "Mean validation loss of the trunks, each at its best epoch so far")
 
     def epoch(self, number: int, validation_loss: float) -> None:
         self._epoch.set(number)
@@ -88,16 +88,16 @@ def _gauge(name: str, description: str) -> KeptGauge:
 
 
 class CollectMetrics:
-    """Of the calls to targets, by target."""
+    """Metrics of the calls to targets, labelled by target."""
 
     def __init__(self) -> None:
         self._cost = Counter(
             "prefill_router_collect_cost_usd",
-            description="Paid for answers, and at most paid for calls that brought none",
+            description="Cost of answers in USD, plus an upper bound for failed calls",
             tag_keys=("target",),
         )
         self._failed = Counter(
-            "prefill_router_collect_failed_calls", description="Attempts that brought no answer", tag_keys=("target",)
+            "prefill_router_collect_failed_calls", description="Failed attempts", tag_keys=("target",)
         )
 
     def attempt(self, target: str, cost_usd: float, *, is_answered: bool) -> None:

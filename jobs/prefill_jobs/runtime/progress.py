@@ -1,4 +1,4 @@
-"""What long work says: on stderr one line in place on a terminal, a line now and then elsewhere; and its metrics."""
+"""Progress of a long task, as metrics and on stderr: one updating line on a terminal, a line every 10 s elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts what is done of `total` rows, and says so."""
+    """Counts finished rows of `total`, and reports them."""
 
     def __init__(self, task: str, total: int, unit: str = "prompts") -> None:
         self.task, self.total, self.unit = task, total, unit
@@ -27,13 +27,13 @@ class Progress:
         self._say(f"{task}: {total:,} {unit}")
 
     def skip(self, rows: int) -> None:
-        """Rows that were done before; they say nothing of the time that the others take."""
+        """Counts rows done by an earlier run, which do not enter rates or the ETA."""
         self.skipped += rows
         self.metrics.reuse(rows)
         self._say_when_due()
 
     def add(self, rows: int, work: Work, capacity_flops: float = 0.0, retries: int = 0) -> None:
-        """`capacity_flops` is what the workers could have computed so far, as `Capacity` tells."""
+        """Counts a finished shard. `capacity_flops` is `Capacity.flops` of the run so far."""
         self.rows, self.work, self.capacity_flops = self.rows + rows, self.work + work, capacity_flops
         self.metrics.commit(rows, work.tokens, retries)
         if capacity_flops:
@@ -41,7 +41,7 @@ class Progress:
         self._say_when_due()
 
     def quarantine(self, rows: int) -> None:
-        """Rows that could not be read, which are not among those that are done."""
+        """Counts quarantined rows, which are not finished rows."""
         self.metrics.quarantine(rows)
 
     @property

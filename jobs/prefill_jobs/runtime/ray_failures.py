@@ -1,4 +1,4 @@
-"""How Ray ends a job: as a line that says what happened and what to do, with all that Ray said in a file."""
+"""Turns Ray's failures into one line with a remedy, and writes Ray's full output to a log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher as messa
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 
-_STAYS = "run it again, what is done stays"
+_STAYS = "run the job again to resume from the committed shards"
 _MEMORY = ("OutOfMemoryError", "running low on memory", "memory pressure")
 _NO_ROOM = ("cannot be scheduled", "infeasible")
 _SHOWN_CHARACTERS = 300
@@ -23,7 +23,7 @@ _heard: deque[str] = deque(maxlen=1000)
 
 
 def listen() -> None:
-    """Keeps what Ray would print for the file, as it is said of each try, and most tries are made again."""
+    """Collects what Ray would print for the log file: Ray prints every failed try, and most tries are retried."""
     messages.remove_handler("ray_print_logs")
     messages.remove_handler(__name__)
     messages.add_handler(__name__, _hear)
@@ -38,24 +38,24 @@ def _hear(message: Mapping[str, Any]) -> None:
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Makes a UserError of what Ray raises; one of ours that it has wrapped stays what it was."""
+    """Raises Ray's exceptions as UserErrors. A UserError that Ray wrapped is raised unchanged."""
     try:
         yield
     except Exception as error:
         if not any(kind.__module__.startswith("ray.") for kind in type(error).__mro__):
             raise
-        cause = getattr(error, "cause", None)  # of what a task raised
+        cause = getattr(error, "cause", None)  # the exception of a task
         raise cause if isinstance(cause, UserError) else UserError(_line(error, cause or error)) from error
 
 
 def _line(error: Exception, cause: Exception) -> str:
-    details = "\n".join([*traceback.format_exception(error), "What Ray said meanwhile:", *_heard])
+    details = "\n".join([*traceback.format_exception(error), "Ray's messages until then:", *_heard])
     with tempfile.NamedTemporaryFile("w", prefix="prefill-router-", suffix=".log", delete=False) as file:
         file.write(details)
     what, remedy = _shown(f"{type(cause).__name__}: {cause}"), _STAYS
     if any(words in details for words in _MEMORY):
-        what, remedy = "a node ran out of memory", f"give it fewer --workers, and {_STAYS}"
-    return f"Ray ended the job: {what}: {remedy}; see {file.name}"
+        what, remedy = "a node ran out of memory", f"lower --workers, and {_STAYS}"
+    return f"Ray failed the job: {what}: {remedy}; full log: {file.name}"
 
 
 def _shown(text: str) -> str:

@@ -106,7 +106,9 @@ def test_a_local_head_ends_with_a_command_that_is_terminated(monkeypatch: pytest
     assert ended == [True]
 
 
-@pytest.mark.parametrize(("is_local", "said"), [(True, "ends with its Ray"), (False, "goes on: .* follows it")])
+@pytest.mark.parametrize(
+    ("is_local", "said"), [(True, "was stopped with its local Ray"), (False, "still running: follow it with")]
+)
 def test_an_interrupt_says_what_becomes_of_the_job(is_local: bool, said: str) -> None:
     class Job:
         submission_id = "extract-1"

@@ -91,7 +91,7 @@ def test_dropping_and_repricing_need_no_data(router: str, tmp_path: Path) -> Non
 
 def test_a_new_target_needs_outcomes(router: str, activations: str, outcomes_of_three: str, tmp_path: Path) -> None:
     pool = pool_file(tmp_path, big=2.0, like_small=0.2)
-    with pytest.raises(UserError, match="give --activations and --outcomes"):
+    with pytest.raises(UserError, match="--activations and --outcomes are missing"):
         train(TrainConfig(extend=router, pool=pool, out=str(tmp_path / "router")))
     table = pq.read_table(outcomes_of_three)
     few = table.filter(pc.equal(table["target"], "like_small")).slice(0, 30)

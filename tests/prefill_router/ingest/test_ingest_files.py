@@ -159,7 +159,7 @@ def test_a_folder_of_many_things(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sorted(found.prompts.values()) == ["one", "two"]
     assert (found.summary.files, found.summary.files_ignored) == (3, 10)
     names = ", ".join(f"x{i}.txt" for i in range(8))
-    assert capsys.readouterr().err == f"ingest: ignored: files of another kind: {names} and 2 more\n"
+    assert capsys.readouterr().err == f"ingest: ignored files of another format: {names} and 2 more\n"
     with pytest.raises(UserError, match=r"source: no files of format mmlu-pro found: looked for .zip, .json"):
         ingest("mmlu-pro", source, tmp_path / "out2")
 
