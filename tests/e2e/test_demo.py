@@ -87,7 +87,7 @@ def test_the_documents_blocks_run(demo: tuple[Path, str], run: Run, document: st
 def test_your_own_data_comes_whole(command: Command, tmp_path: Path, given: dict[str, str]) -> None:
     result = command("demo", **given, out=tmp_path / "demo", port=free_port())
     assert result.status == 1
-    assert "give --corpus, --outcomes and --pool together" in result.err
+    assert "--corpus, --outcomes and --pool: give all three" in result.err
 
 
 def test_a_port_in_use_is_said_before_any_work(command: Command, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_first_run_publishes_and_the_second_does_nothing(folder: Path, comma
     assert layers <= {int(name[-3:]) for name in activations["columns"]}
     second = command("pipeline", str(folder / "router.toml"))
     assert second.status == 0, second.err
-    assert "everything is up to date, and nothing was run" in second.err
+    assert "pipeline: all steps are up to date" in second.err
 
 
 def test_new_prompts_cost_what_is_new(folder: Path, small_data: Path, command: Command) -> None:
@@ -147,7 +147,7 @@ def test_poisoned_outcomes_train_a_router_that_the_gate_keeps_back(folder: Path,
     result = command("pipeline", str(folder / "router.toml"))
     assert result.status == 1
     assert "gate: the new router is worse than the published one" in result.err
-    assert "outcomes that the published router was judged by are others now" in result.err
+    assert "outcomes kept with the published router differ from the given" in result.err
     assert (folder / "published" / "router.json").read_bytes() == before
     again = command("pipeline", str(folder / "router.toml"))  # and goes on keeping it back
     assert again.status == 1
@@ -178,7 +178,7 @@ def test_keys_that_a_pipeline_does_not_go_by_are_told(
     file.write_text("\n".join(tables))
     result = command("pipeline", str(file), "--plan")
     assert result.status == 0, result.err
-    assert f"pipeline: {file}: [extract] layers, [train] out do not count: a pipeline sets them" in result.err
+    assert f"pipeline: {file}: ignored [extract] layers, [train] out: the pipeline sets these options" in result.err
 
 
 def test_intervals_decide_at_the_gate() -> None:

@@ -154,7 +154,7 @@ def test_a_submission_id_runs_once_and_tells_what_became_of_it(
     stamp = (elsewhere / "once" / "summary.json").stat().st_mtime_ns
     assert "8 prompts" in followed(submit(config, where))  # its log, again
     assert (elsewhere / "once" / "summary.json").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="is that of another job"):
+    with pytest.raises(UserError, match="belongs to another job"):
         submit(ExtractConfig(**options, out=str(elsewhere / "other")), where)
     address = {"address": real_cluster.address}
     assert command("submit", "status", "once", **address).out == "SUCCEEDED\n"

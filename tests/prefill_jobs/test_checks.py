@@ -124,7 +124,7 @@ def test_collect_looks_at_its_router_before_the_corpus_is_read(
     assert_said(result, "encoder /no/such/encoder: no such directory")
     pool.write_text(pool.read_text().replace("big", "other"))
     result = command("collect", **options, sample_by="active", router=homeless)
-    assert_said(result, "knows none of the targets")
+    assert_said(result, "has none of the targets to call")
 
 
 def test_train_looks_at_its_inputs_before_prompts_are_embedded(
@@ -153,7 +153,7 @@ def test_no_fold_is_trained_where_a_later_one_lies(
     shutil.copytree(router, tmp_path / "folds" / "fold-1")
     options = {"outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml", "folds": 2}
     result = command("train", activations=activations, **options, out=tmp_path / "folds")
-    assert_said(result, "fold-1: already holds a router")
+    assert_said(result, "fold-1: already has a router")
 
 
 def test_evaluate_and_compare_look_at_their_inputs_before_the_corpus_is_read(
@@ -186,7 +186,7 @@ def test_a_pipeline_looks_at_what_later_steps_want_before_the_first(
         ([], {"outcomes": no_targets}, "column target is missing"),
         ([], {"pool": tmp_path / "broken.toml"}, "input_price is missing"),
         ([], {"publish": no_targets}, "is a file: an output is a folder"),
-        ([str(tmp_path / "router.toml")], {}, "give --folds or --hold-out, not both"),
+        ([str(tmp_path / "router.toml")], {}, "--folds and --hold-out exclude each other"),
     ):
         options = {"publish": tmp_path / "published", **good, **bad}
         assert_said(command("pipeline", *file, **given, **options), message)

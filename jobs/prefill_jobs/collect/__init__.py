@@ -1,1 +1,4 @@
-"""`collect`: a corpus and a pool in, the targets' graded answers out."""
+"""`collect`: sends a corpus to the targets of a pool and grades their answers.
+
+Start with `collect_job.py`, the driver. `collector.py` makes the calls, `grading.py` grades answers.
+"""

@@ -1,7 +1,7 @@
-"""`collect`: a corpus and a pool in, the targets' answers and their outcomes out.
+"""`collect`: sends a corpus to the targets of a pool and writes their answers and outcomes.
 
-What earlier runs left is taken in, then every call that has no answer is made within the limits and the budget, then
-all answers are graded. Answers are kept by what was asked, so that grading costs nothing and nothing is paid for twice.
+The driver recovers the answers of interrupted runs, makes every call that has no answer within the rate limits and the
+budget, then grades all answers. Answers are keyed by the call, so that none is paid for twice and regrading is free.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from prefill_router.query_log.sampling import active, at_random, stratified
 from prefill_router.storage.lease import Lease
 from prefill_router.storage.parquet_objects import MANIFEST, ShardFile, remove_shards
 
-_CALLS = 4  # shards that an actor has at a time, so that its calls never run out
-_JUDGEMENTS = 2  # of an answer: the reference stands before it, and behind it
+_CALLS = 4  # concurrent shards per actor, so that it always has calls to make
+_JUDGEMENTS = 2  # per answer: one with the reference first, one with it last
 _NO_LIMIT = Spent(1e15, 1 << 60)
 
 
 class Spending(StrictModel):
-    """On one target, by all runs."""
+    """Spending on one target by all runs."""
 
     answers: int
     cost_usd: float
-    lost_usd: float  # at most, on attempts that may have been paid for and brought no answer
-    tokens: int  # of both
+    lost_usd: float  # upper bound for failed attempts that may have been billed
+    tokens: int  # of answers and failed attempts
 
 
 class CollectManifest(StrictModel):
-    """manifest.json, written last."""
+    """manifest.json: commits the outcomes, and is written last."""
 
     format: int = 1
     asked: dict[str, Any]
     spending: dict[str, Spending]
     missing: int  # calls without an answer
-    left_out: int  # of them for want of budget, in the latest run
+    left_out: int  # missing calls that the budget did not allow, in the latest run
     outcomes: int
     graded: int
     files: list[ShardFile]
@@ -74,13 +74,13 @@ class CollectManifest(StrictModel):
 def collect(config: CollectConfig) -> CollectManifest:
     """Writes answers/ and outcomes/ below `config.out` and last the manifest, which it returns.
 
-    Prompts to which no answer could be graded are not asked: they go to quarantine/.
+    Prompts that the grader cannot grade are not sent; they go to quarantine/.
 
-    Raises UserError for a target that cannot be asked, a grader that is none, and one that can grade no prompt.
+    Raises UserError for a target without an upstream, an unknown grader, or a grader that can grade no prompt.
     """
     pool, grader, judge = _pool(config), _grader(config), _judge(config)
     if config.sample_by == "active" and config.sample is not None and config.router is None:
-        raise UserError("sample_by = active, but no --router says where it can hardly choose")
+        raise UserError("sample_by = active: requires a router that estimates the prompts: give --router")
     if config.router is not None and config.sample_by == "active":
         _estimation(config, pool).check()
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
@@ -127,12 +127,12 @@ class _Collection:
         return np.ascontiguousarray(self.plan.keys[:, 1:])
 
     def _keys(self, content: NDArray[np.uint64]) -> list[str]:
-        """The calls of one prompt, a target each."""
+        """The keys of one prompt's calls, one per target."""
         digest = content.tobytes().hex()
         return [call_key(digest, target.name, self.asked) for target in self.pool.targets]
 
     def _wanted(self, answered: dict[str, str]) -> NDArray[np.bool_]:
-        """Which rows (N,) of the corpus are asked: the first fit one of each content, or a sample of these."""
+        """Whether each row (N,) of the corpus is sent: the first gradable row of each content, or a sample of these."""
         contents, size = self._contents, self.config.sample
         rows, wanted = self._askable(), np.zeros(len(self._contents), np.bool_)
         if size is None:
@@ -145,17 +145,17 @@ class _Collection:
         return wanted
 
     def _askable(self) -> NDArray[np.int64]:
-        """The first row of each content that can be graded. Raises UserError where the grader can grade none."""
+        """The first gradable row of each content. Raises UserError if the grader can grade no row."""
         fit = np.flatnonzero([bad is None for bad in self._unfit])
         if not len(fit):
             raise UserError(
                 f"{self.config.corpus}: grader {self.config.grader} can grade none of {len(self._unfit):,} prompts "
-                f"({_first(self._unfit)}), so that none is asked: mend the corpus, or name its columns in "
-                "--grader-options; answers that are paid for already stay, for --regrade"
+                f"({_first(self._unfit)}), so that none is sent: fix the corpus, or name its columns in "
+                "--grader-options; existing answers are kept for --regrade"
             )
         if len(fit) < len(self._unfit):
             say(
-                f"collect: {len(self._unfit) - len(fit):,} prompts cannot be graded and are not asked "
+                f"collect: {len(self._unfit) - len(fit):,} prompts cannot be graded and are not sent "
                 f"({_first(self._unfit)}): see quarantine/rows.parquet"
             )
         _, firsts = np.unique(self._contents[fit], axis=0, return_index=True)
@@ -163,13 +163,13 @@ class _Collection:
 
     @cached_property
     def _unfit(self) -> list[BadRow | None]:
-        """Of each row (N,) why no answer to it can be graded; None where one can."""
+        """For each row (N,) the reason why it cannot be graded, or None."""
         if self.grader is None:
             return [None] * len(self._contents)
         return [bad for rows in cluster.spread(self._grading({}).unfit, self.plan.shards) for bad in rows]
 
     def _draw(self, rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-        """The places of `size` of these rows."""
+        """Samples `size` of these rows, and returns their indices in `rows`."""
         contents = self._contents[rows]
         if self.config.sample_by == "random":
             return at_random(contents, size)
@@ -179,15 +179,17 @@ class _Collection:
 
     @cached_property
     def _strata(self) -> list[str]:
-        """Of each row (N,)."""
+        """The stratum of each row (N,)."""
         shards = (read_shard(shard, extras=[self.config.stratum]) for shard in self.plan.shards)
         strata = [row.extras[0] for rows in shards for row in rows]
         if all(value is None for value in strata):
-            raise UserError(f"{self.config.corpus}: has no column {self.config.stratum}: name one with --stratum")
+            raise UserError(
+                f"{self.config.corpus}: column {self.config.stratum} is missing: name another with --stratum"
+            )
         return [str(value) for value in strata]
 
     def _p_correct(self, contents: Contents) -> NDArray[np.float32]:
-        """What the router says (N, T) of prompts, and the targets that it knows of those to be asked."""
+        """The router's P(correct) (N, T) of prompts, for the targets that are both in its pool and to be called."""
         estimation = _estimation(self.config, self.pool)
         estimation.run(self.plan, self.lease, "sample")
         held = Held.read(estimation.out)
@@ -197,13 +199,13 @@ class _Collection:
         return p[held.index.find(contents)][:, known]
 
     def _take_in(self) -> None:
-        """Notes that a run left which was killed become part of their shards."""
+        """Recovers answers from the journals of interrupted runs into their shards."""
         for name in storage.list_names(storage.join(self.out, "journal")):
             place = ShardPlace(self.out, name)
             write_states(place, load_states(place))
 
     def _answered(self) -> dict[str, str]:
-        """The shard that holds the answer to each call, by the call's key."""
+        """Maps the key of each answered call to the shard that has its answer."""
         answered = {}
         for name in self._objects():
             table = storage.read_table(storage.join(self.out, "answers", name), ["key", "answer"])
@@ -235,12 +237,12 @@ class _Collection:
         }
 
     def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
-        """Makes every call that has no answer; returns how many were left out for want of budget."""
+        """Makes every call that has no answer. Returns how many calls the budget did not allow."""
         tasks, num_calls = self._tasks(answered, wanted)
         return self._make(AskShard, tasks, self.pool, self.asked, "collect", num_calls)
 
     def _judge(self, tasks: Sequence[GradeTask], grading: Grading) -> int:
-        """Asks the judge about every answer; returns how many calls were left out for want of budget."""
+        """Asks the judge about every answer. Returns how many calls the budget did not allow."""
         assert self.judge is not None
         pool = self.pool.model_copy(update={"targets": (self.judge,)})
         num_calls = _JUDGEMENTS * len(grading.targets) * sum(task.shard.rows for task in tasks)
@@ -249,7 +251,7 @@ class _Collection:
     def _make(
         self, worker: type, tasks: Sequence[Any], pool: Pool, asked: Asked, what: str, num_calls: int, **more: Any
     ) -> int:
-        """Lets workers make the calls of tasks; returns how many were left out for want of budget."""
+        """Makes the calls of tasks on actors of type `worker`. Returns how many calls the budget did not allow."""
         progress = Progress(what, num_calls, unit="calls")
         if not tasks:
             return 0
@@ -278,11 +280,11 @@ class _Collection:
         if reasons:
             (most_often, _), *_ = reasons.most_common(1)
             say(
-                f"{what}: {reasons.total():,} calls brought no answer (most often {most_often}): they are missing, "
-                "and are made again by another run"
+                f"{what}: {reasons.total():,} calls failed (most often {most_often}): their answers are missing; run "
+                "the job again to retry them"
             )
         if left_out:
-            say(f"{what}: {left_out:,} calls were left out: the budget is used up")
+            say(f"{what}: {left_out:,} calls were not made: the budget is used up")
         return left_out
 
     def _tasks(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> tuple[list[AskTask], int]:
@@ -305,7 +307,7 @@ class _Collection:
         return sum(key not in answered for content in self._contents[wanted] for key in self._keys(content))
 
     def _grade_tasks(self, answered: dict[str, str]) -> list[GradeTask]:
-        """The shards with answers to any of their prompts, repeated ones too."""
+        """A task per shard that has an answer to any of its prompts, including repeated ones."""
         tasks = []
         for shard, rows in self.plan.spans():
             keys = (key for content in self._contents[rows] for key in self._keys(content))
@@ -352,37 +354,37 @@ _SPENT = [TARGET, "answer", COST_USD, "lost_usd", "tokens", "lost_tokens"]
 
 
 def _pool(config: CollectConfig) -> Pool:
-    """The targets that are to be asked. Raises UserError for one that cannot be."""
+    """The targets to call. Raises UserError for an unknown target or one without an upstream."""
     pool = load_pool(config.pool)
     names = names_in(config.targets) or pool.target_names
     if unknown := [name for name in names if name not in pool.target_names]:
-        raise UserError(f'targets: "{unknown[0]}" is not in the pool: {", ".join(pool.target_names)}')
+        raise UserError(f'targets: "{unknown[0]}" is not in the pool; its targets: {", ".join(pool.target_names)}')
     targets = tuple(target for target in pool.targets if target.name in names)
     for target in targets:
         if target.upstream is None and not config.regrade:
             raise UserError(
-                f'{config.pool}: target "{target.name}" has no upstream to ask: give it one, or leave it out'
+                f'{config.pool}: target "{target.name}" has no upstream: add one, or exclude the target with --targets'
             )
     return pool.model_copy(update={"targets": targets})
 
 
 def _estimation(config: CollectConfig, pool: Pool) -> Estimation:
-    """What the router is to say of the corpus. Raises UserError where it knows none of the pool's targets."""
+    """The router's estimation of the corpus. Raises UserError if it has none of the targets to call."""
     assert config.router is not None
     router = any_router.load(config.router)
     if not set(router.pool.target_names) & set(pool.target_names):
-        raise UserError(f"{config.router}: knows none of the targets that are to be asked")
+        raise UserError(f"{config.router}: has none of the targets to call: give a router for this pool")
     return Estimation(router, config.router, storage.join(storage.absolute(config.out), "estimates", router.version))
 
 
 def _grader(config: CollectConfig) -> Grader | BoundedGrader | None:
     if config.grader is None:
         if config.regrade:
-            raise UserError("regrade: give the --grader that answers are to be graded with")
+            raise UserError("regrade: requires a grader: give --grader")
         return None
     options = storage.read_toml(config.grader_options) if config.grader_options else {}
     if config.grader == "judge" and config.judge is None:
-        raise UserError("grader = judge, but no --judge names the target of the pool that judges")
+        raise UserError("grader = judge: requires a target of the pool that judges: give --judge")
     return bounded(load_grader(config.grader, {**options, **({"ask": unasked} if config.judge else {})}))
 
 
@@ -401,5 +403,5 @@ def _first(unfit: Sequence[BadRow | None]) -> str:
 
 
 def _named(grader: Grader | BoundedGrader | None) -> list[str]:
-    """The columns that a grader's options may name."""
+    """Option values of a grader that may be names of columns."""
     return [] if grader is None else [value for value in grader.options.values() if isinstance(value, str)]

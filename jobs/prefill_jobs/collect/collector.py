@@ -1,4 +1,4 @@
-"""The actor of `collect`: the calls of a shard go out, and their answers are kept."""
+"""The actor of `collect`: makes the calls of a shard and writes their answers."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.policy.pool import Pool, Target
 from prefill_router.upstreams.transport import http_client
 
-_LEFT_OUT = Miss("left out: the budget is used up")
+_LEFT_OUT = Miss("not made: the budget is used up")
 
 
 @dataclass(frozen=True)
 class AskTask:
-    """The prompts of a shard that are to be asked, by their places in it, and the calls that are answered elsewhere."""
+    """Prompts of a shard to send to every target, except for calls that another shard has an answer to."""
 
     shard: Shard
-    rows: tuple[int, ...]
-    elsewhere: frozenset[str]
+    rows: tuple[int, ...]  # indices in the shard
+    elsewhere: frozenset[str]  # keys of calls answered in other shards
 
 
 @dataclass(frozen=True)
 class AskedShard:
-    """What came of a shard's calls in this run."""
+    """Counts of a shard's calls in this run."""
 
     answered: int = 0
     failed: int = 0
-    left_out: int = 0  # for want of budget
-    reasons: Mapping[str, int] = field(default_factory=dict)  # of those that failed, with the target's name
+    left_out: int = 0  # calls that the budget did not allow
+    reasons: Mapping[str, int] = field(default_factory=dict)  # counts of failed calls by "TARGET: REASON"
 
 
 class AskShard:
-    """Calls overlap, of several shards at once: one event loop makes them all."""
+    """Makes the calls of several shards concurrently, in one event loop."""
 
     def __init__(
         self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Shared
@@ -89,7 +89,7 @@ class AskShard:
         return await self._make([call for call in calls if call.key not in task.elsewhere], place)
 
     async def _make(self, calls: Sequence[TargetCall], place: ShardPlace) -> AskedShard:
-        """Makes those calls that have no answer at their place."""
+        """Makes the calls that have no answer in the shard at `place`."""
         states = await asyncio.to_thread(load_states, place)
         wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
         if not wanted:
@@ -105,13 +105,13 @@ class AskShard:
         return AskedShard(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
 
     async def _ask(self, call: TargetCall, journal: Journal) -> Miss | None:
-        """Asks until there is an answer, or no use in asking; then returns why."""
+        """Retries a call until it is answered or cannot succeed. Returns None, or the last failure."""
         limits, miss = self._limits[call.target.name], _LEFT_OUT
         for attempt in range(self.attempts):
             if attempt > 0:
                 wait_s = backoff_s(attempt, miss, self._rng)
                 if miss.retry_after_s:
-                    limits.hold(wait_s)  # for all of the target's calls
+                    limits.hold(wait_s)  # pauses all calls to the target
                 await asyncio.sleep(wait_s)
             async with limits.place(call.worst.tokens):
                 if not await self._allowance.reserve(call.worst):
@@ -125,7 +125,7 @@ class AskShard:
         return miss
 
     async def _attempt(self, call: TargetCall, journal: Journal) -> TargetAnswer | Miss:
-        """One attempt, of which both ends are noted."""
+        """Makes one attempt, and records its start and its end in the journal."""
         name = await journal.begin(call)
         found = await ask(call, self._http)
         if isinstance(found, TargetAnswer):
@@ -146,7 +146,7 @@ class AskShard:
 
 
 def _check_key(target: Target) -> None:
-    """Raises UserError where this process has no key for a target."""
+    """Raises UserError if the API key of a target is not in this process's environment."""
     name = target.upstream.key_env if target.upstream is not None else None
     if name is not None and not os.environ.get(name):
-        raise UserError(f'target "{target.name}": the environment of the workers has no {name}, which holds its key')
+        raise UserError(f'target "{target.name}": {name} is not set on the workers: set it to the target\'s API key')

@@ -1,7 +1,7 @@
-"""From answers to outcomes: the task that grades a shard, and the actor that asks a judge about its answers.
+"""Grades answers: the task that writes the outcomes of a shard, and the actor that calls a judge about its answers.
 
-A judge's replies are answers too, made within the budget and kept: a grader is asked twice, once to hear what it would
-ask, and once with the replies at hand.
+Calls to a judge are kept and count towards the budget like any other. A grader therefore runs twice: first to record
+what it would ask the judge, then with the judge's replies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prefill_router.policy.pool import Target
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 
-# What graders read of a row where their options name no other column.
+# Columns that graders read by default.
 ROW_COLUMNS = ("reference", "choices", "tests", "entry_point", "setup", "metadata", "schema")
 
 JUDGE_ASKED = Asked(max_output_tokens=512, temperature=0.0)
@@ -37,12 +37,12 @@ JUDGE_ASKED = Asked(max_output_tokens=512, temperature=0.0)
 @dataclass(frozen=True)
 class GradeTask:
     shard: Shard
-    sources: tuple[str, ...]  # the names of shards that hold answers to its prompts
+    sources: tuple[str, ...]  # names of the shards with answers to its prompts
 
 
 @dataclass(frozen=True)
 class Grading:
-    """What is the same for all shards."""
+    """Inputs that all shards share."""
 
     out: str
     targets: tuple[Target, ...]
@@ -51,10 +51,10 @@ class Grading:
     columns: tuple[str, ...]
     max_prompt_bytes: int
     judge: Target | None = None
-    answered: Mapping[str, str] = field(default_factory=dict)  # shards by the calls to the judge that they answer
+    answered: Mapping[str, str] = field(default_factory=dict)  # shard with the reply, by call to the judge
 
     def answers(self, task: GradeTask) -> Iterator[tuple[Row, Target, TargetAnswer]]:
-        """Every answer that there is to a shard's prompts."""
+        """Yields every answer to a shard's prompts."""
         rows = read_shard(task.shard, self.max_prompt_bytes, self.columns)
         states = _states(self.out, task.sources)
         for row in rows:
@@ -72,7 +72,7 @@ class Grading:
         return grader(answer.text, self._fields(row)).score
 
     def unfit(self, shard: Shard) -> list[BadRow | None]:
-        """For each of a shard's rows, in their order, why no answer to it can be graded; None where one can."""
+        """For each row of a shard the reason why it cannot be graded, or None."""
         rows = read_shard(shard, self.max_prompt_bytes, self.columns)
         reasons = [None if self.grader is None else self.grader.unfit(self._fields(row)) for row in rows]
         return [
@@ -81,18 +81,18 @@ class Grading:
         ]
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        """What graders see of a row."""
+        """The fields of a row that graders see."""
         known = {name: value for name, value in zip(self.columns, row.extras, strict=True) if value is not None}
         return {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}
 
     def judge_calls(self, task: GradeTask) -> list[TargetCall]:
-        """What the grader would ask the judge about a shard's answers."""
+        """The calls to the judge that grading a shard's answers requires."""
         if self.judge is None:
             return []
         calls: dict[str, TargetCall] = {}
         for row, _, answer in self.answers(task):
             heard: list[list[Message]] = []
-            self.score(answer, row, _Heard(heard))
+            self.score(answer, row, _RecordingJudge(heard))
             for messages in heard:
                 call = TargetCall(row.prompt_id, messages, self.judge, JUDGE_ASKED)
                 calls[call.key] = call
@@ -100,12 +100,12 @@ class Grading:
 
 
 def unasked(_messages: Sequence[Message]) -> Reply:
-    """Stands for a judge until there is one."""
+    """Placeholder for a judge that must not be called yet."""
     raise LookupError("no judge was asked")
 
 
 class JudgeShard(AskShard):
-    """Asks the judge what a shard's grader wants to know. Its pool is the judge alone."""
+    """Calls the judge about a shard's answers. The judge is the only target of its pool."""
 
     def __init__(self, grading: Grading, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -120,10 +120,10 @@ class JudgeShard(AskShard):
 
 
 def grade_shard(item: dict[str, Any], grading: Grading) -> dict[str, Any]:
-    """Writes the outcomes of a shard, of every answer that there is to its prompts."""
+    """Writes the outcomes of every answer to a shard's prompts."""
     task: GradeTask = pickle.loads(item["task"])
     names = {grading.answered[call.key] for call in grading.judge_calls(task) if call.key in grading.answered}
-    ask = None if grading.judge is None else _Recalled(grading, _states(grading.out, sorted(names)))
+    ask = None if grading.judge is None else _ReplayingJudge(grading, _states(grading.out, sorted(names)))
     outcomes = [
         {
             PROMPT_ID: row.prompt_id,
@@ -144,8 +144,8 @@ def grade_shard(item: dict[str, Any], grading: Grading) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """A judge that only listens."""
+class _RecordingJudge:
+    """A judge that records the messages it is asked and replies with an empty text."""
 
     messages: list[list[Message]]
 
@@ -155,8 +155,8 @@ class _Heard:
 
 
 @dataclass(frozen=True)
-class _Recalled:
-    """A judge that says what it has said before."""
+class _ReplayingJudge:
+    """A judge that returns its kept replies."""
 
     grading: Grading
     states: Mapping[str, CallState]
@@ -166,7 +166,7 @@ class _Recalled:
         call = TargetCall("", list(messages), self.grading.judge, JUDGE_ASKED)
         state = self.states.get(call.key)
         if state is None or state.answer is None:
-            raise LookupError("the judge gave no answer")
+            raise LookupError("the judge did not answer")
         return Reply(state.answer.text, state.spent.usd)
 
 

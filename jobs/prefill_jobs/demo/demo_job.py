@@ -1,4 +1,4 @@
-"""`demo`: the main job end to end, with nothing to configure, or on the user's own corpus, outcomes and pool."""
+"""`demo`: runs every step end to end, without configuration or on the user's own corpus, outcomes and pool."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class _Inputs:
     corpus: str
     outcomes: str
     pool: str
-    notice: str | None  # what every report of them must say
+    notice: str | None  # required in every report of these inputs
 
 
 def demo(config: DemoConfig) -> None:
-    """Extracts, probes, trains, evaluates, serves and routes; prints a summary and where the report lies."""
+    """Extracts, probes, trains, evaluates, serves and routes; prints a summary and the report's path."""
     started = time.monotonic()
     require_free(config.port)
     inputs = _inputs(config)
@@ -68,14 +68,14 @@ def demo(config: DemoConfig) -> None:
             overwrite=True,
         )
     )
-    _step("Probe: which layer tells right answers from wrong ones, for each target")
+    _step("Probe: the layer that best separates right from wrong answers, for each target")
     run_probe(ProbeConfig(**graded, pool=inputs.pool, out=probes))
     _step("Train: SharedTrunkNet on Ray Train")
     train(TrainConfig(**graded, pool=inputs.pool, out=router, seed=config.seed, overwrite=True))
     _step("Evaluate: on held-out prompts")
     report = storage.join(config.out, "report")
     evaluation = evaluate(EvaluateConfig(**graded, router=router, out=report, probe=probes), inputs.notice)
-    ray.shutdown()  # the endpoint brings its own
+    ray.shutdown()  # the endpoint starts its own
     _step("Serve: encoder and head in one replica")
     with _endpoint(router, config.port) as url:
         for prompt in _sample(inputs.corpus, config.limit):
@@ -94,7 +94,7 @@ def _inputs(config: DemoConfig) -> _Inputs:
         check_columns(config.outcomes)
         return _Inputs(config.corpus, config.outcomes, config.pool, None)
     if any(given):
-        raise UserError("give --corpus, --outcomes and --pool together, or none of them for the simulated pool")
+        raise UserError("--corpus, --outcomes and --pool: give all three, or none of them for simulated data")
     _step(f"Prompts: {config.prompts:,} from reasoning-gym; answers of five simulated targets")
     console.print(simulation.NOTICE)
     data = simulation.simulate(config.prompts, config.seed)
@@ -114,7 +114,7 @@ def _sample(uri: str, limit: int | None) -> list[Prompt]:
     return [read_shard(shards[i])[0].prompt for i in picked]
 
 
-# --- the endpoint, as a user would start and ask it -------------------------------------------------------------
+# --- the endpoint, started and called as by a user ---------------------------------------------------------------
 
 
 @contextmanager
@@ -138,14 +138,16 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise UserError(f"the endpoint ended with status {process.returncode} before it was ready")
+            raise UserError(
+                f"the endpoint exited with status {process.returncode} before it was ready: see its log above"
+            )
         try:
             if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.5)
-    raise UserError(f"the endpoint at {url} was not ready after {_START_TIMEOUT_S:.0f} s")
+    raise UserError(f"the endpoint at {url} was not ready after {_START_TIMEOUT_S:.0f} s: see its log above")
 
 
 def _route(url: str, prompt: Prompt) -> None:
@@ -154,7 +156,7 @@ def _route(url: str, prompt: Prompt) -> None:
     response = httpx.post(f"{url}/v1/route", json=body, timeout=60)
     latency_ms = (time.monotonic() - sent) * 1e3
     if not response.is_success:
-        raise UserError(f"the endpoint answered {response.status_code}: {response.text}")
+        raise UserError(f"the endpoint returned status {response.status_code}: {response.text}")
     decision = response.json()
     target = decision["selected_model"]
     text = " ".join((prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
@@ -177,6 +179,8 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
     for (name, value), (_, other) in zip(ours, neighbours, strict=True):
         table.add_row(name, value, other)
     console.print(table)
-    console.print("Each is scored at its own tolerance, chosen on validation prompts; areas cover every tolerance.")
+    console.print(
+        "Each uses its own tolerance, chosen on validation prompts; areas under curves cover every tolerance."
+    )
     console.print(headline(evaluation))
     console.print(f"\nReport: {report}\nDone in {elapsed_s:.0f} s.", markup=False)

@@ -1,8 +1,8 @@
 """The demo's data: real prompts from reasoning-gym, and five targets whose graded answers are simulated.
 
-The answers follow item response theory: a target is right with a chance that grows with its skill in the prompt's area
-less the prompt's difficulty. Skills, difficulties, prices and lengths are stated here, and every simulated target bears
-`simulated/` in its name, so that no figure made from them can pass for a measurement of a real model.
+The answers follow item response theory: the probability of a right answer grows with the target's skill in the prompt's
+area minus the prompt's difficulty. All parameters are below. Every simulated target has the prefix `simulated/` in its
+name, so that no figure computed from them can be mistaken for a measurement of a real model.
 """
 
 # N prompts, T targets
@@ -22,7 +22,7 @@ NOTICE = (
     "Simulated answers: the prompts are real, but no model answered them. Skills and prices are stated, not measured."
 )
 
-# Each family of prompts, by the area of skill that it asks for, with its difficulty (logits) at level 0.
+# Families of prompts by area of skill, each with its difficulty in logits at level 0.
 FAMILIES: dict[str, dict[str, float]] = {
     "arithmetic": {
         "basic_arithmetic": 0.0,
@@ -119,7 +119,7 @@ def simulate(num_prompts: int, seed: int) -> Simulated:
 def _answer(target: SimulatedTarget, area: str, difficulty: float, rng: np.random.Generator) -> dict[str, Any]:
     ability = target.skills[AREAS.index(area)] - difficulty
     is_correct = rng.random() < 1.0 / (1.0 + np.exp(-DISCRIMINATION * ability))
-    # Harder prompts get longer answers; the spread is what one would see between answers to alike prompts.
+    # Harder prompts get longer answers; the noise is the spread between answers to similar prompts.
     tokens = target.base_tokens * np.exp(0.4 * difficulty + 0.25 * rng.standard_normal())
     return {TARGET: target.name, CORRECT: float(is_correct), OUTPUT_TOKENS: max(1, round(tokens))}
 
@@ -128,7 +128,7 @@ def _questions(family: str, level: int, size: int, seed: int) -> list[str]:
     try:
         from reasoning_gym import factory
     except ImportError:
-        raise UserError("the demo's prompts need reasoning-gym: pip install 'prefill-router[demo]'") from None
+        raise UserError("demo: reasoning-gym is not installed: pip install 'prefill-router[demo]'") from None
     curriculum = factory.create_curriculum(family)
     for name, attribute in curriculum.attributes.items():
         curriculum.set_attr_level(name, min(level, len(attribute.levels) - 1))
@@ -138,7 +138,7 @@ def _questions(family: str, level: int, size: int, seed: int) -> list[str]:
 
 
 def _pool_toml() -> str:
-    """The pool, as a user would write it."""
+    """The pool file."""
     entries = [
         f'[[simulated]]\nname = "{t.name}"\ninput_price = {t.input_price}\noutput_price = {t.output_price}\n'
         for t in TARGETS

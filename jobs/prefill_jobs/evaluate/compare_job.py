@@ -1,4 +1,4 @@
-"""`compare`: routers on the same prompts, none of which any of them was trained on, with paired differences."""
+"""`compare`: compares routers on prompts held out from all of them, with paired differences."""
 
 # N prompts, T targets
 
@@ -30,10 +30,10 @@ from prefill_router.router.artifact import Router
 
 
 def compare(config: CompareConfig) -> Evaluation:
-    """Writes report.json and report.html to `config.out`. The first router is the one that others are held against.
+    """Writes report.json and report.html to `config.out`. The first router is the reference.
 
-    Each reads the store of its own encoder. Raises UserError where a router lacks its store or a target of the pool,
-    and where no prompt is new to all of them.
+    Each router reads the store of its own encoder. Raises UserError if a router has no store or lacks a target of the
+    pool, or if no prompt is held out from all routers.
     """
     storage.check_output(config.out)
     uris = config.routers
@@ -71,12 +71,13 @@ def compare(config: CompareConfig) -> Evaluation:
 
 
 def _store_of(uri: str, router: Router, stores: Sequence[str]) -> str:
-    """The first store that the router's encoder wrote."""
+    """The first store written by the router's encoder. Raises UserError if there is none."""
     wanted = router.encoder_identity.fingerprint
     for store in stores:
         if ActivationStore.open(store).manifest.encoder.fingerprint == wanted:
             return store
-    raise UserError(f"{uri}: none of --activations was written by its encoder, {router.encoder_identity.spec.model}")
+    model = router.encoder_identity.spec.model
+    raise UserError(f"{uri}: no store of its encoder {model} in --activations: add the store that it was trained on")
 
 
 def _contender(uri: str, router: Router, of: GradedPrediction, keys: Keys) -> Contender:

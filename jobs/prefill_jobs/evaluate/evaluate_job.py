@@ -1,4 +1,4 @@
-"""`evaluate`: a router and its rivals on the prompts that it was not trained on, as JSON and an HTML report."""
+"""`evaluate`: scores a router and baselines on held-out prompts, and writes a JSON and an HTML report."""
 
 # N prompts, T targets
 
@@ -39,11 +39,11 @@ from prefill_router.router.artifact import MANIFEST, Router
 
 
 def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
-    """Writes report.json and report.html to `config.out`; `notice` stands on top of the page.
+    """Writes report.json and report.html to `config.out`, with `notice` at the top of the page.
 
-    The prompts that training saw are left out, and are what baselines are fitted on. Of the routers of several folds,
-    each judges its own, and the learning curve is the first one's. Raises UserError where a held-out prompt repeats one
-    that was trained on.
+    Scores are on held-out prompts; baselines are fitted on training prompts. With several folds, each fold's router is
+    scored on its own held-out prompts, and the learning curve is the first fold's. Raises UserError if a held-out
+    prompt repeats a training prompt.
     """
     storage.check_output(config.out)
     routers = [Router.load(uri) for uri in _folds(config.router)]
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
 
 
 def _folds(uri: str) -> list[str]:
-    """A router, or those of the folds that lie below it."""
+    """The URI of a router, or those of the folds below it."""
     folds = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("fold-")]
     return [uri] if storage.exists(storage.join(uri, MANIFEST)) or not folds else folds
 
@@ -84,7 +84,7 @@ def _folds(uri: str) -> list[str]:
 def _trials(
     routers: Sequence[Router], graded: GradedStore, embeddings: Embeddings | None, *, drop: bool
 ) -> list[Trial]:
-    """One for each router, which is judged on the prompts that are new to it and to none before it."""
+    """A trial per router. A prompt that is held out from several routers belongs to the first one's trial."""
     trials: list[Trial] = []
     for router in routers:
         predicted = predict_graded(router, graded, with_features=True)
@@ -96,13 +96,13 @@ def _trials(
 
 
 def _together(parts: Iterable[HeldOut]) -> HeldOut:
-    """The held-out prompts of all folds."""
+    """Concatenates the held-out prompts of all folds."""
     fields = zip(*((p.num_tokens, p.correct, p.output_tokens, p.clusters) for p in parts), strict=True)
     return HeldOut(*(np.concatenate(values) for values in fields))
 
 
 def _joined(parts: Iterable[Contender]) -> Contender:
-    """What the contenders of all folds say of their own prompts; their tolerance is the mean."""
+    """Concatenates the predictions of all folds' contenders; the tolerance is their mean."""
     of_folds = list(parts)
     return replace(
         of_folds[0],
@@ -113,7 +113,7 @@ def _joined(parts: Iterable[Contender]) -> Contender:
 
 
 def _embeddings(config: EvaluateConfig) -> Embeddings | None:
-    """Those that lie at `embeddings`, made first where a corpus is given."""
+    """The embeddings at `config.embeddings`, computed first if a corpus is given; None without both."""
     kept = config.embeddings or storage.join(config.out, "embeddings")
     if config.corpus is not None:
         return embed(config.corpus, config.sentence_encoder, kept)
@@ -122,7 +122,7 @@ def _embeddings(config: EvaluateConfig) -> Embeddings | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """The graded prompts of a store: those that a router was trained on, and those that it is judged on."""
+    """A router with the graded prompts of a store, some of which it was trained on and others it is scored on."""
 
     router: Router
     predicted: GradedPrediction
@@ -136,7 +136,7 @@ class Trial:
 
     @property
     def is_training(self) -> NDArray[np.bool_]:
-        """Those seen that are not for validation."""
+        """Whether each prompt (N,) is in the training part, and not in the validation part."""
         parts = self.router.split.parts(self.groups.of(self.predicted.keys))
         return np.asarray(self.is_seen & (parts != Part.VALIDATION))
 
@@ -155,23 +155,23 @@ class Trial:
         return Contender("router", "prefill router", p_correct, expected_output_tokens, tolerance)
 
     def learning(self) -> LearningCurve:
-        """Of a kernel machine as the router's, on the pool's targets alone."""
+        """The learning curve of a kernel machine like the router's, on the pool's targets."""
         features, training = self.predicted.features, self.is_training
         assert features is not None
         try:
             score = scoring(self.router.pool, self.prompts, self.router_as_contender())
-        except UserError as error:  # of one fold's prompts, where those of all folds do
+        except UserError as error:  # one fold may have too few prompts, although all folds together have enough
             return LearningCurve(silence=str(error))
-        say(f"evaluate: a learning curve of {int(training.sum()):,} training prompts")
+        say(f"evaluate: compute a learning curve on {int(training.sum()):,} training prompts")
         return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
 
     def rivals(self, keep: str | None) -> Iterator[Contender]:
-        """Every baseline that the data allow; those that can be served are written to `keep`."""
+        """Yields every baseline that the data allow, and saves those that can be served to `keep`."""
         readable, held, is_training = self._readable(), self.is_held_out, self.is_training
         is_validation = self.is_seen & ~is_training
         training, validation = readable[is_training], readable[is_validation]
         if not len(training):
-            say("evaluate: none of the store's prompts was trained on: baselines have nothing to be fitted on")
+            say("evaluate: no training prompt is in the store: baselines are not fitted")
         else:
             for fitted in fit_all(self.router.pool, training, validation):
                 yield self._rival(fitted, readable[held])
@@ -191,7 +191,9 @@ class Trial:
             return Prompts(of.num_tokens, of.correct, of.output_tokens, of.num_tokens, None)
         is_known, vectors, lengths = self.embeddings.at(of.keys)
         if not is_known.all():
-            say(f"evaluate: {int((~is_known).sum()):,} prompts have no embedding: to semantic baselines they are blank")
+            say(
+                f"evaluate: {int((~is_known).sum()):,} prompts have no embedding: semantic baselines see zeros for them"
+            )
         return Prompts(of.num_tokens, of.correct, of.output_tokens, lengths, vectors)
 
     def _rival(self, fitted: Fitted, held_out: Prompts) -> Contender:
@@ -220,6 +222,6 @@ def _about(config: EvaluateConfig, router: Router, graded: GradedStore) -> dict[
         "Router": f"{config.router}, version {router.version}",
         "Encoder": f"{encoder.spec.model}, {', '.join(column.name for column in router.columns)}",
         "Split": router.split.describe(),
-        "Sentence encoder": config.sentence_encoder if config.corpus or config.embeddings else "none: give --corpus",
+        "Sentence encoder": config.sentence_encoder if config.corpus or config.embeddings else "none (give --corpus)",
         "Versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""`evaluate` on feedback: what the router, and each target for all, would have been worth on the requests of a log."""
+"""`evaluate` on feedback: estimates the value of the router, and of each single target, on the requests of a log."""
 
 # N requests, T targets
 
@@ -22,9 +22,9 @@ from prefill_router.router.artifact import Router
 
 
 def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
-    """Writes log.json and log.html to `config.out`: policies' values, the router first. Only prompts new to it count.
+    """Writes log.json and log.html to `config.out`, and returns the policies' values, the router's first.
 
-    Raises UserError where the log has no request on a prompt that is in the store and was not trained on.
+    Only requests on held-out prompts count. Raises UserError if the log has none on a held-out prompt of the store.
     """
     storage.check_output(config.out)
     router = Router.load(config.router)
@@ -40,7 +40,10 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]
     is_counted = (predicted.keys[place] == keys) & is_new[place]
     if not is_counted.any():
-        raise UserError(f"{config.outcomes}: no request is on a prompt of the store that is new to the router")
+        raise UserError(
+            f"{config.outcomes}: no request has a prompt of {config.activations} that is held out from the router: "
+            "extract the log's prompts, or use a newer log"
+        )
     place, log = place[is_counted], log[is_counted]
     p_correct, lengths = (values[place] for values in predicted.prediction)
     expected = router.pool.expected_cost(predicted.num_tokens[place], lengths)

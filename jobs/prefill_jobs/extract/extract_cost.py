@@ -1,4 +1,4 @@
-"""What an extraction would cost, told before it runs: prompts, tokens, GPU-hours and bytes."""
+"""Estimates the cost of an extraction before it runs: prompts, tokens, GPU-hours and bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prefill_router.corpus.plan import plan
 from prefill_router.corpus.reader import Row, files, read
 from prefill_router.encoder.encoder_spec import EncoderSize
 
-_GPU_FLOPS = 0.5 * 989e12  # half of what an H100 (SXM) can do in dense bf16 products, by its data sheet
+_GPU_FLOPS = 0.5 * 989e12  # half the peak of an H100 SXM in dense bf16, from its data sheet
 _GPU = "half of an H100's peak"
-_BYTES_PER_TOKEN = 4  # of English text, where nothing has been read yet
-_ROWS_LOOKED_AT = 1000
-_BYTES_PER_ROW = 80  # beside activations: the id, its length, and the ledger's key
-_PROBED_COLUMNS = 3  # about as many as a probe chooses
+_BYTES_PER_TOKEN = 4  # English text; used until prompts have been tokenized
+_SAMPLED_ROWS = 1000  # whose mean length stands for the corpus
+_BYTES_PER_ROW = 80  # id, length and ledger key, besides the activations
+_PROBED_COLUMNS = 3  # typical number of columns that a probe chooses
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExtractionCost:
     tokens: int
     flops: float
     bytes: int
-    is_bound: bool = False  # layers are not known yet: it is at most so much
+    is_bound: bool = False  # an upper bound, because the layers are not chosen yet
 
     @property
     def gpu_hours(self) -> float:
@@ -45,10 +45,10 @@ class ExtractionCost:
 def extraction_cost(
     config: ExtractConfig, sample: ExtractConfig | None, chosen: ExtractConfig | None = None
 ) -> ExtractionCost:
-    """Of `config`'s corpus less what its store holds, and what is copied from the store of the `sample`.
+    """Estimates the cost of `config`, without the rows that its store has or that are copied from the `sample`'s store.
 
-    Lengths are those of that store, where it is there. `chosen` is the config with the layers that the probe has told;
-    without it, all layers are run.
+    The mean prompt length is that of the sample's store, if it exists. `chosen` is `config` with the layers that the
+    probe chose; without it, the estimate runs all layers.
     """
     size = EncoderSize.of(config.encoder)
     layers, pooling = parse_layers((chosen or config).layers), parse_pooling((chosen or config).pooling)
@@ -65,7 +65,7 @@ def extraction_cost(
 
 
 def _missing(config: ExtractConfig, columns: list[ActivationColumn], sample: ExtractConfig | None) -> tuple[int, int]:
-    """Prompts of the corpus that a finished store has not, or not with these columns, and those that the sample has."""
+    """Counts the prompts that the finished store lacks with these columns, and how many of them the sample has."""
     planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes)
     held, num_prompts = read_manifest(config.out), int(planned.is_first.sum())
     if held is not None and {column.name for column in columns} <= set(held.columns):
@@ -80,6 +80,6 @@ def _mean_tokens(config: ExtractConfig, sample: ExtractConfig | None) -> float:
     held = read_manifest(sample.out) if sample is not None else None
     if held is not None and held.rows:
         return held.shards.total("num_tokens") / held.rows
-    rows = itertools.islice(read(files(config.corpus)[0]), _ROWS_LOOKED_AT)
+    rows = itertools.islice(read(files(config.corpus)[0]), _SAMPLED_ROWS)
     sizes = [len(str(row.prompt).encode()) for _, _, row in rows if isinstance(row, Row)]
     return max(1.0, sum(sizes) / max(1, len(sizes)) / _BYTES_PER_TOKEN)

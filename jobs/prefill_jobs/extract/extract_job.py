@@ -1,7 +1,7 @@
-"""`extract`: corpus to activations, each shard once.
+"""`extract`: computes the activations of a corpus, each shard once.
 
-Plan the corpus, hand every shard that the ledger does not know to an actor, then those rows that repeat an earlier
-prompt, and commit them all in one manifest.
+The driver plans the corpus, sends every shard that is not in the commit log to an actor, then the rows that repeat an
+earlier prompt, and commits all of them in one manifest.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.lease import Lease
 
-_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+_CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
 
 
 def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
-    """Writes the activations of a corpus to `config.out` and returns what that took. The manifest is written last.
+    """Writes the activations of a corpus to `config.out` and returns a summary. The manifest is written last.
 
-    What an `other` store holds of its prompts is copied. Raises UserError where that is another encoder's.
+    Activations that the store `other` has are copied from it. Raises UserError if another encoder wrote that store.
     """
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
     spec = EncoderSpec(
@@ -61,9 +61,9 @@ def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
 
 
 def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
-    """`extract` with a router's encoder and the columns that it reads, whatever `config` says of them.
+    """Extracts the columns that a router reads with its encoder, ignoring the encoder and layers of `config`.
 
-    Raises UserError where the store at `config.out`, or the encoder that can be loaded, is another's.
+    Raises UserError if the store at `config.out` or the encoder that can be loaded differs from the router's encoder.
     """
     columns = [column.name for column in router.columns]
     request = ExtractRequest(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
@@ -75,7 +75,7 @@ def _extract(
 ) -> ExtractSummary:
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
-    if encoder is None or read_manifest(config.out) is None:  # or the store may have all that is asked of it
+    if encoder is None or read_manifest(config.out) is None:  # a finished store may need no encoder at all
         check_encoder(request.encoder, [] if request.layers == "all" else request.layers)
     report_unread(config.corpus, "extract")
     with cluster.connected():
@@ -106,7 +106,7 @@ class _Extraction:
         self.parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
 
     def run(self) -> ExtractSummary:
-        # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+        # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
         spec = self.request.encoder
         cluster.on_every_node(checkpoint.fetch, spec.model, spec.revision)
         self.workers = self.actors.number
@@ -114,9 +114,9 @@ class _Extraction:
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
         progress.quarantine(len(self.plan.bad))
         if self.plan.num_repeated:
-            say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one: they are computed once")
+            say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one and are computed once")
         if self.plan.bad:
-            say(f"extract: {len(self.plan.bad):,} rows are bad and go to the quarantine; {self.plan.bad[0].message}")
+            say(f"extract: {len(self.plan.bad):,} invalid rows go to the quarantine; {self.plan.bad[0].message}")
         self._do(self.plan.shards, self._shard_tasks, progress, summary)
         self._do(self.plan.repeats, self._repeat_tasks, progress, summary)
         return self._finish(summary)
@@ -127,7 +127,7 @@ class _Extraction:
         return cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
 
     def _shard_tasks(self, pending: Sequence[int]) -> list[Task]:
-        """Shards, each with the finished ones that hold some of its prompts."""
+        """A task per pending shard, with the finished shards that have some of its prompts."""
         digests = [part.digest for part in self.parts]
         ledgers = [self.ledger, *([] if self.other is None else [self.other])]
         sources = [(held.uri, Sources(held, digests)) for held in ledgers]
@@ -151,7 +151,7 @@ class _Extraction:
         return [shard_name(part.digest, columns) for part in parts]
 
     def _positions(self, parts: Sequence[Shard | Repeats]) -> NDArray[np.int64]:
-        """Of their records in the ledger; -1 where there is none."""
+        """The positions of the parts' records in the commit log; -1 for parts without a record."""
         return np.full(len(parts), -1) if self.encoder is None else self.ledger.positions(self._names(parts))
 
     def _do(
@@ -161,7 +161,7 @@ class _Extraction:
         progress: Progress,
         summary: ExtractSummary,
     ) -> None:
-        """Has those parts done that the ledger does not know."""
+        """Runs the parts that are not in the commit log on the actors, and adds their records to it."""
         positions = self._positions(parts)
         done = self.ledger.records.take(positions[positions >= 0])
         num_rows, num_refused = pc.sum(done["rows"], min_count=0).as_py(), sum(1 for _ in bad_rows(done))
@@ -193,7 +193,9 @@ class _Extraction:
         if self.encoder is None:
             self.encoder = encoder
         if encoder.fingerprint != self.encoder.fingerprint:
-            raise UserError("the workers' encoders differ (weights, tokenizer or dtype): give every node the same")
+            raise UserError(
+                "the workers loaded different encoders (weights, tokenizer or dtype): install the same on every node"
+            )
 
     def _finish(self, summary: ExtractSummary) -> ExtractSummary:
         records = self.ledger.records.take(self._positions(self.parts))
@@ -217,7 +219,7 @@ class _Extraction:
 
 
 def _check_nothing_is_lost(out: str, before: StoreManifest, entries: CommitLog, planned: CorpusPlan) -> None:
-    """Raises UserError where a finished store holds rows that the corpus now lacks: a run only ever adds."""
+    """Raises UserError if the finished store has rows that the corpus lacks now: a run only adds rows."""
     parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
     stay = pa.array(parquet_objects.file_name(shard_name(part.digest, before.columns)) for part in parts)
     others = before.shards.table.filter(pc.invert(pc.is_in(before.shards.table["file"], value_set=stay)))
@@ -228,13 +230,13 @@ def _check_nothing_is_lost(out: str, before: StoreManifest, entries: CommitLog, 
     for file, rows, position in zip(others["file"].to_pylist(), others["rows"].to_pylist(), positions, strict=True):
         if num_lost := lost.get(position, rows):
             raise UserError(
-                f"{out}: holds {num_lost:,} rows of shard {file} that this corpus has not, or has otherwise "
-                f"({before.corpus} was extracted): choose another folder, or replace it with extract --overwrite"
+                f"{out}: {num_lost:,} rows of shard {file}, extracted from {before.corpus}, are missing or changed in "
+                "this corpus: choose another --out, or replace the store with extract --overwrite"
             )
 
 
 def _num_lost(entries: CommitLog, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
-    """How many rows of each of these records the corpus lacks."""
+    """Counts the rows of each of these records that the corpus lacks."""
     held = dict(entries.keys(positions))
     is_lost = ~planned.has(np.concatenate([np.zeros((0, 3), np.uint64), *held.values()]))
     parts = np.split(is_lost, np.cumsum([len(keys) for keys in held.values()]))

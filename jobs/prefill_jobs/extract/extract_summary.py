@@ -1,4 +1,4 @@
-"""What an extraction took, counted shard by shard, and said as JSON when it ends."""
+"""Counts of an extraction, summed over its shards and written as JSON at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefill_router.encoder.prefill_work import Work
 
 
 class ExtractSummary:
-    """`manifest` is there once the extraction has ended."""
+    """Counts of one run. `manifest` is set by `finish`."""
 
     manifest: StoreManifest
 
@@ -26,7 +26,7 @@ class ExtractSummary:
         self._started = time.monotonic()
 
     def reuse(self, num_rows: int, num_refused: int) -> None:
-        """What an earlier run left done."""
+        """Counts rows done by an earlier run."""
         self.num_reused += num_rows
         self.num_quarantined += num_refused
 
@@ -45,9 +45,10 @@ class ExtractSummary:
         self.manifest, self.seconds = manifest, time.monotonic() - self._started
 
     def to_dict(self) -> Mapping[str, Any]:
-        """Rates are over the whole job; `mfu` is over the time in the encoder, of the peak measured on its machine.
+        """The summary as JSON values.
 
-        `peak_flops` is what the workers could reach in a second, on the whole job's average.
+        `tokens_per_s` is over the whole job. `mfu` is over the time in the encoder, relative to the measured peak.
+        `peak_flops` is the workers' peak per second, averaged over the whole job.
         """
         return {
             "prompts": self.manifest.rows,

@@ -1,4 +1,4 @@
-"""The actor of `extract`: a shard of the plan in, its object and its record out, and nothing done twice."""
+"""The actor of `extract`: writes the activations and the commit record of one shard at a time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from prefill_router.encoder.hardware import measured_peak_flops
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
 
-Source = tuple[str, RecordLocation]  # a store, and a shard in it
+Source = tuple[str, RecordLocation]  # a store's URI, and the location of a shard's record in it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to do, and the finished shards that hold some of what it wants."""
+    """A shard to extract, and finished shards that have some of its activations."""
 
     rows: Shard | Repeats
     sources: tuple[Source, ...] = ()
@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ExtractedShard:
-    """A shard that is done, by this task or before it."""
+    """A finished shard, written by this task or found finished."""
 
     record: Commit
     encoder: EncoderIdentity
@@ -53,12 +53,12 @@ class ExtractedShard:
 
 @dataclass(frozen=True)
 class ExtractRequest:
-    """What is to be extracted, the same for every shard."""
+    """What to extract, the same for every shard."""
 
     encoder: EncoderSpec
-    layers: Literal["all"] | list[int]  # each with each pooling; none where `also` says it all
+    layers: Literal["all"] | list[int]  # combined with every pooling; empty if `also` has all columns
     pooling: list[Pooling]
-    also: list[str]  # further columns, and those that the output has already and keeps
+    also: list[str]  # further columns, such as those that the store has already and keeps
     out: str
     max_prompt_bytes: int
 
@@ -70,7 +70,7 @@ class ExtractRequest:
 
 
 class ExtractShard:
-    """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
+    """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
 
     def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared) -> None:
         self.request, self.attempts = request, attempts
@@ -80,7 +80,7 @@ class ExtractShard:
 
     @cached_property
     def began_s(self) -> float:
-        """When the first task began."""
+        """Start time of the first task."""
         return time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class ExtractShard:
     def extract(self, task: Task) -> ExtractedShard:
         attempt = begin(self.attempts, task.rows.digest)
         with self._loading:
-            columns, _ = self.columns, self.peak_flops  # which is measured while nothing else is under way
+            columns, _ = self.columns, self.peak_flops  # measured while no other task runs
         record = commit_log.find(self.request.out, shard_name(task.rows.digest, [c.name for c in columns]))
         if record is not None:
             return self._done(record, Work(), record.rows, attempt, is_new=False)

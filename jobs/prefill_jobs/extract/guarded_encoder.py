@@ -1,4 +1,4 @@
-"""An encoder that prompts cannot end: what befalls its worker over a shard is found out, and the prompt is left out."""
+"""Fault-tolerant encoding: finds and refuses the prompts of a shard that crash the worker."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from prefill_router.encoder.prefill_work import Work
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS_IN_PLACE = 2  # then a shard's prompts are suspected of what befell the worker
-_MOST_ATTEMPTS = 20  # then the job is stopped
+_ATTEMPTS_IN_PROCESS = 2  # later attempts suspect the shard's prompts and encode them in another process
+_MAX_ATTEMPTS = 20  # then the job fails
 
 
 class ShardAttempts:
-    """Counts how often each shard was begun. A job shares one, which outlives the workers."""
+    """Counts the attempts at each shard. One object is shared by a job's workers and outlives them."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
@@ -33,15 +33,18 @@ class ShardAttempts:
 
 
 def begin(attempts: Shared, digest: str) -> int:
-    """Which attempt at a shard this is. Raises UserError where there were too many."""
+    """Counts an attempt at a shard and returns its number, from 1. Raises UserError after too many attempts."""
     attempt: int = attempts.call("begin", digest)
-    if attempt > _MOST_ATTEMPTS:
-        raise UserError(f"a worker ended {attempt - 1} times over one shard: see Ray's logs for what ends it")
+    if attempt > _MAX_ATTEMPTS:
+        raise UserError(f"workers crashed {attempt - 1} times on one shard: find the cause in Ray's worker logs")
     return attempt
 
 
 class SafeReader:
-    """Reads with `encoder`, which has `threads`; what it cannot read comes back with the reason."""
+    """Reads prompts with `encoder`, and returns the reasons for the prompts that it cannot read.
+
+    After a crash, prompts are read in another process with `threads` threads.
+    """
 
     def __init__(self, encoder: PrefillEncoder, threads: int) -> None:
         self.encoder = encoder
@@ -50,21 +53,21 @@ class SafeReader:
     def read(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn], attempt: int
     ) -> tuple[EncodedPrompts, dict[int, str]]:
-        """Reads all prompts but those that can't be, which come back by their place, with the reason."""
-        if attempt <= _ATTEMPTS_IN_PLACE:
+        """Returns the readable prompts' activations, and the reason for each refused prompt, by its index."""
+        if attempt <= _ATTEMPTS_IN_PROCESS:
             try:
-                return self._read_here(prompts, columns)
+                return self._read_in_process(prompts, columns)
             except (UserError, OSError):
                 raise
-            except Exception:  # out of memory, or what else a prompt may do to a kernel
-                log.exception("a shard failed in the encoder: its prompts are tried in another process")
+            except Exception:  # such as running out of memory, or a kernel failure
+                log.exception("the encoder failed on a shard: retrying its prompts in another process")
         try:
             return self.isolated.read_survivors(prompts, columns)
         finally:
             self.isolated.close()
 
     def complete(self, draft: ShardBuilder, attempt: int) -> Work:
-        """Computes what a draft misses."""
+        """Computes the activations that `draft` lacks, and returns the work done."""
         work = Work()
         for rows, columns in draft.missing():
             reading, refused = self.read([draft.prompts[i] for i in rows], columns, attempt)
@@ -73,7 +76,7 @@ class SafeReader:
             draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
         return work
 
-    def _read_here(
+    def _read_in_process(
         self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]
     ) -> tuple[EncodedPrompts, dict[int, str]]:
         try:

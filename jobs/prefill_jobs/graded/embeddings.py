@@ -1,4 +1,4 @@
-"""Sentence embeddings of a corpus, for semantic baselines: each prompt embedded once, on Ray Data, and kept."""
+"""Sentence embeddings of a corpus, for semantic baselines. Each prompt is embedded once, on Ray Data, and stored."""
 
 # N prompts, D hidden size
 
@@ -32,7 +32,7 @@ _SHARD_ROWS = 512
 
 
 class EmbeddingsManifest(validation.StrictModel):
-    """Commits the embeddings of a corpus."""
+    """manifest.json: commits the embeddings of a corpus."""
 
     sentence_encoder: str
     fingerprint: str
@@ -41,16 +41,16 @@ class EmbeddingsManifest(validation.StrictModel):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of unit length by the prompts' hashes."""
+    """Embeddings of unit length, sorted by prompt hash."""
 
     sentence_encoder: str
     fingerprint: str
     keys: Keys  # (N,) ascending
     vectors: NDArray[np.float16]  # (N, D)
-    num_tokens: NDArray[np.int32]  # (N,) in the sentence encoder's tokens, those too that it cut
+    num_tokens: NDArray[np.int32]  # (N,) tokens of the sentence encoder, before truncation
 
     def at(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.int32]]:
-        """Which prompts are embedded (N,), their embeddings (N, D) and lengths (N,); zeros for those that are not."""
+        """Which prompts have an embedding (N,), the embeddings (N, D) and lengths (N,), zeros for those without."""
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         known = self.keys[place] == keys
         vectors = np.where(known[:, None], self.vectors[place], 0.0).astype(np.float32)
@@ -58,7 +58,7 @@ class Embeddings:
 
 
 def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
-    """Embeds the prompts of a corpus, those that `out` does not hold already. Bad rows are left out."""
+    """Embeds the prompts of a corpus that `out` lacks. Invalid rows are skipped."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
     shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=cluster.spread).shards
     items = [{"index": i, "shard": pickle.dumps(shard)} for i, shard in enumerate(shards_of_corpus)]
@@ -91,7 +91,7 @@ def load_embeddings(uri: str) -> Embeddings:
 
 
 class EmbedShard:
-    """Embeds one shard, unless its object lies there. The encoder is loaded with the first that does not."""
+    """Embeds one shard at a time, unless its file exists. The encoder is loaded for the first shard to embed."""
 
     def __init__(self, sentence_encoder: str, fingerprint: str, out: str, threads: int) -> None:
         self.source, self.fingerprint, self.out = sentence_encoder, fingerprint, out
@@ -104,13 +104,10 @@ class EmbedShard:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard = pickle.loads(item["shard"])
         name = hashlib.sha256(f"{self.fingerprint} {shard.digest}".encode()).hexdigest()[:32]
-        lies_there = storage.exists(storage.join(self.out, f"part-{name}.parquet"))
-        table = self._stored(name) if lies_there else self._table(shard)
+        uri = storage.join(self.out, f"part-{name}.parquet")
+        table = storage.read_table(uri) if storage.exists(uri) else self._table(shard)
         file = parquet_objects.create_shard(self.out, name, table)
         return {**item, "file": file.model_dump_json(), "num_tokens": int(np.sum(table[NUM_TOKENS]))}
-
-    def _stored(self, name: str) -> pa.Table:
-        return storage.read_table(storage.join(self.out, f"part-{name}.parquet"))
 
     def _table(self, shard: Shard) -> pa.Table:
         rows = read_shard(shard)

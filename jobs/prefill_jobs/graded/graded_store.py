@@ -1,4 +1,4 @@
-"""An activation store together with graded answers: what probes, training and evaluation all read."""
+"""An activation store joined with graded answers, which probing, training and evaluation read."""
 
 # N prompts, D hidden size, F features, T targets
 
@@ -24,7 +24,7 @@ from prefill_router.probe.projection import Projection
 
 
 class GradedRows(NamedTuple):
-    """Prompts of a store with an outcome each."""
+    """Prompts of a store that have at least one outcome."""
 
     keys: Keys  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
@@ -37,7 +37,7 @@ class GradedRows(NamedTuple):
 class GradedStore:
     """An activation store, and the outcomes of some targets on its prompts.
 
-    Of a split, only the outcomes of the parts `seen` are to be seen: those of other prompts read as missing.
+    With a `split`, only outcomes of the parts in `seen` are visible; those of other prompts read as missing.
     """
 
     store: ActivationStore
@@ -59,11 +59,12 @@ class GradedStore:
         more_targets: tuple[str, ...] = (),
         groups: SplitGroups | None = None,
     ) -> GradedStore:
-        """The outcomes are those of the pool's targets, then those of `more_targets`.
+        """Opens a store with the outcomes of the pool's targets, followed by those of `more_targets`.
 
-        A split keeps each of the split groups on one side; by default, a group is a set of equal prompts.
+        A split keeps each of the split groups `groups` on one side; by default a group is the prompts of equal content.
 
-        Raises UserError where an outcome's prompt has no activations; a sample's missing prompts are expected.
+        Raises UserError if the prompt of an outcome has no activations, unless `ignore_unknown` or the store is a
+        sample.
         """
         loaded = load_pool(pool) if isinstance(pool, str) else pool
         store = ActivationStore.open(activations)
@@ -74,33 +75,33 @@ class GradedStore:
         )
         unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
         if unknown == len(graded.keys):
-            raise UserError(f"{outcomes}: grades no prompt of {activations}: are these the outcomes of that corpus?")
+            raise UserError(f"{outcomes}: has no outcome for {activations}: check that both are of one corpus")
         if graded.num_other_targets:
-            say(f"outcomes: {graded.num_other_targets} targets are not in pool {loaded.name} and are left out")
+            say(f"outcomes: ignored {graded.num_other_targets} targets that are not in pool {loaded.name}")
         if unknown:
-            say(f"outcomes: {unknown:,} graded prompts have no activations and are left out")
+            say(f"outcomes: ignored {unknown:,} graded prompts that have no activations")
         return opened
 
     @property
     def graded_keys(self) -> Keys:
-        """Of the prompts that have at least one outcome to be seen."""
+        """The hashes of the prompts that have at least one visible outcome."""
         keys = self.keys[np.isin(self.keys, self.outcomes.keys)]
         return keys[self._is_seen(keys)]
 
     def of_pool(self) -> GradedStore:
-        """The same store, with the outcomes of the pool's targets alone."""
+        """This store with the outcomes of the pool's targets only."""
         return replace(self, outcomes=self.outcomes.of_first(len(self.pool.targets)))
 
     def only(self, split: Split, *parts: Part) -> GradedStore:
-        """The same store, with the outcomes of these parts alone."""
+        """This store with the outcomes of these parts of `split` only."""
         return replace(self, split=split, seen=parts)
 
     def parts(self, keys: Keys, split: Split) -> NDArray[np.int8]:
-        """The Part of each prompt, by its hash."""
+        """The Part of each prompt (N,), given its hash."""
         return np.where(self.groups.held_out(keys), Part.TEST, split.parts(self.groups.of(keys))).astype(np.int8)
 
     def answers(self, keys: Keys) -> Answers:
-        """The outcomes of prompts by their hashes, NaN where missing or of other parts."""
+        """The outcomes of prompts, given their hashes; NaN if missing or not visible."""
         found = self.outcomes.at(keys)
         is_hidden = ~self._is_seen(keys)
         for values in found:
@@ -108,7 +109,7 @@ class GradedStore:
         return found
 
     def rows(self, shard: int, projections: Sequence[Projection]) -> GradedRows:
-        """The prompts of a shard that have an outcome to be seen."""
+        """The prompts of a shard that have a visible outcome."""
         ids, encoded = self.store.read(shard, [projection.column for projection in projections])
         keys = prompt_hashes(ids.to_pylist())
         answers = self.answers(keys)
@@ -129,7 +130,7 @@ class GradedStore:
     def batches(
         self, column: ActivationColumn, shards: Iterable[int]
     ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float32], Keys]]:
-        """By shard the activations (N, D) of one column, whether targets were right (N, T), and the prompts' hashes."""
+        """Yields, by shard, a column's activations (N, D), correctness by target (N, T) and prompt hashes (N,)."""
         for shard in shards:
             ids, encoded = self.store.read(shard, [column])
             keys = prompt_hashes(ids.to_pylist())

@@ -1,4 +1,4 @@
-"""Which prompts a router may be judged on: those that it was not trained on, under any id."""
+"""Finds held-out prompts: those that no router was trained on, under any id."""
 
 # N prompts
 
@@ -17,20 +17,20 @@ from prefill_router.router.artifact import Router
 
 
 def held_out(routers: Sequence[Router], keys: Keys, groups: SplitGroups, *, drop: bool) -> NDArray[np.bool_]:
-    """Which of the prompts (N,), by their hashes, none of `routers` was trained on.
+    """Whether each prompt (N,), given its hash, is held out from all `routers`.
 
-    Raises UserError if one of them shares its split group with a training prompt, unless `drop` leaves it out.
+    Raises UserError if a held-out prompt shares its split group with a training prompt, unless `drop` excludes these.
     """
     own = groups.of(keys)
     is_seen = np.isin(keys, np.concatenate([router.training_prompts for router in routers]))
     trained = [router.training_units for router in routers if router.split.units == groups.kind]
     leaks = ~is_seen & np.isin(own, np.concatenate([own[is_seen], *trained]))
     if leaks.any():
-        told = f"{int(leaks.sum()):,} held-out prompts repeat prompts that the router was trained on"
+        found = f"{int(leaks.sum()):,} held-out prompts repeat prompts that the router was trained on"
         if not drop:
             raise UserError(
-                f"{told}: their figures would flatter it. Train with --corpus, which keeps them on one side, or leave "
-                "them out with --drop-leaked"
+                f"{found}, which inflates its scores: train with --corpus to keep repeats on one side of the split, or "
+                "exclude them with --drop-leaked"
             )
-        say(f"{told}: they are left out")
+        say(f"{found}: they are excluded")
     return np.asarray(~is_seen & ~leaks)

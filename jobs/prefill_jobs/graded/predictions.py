@@ -1,4 +1,4 @@
-"""A router's predictions for the graded prompts of an activation store, beside what came of them, on Ray Data."""
+"""Computes a router's predictions for the graded prompts of an activation store, on Ray Data."""
 
 # N prompts, T targets of the router, F features
 
@@ -19,7 +19,7 @@ from prefill_router.router.artifact import Estimates, Router
 
 @dataclass(frozen=True)
 class GradedPrediction:
-    """In the store's order. Outcomes are those of the graded store's targets, predictions those of the router's."""
+    """Outcomes of the graded store's targets and predictions for the router's targets, in the store's order."""
 
     keys: Keys  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
@@ -28,11 +28,11 @@ class GradedPrediction:
     estimates: Estimates  # (N, T) each
     p_uncalibrated: NDArray[np.float32]  # (N, T)
     prediction: Prediction  # (N, T) each
-    features: NDArray[np.float32] | None  # (N, F), where asked for
+    features: NDArray[np.float32] | None  # (N, F), if requested
 
 
 def predict_graded(router: Router, graded: GradedStore, *, with_features: bool = False) -> GradedPrediction:
-    """Raises UserError where the store was written by another encoder than the router's."""
+    """Predicts for every graded prompt. Raises UserError if another encoder than the router's wrote the store."""
     router.check_encoder(graded.store.manifest.encoder.fingerprint, graded.store.uri)
     items = [{"shard": shard} for shard in range(graded.store.num_shards)]
     arguments = {"router": router, "graded": graded, "with_features": with_features}

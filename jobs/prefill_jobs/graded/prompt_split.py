@@ -1,4 +1,4 @@
-"""How a training wants its prompts split, and what it keeps on one side."""
+"""The split of a training's prompts, and the groups of prompts that it keeps on one side."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from prefill_router.corpus.split_groups import SplitGroups
 
 
 def split_of(config: TrainConfig, fold: int) -> Split:
+    """The split of a training. Raises UserError for options that contradict each other."""
     held_out = config.held_out_categories
     if held_out and config.folds:
-        raise UserError("train: give --folds or --hold-out, not both")
+        raise UserError("train: --folds and --hold-out exclude each other: give one of them")
     if config.corpus is None and (config.likeness is not None or held_out):
-        raise UserError("train: --likeness and --hold-out need the prompts: give --corpus")
+        raise UserError("train: --likeness and --hold-out require --corpus")
     with_corpus = "text" if config.likeness is None else "similarity"
     return Split.model_validate(
         {
@@ -32,7 +33,7 @@ def split_of(config: TrainConfig, fold: int) -> Split:
 
 
 def split_groups_of(config: TrainConfig) -> SplitGroups | None:
-    """By text, or by similarity too, where the corpus is given; None is by exact content."""
+    """Split groups by text, and by similarity with --likeness; None without --corpus, for groups of equal content."""
     if config.corpus is None:
         return None
     by_text = split_groups.of_corpus(config.corpus, config.held_out_categories, config.category)
@@ -42,5 +43,5 @@ def split_groups_of(config: TrainConfig) -> SplitGroups | None:
     embeddings = embed(config.corpus, config.sentence_encoder, f"{config.out.rstrip('/')}-embeddings")
     joined = by_text.joined_where_similar(embeddings.keys, embeddings.vectors, config.likeness)
     num_groups = len(set(joined.groups.tolist()))
-    say(f"train: {len(joined.keys):,} prompts, {num_groups:,} that are not alike at a cosine of {config.likeness}")
+    say(f"train: {len(joined.keys):,} prompts in {num_groups:,} split groups at a cosine of {config.likeness}")
     return joined

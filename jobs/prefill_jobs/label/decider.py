@@ -1,4 +1,4 @@
-"""The tasks of `label` that choose: estimates and the lines of a shard in, decisions out, partitioned as asked."""
+"""The tasks of `label` that decide: join the lines of a shard with their estimates and write partitioned decisions."""
 
 # N lines, T targets, K shadow prices
 
@@ -31,39 +31,39 @@ from prefill_router.storage.parquet_objects import ShardFile
 
 DAY = "day"
 _USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS)
-_CACHED_OBJECTS = 64  # of estimates, in each process: prompts that come again come often
+_CACHED_FILES = 64  # of estimates, per process: repeated prompts repeat often
 
 
 @dataclass(frozen=True)
 class DecideContext:
-    """What is the same for all shards."""
+    """Inputs that all shards share."""
 
     log: str
-    out: str  # of decisions
+    out: str  # folder of decisions
     estimates: str
     choice: LogPolicy
     router_version: str
     max_prompt_bytes: int
-    by: tuple[str, ...]  # columns of the log, told apart in the report
+    by: tuple[str, ...]  # columns of the log by which the report breaks results down
     time: str | None
-    partition_by: tuple[str, ...] | None  # `day` and some of `by`; None: the folders of the log
+    partition_by: tuple[str, ...] | None  # `day` and columns of `by`; None keeps the folders of the log
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What decisions carry of their lines."""
+        """Columns of the log that are copied to decisions."""
         return ((DAY,) if self.time is not None else ()) + self.by
 
     @property
     def extras(self) -> list[str]:
-        """What is read of a line beside its prompt."""
+        """Columns of the log that are read besides the prompt."""
         return list(dict.fromkeys([*self.by, *([self.time] if self.time else []), *_USED]))
 
 
 @dataclass(frozen=True)
 class DecideTask:
     shard: Shard
-    position: int  # of its first line among all of the log
-    objects: tuple[str, ...]  # that hold the estimates of its prompts
+    position: int  # index of its first line in the whole log
+    objects: tuple[str, ...]  # files with the estimates of its prompts
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def decide_shard(item: dict[str, Any], context: DecideContext) -> dict[str, Any]
 
 
 def total_object(item: dict[str, Any], uri: str, choice: LogPolicy, prices: NDArray[np.float64]) -> dict[str, Any]:
-    """What the lines of one object of estimates cost and answer at prices (K,)."""
+    """Expected cost and correct answers of the lines whose estimates are in one file, at shadow prices (K,)."""
     estimates = _load(uri, item["object"])
     p, _, cost_usd = choice.read(estimates)
     weights = np.where([reason is None for reason in estimates.reasons], pickle.loads(item["weights"]), 0)
@@ -119,7 +119,7 @@ def _estimates_of(rows: Sequence[Row], task: DecideTask, context: DecideContext)
     return held.take(places)
 
 
-@lru_cache(maxsize=_CACHED_OBJECTS)
+@lru_cache(maxsize=_CACHED_FILES)
 def _load(uri: str, name: str) -> PromptEstimates:
     return PromptEstimates.load(uri, name)
 
@@ -141,7 +141,7 @@ def _text(value: object) -> str:
 def _used(
     rows: Sequence[Row], estimates: PromptEstimates, context: DecideContext
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The target that each line went to, as far as the log tells, and what that cost."""
+    """The target that each line was sent to and its cost in USD; NO_TARGET and NaN if the log does not have them."""
     targets = context.choice.pool.targets
     known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
     known |= {target.name: t for t, target in enumerate(targets)}
@@ -158,7 +158,7 @@ def _used(
 
 
 def _count(value: object) -> float | None:
-    """A number of tokens, which a CSV has as text."""
+    """Parses a token count, which a CSV file stores as text; None if it is no plausible count."""
     try:
         count = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -198,8 +198,10 @@ def _table(
 def _write(
     table: pa.Table, places: Sequence[RowPosition], columns: dict[str, list[str]], shard: Shard, context: DecideContext
 ) -> list[ShardFile]:
-    """One object for each partition that the lines are in. What its folders say of them is no column of it, as in Hive:
-    readers would find it twice, and not always of one type."""
+    """Writes one file per partition. Columns that the folder names encode are dropped, as in Hive.
+
+    Readers would otherwise find such a column twice, possibly with two types.
+    """
     first = shard.extents[0]
     identity = f"{_relative(first.uri, context.log)}\n{first.first_row}\n{shard.digest}"
     name = f"part-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.parquet"
@@ -218,12 +220,12 @@ def _write(
 
 
 def _folder_of(file: str, context: DecideContext) -> str:
-    """The log's folders, of which those that are called as one of our own columns are renamed."""
+    """The file's folders in the log. A folder whose key is the name of a decision column gets the prefix `log_`."""
     ours = {name for name in decisions([]).names if name not in context.columns}
     parts = file.split("/")[:-1]
     return "/".join(f"log_{part}" if "=" in part and part.partition("=")[0] in ours else part for part in parts)
 
 
 def _relative(uri: str, log: str) -> str:
-    """A file's place below the log, or its name where the log is that file."""
+    """A file's path relative to the log, or its name if the log is that file."""
     return uri.removeprefix(log).strip("/") or storage.name(uri)

@@ -1,4 +1,4 @@
-"""Estimates of a corpus: the encoder reads each prompt once that no run has read, and what the router says is kept."""
+"""A router's estimates of a corpus. Each prompt is read once over all runs, and its estimates are kept."""
 
 # N rows of the corpus, M estimates
 
@@ -29,28 +29,31 @@ from prefill_router.query_log.estimates import ContentIndex, Contents, contents_
 from prefill_router.router.artifact import Router
 from prefill_router.storage.lease import Lease
 
-_CALLS = 3  # of an actor at a time: one shard is read, one is in the encoder, one is written
+_CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
 _READERS = 32
 
 
 @dataclass(frozen=True)
 class Estimation:
-    """What a router is to say of a corpus, and where that is kept."""
+    """Estimates a corpus with a router, and keeps the estimates at `out`."""
 
     router: Router | BaselineRouter
     router_uri: str
-    out: str  # of this router alone
+    out: str  # has estimates of this router only
     actors: cluster.Actors = field(default_factory=cluster.Actors)
     max_prompt_bytes: int = MAX_PROMPT_BYTES
-    activations: str | None = None  # a store: the encoder reads only what it lacks
+    activations: str | None = None  # a store whose activations are reused
 
     def check(self) -> None:
-        """Raises UserError where the encoder cannot be loaded, unless it may not be needed any more."""
+        """Raises UserError if the encoder cannot be loaded, unless existing estimates may make it unnecessary."""
         if not storage.list_names(self.out):
             self.router.require_encoder()
 
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
-        """Lets the encoder read what no run has read before, and returns how many prompts; `task` is what is said."""
+        """Estimates the prompts that no run has estimated, and returns how many the encoder read.
+
+        `task` names the work in progress lines.
+        """
         contents = planned.keys[:, 1:]
         known = Held.read(self.out).index.find(contents) >= 0
         wanted = planned.is_first
@@ -60,7 +63,7 @@ class Estimation:
         if not tasks:
             return 0
         if isinstance(self.router, Router):
-            # Apart from the workers' loading, so that none holds a GPU while its machine downloads.
+            # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
             cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
         arguments = {
             "router": storage.absolute(self.router_uri),
@@ -83,7 +86,7 @@ class Estimation:
         return num_read
 
     def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
-        """The shards with rows (N,) that are wanted, each with those of the store that hold some of their prompts."""
+        """A task per shard with wanted rows (N,), with the store's shards that have some of their activations."""
         digests = [shard.digest for shard in planned.shards]
         sources = None if self.activations is None else Sources(CommitLog.open(self.activations), digests)
         tasks = []
@@ -97,11 +100,11 @@ class Estimation:
 
 @dataclass(frozen=True)
 class Held:
-    """The prompts whose estimates lie at an output, object by object."""
+    """The contents of the prompts that have kept estimates, and the file of each."""
 
-    names: list[str]
+    names: list[str]  # of the files
     contents: Contents  # (M, 2)
-    owners: NDArray[np.int64]  # (M,) places among the names, ascending
+    owners: NDArray[np.int64]  # (M,) index of the file in `names`, ascending
 
     @classmethod
     def read(cls, uri: str) -> Held:
@@ -120,10 +123,10 @@ class Held:
         return ContentIndex(self.contents)
 
     def names_of(self, places: NDArray[np.int64]) -> tuple[str, ...]:
-        """The objects that hold these of the M estimates."""
+        """The files with the estimates at these indices."""
         return tuple(self.names[i] for i in np.unique(self.owners[places]))
 
     def by_object(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Values (M,) of the estimates, in the order of each object."""
+        """Splits values (M,) of the estimates by file."""
         ends = np.searchsorted(self.owners, np.arange(1, len(self.names)))
         return dict(zip(self.names, np.split(values, ends), strict=True))

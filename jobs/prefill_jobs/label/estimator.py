@@ -1,4 +1,4 @@
-"""The actor of `label`: the prompts of a shard in, an object with what the router says of them out."""
+"""The actor that estimates: reads the prompts of a shard and writes a file with the router's estimates of them."""
 
 # N prompts
 
@@ -35,24 +35,24 @@ from prefill_router.query_log.estimates import PromptEstimates, contents_of
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
 
-_NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
+_NOT_FINITE = "its activations are not finite: the encoder's dtype may have too small a range"
 
 
 @dataclass(frozen=True)
 class EstimateTask:
-    """Some rows of a shard, counted among those that stay in it."""
+    """Rows of a shard to estimate."""
 
     shard: Shard
-    rows: NDArray[np.int64]
-    sources: tuple[RecordLocation, ...] = ()  # shards of a store that hold some of their activations
+    rows: NDArray[np.int64]  # indices among the rows that the shard keeps
+    sources: tuple[RecordLocation, ...] = ()  # shards of a store that have some of their activations
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """What came of a task."""
+    """Counts of a finished task."""
 
     num_prompts: int
-    num_refused: int  # of them
+    num_refused: int  # included in num_prompts
     num_retries: int
     work: Work
     worker: str
@@ -61,7 +61,7 @@ class Estimated:
 
 
 class EstimateShard:
-    """Calls overlap: while one shard is in the encoder, another is read and the one before is written."""
+    """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
 
     def __init__(
         self,
@@ -83,13 +83,13 @@ class EstimateShard:
         torch.set_num_threads(self.threads)  # of the thread that calls
         task: EstimateTask = pickle.loads(row["task"])
         attempt = begin(self.attempts, task.shard.digest)
-        self._load(with_encoder=not task.sources)  # with them there may be nothing to read
+        self._load(with_encoder=not task.sources)  # the sources may have all activations
         rows = read_shard(task.shard, self.max_prompt_bytes)
         wanted = [rows[i] for i in task.rows]
         contents = contents_of([row.content_digest for row in wanted])
         name = hashlib.sha256(contents.tobytes()).hexdigest()[:32]
         file, work = parquet_objects.file_name(name), Work()
-        if attempt > 1 and storage.exists(storage.join(self.out, file)):  # the one before ended before it could say so
+        if attempt > 1 and storage.exists(storage.join(self.out, file)):  # an attempt crashed after writing it
             estimates = PromptEstimates.load(self.out, file)
         else:
             estimates = PromptEstimates.unread(contents, len(self.router.pool.targets))
@@ -103,14 +103,14 @@ class EstimateShard:
 
     @cached_property
     def began_s(self) -> float:
-        """When the first task began."""
+        """Start time of the first task."""
         return time.monotonic()
 
     def _load(self, *, with_encoder: bool) -> None:
         with self._loading:
             _ = self.router
             if with_encoder:
-                _ = self.reader, self.peak_flops  # which is measured while nothing else is under way
+                _ = self.reader, self.peak_flops  # measured while no other task runs
 
     @cached_property
     def router(self) -> Router | BaselineRouter:
@@ -146,7 +146,7 @@ class EstimateShard:
         return work
 
     def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> ShardBuilder:
-        """What the store holds of the prompts. What it could not read is not tried again."""
+        """The prompts with the activations that the store has. Prompts that it refused are not tried again."""
         ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
         draft = ShardBuilder(task.shard.digest, ids, contents, columns)
         for source in task.sources:
@@ -156,8 +156,8 @@ class EstimateShard:
         return draft
 
     def _complete(self, draft: ShardBuilder, attempt: int) -> Work:
-        """Has the encoder read what the draft misses; without that it need not even be loaded."""
-        cut = np.flatnonzero(draft.is_truncated)  # of a store, which does not say how long they were
+        """Computes the activations that the draft lacks. The encoder is loaded only if some are missing."""
+        cut = np.flatnonzero(draft.is_truncated)  # copied rows, for which the store has no full length
         if not len(cut) and not any(draft.missing()):
             return Work()
         self._load(with_encoder=True)

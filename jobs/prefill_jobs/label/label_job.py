@@ -1,7 +1,7 @@
-"""`label`: a query log in, a decision for every line out, and what the log costs.
+"""`label`: writes a decision for every line of a query log, and a report of the log's cost.
 
-Plan the log, let the encoder read each prompt once that no earlier run has read, spend the budget if there is one, and
-decide for every line. Estimates are kept by what a prompt holds, decisions by where a line stands.
+The driver plans the log, estimates each prompt that no earlier run has estimated, allocates the budget if there is one,
+and decides for every line. Estimates are keyed by a prompt's content, decisions by a line's position.
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ _ESTIMATES, _DECISIONS = "estimates", "decisions"
 
 
 class LogFile(StrictModel):
-    """A file of the log that has been decided."""
+    """A file of the log whose lines are decided."""
 
     uri: str
     bytes: int
 
 
 class LabelManifest(StrictModel):
-    """manifest.json: what was decided, written last."""
+    """manifest.json: commits the decisions, and is written last."""
 
     format: int = 2
     router_version: str
-    settings: dict[str, Any] = Field(description="What the decisions hang on")
+    settings: dict[str, Any] = Field(description="Options that determine the decisions")
     inputs: list[LogFile]
     files: list[ShardFile]
     lines: int
-    repeated: int = Field(description="Lines whose prompt stands earlier: computed once")
+    repeated: int = Field(description="Lines whose prompt repeats an earlier one, computed once")
     computed: int = Field(description="Prompts that the encoder read in the latest run")
     quarantined: int
     decisions: dict[str, int]
-    tally: list[dict[str, Any]] = Field(description="What the report is made of, to which later runs add")
+    tally: list[dict[str, Any]] = Field(description="Aggregates of the report, to which later runs add")
 
 
 def label(config: LabelConfig) -> LabelManifest:
     """Writes decisions and their report to `config.out`, and last the manifest, which it returns.
 
-    Raises UserError where the log cannot be read, an output of another kind lies there, or a budget is too small.
+    Raises UserError if the log cannot be read, `config.out` has output of another kind, or the budget is too small.
     """
     router = any_router.load(config.router)
     choice = _choice(config, router)
@@ -83,7 +83,7 @@ def label(config: LabelConfig) -> LabelManifest:
         before = _before(config, router, choice)
         inputs = _new_files(config, before)
         if before is not None and not inputs:
-            say(f"label: {config.log} holds no new file")
+            say(f"label: no new file in {config.log}")
             _keep_activations(config, router)
             return before
         with cluster.connected():
@@ -119,7 +119,7 @@ class _Labelling:
         self.decisions = storage.absolute(storage.join(config.out, _DECISIONS))
 
     def run(self, num_read: int) -> LabelManifest:
-        """`num_read` prompts were read for their activations."""
+        """Estimates and decides. `num_read` prompts were already read for `--activations`."""
         self._say()
         computed = num_read + self.estimation.run(self.plan, self.lease, "label")
         held = Held.read(self.estimates)
@@ -134,16 +134,16 @@ class _Labelling:
     def _say(self) -> None:
         num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
         if repeated:
-            say(f"label: {repeated:,} of {num_lines:,} lines repeat a prompt: they are computed once")
+            say(f"label: {repeated:,} of {num_lines:,} lines repeat a prompt and are computed once")
         if self.plan.bad:
-            say(f"label: {len(self.plan.bad):,} lines are bad and go to the quarantine; {self.plan.bad[0].message}")
+            say(f"label: {len(self.plan.bad):,} invalid lines go to the quarantine; {self.plan.bad[0].message}")
 
     @property
     def _contents(self) -> Contents:
         return self.plan.keys[:, 1:]
 
     def _allocate(self, held: Held, places: NDArray[np.int64]) -> Allocation | None:
-        """How the budget is spent, where there is one: a few passes over the estimates of the log's prompts."""
+        """Allocates the budget, if there is one, in a few passes over the estimates of the log's prompts."""
         if self.config.budget_usd is None:
             return None
         weights = held.by_object(np.bincount(places, minlength=len(held.owners)))
@@ -174,7 +174,7 @@ class _Labelling:
             located = shard.located()
             task = DecideTask(located, rows.start, held.names_of(places[rows]))
             items.append({"task": pickle.dumps(task)})
-        if self.before is None:  # whatever lies there is of an earlier run, or of one that did not finish
+        if self.before is None:  # removes the output of an earlier or unfinished run
             storage.remove(storage.join(self.config.out, parquet_objects.MANIFEST))
             parquet_objects.remove_shards(self.decisions, at_any_depth=True)
         whole = Decided([], Tally(), [])
@@ -193,7 +193,7 @@ class _Labelling:
         names = self.choice.pool.target_names
         for column in tally.columns:
             if tally.values_of(column) == [UNKNOWN]:
-                say(f"label: no line tells its {column}: is it called otherwise in {config.log}? See --by and --time")
+                say(f"label: no line has a value in column {column}: check --by and --time for {config.log}")
         bad = [*self._bad_before(), *bad]
         write_quarantine(out, bad)
         report = LabelReport(
@@ -229,20 +229,20 @@ class _Labelling:
         return manifest
 
     def _bad_before(self) -> list[BadRow]:
-        """The lines of the files decided before that are in quarantine."""
+        """The quarantined lines of files decided by earlier runs."""
         known = {file.uri for file in self.before.inputs} if self.before is not None else set()
         return [row for row in read_quarantine(self.config.out) if row.uri in known]
 
 
 def _estimation(config: LabelConfig, router: Router | BaselineRouter) -> Estimation:
-    """What the router is to say of the log."""
+    """The router's estimation of the log."""
     out = storage.absolute(storage.join(config.out, _ESTIMATES, router.version))
     actors = cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
     return Estimation(router, config.router, out, actors, config.max_prompt_bytes, config.activations)
 
 
 def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> int:
-    """Extracts the whole log where that is asked for, and returns how many prompts the encoder read for it."""
+    """Extracts the whole log to `--activations`, if given, and returns how many prompts the encoder read."""
     if config.activations is None:
         return 0
     assert isinstance(router, Router)
@@ -256,18 +256,18 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
     pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
     known = {name: t for t, name in enumerate(router.pool.target_names)}
     if config.incremental and config.limit is not None:
-        raise UserError("incremental and limit: a file that is decided is decided whole: leave one of them out")
+        raise UserError("incremental and limit: incremental runs decide whole files: give one of the two options")
     if config.budget_usd is not None and config.tolerance is not None:
-        raise UserError("budget_usd and tolerance: a budget takes the place of a tolerance: give one of them")
+        raise UserError("budget_usd and tolerance: a budget replaces the tolerance: give one of the two options")
     if config.activations is not None and not isinstance(router, Router):
-        raise UserError(f"activations: {config.router} is a baseline, which reads none: leave --activations out")
+        raise UserError(f"activations: {config.router} is a baseline, which reads no activations: omit --activations")
     if config.activations is not None and storage.absolute(config.activations) == storage.absolute(config.out):
-        raise UserError(f"activations: {config.activations} is --out as well: choose another folder")
+        raise UserError(f"activations: {config.activations} is the --out folder: choose another folder")
     for column in names_in(config.partition_by):
         if column == DAY and config.time is None:
-            raise UserError("partition_by = day, but no --time names the column that tells it")
+            raise UserError("partition_by = day: name the column with the timestamp: give --time")
         if column != DAY and column not in names_in(config.by):
-            raise UserError(f"partition_by: {column} must be day, or one of the columns of --by")
+            raise UserError(f"partition_by = {column}, must be day or a column of --by")
     return LogPolicy(
         pool=pool,
         outputs=tuple(known[name] for name in pool.target_names),
@@ -279,7 +279,7 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
 
 
 def _settings(config: LabelConfig, choice: LogPolicy) -> dict[str, Any]:
-    """What must not change from one run to an incremental one."""
+    """The options that must not change between incremental runs."""
     return {
         "pool": choice.pool.model_dump(mode="json"),
         "tolerance": None if config.budget_usd is not None else choice.tolerance,
@@ -289,14 +289,14 @@ def _settings(config: LabelConfig, choice: LogPolicy) -> dict[str, Any]:
 
 
 def _before(config: LabelConfig, router: Router | BaselineRouter, choice: LogPolicy) -> LabelManifest | None:
-    """The finished run that this one adds to. Raises UserError where one lies there that is not to be touched."""
+    """The finished run that this one adds to, or None. Raises UserError if the existing output must not be changed."""
     path = storage.join(config.out, parquet_objects.MANIFEST)
     finished = storage.exists(path)
     if not config.incremental:
         if finished and not config.overwrite:
             raise UserError(
-                f"{config.out}: already holds decisions: add those of new files with --incremental, or decide "
-                "anew with --overwrite"
+                f"{config.out}: already has decisions: add those of new files with --incremental, or replace them with "
+                "--overwrite"
             )
         return None
     if not finished:
@@ -308,20 +308,20 @@ def _before(config: LabelConfig, router: Router | BaselineRouter, choice: LogPol
         changed.insert(0, "router")
     if changed:
         raise UserError(
-            f"{config.out}: was decided with another {changed[0]}: incremental runs go on as the first began; decide "
-            "anew with --overwrite"
+            f"{config.out}: was decided with another {changed[0]}, which must not change between incremental runs: "
+            "replace all decisions with --overwrite"
         )
     return before
 
 
 def _new_files(config: LabelConfig, before: LabelManifest | None) -> list[LogFile]:
-    """The log's files that are not decided yet. Raises UserError where one that is has changed."""
+    """The log's files that are not decided yet. Raises UserError if a decided file has changed."""
     known = {file.uri: file.bytes for file in before.inputs} if before is not None else {}
     new = []
     uris = files(config.log)
     for uri, size in zip(uris, storage.sizes_bytes(uris), strict=True):
         if known.get(uri, size) != size:
-            raise UserError(f"{uri}: has changed since it was decided: decide anew with --overwrite")
+            raise UserError(f"{uri}: changed since it was decided: replace all decisions with --overwrite")
         if uri not in known:
             new.append(LogFile(uri=uri, bytes=size))
     return new

@@ -1,1 +1,4 @@
-"""`pipeline`: from a corpus and outcomes to a published router."""
+"""`pipeline`: builds and publishes a router from a corpus and outcomes. Start with `pipeline_job.py`.
+
+`publish_gate.py` decides whether a new router may replace the published one.
+"""

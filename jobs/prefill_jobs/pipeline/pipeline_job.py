@@ -1,7 +1,7 @@
-"""`pipeline`: from a corpus and graded answers to a published router, step by step, each only where it is out of date.
+"""`pipeline`: builds and publishes a router from a corpus and outcomes, running only the steps that are out of date.
 
-A step is up to date where its output lies there and all that it reads is as it was: its settings, and files by size
-and time or ETag, or else by what they hold. So a restart goes on where it was, and new prompts cost what is new.
+A step is up to date if its output exists and its inputs have not changed: its settings, and its files by size and
+modification time or ETag, or else by content. A restart resumes, and new prompts cost only their own work.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ C = TypeVar("C", bound=StrictModel)
 
 _STATE = "pipeline.json"
 _STAGES = ("extract", "probe", "train", "evaluate")
-_INPUTS = ("corpus", "outcomes", "pool", "encoder")  # keys of [pipeline] that its steps have, too
+_INPUTS = ("corpus", "outcomes", "pool", "encoder")  # keys that [pipeline] shares with its steps
 
 
 @dataclass(frozen=True)
 class Step:
     name: str
-    output: str  # what lies there once it has run
-    reads: Callable[[], Mapping[str, Any]]  # settings and stamps: cheap to tell
-    run: Callable[[], str]  # returns what to say of it
-    content: Callable[[], str] | None = None  # a digest of all that it reads, where that is less than `reads` tells
+    output: str  # URI of a file that exists once it has run
+    reads: Callable[[], Mapping[str, Any]]  # settings and file stamps, cheap to compute
+    run: Callable[[], str]  # returns a summary for the log
+    content: Callable[[], str] | None = None  # digest of its input's content, if `reads` may change without it
     cost: Callable[[], ExtractionCost] | None = None
 
 
 class StepRecord(StrictModel):
-    """What a step had read when it ran."""
+    """Digests of a step's inputs when it ran."""
 
     reads: str
     content: str | None = None
 
 
 def pipeline(config: PipelineConfig) -> list[str]:
-    """Runs the steps that are out of date and returns their names; with `config.plan`, says which and does not.
+    """Runs the steps that are out of date and returns their names. With `config.plan`, only prints them.
 
-    Raises UserError where the gate keeps the new router back.
+    Raises UserError if the gate rejects the new router.
     """
     whole = Pipeline(config)
     if config.plan:
@@ -80,14 +80,14 @@ class Pipeline:
         self._tables = {name: load_command(config.file, name) if config.file else {} for name in _STAGES}
         self._state_uri = storage.join(config.out, _STATE)
         self._ignored: set[str] = set()
-        _ = self.sample, self.probe, self.extract, self.train, self.evaluate  # what is wrong with one costs nothing yet
+        _ = self.sample, self.probe, self.extract, self.train, self.evaluate  # reports invalid options before any work
         if self._ignored:
-            say(f"pipeline: {config.file}: {', '.join(sorted(self._ignored))} do not count: a pipeline sets them")
+            say(f"pipeline: {config.file}: ignored {', '.join(sorted(self._ignored))}: the pipeline sets these options")
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
         self._state = {name: validate(StepRecord, done, self._state_uri) for name, done in stored.items()}
 
     def check(self) -> None:
-        """Raises UserError for what a later step would, where it can be told before the first."""
+        """Raises UserError for problems of later steps that can be found before the first step."""
         load_pool(self.config.pool)
         check_columns(self.config.outcomes)
         _ = self.sample, self.probe, self.extract, self.train, self.evaluate
@@ -106,11 +106,11 @@ class Pipeline:
             self._remember(step)
             say(f"pipeline: {step.name}: {said}")
             ran.append(step.name)
-        say(f"pipeline: ran {', '.join(ran)}" if ran else "pipeline: everything is up to date, and nothing was run")
+        say(f"pipeline: ran {', '.join(ran)}" if ran else "pipeline: all steps are up to date")
         return ran
 
     def plan(self) -> list[str]:
-        """Says what would run. What comes after a step that would is taken to be out of date."""
+        """Prints the steps that would run, and returns their names. Steps after an outdated one count as outdated."""
         would: list[str] = []
         for step in self.steps:
             if not would and self._is_current(step):
@@ -195,8 +195,8 @@ class Pipeline:
         objections = [] if self.config.accept else gate.objections()
         if objections:
             raise UserError(
-                f"gate: the new router is worse than the published one and does not take its place: "
-                f"{'; '.join(objections)}; see {self.config.out}/gate/report.html, or publish it with --accept"
+                f"gate: the new router is worse than the published one and is not published: {'; '.join(objections)}; "
+                f"see {self.config.out}/gate/report.html, or publish it with --accept"
             )
         return f"{self.config.publish}: router {gate.publish().version}"
 
@@ -215,13 +215,13 @@ class Pipeline:
 
     @cached_property
     def extract(self) -> ExtractConfig:
-        """Without the layers, which the probe will tell."""
+        """The extraction of the whole corpus, before the probe has chosen layers."""
         where = {"out": self._below("activations")}
         return self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **where)
 
     @property
     def whole(self) -> ExtractConfig:
-        """With the layers that the probe has told."""
+        """The extraction of the whole corpus, with the layers that the probe chose."""
         columns = joint_columns(load_probes(self.probe.out))
         layers = ",".join(map(str, sorted({column.layer for column in columns})))
         pooling = ",".join(sorted({column.pooling for column in columns}))
@@ -245,17 +245,17 @@ class Pipeline:
         )
 
     def _stage(self, model: type[C], command: str, **given: Any) -> C:
-        """The config of a step: what the file's table for its command says, under what the pipeline sets.
+        """The config of a step: the options `given` by the pipeline, which override the file's table for the command.
 
-        Raises UserError where that table names another input than [pipeline] does.
+        Raises UserError if that table has another input than [pipeline].
         """
         table = self._tables[command]
         others = [key for key in given if key in table and table[key] != given[key]]
         if inputs := [key for key in others if key in _INPUTS]:
             key = inputs[0]
             raise UserError(
-                f'{self.config.file}: [{command}] {key} = "{table[key]}", but a pipeline goes by [pipeline] {key} = '
-                f'"{given[key]}": set it there, and leave it out of [{command}]'
+                f'{self.config.file}: [{command}] {key} = "{table[key]}" contradicts [pipeline] {key} = '
+                f'"{given[key]}": remove it from [{command}]'
             )
         self._ignored.update(f"[{command}] {key}" for key in others)
         return validate(model, {**table, **given}, command)
@@ -282,7 +282,7 @@ class Pipeline:
         storage.write_json(self._state_uri, {name: done.model_dump() for name, done in self._state.items()})
 
     def _graded_sample(self) -> str:
-        """A digest of the sample and of those outcomes that probing sees: others say nothing of the layers."""
+        """A digest of the sample and its training outcomes, the only ones that affect the choice of layers."""
         graded = GradedStore.open(
             self.sample.out,
             self.config.outcomes,
@@ -298,7 +298,7 @@ class Pipeline:
 
 
 def _settings(config: StrictModel) -> dict[str, Any]:
-    """What of a config changes what comes out."""
+    """The options of a config that affect its output."""
     size = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker", "overwrite"}
     return config.model_dump(mode="json", exclude=size)
 

@@ -1,7 +1,7 @@
-"""The gate before a published router: another takes its place only where it is as good, on prompts new to both.
+"""The publish gate: a new router replaces the published one only if it is not worse on prompts held out from both.
 
-It is judged by the outcomes that were known when the published one was let through: outcomes that come in later,
-should they be wrong, can teach a bad router, but not vouch for it.
+The gate uses the outcomes that were known when the published router passed. Wrong outcomes that arrive later can
+train a bad router, but cannot get it published.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from prefill_router.metrics import Interval
 from prefill_router.outcomes import tables
 from prefill_router.router.artifact import MANIFEST, Router
 
-_HELD_OUT = "held_out.parquet"  # beside the published router: the outcomes that its successor is judged by
+_HELD_OUT = "held_out.parquet"  # kept with the published router: the outcomes for comparing its successor
 _PAIR = [PROMPT_ID, TARGET]
 
 
 @dataclass(frozen=True)
 class _Figure:
-    name: str  # of evaluation.HEADLINES
+    name: str  # key of evaluation.HEADLINES
     title: str
-    sign: int  # 1 where more is better
-    negligible: float  # a difference of so little is no reason
+    sign: int  # 1 if higher is better, -1 if lower is
+    negligible: float  # smaller differences are ignored
 
     def is_worse(self, difference: Interval) -> bool:
-        """Is all of the interval on the worse side, and not by next to nothing?"""
+        """Whether the whole interval is on the worse side and the difference is not negligible."""
         nearest = difference.high if self.sign > 0 else -difference.low
         return math.isfinite(nearest) and nearest < 0.0 and self.sign * difference.value < -self.negligible
 
@@ -56,7 +56,7 @@ class PublishGate:
         return storage.exists(storage.join(self.config.publish, MANIFEST))
 
     def objections(self) -> list[str]:
-        """Why the router should not take the published one's place; none where nothing is published yet."""
+        """The figures by which the router is worse than the published one; empty if none is published yet."""
         if not self.has_published:
             return []
         out = storage.join(self.config.out, "gate")
@@ -77,13 +77,13 @@ class PublishGate:
         for figure in _FIGURES:
             value, low, high = differences[figure.name]
             text = f"{figure.title} {value:+.4f} ({low:+.4f} to {high:+.4f})"
-            say(f"gate: on {evaluation.num_held_out:,} prompts new to both, less the published router's: {text}")
+            say(f"gate: on {evaluation.num_held_out:,} prompts held out from both, new minus published: {text}")
             if figure.is_worse(differences[figure.name]):
                 found.append(text)
         return found
 
     def publish(self) -> Router:
-        """Puts the router in the published one's place, with the outcomes that its successor will be judged by."""
+        """Publishes the router, with the outcomes for comparing its successor."""
         router = Router.load(self.router)
         outcomes = self._outcomes() if not self.config.accept else self._given()
         is_new = ~np.isin(prompt_hashes(outcomes[PROMPT_ID].to_pylist()), router.training_prompts)
@@ -93,7 +93,7 @@ class PublishGate:
         return router
 
     def _outcomes(self) -> pa.Table:
-        """Those kept with the published router, and for pairs that it does not know those that are given now."""
+        """The outcomes kept with the published router, plus the given ones of other pairs of prompt and target."""
         given, path = self._given(), storage.join(self.config.publish, _HELD_OUT)
         if not storage.exists(path):
             return given
@@ -101,8 +101,8 @@ class PublishGate:
         both = given.join(kept, _PAIR, join_type="inner", right_suffix="_kept")
         if changed := pc.sum(pc.not_equal(both[CORRECT], both[f"{CORRECT}_kept"])).as_py():
             say(
-                f"gate: {changed:,} of {len(both):,} outcomes that the published router was judged by are others now; "
-                "it goes by the old ones"
+                f"gate: {changed:,} of {len(both):,} outcomes kept with the published router differ from the given: "
+                "using the kept ones"
             )
         new = given.join(kept.select(_PAIR), _PAIR, join_type="left anti")
         return pa.concat_tables([kept, new.select(OUTCOMES.names).cast(OUTCOMES)])

@@ -1,1 +1,1 @@
-"""`submit`: any job as one of a Ray cluster."""
+"""`submit`: runs jobs on a Ray cluster through its Jobs API. Start with `submission.py`."""

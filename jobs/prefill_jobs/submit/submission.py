@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, through its Jobs API: sent with their code and config, followed, stopped, listed.
+"""Submits jobs to a Ray cluster through its Jobs API, with their code and config; follows, stops and lists them.
 
 submission = submit(ExtractConfig(...), SubmitConfig(address="http://ray-head:8265"))
 submission.follow()
@@ -39,17 +39,17 @@ from prefill_router.common.console import say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 
-_REQUEST = "prefill_router_request"  # in a job's metadata: its request's digest
+_REQUEST = "prefill_router_request"  # metadata key with the digest of a job's request
 _POLL_S = 0.5
-_PATIENCE_S = 120.0  # with a head that does not answer
+_PATIENCE_S = 120.0  # how long the head may be unreachable
 for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-    logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)  # they tell of uploads and closed connections
+    logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)  # they log uploads and closed connections
 _AWAY = (ConnectionError, requests.RequestException, aiohttp.ClientError, TimeoutError)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster by its dashboard's address. Raises UserError where nothing answers, or not to us."""
+    """A Ray cluster, given its dashboard's URL. Raises UserError if it is unreachable or refuses the token."""
 
     address: str
 
@@ -57,9 +57,13 @@ class Cluster:
     def at(cls, address: str | None) -> Cluster:
         address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
         if not address:
-            raise UserError("address: give the cluster's dashboard, as http://host:8265, or local")
+            raise UserError(
+                "--address is missing: give the URL of the Ray dashboard, such as http://host:8265, or local"
+            )
         if not re.match(r"https?://", address):
-            raise UserError(f'address = "{address}", must be the dashboard\'s, as http://host:8265, or local')
+            raise UserError(
+                f'address = "{address}", must be the URL of the Ray dashboard, such as http://host:8265, or local'
+            )
         cluster = cls(address)
         _ = cluster.client
         return cluster
@@ -69,7 +73,7 @@ class Cluster:
         try:
             return JobSubmissionClient(self.address, headers=_token(self.address))
         except _AWAY:
-            raise UserError(f"{self.address}: no Ray dashboard answers there") from None
+            raise UserError(f"{self.address}: no Ray dashboard answers: check the address and that Ray runs") from None
         except AuthenticationError as error:
             raise UserError(
                 f"{self.address}: {_first_line(error)}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
@@ -78,20 +82,20 @@ class Cluster:
             raise UserError(f"{self.address}: {_first_line(error)}") from None
 
     def find(self, submission_id: str) -> Submission:
-        """Raises UserError where there is no such job."""
+        """Finds a submitted job. Raises UserError if there is none with this id."""
         submission = Submission(self, submission_id)
         _ = submission.details
         return submission
 
     def list(self) -> list[JobDetails]:
-        """The jobs that were submitted, the latest last."""
+        """The submitted jobs, the latest last."""
         jobs = [job for job in self.client.list_jobs() if job.submission_id]
         return sorted(jobs, key=lambda job: job.start_time or 0)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job on a cluster."""
+    """A submitted job."""
 
     cluster: Cluster
     submission_id: str
@@ -110,15 +114,15 @@ class Submission:
         return str(self.cluster.client.get_job_logs(self.submission_id))
 
     def stop(self) -> JobStatus:
-        """Asks the job to end, and waits until it has. One that has ended stays as it is."""
+        """Stops the job and waits until it has ended. An ended job keeps its status."""
         if not self.details.status.is_terminal():
             self.cluster.client.stop_job(self.submission_id)
         return self._ended().status
 
     def follow(self, write: Callable[[str], Any] = sys.stdout.write) -> None:
-        """Hands the job's log to `write` as it grows, until the job has ended. A lost connection is taken up again.
+        """Passes the job's log to `write` as it grows, until the job ends. Reconnects after a lost connection.
 
-        Raises JobFailedError where the job did not succeed, UserError where the head stays away.
+        Raises JobFailedError if the job did not succeed, and UserError if the head stays unreachable.
         """
         details = asyncio.run(self._follow(write))
         if details.status != JobStatus.SUCCEEDED:
@@ -140,7 +144,7 @@ class Submission:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > _PATIENCE_S:
                     raise UserError(
-                        f"{self.cluster.address}: does not answer ({_first_line(error)}); the job may go on: see "
+                        f"{self.cluster.address}: does not answer ({_first_line(error)}); the job may still run: see "
                         f"prefill-router submit logs {self.submission_id}"
                     ) from None
                 await asyncio.sleep(_POLL_S)
@@ -152,7 +156,7 @@ class Submission:
 
 
 class JobFailedError(UserError):
-    """A job that failed or was stopped; `exit_code` is its own, or 1."""
+    """A job failed or was stopped; `exit_code` is the job's exit status, or 1."""
 
     def __init__(self, submission_id: str, details: JobDetails) -> None:
         code = details.driver_exit_code
@@ -162,10 +166,10 @@ class JobFailedError(UserError):
 
 
 def _token(address: str) -> dict[str, str]:
-    """Headers with Ray's token, for a dashboard of this machine.
+    """Headers with Ray's token for a dashboard on this machine; none for another machine, which may not be trusted.
 
-    Once the file of a token exists, which `ray.init` makes, each `ray start` of this user asks for it, but Ray's client
-    does not send it unless RAY_AUTH_MODE says so. Neither does this one to another machine, which may be anybody's.
+    Once a token file exists, which `ray.init` creates, each `ray start` of this user requires the token, but Ray's
+    client does not send it unless RAY_AUTH_MODE is set.
     """
     if "RAY_AUTH_MODE" in os.environ or not is_loopback(urlsplit(address).hostname or ""):
         return {}
@@ -175,10 +179,10 @@ def _token(address: str) -> dict[str, str]:
 
 
 def submit(config: StrictModel, to: SubmitConfig) -> Submission:
-    """Sends a job to a cluster: `config` says which, as that of the command. Returns once the cluster has taken it.
+    """Submits the job of `config` to a cluster, and returns once the cluster has accepted it.
 
-    A submission id that is known there is not run again: the job that has it is returned, where it is the same
-    request. Raises UserError where it is another, where no cluster answers, and for a secret's value.
+    If a job with the same submission id and the same request exists, that job is returned. Raises UserError if its
+    request differs, if the cluster is unreachable, or if an option has a secret's value.
     """
     request = SubmitRequest.of(config, to)
     cluster = Cluster.at(to.address)
@@ -189,14 +193,14 @@ def submit(config: StrictModel, to: SubmitConfig) -> Submission:
         try:
             _send(cluster.client, submission.submission_id, request, to, Path(folder))
         except RuntimeError as error:
-            if known := _known(submission, request):  # somebody else was faster
+            if known := _known(submission, request):  # submitted concurrently
                 return known
             raise UserError(f"{cluster.address}: {_first_line(error)}") from None
     return submission
 
 
 @retry(
-    retry=retry_if_exception_message(match=".*No available agent"),  # as long as the head is young
+    retry=retry_if_exception_message(match=".*No available agent"),  # while the head starts
     stop=stop_after_delay(_PATIENCE_S),
     wait=wait_fixed(_POLL_S),
     reraise=True,
@@ -222,7 +226,7 @@ def _known(submission: Submission, request: SubmitRequest) -> Submission | None:
         return None
     if (details.metadata or {}).get(_REQUEST) != request.digest:
         raise UserError(
-            f"submission-id {submission.submission_id} is that of another job ({details.entrypoint}): choose another"
+            f"submission-id {submission.submission_id} belongs to another job ({details.entrypoint}): choose another id"
         )
     return submission
 
@@ -238,22 +242,21 @@ def _first_line(error: object) -> str:
 
 @contextmanager
 def local_head() -> Iterator[str]:
-    """A Ray of this machine's own for as long as the block lasts; yields its dashboard's address.
+    """Runs a Ray head on this machine until the block ends; yields its dashboard's URL.
 
-    It listens on loopback, and answers those alone who know a token that is made for it.
-    SIGTERM ends it, as Ctrl-C does.
+    It listens on loopback and requires a random token. SIGTERM ends it like Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     local_ray.set_environment()
     os.environ.pop("RAY_ADDRESS", None)
-    # A job's `python` is to be that of this process.
+    # Makes `python` in a job the interpreter of this process.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     head = RayCluster()
     try:
         with local_ray.private(), silent_stderr():
-            # Ports that are free: another Ray may have the usual ones, and a head without its agent takes no job.
+            # Free ports: another Ray may occupy the default ones, and a head without its agent accepts no job.
             node = head.add_node(include_dashboard=True, dashboard_port=0, dashboard_agent_listen_port=0)
-        say(f"submit: a Ray head on this machine, {node.webui_url}")
+        say(f"submit: started a Ray head on this machine, {node.webui_url}")
         yield f"http://{node.webui_url}"
     finally:
         with silent_stderr():

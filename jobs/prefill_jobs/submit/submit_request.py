@@ -1,4 +1,4 @@
-"""What a submission asks of a cluster: a command line, the files that go with it, and the names of its secrets."""
+"""The content of a submission: a command line, the files sent with it, and the names of its secrets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 
-SECRETS = "PREFILL_ROUTER_SECRETS"  # names the variables that the job must find where it runs
+SECRETS = "PREFILL_ROUTER_SECRETS"  # lists the environment variables that must be set where the job runs
 _SOUNDS_SECRET = re.compile(
     r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|CONNECTION_STRING|(^|_)(PASS|CREDS?)(_|$)|_PWD$", re.IGNORECASE
 )
-# A URL's password, and a parameter of a URL or of a connection string.
+# A password in a URL, or a secret parameter of a URL or connection string.
 _HOLDS_SECRET = re.compile(
     r"://[^/\s]*:[^/\s]+@|(^|[?&;\s])[\w-]*(passw\w*|pwd|secret|token|signature|accesskey|accountkey)=", re.IGNORECASE
 )
@@ -27,7 +27,7 @@ _HOLDS_SECRET = re.compile(
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """`files` go into the job's working directory; `arguments` name them there."""
+    """A job's command line and files. `files` go to the job's working directory, where `arguments` name them."""
 
     job: str
     arguments: list[str]
@@ -36,7 +36,7 @@ class SubmitRequest:
 
     @classmethod
     def of(cls, config: StrictModel, submit: SubmitConfig) -> SubmitRequest:
-        """A command's config as its command line. Small files that lie here, such as pools, are sent along."""
+        """Builds the request from a command's config. Small local files, such as pools, are sent along."""
         arguments: list[str] = []
         files: dict[str, bytes] = {}
         for name, option in type(config).model_fields.items():
@@ -47,7 +47,9 @@ class SubmitRequest:
                 value = _shipped(name, str(value), files)
             values = [str(v) for v in (value if isinstance(value, tuple) else [value])]
             if any(map(_HOLDS_SECRET.search, values)):
-                raise UserError(f"{name}: holds a secret, which would show on the dashboard: give a URL without one")
+                raise UserError(
+                    f"{name}: contains a secret, which the dashboard would show: give a URL without credentials"
+                )
             flag = [] if schema_extra(option).get(POSITIONAL) else [f"--{name.replace('_', '-')}"]
             arguments += flag if value is True else [*flag, *values]
         return cls(command_of(config), arguments, files, _env(submit))
@@ -58,7 +60,7 @@ class SubmitRequest:
 
     @cached_property
     def digest(self) -> str:
-        """The same for the same request."""
+        """Identifies the request: equal requests have equal digests."""
         digest = hashlib.sha256(self.entrypoint.encode())
         for name, data in sorted([*self.files.items(), *((k, v.encode()) for k, v in self.env.items())]):
             digest.update(f"{name}\n{len(data)}\n".encode() + data)
@@ -70,7 +72,7 @@ def command_of(config: StrictModel) -> str:
 
 
 def _shipped(name: str, uri: str, files: dict[str, bytes]) -> str:
-    """Takes a file that lies here among `files`, and returns what it is called there; other URIs stay as they are."""
+    """Adds a local file to `files` and returns its name there; other URIs are returned unchanged."""
     path, separator, part = uri.partition("#")
     if "://" in path:
         return uri
@@ -80,7 +82,7 @@ def _shipped(name: str, uri: str, files: dict[str, bytes]) -> str:
 
 
 def _env(submit: SubmitConfig) -> dict[str, str]:
-    """Raises UserError for a secret's value: it would be read by all who see the cluster's dashboard."""
+    """The job's environment. Raises UserError for a secret's value, which everyone with the dashboard could read."""
     env: dict[str, str] = {}
     for text in submit.env:
         name, separator, value = text.partition("=")
@@ -88,19 +90,19 @@ def _env(submit: SubmitConfig) -> dict[str, str]:
             raise UserError(f"env: {name}: must be NAME=VALUE")
         if _SOUNDS_SECRET.search(name) or _HOLDS_SECRET.search(value):
             raise UserError(
-                f"env: {name} is or holds a secret, which would show on the dashboard: use --secrets {name}"
+                f"env: {name} or its value looks like a secret, which the dashboard would show: use --secrets {name}"
             )
         env[name] = value
     secrets = names_in(submit.secrets)
     if bad := next((name for name in secrets if not re.fullmatch(r"[A-Za-z_]\w*", name)), None):
         raise UserError(
-            f"secrets: {bad.partition('=')[0]}: give names of variables alone; values never leave the cluster"
+            f"secrets: {bad.partition('=')[0]}: must be the name of an environment variable, without a value"
         )
     return env | ({SECRETS: ",".join(secrets)} if secrets else {})
 
 
 def require_secrets() -> None:
-    """Raises UserError where a variable that the submission named is not set where the job runs."""
+    """Raises UserError if a variable that the submission requires is not set where the job runs."""
     for name in names_in(os.environ.get(SECRETS)):
         if not os.environ.get(name):
-            raise UserError(f"secret {name} is not set on the cluster: set it in the environment of its nodes")
+            raise UserError(f"secret {name} is not set on the cluster: set this variable on its nodes")

@@ -1,7 +1,7 @@
-"""The code that runs here, as a wheel that is unpacked: for a cluster whose image may hold another version of it.
+"""Writes the running code as an unpacked wheel, for a cluster whose image may have another version of it.
 
-It goes along in a job's working directory. A wheel that is still packed Ray installs by pip, on each node, and two
-workers that want it at once on a node that is new undo each other's work, for good.
+It is sent in a job's working directory. A packed wheel would be installed by pip on each node, and two workers that
+install it concurrently on a new node break the installation permanently.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 DISTRIBUTION = "prefill-router"
-_CODE = {".py", ".html", ".css", ".js"}  # all else in these folders may be a user's own, such as keys and dumps
+_CODE = {".py", ".html", ".css", ".js"}  # other files may be private, such as keys and dumps
 _PACKAGES = ("prefill_router", "prefill_jobs", "prefill_serve")
 
 
 def write_wheel(folder: Path) -> str:
-    """Lays out the packages in `folder`, as they are imported here, and returns their version.
+    """Writes the imported packages to `folder` and returns their version, which ends in a digest of the code.
 
-    The version ends in a digest of the code. Requirements are the image's: none are named.
+    No requirements are declared: the image provides them.
     """
     files = dict(_sources())
     digest = hashlib.sha256(b"".join(name.encode() + data for name, data in files.items())).hexdigest()[:12]

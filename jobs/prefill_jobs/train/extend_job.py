@@ -1,7 +1,7 @@
-"""`train --extend`: an existing router with targets added, dropped or repriced, as the pool's file says.
+"""`train --extend`: adds targets to an existing router, drops or reprices them, as the pool file says.
 
-What the router says of the targets that it knew stays as it is: trunk and kernel machine are frozen, and a new target
-is an output more. Without new targets nothing is learnt, and no data is read.
+Predictions for the existing targets do not change: trunk and kernel machine are frozen, and a new target is one more
+output. Without new targets nothing is trained, and no data is read.
 """
 
 # N prompts, M new targets
@@ -28,33 +28,33 @@ from prefill_router.predictor.extension import combined, extended
 from prefill_router.predictor.kernel_ridge import KernelMachine
 from prefill_router.router.artifact import Router
 
-MIN_OUTCOMES = 50  # of a new target, on prompts that are not held out
+MIN_OUTCOMES = 50  # per new target, on prompts that are not held out
 
 
 def extend(config: TrainConfig) -> Router:
-    """The router at `config.extend`, for the pool at `config.pool`."""
+    """Returns the router at `config.extend` adapted to the pool at `config.pool`."""
     assert config.extend is not None
     router, pool = Router.load(config.extend), load_pool(config.pool)
     known = set(router.pool.target_names)
     new = [target for target in pool.targets if target.name not in known]
     dropped = sorted(known - set(pool.target_names))
-    say(f"train: extend {router.version} by {_names(t.name for t in new)}; drop {_names(dropped)}")
+    say(f"train: extend {router.version}: add {_names(t.name for t in new)}; drop {_names(dropped)}")
     training = {**router.training, "extends": router.version, "run": None}
     if new:
-        router, num_answers = _learnt(router, new, config)
+        router, num_answers = _with_targets(router, new, config)
         training["num_answers"] = {**training.get("num_answers", {}), **num_answers}
     return replace(router.with_pool(pool), training=training)
 
 
-def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple[Router, dict[str, int]]:
-    """The router with `new` targets after its own, and how many answers taught each."""
+def _with_targets(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple[Router, dict[str, int]]:
+    """Returns the router with `new` targets after its own, and the number of training outcomes of each new target."""
     activations, outcomes = config.data
     pool = Pool(name=router.pool.name, targets=tuple(new))
     wanted = split_of(config, 0)
     if (wanted.units, wanted.held_out) != (router.split.units, router.split.held_out):
         raise UserError(
-            f"the router was trained with {router.split.describe()}: give --corpus, --likeness and --hold-out as then, "
-            "or what is held out would be learnt from"
+            f"the router was trained with {router.split.describe()}: give the same --corpus, --likeness and "
+            "--hold-out, or held-out prompts would be trained on"
         )
     groups = split_groups_of(config)
     graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, groups=groups)
@@ -66,7 +66,7 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
         if count < MIN_OUTCOMES:
             raise UserError(
                 f'{outcomes}: target "{name}" has {count} outcomes on prompts that are not held out; at least '
-                f"{MIN_OUTCOMES} are wanted, and a few hundred are better"
+                f"{MIN_OUTCOMES} are required, and a few hundred are recommended"
             )
     kernel = _extended_kernel(router.kernel, predicted)
     logs = kernel(predicted.features)[:, -len(new) :]
@@ -85,7 +85,7 @@ def _learnt(router: Router, new: Sequence[Target], config: TrainConfig) -> tuple
 
 
 def _extended_kernel(machine: KernelMachine, predicted: GradedPrediction) -> KernelMachine:
-    """With outputs of new targets after those of the known ones, P(correct) and lengths each."""
+    """The machine with new targets' outputs after those of the existing ones: all P(correct), then all log lengths."""
     assert predicted.features is not None
     known = len(machine.mean) // 2
     p, logs = machine.of_outputs(range(known)), machine.of_outputs(range(known, 2 * known))

@@ -1,4 +1,4 @@
-"""Some graded prompts with their features, of stores of any size: what a kernel machine learns from."""
+"""A sample of graded prompts with their features, on which a kernel machine is fitted."""
 
 # N prompts, F features, T targets
 
@@ -17,7 +17,7 @@ from prefill_router.probe.projection import Projection
 
 
 def sample_rows(graded: GradedStore, projections: Sequence[Projection], max_rows: int) -> GradedRows:
-    """The `max_rows` prompts of the lowest hashes, or all, in that order: the same however the store is cut."""
+    """The `max_rows` prompts of the lowest mixed hashes, in that order, or all. The shards' sizes do not matter."""
     keys = graded.graded_keys
     order = mixed(keys)
     below = np.partition(order, max_rows)[max_rows] if len(order) > max_rows else None

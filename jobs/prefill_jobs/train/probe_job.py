@@ -1,4 +1,4 @@
-"""`probe`: d_eff and Fisher J of every layer and pooling, for every target, in one pass over the activation store."""
+"""`probe`: computes d_eff and Fisher J of every layer, pooling and target, in one pass over the activation store."""
 
 # N prompts, D hidden size
 
@@ -33,18 +33,16 @@ from prefill_router.probe.moments import LabelledMoments, Moments
 
 TABLE = "probe.parquet"
 
-# Rows are gathered to batches of this many times D, so that moments of groups are merged seldom beside what they cost.
+# Batches have at least this many times D rows, so that merging moments costs little compared with computing them.
 _BATCH = 8
 
 
 def run_probe(config: ProbeConfig, split: Split | None = None, groups: SplitGroups | None = None) -> list[LayerProbe]:
-    """Probes one store an encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg.
+    """Probes one store per encoder and writes probe.parquet (the table), probe.json (the choices) and probe.svg.
 
-    Of a split, training's outcomes alone are looked at; `groups` are the split groups that it keeps on one side.
+    With a `split`, only outcomes of its training part are used; `groups` are its split groups.
     """
-    from prefill_router.reports import (
-        figures,  # which imports matplotlib: training, which imports this module, draws nothing
-    )
+    from prefill_router.reports import figures  # imports matplotlib, which training does not need
 
     storage.check_output(config.out)
     stores = _open(config, groups)
@@ -59,18 +57,18 @@ def run_probe(config: ProbeConfig, split: Split | None = None, groups: SplitGrou
 
 
 def _open(config: ProbeConfig, groups: SplitGroups | None) -> list[GradedStore]:
-    """Raises UserError where two stores are of one encoder."""
+    """Opens the stores. Raises UserError if one encoder wrote two of them."""
     stores = [
         GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, groups=groups)
         for uri in config.activations.split(",")
     ]
     for name, count in Counter(map(_encoder, stores)).items():
         if count > 1:
-            raise UserError(f"{config.activations}: {count} stores are of encoder {name}: give one store an encoder")
+            raise UserError(f"{config.activations}: {count} stores are from encoder {name}: give one store per encoder")
     sizes = {_encoder(graded): len(graded.graded_keys) for graded in stores}
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{size:,} by {name}" for name, size in sizes.items())
-        say(f"probe: the encoders have read different numbers of graded prompts: {counts}")
+        say(f"probe: the stores have different numbers of graded prompts: {counts}")
     return stores
 
 
@@ -79,7 +77,7 @@ def _encoder(graded: GradedStore) -> str:
 
 
 def _summary(pool: str, probes: Sequence[LayerProbe]) -> dict[str, Any]:
-    """What was chosen: for each target its encoder and column, for each encoder the joint set of the pool."""
+    """The choices: each target's encoder and column, and each encoder's joint set of columns for the pool."""
     chosen = layer_scores.choose(probes)
     return {
         "pool": pool,
@@ -97,7 +95,7 @@ def _summary(pool: str, probes: Sequence[LayerProbe]) -> dict[str, Any]:
 
 
 def probe_store(graded: GradedStore) -> list[LayerProbe]:
-    """Every column's probes, by column."""
+    """Probes every column of a store, and returns the probes sorted by column."""
     rows = _by_column(graded, graded.store.columns, _labelled_moments, _probes)
     return sorted((_from_row(p) for row in rows for p in json.loads(row["probes"])), key=lambda p: p.column)
 
@@ -117,7 +115,7 @@ def _by_column(
     function: Callable[[GradedStore, dict[str, Any]], Any],
     finish: Callable[[GradedStore, str, Any], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """A task reads one column of all shards or, where there are more CPUs than columns, of some, to be merged."""
+    """Runs a task per column over all shards; with more CPUs than columns, several tasks per column, then merges."""
     slices = min(graded.store.num_shards, ceil(cluster.num_cpus() / len(columns)))
     cuts = np.linspace(0, graded.store.num_shards, slices + 1).astype(int).tolist()
     items = [
@@ -142,7 +140,7 @@ def _moments(graded: GradedStore, item: dict[str, Any]) -> Moments:
 
 
 def _batches(graded: GradedStore, item: dict[str, Any]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """The activations of some shards, whether targets were right, and the prompts' hashes."""
+    """Yields activations, correctness by target and prompt hashes of the item's shards, in batches."""
     shards = graded.batches(ActivationColumn.parse(item["column"]), range(item["start"], item["stop"]))
     least = _BATCH * graded.store.manifest.encoder.hidden_size
     held: list[tuple[NDArray[Any], ...]] = []
@@ -168,7 +166,7 @@ def _to_arrays(_graded: GradedStore, column: str, moments: Moments) -> dict[str,
 
 
 def _task_device() -> torch.device:
-    """Where a task computes; on a CPU with one thread, for there is a task a core."""
+    """The device of a task. On CPUs it uses one thread, because there is one task per core."""
     torch.set_num_threads(1)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -185,12 +183,12 @@ def _from_row(row: dict[str, Any]) -> LayerProbe:
 
 
 def to_table(probes: Sequence[LayerProbe]) -> pa.Table:
-    """The probes as a table; pooling and layer stand beside the column's name."""
+    """The probes as a table, with pooling and layer as columns of their own."""
     return pa.Table.from_pylist([{**_to_row(p), "pooling": p.column.pooling, "layer": p.column.layer} for p in probes])
 
 
 def load_probes(uri: str) -> list[LayerProbe]:
-    """The table that `probe` wrote below `uri`."""
+    """Loads the table that `probe` wrote to `uri`."""
     path = storage.join(uri, TABLE)
     storage.require(path, "probe table: run probe first")
     return [_from_row(row) for row in storage.read_table(path).drop_columns(["pooling", "layer"]).to_pylist()]

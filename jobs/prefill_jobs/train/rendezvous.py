@@ -1,6 +1,7 @@
-"""Where the workers of a training meet: in a file, if all are on this machine.
+"""Rendezvous of training workers through a file, if all workers are on this machine.
 
-Torch's own meeting place, which Ray Train takes, is a port on every address of rank 0's machine that asks for no token.
+Torch's default rendezvous, which Ray Train uses, opens a port without authentication on all interfaces of rank 0's
+machine.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from prefill_router.common.addresses import is_loopback
 
 
 def torch_config(backend: str) -> TorchConfig:
-    """The process group's configuration: a file's on a Ray that listens on loopback alone, a port's elsewhere."""
+    """The process group's configuration: a file on a Ray that listens on loopback only, a port otherwise."""
     is_alone = is_loopback(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     return FileConfig(backend=backend) if is_alone else TorchConfig(backend=backend)
 
 
 @dataclass
 class FileConfig(TorchConfig):
-    """A process group whose workers meet in a file."""
+    """A process group with file rendezvous."""
 
     @property
     def backend_cls(self) -> type[FileBackend]:
@@ -34,7 +35,7 @@ class FileConfig(TorchConfig):
 
 
 class FileBackend(_TorchBackend):
-    """Sets up and ends the process group of one group of workers after another."""
+    """Sets up and shuts down the process group of each worker group."""
 
     _folder: tempfile.TemporaryDirectory[str] | None = None
 

@@ -1,6 +1,6 @@
-"""`train`: activations and outcomes to a router. Probe, project, fit SharedTrunkNet on Ray Train, write the artifact.
+"""`train`: builds a router from activations and outcomes: probe, project, fit SharedTrunkNet on Ray Train, save.
 
-Only outcomes of the train and validation parts are ever read here; those of the test part stay unseen for `evaluate`.
+Only outcomes of the training and validation parts are used; those of the test part are held out for `evaluate`.
 """
 
 # N prompts, T targets of the pool, F features
@@ -45,10 +45,10 @@ from prefill_router.router.artifact import MANIFEST, Router
 
 
 def train(config: TrainConfig, fold: int = 0, *, keep_learnt: bool = False) -> Router:
-    """Trains a router and writes it to `config.out`, whole. Of `config.folds`, number `fold` is held out.
+    """Trains a router and writes it to `config.out`. With `config.folds`, fold number `fold` is held out.
 
-    With `keep_learnt`, a router there that has learnt from the same data by the same settings keeps what it has learnt:
-    what goes by prices is all that is chosen anew.
+    With `keep_learnt`, an existing router trained on the same data with the same settings is not trained again: only
+    values that depend on prices are chosen anew.
     """
     _check(config)
     before = _router_at(config.out) if keep_learnt else None
@@ -58,7 +58,7 @@ def train(config: TrainConfig, fold: int = 0, *, keep_learnt: bool = False) -> R
 
 
 def _router_at(uri: str) -> Router | None:
-    """None where there is none that can be read: it is trained anew."""
+    """The router at `uri`, or None if there is no readable one."""
     try:
         return Router.load(uri)
     except UserError:
@@ -66,7 +66,7 @@ def _router_at(uri: str) -> Router | None:
 
 
 def train_folds(config: TrainConfig) -> list[Router]:
-    """Trains a router for each of `config.folds`, on all prompts but that fold's, below `config.out`."""
+    """Trains one router per fold below `config.out`, each on all prompts except those of its fold."""
     assert config.folds is not None
     outs = [storage.join(config.out, f"fold-{fold}") for fold in range(config.folds)]
     of_folds = [config.model_copy(update={"out": out}) for out in outs]
@@ -80,10 +80,10 @@ def train_folds(config: TrainConfig) -> list[Router]:
 
 
 def _check(config: TrainConfig) -> None:
-    """Raises UserError for what can be told before prompts are embedded or outcomes read."""
+    """Raises UserError for problems that can be found before embedding prompts or reading outcomes."""
     storage.check_output(config.out)
     if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
-        raise UserError(f"{config.out}: already holds a router: choose another --out, or replace it with --overwrite")
+        raise UserError(f"{config.out}: already has a router: choose another --out, or replace it with --overwrite")
     load_pool(config.pool)
     if config.activations is not None:
         ActivationStore.open(config.activations)
@@ -110,7 +110,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     cluster.connect()
     run = _run_name(config, graded, [*pool.target_names, *sorted(others)])
     if before is not None and before.training.get("run") == run:
-        say(f"train: router {before.version} has learnt from the same data: what goes by prices is all that is new")
+        say(f"train: router {before.version} was trained on the same data: only price-dependent values are updated")
         return tuned(before.with_pool(pool), graded.only(split, Part.VALIDATION), recipe)
 
     training = graded.only(split, Part.TRAIN)
@@ -174,11 +174,11 @@ def _recipe(config: TrainConfig) -> RouterRecipe:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the graded prompts of a store leave for training to see."""
+    """Sizes of the training and validation parts of a store's graded prompts."""
 
     num_train: int
     num_validation: int
-    num_answers: NDArray[np.float64]  # (T,) in training
+    num_answers: NDArray[np.float64]  # (T,) outcomes in the training part
 
     @classmethod
     def of(cls, graded: GradedStore, split: Split) -> _Parts:
@@ -187,8 +187,8 @@ class _Parts:
         train, validation = (graded.outcomes.at(keys[parts == part]) for part in (Part.TRAIN, Part.VALIDATION))
         if len(train.correct) < 2 or not len(validation.correct):
             raise UserError(
-                f"{len(keys)} graded prompts leave {len(train.correct)} to train on and {len(validation.correct)} to "
-                "validate: grade more prompts, or lower --test-fraction"
+                f"{len(keys)} graded prompts leave {len(train.correct)} for training and {len(validation.correct)} for "
+                "validation: grade more prompts, or lower --test-fraction"
             )
         return cls(
             len(train.correct),
@@ -198,7 +198,7 @@ class _Parts:
 
 
 def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> str:
-    """The same for the same training, whatever the prices, so that a run whose driver was killed goes on."""
+    """A name that identifies the training apart from prices, so that a run whose driver was killed is resumed."""
     digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
     digest.update(json.dumps(targets).encode())
     digest.update(graded.store.manifest.model_dump_json().encode())
@@ -208,7 +208,10 @@ def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> s
 
 
 def _kernel_machine(training: GradedStore, projections: list[Projection], *, is_fitted: bool) -> KernelMachine:
-    """Of P(correct), then log lengths, of the pool's targets; unless it is fitted, medians are all that it tells."""
+    """Fits the machine that predicts P(correct), then log lengths, of the pool's targets.
+
+    Unless `is_fitted`, it is a constant that predicts the median lengths.
+    """
     num_targets = len(training.pool.targets)
     num_features = sum(projection.num_features for projection in projections)
     if not is_fitted:
@@ -222,9 +225,9 @@ def _kernel_machine(training: GradedStore, projections: list[Projection], *, is_
 
 
 def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
-    """The router with what is chosen on the validation prompts: the kernel machine's weight, calibration, tolerance.
+    """The router with the values chosen on validation prompts: the kernel machine's weight, calibration and tolerance.
 
-    How good it is on them is entered in what is told of its training.
+    Its validation scores are added to `training`.
     """
     predicted = predict_graded(router, validation)
     correct, estimates = predicted.correct, predicted.estimates
@@ -244,7 +247,7 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
         scorer = Scorer(correct, p_correct, expected, tolerance, paid)
         scores = asdict(scorer.scores())
         scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
-        del scores["ece"]  # of the prompts that calibration was fitted on
+        del scores["ece"]  # meaningless on the prompts that calibration was fitted on
         scores["curve"] = thinned(scorer.curve()).tolist()  # tolerance, cost, accuracy
         singles = np.concatenate(scorer.singles(np.ones((1, len(correct)), int))).T
         scores["singles"] = dict(zip(router.pool.target_names, singles.tolist(), strict=True))  # cost, accuracy

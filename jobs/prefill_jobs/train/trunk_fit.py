@@ -1,7 +1,7 @@
 """Fits the trunk on Ray Train.
 
-A worker projects its shards once, into files on its own disk, and streams windows of them. After every epoch the state
-of training is a checkpoint: a worker, or a whole run, that dies goes on from there to the same result.
+Each worker projects its shards once into files on its local disk, and streams windows of them. The training state is
+checkpointed after every epoch: a worker or run that dies resumes from there and reaches the same result.
 """
 
 # N rows of a shard, T targets, F features
@@ -38,18 +38,18 @@ from prefill_router.probe.projection import Projection
 
 _STATE = "state.safetensors"
 _MAX_FAILURES = 8
-_POLL_S = "0.1"  # Ray Train's controller takes in one report each time that it looks, which it does every 2 s otherwise
+_POLL_S = "0.1"  # Ray Train's controller takes one report per poll; its default interval of 2 s would delay epochs
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """What the workers need. `graded` shows the outcomes of training and validation prompts, and no others."""
+    """Inputs of the workers. Only outcomes of training and validation prompts are visible in `graded`."""
 
     graded: GradedStore
     split: Split
     projections: list[Projection]
     recipe: Recipe
-    weights: Sequence[float]  # of each target's answers
+    weights: Sequence[float]  # (T,) loss weight of each target's answers
     seed: int
 
     @property
@@ -63,10 +63,10 @@ class FitTask:
 @dataclass(frozen=True)
 class Fit:
     trunk: FittedTrunk
-    rows_per_s: float  # training rows, of all workers together
+    rows_per_s: float  # training rows per second of all workers together
 
     def to_dict(self) -> dict[str, Any]:
-        """How training went, without the weights."""
+        """The metrics of training, without the weights."""
         trunk = self.trunk
         return {
             "validation_losses": trunk.validation_losses,
@@ -79,7 +79,7 @@ class Fit:
 def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
     """Runs `task` on `workers` Ray Train workers.
 
-    `out` lends a folder for the run. A run of the same `name` that a killed driver left there goes on.
+    The run's files are in a temporary folder below `out`. An interrupted run of the same `name` is resumed.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     runs = storage.join(out, "_runs")
@@ -113,7 +113,7 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
 
 
 def _fit_worker(config: dict[str, Any]) -> None:
-    """One worker: takes every world-size-th shard and fits together with the others."""
+    """Runs one worker, which takes every world-size-th shard and fits together with the others."""
     task: FitTask = config["task"]
     torch.set_num_threads(config["threads"])
     device = ray.train.torch.get_device()
@@ -124,7 +124,7 @@ def _fit_worker(config: dict[str, Any]) -> None:
             feed = project(task, Path(folder), device, context.get_world_rank(), context.get_world_size())
         except (UserError, OSError) as error:
             problem = str(error)
-        # Every worker must report, and what a user can put right is no failure to try again after.
+        # Every worker must report, and Ray Train should not retry after a user's error.
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         if found := next(filter(None, problems), None):
@@ -157,7 +157,7 @@ def _load_checkpoint(checkpoint: Checkpoint, trainer: Trainer) -> None:
 
 
 class RowFiles(Mapping[int, Rows]):
-    """Rows of shards, one file each."""
+    """Rows by shard, one file per shard."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,7 +183,7 @@ class RowFiles(Mapping[int, Rows]):
 
 
 def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, num_workers: int = 1) -> Feed:
-    """Projects the shards of worker `rank` into files below `folder`; the feed reads them from there."""
+    """Projects the shards of worker `rank` into files below `folder`, and returns a feed that reads them."""
     files = {part: RowFiles(folder / part.name) for part in (Part.TRAIN, Part.VALIDATION)}
     num_rows = torch.zeros(task.graded.store.num_shards, dtype=torch.long)
     for shard in range(rank, len(num_rows), num_workers):

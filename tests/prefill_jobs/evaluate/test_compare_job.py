@@ -69,4 +69,4 @@ def test_a_store_of_another_encoder_is_refused(
     outcomes = small_data / "outcomes.parquet"
     result = command("compare", router, worse, activations=store, outcomes=outcomes, out=tmp_path / "out")
     assert result.status == 1
-    assert "none of --activations was written by its encoder" in result.err
+    assert "no store of its encoder" in result.err

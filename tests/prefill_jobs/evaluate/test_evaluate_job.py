@@ -165,7 +165,7 @@ def test_a_category_is_held_out_whole(activations: str, small_data: Path, tmp_pa
         "max_epochs": 3,
     }
     refused = command("train", **train, hold_out="first")
-    assert (refused.status, "need the prompts: give --corpus" in refused.err) == (1, True)
+    assert (refused.status, "--likeness and --hold-out require --corpus" in refused.err) == (1, True)
     assert command("train", **train, corpus=tmp_path / "corpus.parquet", hold_out="first").status == 0
     router = Router.load(str(tmp_path / "router"))
     seen = set(router.training_prompts.tolist())

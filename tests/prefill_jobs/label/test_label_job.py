@@ -187,9 +187,9 @@ def test_others_read_decisions_back_whatever_their_folders_are_called(
 
 def test_a_column_that_no_line_has_is_told(router: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled(router, log, by="team", time="at")
-    said = [line for line in capsys.readouterr().err.splitlines() if "no line tells" in line]
-    ends = f"is it called otherwise in {log}? See --by and --time"
-    assert said == [f"label: no line tells its {name}: {ends}" for name in ("day", "team")]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no line has a value" in line]
+    remedy = f"check --by and --time for {log}"
+    assert said == [f"label: no line has a value in column {name}: {remedy}" for name in ("day", "team")]
 
 
 def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path) -> None:
@@ -211,18 +211,18 @@ def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path)
     with pytest.raises(UserError, match="decided with another tolerance"):
         labelled(router, log, incremental=True, tolerance=0.5)
     write_log(log / "a.jsonl", [{"prompt": "what is this"}])
-    with pytest.raises(UserError, match=r"a\.jsonl: has changed since it was decided"):
+    with pytest.raises(UserError, match=r"a\.jsonl: changed since it was decided"):
         labelled(router, log, incremental=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget_usd": 1.0, "tolerance": 0.1}, "give one of them"),
-        ({"incremental": True, "limit": 3}, "a file that is decided is decided whole"),
+        ({"budget_usd": 1.0, "tolerance": 0.1}, "a budget replaces the tolerance"),
+        ({"incremental": True, "limit": 3}, "incremental runs decide whole files"),
         ({"targets": "huge"}, 'target "huge" is not in the pool'),
-        ({"partition_by": "day"}, "no --time names the column"),
-        ({"partition_by": "team"}, "must be day, or one of the columns of --by"),
+        ({"partition_by": "day"}, "partition_by = day: .* give --time"),
+        ({"partition_by": "team"}, "partition_by = team, must be day or a column of --by"),
         ({"max_bad_fraction": 0.0}, r"1 of 13 rows are invalid.*log\.jsonl: row 13: prompt = 7"),
     ],
 )
@@ -333,7 +333,7 @@ def test_activations_have_no_place_among_those_of_another_encoder(router: str, l
     with pytest.raises(UserError, match="holds activations of another encoder"):
         labelled(router, log, activations=str(store))
     assert ActivationStore.open(str(store)).manifest.rows == 3
-    with pytest.raises(UserError, match="out is --out as well: choose another folder"):
+    with pytest.raises(UserError, match="out is the --out folder: choose another folder"):
         labelled(router, log, activations=str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -342,6 +342,6 @@ def test_a_baseline_has_no_activations(router: str, log: Path, tmp_path: Path) -
     pool, lengths = Router.load(router).pool, np.array([10, 20], np.float32)
     always = Always(0).fit(np.zeros((1, 1)), np.zeros((1, 2)))
     BaselineRouter("always", always, pool, lengths, 0.0, "package:none", "none").save(str(tmp_path / "baseline"))
-    with pytest.raises(UserError, match=r"baseline, which reads none: leave --activations out"):
+    with pytest.raises(UserError, match=r"baseline, which reads no activations: omit --activations"):
         labelled(str(tmp_path / "baseline"), log, activations=str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()

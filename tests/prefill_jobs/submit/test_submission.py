@@ -107,7 +107,7 @@ def test_a_local_head_ends_with_a_command_that_is_terminated(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("is_local", "said"), [(True, "was stopped with its local Ray"), (False, "still running: follow it with")]
+    ("is_local", "said"), [(True, "was stopped with its local Ray"), (False, "is still running: follow it with")]
 )
 def test_an_interrupt_says_what_becomes_of_the_job(is_local: bool, said: str) -> None:
     class Job:

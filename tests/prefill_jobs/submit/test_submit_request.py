@@ -69,12 +69,12 @@ def test_the_same_request_has_the_same_digest_and_another_one_another() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"env": ("AWS_SECRET_ACCESS_KEY=hunter2",)}, "is or holds a secret"),
+        ({"env": ("AWS_SECRET_ACCESS_KEY=hunter2",)}, "AWS_SECRET_ACCESS_KEY or its value looks like a secret"),
         ({"env": ("MY_API_KEY=hunter2",)}, "use --secrets MY_API_KEY"),
         ({"env": ("HUNTER2",)}, "must be NAME=VALUE"),
         *(({"env": (f"{name}=hunter2",)}, f"use --secrets {name}") for name in SECRET_NAMES),
         *(({"env": (f"PLACE={value}",)}, "use --secrets PLACE") for value in SECRET_VALUES),
-        ({"secrets": "HF_TOKEN=hunter2"}, "secrets: HF_TOKEN: give names of variables alone"),
+        ({"secrets": "HF_TOKEN=hunter2"}, "secrets: HF_TOKEN: must be the name of an environment variable"),
     ],
 )
 def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, object], message: str) -> None:
@@ -86,7 +86,7 @@ def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, o
 @pytest.mark.parametrize("value", SECRET_VALUES)
 def test_an_argument_that_holds_a_secret_is_refused_and_not_repeated(value: str) -> None:
     """The dashboard shows a job's command line to all who see it."""
-    with pytest.raises(UserError, match="corpus: holds a secret") as raised:
+    with pytest.raises(UserError, match="corpus: contains a secret") as raised:
         SubmitRequest.of(EXTRACT.model_copy(update={"corpus": value}), SubmitConfig())
     assert "hunter2" not in str(raised.value)
 
@@ -120,8 +120,8 @@ def test_a_job_looks_for_its_secrets_where_it_runs(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("http://127.0.0.1:9", "no Ray dashboard answers there"),
-        ("ray://127.0.0.1:10001", "must be the dashboard's"),
+        ("http://127.0.0.1:9", "no Ray dashboard answers: check"),
+        ("ray://127.0.0.1:10001", "must be the URL of the Ray dashboard"),
         ("local --detach", "follow the job"),
     ],
 )

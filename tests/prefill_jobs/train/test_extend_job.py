@@ -110,5 +110,5 @@ def test_a_new_target_needs_outcomes(router: str, activations: str, outcomes_of_
 
 
 def test_no_router_is_replaced_unless_asked(router: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="already holds a router"):
+    with pytest.raises(UserError, match="already has a router"):
         train(TrainConfig(extend=router, pool=pool_file(tmp_path, small=1.0), out=router))

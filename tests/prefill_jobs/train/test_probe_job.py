@@ -95,7 +95,7 @@ def test_every_target_takes_its_column_from_the_better_encoder(
 
 
 def test_two_stores_of_one_encoder_are_refused(activations: str, small_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 stores are of encoder .*: give one store an encoder"):
+    with pytest.raises(UserError, match=r"2 stores are from encoder .*: give one store per encoder"):
         run_probe(config(f"{activations},{activations}", small_data, tmp_path))
 
 
@@ -112,4 +112,4 @@ def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
     with pytest.raises(UserError, match='prompt_id "nobody" has outcomes but no activations'):
         GradedStore.open(*arguments, ignore_unknown=False)
     assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_keys) == 240
-    assert "1 graded prompts have no activations and are left out" in capsys.readouterr().err
+    assert "ignored 1 graded prompts that have no activations" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_lengths_may_be_unknown(activations: str, small_data: Path, tmp_path: Pa
 
 
 def test_a_router_is_replaced_only_when_asked(router: str, activations: str, small_data: Path) -> None:
-    with pytest.raises(UserError, match="already holds a router"):
+    with pytest.raises(UserError, match="already has a router"):
         train(config(activations, small_data, Path(router)))
 
 
