@@ -1,4 +1,4 @@
-"""What is wrong with a job's inputs is said before anything that takes long: reading a corpus, running a step."""
+"""Invalid inputs of a job are reported before anything slow: reading a corpus, running a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 @pytest.fixture(autouse=True)
 def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes long fails the test."""
+    """Makes every slow call fail the test."""
 
     def called(*_arguments: Any, **_options: Any) -> None:
         pytest.fail("came to what takes long")
@@ -53,7 +53,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def homeless(router: str, tmp_path: Path) -> str:
-    """A router whose encoder is not there."""
+    """A router whose encoder is missing."""
     loaded = Router.load(router)
     identity = loaded.encoder_identity
     gone = identity.model_copy(update={"spec": identity.spec.model_copy(update={"model": "/no/such/encoder"})})

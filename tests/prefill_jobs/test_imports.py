@@ -1,4 +1,4 @@
-"""What processes import before they need it. A job starts many, and each pays for its modules anew."""
+"""Processes import only what they use: a job starts many processes, and each pays for its own imports."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 import pytest
 
 _REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
-_BARE = 120  # modules that Python itself and the virtual environment load, at most
-# Of torch, but for its compiler; of Ray Data, with pandas.
+_BARE = 120  # maximum number of modules that Python and the virtual environment load
+# Upper bounds: torch without its compiler; Ray Data with pandas.
 _SELDOM = {"transformers", "matplotlib", "sklearn", "scipy", "litellm", "torch._dynamo", "torch._inductor", "sympy"}
 _ENCODING = ("extract.extractor", "label.estimator", "graded.embeddings", "train.trunk_fit")
 _CHOOSING = ("label.decider", "collect.collector", "collect.grading")
@@ -32,7 +32,7 @@ except SystemExit as ended:
 
 
 def modules_after(code: str) -> set[str]:
-    """The modules that a new process has loaded once it has run `code`."""
+    """The modules loaded in a new process after running `code`."""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{_REPORT}"], capture_output=True, text=True, check=False, timeout=120
     )

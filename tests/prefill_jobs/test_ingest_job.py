@@ -1,4 +1,4 @@
-"""`prefill-router ingest`: what it prints, and what it says where it cannot go on."""
+"""`prefill-router ingest`: its output and its errors."""
 
 from __future__ import annotations
 

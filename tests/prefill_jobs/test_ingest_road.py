@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def write_toolkit(data: Path, path: Path) -> Path:
-    """The corpus and the outcomes of a folder as one CSV of the toolkit."""
+    """The corpus and outcomes of a folder as one CSV file in the toolkit's format."""
     prompts = {row["prompt_id"]: row["prompt"] for row in pq.read_table(data / "corpus.parquet").to_pylist()}
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

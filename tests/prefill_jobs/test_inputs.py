@@ -1,4 +1,4 @@
-"""Other people's files through each command, on disk and S3: read, quarantined with a reason, or one clear line."""
+"""Real-world input files through each command, on disk and S3: read, quarantined with a reason, or one error line."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 @dataclass(frozen=True)
 class Input:
-    """Files below the corpus, and what is to become of them: rows read, why others are not, or the whole error."""
+    """Files of a corpus and the expected result: rows read, reasons for quarantined rows, or the whole error."""
 
     files: Mapping[str, bytes]
     rows: int = 0
-    bad: tuple[str, ...] = ()  # how the reasons begin
-    error: str | None = None  # what the line holds
-    of: str = ""  # the path below the corpus that is given; all of it by default
+    bad: tuple[str, ...] = ()  # prefixes of the reasons
+    error: str | None = None  # part of the error line
+    of: str = ""  # path below the corpus that is passed to the command; the whole corpus by default
     said: str = ""
     columns: tuple[str, ...] = field(default=())  # for `--by`
 
@@ -110,7 +110,7 @@ INPUTS: dict[str, Input] = {
     "gz": Input({"a.jsonl.gz": packed(Path("a.gz"), jsonl(*prompts(9)))}, 9),
     "zst": Input({"a.csv.zst": packed(Path("a.zst"), text_csv(CSV))}, 2),
     "bz2": Input({"a.jsonl.bz2": packed(Path("a.bz2"), jsonl(*prompts(9)))}, 9),
-    # Requests as they are.
+    # Requests to APIs.
     "parts": Input({"a.jsonl": jsonl({"model": "m", "messages": PARTS})}, 1),
     "tool-calls": Input({"a.jsonl": jsonl({"messages": [*CHAT, CALL]})}, 1),
     "anthropic": Input({"a.jsonl": jsonl({"model": "m", "system": "be brief", "messages": PARTS})}, 1),
@@ -176,7 +176,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def run(command: str, corpus: str, out: str, tiny_model: Path, router: str, pool: str, by: tuple[str, ...]) -> int:
-    """The rows that came of it."""
+    """The rows of the output."""
     if command == "extract":
         return extract(
             ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=out, max_bad_fraction=0.9)

@@ -1,4 +1,4 @@
-"""What jobs promise of Ray itself: several workers, and one that dies. All else about jobs is tested in process."""
+"""Jobs on a real Ray: several workers, and one that dies. Other tests of jobs run in process."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_workers_share_outlives_its_process(local_ray: None) -> None:
         seen = [counts.call("add"), counts.call("add")]
         process = counts.call("process")
         ray.kill(counts._actor, no_restart=False)
-        while counts.call("process") == process:  # which goes on for a moment
+        while counts.call("process") == process:  # it stays alive for a moment
             time.sleep(0.05)
         assert [*seen, counts.call("add"), counts.call("add")] == expected
 
@@ -150,7 +150,7 @@ def test_two_workers_learn_what_one_process_does(
 def undisturbed(
     local_ray: None, activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Router, Path]:
-    """A router that one worker of Ray Train fitted, and where it is."""
+    """A router fitted by one Ray Train worker, and its folder."""
     out = tmp_path_factory.mktemp("undisturbed") / "router"
     return trained(activations, small_data, out), out
 
@@ -173,7 +173,7 @@ def test_a_worker_killed_amid_an_epoch_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The trainer's third pass ends the worker's process, once."""
+    """Kills the worker's process in the trainer's third epoch, once."""
     killed = tmp_path / "killed"
     whole_pass = Trainer.train
 

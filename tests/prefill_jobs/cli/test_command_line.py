@@ -1,4 +1,4 @@
-"""The command line's manners: what it says of bad input, and that it leaves nothing that could pass for a result."""
+"""The command line: errors for invalid input, which leave no output that could be mistaken for a result."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str], arguments
 def test_an_error_of_a_job_is_a_line_even_where_a_pipe_breaks(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """click ends with status 1 and without a word where it sees EPIPE, as of a connection to a store."""
+    """click exits silently with status 1 on EPIPE, which a lost connection to a store raises too."""
 
     def fail(_config: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe", "s3://bucket/corpus.jsonl")
@@ -145,7 +145,7 @@ def test_an_error_of_a_job_is_a_line_even_where_a_pipe_breaks(
 
 
 def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which the process may not outlive: it ends with it."""
+    """Shutting down Ray may end the process, so the error is reported first."""
     monkeypatch.setattr(cluster.ray, "is_initialized", iter([False, True]).__next__)
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: pytest.fail("Ray was ended first"))
     with pytest.raises(UserError, match="layer 99"), cluster.results_apart():
@@ -153,7 +153,7 @@ def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.Mon
 
 
 def assert_shown(out: str, name: str) -> None:
-    """Is every field of a command's config in its help?"""
+    """Asserts that every field of a command's config is in its help."""
     for key, field in command_options()[name].model_fields.items():
         is_argument = "positional" in (field.json_schema_extra or {})
         assert (f"[{key}]" if is_argument else f"--{key.replace('_', '-')}") in out

@@ -1,4 +1,4 @@
-"""`collect` against upstreams that fail as they are told."""
+"""`collect` against upstreams that fail on request."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_call_that_fails_is_missing_and_is_made_again(
     said = capsys.readouterr().err
     assert "10 calls failed (most often small: status 404 model_not_found)" in said
     assert (manifest.outcomes, manifest.missing) == (10, 10)
-    assert len(upstreams["small"].completions) == 10  # no use to try again at once
+    assert len(upstreams["small"].completions) == 10  # a retry would fail too
     assert {row["target"] for row in outcomes(tmp_path / "out")} == {"big"}
     upstreams["small"].faults()
     assert collected(tmp_path, pool).outcomes == 20
@@ -115,7 +115,7 @@ def test_rate_limits_hold(upstreams: dict[str, Upstream], tmp_path: Path) -> Non
     for upstream in upstreams.values():
         came = sorted(call.came_s for call in upstream.completions)
         assert len(came) == 40
-        for num_later in range(1, 40):  # ten begin within a second; three that are on their way may arrive together
+        for num_later in range(1, 40):  # ten start per second; three in flight may arrive together
             windows = [last - first for first, last in zip(came, came[num_later:], strict=False)]
             assert min(windows) > 0.1 * (num_later - 3) - 0.01
         moments = [(call.came_s, 1) for call in upstream.completions]
@@ -169,14 +169,14 @@ def test_prompts_that_no_grader_could_grade_are_not_paid_for(
     unfit = {**rows[3], "reference": None}
     write_rows(tmp_path, [*rows[:3], unfit, {**rows[3], "prompt_id": "again"}, {"prompt": "?"}])
     manifest = collected(tmp_path, pool)
-    assert len(upstreams["big"].completions) == 4  # the last but one asks what a row without a reference asks too
+    assert len(upstreams["big"].completions) == 4  # the second to last row has the prompt of a row without a reference
     said = capsys.readouterr().err
     assert 'collect: 2 prompts cannot be graded and are not sent (p3: the row has no "reference")' in said
     assert (manifest.missing, manifest.graded) == (0, 8)
     bad = [(row.row, row.reason) for row in read_quarantine(str(tmp_path / "out"))]
     assert bad == [(3, 'the row has no "reference"'), (5, 'the row has no "reference"')]
 
-    write_rows(tmp_path, rows)  # what was paid for is graded once the corpus is mended, and never to no avail
+    write_rows(tmp_path, rows)  # existing answers are graded once the corpus is fixed
     with pytest.raises(UserError, match=r'can grade none of 4 prompts \(p0: the row has no "tests"'):
         collected(tmp_path, pool, grader="code", regrade=True)
     assert collected(tmp_path, pool, regrade=True).graded == 8
@@ -213,7 +213,7 @@ def test_a_target_that_cannot_be_asked_is_one_line(upstreams: dict[str, Upstream
 def test_what_an_upstream_quotes_is_kept_nowhere(
     upstreams: dict[str, Upstream], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its error a code that is a word, and never the key: neither in what is said, nor in any file."""
+    """Shows an error code that is a word, and never the key, neither in messages nor in files."""
     key = "sk_live_Secret"
     monkeypatch.setenv("BIG_API_KEY", key)
     monkeypatch.setitem(_ERRORS, Fault.UNAUTHORIZED, (401, "error", "live_Secret", None, f"No such key: {key}."))
@@ -258,12 +258,12 @@ def test_a_judge_is_asked_within_the_budget_and_once(upstreams: dict[str, Upstre
     write_prompts(tmp_path / "corpus.jsonl", 6)
     pool = write_pool_of(tmp_path / "pool.toml", upstreams)
     options = tmp_path / "judge.toml"
-    options.write_text('rubric = """\nIs it right?\nGRADE: 0.75\n"""\n')  # which this judge says back
+    options.write_text('rubric = """\nIs it right?\nGRADE: 0.75\n"""\n')  # this judge echoes it
     judging = {"grader": "judge", "judge": "big", "grader_options": str(options)}
     manifest = collected(tmp_path, pool, targets="small", **judging)
     assert (manifest.outcomes, manifest.graded) == (6, 6)
     assert {row["correct"] for row in outcomes(tmp_path / "out")} == {0.75}
-    assert len(upstreams["big"].completions) == 12  # each in both orders
+    assert len(upstreams["big"].completions) == 12  # each judged in both orders
     assert manifest.spending["big"].answers == 12
     again = collected(tmp_path, pool, targets="small", regrade=True, **judging)
     assert (again.graded, len(upstreams["big"].completions)) == (6, 12)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 @pytest.fixture(scope="module")
 def worse(activations: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A router of one epoch."""
+    """A router trained for one epoch."""
     from prefill_jobs.options import TrainConfig
     from prefill_jobs.train.train_job import train
 

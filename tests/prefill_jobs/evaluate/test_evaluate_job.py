@@ -49,7 +49,7 @@ def test_only_held_out_prompts_are_scored(router: str, activations: str, small_d
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["router"]["accuracy"] == evaluation.router.accuracy
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 12  # six plots, for a desk and for a phone
+    assert page.count("<svg") == 12  # six plots, each for desktop and phone
     assert "Only a test." in page
 
 
@@ -194,7 +194,7 @@ def test_baselines_on_embeddings_are_compared_kept_and_served(
     embedded = {path: path.stat().st_mtime_ns for path in (tmp_path / "report" / "embeddings").glob("part-*")}
     assert len(embedded) == 1
 
-    # On other embeddings that lie ready, nothing is embedded again, and all figures are the same.
+    # With existing embeddings in another folder nothing is embedded again, and all figures are equal.
     again = evaluate(config.model_copy(update={"embeddings": str(tmp_path / "report" / "embeddings")}))
     assert again.to_json()["standings"] == evaluation.to_json()["standings"]
     assert {path: path.stat().st_mtime_ns for path in embedded} == embedded

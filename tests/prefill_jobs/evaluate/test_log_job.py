@@ -1,4 +1,4 @@
-"""Feedback as `train` and `evaluate` read it."""
+"""`train` and `evaluate` on feedback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 @pytest.fixture
 def feedback(small_data: Path, tmp_path: Path) -> str:
-    """What a gateway that explores half of the time would have been told of each prompt, three times."""
+    """Feedback on every prompt, three times, as from a gateway that explores half of the time."""
     dice = np.random.default_rng(0)
     graded = pq.read_table(small_data / "outcomes.parquet").to_pandas().pivot(index="prompt_id", columns="target")
     rows: list[dict[str, Any]] = []

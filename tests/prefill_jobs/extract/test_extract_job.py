@@ -49,7 +49,7 @@ def run(corpus: object, encoder: Path, out: object, **options: Any) -> ExtractSu
 
 
 def contents(out: object) -> dict[str, dict[str, NDArray[Any]]]:
-    """What a store holds of each prompt_id."""
+    """The values in a store by prompt_id."""
     store = ActivationStore.open(str(out))
     rows: dict[str, dict[str, NDArray[Any]]] = {}
     for shard in range(store.num_shards):
@@ -67,7 +67,7 @@ def assert_equal_rows(a: dict[str, dict[str, NDArray[Any]]], b: dict[str, dict[s
 
 
 def files_at(out: object) -> dict[str, int]:
-    """Every object of an output but the lease's and the manifest's, and when it was written."""
+    """The modification time of every file of an output, except the lease and the manifest."""
     paths = [path for path in Path(str(out)).rglob("*") if path.is_file() and "_lease" not in path.parts]
     return {str(path): path.stat().st_mtime_ns for path in paths if path.name not in ("manifest.json", "summary.json")}
 
@@ -108,7 +108,7 @@ def test_the_summary_is_the_last_line_and_lies_beside_the_manifest(
     assert "240/240 prompts" in result.err
 
 
-# --- once --------------------------------------------------------------------------------------------------------
+# --- each shard once ---------------------------------------------------------------------------------------------
 
 
 def test_a_finished_extraction_is_not_done_again(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_finished_extraction_is_not_done_again(small_data: Path, tiny_model: P
 
 
 def test_what_was_committed_before_a_job_died_is_kept(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A job that died left no manifest; of its last shard, the object but not the record."""
+    """A job that died left no manifest, and its last shard has a file but no record."""
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     shards = run(corpus, tiny_model, out, limit=60).manifest.shards
     expected = contents(out)
@@ -139,7 +139,7 @@ def test_what_was_committed_before_a_job_died_is_kept(small_data: Path, tiny_mod
 def test_a_corpus_that_grew_costs_what_is_new(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_records: int
 ) -> None:
-    """Rows at a file's end, and a file that comes before the others; with records that are gathered, or lie alone."""
+    """Adds rows at a file's end, and a file that sorts before the others; with records compacted or in single files."""
     monkeypatch.setattr("prefill_router.activations.commit_log.SEGMENT_RECORDS", segment_records)
     prompts = random_prompts(70, seed=7)
     corpus, out = tmp_path / "corpus", tmp_path / "out"
@@ -162,7 +162,7 @@ def test_added_layers_leave_the_others_as_they_are(small_data: Path, tiny_model:
     before = contents(out)
     summary = run(corpus, tiny_model, out, limit=50, layers="1", pooling="last")
     assert summary.manifest.columns == ["last_001", "mean_003"]
-    half = summary.work.flops  # only block 1 has to run
+    half = summary.work.flops  # only block 1 runs
     whole = run(corpus, tiny_model, tmp_path / "whole", limit=50, layers="3", pooling="mean").work.flops
     assert half == pytest.approx(whole / 3)
     after = contents(out)
@@ -224,7 +224,7 @@ def test_a_repeated_prompt_is_computed_once_and_written_for_each_id(tiny_model: 
     assert run(corpus, tiny_model, tmp_path / "out").to_dict()["reused"] == 61
 
 
-# --- bad rows ----------------------------------------------------------------------------------------------------
+# --- invalid rows ------------------------------------------------------------------------------------------------
 
 
 def test_bad_rows_go_to_the_quarantine_with_their_reason(tiny_model: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_poolings_that_do_not_exist_are_refused(text: str) -> None:
 
 def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    for i in range(5):  # prompts that are repeated and bad, ids that are given, given twice, and not given
+    for i in range(5):  # repeated and invalid prompts; given, duplicate and missing ids
         prompts = rng.choice(["a", "b", "c", "d", "e", "f", " "], 9)
         ids = rng.integers(0, 200, 9)
         rows = (

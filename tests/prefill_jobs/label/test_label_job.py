@@ -40,7 +40,7 @@ def write_log(path: Path, rows: Sequence[Any]) -> Path:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """A query log of bare prompts and conversations, without ids."""
+    """A query log of prompts and conversations without ids."""
     rows: list[Any] = [{"prompt": f"what is one plus {i}"} for i in range(10)]
     return write_log(tmp_path / "log.jsonl", [*rows, {"messages": RIVER}, {"prompt": "what is one plus 3"}])
 
@@ -89,7 +89,7 @@ def test_a_budget_is_spent_and_not_exceeded(router: str, log: Path) -> None:
     dearest = sum(row["expected_cost_usd"]["big"] for row in decisions(log))
     labelled(router, log, budget_usd=(cheapest + dearest) / 2, overwrite=True)
     spent = sum(row["expected_cost_usd"][row["target"]] for row in decisions(log))
-    assert cheapest < spent <= (cheapest + dearest) / 2 + dearest / 6  # twelve lines cannot come nearer
+    assert cheapest < spent <= (cheapest + dearest) / 2 + dearest / 6  # twelve lines allow no better fit
     before = decisions(log)
     with pytest.raises(UserError, match="the log costs at least"):
         labelled(router, log, budget_usd=cheapest / 2, overwrite=True)
@@ -197,7 +197,7 @@ def test_an_incremental_run_decides_new_files_alone(router: str, tmp_path: Path)
     write_log(log / "a.jsonl", [*({"prompt": f"what is one plus {i}"} for i in range(6)), {"prompt": ""}])
     assert labelled(router, log, incremental=True).computed == 6
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "decisions").iterdir()}
-    assert labelled(router, log, incremental=True).computed == 6  # the manifest of before: there was nothing new
+    assert labelled(router, log, incremental=True).computed == 6  # the previous manifest, as no file is new
     write_log(log / "b.jsonl", [*({"prompt": f"what is one plus {i}"} for i in range(4, 9)), {"prompt": 7}])
     manifest = labelled(router, log, incremental=True)
     assert (manifest.lines, manifest.computed, len(manifest.inputs), manifest.quarantined) == (11, 3, 2, 2)
@@ -268,7 +268,7 @@ def as_corpus(router: str, log: Path, out: Path, **options: Any) -> ExtractConfi
 
 
 def test_activations_are_kept_as_extract_keeps_them_and_decide_the_same(picky: str, log: Path, tmp_path: Path) -> None:
-    """Beside a prompt that repeats: one that the encoder cuts, one that it refuses, and a line that is bad."""
+    """The log has a repeated prompt, one that the encoder truncates, one that it refuses, and an invalid line."""
     append(log, {"prompt": "two " * 300}, {"prompt": "no town"}, {"prompt": 7}, {"prompt": "no town"})
     without = labelled(picky, log, shard_rows=5)
     expected = decisions(log)
@@ -291,7 +291,7 @@ def test_activations_are_kept_as_extract_keeps_them_and_decide_the_same(picky: s
             np.testing.assert_array_equal(values[name], others[name])
     assert ours.manifest.quarantine == theirs.manifest.quarantine
 
-    shutil.rmtree(tmp_path / "out")  # so that the store alone knows the prompts
+    shutil.rmtree(tmp_path / "out")  # only the store has the prompts now
     again = labelled(picky, log, shard_rows=5, activations=str(tmp_path / "kept"))
     assert again == kept.model_copy(update={"computed": 0})
     assert decisions(log) == expected
@@ -303,7 +303,7 @@ def test_a_store_that_lies_there_goes_on(router: str, log: Path, tmp_path: Path)
     columns = ActivationStore.open(str(store)).columns
     assert labelled(router, log).computed == 11
     expected = decisions(log)
-    assert labelled(router, log, activations=str(store), overwrite=True).computed == 7  # that the store lacked
+    assert labelled(router, log, activations=str(store), overwrite=True).computed == 7  # prompts that the store lacked
     grown = ActivationStore.open(str(store))
     assert (grown.columns, grown.manifest.rows) == (columns, 12)
     assert labelled(router, log, activations=str(store), overwrite=True).computed == 0
@@ -316,14 +316,16 @@ def test_an_incremental_run_keeps_the_activations_of_the_whole_log(router: str, 
     rows = [{"prompt": f"what is one plus {i}"} for i in range(9)]
     write_log(log / "a.jsonl", [*rows[:6], {"prompt_id": "x", "messages": RIVER}])
     assert labelled(router, log, incremental=True, activations=store).computed == 7
-    write_log(log / "b.jsonl", [*rows[4:], {"prompt_id": "x", "prompt": "name a town"}])  # an id of another prompt's
+    write_log(log / "b.jsonl", [*rows[4:], {"prompt_id": "x", "prompt": "name a town"}])  # the id of another prompt
     manifest = labelled(router, log, incremental=True, activations=store)
     assert (manifest.lines, manifest.computed) == (13, 4)
     assert ActivationStore.open(store).manifest.rows == 12
     quarantined = pq.read_table(f"{store}/quarantine/rows.parquet")["reason"].to_pylist()
     assert quarantined == ['prompt_id "x" occurs more than once: ids must be unique']
     Path(store, "manifest.json").unlink()
-    assert labelled(router, log, incremental=True, activations=store) == manifest  # of before: no file is new
+    assert (
+        labelled(router, log, incremental=True, activations=store) == manifest
+    )  # the previous manifest, as no file is new
     assert ActivationStore.open(store).manifest.rows == 12
 
 

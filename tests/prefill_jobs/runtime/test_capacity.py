@@ -1,4 +1,4 @@
-"""The share of their peak that a job's workers reach, whichever of them come and go."""
+"""The peak of a job's workers, including workers that join or end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PEAK = 100.0
 
 
 def report(capacity: Capacity, worker: str, worked_s: float, flops: float = 300.0) -> Work:
-    """A worker's report that its encoder did so much, `worked_s` after its first task began."""
+    """Reports a task of a worker, finished `worked_s` after its first task began."""
     work = Work(prompts=1, tokens=7, flops=flops, seconds=5.0)
     capacity.add(worker, PEAK, worked_s, work)
     return work

@@ -39,8 +39,8 @@ def test_rows_come_back_from_actors(local_ray: None) -> None:
 
 
 def test_actors_that_are_many_are_handed_several_items_at_a_time() -> None:
-    assert cluster.task_size(10**6, 6 * 20) == 1  # few actors: each shard is told of as it is done
-    assert cluster.task_size(1000, 6 * 1000) == 1  # few items: none waits behind another
+    assert cluster.task_size(10**6, 6 * 20) == 1  # few actors: each shard is reported when it is done
+    assert cluster.task_size(1000, 6 * 1000) == 1  # few items: none waits for another
     size = cluster.task_size(245_000, 6 * 1000)
     assert size > 1
     assert 245_000 / size >= 8 * 6 * 1000

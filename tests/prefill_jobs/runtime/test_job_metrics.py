@@ -1,4 +1,4 @@
-"""Gauges of a job stay exported while it does nothing, as the alert on jobs that stand still wants it."""
+"""Gauges of an idle job stay exported, which the alert on stalled jobs requires."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prefill_router.common.gauges import REFRESHER, KeptGauge
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, float]]:
-    """What gauges were set to, in turn."""
+    """The values set on gauges, in order."""
     values: list[tuple[Any, float]] = []
     monkeypatch.setattr(Gauge, "set", lambda gauge, value, _tags=None: values.append((gauge, value)))
     return values
 
 
 def refreshed(told: list[tuple[Any, float]], holder: object) -> dict[str, float]:
-    """What the gauges of an object are set to while nothing happens, by name; each is set once."""
+    """The values that an idle object's gauges are exported with, by name; each is set once."""
     told.clear()
     REFRESHER.refresh()
     gauges = [member.gauge for member in vars(holder).values() if isinstance(member, KeptGauge)]

@@ -1,4 +1,4 @@
-"""A Ray that a job starts on this machine: closed to other machines, and to all that have not its token."""
+"""A Ray that a job starts on this machine is closed to other machines and to processes without its token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ with _told():
 
 
 def users_environment(home: Path, **variables: str) -> dict[str, str]:
-    """That of a user who has set nothing of Ray's."""
+    """The environment of a user without any Ray settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "NCCL_"))}
     return {**kept, "HOME": str(home), **variables}
 
@@ -77,7 +77,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_ray(home: Path) -> Iterator[tuple[psutil.Popen, str]]:
-    """A process that has connected as jobs do, and its Ray's address."""
+    """A process that connected like a job, and the address of its Ray."""
     with running(["-c", _OWN], home) as process:
         address = process.stdout.readline().strip()
         assert address, process.stderr.read()
@@ -99,7 +99,7 @@ def test_without_its_token_it_answers_nothing_but_metrics(own_ray: Any) -> None:
     for port in ports(own_ray[0]):
         try:
             answer = httpx.get(f"http://127.0.0.1:{port}/api/job_agent/jobs/x", timeout=60)
-        except httpx.RemoteProtocolError:  # gRPC's
+        except httpx.RemoteProtocolError:  # a gRPC port
             continue
         num_metrics += answer.text.startswith("# HELP")
         assert answer.status_code == 401 or answer.text.startswith("# HELP")
@@ -173,7 +173,7 @@ def test_a_token_that_is_refused_is_one_line_before_ray_tries(
 
 
 def test_ray_that_does_not_take_a_driver_is_one_line(monkeypatch: pytest.MonkeyPatch, refusing: str) -> None:
-    """It may answer, and the driver be on no node of its."""
+    """The cluster may answer although the driver is on none of its nodes."""
 
     def not_taken(*_arguments: object, **_options: object) -> None:
         raise ConnectionError(f"Failed to connect to Ray cluster at {refusing}")

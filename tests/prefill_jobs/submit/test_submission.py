@@ -1,4 +1,4 @@
-"""Ray's token on the way to a dashboard; jobs go to a real cluster in e2e/test_submit.py."""
+"""Ray's token in requests to a dashboard. e2e/test_submit.py submits jobs to a real cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKEN = "0123456789abcdef" * 4
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """Answers as Ray's does where `ray start` has found a token: its version, and that there is no job."""
+    """Answers like a dashboard started with a token: with its version, and that there is no job."""
 
     def do_GET(self) -> None:
         given = self.headers.get("Authorization")
@@ -46,7 +46,7 @@ class Dashboard(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A dashboard's address, for a user who has no token yet."""
+    """A dashboard's address, for a user without a token."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -79,7 +79,7 @@ def test_a_token_that_is_wanted_is_one_line(
 
 
 def test_a_local_head_ends_with_a_command_that_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes are none of this command's children, and would stay."""
+    """Its processes are not children of this command, and would keep running."""
     ended = []
 
     class Head:

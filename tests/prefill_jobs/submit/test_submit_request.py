@@ -1,4 +1,4 @@
-"""What a submission sends: a command line, small files, and secrets by name alone."""
+"""A submission sends a command line, small files, and only the names of secrets."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_value_that_is_secret_is_refused_and_not_repeated(options: dict[str, o
 
 @pytest.mark.parametrize("value", SECRET_VALUES)
 def test_an_argument_that_holds_a_secret_is_refused_and_not_repeated(value: str) -> None:
-    """The dashboard shows a job's command line to all who see it."""
+    """The dashboard shows a job's command line to everyone who can open it."""
     with pytest.raises(UserError, match="corpus: contains a secret") as raised:
         SubmitRequest.of(EXTRACT.model_copy(update={"corpus": value}), SubmitConfig())
     assert "hunter2" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The wheel that jobs are sent with, where a job runs."""
+"""The wheel that is sent with a job."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_same_code_has_the_same_version_and_asks_for_no_requirements(tmp_pat
 
 
 def test_what_is_no_code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout may hold keys, dumps and what editors leave, which all who see the cluster could read."""
+    """A checkout may have keys, dumps and editor backups, which everyone on the cluster could read."""
     package = tmp_path / "here" / "prefill_example"
     (package / ".ipynb_checkpoints").mkdir(parents=True)
     code = ("__init__.py", "page.html", "page.css", "page.js")

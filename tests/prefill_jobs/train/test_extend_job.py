@@ -1,4 +1,4 @@
-"""`train --extend`: a target more, a target less, another price."""
+"""`train --extend`: a new target, a dropped target, a new price."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pool_file(folder: Path, **prices: float) -> str:
 
 @pytest.fixture
 def outcomes_of_three(small_data: Path, tmp_path: Path) -> str:
-    """The outcomes of "big" and "small", and those of "like_small", which is right where "small" is."""
+    """The outcomes of "big" and "small", and of "like_small", which is right whenever "small" is."""
     table = pq.read_table(small_data / "outcomes.parquet")
     small = table.filter(pc.equal(table["target"], "small"))
     names = pa.array(["like_small"] * len(small))
