@@ -358,7 +358,7 @@ def _pool(config: CollectConfig) -> Pool:
     pool = load_pool(config.pool)
     names = names_in(config.targets) or pool.target_names
     if unknown := [name for name in names if name not in pool.target_names]:
-        raise UserError(f'targets: "{unknown[0]}" is not in the pool; its targets: {", ".join(pool.target_names)}')
+        raise UserError(f'targets: "{unknown[0]}" is not in the pool: {", ".join(pool.target_names)}')
     targets = tuple(target for target in pool.targets if target.name in names)
     for target in targets:
         if target.upstream is None and not config.regrade:

@@ -188,7 +188,7 @@ def test_prompts_that_no_grader_could_grade_are_not_paid_for(
     [
         ({"targets": "huge"}, 'targets: "huge" is not in the pool: big, small'),
         ({"grader": "exat"}, 'unknown grader "exat", did you mean "exact"?'),
-        ({"grader": None, "regrade": True}, "give the --grader"),
+        ({"grader": None, "regrade": True}, "regrade: requires a grader: give --grader"),
     ],
 )
 def test_what_cannot_be_is_one_line(

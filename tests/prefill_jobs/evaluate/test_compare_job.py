@@ -38,7 +38,7 @@ def test_routers_are_compared_on_prompts_new_to_both(
     assert low <= value <= high
     first, second = (standing["intervals"]["mean_auc"][0] for standing in report["standings"])
     assert value == pytest.approx(first - second)
-    assert f"{router} less {worse}:" in result.out
+    assert f"{router} minus {worse}:" in result.out
     assert "mean AUC: +" in result.out
     assert worse in (tmp_path / "report.html").read_text()
 

@@ -75,7 +75,7 @@ def test_every_line_gets_the_decision_that_the_router_makes(router: str, log: Pa
 def test_what_was_estimated_is_chosen_from_again_and_not_read_again(router: str, log: Path) -> None:
     first = labelled(router, log)
     assert sum(first.decisions.values()) == 12
-    with pytest.raises(UserError, match="already holds decisions"):
+    with pytest.raises(UserError, match="already has decisions"):
         labelled(router, log)
     nothing = labelled(router, log, max_cost=0.0, overwrite=True)
     assert (nothing.decisions, nothing.computed) == ({"none": 12}, 0)

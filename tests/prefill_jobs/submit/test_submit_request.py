@@ -122,7 +122,7 @@ def test_a_job_looks_for_its_secrets_where_it_runs(monkeypatch: pytest.MonkeyPat
     [
         ("http://127.0.0.1:9", "no Ray dashboard answers: check"),
         ("ray://127.0.0.1:10001", "must be the URL of the Ray dashboard"),
-        ("local --detach", "follow the job"),
+        ("local --detach", "omit --detach"),
     ],
 )
 def test_where_nothing_answers_is_said_in_a_line(command: Command, address: str, message: str) -> None:
