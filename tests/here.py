@@ -20,10 +20,9 @@ import cloudpickle
 import pytest
 import torch
 
-from prefill_jobs.collect.collector import AskShard
-from prefill_jobs.runtime import cluster
+from prefill_jobs.collect.collector import CallActor
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.train import train_job, trunk_fit
-from prefill_router.common.errors import UserError
 
 Row = dict[str, Any]
 NUM_CPUS = 2
@@ -94,7 +93,8 @@ class Groups:
 
 def _end(actor: object) -> None:
     """Closes the connections and the event loop that end with an actor's process."""
-    if isinstance(actor, AskShard):
+    actor = getattr(actor, "worker", None)  # of the actor that `ray_tasks` wraps
+    if isinstance(actor, CallActor):
         asyncio.run_coroutine_threadsafe(actor._http.aclose(), actor._loop).result()
         actor._loop.call_soon_threadsafe(actor._loop.stop)
         while actor._loop.is_running():
@@ -134,10 +134,7 @@ class Shared:
 
 def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
-        result, problem = cluster._caught(copied(function), copied(item))
-        if problem is not None:
-            raise UserError(problem)
-        yield copied(result)
+        yield copied(ray_tasks.attempt(copied(function), copied(item)).get())
 
 
 def fit_here(task: trunk_fit.FitTask, workers: int, out: str, name: str) -> trunk_fit.Fit:
@@ -155,15 +152,15 @@ def without_ray() -> Iterator[None]:
     """Jobs that are run meanwhile run in this process."""
     stand_ins = {
         "connect": lambda: None,
-        "spread": spread,
         "Shared": Shared,
         "worker_id": lambda: "here",
-        "_items": lambda items, _task_size=1: Rows(dict(item) for item in items),
-        "_nodes": lambda: ["here"],
+        "nodes": lambda: ["here"],
         "_total": lambda resource: float(NUM_CPUS) if resource == "CPU" else 0.0,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(cluster, name, stand_in)
+        patch.setattr(ray_tasks, "spread", spread)
+        patch.setattr(ray_tasks, "_dataset", lambda rows, _task_size=1: Rows(rows))
         patch.setattr(train_job, "fit_on_ray", fit_here)
         yield

@@ -26,7 +26,7 @@ import ray.data
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_router.common.versions import versions
 from prefill_router.corpus.plan import plan
 from tiny import random_prompts
@@ -123,7 +123,7 @@ def main() -> None:
     for prompts in (10**6, 10**8, 10**9):
         for gpus in (1, 8, 64, 512, 1000):
             gpu_s = prompts * TOKENS_PER_PROMPT / GPU_TOKENS_PER_S / gpus
-            size = cluster.task_size(prompts // ROWS_A_SHARD, CALLS_AHEAD * gpus)
+            size = ray_tasks.task_size(prompts // ROWS_A_SHARD, CALLS_AHEAD * gpus)
             for when, cores, shards_a_task in (("before", 1, 1), ("now", CORES_PER_GPU * gpus, size)):
                 plan_s, driver_s = rates.plan_s(prompts, cores), rates.driver_s(prompts, shards_a_task)
                 worst = max((plan_s, "planning"), (gpu_s, "GPUs"), (driver_s, "the driver"))[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import ray
 
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.options import ExtractConfig, TrainConfig
-from prefill_jobs.runtime import cluster, ray_failures
+from prefill_jobs.runtime import cluster, ray_failures, ray_tasks
 from prefill_jobs.train import trunk_fit
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
@@ -60,7 +61,7 @@ def test_a_failure_in_an_actor_is_the_users_error_and_leaves_no_manifest(
 
 def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, small_data: Path) -> None:
     corpus = str(small_data / "corpus.parquet")
-    here, there = plan(corpus, 20), plan(corpus, 20, spread=cluster.spread)
+    here, there = plan(corpus, 20), plan(corpus, 20, spread=ray_tasks.spread)
     assert len(here.shards) == 12
     assert (there.shards, there.repeats, there.bad) == (here.shards, here.repeats, here.bad)
     np.testing.assert_array_equal(there.keys, here.keys)
@@ -68,8 +69,8 @@ def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, small_d
 
 def test_workers_share_one_object(local_ray: None) -> None:
     shared = cluster.Shared(Counts)
-    rows = cluster.map_rows([{"x": x} for x in range(6)], count, fn_kwargs={"counts": shared})
-    assert sorted(row["seen"] for row in rows) == [1, 2, 3, 4, 5, 6]
+    seen = ray_tasks.map_items(partial(count, counts=shared), range(6))
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_workers_share_outlives_its_process(local_ray: None) -> None:
@@ -97,14 +98,14 @@ def test_what_ray_ends_is_one_line_with_the_rest_in_a_file(local_ray: None) -> N
                 UserError,
                 match=f"^Ray failed the job: .*{what}.*: run the job again to resume .*; full log: ",
             ) as e,
-            ray_failures.in_one_line(),
+            ray_failures.as_user_errors(),
         ):
             ray.get(getattr(ray.remote(Fragile).remote(), method).remote())
         assert "\n" not in str(e.value)
         details = Path(str(e.value).rpartition("full log: ")[2])
         assert "Traceback" in details.read_text()
         details.unlink()
-    with pytest.raises(UserError, match=r"^corpus.csv: column prompt is missing$"), ray_failures.in_one_line():
+    with pytest.raises(UserError, match=r"^corpus.csv: column prompt is missing$"), ray_failures.as_user_errors():
         ray.get(ray.remote(Fragile).remote().refuse.remote())
 
 
@@ -131,8 +132,8 @@ class Counts:
         return os.getpid()
 
 
-def count(row: dict[str, Any], counts: cluster.Shared) -> dict[str, Any]:
-    return {"seen": counts.call("add")}
+def count(_: int, counts: cluster.Shared) -> int:
+    return int(counts.call("add"))
 
 
 def test_two_workers_learn_what_one_process_does(

@@ -119,11 +119,11 @@ def _extract(config: Any) -> None:
 
 
 def _probe(config: Any) -> None:
-    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.runtime.cluster import result_on_stdout
     from prefill_jobs.train.probe_job import run_probe
     from prefill_router.probe.layer_scores import by_encoder, choose, coverage, joint_columns
 
-    with results_apart():
+    with result_on_stdout():
         probes = run_probe(config)
     encoders = by_encoder(probes)
     for target, best in choose(probes).items():
@@ -137,16 +137,16 @@ def _probe(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
-    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.runtime.cluster import result_on_stdout
     from prefill_jobs.train.train_job import train, train_folds
 
     if config.folds is not None:
-        with results_apart():
+        with result_on_stdout():
             routers = train_folds(config)
         for fold, router in enumerate(routers):
             typer.echo(f"{config.out}/fold-{fold}: router {router.version}, tolerance {router.default_tolerance:.3f}")
         return
-    with results_apart():
+    with result_on_stdout():
         router = train(config)
     typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
     if config.extend is None:
@@ -172,7 +172,7 @@ def _evaluate(config: Any) -> None:
 
     from prefill_jobs.evaluate.evaluate_job import evaluate
     from prefill_jobs.evaluate.log_job import evaluate_log
-    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.runtime.cluster import result_on_stdout
     from prefill_router.outcomes import is_feedback
     from prefill_router.reports.evaluation_page import (
         against_baselines,
@@ -183,13 +183,13 @@ def _evaluate(config: Any) -> None:
     from prefill_router.reports.log_page import policy_rows
 
     if is_feedback(config.outcomes):
-        with results_apart():
+        with result_on_stdout():
             report = evaluate_log(config)
         for row in policy_rows(report):
             typer.echo("  ".join(row))
         typer.echo(f"report: {config.out}/log.html")
         return
-    with results_apart():
+    with result_on_stdout():
         evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))
@@ -201,10 +201,10 @@ def _evaluate(config: Any) -> None:
 
 def _compare(config: Any) -> None:
     from prefill_jobs.evaluate.compare_job import compare
-    from prefill_jobs.runtime.cluster import results_apart
+    from prefill_jobs.runtime.cluster import result_on_stdout
     from prefill_router.reports.evaluation_page import headline, paired_rows
 
-    with results_apart():
+    with result_on_stdout():
         evaluation = compare(config)
     typer.echo(f"{evaluation.num_held_out:,} prompts held out from all routers: {headline(evaluation)}")
     for other in evaluation.standings[1:]:

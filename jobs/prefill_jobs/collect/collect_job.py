@@ -6,41 +6,36 @@ budget, then grades all answers. Answers are keyed by the call, so that none is 
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from prefill_jobs.collect.collector import AskedShard, AskShard, AskTask
+from prefill_jobs.collect import stored_answers
+from prefill_jobs.collect.collector import AskShard, AskTask, CallActor
 from prefill_jobs.collect.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
-from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.collect.prompt_selection import PromptSelection, estimation
+from prefill_jobs.collect.stored_answers import Spending
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import CollectConfig
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
-from prefill_router.baselines import any_router
-from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.purse import Purse
-from prefill_router.collection.target_calls import Asked, Spent, call_key
+from prefill_router.collection.target_calls import Asked, Spent
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.schema import COST_USD, TARGET
 from prefill_router.common.validation import StrictModel
-from prefill_router.corpus.plan import CorpusPlan, in_order, plan, read_shard
+from prefill_router.corpus.plan import CorpusPlan, in_order, plan
 from prefill_router.corpus.quarantine import write_quarantine
-from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, refuse_output, report_unread
+from prefill_router.corpus.reader import MAX_PROMPT_BYTES, refuse_output, report_unread
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.graders import BoundedGrader, Grader, bounded, load_grader
 from prefill_router.policy.pool import Pool, Target, load_pool
-from prefill_router.query_log.estimates import Contents, PromptEstimates
-from prefill_router.query_log.sampling import active, at_random, stratified
 from prefill_router.storage.lease import Lease
 from prefill_router.storage.parquet_objects import MANIFEST, ShardFile, remove_shards
 
@@ -48,14 +43,7 @@ _CALLS = 4  # concurrent shards per actor, so that it always has calls to make
 _JUDGEMENTS = 2  # per answer: one with the reference first, one with it last
 _NO_LIMIT = Spent(1e15, 1 << 60)
 
-
-class Spending(StrictModel):
-    """Spending on one target by all runs."""
-
-    answers: int
-    cost_usd: float
-    lost_usd: float  # upper bound for failed attempts that may have been billed
-    tokens: int  # of answers and failed attempts
+T = TypeVar("T")
 
 
 class CollectManifest(StrictModel):
@@ -82,13 +70,13 @@ def collect(config: CollectConfig) -> CollectManifest:
     if config.sample_by == "active" and config.sample is not None and config.router is None:
         raise UserError("sample_by = active: requires a router that estimates the prompts: give --router")
     if config.router is not None and config.sample_by == "active":
-        _estimation(config, pool).check()
+        estimation(config, pool).check()
     asked = Asked(config.max_output_tokens, config.temperature, config.seed)
     storage.require(config.corpus, "corpus")
     refuse_output(config.out, config.corpus)
     report_unread(config.corpus, "collect")
     with Lease.acquire(config.out, "collect") as lease, cluster.connected():
-        planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=cluster.spread)
+        planned = plan(config.corpus, config.shard_rows, config.limit, keep_repeats=True, spread=ray_tasks.spread)
         return _Collection(config, pool, asked, grader, judge, planned, lease).run()
 
 
@@ -105,136 +93,23 @@ class _Collection:
     ) -> None:
         self.config, self.pool, self.asked, self.grader, self.judge = config, pool, asked, grader, judge
         self.plan, self.lease, self.out = planned, lease, storage.absolute(config.out)
+        self._selection = PromptSelection(config, pool, asked, planned, self._grading({}), lease)
 
     def run(self) -> CollectManifest:
-        self._take_in()
-        answered = self._answered()
-        wanted = self._wanted(answered)
+        stored_answers.recover(self.out)
+        answered = stored_answers.answered_calls(self.out)
+        wanted = self._selection.wanted({*answered})
         left_out = 0
         if not self.config.regrade:
             left_out = self._ask(answered, wanted)
-            answered = self._answered()
+            answered = stored_answers.answered_calls(self.out)
         tasks = self._grade_tasks(answered)
         grading = self._grading(answered)
         if self.judge is not None:
             left_out += self._judge(tasks, grading)
-            grading = replace(grading, answered=self._answered())
+            grading = replace(grading, answered=stored_answers.answered_calls(self.out))
         self.lease.check()
         return self._grade(tasks, grading, self._num_missing(answered, wanted), left_out)
-
-    @cached_property
-    def _contents(self) -> Contents:
-        return np.ascontiguousarray(self.plan.keys[:, 1:])
-
-    def _keys(self, content: NDArray[np.uint64]) -> list[str]:
-        """The keys of one prompt's calls, one per target."""
-        digest = content.tobytes().hex()
-        return [call_key(digest, target.name, self.asked) for target in self.pool.targets]
-
-    def _wanted(self, answered: dict[str, str]) -> NDArray[np.bool_]:
-        """Whether each row (N,) of the corpus is sent: the first gradable row of each content, or a sample of these."""
-        contents, size = self._contents, self.config.sample
-        rows, wanted = self._askable(), np.zeros(len(self._contents), np.bool_)
-        if size is None:
-            wanted[rows] = True
-            return wanted
-        is_asked = np.array([any(key in answered for key in self._keys(contents[row])) for row in rows], np.bool_)
-        kept, others = rows[is_asked], rows[~is_asked]
-        drawn = others[self._draw(others, max(0, size - len(kept)))]
-        wanted[kept] = wanted[drawn] = True
-        return wanted
-
-    def _askable(self) -> NDArray[np.int64]:
-        """The first gradable row of each content. Raises UserError if the grader can grade no row."""
-        fit = np.flatnonzero([bad is None for bad in self._unfit])
-        if not len(fit):
-            raise UserError(
-                f"{self.config.corpus}: grader {self.config.grader} can grade none of {len(self._unfit):,} prompts "
-                f"({_first(self._unfit)}), so that none is sent: fix the corpus, or name its columns in "
-                "--grader-options; existing answers are kept for --regrade"
-            )
-        if len(fit) < len(self._unfit):
-            say(
-                f"collect: {len(self._unfit) - len(fit):,} prompts cannot be graded and are not sent "
-                f"({_first(self._unfit)}): see quarantine/rows.parquet"
-            )
-        _, firsts = np.unique(self._contents[fit], axis=0, return_index=True)
-        return np.sort(fit[firsts])
-
-    @cached_property
-    def _unfit(self) -> list[BadRow | None]:
-        """For each row (N,) the reason why it cannot be graded, or None."""
-        if self.grader is None:
-            return [None] * len(self._contents)
-        return [bad for rows in cluster.spread(self._grading({}).unfit, self.plan.shards) for bad in rows]
-
-    def _draw(self, rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-        """Samples `size` of these rows, and returns their indices in `rows`."""
-        contents = self._contents[rows]
-        if self.config.sample_by == "random":
-            return at_random(contents, size)
-        if self.config.sample_by == "stratified":
-            return stratified(contents, [self._strata[row] for row in rows], size)
-        return active(contents, self._p_correct(contents), size)
-
-    @cached_property
-    def _strata(self) -> list[str]:
-        """The stratum of each row (N,)."""
-        shards = (read_shard(shard, extras=[self.config.stratum]) for shard in self.plan.shards)
-        strata = [row.extras[0] for rows in shards for row in rows]
-        if all(value is None for value in strata):
-            raise UserError(
-                f"{self.config.corpus}: column {self.config.stratum} is missing: name another with --stratum"
-            )
-        return [str(value) for value in strata]
-
-    def _p_correct(self, contents: Contents) -> NDArray[np.float32]:
-        """The router's P(correct) (N, T) of prompts, for the targets that are both in its pool and to be called."""
-        estimation = _estimation(self.config, self.pool)
-        estimation.run(self.plan, self.lease, "sample")
-        held = Held.read(estimation.out)
-        p = np.concatenate([PromptEstimates.load(estimation.out, name).p_correct for name in held.names])
-        names = estimation.router.pool.target_names
-        known = [t for t, name in enumerate(names) if name in self.pool.target_names]
-        return p[held.index.find(contents)][:, known]
-
-    def _take_in(self) -> None:
-        """Recovers answers from the journals of interrupted runs into their shards."""
-        for name in storage.list_names(storage.join(self.out, "journal")):
-            place = ShardPlace(self.out, name)
-            write_states(place, load_states(place))
-
-    def _answered(self) -> dict[str, str]:
-        """Maps the key of each answered call to the shard that has its answer."""
-        answered = {}
-        for name in self._objects():
-            table = storage.read_table(storage.join(self.out, "answers", name), ["key", "answer"])
-            is_answered = table["answer"].is_valid().to_pylist()
-            for key, has in zip(table["key"].to_pylist(), is_answered, strict=True):
-                if has:
-                    answered[key] = name.removeprefix("part-").removesuffix(".parquet")
-        return answered
-
-    def _objects(self) -> list[str]:
-        names = storage.list_names(storage.join(self.out, "answers"))
-        return [name for name in names if name.endswith(".parquet")]
-
-    def _spending(self) -> dict[str, Spending]:
-        uris = [storage.join(self.out, "answers", name) for name in self._objects()]
-        tables = [storage.read_table(uri, _SPENT) for uri in uris]
-        if not tables:
-            return {}
-        wanted = [("answer", "count"), *((name, "sum") for name in _SPENT[2:])]
-        sums = pa.concat_tables(tables).group_by(TARGET).aggregate(wanted)
-        return {
-            row[TARGET]: Spending(
-                answers=row["answer_count"],
-                cost_usd=row[f"{COST_USD}_sum"],
-                lost_usd=row["lost_usd_sum"],
-                tokens=row["tokens_sum"] + row["lost_tokens_sum"],
-            )
-            for row in sums.sort_by(TARGET).to_pylist()
-        }
 
     def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
         """Makes every call that has no answer. Returns how many calls the budget did not allow."""
@@ -246,34 +121,38 @@ class _Collection:
         assert self.judge is not None
         pool = self.pool.model_copy(update={"targets": (self.judge,)})
         num_calls = _JUDGEMENTS * len(grading.targets) * sum(task.shard.rows for task in tasks)
-        return self._make(JudgeShard, tasks, pool, JUDGE_ASKED, "judge", num_calls, grading=grading)
+        return self._make(partial(JudgeShard, grading), tasks, pool, JUDGE_ASKED, "judge", num_calls)
 
     def _make(
-        self, worker: type, tasks: Sequence[Any], pool: Pool, asked: Asked, what: str, num_calls: int, **more: Any
+        self,
+        create: Callable[..., CallActor[T]],
+        tasks: Sequence[T],
+        pool: Pool,
+        asked: Asked,
+        what: str,
+        num_calls: int,
     ) -> int:
-        """Makes the calls of tasks on actors of type `worker`. Returns how many calls the budget did not allow."""
+        """Makes the calls of tasks on actors. Returns how many calls the budget did not allow."""
         progress = Progress(what, num_calls, unit="calls")
         if not tasks:
             return 0
         left = self._budget()
-        for spending in self._spending().values():
+        for spending in stored_answers.spending_by_target(self.out).values():
             left -= Spent(spending.cost_usd + spending.lost_usd, spending.tokens)
-        arguments = {
-            "pool": pool,
-            "asked": asked,
-            "out": self.out,
-            "attempts": self.config.attempts,
-            "num_workers": self.config.workers,
-            "max_prompt_bytes": MAX_PROMPT_BYTES,
-            "purse": cluster.Shared(Purse, left, is_kept=True),
-            **more,
-        }
-        items = [{"task": pickle.dumps(task)} for task in tasks]
+        build = partial(
+            create,
+            pool=pool,
+            asked=asked,
+            out=self.out,
+            attempts=self.config.attempts,
+            num_workers=self.config.workers,
+            max_prompt_bytes=MAX_PROMPT_BYTES,
+            purse=cluster.Shared(Purse, left, is_kept=True),
+        )
         options = cluster.caller_resources(self.config.workers, _CALLS)
         left_out, reasons = 0, Counter[str]()
-        for row in cluster.map_rows(items, worker, fn_constructor_kwargs=arguments, **options):
+        for done in ray_tasks.map_on_actors(build, tasks, **options):
             self.lease.check()
-            done: AskedShard = pickle.loads(row["done"])
             left_out += done.left_out
             reasons.update(done.reasons)
             progress.add(done.answered + done.failed + done.left_out, Work())
@@ -291,7 +170,7 @@ class _Collection:
         tasks, num_calls = [], 0
         for shard, span in self.plan.spans():
             rows = np.flatnonzero(wanted[span])
-            keys = [key for content in self._contents[span][rows] for key in self._keys(content)]
+            keys = [key for row in (span.start + rows).tolist() for key in self._selection.keys(row)]
             missing = sum(key not in answered for key in keys)
             if missing:
                 elsewhere = frozenset(key for key in keys if answered.get(key, shard.digest) != shard.digest)
@@ -304,13 +183,13 @@ class _Collection:
         return Spent(_NO_LIMIT.usd if usd is None else usd, _NO_LIMIT.tokens if tokens is None else tokens)
 
     def _num_missing(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
-        return sum(key not in answered for content in self._contents[wanted] for key in self._keys(content))
+        return sum(key not in answered for row in np.flatnonzero(wanted).tolist() for key in self._selection.keys(row))
 
     def _grade_tasks(self, answered: dict[str, str]) -> list[GradeTask]:
         """A task per shard that has an answer to any of its prompts, including repeated ones."""
         tasks = []
         for shard, rows in self.plan.spans():
-            keys = (key for content in self._contents[rows] for key in self._keys(content))
+            keys = (key for row in range(rows.start, rows.stop) for key in self._selection.keys(row))
             sources = tuple(sorted({answered[key] for key in keys if key in answered}))
             if sources:
                 tasks.append(GradeTask(shard, sources))
@@ -329,28 +208,22 @@ class _Collection:
         )
 
     def _grade(self, tasks: Sequence[GradeTask], grading: Grading, num_missing: int, left_out: int) -> CollectManifest:
-        items = [{"task": pickle.dumps(task)} for task in tasks]
-        arguments = {"grading": grading}
-        found = list(cluster.map_rows(items, grade_shard, fn_kwargs=arguments)) if items else []
-        files = sorted((pickle.loads(row["file"]) for row in found if row["outcomes"]), key=lambda file: file.name)
-        write_quarantine(self.config.out, in_order([*self.plan.bad, *filter(None, self._unfit)]))
-        outcomes = sum(row["outcomes"] for row in found)
+        shards = list(ray_tasks.map_items(partial(grade_shard, grading=grading), tasks)) if tasks else []
+        files = sorted((shard.file for shard in shards if shard.file is not None), key=lambda file: file.name)
+        write_quarantine(self.config.out, in_order([*self.plan.bad, *self._selection.bad]))
         manifest = CollectManifest(
             asked=asdict(self.asked),
-            spending=self._spending(),
+            spending=stored_answers.spending_by_target(self.out),
             missing=num_missing,
             left_out=left_out,
-            outcomes=outcomes,
-            graded=sum(row["graded"] for row in found),
+            outcomes=sum(shard.outcomes for shard in shards),
+            graded=sum(shard.graded for shard in shards),
             files=files,
         )
         self.lease.check()
         storage.write_json(storage.join(self.config.out, MANIFEST), manifest.model_dump())
         remove_shards(storage.join(self.out, "outcomes"), keep={file.name for file in files})
         return manifest
-
-
-_SPENT = [TARGET, "answer", COST_USD, "lost_usd", "tokens", "lost_tokens"]
 
 
 def _pool(config: CollectConfig) -> Pool:
@@ -366,15 +239,6 @@ def _pool(config: CollectConfig) -> Pool:
                 f'{config.pool}: target "{target.name}" has no upstream: add one, or exclude the target with --targets'
             )
     return pool.model_copy(update={"targets": targets})
-
-
-def _estimation(config: CollectConfig, pool: Pool) -> Estimation:
-    """The router's estimation of the corpus. Raises UserError if it has none of the targets to call."""
-    assert config.router is not None
-    router = any_router.load(config.router)
-    if not set(router.pool.target_names) & set(pool.target_names):
-        raise UserError(f"{config.router}: has none of the targets to call: give a router for this pool")
-    return Estimation(router, config.router, storage.join(storage.absolute(config.out), "estimates", router.version))
 
 
 def _grader(config: CollectConfig) -> Grader | BoundedGrader | None:
@@ -395,11 +259,6 @@ def _judge(config: CollectConfig) -> Target | None:
     if judge is None or judge.upstream is None:
         raise UserError(f'judge = "{config.judge}", must be a target of {config.pool} with an upstream')
     return judge
-
-
-def _first(unfit: Sequence[BadRow | None]) -> str:
-    bad = next(filter(None, unfit))
-    return f"{bad.prompt_id}: {bad.reason}"
 
 
 def _named(grader: Grader | BoundedGrader | None) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import random
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Generic, TypeVar
 
 import httpx
 
@@ -29,6 +29,8 @@ from prefill_router.policy.pool import Pool, Target
 from prefill_router.upstreams.transport import http_client
 
 _LEFT_OUT = Miss("not made: the budget is used up")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class AskedShard:
     reasons: Mapping[str, int] = field(default_factory=dict)  # counts of failed calls by "TARGET: REASON"
 
 
-class AskShard:
-    """Makes the calls of several shards concurrently, in one event loop."""
+class CallActor(ABC, Generic[T]):
+    """Makes the calls of several tasks concurrently, in one event loop."""
 
     def __init__(
         self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Shared
@@ -69,27 +71,21 @@ class AskShard:
     def _http(self) -> httpx.AsyncClient:
         return http_client()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    @abstractmethod
+    def calls(self, task: T) -> tuple[list[TargetCall], ShardPlace]:
+        """The calls of a task, and the place of the shard for their answers."""
+
+    def __call__(self, task: T) -> AskedShard:
         for target in self.pool.targets:
             _check_key(target)
-        return {"done": pickle.dumps(self._start(row["task"]))}
+        return self._start(task)
 
-    def _start(self, pickled: bytes) -> AskedShard:
-        task: AskTask = pickle.loads(pickled)
-        return asyncio.run_coroutine_threadsafe(self._ask_shard(task), self._loop).result()
+    def _start(self, task: T) -> AskedShard:
+        return asyncio.run_coroutine_threadsafe(self._make(task), self._loop).result()
 
-    async def _ask_shard(self, task: AskTask) -> AskedShard:
-        rows = await asyncio.to_thread(read_shard, task.shard, self.max_prompt_bytes)
-        place = ShardPlace(self.out, task.shard.digest)
-        calls = (
-            TargetCall(rows[i].prompt_id, rows[i].prompt, target, self.asked)
-            for i in task.rows
-            for target in self.pool.targets
-        )
-        return await self._make([call for call in calls if call.key not in task.elsewhere], place)
-
-    async def _make(self, calls: Sequence[TargetCall], place: ShardPlace) -> AskedShard:
-        """Makes the calls that have no answer in the shard at `place`."""
+    async def _make(self, task: T) -> AskedShard:
+        """Makes the calls that have no answer yet."""
+        calls, place = await asyncio.to_thread(self.calls, task)
         states = await asyncio.to_thread(load_states, place)
         wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
         if not wanted:
@@ -143,6 +139,20 @@ class AskShard:
 
     async def _give_back(self, part: Spent) -> None:
         await self.purse.call_async("give_back", part)
+
+
+class AskShard(CallActor[AskTask]):
+    """Sends the prompts of a shard to the targets."""
+
+    def calls(self, task: AskTask) -> tuple[list[TargetCall], ShardPlace]:
+        rows = read_shard(task.shard, self.max_prompt_bytes)
+        calls = (
+            TargetCall(rows[i].prompt_id, rows[i].prompt, target, self.asked)
+            for i in task.rows
+            for target in self.pool.targets
+        )
+        place = ShardPlace(self.out, task.shard.digest)
+        return [call for call in calls if call.key not in task.elsewhere], place
 
 
 def _check_key(target: Target) -> None:

@@ -6,16 +6,14 @@ what it would ask the judge, then with the judge's replies.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from prefill_jobs.collect.collector import AskedShard, AskShard
+from prefill_jobs.collect.collector import CallActor
 from prefill_router import storage
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.journal import CallState
@@ -38,6 +36,13 @@ JUDGE_ASKED = Asked(max_output_tokens=512, temperature=0.0)
 class GradeTask:
     shard: Shard
     sources: tuple[str, ...]  # names of the shards with answers to its prompts
+
+
+class RowCheck(NamedTuple):
+    """The reason why a row cannot be graded, if there is one, and its stratum."""
+
+    bad: BadRow | None = None
+    stratum: Any = None
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,20 @@ class Grading:
             grader = replace(grader, options={**grader.options, "ask": ask})
         return grader(answer.text, self._fields(row)).score
 
-    def unfit(self, shard: Shard) -> list[BadRow | None]:
-        """For each row of a shard the reason why it cannot be graded, or None."""
-        rows = read_shard(shard, self.max_prompt_bytes, self.columns)
-        reasons = [None if self.grader is None else self.grader.unfit(self._fields(row)) for row in rows]
-        return [
-            None if reason is None else BadRow(*place, row.prompt_id, reason)
-            for row, place, reason in zip(rows, shard.places, reasons, strict=True)
-        ]
+    def check(self, shard: Shard, stratum: str | None = None) -> list[RowCheck]:
+        """Checks each row of a shard, and reads its column `stratum`."""
+        columns = tuple(dict.fromkeys([*self.columns, *([] if stratum is None else [stratum])]))
+        rows = read_shard(shard, self.max_prompt_bytes, columns)
+        checks = []
+        for row, place in zip(rows, shard.places, strict=True):
+            reason = None if self.grader is None else self.grader.unfit(self._fields(row))
+            bad = None if reason is None else BadRow(*place, row.prompt_id, reason)
+            checks.append(RowCheck(bad, None if stratum is None else row.extras[columns.index(stratum)]))
+        return checks
 
     def _fields(self, row: Row) -> dict[str, Any]:
-        """The fields of a row that graders see."""
-        known = {name: value for name, value in zip(self.columns, row.extras, strict=True) if value is not None}
+        """The fields of a row that graders see. The row may have further columns."""
+        known = {name: value for name, value in zip(self.columns, row.extras, strict=False) if value is not None}
         return {PROMPT_ID: row.prompt_id, PROMPT: row.prompt, **known}
 
     def judge_calls(self, task: GradeTask) -> list[TargetCall]:
@@ -104,24 +111,29 @@ def unasked(_messages: Sequence[Message]) -> Reply:
     raise LookupError("no judge was asked")
 
 
-class JudgeShard(AskShard):
+class JudgeShard(CallActor[GradeTask]):
     """Calls the judge about a shard's answers. The judge is the only target of its pool."""
 
     def __init__(self, grading: Grading, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.grading = grading
 
-    def _start(self, pickled: bytes) -> AskedShard:
-        task: GradeTask = pickle.loads(pickled)
+    def calls(self, task: GradeTask) -> tuple[list[TargetCall], ShardPlace]:
         calls = [call for call in self.grading.judge_calls(task) if call.key not in self.grading.answered]
         name = hashlib.sha256(f"judge\n{task.shard.digest}".encode()).hexdigest()[:32]
-        making = self._make(calls, ShardPlace(self.out, name))
-        return asyncio.run_coroutine_threadsafe(making, self._loop).result()
+        return calls, ShardPlace(self.out, name)
 
 
-def grade_shard(item: dict[str, Any], grading: Grading) -> dict[str, Any]:
+class GradedShard(NamedTuple):
+    """The outcomes of a shard, and counts of them."""
+
+    file: ShardFile | None  # None without outcomes
+    outcomes: int
+    graded: int
+
+
+def grade_shard(task: GradeTask, grading: Grading) -> GradedShard:
     """Writes the outcomes of every answer to a shard's prompts."""
-    task: GradeTask = pickle.loads(item["task"])
     names = {grading.answered[call.key] for call in grading.judge_calls(task) if call.key in grading.answered}
     ask = None if grading.judge is None else _ReplayingJudge(grading, _states(grading.out, sorted(names)))
     outcomes = [
@@ -140,7 +152,7 @@ def grade_shard(item: dict[str, Any], grading: Grading) -> dict[str, Any]:
             storage.join(grading.out, "outcomes"), f"part-{task.shard.digest}.parquet", table
         )
     graded = sum(outcome[CORRECT] is not None for outcome in outcomes)
-    return {"file": pickle.dumps(written), "outcomes": len(outcomes), "graded": graded}
+    return GradedShard(written, len(outcomes), graded)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 """`extract`: runs a corpus through the encoder and stores activations. Start with `extract_job.py`, the driver.
 
-Other jobs that read prompts with the encoder share its fault tolerance, `guarded_encoder.py`.
+Other jobs that read prompts with an encoder share the base of its actors, `encoder_actor.py`.
 """

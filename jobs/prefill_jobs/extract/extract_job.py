@@ -6,9 +6,9 @@ earlier prompt, and commits all of them in one manifest.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from prefill_jobs.extract.encoder_actor import map_on_encoders
 from prefill_jobs.extract.extract_summary import ExtractSummary
-from prefill_jobs.extract.extractor import ExtractedShard, ExtractRequest, ExtractShard, Source, Task
-from prefill_jobs.extract.guarded_encoder import ShardAttempts
+from prefill_jobs.extract.extractor import ExtractRequest, ExtractShard, Source, Task
 from prefill_jobs.options import ExtractConfig
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
 from prefill_router.activations import commit_log
@@ -40,8 +40,6 @@ from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, ch
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.lease import Lease
-
-_CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
 
 
 def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
@@ -79,7 +77,7 @@ def _extract(
         check_encoder(request.encoder, [] if request.layers == "all" else request.layers)
     report_unread(config.corpus, "extract")
     with cluster.connected():
-        planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=cluster.spread)
+        planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=ray_tasks.spread)
         planned.check_bad(planned.bad, config.max_bad_fraction)
         with Lease.acquire(config.out, "extract") as lease:
             if encoder is not None:
@@ -108,7 +106,7 @@ class _Extraction:
     def run(self) -> ExtractSummary:
         # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
         spec = self.request.encoder
-        cluster.on_every_node(checkpoint.fetch, spec.model, spec.revision)
+        ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
         self.workers = self.actors.number
         summary = ExtractSummary(len(self.plan.bad), self.workers)
         progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
@@ -170,23 +168,14 @@ class _Extraction:
         pending = np.flatnonzero(positions < 0).tolist()
         if not pending:
             return
-        arguments = {
-            "request": self.request,
-            "threads": cluster.threads_per_worker(self.workers),
-            "attempts": cluster.Shared(ShardAttempts),
-        }
-        items = [{"task": pickle.dumps(task)} for task in to_tasks(pending)]
-        options = self.actors.options(_CALLS)
-        for row in cluster.map_rows(items, ExtractShard, fn_constructor_kwargs=arguments, **options):
-            finished: ExtractedShard = pickle.loads(row["done"])
+        for finished in map_on_encoders(partial(ExtractShard, self.request), to_tasks(pending), self.actors):
             self.lease.check()
             self._check_encoder(finished.encoder)
             self.ledger.add(finished.record)
             summary.add(finished)
             num_refused = len(finished.record.refused)
-            progress.add(
-                finished.record.rows + num_refused, finished.work, summary.capacity.flops, finished.num_retries
-            )
+            effort = finished.effort
+            progress.add(finished.record.rows + num_refused, effort.work, summary.capacity.flops, effort.num_retries)
             progress.quarantine(num_refused)
 
     def _check_encoder(self, encoder: EncoderIdentity) -> None:

@@ -31,13 +31,13 @@ class ExtractSummary:
         self.num_quarantined += num_refused
 
     def add(self, done: ExtractedShard) -> None:
-        self.capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
-        self.num_retries += done.num_retries
+        self.capacity.add(done.effort)
+        self.num_retries += done.effort.num_retries
         if not done.is_new:
             self.reuse(done.record.rows, len(done.record.refused))
             return
         self.num_shards_computed += 1
-        self.work += done.work
+        self.work += done.effort.work
         self.num_copied += done.num_copied
         self.num_quarantined += len(done.record.refused)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 
-from prefill_jobs.runtime.cluster import Shared
 from prefill_router.activations.shard_builder import ShardBuilder
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
@@ -18,26 +16,6 @@ from prefill_router.encoder.prefill_work import Work
 log = logging.getLogger(__name__)
 
 _ATTEMPTS_IN_PROCESS = 2  # later attempts suspect the shard's prompts and encode them in another process
-_MAX_ATTEMPTS = 20  # then the job fails
-
-
-class ShardAttempts:
-    """Counts the attempts at each shard. One object is shared by a job's workers and outlives them."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def begin(self, digest: str) -> int:
-        self.counts[digest] += 1
-        return self.counts[digest]
-
-
-def begin(attempts: Shared, digest: str) -> int:
-    """Counts an attempt at a shard and returns its number, from 1. Raises UserError after too many attempts."""
-    attempt: int = attempts.call("begin", digest)
-    if attempt > _MAX_ATTEMPTS:
-        raise UserError(f"workers crashed {attempt - 1} times on one shard: find the cause in Ray's worker logs")
-    return attempt
 
 
 class SafeReader:

@@ -5,17 +5,15 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
 from prefill_router.common import validation
@@ -60,15 +58,15 @@ class Embeddings:
 def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     """Embeds the prompts of a corpus that `out` lacks. Invalid rows are skipped."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
-    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=cluster.spread).shards
-    items = [{"index": i, "shard": pickle.dumps(shard)} for i, shard in enumerate(shards_of_corpus)]
-    arguments = {"sentence_encoder": sentence_encoder, "fingerprint": fingerprint, "out": out}
-    arguments["threads"] = cluster.threads_per_worker(1)  # type: ignore[assignment]
+    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=ray_tasks.spread).shards
+    create = partial(EmbedShard, sentence_encoder, fingerprint, out, cluster.threads_per_worker(1))
     progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
     written: dict[int, ShardFile] = {}
-    for row in cluster.map_rows(items, EmbedShard, fn_constructor_kwargs=arguments, **cluster.Actors(1).options(1)):
-        written[int(row["index"])] = ShardFile.model_validate_json(row["file"])
-        progress.add(written[int(row["index"])].rows, Work(tokens=row["num_tokens"]))
+    for i, file, num_tokens in ray_tasks.map_on_actors(
+        create, list(enumerate(shards_of_corpus)), **cluster.Actors(1).options(1)
+    ):
+        written[i] = file
+        progress.add(file.rows, Work(tokens=num_tokens))
     files = [written[i] for i in sorted(written)]
     manifest = EmbeddingsManifest(sentence_encoder=sentence_encoder, fingerprint=fingerprint, shards=files)
     storage.write_json(storage.join(out, parquet_objects.MANIFEST), manifest.model_dump())
@@ -101,13 +99,12 @@ class EmbedShard:
     def encoder(self) -> SentenceEncoder:
         return SentenceEncoder.load(self.source)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard = pickle.loads(item["shard"])
+    def __call__(self, item: tuple[int, Shard]) -> tuple[int, ShardFile, int]:
+        index, shard = item
         name = hashlib.sha256(f"{self.fingerprint} {shard.digest}".encode()).hexdigest()[:32]
         uri = storage.join(self.out, f"part-{name}.parquet")
         table = storage.read_table(uri) if storage.exists(uri) else self._table(shard)
-        file = parquet_objects.create_shard(self.out, name, table)
-        return {**item, "file": file.model_dump_json(), "num_tokens": int(np.sum(table[NUM_TOKENS]))}
+        return index, parquet_objects.create_shard(self.out, name, table), int(np.sum(table[NUM_TOKENS]))
 
     def _table(self, shard: Shard) -> pa.Table:
         rows = read_shard(shard)

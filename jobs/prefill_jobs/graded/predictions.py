@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import ray_tasks
 from prefill_router.corpus.split import Keys
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Estimates, Router
@@ -34,10 +36,9 @@ class GradedPrediction:
 def predict_graded(router: Router, graded: GradedStore, *, with_features: bool = False) -> GradedPrediction:
     """Predicts for every graded prompt. Raises UserError if another encoder than the router's wrote the store."""
     router.check_encoder(graded.store.manifest.encoder.fingerprint, graded.store.uri)
-    items = [{"shard": shard} for shard in range(graded.store.num_shards)]
-    arguments = {"router": router, "graded": graded, "with_features": with_features}
-    rows = cluster.map_rows(items, _predict_shard, fn_kwargs=arguments)
-    parts = [row["arrays"] for row in sorted(rows, key=lambda row: int(row["shard"]))]
+    task = partial(_predict_shard, router=router, graded=graded, with_features=with_features)
+    found = ray_tasks.map_items(task, range(graded.store.num_shards))
+    parts = [arrays for _, arrays in sorted(found, key=itemgetter(0))]
     gathered: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     estimates = Estimates(*(gathered.pop(name) for name in Estimates._fields))
     return GradedPrediction(
@@ -48,9 +49,11 @@ def predict_graded(router: Router, graded: GradedStore, *, with_features: bool =
     )
 
 
-def _predict_shard(item: dict[str, Any], router: Router, graded: GradedStore, with_features: bool) -> dict[str, Any]:
-    rows = graded.of_pool().rows(int(item["shard"]), router.projections)
+def _predict_shard(
+    shard: int, router: Router, graded: GradedStore, with_features: bool
+) -> tuple[int, dict[str, NDArray[Any]]]:
+    rows = graded.of_pool().rows(shard, router.projections)
     arrays = rows._asdict() | router.estimates(rows.features)._asdict()
     if not with_features:
         del arrays["features"]
-    return {**item, "arrays": arrays}
+    return shard, arrays

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,20 +72,22 @@ class Decided:
     bad: list[BadRow]
 
 
-def decide_shard(item: dict[str, Any], context: DecideContext) -> dict[str, Any]:
-    return {"decided": pickle.dumps(_decide(pickle.loads(item["task"]), context))}
+def total_object(
+    item: tuple[str, NDArray[np.int64]], uri: str, choice: LogPolicy, prices: NDArray[np.float64]
+) -> Totals:
+    """Expected cost and correct answers of the lines whose estimates are in one file, at shadow prices (K,).
 
-
-def total_object(item: dict[str, Any], uri: str, choice: LogPolicy, prices: NDArray[np.float64]) -> dict[str, Any]:
-    """Expected cost and correct answers of the lines whose estimates are in one file, at shadow prices (K,)."""
-    estimates = _load(uri, item["object"])
+    The item is the file, and how many lines have each of its estimates.
+    """
+    name, counts = item
+    estimates = _load(uri, name)
     p, _, cost_usd = choice.read(estimates)
-    weights = np.where([reason is None for reason in estimates.reasons], pickle.loads(item["weights"]), 0)
-    found: Totals = totals(p, cost_usd, weights, choice.eligible(p, cost_usd), prices)
-    return {"totals": pickle.dumps(found)}
+    weights = np.where([reason is None for reason in estimates.reasons], counts, 0)
+    return totals(p, cost_usd, weights, choice.eligible(p, cost_usd), prices)
 
 
-def _decide(task: DecideTask, context: DecideContext) -> Decided:
+def decide_shard(task: DecideTask, context: DecideContext) -> Decided:
+    """Decides for the lines of a shard and writes the decisions."""
     rows = read_shard(task.shard, context.max_prompt_bytes, context.extras)
     estimates = _estimates_of(rows, task, context)
     is_good = np.array([reason is None for reason in estimates.reasons], np.bool_)

@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_jobs.extract.guarded_encoder import ShardAttempts
-from prefill_jobs.label.estimator import Estimated, EstimateShard, EstimateTask
-from prefill_jobs.runtime import cluster
+from prefill_jobs.extract.encoder_actor import map_on_encoders
+from prefill_jobs.label.estimator import EstimateShard, EstimateTask
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.capacity import Capacity
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
@@ -29,7 +28,6 @@ from prefill_router.query_log.estimates import ContentIndex, Contents, contents_
 from prefill_router.router.artifact import Router
 from prefill_router.storage.lease import Lease
 
-_CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
 _READERS = 32
 
 
@@ -64,24 +62,15 @@ class Estimation:
             return 0
         if isinstance(self.router, Router):
             # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
-            cluster.on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
-        arguments = {
-            "router": storage.absolute(self.router_uri),
-            "out": self.out,
-            "activations": self.activations,
-            "max_prompt_bytes": self.max_prompt_bytes,
-            "threads": cluster.threads_per_worker(self.actors.number),
-            "attempts": cluster.Shared(ShardAttempts),
-        }
-        items = [{"task": pickle.dumps(task)} for task in tasks]
-        options = self.actors.options(_CALLS)
+            ray_tasks.run_on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
+        uri = storage.absolute(self.router_uri)
+        create = partial(EstimateShard, uri, self.out, self.activations, self.max_prompt_bytes)
         capacity, num_read = Capacity(), 0
-        for row in cluster.map_rows(items, EstimateShard, fn_constructor_kwargs=arguments, **options):
+        for done in map_on_encoders(create, tasks, self.actors):
             lease.check()
-            done: Estimated = pickle.loads(row["done"])
-            capacity.add(done.worker, done.peak_flops, done.worked_s, done.work)
-            num_read += done.work.prompts
-            progress.add(done.num_prompts, done.work, capacity.flops, done.num_retries)
+            capacity.add(done.effort)
+            num_read += done.effort.work.prompts
+            progress.add(done.num_prompts, done.effort.work, capacity.flops, done.effort.num_retries)
             progress.quarantine(done.num_refused)
         return num_read
 

@@ -5,21 +5,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import pickle
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from prefill_jobs.extract.guarded_encoder import SafeReader, begin
+from prefill_jobs.extract.encoder_actor import EncoderActor
 from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime.capacity import Effort
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.shard_builder import ShardBuilder
@@ -28,9 +24,9 @@ from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.corpus.reader import Row
-from prefill_router.encoder.hardware import measured_peak_flops
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.query_log.estimates import PromptEstimates, contents_of
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
@@ -53,15 +49,11 @@ class Estimated:
 
     num_prompts: int
     num_refused: int  # included in num_prompts
-    num_retries: int
-    work: Work
-    worker: str
-    peak_flops: float
-    worked_s: float  # since the worker's first task began
+    effort: Effort
 
 
-class EstimateShard:
-    """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
+class EstimateShard(EncoderActor):
+    """Estimates prompts of shards."""
 
     def __init__(
         self,
@@ -72,18 +64,16 @@ class EstimateShard:
         threads: int,
         attempts: cluster.Shared,
     ) -> None:
+        super().__init__(threads, attempts)
         self.uri, self.out, self.activations = router, out, activations
-        self.max_prompt_bytes, self.attempts = max_prompt_bytes, attempts
-        self.threads = min(threads, os.cpu_count() or 1)
-        self.worker = cluster.worker_id()
-        self._loading = threading.Lock()
+        self.max_prompt_bytes = max_prompt_bytes
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        _ = self.began_s
-        torch.set_num_threads(self.threads)  # of the thread that calls
-        task: EstimateTask = pickle.loads(row["task"])
-        attempt = begin(self.attempts, task.shard.digest)
-        self._load(with_encoder=not task.sources)  # the sources may have all activations
+    def __call__(self, task: EstimateTask) -> Estimated:
+        attempt = self.begin(task.shard.digest)
+        with self._loading:
+            _ = self.router
+        if not task.sources:  # the sources may have all activations
+            self.load_encoder()
         rows = read_shard(task.shard, self.max_prompt_bytes)
         wanted = [rows[i] for i in task.rows]
         contents = contents_of([row.content_digest for row in wanted])
@@ -96,35 +86,15 @@ class EstimateShard:
             work = self._fill(estimates, wanted, task, attempt)
             parquet_objects.create_shard(self.out, name, estimates.to_table())
         num_refused = sum(reason is not None for reason in estimates.reasons)
-        peak_flops = self.peak_flops if work.prompts else 0.0
-        worked_s = time.monotonic() - self.began_s
-        done = Estimated(len(wanted), num_refused, attempt - 1, work, self.worker, peak_flops, worked_s)
-        return {"done": pickle.dumps(done)}
-
-    @cached_property
-    def began_s(self) -> float:
-        """Start time of the first task."""
-        return time.monotonic()
-
-    def _load(self, *, with_encoder: bool) -> None:
-        with self._loading:
-            _ = self.router
-            if with_encoder:
-                _ = self.reader, self.peak_flops  # measured while no other task runs
+        return Estimated(len(wanted), num_refused, self.effort(work, attempt))
 
     @cached_property
     def router(self) -> Router | BaselineRouter:
         return any_router.load(self.uri)
 
-    @cached_property
-    def reader(self) -> SafeReader | None:
-        encoder = self.router.encoder
-        return SafeReader(encoder, self.threads) if isinstance(encoder, PrefillEncoder) else None
-
-    @cached_property
-    def peak_flops(self) -> float:
-        encoder = self.router.encoder
-        return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
+    @property
+    def encoder(self) -> PrefillEncoder | SentenceEncoder:
+        return self.router.encoder
 
     def _fill(self, estimates: PromptEstimates, rows: Sequence[Row], task: EstimateTask, attempt: int) -> Work:
         router, prompts = self.router, [row.prompt for row in rows]
@@ -160,8 +130,7 @@ class EstimateShard:
         cut = np.flatnonzero(draft.is_truncated)  # copied rows, for which the store has no full length
         if not len(cut) and not any(draft.missing()):
             return Work()
-        self._load(with_encoder=True)
-        assert self.reader is not None
+        self.load_encoder()
         work = self.reader.complete(draft, attempt)
         draft.full_lengths[cut] = self.reader.encoder.tokenize([draft.prompts[i] for i in cut]).full_lengths
         return work

@@ -6,9 +6,9 @@ and decides for every line. Estimates are keyed by a prompt's content, decisions
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from prefill_jobs.label.decider import DAY, DecideContext, Decided, DecideTask, 
 from prefill_jobs.label.estimation import Estimation, Held
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import ExtractConfig, LabelConfig
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_router import storage
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
@@ -95,7 +95,7 @@ def label(config: LabelConfig) -> LabelManifest:
                 config.max_prompt_bytes,
                 keep_repeats=True,
                 only=[file.uri for file in inputs],
-                spread=cluster.spread,
+                spread=ray_tasks.spread,
             )
             planned.check_bad(planned.bad, config.max_bad_fraction)
             return _Labelling(config, router, choice, planned, inputs, before, lease).run(num_read)
@@ -147,11 +147,11 @@ class _Labelling:
         if self.config.budget_usd is None:
             return None
         weights = held.by_object(np.bincount(places, minlength=len(held.owners)))
-        items = [{"object": name, "weights": pickle.dumps(counts)} for name, counts in weights.items() if counts.any()]
+        items = [(name, counts) for name, counts in weights.items() if counts.any()]
 
         def evaluate(prices: NDArray[np.float64]) -> Totals:
-            arguments = {"uri": self.estimates, "choice": self.choice, "prices": prices}
-            found = [pickle.loads(row["totals"]) for row in cluster.map_rows(items, total_object, fn_kwargs=arguments)]
+            task = partial(total_object, uri=self.estimates, choice=self.choice, prices=prices)
+            found = list(ray_tasks.map_items(task, items))
             return Totals(*(np.sum(values, axis=0) for values in zip(*found, strict=True)))
 
         typical = self.choice.pool.expected_cost(np.array([1000]), np.full((1, len(self.choice.pool.targets)), 500.0))
@@ -169,17 +169,14 @@ class _Labelling:
             time=self.config.time,
             partition_by=names_in(self.config.partition_by) or None,
         )
-        items = []
-        for shard, rows in self.plan.spans():
-            located = shard.located()
-            task = DecideTask(located, rows.start, held.names_of(places[rows]))
-            items.append({"task": pickle.dumps(task)})
+        tasks = [
+            DecideTask(shard.located(), rows.start, held.names_of(places[rows])) for shard, rows in self.plan.spans()
+        ]
         if self.before is None:  # removes the output of an earlier or unfinished run
             storage.remove(storage.join(self.config.out, parquet_objects.MANIFEST))
             parquet_objects.remove_shards(self.decisions, at_any_depth=True)
         whole = Decided([], Tally(), [])
-        for row in cluster.map_rows(items, decide_shard, fn_kwargs={"context": context}):
-            part: Decided = pickle.loads(row["decided"])
+        for part in ray_tasks.map_items(partial(decide_shard, context=context), tasks):
             whole.files.extend(part.files)
             whole.bad.extend(part.bad)
             whole.tally.merge(part.tally)

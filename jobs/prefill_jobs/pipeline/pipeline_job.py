@@ -90,7 +90,6 @@ class Pipeline:
         """Raises UserError for problems of later steps that can be found before the first step."""
         load_pool(self.config.pool)
         check_columns(self.config.outcomes)
-        _ = self.sample, self.probe, self.extract, self.train, self.evaluate
         split_of(self.train, 0)
         storage.check_output(self.config.publish)
 

@@ -1,1 +1,1 @@
-"""Jobs on Ray: connecting, sizing actors, mapping items, reporting errors and progress. Start with `cluster.py`."""
+"""Jobs on Ray: connecting and sizing (`cluster.py`), mapping items (`ray_tasks.py`), errors, progress and metrics."""

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prefill_router.encoder.prefill_work import Work
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The work of one task, and the worker that did it."""
+
+    work: Work
+    worker: str
+    peak_flops: float  # per second
+    worked_s: float  # since the worker's first task began
+    num_retries: int = 0
 
 
 class Capacity:
@@ -15,11 +28,11 @@ class Capacity:
         self._flops: dict[str, float] = {}
         self.encoder_flops = 0.0  # peak over the time in forward passes alone
 
-    def add(self, worker: str, peak_flops: float, worked_s: float, work: Work) -> None:
-        """Adds a task of `worker`: `peak_flops` is per second, `worked_s` is the time since its first task began."""
-        if work.prompts:
-            self._flops[worker] = max(self._flops.get(worker, 0.0), peak_flops * worked_s)
-            self.encoder_flops += peak_flops * work.seconds
+    def add(self, effort: Effort) -> None:
+        if effort.work.prompts:
+            worked_flops = effort.peak_flops * effort.worked_s
+            self._flops[effort.worker] = max(self._flops.get(effort.worker, 0.0), worked_flops)
+            self.encoder_flops += effort.peak_flops * effort.work.seconds
 
     @property
     def flops(self) -> float:

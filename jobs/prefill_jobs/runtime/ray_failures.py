@@ -37,7 +37,7 @@ def _hear(message: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
+def as_user_errors() -> Iterator[None]:
     """Raises Ray's exceptions as UserErrors. A UserError that Ray wrapped is raised unchanged."""
     try:
         yield

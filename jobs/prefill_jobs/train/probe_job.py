@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.options import ProbeConfig
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime.ray_tasks import Mergeable
 from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
@@ -32,6 +32,9 @@ from prefill_router.probe.layer_scores import LayerProbe
 from prefill_router.probe.moments import LabelledMoments, Moments
 
 TABLE = "probe.parquet"
+
+M = TypeVar("M", bound=Mergeable)
+R = TypeVar("R")
 
 # Batches have at least this many times D rows, so that merging moments costs little compared with computing them.
 _BATCH = 8
@@ -96,52 +99,52 @@ def _summary(pool: str, probes: Sequence[LayerProbe]) -> dict[str, Any]:
 
 def probe_store(graded: GradedStore) -> list[LayerProbe]:
     """Probes every column of a store, and returns the probes sorted by column."""
-    rows = _by_column(graded, graded.store.columns, _labelled_moments, _probes)
-    return sorted((_from_row(p) for row in rows for p in json.loads(row["probes"])), key=lambda p: p.column)
+    found = _by_column(graded, graded.store.columns, _labelled_moments, _probes)
+    return sorted((probe for probes in found for probe in probes), key=lambda probe: probe.column)
 
 
 def column_moments(graded: GradedStore, columns: Sequence[ActivationColumn]) -> dict[ActivationColumn, Moments]:
     """The moments of each column over the graded prompts."""
-    rows = _by_column(graded, columns, _moments, _to_arrays)
-    return {
-        ActivationColumn.parse(r["column"]): Moments(r["count"], torch.tensor(r["mean"]), torch.tensor(r["scatter"]))
-        for r in rows
-    }
+    return dict(_by_column(graded, columns, _moments, _named))
+
+
+class ColumnPart(NamedTuple):
+    """One column of some shards."""
+
+    column: ActivationColumn
+    shards: range
 
 
 def _by_column(
     graded: GradedStore,
     columns: Sequence[ActivationColumn],
-    function: Callable[[GradedStore, dict[str, Any]], Any],
-    finish: Callable[[GradedStore, str, Any], dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
+    function: Callable[[GradedStore, ColumnPart], M],
+    finish: Callable[[GradedStore, str, M], R],
+) -> Iterator[R]:
     """Runs a task per column over all shards; with more CPUs than columns, several tasks per column, then merges."""
     slices = min(graded.store.num_shards, ceil(cluster.num_cpus() / len(columns)))
     cuts = np.linspace(0, graded.store.num_shards, slices + 1).astype(int).tolist()
-    items = [
-        {"column": column.name, "start": start, "stop": stop}
-        for column in columns
-        for start, stop in itertools.pairwise(cuts)
-    ]
+    parts = [ColumnPart(column, range(start, stop)) for column in columns for start, stop in itertools.pairwise(cuts)]
+    items = [(part.column.name, part) for part in parts]
     functions = functools.partial(function, graded), functools.partial(finish, graded)
-    return cluster.merge_rows(items, "column", *functions, **cluster.task_resources())
+    return ray_tasks.merge_items(items, *functions, **cluster.task_resources())
 
 
-def _labelled_moments(graded: GradedStore, item: dict[str, Any]) -> LabelledMoments:
+def _labelled_moments(graded: GradedStore, part: ColumnPart) -> LabelledMoments:
     device = _task_device()
-    parts = (LabelledMoments.of(x, correct, keys, device) for x, correct, keys in _batches(graded, item))
+    parts = (LabelledMoments.of(x, correct, keys, device) for x, correct, keys in _batches(graded, part))
     return functools.reduce(LabelledMoments.merge, parts).to(torch.device("cpu"))
 
 
-def _moments(graded: GradedStore, item: dict[str, Any]) -> Moments:
+def _moments(graded: GradedStore, part: ColumnPart) -> Moments:
     device = _task_device()
-    parts = (Moments.of(x[~np.isnan(correct).all(1)], device) for x, correct, _ in _batches(graded, item))
+    parts = (Moments.of(x[~np.isnan(correct).all(1)], device) for x, correct, _ in _batches(graded, part))
     return functools.reduce(Moments.merge, parts).to(torch.device("cpu"))
 
 
-def _batches(graded: GradedStore, item: dict[str, Any]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yields activations, correctness by target and prompt hashes of the item's shards, in batches."""
-    shards = graded.batches(ActivationColumn.parse(item["column"]), range(item["start"], item["stop"]))
+def _batches(graded: GradedStore, part: ColumnPart) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yields activations, correctness by target and prompt hashes of some shards, in batches."""
+    shards = graded.batches(part.column, part.shards)
     least = _BATCH * graded.store.manifest.encoder.hidden_size
     held: list[tuple[NDArray[Any], ...]] = []
     for shard in shards:
@@ -153,16 +156,15 @@ def _batches(graded: GradedStore, item: dict[str, Any]) -> Iterator[tuple[NDArra
         yield tuple(map(np.concatenate, zip(*held, strict=True)))
 
 
-def _probes(graded: GradedStore, column: str, moments: LabelledMoments) -> dict[str, Any]:
+def _probes(graded: GradedStore, column: str, moments: LabelledMoments) -> list[LayerProbe]:
     moments = moments.to(_task_device())
-    found = layer_scores.probe_column(
+    return layer_scores.probe_column(
         _encoder(graded), ActivationColumn.parse(column), graded.pool.target_names, moments
     )
-    return {"probes": json.dumps([_to_row(p) for p in found])}
 
 
-def _to_arrays(_graded: GradedStore, column: str, moments: Moments) -> dict[str, Any]:
-    return {"column": column, "count": moments.count, "mean": moments.mean.numpy(), "scatter": moments.scatter.numpy()}
+def _named(_graded: GradedStore, column: str, moments: Moments) -> tuple[ActivationColumn, Moments]:
+    return ActivationColumn.parse(column), moments
 
 
 def _task_device() -> torch.device:
@@ -174,21 +176,16 @@ def _task_device() -> torch.device:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def _to_row(p: LayerProbe) -> dict[str, Any]:
-    return {**asdict(p), "column": p.column.name}
-
-
-def _from_row(row: dict[str, Any]) -> LayerProbe:
-    return LayerProbe(**{**row, "column": ActivationColumn.parse(row["column"])})
-
-
 def to_table(probes: Sequence[LayerProbe]) -> pa.Table:
     """The probes as a table, with pooling and layer as columns of their own."""
-    return pa.Table.from_pylist([{**_to_row(p), "pooling": p.column.pooling, "layer": p.column.layer} for p in probes])
+    return pa.Table.from_pylist(
+        [{**asdict(p), "column": p.column.name, "pooling": p.column.pooling, "layer": p.column.layer} for p in probes]
+    )
 
 
 def load_probes(uri: str) -> list[LayerProbe]:
     """Loads the table that `probe` wrote to `uri`."""
     path = storage.join(uri, TABLE)
     storage.require(path, "probe table: run probe first")
-    return [_from_row(row) for row in storage.read_table(path).drop_columns(["pooling", "layer"]).to_pylist()]
+    rows = storage.read_table(path).drop_columns(["pooling", "layer"]).to_pylist()
+    return [LayerProbe(**{**row, "column": ActivationColumn.parse(row["column"])}) for row in rows]

@@ -28,6 +28,7 @@ from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
+from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
 from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.evaluation.results import finite, thinned
@@ -115,12 +116,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
 
     training = graded.only(split, Part.TRAIN)
     say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
-    probes = probe_store(training.of_pool())
-    chosen = layer_scores.choose_columns(probes)
-    columns = set(chosen.values() if recipe.columns == "own" else layer_scores.joint_columns(probes))
-    moments = column_moments(training, sorted(columns))
-    projections = [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
-
+    chosen, projections = _projections(training, recipe)
     task = FitTask(
         graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
@@ -159,6 +155,15 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
         },
     )
     return tuned(router, graded.only(split, Part.VALIDATION), recipe)
+
+
+def _projections(training: GradedStore, recipe: RouterRecipe) -> tuple[dict[str, ActivationColumn], list[Projection]]:
+    """Each target's best column, and the projections of the columns that the recipe uses, by column."""
+    probes = probe_store(training.of_pool())
+    chosen = layer_scores.choose_columns(probes)
+    columns = set(chosen.values() if recipe.columns == "own" else layer_scores.joint_columns(probes))
+    moments = column_moments(training, sorted(columns))
+    return chosen, [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
 
 
 def _recipe(config: TrainConfig) -> RouterRecipe:

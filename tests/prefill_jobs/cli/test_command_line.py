@@ -148,7 +148,7 @@ def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.Mon
     """Shutting down Ray may end the process, so the error is reported first."""
     monkeypatch.setattr(cluster.ray, "is_initialized", iter([False, True]).__next__)
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: pytest.fail("Ray was ended first"))
-    with pytest.raises(UserError, match="layer 99"), cluster.results_apart():
+    with pytest.raises(UserError, match="layer 99"), cluster.result_on_stdout():
         raise UserError("layer 99 is out of range")
 
 

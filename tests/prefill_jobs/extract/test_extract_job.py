@@ -15,7 +15,7 @@ from corpora import write_corpus, write_jsonl
 from prefill_jobs.extract.extract_job import extract, parse_layers, parse_pooling
 from prefill_jobs.extract.extract_summary import ExtractSummary
 from prefill_jobs.options import ExtractConfig
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import ray_tasks
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
@@ -294,7 +294,7 @@ def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(tmp_path: Path) -> None:
             {"prompt": str(p)} | ({"prompt_id": f"p{n}"} if i % 2 else {}) for p, n in zip(prompts, ids, strict=True)
         )
         write_jsonl(tmp_path / f"{i}.jsonl", *rows)
-    here, there = plan(str(tmp_path), 2), plan(str(tmp_path), 2, spread=cluster.spread)
+    here, there = plan(str(tmp_path), 2), plan(str(tmp_path), 2, spread=ray_tasks.spread)
     assert here.repeats
     assert here.bad
     assert (there.shards, there.repeats, there.bad) == (here.shards, here.repeats, here.bad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefill_jobs.runtime.capacity import Capacity
+from prefill_jobs.runtime.capacity import Capacity, Effort
 from prefill_jobs.runtime.progress import Progress
 from prefill_router.encoder.prefill_work import Work
 
@@ -14,7 +14,7 @@ PEAK = 100.0
 def report(capacity: Capacity, worker: str, worked_s: float, flops: float = 300.0) -> Work:
     """Reports a task of a worker, finished `worked_s` after its first task began."""
     work = Work(prompts=1, tokens=7, flops=flops, seconds=5.0)
-    capacity.add(worker, PEAK, worked_s, work)
+    capacity.add(Effort(work, worker, PEAK, worked_s))
     return work
 
 
@@ -38,7 +38,7 @@ def test_calls_of_a_worker_that_overlap_count_its_time_once() -> None:
 def test_a_worker_that_only_copies_has_no_peak_to_reach() -> None:
     capacity = Capacity()
     report(capacity, "a", 10.0)
-    capacity.add("copies", PEAK, 30.0, Work())
+    capacity.add(Effort(Work(), "copies", PEAK, 30.0))
     assert capacity.flops == 10.0 * PEAK
 
 

@@ -182,5 +182,5 @@ def test_ray_that_does_not_take_a_driver_is_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cluster.ray, "init", not_taken)
     monkeypatch.setattr(cluster, "GcsClient", lambda **_: None)
     monkeypatch.setenv("RAY_ADDRESS", refusing)
-    with pytest.raises(UserError, match=r"the job must run on one of the cluster's nodes.* RAY_AUTH_TOKEN"):
+    with pytest.raises(UserError, match=r"run the job on one of the cluster's nodes, with its RAY_AUTH_TOKEN"):
         cluster.connect()

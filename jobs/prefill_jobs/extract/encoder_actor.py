@@ -1,0 +1,101 @@
+"""Base of the actors that read prompts with an encoder: loading, measuring, retries and fault tolerance."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import TypeVar
+
+import torch
+
+from prefill_jobs.extract.guarded_encoder import SafeReader
+from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime.capacity import Effort
+from prefill_router.common.errors import UserError
+from prefill_router.encoder.hardware import measured_peak_flops
+from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.sentence_encoder import SentenceEncoder
+
+_CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
+_MAX_ATTEMPTS = 20  # at a shard; then the job fails
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ShardAttempts:
+    """Counts the attempts at each shard. One object is shared by a job's workers and outlives them."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def begin(self, digest: str) -> int:
+        self.counts[digest] += 1
+        return self.counts[digest]
+
+
+class EncoderActor(ABC):
+    """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
+
+    def __init__(self, threads: int, attempts: cluster.Shared) -> None:
+        self.threads = min(threads, os.cpu_count() or 1)
+        self.attempts = attempts
+        self.worker = cluster.worker_id()
+        self._loading = threading.Lock()
+
+    @property
+    @abstractmethod
+    def encoder(self) -> PrefillEncoder | SentenceEncoder:
+        """The encoder, which is loaded on first use."""
+
+    @cached_property
+    def reader(self) -> SafeReader:
+        assert isinstance(self.encoder, PrefillEncoder)
+        return SafeReader(self.encoder, self.threads)
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """The measured peak per second; 0 for a sentence encoder."""
+        encoder = self.encoder
+        return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
+
+    @cached_property
+    def began_s(self) -> float:
+        """Start time of the first task."""
+        return time.monotonic()
+
+    def begin(self, digest: str) -> int:
+        """Starts a task on a shard and returns the number of the attempt, from 1.
+
+        Raises UserError after too many attempts.
+        """
+        _ = self.began_s
+        torch.set_num_threads(self.threads)  # applies to the calling thread
+        attempt: int = self.attempts.call("begin", digest)
+        if attempt > _MAX_ATTEMPTS:
+            raise UserError(f"workers crashed {attempt - 1} times on one shard: find the cause in Ray's worker logs")
+        return attempt
+
+    def load_encoder(self) -> None:
+        """Loads the encoder and measures its peak while no other task runs."""
+        with self._loading:
+            if isinstance(self.encoder, PrefillEncoder):
+                _ = self.reader, self.peak_flops
+
+    def effort(self, work: Work, attempt: int) -> Effort:
+        """Reports a finished task."""
+        peak_flops = self.peak_flops if work.prompts else 0.0
+        return Effort(work, self.worker, peak_flops, time.monotonic() - self.began_s, attempt - 1)
+
+
+def map_on_encoders(create: Callable[..., Callable[[T], R]], tasks: Sequence[T], actors: cluster.Actors) -> Iterator[R]:
+    """Runs tasks on encoder actors, which `create` builds given `threads` and `attempts`."""
+    attempts = cluster.Shared(ShardAttempts)
+    build = partial(create, threads=cluster.threads_per_worker(actors.number), attempts=attempts)
+    yield from ray_tasks.map_on_actors(build, tasks, **actors.options(_CALLS))
