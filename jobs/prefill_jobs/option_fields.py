@@ -97,6 +97,9 @@ MemoryPerWorker = Annotated[
     float | None, Field(gt=0.0, description="Memory in GiB that Ray reserves per encoder actor [default: none]")
 ]
 IgnoreUnknown = Annotated[bool, Field(description="Skip outcomes of prompts that have no activations")]
+Limit = Annotated[int | None, Field(ge=1, description="Read only the first N prompts [default: all]")]
+DropLeaked = Annotated[bool, Field(description="Exclude held-out prompts that repeat a training prompt")]
+Draws = Annotated[int, Field(ge=20, description="Number of bootstrap samples for the 95 % confidence intervals")]
 Overwrite = Annotated[bool, Field(description="Replace existing output at --out")]
 Tolerance = Annotated[
     float | None,

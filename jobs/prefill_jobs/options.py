@@ -24,9 +24,12 @@ from prefill_jobs.option_fields import (
     Accelerator,
     ActivationsUri,
     ActivationsUris,
+    Draws,
+    DropLeaked,
     Encoder,
     GpusPerWorker,
     IgnoreUnknown,
+    Limit,
     MaxBadFraction,
     MaxPromptBytes,
     MemoryPerWorker,
@@ -78,18 +81,15 @@ class ExtractConfig(StrictModel):
     """Run every prompt of a corpus through the encoder's prefill and store its pooled hidden states."""
 
     corpus: Uri = Field(
-        description="Prompts: a Parquet, Arrow, JSON, JSONL or CSV file, or a folder of them, with a column prompt or "
-        "messages"
+        description="Prompts: Parquet, Arrow, JSON, JSONL or CSV file or folder, with a column prompt or messages"
     )
     encoder: Encoder = DEFAULT_ENCODER
     layers: str = Field("all", description='Layers to store, as indices in hidden_states such as "0,15,30", or "all"')
     pooling: str = Field("last,mean", description="Pooling over tokens: last, mean, or last,mean")
     out: Uri = Field(description="Output folder for the activation store")
-    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
+    limit: Limit = None
     max_tokens: int = Field(
-        4096,
-        ge=2,
-        description="Maximum tokens per prompt; the middle of longer prompts is cut out, and they are counted",
+        4096, ge=2, description="Maximum tokens per prompt; longer prompts lose their middle and are counted"
     )
     mean_over: MeanOver = Field(
         "all", description="Tokens that mean pooling averages: all, or all but the first, which is an attention sink"
@@ -210,8 +210,8 @@ class EvaluateConfig(StrictModel):
     keep_baselines: Uri | None = Field(
         None, description="Output folder for the fitted baselines, which `serve` and `label` can load"
     )
-    drop_leaked: bool = Field(False, description="Exclude held-out prompts that repeat a training prompt")
-    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the 95 % confidence intervals")
+    drop_leaked: DropLeaked = False
+    draws: Draws = 500
     ignore_unknown: IgnoreUnknown = False
 
 
@@ -237,8 +237,8 @@ class CompareConfig(StrictModel):
     corpus: Uri | None = Field(
         None, description="The corpus, to find prompts that differ only in case, whitespace and punctuation"
     )
-    drop_leaked: bool = Field(False, description="Exclude held-out prompts that repeat a training prompt")
-    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the 95 % confidence intervals")
+    drop_leaked: DropLeaked = False
+    draws: Draws = 500
 
 
 class CollectConfig(StrictModel):
@@ -252,9 +252,7 @@ class CollectConfig(StrictModel):
     out: Uri = Field(description="Output folder for answers/, outcomes/ and manifest.json")
     targets: str | None = Field(None, description="Targets of the pool to call, such as small,large [default: all]")
     grader: str | None = Field(
-        None,
-        description="Grader: exact, choice, numeric, code and others, or package.module:function [default: answers "
-        "are not graded]",
+        None, description="Grader: exact, choice, numeric, code ..., or package.module:function [default: no grading]"
     )
     grader_options: Uri | None = Field(
         None, description="TOML file with the grader's options", json_schema_extra={SHIPPED: True}
@@ -270,24 +268,18 @@ class CollectConfig(StrictModel):
         None, ge=0, description="Maximum total prompt and answer tokens of all runs into --out [default: no limit]"
     )
     max_output_tokens: int = Field(1024, ge=1, description="Maximum tokens per answer")
-    temperature: float | None = Field(
-        None, ge=0.0, description="Sampling temperature of the answers [default: the upstream's]"
-    )
-    seed: int | None = Field(
-        None, description="Sampling seed of the answers, for upstreams that accept one [default: none]"
-    )
+    temperature: float | None = Field(None, ge=0.0, description="Sampling temperature [default: the upstream's]")
+    seed: int | None = Field(None, description="Sampling seed, for upstreams that accept one [default: none]")
     attempts: int = Field(6, ge=1, description="Maximum attempts per call in one run")
     sample: int | None = Field(
         None, ge=1, description="Number of prompts to send, counting those sent by earlier runs [default: all]"
     )
     sample_by: Literal["random", "stratified", "active"] = Field(
-        "random",
-        description="How --sample selects prompts: random; stratified, equally many per --stratum; or active, where "
-        "--router is least certain",
+        "random", description="Sampling: random, stratified by --stratum, or active, where --router is least certain"
     )
     stratum: str = Field("category", description="Column of the corpus with the stratum of a prompt")
     router: Uri | None = Field(None, description="Router used by active sampling")
-    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
+    limit: Limit = None
     shard_rows: int = Field(256, ge=1, description="Prompts per shard of the output")
     workers: int = Field(1, ge=1, description="Number of actors that call targets; they share the targets' rate limits")
 
@@ -310,15 +302,10 @@ class LabelConfig(StrictModel):
     pool: OtherPool = None
     tolerance: Tolerance = None
     budget_usd: float | None = Field(
-        None,
-        gt=0.0,
-        description="Maximum expected cost in USD of the whole log, spent where it gains most accuracy; replaces the "
-        "tolerance",
+        None, gt=0.0, description="Maximum expected cost of the whole log in USD, which replaces the tolerance"
     )
     targets: str | None = Field(None, description="Targets to choose among, such as small,large [default: all]")
-    max_cost: float | None = Field(
-        None, ge=0.0, description="Maximum expected cost per line in USD [default: no limit]"
-    )
+    max_cost: float | None = Field(None, ge=0.0, description="Maximum expected USD per line [default: no limit]")
     min_p: float | None = Field(
         None, ge=0.0, le=1.0, description="Minimum P(correct) of a chosen target, 0 to 1 [default: no limit]"
     )
@@ -364,7 +351,7 @@ class PipelineConfig(StrictModel):
     sample: int = Field(
         2000, ge=2, description="Number of prompts whose layers are all extracted, for `probe` to choose"
     )
-    draws: int = Field(500, ge=20, description="Number of bootstrap samples for the gate's confidence intervals")
+    draws: Draws = 500
     plan: bool = Field(False, description="Print the steps that would run and their cost, and run nothing")
     accept: bool = Field(
         False, description="Publish even if the gate objects, for example after outcomes were regraded"

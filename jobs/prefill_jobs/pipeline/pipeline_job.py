@@ -199,7 +199,7 @@ class Pipeline:
             )
         return f"{self.config.publish}: router {gate.publish().version}"
 
-    # --- their settings ----------------------------------------------------------------------------------------------
+    # --- configs of the steps ----------------------------------------------------------------------------------------
 
     @cached_property
     def sample(self) -> ExtractConfig:
@@ -262,7 +262,7 @@ class Pipeline:
     def _below(self, name: str) -> str:
         return storage.join(self.config.out, name)
 
-    # --- what is up to date ------------------------------------------------------------------------------------------
+    # --- up-to-date steps ---------------------------------------------------------------------------------------------
 
     def _is_current(self, step: Step) -> bool:
         done = self._state.get(step.name)
