@@ -75,15 +75,15 @@ class ExtractShard(EncoderActor):
             return ExtractedShard(
                 record, self.encoder.identity, self.effort(Work(), attempt), record.rows, is_new=False
             )
-        draft = self._draft(task.rows, columns)
+        builder = self._builder(task.rows, columns)
         for store, place in task.sources:
-            draft.copy(store, place)
-        num_copied = draft.num_complete
-        work = self.reader.complete(draft, attempt)
-        record = draft.commit(self.request.out)
+            builder.copy(store, place)
+        num_copied = builder.num_complete
+        work = self.reader.complete(builder, attempt)
+        record = builder.commit(self.request.out)
         return ExtractedShard(record, self.encoder.identity, self.effort(work, attempt), num_copied, is_new=True)
 
-    def _draft(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> ShardBuilder:
+    def _builder(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> ShardBuilder:
         if isinstance(rows, Repeats):
             return ShardBuilder.of_repeats(rows, columns)
         return ShardBuilder.of_shard(rows, columns, self.request.max_prompt_bytes)

@@ -44,14 +44,14 @@ class SafeReader:
         finally:
             self.isolated.close()
 
-    def complete(self, draft: ShardBuilder, attempt: int) -> Work:
-        """Computes the activations that `draft` lacks, and returns the work done."""
+    def complete(self, builder: ShardBuilder, attempt: int) -> Work:
+        """Computes the activations that `builder` lacks, and returns the work done."""
         work = Work()
-        for rows, columns in draft.missing():
-            reading, refused = self.read([draft.prompts[i] for i in rows], columns, attempt)
+        for rows, columns in builder.missing():
+            reading, refused = self.read([builder.prompts[i] for i in rows], columns, attempt)
             work += reading.work
-            draft.refused.update({rows[i]: reason for i, reason in refused.items()})
-            draft.fill([row for i, row in enumerate(rows) if i not in refused], reading)
+            builder.refused.update({rows[i]: reason for i, reason in refused.items()})
+            builder.fill([row for i, row in enumerate(rows) if i not in refused], reading)
         return work
 
     def _read_in_process(

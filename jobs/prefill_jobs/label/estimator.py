@@ -103,36 +103,36 @@ class EstimateShard(EncoderActor):
             _put(estimates, np.arange(len(prompts)), tokens.full_lengths, tokens.is_truncated)
             _predict(estimates, np.arange(len(prompts)), *router.predict_tokens(tokens))
             return Work(prompts=len(prompts), tokens=int(tokens.num_tokens.sum()))
-        draft = self._draft(rows, task, router.columns)
-        work = self._complete(draft, attempt)
-        estimates.reasons[list(draft.refused)] = list(draft.refused.values())
-        kept = np.array([i for i in range(len(prompts)) if i not in draft.refused], np.int64)
+        builder = self._builder(rows, task, router.columns)
+        work = self._complete(builder, attempt)
+        estimates.reasons[list(builder.refused)] = list(builder.refused.values())
+        kept = np.array([i for i in range(len(prompts)) if i not in builder.refused], np.int64)
         if len(kept):
-            _put(estimates, kept, draft.full_lengths[kept], draft.is_truncated[kept])
-            features = router.features(draft.activations(kept.tolist()))
+            _put(estimates, kept, builder.full_lengths[kept], builder.is_truncated[kept])
+            features = router.features(builder.activations(kept.tolist()))
             _predict(estimates, kept, *router.predict_features(features))
             if router.distance is not None:
                 estimates.percentile[kept] = router.distance.percentile(router.distance(features))
         return work
 
-    def _draft(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> ShardBuilder:
+    def _builder(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> ShardBuilder:
         """The prompts with the activations that the store has. Prompts that it refused are not tried again."""
         ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
-        draft = ShardBuilder(task.shard.digest, ids, contents, columns)
+        builder = ShardBuilder(task.shard.digest, ids, contents, columns)
         for source in task.sources:
             assert self.activations is not None
-            draft.copy(self.activations, source)
-        draft.prompts = [row.prompt for row in rows]
-        return draft
+            builder.copy(self.activations, source)
+        builder.prompts = [row.prompt for row in rows]
+        return builder
 
-    def _complete(self, draft: ShardBuilder, attempt: int) -> Work:
-        """Computes the activations that the draft lacks. The encoder is loaded only if some are missing."""
-        cut = np.flatnonzero(draft.is_truncated)  # copied rows, for which the store has no full length
-        if not len(cut) and not any(draft.missing()):
+    def _complete(self, builder: ShardBuilder, attempt: int) -> Work:
+        """Computes the activations that the builder lacks. The encoder is loaded only if some are missing."""
+        cut = np.flatnonzero(builder.is_truncated)  # copied rows, for which the store has no full length
+        if not len(cut) and not any(builder.missing()):
             return Work()
         self.load_encoder()
-        work = self.reader.complete(draft, attempt)
-        draft.full_lengths[cut] = self.reader.encoder.tokenize([draft.prompts[i] for i in cut]).full_lengths
+        work = self.reader.complete(builder, attempt)
+        builder.full_lengths[cut] = self.reader.encoder.tokenize([builder.prompts[i] for i in cut]).full_lengths
         return work
 
 
