@@ -71,7 +71,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Holds the options of the command itself."""
+    """The options of `prefill-router` itself."""
 
 
 def _run_job(run: Callable[[Any], None], read: Read) -> None:
