@@ -43,17 +43,12 @@ from prefill_serve.wire import (
 
 log = logging.getLogger("ray.serve")
 
-_DESCRIPTION = (
-    "Chooses the cheapest model that is good enough for a prompt, before any token of the answer is generated."
-)
+_DESCRIPTION = "Chooses the cheapest model that is good enough for a prompt, before any answer is generated."
 _RETRY = {"description": "Seconds to wait before the next try", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed"},
     401: {"model": ErrorResponse, "description": "The bearer key is missing or invalid"},
-    403: {
-        "model": ErrorResponse,
-        "description": "Forbidden for this caller, this Host header, or a page of another site",
-    },
+    403: {"model": ErrorResponse, "description": "Forbidden for this caller, Host header, or web page"},
     404: {"model": ErrorResponse, "description": "Unknown target, request or response"},
     408: {"model": ErrorResponse, "description": "The body took too long to arrive"},
     409: {"model": ErrorResponse, "description": "No target meets the constraints"},
@@ -243,9 +238,7 @@ def _add_documents(api: FastAPI) -> None:
             swagger_css_url="docs/static/swagger-ui.css",
             swagger_favicon_url="docs/static/favicon.png",
         )
-        page.headers["content-security-policy"] = (
-            "frame-ancestors 'none'"  # against clickjacking: the page sends real requests
-        )
+        page.headers["content-security-policy"] = "frame-ancestors 'none'"  # the page sends real requests
         return page
 
 

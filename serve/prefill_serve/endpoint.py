@@ -151,7 +151,7 @@ class Endpoint:
         """Records a decision in metrics and log."""
         assert decision.target is not None
         role, reading, settings = routing.role, routing.reading, routing.serving.settings
-        self.metrics.decided(decision, reading.estimates[0], role, routing.is_out_of_distribution)
+        self.metrics.decided(decision, reading.estimates[0], role, routing.is_outlier)
         fields: dict[str, object] = {
             "route_id": request_id,
             "target": decision.target,
@@ -221,7 +221,7 @@ class Routing:
         return _role(self.serving, self.head)
 
     @property
-    def is_out_of_distribution(self) -> bool:
+    def is_outlier(self) -> bool:
         """Whether the prompt is outside the training distribution."""
         safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
         return percentile is not None and percentile >= (STRANGER if safe is None else safe.beyond)
@@ -229,11 +229,7 @@ class Routing:
     def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
         """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed."""
         safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
-        if (
-            self.is_out_of_distribution
-            and safe is not None
-            and (policy.allowed is None or safe.target in policy.allowed)
-        ):
+        if self.is_outlier and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
             safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
             decision = _decision(self.head, self.reading, prediction, safely)
             if decision.target is not None:
@@ -255,7 +251,7 @@ class Routing:
             is_cached=self.is_cached,
             noted=self.question.noted,
             ignored=self.question.ignored,
-            drift=_drift(self.reading.estimates[0], self.is_out_of_distribution),
+            drift=_drift(self.reading.estimates[0], self.is_outlier),
             timings_ms=_milliseconds(Times(0.0, 0.0, 0.0, 0.0) if self.is_cached else self.reading.times),
         )
         return RouteResponse(
@@ -291,12 +287,10 @@ def _decision(head: Head, reading: PromptReading, prediction: Prediction, policy
     return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version)
 
 
-def _drift(estimate: Estimate, is_out_of_distribution: bool) -> Drift | None:
+def _drift(estimate: Estimate, is_outlier: bool) -> Drift | None:
     if estimate.distance is None or estimate.percentile is None:
         return None
-    return Drift(
-        distance=estimate.distance, percentile=estimate.percentile, is_out_of_distribution=is_out_of_distribution
-    )
+    return Drift(distance=estimate.distance, percentile=estimate.percentile, is_out_of_distribution=is_outlier)
 
 
 def _milliseconds(times: Times) -> Timings:

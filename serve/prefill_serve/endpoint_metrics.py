@@ -21,12 +21,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests = counter("requests", "HTTP requests by route and status", "route", "status")
-        self.request_seconds = histogram(
-            "request_seconds", "Seconds from the request's headers to its answer", SECONDS, "route"
-        )
-        self.phase_seconds = histogram(
-            "phase_seconds", "Seconds per prompt by phase: tokenize, queue, encode, head", SECONDS, "phase"
-        )
+        self.request_seconds = histogram("request_seconds", "Seconds from request headers to answer", SECONDS, "route")
+        self.phase_seconds = histogram("phase_seconds", "Seconds per prompt, by phase", SECONDS, "phase")
         self.batch_tokens = histogram("batch_tokens", "Tokens in the batch that a prompt was encoded in", _TOKENS)
         self.batch_fill = histogram("batch_fill", "Tokens of a batch as a share of its limit", _SHARES)
         self.queued_tokens = gauge("queued_tokens", "Tokens of queued prompts")
@@ -35,9 +31,7 @@ class Metrics:
         self.routed = counter("routed", "Decisions by target and role (router or canary)", "target", "role")
         self.expected_cost = counter("expected_cost_usd", "Expected cost of the chosen targets' answers", "target")
         self.p_correct = histogram("p_correct", "P(correct) of the chosen target", _SHARES, "role")
-        self.distance = histogram(
-            "drift_distance", "Distance from the training prompts, 1 for a typical prompt", _DISTANCES
-        )
+        self.distance = histogram("drift_distance", "Distance from training prompts, typically 1", _DISTANCES)
         self.out_of_distribution = counter("out_of_distribution", "Prompts outside the training distribution")
         self.shadow = counter("shadow", "Shadow router's choices: same target as the router's or another", "agrees")
         self.settings = counter("settings", "Settings that were applied or refused", "outcome")
@@ -54,7 +48,7 @@ class Metrics:
         self.batch_tokens.observe(reading.batch_tokens)
         self.batch_fill.observe(max(min(1.0, reading.batch_tokens / budget_tokens), 1e-9))
 
-    def decided(self, decision: Decision, estimate: Estimate, role: str, is_out_of_distribution: bool) -> None:
+    def decided(self, decision: Decision, estimate: Estimate, role: str, is_outlier: bool) -> None:
         assert decision.target is not None
         self.routed.inc(1, tags={"target": decision.target, "role": role})
         cost_usd = decision.expected_cost_usd[decision.target]
@@ -65,7 +59,7 @@ class Metrics:
             self.truncated.inc(1)
         if estimate.distance is not None:
             self.distance.observe(max(estimate.distance, 1e-9))
-        if is_out_of_distribution:
+        if is_outlier:
             self.out_of_distribution.inc(1)
 
 

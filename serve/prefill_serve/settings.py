@@ -29,9 +29,7 @@ class SafeTarget(StrictModel):
     """Target for prompts outside the training distribution, whatever the router predicts."""
 
     target: str = Field(min_length=1)
-    beyond: float = Field(
-        0.999, gt=0.0, le=1.0, description="A prompt is outside if this share of training prompts is nearer"
-    )
+    beyond: float = Field(0.999, gt=0.0, le=1.0, description="Outside: this share of training prompts is nearer")
 
 
 class RequestLimits(StrictModel):
@@ -39,9 +37,7 @@ class RequestLimits(StrictModel):
 
     body_bytes: int = Field(1 << 20, ge=1, description="Longer bodies get 413")
     messages: int = Field(1024, ge=1, description="Longer conversations get 400")
-    prompt_tokens: int = Field(
-        32768, ge=1, description="Longer prompts get 413; the encoder cuts the middle above its own limit"
-    )
+    prompt_tokens: int = Field(32768, ge=1, description="Longer prompts get 413 (the encoder may truncate sooner)")
     batch: int = Field(256, ge=1, description="Requests per POST /v1/route/batch")
     wait_s: float = Field(2.0, gt=0.0, description="Requests that would wait longer get 429")
 
@@ -66,9 +62,7 @@ class HardLimits(DailyLimits):
 class Budgets(DailyLimits):
     """Soft limits: calls above them go to cheaper targets. Calls in progress count with their expected cost."""
 
-    tolerance: float | None = Field(
-        None, ge=0.0, le=1.0, description="Tolerance for calls over budget [1: the cheapest target]"
-    )
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="Tolerance over budget [1: the cheapest target]")
     hard: HardLimits = Field(default_factory=HardLimits, description="Limits above which calls get 429")
 
     @property
@@ -90,11 +84,9 @@ class GatewaySettings(StrictModel):
     """Settings of the gateway, which sends calls to the upstreams of the pool's targets."""
 
     default_target: str | None = Field(None, description="Target if routing fails [the cheapest]")
-    route_timeout_s: float = Field(
-        1.0, gt=0.0, description="Time limit for routing a call; then the default target answers"
-    )
+    route_timeout_s: float = Field(1.0, gt=0.0, description="Time limit for routing, before the default target answers")
     stick_margin: float = Field(
-        0.05, ge=0.0, le=1.0, description="Gain in P(correct) for which a conversation changes its target"
+        0.05, ge=0.0, le=1.0, description="P(correct) gain that moves a conversation to another target"
     )
     ledger: LedgerSettings = LedgerSettings()
 
@@ -103,7 +95,7 @@ class Settings(StrictModel):
     router: str = Field(min_length=1, description="Router artifact written by `train`, or a stored baseline")
     pool: str | None = Field(None, description="Pool file (with #name), to override prices or drop targets")
     tolerance: float | None = Field(
-        None, ge=0.0, le=1.0, description="P(correct) that may be given up for a cheaper target [router's own]"
+        None, ge=0.0, le=1.0, description="P(correct) to give up at most for a cheaper target [router's own]"
     )
     canary: Canary | None = None
     shadow: str | None = Field(None, description="A router whose decisions are logged but not used")
@@ -153,9 +145,7 @@ class AppArgs(Settings):
 
     replicas: int = Field(1, ge=1, description="Number of replicas without autoscaling")
     autoscaling: Autoscaling | None = None
-    threads: int | None = Field(
-        None, ge=1, description="CPU cores per replica [the machine's cores divided by replicas]"
-    )
+    threads: int | None = Field(None, ge=1, description="CPU cores per replica [the machine's cores / replicas]")
     gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
     traces: str | None = Field(None, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces")
 

@@ -128,13 +128,11 @@ class RouteRequest(StrictModel):
         },
     )
 
-    prompt: str | None = Field(
-        None, pattern=_VISIBLE, description="The prompt as text; or give question, messages or input"
-    )
+    prompt: str | None = Field(None, pattern=_VISIBLE, description="Prompt text; or give question, messages or input")
     question: str | None = Field(None, pattern=_VISIBLE, description="Same as prompt")
     messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
         None,
-        description="A conversation; at least one message must have text",
+        description="A conversation; one message or more must have text",
         json_schema_extra={"contains": _HAS_TEXT},
     )
     input: Annotated[list[Message], Field(min_length=1), _READ_INPUT] | None = Field(
@@ -143,9 +141,7 @@ class RouteRequest(StrictModel):
         json_schema_extra={"pattern": _VISIBLE, "contains": _HAS_TEXT, "minItems": 1},
     )
     instructions: str | None = Field(None, description="System message before input")
-    tolerance: float | None = Field(
-        None, ge=0.0, le=1.0, description="P(correct) that may be given up for a cheaper target"
-    )
+    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="P(correct) to give up at most for lower cost")
     max_cost_usd: float | None = Field(None, ge=0.0, description="Excludes targets with a higher expected cost")
     min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="Excludes targets with a lower P(correct)")
     models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")

@@ -19,21 +19,13 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.calls = counter("calls", "Calls by outcome and target", "end", "target")
-        self.failures = counter(
-            "upstream_failures", "UpstreamFailure attempts by target and reason", "target", "reason"
-        )
-        self.defaults = counter(
-            "default_served", "Calls sent to the default target because routing failed, by reason", "reason"
-        )
+        self.failures = counter("upstream_failures", "Failed attempts by target and reason", "target", "reason")
+        self.defaults = counter("default_served", "Calls whose routing failed, by reason", "reason")
         self.breaker = gauge("breaker_open", "1 while the target's circuit breaker is open", "target")
         self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")
-        self.cost = counter(
-            "actual_cost_usd", "Charged cost by target and kind: reported, estimated or reserved", "target", "kind"
-        )
+        self.cost = counter("actual_cost_usd", "Charged cost by target and kind", "target", "kind")
         self.tokens = counter("upstream_tokens", "Tokens reported by upstreams", "target", "kind")
-        self.first_seconds = histogram(
-            "first_event_seconds", "Seconds from the call to the answer's first event", SECONDS
-        )
+        self.first_seconds = histogram("first_event_seconds", "Seconds from call to first event", SECONDS)
 
     def ended(self, record: CallRecord) -> None:
         target = record.target or "none"
@@ -65,11 +57,7 @@ class BudgetMetrics:
     """Metrics of the process that keeps the accounts."""
 
     def __init__(self) -> None:
-        self.share = gauge(
-            "budget_spent_share",
-            "Share of today's budget spent, by hash of the caller; all: all callers together",
-            "key",
-        )
+        self.share = gauge("budget_spent_share", "Share of today's budget spent, by hash of the caller, or all", "key")
         self._keys: set[str] = set()
 
     def spent(self, shares: Mapping[str | None, float]) -> None:

@@ -63,9 +63,8 @@ class Planner:
         if call.continues is None or self.endpoint.now.settings.open:
             return
         if await self.ledger.target_of_answer(answer_key(caller.name, call.continues)) is None:
-            raise UnknownAnswer(
-                f'previous_response_id "{call.continues}": not found: it may be too old; send the conversation as input'
-            )
+            given = f'previous_response_id "{call.continues}"'
+            raise UnknownAnswer(f"{given}: not found, or too old: send the conversation as input")
 
     async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self.settings

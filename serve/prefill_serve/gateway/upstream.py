@@ -260,9 +260,8 @@ class Channel:
                 await self._slots.acquire()
         except TimeoutError:
             most = self.upstream.concurrency
-            raise UpstreamFailure(
-                "full", f"{self.target.name}: busy with {most} calls, its concurrency limit", 429, _SLOT_S
-            ) from None
+            message = f"{self.target.name}: at its limit of {most} concurrent calls"
+            raise UpstreamFailure("full", message, 429, _SLOT_S) from None
 
     # --- failures ------------------------------------------------------------------------------------------------
 
@@ -286,9 +285,8 @@ class Channel:
         return UpstreamFailure(reason, f"{self.target.name}: {message}", status, retry_after_s, said=said)
 
     def failure_of(self, attempt: Attempt, error: Exception) -> UpstreamFailure:
-        if isinstance(
-            error, TimeoutError | httpx.ReadTimeout
-        ):  # the transport's own connect and write timeouts are connection failures
+        # The transport's connect and write timeouts are connection failures.
+        if isinstance(error, TimeoutError | httpx.ReadTimeout):
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure(attempt, "connection", "the connection failed")
 
@@ -302,9 +300,8 @@ class Channel:
                 status, refusal_body(status, json_object(content), self.target.name, self.upstream.key)
             )
             if _TOO_LONG in content:  # another target may have a longer context
-                return UpstreamFailure(
-                    "too_long", f"{self.target.name}: its context is too short", status, refusal=refused
-                )
+                message = f"{self.target.name}: its context is too short"
+                return UpstreamFailure("too_long", message, status, refusal=refused)
             return refused
         reason, message, said = f"status_{status}", f"answered {status}", error_message(json_object(content))
         if 400 <= status < 500 and not is_passing(status):  # a wrong key or model name, from the pool or the caller

@@ -83,9 +83,8 @@ def start(host: str, port: int) -> None:
     try:
         ray_serve.start(http_options={"host": host, "port": port})
     except RayError as error:
-        raise UserError(
-            f"serve: the proxy at {host}:{port} failed to start: {getattr(error, 'cause', error)}"
-        ) from None
+        cause = getattr(error, "cause", error)
+        raise UserError(f"serve: the proxy at {host}:{port} failed to start: {cause}") from None
 
 
 def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
@@ -93,9 +92,7 @@ def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
     most = max(config.replicas, config.max_replicas or 0)
     keys = storage.read_toml(config.keys) if config.keys else {}
     if not keys and not is_loopback(config.host):
-        raise UserError(
-            f"serve: host = {config.host} is reachable from other machines: set --keys, or listen on 127.0.0.1"
-        )
+        raise UserError(f"serve: host = {config.host} is reachable by others: set --keys, or listen on 127.0.0.1")
     arguments = {**config.arguments(), "keys": keys, "open": not keys, "revision": revision}
     if config.canary is None:
         del arguments["canary"]

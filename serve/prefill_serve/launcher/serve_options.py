@@ -52,8 +52,7 @@ class ServeConfig(StrictModel):
         description="Host header to accept besides localhost; repeatable [any, with --keys]",
     )
     pool: Uri | None = _flag(
-        "pool",
-        description="TOML pool file, with #name if it has several pools, to override prices or drop targets",
+        "pool", description="TOML pool file (#name selects one of several), to override prices or drop targets"
     )
     tolerance: float | None = _flag("tolerance")
     replicas: int = _flag("replicas", description="Minimum number of replicas")
@@ -65,13 +64,11 @@ class ServeConfig(StrictModel):
     threads: int | None = _flag("threads")
     gpus: float | None = _flag("gpus")
     canary: Uri | None = _flag(
-        "canary.router", default=None, description="Second router, which routes --canary-share of the prompts"
+        "canary.router", default=None, description="Second router, for --canary-share of the prompts"
     )
     canary_share: float = _flag("canary.share", default=0.05)
     shadow: Uri | None = _flag("shadow")
-    safe_target: str | None = _flag(
-        "safe.target", default=None, description="Target for prompts outside the training distribution"
-    )
+    safe_target: str | None = _flag("safe.target", default=None, description="Target for out-of-distribution prompts")
     safe_beyond: float = _flag("safe.beyond")
     max_wait_s: float = _flag("limits.wait_s")
     max_body_bytes: int = _flag("limits.body_bytes")
@@ -87,7 +84,7 @@ class ServeConfig(StrictModel):
     budgets: Uri | None = Field(None, description="Spending limits: a TOML file with usd_per_day, [keys] and [hard]")
     feedback: Uri | None = Field(None, description="Folder for the call journal and for outcomes from feedback")
     keep_prompts: bool = _flag(
-        "gateway.ledger.keep_prompts", description="Store prompts in --feedback too, for training a router on them"
+        "gateway.ledger.keep_prompts", description="Store prompts in --feedback too, for training"
     )
     traces: _NonEmpty | None = _flag("traces")
 

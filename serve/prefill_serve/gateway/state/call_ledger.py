@@ -182,7 +182,7 @@ class LocalLedger:
             await asyncio.shield(known.written)
             return False
         if record is None or record.target is None or record.prompt_id is None:
-            raise UnknownRequest(f'request "{given.request_id}": not found: it may be too old or have no answer')
+            raise UnknownRequest(f'request "{given.request_id}": not found, too old, or without an answer')
         if length is None and record.usage is not None:
             length = record.usage.output_tokens
         new = StoredFeedback(value, length)
