@@ -1,4 +1,4 @@
-"""The browser that tests of pages drive: Debian's Chromium, or what CHROMIUM names."""
+"""The browser for tests of pages: Debian's Chromium, or the program in the variable CHROMIUM."""
 
 from __future__ import annotations
 

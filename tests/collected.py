@@ -1,4 +1,4 @@
-"""What tests of `collect` share: a corpus with references, a pool of upstreams, and what these were paid."""
+"""Helpers for tests of `collect`: a corpus with references, a pool of upstreams, and the upstreams' bills."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upstream import Call, Upstream
 
 
 def write_prompts(path: Path, num_prompts: int) -> Path:
-    """Prompts of which "big" knows the even ones' references, and "small" those that three divides."""
+    """Writes prompts: "big" answers the even ones right, "small" those divisible by three."""
     rows = []
     for i in range(num_prompts):
         prompt = f"what is {i} plus one"
@@ -35,7 +35,7 @@ def is_right(prompt_id: str, target: str) -> bool:
 
 
 def write_pool_of(path: Path, upstreams: Mapping[str, Upstream], **upstream: Any) -> str:
-    """A pool whose calls a busy machine does not cut short; where upstreams hang, give a `timeout_s`."""
+    """Writes a pool with a long timeout, for busy machines; pass `timeout_s` if upstreams hang."""
     return write_pool(path, upstreams, **{name: {"upstream": {"timeout_s": 60.0, **upstream}} for name in upstreams})
 
 
@@ -44,19 +44,19 @@ def outcomes(out: Path) -> list[dict[str, Any]]:
 
 
 def answered(upstream: Upstream) -> list[Call]:
-    """The calls that got their whole answer."""
-    spoilt = {"cut", "truncated", "not_json", "error_midway", "error_first", "reset_midway", "stall", "empty"}
-    return [call for call in upstream.completions if call.billed is not None and str(call.fault) not in spoilt]
+    """The calls that received a complete answer."""
+    incomplete = {"cut", "truncated", "not_json", "error_midway", "error_first", "reset_midway", "stall", "empty"}
+    return [call for call in upstream.completions if call.billed is not None and str(call.fault) not in incomplete]
 
 
 def asked_twice(upstream: Upstream) -> list[str]:
-    """The prompts that were answered in whole more than once."""
+    """The prompts that received a complete answer more than once."""
     counts = Counter(call.body["messages"][-1]["content"] for call in answered(upstream))
     return [prompt for prompt, count in counts.items() if count > 1]
 
 
 def billed_usd(pool: str, upstreams: Mapping[str, Upstream]) -> float:
-    """What the upstreams billed, whether or not their answers arrived."""
+    """The cost that the upstreams billed, whether or not their answers arrived."""
     prices = {target.name: target for target in load_pool(pool).targets}
     return sum(
         prices[name].cost(call.billed.prompt_tokens, call.billed.completion_tokens, call.billed.cached_tokens)

@@ -1,4 +1,4 @@
-"""What all tests share, built once a run: the tiny model, a small corpus with outcomes, a router, a real Ray."""
+"""Fixtures of all tests, built once per run: the tiny model, a small corpus with outcomes, a router, a real Ray."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from s3 import s3_bucket  # noqa: F401
 from selection import leave_out
 from tiny import save_small_data, save_tiny_model, save_tiny_sentence_encoder
 
-# As in an activated environment: what tests start finds this Python and its programs.
+# As in an activated environment: processes that tests start find this Python and its programs.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads on tiny matrices only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not help with tiny matrices
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here comes first
+os.environ.setdefault("RAY_worker_niceness", "0")  # else other processes take precedence
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # how often each node's agent looks at all its processes
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # interval at which each node's agent scans its processes
 
 
-# An example takes as long as a busy machine needs.
+# No deadline, since the machine may be busy.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where the shared data is, every test can run: one that is skipped has failed."""
+    """With the shared data present, every test can run, so a skipped test fails."""
     report = yield
     if report.skipped and SHARED.is_dir():
         report.outcome, report.longrepr = "failed", f"skipped, though {SHARED} exists: {report.longrepr}"
@@ -68,15 +68,15 @@ def tiny_sentence_encoder(run: Run) -> Path:
 
 @pytest.fixture(scope="session")
 def small_data(run: Run) -> Path:
-    """A folder with corpus.parquet, outcomes.parquet and pool.toml: see `save_small_data`."""
+    """A folder with corpus.parquet, outcomes.parquet and pool.toml; see `save_small_data`."""
     return run.build("small_data", save_small_data)
 
 
 @pytest.fixture(scope="session")
 def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
-    """The run's one Ray, for jobs of this process. Its workers know the S3 server of `s3_bucket`.
+    """The Ray of this run, for jobs in this process. Its workers can reach the S3 server of `s3_bucket`.
 
-    Jobs take it for one of two CPUs: it has more, for the other processes of the run.
+    Jobs see two CPUs; it has more, for the other processes of the run.
     """
     import ray
 
@@ -93,7 +93,7 @@ def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
-    """Every layer of the tiny model on the small corpus."""
+    """Activations of all layers of the tiny model on the small corpus."""
     from here import without_ray
     from prefill_jobs.extract.extract_job import extract
     from prefill_jobs.options import ExtractConfig
@@ -108,7 +108,7 @@ def activations(run: Run, tiny_model: Path, small_data: Path) -> str:
 
 @pytest.fixture(scope="session")
 def router(run: Run, activations: str, small_data: Path) -> str:
-    """A router trained on them."""
+    """A router trained on `activations`."""
     from here import without_ray
     from prefill_jobs.options import TrainConfig
     from prefill_jobs.train.train_job import train
@@ -123,7 +123,7 @@ def router(run: Run, activations: str, small_data: Path) -> str:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and lose much to waiting for them on a busy machine."""
+    """Limits torch to one thread: more only slow down tiny products on a busy machine."""
     import torch
 
     num_threads = torch.get_num_threads()
@@ -134,7 +134,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
-    """Runs the jobs of a module's tests without Ray: see `here`."""
+    """Runs the jobs of a module's tests without Ray; see `here`."""
     from here import without_ray
 
     with without_ray():

@@ -1,4 +1,4 @@
-"""Corpora for tests, as files of every format that is read, in the ways that make a reader stumble."""
+"""Test corpora in every supported file format, with the variations that are hard for a reader."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def write(path: Path, text: str | bytes) -> Path:
 
 
 def packed(path: Path, data: bytes) -> bytes:
-    """Data as a file of this name holds them."""
+    """The data compressed according to the file name."""
     if path.suffix == ".gz":
-        half = len(data) // 2  # in two members, as logs that were appended to
+        half = len(data) // 2  # in two members, as in logs that were appended to
         return gzip.compress(data[:half]) + gzip.compress(data[half:])
     if path.suffix == ".bz2":
         return bz2.compress(data)
@@ -46,13 +46,13 @@ def write_jsonl(path: Path, *records: Any) -> Path:
 
 
 def write_corpus(path: Path, prompts: list[str], prefix: str = "p") -> Path:
-    """Prompts with the ids p0, p1, ..., in a folder that is made where there is none."""
+    """Writes prompts with the ids p0, p1, ...; creates the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_jsonl(path, *({"prompt_id": f"{prefix}{i}", "prompt": prompt} for i, prompt in enumerate(prompts)))
 
 
 def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_ids: bool = True) -> Path:
-    """The rows (prompt_id, prompt) in the format that the path's suffix names."""
+    """Writes rows (prompt_id, prompt) in the format of the path's suffix."""
     columns: dict[str, list[str | None]] = {"extra": ["x"] * len(rows), "prompt": [prompt for _, prompt in rows]}
     if with_ids:
         columns["prompt_id"] = [prompt_id for prompt_id, _ in rows]
@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: list[tuple[str | None, str | None]], *, with_id
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=3)
         return path
-    if path.suffix in (".arrow", ".feather"):  # as Hugging Face's datasets write the one, and pandas the other
+    if path.suffix in (".arrow", ".feather"):  # written by Hugging Face datasets and by pandas, respectively
         new = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
         with new(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)

@@ -1,4 +1,4 @@
-"""The end of a process that tests started."""
+"""Ends processes that tests started."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def ended(process: subprocess.Popen[Any], number: signal.Signals = signal.SIGTERM) -> int:
-    """Its exit status: it is told to end, and killed if it does not, so that it disturbs no other test."""
+    """Signals the process to end, kills it after 300 s, and returns its exit status."""
     process.send_signal(number)
     try:
         return process.wait(300)

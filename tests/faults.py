@@ -1,6 +1,6 @@
-"""A proxy before the S3 server of `s3.py` that fails as real stores do: errors, resets, cut bodies, silence.
+"""A proxy in front of the S3 server of `s3.py` with the faults of real stores: errors, resets, cut bodies, silence.
 
-It passes the Host header and the raw path on as they came, so that signatures still hold.
+It forwards the Host header and the raw path unchanged, so that signatures stay valid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from yarl import URL
 from loopback import LoopbackServer, Lost, reset
 from prefill_router.storage import uris
 
-# They belong to one connection, and each side of the proxy has its own.
+# Headers of one connection: the proxy has separate connections on its two sides.
 _HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding", "Expect", "Content-Length")
 _ERRORS = {
     "error_500": (500, "InternalError", "We encountered an internal error. Please try again."),
@@ -34,18 +34,18 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Faults:
-    """The probability of each fault; a request meets one at most."""
+    """The probability of each fault; a request gets at most one."""
 
     error_500: float = 0.0
     slow_down: float = 0.0  # 503
-    conflict: float = 0.0  # 409, as of a conditional write while another is under way
+    conflict: float = 0.0  # 409, as for a conditional write during another write
     reset_before: float = 0.0  # the server never sees the request
-    reset_after: float = 0.0  # the server has done it, but its answer is lost
-    cut_body: float = 0.0  # half of the answer's body, then the end of the connection; all of it where it has no body
-    black_hole: float = 0.0  # the request's body is not even read, and nothing is ever answered
+    reset_after: float = 0.0  # the server handles the request, but its answer is lost
+    cut_body: float = 0.0  # closes the connection after half of the answer's body; without a body, before the answer
+    black_hole: float = 0.0  # never reads the request's body and never answers
 
     def draw(self, rng: random.Random) -> str:
-        """The name of a fault; empty for none."""
+        """The name of a random fault, or an empty string."""
         point = rng.random()
         for field in fields(self):
             point -= getattr(self, field.name)
@@ -56,29 +56,31 @@ class Faults:
 
 @dataclass
 class Request:
-    """What the proxy saw."""
+    """One request that the proxy received."""
 
-    time: float  # time.monotonic() when it came
+    time: float  # time.monotonic() on arrival
     method: str
     path: str  # raw, with the bucket and the query
-    fault: str  # the field of `Faults` that struck; empty for none
-    status: int = 0  # of the answer; 0 where there was none, or not yet
+    fault: str  # the field of `Faults` that was applied, or empty
+    status: int = 0  # of the answer; 0 if there is none yet
 
 
 class FaultProxy(LoopbackServer):
-    """`faults`, `only` and `latency_s` may be set any time."""
+    """The proxy. `faults`, `only` and `latency_s` may be set at any time."""
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
         super().__init__()
         self.upstream = upstream
         self.faults = Faults()
-        self.only: Callable[[str, str], bool] = _any_request  # which requests, by method and path, may meet a fault
+        self.only: Callable[[str, str], bool] = (
+            _any_request  # filters by method and path the requests that may get a fault
+        )
         self.latency_s = 0.0  # of every request
         self.log: list[Request] = []
         self._rng = random.Random(seed)
 
     def requests(self, method: str, prefix: str = "") -> list[Request]:
-        """Those to keys that begin with `prefix`, raw as in a URL; a listing is a GET of the empty key."""
+        """The requests for keys with this prefix, escaped as in a URL; a listing is a GET of the empty key."""
         return [request for request in self.log if request.method == method and _key(request).startswith(prefix)]
 
     def puts(self, prefix: str = "") -> list[Request]:
@@ -109,7 +111,7 @@ class FaultProxy(LoopbackServer):
             response = await self._answer(request, fault)
         except Lost:
             reset(request)
-            return web.Response()  # goes nowhere
+            return web.Response()  # never reaches the client
         entry.status = response.status
         return response
 
@@ -176,7 +178,7 @@ async def _send_half(request: web.Request, whole: web.Response) -> web.StreamRes
 
 @contextmanager
 def fault_proxy(seed: int = 0) -> Iterator[FaultProxy]:
-    """Puts a proxy between `s3_bucket`'s server and this process, with the processes and Ray workers it starts."""
+    """Puts a proxy between the server of `s3_bucket` and this process and its children, Ray workers included."""
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"], seed) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         uris._s3.cache_clear()
@@ -188,6 +190,6 @@ def fault_proxy(seed: int = 0) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def faulty_s3(s3_bucket: str) -> Iterator[FaultProxy]:
-    """A proxy before `s3_bucket`, whose URIs lead through it; it has no faults until a test sets them."""
+    """A proxy in front of `s3_bucket`, used by its URIs. It has no faults until a test sets them."""
     with fault_proxy() as proxy:
         yield proxy

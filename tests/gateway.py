@@ -1,4 +1,4 @@
-"""A gateway as clients see it: on a socket, in a thread of this process, before upstreams that fail as told."""
+"""A gateway on a real socket, in a thread of this process, with fake upstreams that fail on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _numbers = itertools.count(1)
 
 
 def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapping[str, Any]) -> str:
-    """A pool file in which each target has its upstream; `of_targets` says more of some."""
+    """Writes a pool file with one target per upstream; `of_targets` has further fields per target."""
     lines = []
     for name, upstream in upstreams.items():
         way = {"base_url": upstream.url, "model": f"{name}-1", "responses": True, "timeout_s": 2.0}
@@ -42,7 +42,7 @@ def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapp
 
 @contextmanager
 def gateway_of_two(router: str, folder: Path, **settings: Any) -> Iterator[tuple[Gateway, dict[str, Upstream]]]:
-    """A gateway with two targets, "big" and "small", each before an upstream of its own."""
+    """A gateway with two targets, "big" and "small", each with its own upstream."""
     with ExitStack() as stack:
         upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
         pool = write_pool(folder / "pool.toml", upstreams)
@@ -50,7 +50,7 @@ def gateway_of_two(router: str, folder: Path, **settings: Any) -> Iterator[tuple
 
 
 def renewed_pool(folder: Path, upstreams: Mapping[str, Upstream], timeout_s: float) -> str:
-    """A pool file that no gateway has seen, so that it knows nothing of its upstreams, which are made well."""
+    """Resets the upstreams' faults, and writes a new pool file, so that a gateway forgets their state."""
     for upstream in upstreams.values():
         upstream.faults()
         upstream.calls.clear()
@@ -59,7 +59,7 @@ def renewed_pool(folder: Path, upstreams: Mapping[str, Upstream], timeout_s: flo
 
 
 class Gateway:
-    """Serves while it is a context; `settings` are the endpoint's."""
+    """Context manager that serves with the endpoint's `settings`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings.model_validate({"open": True, "gateway": {}, **settings})
@@ -100,7 +100,7 @@ class Gateway:
         await self.ledger.close()
 
     def configure(self, **settings: Any) -> None:
-        """Other settings, but for those that are not named."""
+        """Changes the named settings."""
         self.settings = Settings.model_validate({**self.settings.model_dump(), **settings})
         self._run(self._configure(self.settings))
 
@@ -112,7 +112,7 @@ class Gateway:
     def _run(self, work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
 
-    # --- what tests ask ------------------------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------------------------
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.http.post(path, json=body, **options)

@@ -1,4 +1,4 @@
-"""HAProxy with the config of the endpoint, before servers of this process."""
+"""HAProxy with the endpoint's config, in front of servers in this process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Proxy:
         self.process, self.port, self.config = process, port, config
 
     def show(self, what: str) -> str:
-        """What HAProxy says of itself at its admin socket."""
+        """The output of a `show` command on HAProxy's admin socket."""
         with socket.socket(socket.AF_UNIX) as admin:
             admin.connect(str(self.config.parent / "admin.sock"))
             admin.sendall(f"show {what}\n".encode())
@@ -54,11 +54,11 @@ class Proxy:
 def haproxy_before(
     ports: Sequence[int], changed: Mapping[str, str] = MappingProxyType({}), fallback: int | None = None
 ) -> Iterator[Proxy]:
-    """`changed` are other values for settings of the config, as timeouts, for tests that do not wait for long.
+    """Runs HAProxy in front of these ports. `changed` replaces settings of the config, such as timeouts.
 
-    `fallback` is the port of what Serve falls back to.
+    `fallback` is the port of the server that Serve falls back to.
     """
-    with tempfile.TemporaryDirectory(prefix="pr-test-", dir="/tmp") as name:  # sockets want short paths
+    with tempfile.TemporaryDirectory(prefix="pr-test-", dir="/tmp") as name:  # socket paths must be short
         folder, port = Path(name), free_port()
         text = haproxy.mended(_serves_config(folder, port, ports, fallback), folder)
         for setting, value in changed.items():
@@ -79,7 +79,7 @@ def haproxy_before(
 
 
 def _serves_config(folder: Path, port: int, ports: Sequence[int], fallback: int | None) -> str:
-    """What Ray Serve writes, with the settings that the endpoint gives it."""
+    """The config that Ray Serve writes with the endpoint's settings."""
     ours = {
         name.removeprefix("RAY_SERVE_HAPROXY_"): value
         for name, value in haproxy.environment(folder).items()
@@ -121,9 +121,9 @@ def _listens(port: int) -> bool:
 
 
 class Recorder:
-    """A replica that gives everything the same answer, and keeps what it got.
+    """A fake replica that records requests and always sends the same answer.
 
-    Where it `dies` it hangs up, and where it dies for good, nobody listens there any more.
+    If it `dies`, it closes the connection instead; if it dies for good, its port is closed too.
     """
 
     def __init__(self, *, dies: bool = False, for_good: bool = False, waits_s: float = 0.0, answer: bytes = OK) -> None:

@@ -1,7 +1,7 @@
-"""Jobs in this process, without Ray: what a job does with its cluster is done here, one call after another.
+"""Runs jobs in this process, without Ray, by replacing the functions with which a job uses its cluster.
 
-What crosses between Ray's processes is pickled here too. Only Ray itself is left out: placing, retrying and killing,
-which tests with `local_ray` are about.
+Values that would cross between Ray's processes are pickled here too. Only Ray's own part is missing: placement, retries
+and killed workers, which tests with `local_ray` cover.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ NUM_CPUS = 2
 
 
 def copied(value: Any) -> Any:
-    """What another process would get."""
+    """The value as another process would receive it."""
     return cloudpickle.loads(cloudpickle.dumps(value))
 
 
 class Rows:
-    """The part of `ray.data.Dataset` that jobs use: rows, mapped when they are asked for."""
+    """The part of `ray.data.Dataset` that jobs use: lazily mapped rows."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = rows
@@ -51,7 +51,7 @@ class Rows:
         compute: Any = None,
         **_resources: Any,
     ) -> Rows:
-        """Tasks run one by one; the calls of an actor overlap as they do under Ray."""
+        """Tasks run one by one. Calls of an actor overlap as in Ray."""
         function, arguments = copied(function), copied(dict(fn_kwargs or {}))
         if not isinstance(function, type):
             return Rows(copied(function(copied(row), **arguments)) for row in self._rows)
@@ -75,7 +75,7 @@ class Rows:
 
 
 class Groups:
-    """Rows that agree in a column."""
+    """Rows grouped by a column."""
 
     def __init__(self, rows: Rows, by: str) -> None:
         self._rows, self._by = rows, by
@@ -92,7 +92,7 @@ class Groups:
 
 
 def _end(actor: object) -> None:
-    """Closes the connections and the event loop that end with an actor's process."""
+    """Closes the connections and the event loop that would end with an actor's process."""
     actor = getattr(actor, "worker", None)  # of the actor that `ray_tasks` wraps
     if isinstance(actor, CallActor):
         asyncio.run_coroutine_threadsafe(actor._http.aclose(), actor._loop).result()
@@ -108,7 +108,7 @@ def _as_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
 
 
 class Sequential:
-    """Whether an actor's calls run one after another, for tests that count what happens in order."""
+    """Switch that makes an actor's calls run one after another, for tests that depend on the order."""
 
     is_set = False
 
@@ -117,9 +117,9 @@ sequential = Sequential()
 
 
 class Shared:
-    """Stands in for `cluster.Shared`: one object, whoever holds a copy of the handle."""
+    """Replaces `cluster.Shared`: all copies of a handle share one object."""
 
-    _objects: dict[int, Any] = {}  # noqa: RUF012 - the process that Ray would have started
+    _objects: dict[int, Any] = {}  # noqa: RUF012 - in place of an actor process
 
     def __init__(self, kind: type, *arguments: Any, **_: bool) -> None:
         self.number = len(self._objects)
@@ -138,7 +138,7 @@ def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any
 
 
 def fit_here(task: trunk_fit.FitTask, workers: int, out: str, name: str) -> trunk_fit.Fit:
-    """Fits as one worker of Ray Train does."""
+    """Fits a trunk as one worker of Ray Train does."""
     task, rates = copied(task), []
     trainer = task.trainer(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def fit_here(task: trunk_fit.FitTask, workers: int, out: str, name: str) -> trun
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """Jobs that are run meanwhile run in this process."""
+    """Makes jobs run in this process."""
     stand_ins = {
         "connect": lambda: None,
         "Shared": Shared,

@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "ingest"
 class Ingested:
     prompts: dict[str, reader.Prompt]  # by their ids
     outcomes: dict[tuple[str, str], tuple[float, int | None]]  # by prompt and target: correct, output_tokens
-    extras: dict[str, dict[str, Any]]  # the corpus' other columns, by prompt
+    extras: dict[str, dict[str, Any]]  # other columns of the corpus, by prompt id
     quarantine: list[tuple[str, int, str | None, str]]  # file name, row, prompt_id, reason
     summary: IngestSummary
 

@@ -1,4 +1,4 @@
-"""Where the processes of a program listen."""
+"""The addresses and ports on which a program's processes listen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Listener:
 
 
 def listeners(tree: psutil.Process) -> Iterator[Listener]:
-    """The listening TCP sockets of a process and its children; none of those that end meanwhile."""
+    """The listening TCP sockets of a process and its children, without those that end meanwhile."""
     try:
         processes = {process.pid: process for process in (tree, *tree.children(recursive=True))}
     except psutil.NoSuchProcess:

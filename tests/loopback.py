@@ -1,4 +1,4 @@
-"""An aiohttp server in a thread of this process, for stand-ins that must reset connections and see who leaves."""
+"""An aiohttp server in a thread of this process, for fakes that reset connections and detect disconnects."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from aiohttp import web
 
 
 class Lost(Exception):  # noqa: N818
-    """Raised where the connection is to be reset."""
+    """Raised by a handler to reset the connection."""
 
 
 class LoopbackServer:
-    """Serves `app()` on a free port while it is a context; its handlers are cancelled when their client leaves."""
+    """Context manager that serves `app()` on a free port. Cancels a handler when its client disconnects."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -24,7 +24,7 @@ class LoopbackServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name=type(self).__name__, daemon=True)
 
     async def app(self) -> web.Application:
-        """Made in the server's loop."""
+        """The application; called in the server's event loop."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -47,8 +47,8 @@ class LoopbackServer:
 
 
 def reset(request: web.Request) -> None:
-    """Ends the request's connection with a reset; what the handler returns then goes nowhere."""
-    if request.transport is not None:  # None where the client was faster
-        no_linger = struct.pack("ii", 1, 0)  # then the end is a reset instead of an orderly one
+    """Resets the request's connection; the handler's response is then discarded."""
+    if request.transport is not None:  # None if the client has closed it
+        no_linger = struct.pack("ii", 1, 0)  # makes closing send a reset
         request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         request.transport.abort()

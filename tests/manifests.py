@@ -1,4 +1,4 @@
-"""What Kubernetes and KubeRay would say of a manifest, without a cluster: their own schemas, with no unknown keys."""
+"""Validates manifests without a cluster, by the schemas of Kubernetes and KubeRay, and rejects unknown keys."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Manifest = dict[str, Any]
 
 
 class BadManifest(Exception):  # noqa: N818 - a finding
-    """Where a manifest is not what its kind allows."""
+    """An invalid manifest."""
 
 
 def load_all(text: str) -> list[Manifest]:
-    """The documents of a YAML text. A key that stands twice is an error, where PyYAML would take the last one."""
+    """The documents of a YAML text. Raises BadManifest for a duplicate key, of which PyYAML would take the last."""
     return [document for document in yaml.load_all(text, _UniqueKeys) if document is not None]
 
 
@@ -41,18 +41,18 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         if len(keys) != len(set(keys)):
-            raise BadManifest(f"{node.start_mark}: a key stands twice")
+            raise BadManifest(f"{node.start_mark}: duplicate key")
         return super().construct_mapping(node, deep)
 
 
 def check(manifest: Manifest) -> None:
-    """Raises BadManifest where the manifest's kind is unknown, or does not allow what it says."""
+    """Raises BadManifest if the manifest's kind is unknown or its content is invalid."""
     if manifest["apiVersion"].startswith("ray.io/"):
         crd = _crds().get(manifest["kind"])
         if crd is None or crd["apiVersion"] != manifest["apiVersion"]:
             raise BadManifest(f"{manifest['apiVersion']} {manifest['kind']} is not known")
         _check(manifest, crd["openAPIV3Schema"])
-        for template in _pod_templates(manifest["spec"]):  # KubeRay's schema is that of pods, but of an older release
+        for template in _pod_templates(manifest["spec"]):  # KubeRay embeds the pod schema of an older release
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template.get("metadata", {})}}
             if template["spec"]["containers"]:
                 check({**pod, "spec": template["spec"]})
@@ -84,7 +84,7 @@ _METADATA["properties"] |= {"labels": _TEXTS, "annotations": _TEXTS}  # type: ig
 
 
 def _close(schema: Any) -> None:
-    """Makes a schema in Kubernetes' dialect one that JSON Schema reads as Kubernetes does, without unknown keys."""
+    """Converts a schema from Kubernetes' dialect to JSON Schema that rejects unknown keys."""
     if isinstance(schema, list):
         for item in schema:
             _close(item)
@@ -102,7 +102,7 @@ def _close(schema: Any) -> None:
 
 
 def cluster_specs(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """The specs of Ray clusters in a manifest: one, or none."""
+    """The spec of the manifest's Ray cluster, if it has one."""
     spec = manifest.get("spec", {})
     if manifest["kind"] == "RayCluster":
         yield spec
@@ -116,7 +116,7 @@ def _pod_templates(spec: Any) -> Iterator[dict[str, Any]]:
 
 
 def groups(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """The pods' specs of a manifest's Ray cluster, by group."""
+    """The pod specs of a manifest's Ray cluster, by group."""
     found = {}
     for cluster in cluster_specs(manifest):
         found["head"] = cluster["headGroupSpec"]["template"]["spec"]
@@ -125,7 +125,7 @@ def groups(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def render(folder: Path) -> list[Manifest]:
-    """What `kubectl apply -k` would apply."""
+    """The manifests that `kubectl apply -k` would apply."""
     assert KUBECTL is not None
     done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

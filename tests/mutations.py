@@ -1,4 +1,4 @@
-"""Bodies as careless or hostile callers send them."""
+"""Invalid request bodies, as from careless or hostile callers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
 
 
 def damaged(body: bytes, rng: random.Random) -> bytes:
-    """Bytes that were cut, flipped or doubled."""
+    """The body with bytes cut, changed or repeated."""
     place = rng.randrange(len(body))
     return rng.choice(
         [body[:place], body[:place] + bytes([rng.randrange(256)]) + body[place + 1 :], body + body[place:]]

@@ -1,7 +1,7 @@
-"""OpenAI's protocol from the server's side: what a request asks for, and the bodies and events that answer it.
+"""The server side of OpenAI's protocol: parses requests, and builds response bodies and events.
 
-Chat completions and responses say the same in different words. Each has a reader, which makes a `Prompt` of a request's
-body, and a `Reply`, which makes a body or events of `Answer`s. Fields are those of OpenAI's API reference.
+Chat completions and responses differ only in format. Each has a reader, which parses a request's body to a `Prompt`,
+and a `Reply`, which formats `Answer`s as a body or as events. Fields follow OpenAI's API reference.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class BadRequest(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a request asks for, whichever API it came by."""
+    """A parsed request of either API."""
 
     model: str
     messages: tuple[tuple[str, str], ...]  # (role, text); a tool's output has the role "tool"
     stream: bool
     include_usage: bool
     tools: Mapping[str, Json]  # the schema of each function's arguments
-    must_call: str | None  # a tool that has to be called
-    schema: Json | None  # of the JSON that is wanted in the place of text
+    must_call: str | None  # a tool that must be called
+    schema: Json | None  # of the requested JSON, None for text
     max_tokens: int | None
     n: int = 1
 
@@ -47,7 +47,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Usage:
     prompt_tokens: int
-    cached_tokens: int  # of the prompt's
+    cached_tokens: int  # included in prompt_tokens
     completion_tokens: int
 
     def chat(self) -> Json:
@@ -76,10 +76,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """A choice: text, or calls of tools. A piece is a word with the space after it, and counts as a token."""
+    """A choice: text or tool calls. A piece is a word with the space after it, and counts as one token."""
 
     pieces: Sequence[str]
-    calls: Sequence[tuple[str, Sequence[str]]]  # name, and the pieces of its arguments' JSON
+    calls: Sequence[tuple[str, Sequence[str]]]  # name, and pieces of the arguments' JSON
     is_cut: bool  # by `max_tokens`
 
     @property
@@ -96,7 +96,7 @@ class Event:
     """One server-sent event."""
 
     data: Json
-    num_tokens: int = 0  # of the answer's, that it carries
+    num_tokens: int = 0  # tokens of the answer in this event
     name: str = ""
 
     def encode(self) -> bytes:
@@ -155,9 +155,10 @@ def read_responses(body: Json) -> Prompt:
 
 
 def answer(name: str, prompt: Prompt, index: int = 0) -> Answer:
-    """What the upstream `name` says: its name and the last text; JSON or a tool's call where the prompt asks for it.
+    """The answer of upstream `name`: its name and the last text, or JSON or a tool call if the prompt requests one.
 
-    A tool is called where the last message is the user's and names it. A choice but the first ends with its number.
+    It calls a tool if the last message is the user's and contains the tool's name. Choices after the first end with
+    their number.
     """
     role, last = prompt.messages[-1] if prompt.messages else ("user", "")
     text = f"{name}: {last or 'nothing was asked'}" + (f" #{index + 1}" if index else "")
@@ -173,7 +174,7 @@ def answer(name: str, prompt: Prompt, index: int = 0) -> Answer:
 
 @dataclass
 class Reply(ABC):
-    """The answers to a request in the words of its API."""
+    """The answers to a request in the format of its API."""
 
     id: str
     created: int  # seconds since 1970
@@ -193,7 +194,7 @@ class Reply(ABC):
 
     @abstractmethod
     def error(self, body: Json, place: int, /) -> Event:
-        """What stands in the place of the event of that number where the stream fails there."""
+        """The event that replaces event number `place` if the stream fails there."""
 
 
 class ChatReply(Reply):
@@ -247,7 +248,7 @@ class ResponsesReply(Reply):
     """POST /v1/responses."""
 
     def body(self, status: str = "") -> Json:
-        """The finished response, or one of another `status`, which has no output yet."""
+        """The finished response, or one with another `status` and no output yet."""
         is_done, is_cut = not status, self._answer.is_cut
         items = [self._item(n) for n in range(len(self._answer.calls) or 1)]
         return {
@@ -356,7 +357,7 @@ def _required(body: Json, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content, which may be in parts."""
+    """The text of a message's content, which may be a list of parts."""
     if isinstance(content, list):
         return " ".join(part["text"] for part in content if "text" in part)
     if not isinstance(content, str | None):
@@ -365,7 +366,7 @@ def _text(content: Any) -> str:
 
 
 def _limit(body: Json, *names: str) -> int | None:
-    """The first of these numbers of tokens that is given."""
+    """The first of these token limits that is set."""
     name = next((name for name in names if body.get(name) is not None), None)
     if name is None:
         return None
@@ -386,7 +387,7 @@ def _must_call(choice: Any, name: str | None, tools: Mapping[str, Json]) -> str 
 
 
 def _wanted_schema(form: Json | None, key: str | None) -> Json | None:
-    """Of a `response_format` or `text.format`, which keeps the schema under `key`, or in itself."""
+    """The schema of a `response_format` or `text.format`, which has it under `key` or at the top."""
     kind = (form or {}).get("type")
     if form is None or kind not in ("json_object", "json_schema"):
         return None
@@ -397,14 +398,14 @@ def _wanted_schema(form: Json | None, key: str | None) -> Json | None:
 
 
 def _instance(schema: Json, text: str, root: Json | None = None) -> Any:
-    """A value that fits a schema of the kinds that structured outputs allow; strings are `text`."""
+    """A value that matches a schema of structured outputs; its strings are `text`."""
     root = root or schema
     if "$ref" in schema:
         schema = functools.reduce(lambda part, name: part[name], schema["$ref"].split("/")[1:], root)
     if "const" in schema or "enum" in schema:
         return schema["const"] if "const" in schema else schema["enum"][0]
     if "anyOf" in schema:
-        return _instance(schema["anyOf"][-1], text, root)  # null, where it may be: it ends what is recursive
+        return _instance(schema["anyOf"][-1], text, root)  # null if allowed, which ends a recursive schema
     kind = schema.get("type", "object" if "properties" in schema else None)
     if kind == "object":
         return {name: _instance(part, text, root) for name, part in schema.get("properties", {}).items()}

@@ -1,4 +1,4 @@
-"""Ports for servers that cannot choose one themselves, as most want to be told."""
+"""Free ports for servers that cannot choose one themselves."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import random
 import socket
 from pathlib import Path
 
-_RAYS = range(10_002, 32_000)  # of its workers, and above them those of our replicas
+_RAYS = range(10_002, 32_000)  # for Ray's workers, and above them the replicas
 _kept: list[socket.socket] = []  # until this process ends
 
 
 def free_port() -> int:
-    """A port that stays free until the caller's server binds it: no other process of these tests gets it.
+    """A port that stays free until the caller's server binds it; no other process of these tests gets it.
 
-    Between asking the system for a port and binding it, another program may be given the same one. So this one is of
-    those that the system gives nobody unasked, and a name in the abstract namespace keeps other tests off.
+    A port from the system could be given to another program before the server binds it. This one is outside the
+    system's ephemeral range, and a name in the abstract socket namespace reserves it among tests.
     """
-    unasked = range(*map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()))
-    ports = [port for port in range(8_300, 65_536) if port not in unasked and port not in _RAYS]
+    ephemeral = range(*map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()))
+    ports = [port for port in range(8_300, 65_536) if port not in ephemeral and port not in _RAYS]
     random.shuffle(ports)
     return next(port for port in ports if _keep(port))
 

@@ -1,4 +1,4 @@
-"""A real Prometheus that watches a Ray on this machine, and what panels and alerts ask of it."""
+"""A real Prometheus that scrapes a Ray on this machine, and the queries of panels and alerts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RUN_NAME = "ray_train_run_name"  # a label
 
 
 def metrics_in(expression: str) -> set[str]:
-    """The metrics that a PromQL expression names. All that we watch are Ray's, or Prometheus' own `up`."""
+    """The metrics in a PromQL expression: Ray's, and Prometheus' own `up`."""
     return set(_NAME.findall(_QUOTED.sub('""', expression))) - {_RUN_NAME}
 
 
@@ -40,7 +40,7 @@ def panels() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Prometheus:
-    """One that runs; it is asked for all that happened since it was started."""
+    """A client of a running Prometheus. Queries cover the time since its start."""
 
     def __init__(self, port: int) -> None:
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=120)
@@ -55,7 +55,7 @@ class Prometheus:
         return set(self.get("/label/__name__/values"))
 
     def has_data(self, expression: str) -> bool:
-        """Was there a number at any time?"""
+        """Whether the expression had a finite value at any time."""
         expression = expression.replace("$__rate_interval", "30s").replace("$task", ".*")
         found = self.get("/query_range", query=expression, start=self.started, end=time.time(), step=1)
         return any(math.isfinite(float(value)) for series in found["result"] for _, value in series["values"])
@@ -63,10 +63,10 @@ class Prometheus:
 
 @contextmanager
 def watching(ray_folder: Path, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with our own config, on another Ray's folder and every 3 s, in which a busy agent can answer."""
+    """Runs Prometheus with our config on the given Ray folder. It scrapes every 3 s, since Ray's agents may be busy."""
     assert PROMETHEUS is not None
     config = (INFRA / "prometheus" / "prometheus.yml").read_text()
-    # Not /tmp/ray: other Rays of this machine are none of ours.
+    # Without /tmp/ray, where other Ray processes of this machine register.
     ours = config.replace("/tmp/ray-cluster/ray/", f"{ray_folder}/").replace("- /tmp/ray/", f"- {folder}/none-")
     (folder / "prometheus.yml").write_text(ours.replace(" 15s", " 3s"))
     shutil.copy(INFRA / "prometheus" / "alerts.yml", folder)

@@ -1,7 +1,4 @@
-"""What the encoder is measured against: transformers itself, each prompt alone, `output_hidden_states=True`.
-
-And attention, written out.
-"""
+"""References for the encoder: naive attention, and transformers on one prompt with `output_hidden_states=True`."""
 
 # S tokens of a prompt, P of a prefix, L layers, D hidden size; H heads, K key-value heads, E head size
 
@@ -16,21 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Activations are float16, so a value is right within its rounding, 2^-11 of it, or within RTOL, where float32 sums in
-# another order round to the neighbouring float16.
+# Activations are float16 with a relative rounding error of 2^-11. RTOL allows the neighbouring float16, which float32
+# sums in another order may round to.
 RTOL, ATOL = 1e-3, 1e-4
 
 
 @torch.inference_mode()
 def states_alone(backbone: Any, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """Every layer's states (L + 1, S, D) of each prompt, run alone and without padding."""
+    """The states of all layers (L + 1, S, D) of each prompt, run alone and without padding."""
     options = {"output_hidden_states": True, "use_cache": False}
     outputs = [backbone(input_ids=torch.tensor([ids]), **options) for ids in prompts]
     return [np.stack([states[0].float().numpy() for states in output.hidden_states]) for output in outputs]
 
 
 def hidden_states(folder: Path, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """`states_alone` of the model that lies in `folder`, in float32."""
+    """`states_alone` of the model in `folder`, in float32."""
     from transformers import AutoModelForCausalLM
 
     return states_alone(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), prompts)
@@ -39,7 +36,7 @@ def hidden_states(folder: Path, prompts: Sequence[Sequence[int]]) -> list[NDArra
 def assert_equals_transformers(
     folder: Path, prompts: Sequence[Sequence[int]], encoded: Mapping[str, Any], mean_from: int = 0
 ) -> None:
-    """Every layer and pooling of `encoded` is right; the mean is over the tokens from `mean_from`."""
+    """Checks all layers and poolings of `encoded`; the mean is over the tokens from `mean_from`."""
     for row, states in enumerate(hidden_states(folder, prompts)):
         for layer in range(len(states)):
             last, mean = encoded[f"last_{layer:03d}"][row], encoded[f"mean_{layer:03d}"][row]
@@ -49,7 +46,7 @@ def assert_equals_transformers(
 
 
 def relative_error(values: Any, expected: Any) -> NDArray[np.float64]:
-    """||values - expected|| / ||expected|| of each vector, over the last axis."""
+    """||values - expected|| / ||expected|| of each vector along the last axis."""
     values, expected = np.asarray(values, np.float64), np.asarray(expected, np.float64)
     error: NDArray[np.float64] = np.linalg.norm(values - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     return error
@@ -64,7 +61,7 @@ def causal_softmax(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """One prompt, (S, H, E) and (P + S, K, E): its first query sees P + 1 keys, or the last `window` of them."""
+    """Attention of a prompt, (S, H, E) and (P + S, K, E); query 0 sees P + 1 keys, or the last `window` of them."""
     per_group, num_hidden = query.shape[1] // key.shape[1], len(key) - len(query)
     key, value = (t.repeat_interleave(per_group, 1) for t in (key, value))
     scores = torch.einsum("qhe,khe->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)

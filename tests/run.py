@@ -1,6 +1,6 @@
-"""What the processes of one pytest run share: files that are built once, and servers that are started once.
+"""Resources that the processes of one pytest run share: files built once, and servers started once.
 
-First come builds; the others wait for it at a file lock.
+The first process builds a resource; the others wait at a file lock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import pytest
 from filelock import FileLock
 
 _STARTING_S = 180.0
-_servers: list[subprocess.Popen[bytes]] = []  # which Popen would warn of, once nobody knows them
+_servers: list[subprocess.Popen[bytes]] = []  # referenced, else Popen warns about running processes
 
 
 @dataclass(frozen=True)
 class Run:
-    """A pytest run, of one process or of several of xdist's."""
+    """A pytest run of one process, or of several with xdist."""
 
     folder: Path
-    pid: int  # of the process that outlives all others
+    pid: int  # of the process that ends last
 
     @classmethod
     def of(cls, factory: pytest.TempPathFactory) -> Run:
@@ -36,7 +36,7 @@ class Run:
         return cls(folder, os.getpid())
 
     def build(self, name: str, builder: Callable[[Path], object]) -> Path:
-        """The folder `name`, which `builder` fills unless another process of the run has done so."""
+        """The folder `name`. `builder` fills it unless another process of the run has done so."""
         folder, finished = self.folder / name, self.folder / f".{name}.finished"
         with FileLock(self.folder / f".{name}.lock"):
             if not finished.exists():
@@ -46,23 +46,20 @@ class Run:
         return folder
 
     def serve(self, name: str) -> dict[str, str]:
-        """What the server `name` of `servers.py` says of itself, which is started unless it runs already.
-
-        It ends with the run.
-        """
+        """The connection details of the server `name` of `servers.py`. Starts it if needed; it ends with the run."""
         log = self.folder / f"{name}.log"
 
         def start(folder: Path) -> None:
-            told = folder / "told.json"
+            details = folder / "details.json"
             with log.open("w") as output:
-                command = [sys.executable, Path(__file__).with_name("servers.py"), name, str(self.pid), told]
+                command = [sys.executable, Path(__file__).with_name("servers.py"), name, str(self.pid), details]
                 server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
             _servers.append(server)
             deadline = time.monotonic() + _STARTING_S
-            while not told.exists():
+            while not details.exists():
                 assert server.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, f"not within {_STARTING_S} s: {log.read_text()}"
                 time.sleep(0.05)
 
-        told: dict[str, str] = json.loads((self.build(name, start) / "told.json").read_text())
-        return told
+        details: dict[str, str] = json.loads((self.build(name, start) / "details.json").read_text())
+        return details

@@ -1,4 +1,4 @@
-"""A real S3 endpoint for tests: the run's moto server. Conftest files import the fixture."""
+"""An S3 endpoint for tests: the moto server of the run. Conftest files import the fixture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BUCKET = "prefill-router-tests"
 
 @pytest.fixture(scope="session")
 def s3_bucket(run: Run) -> Iterator[str]:
-    """The URI of an empty bucket; tests share it, each below a prefix of its own.
+    """The URI of a bucket that tests share; each uses its own prefix.
 
-    It sets the AWS variables of this process, so that processes started under it reach the endpoint too.
+    Sets the AWS variables of this process, so that its child processes reach the endpoint too.
     """
     variables = {
         "AWS_ENDPOINT_URL": run.serve("s3")["endpoint"],

@@ -1,4 +1,4 @@
-"""Which of the collected tests a machine can run."""
+"""Deselects tests that this machine cannot run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from browsers import CHROMIUM
 from manifests import KUBECTL
 from prometheus import PROMETHEUS, PROMTOOL
 
-COLLECTED = pytest.StashKey[frozenset[Path]]()  # the files whose tests were found, before any was left out
-LACKING = pytest.StashKey[frozenset[str]]()  # the marks of tests that need what this machine lacks
+COLLECTED = pytest.StashKey[frozenset[Path]]()  # files with collected tests, before deselection
+LACKING = pytest.StashKey[frozenset[str]]()  # marks of the requirements that this machine lacks
 
 
 @functools.cache
@@ -31,7 +31,7 @@ _HAS = {
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests of a GPU, or of a program, where there is none: not skipped, for nobody meant to run them."""
+    """Deselects tests that need a missing GPU or program. They do not count as skipped, which would fail the run."""
     config.stash[COLLECTED] = frozenset(item.path for item in items)
     config.stash[LACKING] = lacking = frozenset(mark for mark, is_there in _HAS.items() if not is_there())
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in lacking)]

@@ -1,4 +1,4 @@
-"""The endpoint's API as a test speaks with it: in this process, without a socket."""
+"""The endpoint's API in this process, without a socket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefill_serve.settings import LedgerSettings, Settings
 
 
 class Api:
-    """A client, and the endpoint and the ledger behind it."""
+    """A test client with its endpoint and ledger."""
 
     def __init__(self, client: TestClient, endpoint: Endpoint, ledger: LocalLedger) -> None:
         self.client, self.endpoint, self.ledger = client, endpoint, ledger
@@ -23,12 +23,12 @@ class Api:
         self.client.portal.call(self.endpoint.configure, Settings.model_validate({"open": True, **settings}))
 
     def keep(self, **settings: Any) -> None:
-        """Other settings of the ledger."""
+        """Changes the settings of the ledger."""
         assert self.client.portal is not None
         self.client.portal.call(self.ledger.configure, LedgerSettings.model_validate(settings))
 
     def settle(self) -> None:
-        """Until what was asked has been recorded."""
+        """Waits until all requests are recorded."""
         assert self.client.portal is not None
         self.client.portal.call(asyncio.sleep, 10 * RECORD_AFTER_S)
 

@@ -1,6 +1,6 @@
 """Servers that all processes of a test run share: `python servers.py NAME PID FILE`.
 
-Each writes what its callers must know into FILE once it answers, and ends with the process PID.
+A server writes its connection details to FILE once it is ready, and ends with the process PID.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-# For jobs of two processes of tests at once. With more, Ray starts more workers, each of which imports for seconds.
+# Enough for jobs of two test processes at once. With more, Ray starts more workers, each with seconds of imports.
 RAY_CPUS = 4
 
 
@@ -33,13 +33,13 @@ def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def s3() -> Iterator[dict[str, str]]:
-    """A real S3 endpoint: moto's server."""
+    """moto's S3 server."""
     import logging
 
     from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
-    # moto looks whether an object exists and writes then: as in S3, no other PUT may come between.
+    # moto's conditional PUT is not atomic, unlike S3's: a lock makes it so.
     S3Response.put_object = _one_at_a_time(S3Response.put_object)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -53,8 +53,8 @@ def s3() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def ray() -> Iterator[dict[str, str]]:
-    """A Ray head on loopback, without a dashboard or a token. Its workers have this process's environment."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # read while Ray is imported
+    """A Ray head on loopback, without dashboard or token. Its workers inherit this environment."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray reads it on import
     import ray as started
 
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
@@ -66,10 +66,10 @@ def ray() -> Iterator[dict[str, str]]:
 
 
 def main(name: str, pid: int, file: Path) -> None:
-    with {"s3": s3, "ray": ray}[name]() as told:
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(told))
-        draft.rename(file)
+    with {"s3": s3, "ray": ray}[name]() as details:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(details))
+        partial.rename(file)
         while _lives(pid):
             time.sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""`prefill-router serve` as users run it: a process with Ray, HAProxy and replicas."""
+"""Runs `prefill-router serve` as users do: a process with Ray, HAProxy and replicas."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Serve:
         return found
 
     def answers(self) -> bool:
-        """Does anybody listen? The system says so at once, however busy who listens is."""
+        """Whether the port accepts connections, which the kernel answers even if the server is busy."""
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def folder(self) -> Path | None:
-        """Where its HAProxy's files are; none where its Ray is not its own."""
+        """The folder of HAProxy's files, None if `serve` joined an existing Ray."""
         configs = (Path(part) for proxy in self.processes("haproxy.cfg") for part in proxy.cmdline())
         return next((config.parents[1] for config in configs if config.name == "haproxy.cfg"), None)
 
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600.0) 
 
 @contextmanager
 def serving(router: str, **flags: Any) -> Iterator[Serve]:
-    """Serves meanwhile; then it is told to end, ends well, and where its Ray is its own, its port is free again."""
+    """Serves in the context. Then checks a clean exit and, unless it joined an existing Ray, that the port is free."""
     port = free_port()
     command = [sys.executable, "-m", "prefill_jobs", "serve", "--router", router, "--port", str(port)]
     for name, value in flags.items():
@@ -93,6 +93,6 @@ def serving(router: str, **flags: Any) -> Iterator[Serve]:
         serve.listener.join(300)
     assert was_killed or process.returncode == 0, serve.said
     assert was_killed or "RAY_ADDRESS" in os.environ or not serve.answers(), serve.said
-    if folder is not None and was_killed:  # or the next `serve` would do it
+    if folder is not None and was_killed:  # else the next `serve` cleans up
         shutil.rmtree(folder, ignore_errors=True)
     assert folder is None or not folder.exists()

@@ -1,4 +1,4 @@
-"""What tests ask of an activation store."""
+"""Queries of an activation store, for tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from prefill_router.corpus.split_groups import SplitGroups, by_content
 
 
 def content_groups(uri: str) -> SplitGroups:
-    """The split groups of a finished store's prompts, by content, as `train` has them by default."""
+    """The split groups of a finished store's prompts by content, the default of `train`."""
     keys = store_keys.read(ActivationStore.open(uri))
     return by_content(keys.prompts, keys.contents)

@@ -1,4 +1,4 @@
-"""Each test belongs to `make test`, or says why it does not; `make test-all`, which CI runs, leaves none out."""
+"""`make test` runs every test without a reason to be slow; `make test-all`, which CI runs, runs all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def recipe(target: str) -> str:
-    """The commands of a Makefile's target, with variables put in."""
+    """The commands of a Makefile target, with variables expanded."""
     makefile = (ROOT / "Makefile").read_text()
     variables = dict(re.findall(r"^(\w+) :?\??= ?(.*)$", makefile, re.M))
     found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.M)
@@ -26,7 +26,7 @@ def recipe(target: str) -> str:
 
 
 def test_every_file_is_collected(request: pytest.FixtureRequest) -> None:
-    """Of the folders that this run was given; of all, where it was given none."""
+    """In the folders given to this run, or in all."""
     below = [Path(str(argument).partition("::")[0]).resolve() for argument in request.config.args]
     files = {file for folder in below for file in ([folder] if folder.is_file() else folder.rglob("test_*.py"))}
     assert Path(__file__) in files
@@ -34,7 +34,7 @@ def test_every_file_is_collected(request: pytest.FixtureRequest) -> None:
 
 
 def test_ci_has_the_programs_that_tests_drive(request: pytest.FixtureRequest) -> None:
-    """Elsewhere a machine may lack them; what it lacks is always told by a mark."""
+    """Other machines may lack them; marks deselect the tests there."""
     needed = {"browser", "prometheus"} if "CI" in os.environ else set()
     assert not request.config.stash[LACKING] & needed
 

@@ -1,4 +1,4 @@
-"""The tiny world of the tests: a random causal LM of four blocks, prompts in its words, and a pool of two targets."""
+"""Tiny test data: a random causal LM of four blocks, prompts from its vocabulary, and a pool of two targets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
 
 
 def save_word_tokenizer(folder: Path, chat_template: str | None) -> None:
-    """A tokenizer of whole words, those of VOCABULARY, that begins with <bos>."""
+    """Saves a tokenizer of whole words from VOCABULARY that prepends <bos>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +57,7 @@ def save_word_tokenizer(folder: Path, chat_template: str | None) -> None:
 
 
 def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, config: Any = None) -> Path:
-    """A random causal LM, a Llama of four blocks where no `config` is given, and a tokenizer of whole words."""
+    """Saves a random causal LM (default: a Llama of four blocks) and a tokenizer of whole words."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -68,7 +68,7 @@ def save_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
 
 
 def save_tiny_sentence_encoder(folder: Path, pooling: str | None = "mean_tokens", max_tokens: int = 16) -> Path:
-    """A random BERT of two blocks in the words of WORDS, laid out as sentence-transformers does."""
+    """Saves a random BERT of two blocks with the vocabulary, in the layout of sentence-transformers."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -106,7 +106,7 @@ def random_prompts(num_prompts: int, seed: int = 0) -> list[str]:
 def save_small_data(folder: Path) -> None:
     """Writes corpus.parquet, outcomes.parquet and pool.toml into a folder: 240 prompts and two targets.
 
-    "small" is right on prompts that hold the word "one", "big" on nearly all; 5 % of the outcomes are missing.
+    "small" is mostly right on prompts with the word "one", "big" on 90 % of all; 5 % of the outcomes are missing.
     """
     rng = np.random.default_rng(1)
     prompts = random_prompts(240, seed=1)

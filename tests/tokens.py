@@ -1,4 +1,4 @@
-"""A Ray that refuses a token, without a Ray."""
+"""A fake Ray head that refuses tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _refuse(_request: bytes, context: grpc.ServicerContext) -> None:
 
 @contextmanager
 def refusing_token() -> Iterator[str]:
-    """The address of a server that answers every call as Ray does where the token is another."""
+    """The address of a server that answers every call like a Ray with a different token."""
     server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[_RefuseEverything()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server for tests of what stands before one: it follows the protocol, and fails as told.
+"""A fake OpenAI-compatible server for tests of its clients: follows the protocol, and fails on request.
 
 with Upstream("small") as upstream:
-    upstream.faults(Fault.RATE_LIMIT, Fault.RESET_MIDWAY)  # of the next two requests
-    ...  # ask upstream.url
+    upstream.faults(Fault.RATE_LIMIT, Fault.RESET_MIDWAY)  # for the next two requests
+    ...  # send requests to upstream.url
     assert upstream.completions[-1].billed == Usage(prompt_tokens=3, cached_tokens=0, completion_tokens=4)
 """
 
@@ -42,9 +42,9 @@ from openai_protocol import (
 
 
 class Fault(StrEnum):
-    """What a request may meet; a request asks for one by itself with `[[fault:429]]` in its last user message.
+    """The faults of a request. A request selects one with `[[fault:429]]` in its last user message.
 
-    `[[fault:429@small]]` is for the upstream of that name alone. Midway is after half of the answer's tokens.
+    `[[fault:429@small]]` applies to the upstream of that name only. Midway is after half of the answer's tokens.
 
     | fault        | streamed                                       | in one piece                                  |
     | ------------ | ---------------------------------------------- | --------------------------------------------- |
@@ -52,25 +52,25 @@ class Fault(StrEnum):
     | 401          | invalid_api_key                                | the same                                      |
     | 404          | model_not_found                                | the same                                      |
     | 429          | rate_limit_exceeded, with Retry-After          | the same                                      |
-    | quota        | 429, insufficient_quota: no use to try again   | the same                                      |
+    | quota        | 429, insufficient_quota: not worth a retry     | the same                                      |
     | 500          | server_error                                   | the same                                      |
     | 503          | server_error, with Retry-After                 | the same                                      |
     | hang         | never answers                                  | the same                                      |
-    | slow_head    | the head comes after `slow_s`                  | the same                                      |
-    | reset        | the connection is reset before the head        | the same                                      |
+    | slow_head    | the header comes after `slow_s`                | the same                                      |
+    | reset        | the connection is reset before the header      | the same                                      |
     | empty        | 200 without a body                             | the same                                      |
-    | wrong_type   | all is well, but labelled text/html            | the same                                      |
-    | not_json     | 200, the one event is words                    | 200, a page of HTML labelled as JSON          |
-    | error_first  | 200, the first event is an error, and the last | 200, the body is an error                     |
+    | wrong_type   | correct, but labelled text/html                | the same                                      |
+    | not_json     | 200, the only event is plain text              | 200, a page of HTML labelled as JSON          |
+    | error_first  | 200, the only event is an error                | 200, the body is an error                     |
     | error_midway | midway an error event, then the end            | 200, the body is an error                     |
-    | cut          | ends midway, in good order, without [DONE]     | 200, half of the body as if it were the whole |
-    | truncated    | ends within an event, in good order            | 200, half of the body as if it were the whole |
+    | cut          | ends midway without [DONE], closed normally    | 200, half of the body as if it were the whole |
+    | truncated    | ends within an event, closed normally          | 200, half of the body as if it were the whole |
     | reset_midway | the connection is reset midway                 | it is reset after half of the body            |
     | stall        | silent from midway on, the connection stays    | half of the body, then silence                |
     | slow_chunks  | `slow_s` before each event                     | `slow_s` before the second half of the body   |
     | not_streamed | the answer comes in one piece, as JSON         | none                                          |
 
-    What fails before its first token is not billed; of what fails midway, the prompt and the tokens sent.
+    A failure before the first token is not billed. A failure midway bills the prompt and the tokens sent.
     """
 
     BAD_REQUEST = "400"
@@ -112,44 +112,44 @@ _MIDWAY = (Fault.ERROR_MIDWAY, Fault.RESET_MIDWAY, Fault.CUT, Fault.TRUNCATED, F
 
 @dataclass
 class Call:
-    """A request as the upstream saw it, and what became of it. `wait()` before reading the second half."""
+    """A request that the upstream received, and its result. Call `wait()` before reading the fields of the result."""
 
     path: str
     headers: dict[str, str]  # in lower case, without secrets
-    key_matched: bool | None  # None where the upstream wants no key
-    body: Any  # the whole JSON, or the text that is none
+    key_matched: bool | None  # None if the upstream requires no key
+    body: Any  # the parsed JSON, or the text if it is not JSON
     came_s: float  # time.monotonic()
 
     fault: Fault | None = None
-    status: int = 0  # 0 where there was no head
-    billed: Usage | None = None  # the whole prompt, and those tokens of the answer that were sent
-    client_left: bool = False  # before the end
+    status: int = 0  # 0 if no header was sent
+    billed: Usage | None = None  # the whole prompt and the tokens sent
+    client_left: bool = False  # client disconnected before the end
     took_s: float = 0.0
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def wait(self, timeout_s: float = 10.0) -> Call:
-        """Until the upstream is done with it, which may be after its client is."""
+        """Waits until the upstream has finished the request, possibly after its client has."""
         assert self._ended.wait(timeout_s), f"{self.path} has not ended within {timeout_s} s"
         return self
 
 
 class Upstream(LoopbackServer):
-    """Answers with its name and what was asked last, the same each time. Any model may be asked for."""
+    """Answers deterministically with its name and the last message, for any model."""
 
     def __init__(self, name: str = "upstream", key: str | None = None, models: Sequence[str] = ("tiny",)) -> None:
-        """`models` are those it lists; one that it does not list is answered by the first, and the answer says so."""
+        """`models` are the listed models. The first one answers requests for others, and its name is in the answer."""
         super().__init__()
         self.name, self.key, self.models = name, key, tuple(models)
-        self.first_byte_s = 0.0  # before any head; it may be set any time, as the next four
+        self.first_byte_s = 0.0  # before any header; this and the next four may be set at any time
         self.between_chunks_s = 0.0
         self.slow_s = 1.0
         self.retry_after_s = 1
-        self.quotes = ""  # at the end of what errors say
+        self.quotes = ""  # appended to error messages
         self.calls: list[Call] = []
         self._queue: deque[Fault | None] = deque()
         self._at_random: tuple[float, Sequence[Fault], random.Random] = (0.0, (), random.Random())
         self._numbers = itertools.count(1)
-        self._prefixes: set[int] = set()  # hashes of conversations that were seen, for the cache
+        self._prefixes: set[int] = set()  # hashes of conversations seen, for the prompt cache
 
     def __enter__(self) -> Upstream:
         super().__enter__()
@@ -158,13 +158,13 @@ class Upstream(LoopbackServer):
 
     @property
     def completions(self) -> list[Call]:
-        """The requests for answers; `calls` has those for the list of models too."""
+        """The requests for answers; `calls` also has requests for the list of models."""
         return [call for call in self.calls if call.path != "/v1/models"]
 
     def faults(self, *faults: Fault | None, rate: float | None = None, seed: int = 0) -> None:
-        """Each of the next requests for an answer meets one of these in turn, None being none.
+        """Sets the faults of the next requests for an answer, in order; None is no fault.
 
-        With `rate`, each from now on meets one of them with that probability. What was set before is forgotten.
+        With `rate`, all further requests get one of them with that probability. Replaces earlier settings.
         """
         self._queue.clear()
         if rate is None:
@@ -189,7 +189,7 @@ class Upstream(LoopbackServer):
             await response.write_eof()
         except Lost:
             reset(request)
-            return web.Response()  # goes nowhere
+            return web.Response()  # never reaches the client
         except (asyncio.CancelledError, ConnectionError):
             call.client_left = True
             raise
@@ -328,7 +328,7 @@ class Upstream(LoopbackServer):
         return error_body(f"{message}{self.quotes}", kind, code, param)
 
     def _cached_tokens(self, prompt: Prompt) -> int:
-        """Of the messages at the prompt's beginning, those that an earlier prompt began with too."""
+        """The tokens of the prompt's longest prefix of messages that an earlier prompt had too."""
         key, tokens, cached = 0, 0, 0
         for role, text in prompt.messages:
             key = hash((key, role, text))

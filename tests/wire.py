@@ -1,19 +1,19 @@
-"""Requests as bytes on a socket: those that clients send, and those that two servers in a row may read differently."""
+"""Requests as raw bytes: valid ones, and those that two servers in a row may parse differently."""
 
 from __future__ import annotations
 
 import socket
 from contextlib import suppress
 
-# Of HAProxy, uvicorn and the gate, and 0 for a connection that is reset while the caller still sends; none of a replica
-# in trouble.
+# Status codes of refusals by HAProxy, uvicorn and the gate; 0 is a connection reset while the client still sends. A
+# failing replica gives none of these.
 REFUSED = {0, 400, 401, 403, 404, 405, 408, 413, 415, 501}
 
 
 def exchange(port: int, *pieces: bytes, wait_s: float = 60.0) -> bytes:
-    """What comes for these bytes until the connection is closed."""
+    """Sends these bytes, and reads until the connection is closed."""
     with socket.create_connection(("127.0.0.1", port), wait_s) as client:
-        with suppress(ConnectionError):  # whoever does not read to the end resets the connection
+        with suppress(ConnectionError):  # a server that does not read everything resets the connection
             for piece in pieces:
                 client.sendall(piece)
         return read_to_end(client)
@@ -28,13 +28,13 @@ def read_to_end(client: socket.socket) -> bytes:
 
 
 def request(line: str, *headers: str, body: bytes = b"") -> bytes:
-    """The bytes of a request from this machine, of JSON; it asks for the connection's end after it."""
+    """The bytes of a JSON request from this machine with `Connection: close`."""
     first = [f"{line} HTTP/1.1", "Host: 127.0.0.1", *["Content-Type: application/json"] * line.startswith("POST")]
     return "\r\n".join([*first, *headers, "Connection: close", "", ""]).encode() + body
 
 
 def status_of(answer: bytes) -> int:
-    """Of the first answer; 0 where there is none."""
+    """The status code of the first answer, 0 if there is none."""
     return int(answer.split(None, 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 
@@ -46,7 +46,7 @@ def _of_length(*lengths: str, more: tuple[str, ...] = (), body: bytes = b"{}") -
     return request("POST /v1/route", *(f"Content-Length: {length}" for length in lengths), *more, body=body)
 
 
-# A second request in the body of the first: the one that must never be read as one.
+# A second request in the body of the first, which no server may parse as a request.
 _INNER = b"GET /v1/smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 _CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(_INNER), _INNER)
 

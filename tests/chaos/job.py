@@ -1,4 +1,4 @@
-"""A job of `prefill-router` as a process of its own, with its own Ray: it can be watched, and killed at any time."""
+"""Runs a job of `prefill-router` as a process with its own Ray, which tests observe and kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
             arguments += [f"--{key.replace('_', '-')}", str(value)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SABOTEUR_SLOW_S": str(slow_s)}
         environment["SABOTEUR_READS"] = str(reads)
-        environment.pop("RAY_ADDRESS", None)  # of a Ray that runs in this process
+        environment.pop("RAY_ADDRESS", None)  # the address of this process's Ray
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -36,40 +36,40 @@ class Job:
             )
 
     def wait(self, timeout_s: float) -> str:
-        """What the job printed, once it has ended well."""
+        """Waits for success, and returns the job's output."""
         out = self.end(timeout_s)
         assert self.process.returncode == 0, self.log.read_text()
         return out
 
     def end(self, timeout_s: float) -> str:
-        """What the job printed, once it has ended."""
+        """Waits for the end, and returns the job's output."""
         with self.process:
             return self.process.communicate(timeout=timeout_s)[0]
 
     def kill(self) -> None:
-        """The driver alone, at once; its Ray has to notice."""
+        """Kills the driver only; its Ray has to notice."""
         self.process.send_signal(signal.SIGKILL)
         self.end(300)
 
     def kill_all(self) -> None:
-        """The driver and all that belongs to it, at once."""
+        """Kills the driver and all its descendants."""
         for pid in self.family():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.end(300)
 
     def kill_all_after(self, has_begun: Callable[[], bool]) -> None:
-        """`kill_all` in the midst of its work."""
+        """Calls `kill_all` once the job has begun its work."""
         wait_until(lambda: has_begun() or self.process.poll() is not None, "a beginning")
         assert self.process.poll() is None, self.log.read_text()
         self.kill_all()
 
     def workers(self) -> list[int]:
-        """The processes of its encoder actors."""
+        """The processes of the job's encoder actors."""
         return [pid for pid in self.family() if _title(pid).startswith("ray::MapWorker")]
 
     def family(self) -> list[int]:
-        """The driver and all that it, or its Ray, has started."""
+        """The driver and all processes started by it or its Ray."""
         parents = dict(_parents())
         family = [self.process.pid]
         for pid in family:
@@ -77,7 +77,7 @@ class Job:
         return family
 
     def pss_bytes(self) -> int:
-        """Memory of the family; what processes share counts once."""
+        """Memory of the family; shared memory counts once."""
         return sum(_pss_bytes(pid) for pid in self.family())
 
 

@@ -1,4 +1,4 @@
-"""Collecting while all of its processes are killed: every outcome right, and no answer paid for twice."""
+"""`collect` with all of its processes killed: every outcome is right, and no answer is paid for twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_no_answer_is_paid_for_twice_though_the_job_is_killed(
         assert (manifest.outcomes, manifest.missing) == (2 * num_prompts, 0)
         found = outcomes(tmp_path / "out")
         assert all((row["correct"] == 1.0) == is_right(row["prompt_id"], row["target"]) for row in found)
-        # Only what was under way at a kill is asked again, for nobody can know whether it was answered.
+        # Only calls in flight at a kill are repeated, since their result is unknown.
         for upstream in upstreams.values():
             assert len(asked_twice(upstream)) <= kills * concurrency
         spent = sum(spending.cost_usd + spending.lost_usd for spending in manifest.spending.values())

@@ -1,4 +1,4 @@
-"""Extraction while its processes are killed and its storage fails: the same store, and nothing computed twice."""
+"""`extract` with killed processes and failing storage: the store is the same, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.commit_log import CommitLog
 from tiny import random_prompts
 
-DRIVER_KILLS, WORKER_KILLS = 3, 6  # tests/crashes kills a job at every point; here Ray and its workers die too
+DRIVER_KILLS, WORKER_KILLS = 3, 6  # tests/crashes kills a job at every point; here Ray and its workers die as well
 FAULTS = Faults(error_500=0.04, slow_down=0.04, reset_before=0.04, reset_after=0.04, cut_body=0.04)
 
 
@@ -35,7 +35,7 @@ def num_committed(proxy: FaultProxy) -> int:
 
 
 class Killer:
-    """Kills workers until it has killed enough, but not before another shard is done since the last."""
+    """Kills WORKER_KILLS workers, with at least one new shard between two kills."""
 
     def __init__(self, proxy: FaultProxy, rng: random.Random) -> None:
         self.proxy, self.rng = proxy, rng
@@ -52,13 +52,13 @@ class Killer:
 
 
 def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> None:
-    """Runs the job until it is done, killing its driver and its workers on the way."""
+    """Runs the job to its end while killing its driver and workers."""
     rng = random.Random(0)
     killer = Killer(proxy, rng)
     for attempt in range(DRIVER_KILLS + 1):
         job = ExtractJob(folder / f"driver-{attempt}.log", saboteur=True, slow_s=0.5, **options)
         is_last = attempt == DRIVER_KILLS
-        # The first dies while its Ray still starts, the others in the midst of their shards.
+        # The first driver dies while its Ray starts, the others between shards.
         until = num_committed(proxy) + (rng.choice([1, 2, 3]) if attempt else 0)
         while job.process.poll() is None:
             time.sleep(0.2)
@@ -68,7 +68,7 @@ def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> No
         if is_last:
             job.wait(300)
         elif job.process.returncode != -signal.SIGKILL:
-            job.end(300)  # it gave up by itself
+            job.end(300)  # it failed by itself
     assert killer.kills == WORKER_KILLS, "the job was done before every worker was killed: make it longer"
 
 
@@ -99,7 +99,7 @@ def test_the_store_equals_the_undisturbed_one_bit_for_bit(
         assert storage.read_bytes(f"{out}/{name}") == (calm / name).read_bytes()
     kept = {shard.file.name for shard in store.manifest.shards}
     assert {name for name in storage.list_names(out) if name.startswith("part-")} == kept
-    assert len(storage.list_names(f"{out}/commits/segments")) >= 10  # two objects of each 8 records
+    assert len(storage.list_names(f"{out}/commits/segments")) >= 10  # two objects per 8 records
     assert len([name for name in storage.list_names(f"{out}/commits") if name.endswith(".json")]) < 8
     assert_nothing_was_computed_twice(faulty_s3)
 
@@ -128,7 +128,7 @@ def num_kept(out: Path) -> int:
 
 
 def assert_nothing_was_computed_twice(proxy: FaultProxy) -> None:
-    """Once a shard's record has reached the store, its object is never sent again."""
+    """Checks that no shard is sent again once its record is in the store."""
     for record in proxy.puts("chaos/commits/"):
         if record.status == 200 or record.fault == "reset_after":
             name = record.path.rpartition("/")[2].replace(".json", ".parquet")

@@ -1,4 +1,4 @@
-"""Labelling while its processes are killed: every line is decided once, and no prompt is read twice."""
+"""`label` with killed processes: every line is decided once, and no prompt is encoded twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_log_is_decided_once_though_the_job_is_killed(
     in_process: None, router: str, tmp_path: Path, num_read: Callable[[Path], int], kills: int
 ) -> None:
     prompts = random_prompts(160)
-    lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeat one
+    lines = prompts + random.Random(1).choices(prompts, k=70)  # 30 % repeats
     write_jsonl(tmp_path / "log.jsonl", *({"prompt": prompt} for prompt in lines))
     options: dict[str, Any] = {
         "router": router,

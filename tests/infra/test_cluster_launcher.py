@@ -1,4 +1,4 @@
-"""`ray up infra/cluster.yaml`, as far as Ray and AWS can be asked without a machine of theirs."""
+"""`ray up infra/cluster.yaml`, validated by Ray and by AWS's API model without starting a machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config() -> dict[str, Any]:
 
 
 def launch(config: dict[str, Any]) -> None:
-    """What `ray up` checks first."""
+    """Runs the checks with which `ray up` begins."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(copy.deepcopy(config)))
@@ -42,7 +42,7 @@ def test_ray_refuses_what_is_misspelt(config: dict[str, Any], path: str) -> None
 
 
 def test_aws_takes_its_instances(config: dict[str, Any]) -> None:
-    """By the model of EC2's API that comes with botocore, which knows every key."""
+    """Validates against botocore's model of the EC2 API, which knows every key."""
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for node_type in config["available_node_types"].values():
         request = {**node_type["node_config"], "MinCount": 1, "MaxCount": 1}

@@ -1,4 +1,4 @@
-"""`make s3` and `make cluster`: they come up, are open to this machine alone, and leave nothing behind."""
+"""`make s3` and `make cluster`: they start, accept connections from this machine only, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ports import free_port
 
 @contextmanager
 def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], psutil.Process]]:
-    """What it tells to export, and its process; ended as by Ctrl-C."""
+    """The variables that the script prints for export, and its process. Ends it as Ctrl-C does."""
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     command = [INFRA / "dev" / script]
-    # A new session: Ctrl-C reaches all of a terminal's processes, and here these alone.
+    # A new session, so that SIGINT reaches only these processes, as Ctrl-C reaches those of a terminal.
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     everything = []
@@ -37,7 +37,7 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
         tree = psutil.Process(process.pid)
         everything = [tree, *tree.children(recursive=True)]
         yield dict(word.split("=", 1) for word in words[1:]), tree
-        everything += tree.children(recursive=True)  # those that began meanwhile still write to its folder
+        everything += tree.children(recursive=True)  # later children also write to its folder
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
@@ -81,7 +81,7 @@ def test_a_port_that_is_taken_is_said(script: str, variable: str) -> None:
 
 @pytest.fixture
 def ray_folder() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # sockets want short paths
+    folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # socket paths must be short
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The image, as far as it can be read: nothing here can build one."""
+"""The Dockerfile, checked as text: these tests cannot build images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Instruction = tuple[str, str]
 
 @cache
 def stages() -> list[list[Instruction]]:
-    """The Dockerfile's instructions, a list for each FROM; what stands before the first goes with it."""
+    """The Dockerfile's instructions, one list per FROM; those before the first FROM belong to the first list."""
     text = re.sub(r"^\s*#.*\n", "", (INFRA / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     found: list[list[Instruction]] = [[]]
@@ -55,7 +55,7 @@ def test_it_has_the_ray_of_the_constraints_and_of_every_manifest() -> None:
 
 
 def test_it_runs_as_nobody_in_particular() -> None:
-    """By number, or Kubernetes cannot tell that it is not root."""
+    """The user must be numeric, else Kubernetes cannot verify that it is not root."""
     *_, last = [(name, rest) for name, rest in stages()[-1] if name in ("USER", "RUN")]
     assert last == ("USER", "1000:1000")
     (template,) = load_all((KUBERNETES / "template" / "cluster.yaml").read_text())
@@ -72,7 +72,7 @@ def test_it_has_what_probes_call_where_a_login_shell_looks() -> None:
 
 
 def locked(name: str) -> dict[str, str]:
-    """The versions of a lock file, each of which has the hash of one wheel."""
+    """The versions of a lock file. Checks that each line has the hash of one wheel."""
     found = {}
     for line in (INFRA / name).read_text().splitlines():
         match = re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
@@ -103,14 +103,14 @@ def test_every_installation_wants_hashes() -> None:
     for install in installs:
         assert "--no-deps" in install
         assert "--require-hashes" in install or install.strip().endswith("--no-index --no-deps /wheels/*.whl")
-    assert "--no-build-isolation" in runs  # which would fetch the build's requirements
+    assert "--no-build-isolation" in runs  # else pip downloads build requirements
     setup = " ".join(load_all((INFRA / "cluster.yaml").read_text())[0]["setup_commands"])
     for install in re.findall(r"pip install (\S.*?)(?= ~/tools| echo|$)", setup):
         assert "--require-hashes --no-deps" in install or "--no-index --no-deps" in install
 
 
 def test_bases_are_named_by_their_digests() -> None:
-    assert ("ARG", "PYTHON_DIGEST") in stages()[0]  # no default: Docker refuses to build without one
+    assert ("ARG", "PYTHON_DIGEST") in stages()[0]  # no default, so that Docker refuses to build without it
     for stage in stages():
         (base,) = arguments(stage, "FROM")
         assert re.fullmatch(r"\S+@\$\{PYTHON_DIGEST\}( AS \w+)?", base)

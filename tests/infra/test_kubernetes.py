@@ -1,4 +1,4 @@
-"""The manifests: of kinds that exist, without a key that does not, and with what each pod has to have."""
+"""The Kubernetes manifests: known kinds, valid keys, and the required settings of each pod."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from prefill_jobs.option_fields import must_be_given
 from prefill_router.common.validation import validate
 from prefill_serve.launcher.haproxy import environment
 
-needs_kuberay = pytest.mark.skipif(not HAS_KUBERAY, reason="../shared/data/kuberay is not there")
+needs_kuberay = pytest.mark.skipif(not HAS_KUBERAY, reason="../shared/data/kuberay is missing")
 
 FOLDERS = sorted(
     path.parent
@@ -52,7 +52,7 @@ def files() -> dict[str, list[Manifest]]:
 
 @functools.cache
 def rendered(hardware: str, tmp: Path) -> dict[str, list[Manifest]]:
-    """What each folder makes, where the site has that hardware."""
+    """The rendered manifests of each folder for a site with this hardware."""
     tree = tmp / hardware
     shutil.copytree(KUBERNETES, tree)
     site = tree / "site" / "kustomization.yaml"
@@ -73,7 +73,7 @@ def clusters(applied: dict[str, list[Manifest]]) -> list[Manifest]:
 
 @needs_kuberay
 def test_files_are_what_their_kinds_allow() -> None:
-    """Also where there is no kubectl, before kustomize puts them together."""
+    """Checks the files before kustomize combines them, which works without kubectl."""
     num_checked = 0
     for path, manifests in files().items():
         if path.startswith("infra/kubernetes/"):
@@ -134,7 +134,7 @@ def test_what_is_misspelt_in_kubernetes_own_kinds_is_refused() -> None:
     check(manifest)
     with pytest.raises(BadManifest, match="minAvailabel"):
         check({**manifest, "spec": {**manifest["spec"], "minAvailabel": 1}})
-    with pytest.raises(BadManifest, match="twice"):
+    with pytest.raises(BadManifest, match="duplicate key"):
         load_all("a: 1\na: 2\n")
 
 
@@ -182,7 +182,7 @@ def test_pods_may_do_nothing_that_they_need_not(applied: dict[str, list[Manifest
 
 @pytest.mark.kubectl
 def test_each_role_has_a_secret_of_its_own(applied: dict[str, list[Manifest]]) -> None:
-    """Upstreams' keys are where calls are made, and the endpoint's bucket keys need not be those of jobs."""
+    """Only pods that call upstreams have the upstreams' keys. Endpoint and jobs can use different bucket keys."""
     roles = {"endpoint": "endpoint", "jobs/collect": "collect"}
     for folder, manifests in applied.items():
         for manifest in manifests:
@@ -211,7 +211,7 @@ def test_clusters_grow_and_shrink_and_answer_only_with_a_token(applied: dict[str
         assert spec["authOptions"] == {"mode": "token"}
         assert spec["enableInTreeAutoscaling"]
         assert spec["autoscalerOptions"]["version"] == "v2"
-        assert {pod["restartPolicy"] for pod in groups(manifest).values()} == {"Never"}  # as version 2 wants
+        assert {pod["restartPolicy"] for pod in groups(manifest).values()} == {"Never"}  # required by autoscaler v2
         assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
         for group in spec["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
@@ -239,7 +239,7 @@ def test_the_endpoint_is_upgraded_and_drained_without_a_gap(applied: dict[str, l
     (spec,) = cluster_specs(service)
     (workers,) = spec["workerGroupSpecs"]
     assert workers["minReplicas"] >= 2
-    assert "maxUnavailable" not in budget["spec"]  # of a custom resource's pods Kubernetes knows no total
+    assert "maxUnavailable" not in budget["spec"]  # Kubernetes rejects it for the pods of custom resources
     labels = {**workers["template"]["metadata"]["labels"], "ray.io/node-type": "worker"}
     assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
@@ -298,6 +298,6 @@ def test_no_secret_lies_in_a_file() -> None:
 
 
 def test_yaml_round_trips() -> None:
-    """Nothing in a manifest is read otherwise than it is written, as `no`, `on` or 08."""
+    """YAML parses no value of a manifest differently from its text, such as `no`, `on` or 08."""
     for path, manifests in files().items():
         assert list(yaml.safe_load_all(yaml.safe_dump_all(manifests))) == manifests, path

@@ -1,4 +1,4 @@
-"""Alerts, scrape configs and dashboards: well formed, and about metrics that are exported."""
+"""Alerts, scrape configs and dashboards: valid, and using exported metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prefill_serve.gateway.gateway_metrics import BudgetMetrics, GatewayMetrics,
 from prometheus import DASHBOARDS, PROMTOOL, metrics_in, panels
 
 FOLDER = INFRA / "prometheus"
-# Ray's own, each of them seen in test_watch but for those of GPUs.
+# Ray's own metrics. test_watch sees all of them except those of GPUs.
 RAYS = {
     "ray_node_cpu_utilization",
     "ray_node_gpus_utilization",
@@ -44,9 +44,9 @@ _SELECTOR = re.compile(r"(ray_prefill_router_\w+)\{([^}]*)\}")
 
 @cache
 def ours() -> dict[str, set[str]]:
-    """Our metrics as Prometheus has them, each with its labels."""
+    """Our metrics by their names in Prometheus, each with its labels."""
     found = {}
-    for holder in (
+    for group in (
         Metrics(),
         GatewayMetrics(),
         BudgetMetrics(),
@@ -55,7 +55,7 @@ def ours() -> dict[str, set[str]]:
         TrainMetrics(),
         CollectMetrics(),
     ):
-        for member in vars(holder).values():
+        for member in vars(group).values():
             metric = member.gauge if isinstance(member, KeptGauge) else member
             if isinstance(metric, Metric):
                 labels = set(metric.info["tag_keys"])
@@ -136,7 +136,7 @@ def test_an_alert_that_never_fires_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.prometheus
 def test_the_config_for_kubernetes_but_for_its_discovery(tmp_path: Path) -> None:
-    """Debian's Prometheus knows no Kubernetes, so that discovery's keys are held against a list."""
+    """Debian's Prometheus lacks Kubernetes discovery, so its keys are compared with a list."""
     import yaml
 
     (config,) = load_all((FOLDER / "kubernetes.yml").read_text())
@@ -149,7 +149,9 @@ def test_the_config_for_kubernetes_but_for_its_discovery(tmp_path: Path) -> None
     done = promtool("check", "config", tmp_path / "kubernetes.yml")
     assert done.returncode == 0, done.stdout + done.stderr
     (ours,) = load_all((FOLDER / "prometheus.yml").read_text())
-    assert scrape["job_name"] == ours["scrape_configs"][0]["job_name"] == "ray"  # as the alert NothingScraped has it
+    assert (
+        scrape["job_name"] == ours["scrape_configs"][0]["job_name"] == "ray"
+    )  # the alert NothingScraped uses this name
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -158,7 +160,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_dashboards_are_grafanas() -> None:
-    """By the keys of its schema, 39."""
+    """Checks the keys of Grafana's dashboard schema 39."""
     uids = set()
     for path in DASHBOARDS:
         dashboard = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""SECURITY.md: found from the README, with a section for each boundary, and true where that can be asked of a file."""
+"""SECURITY.md: linked from the README, with valid links, and consistent with the manifests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_links_lead_to_sections() -> None:
 def test_the_readme_links_to_it_and_it_says_how_to_report() -> None:
     assert "(infra/SECURITY.md)" in (ROOT / "README.md").read_text()
     assert "reporting-a-vulnerability" in ANCHORS
-    assert not re.search(r"[\w.]+@[\w.]+\.\w+", TEXT)  # a private advisory is the one way
+    assert not re.search(r"[\w.]+@[\w.]+\.\w+", TEXT)  # reports go through private advisories only
 
 
 def test_its_secrets_and_files_are_those_of_the_manifests() -> None:

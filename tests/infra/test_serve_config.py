@@ -1,4 +1,4 @@
-"""Serve's config files: Serve takes misspelt keys without a word, so that its keys are held against its models here."""
+"""Serve config files: Serve ignores misspelt keys silently, so these tests check the keys against its models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Config = dict[str, Any]
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where Serve's models, or ours, do not know a key or refuse a value."""
+    """Raises ValueError if Serve's models or ours reject a key or a value."""
     ServeDeploySchema.model_validate(config)
     _known(config, ServeDeploySchema)
     for application in config["applications"]:
@@ -91,7 +91,7 @@ def test_what_others_reach_wants_keys(config: Config) -> None:
 
 
 def test_replicas_begin_with_what_they_take_over(config: Config) -> None:
-    """Else the first that comes up anew would serve something else for a moment."""
+    """Otherwise a restarted replica would briefly serve other settings."""
     for application in config["applications"]:
         arguments = AppArgs.model_validate(application["args"])
         assert arguments.settings == Settings.model_validate(application["deployments"][0]["user_config"])
@@ -106,7 +106,7 @@ def test_a_pod_holds_a_replica_and_replicas_do_not_take_the_nodes_cores() -> Non
     options = application["deployments"][0]["ray_actor_options"]
     assert application["args"]["threads"] == options["num_cpus"] < cores < 2 * options["num_cpus"]
     scaling = application["args"]["autoscaling"]
-    assert scaling["min_replicas"] >= 2  # one that dies is no gap
+    assert scaling["min_replicas"] >= 2  # one may die without an outage
     assert scaling["max_replicas"] <= template["spec"]["workerGroupSpecs"][0]["maxReplicas"]
 
 

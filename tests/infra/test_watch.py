@@ -1,4 +1,4 @@
-"""Every panel has something to show: a real Prometheus watches a real Ray at work."""
+"""Every dashboard panel shows data: a real Prometheus scrapes a real Ray under load."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from prometheus import Prometheus, metrics_in, panels, watching
 from serving import Serve, serving, wait_until
 from upstream import Upstream
 
-# What cannot show anything here, and why.
+# Panels without data on this machine, and the reason.
 EMPTY = {
     "GPUs in use": "no GPU",
     "GPU memory in use": "no GPU",
 }
 WITHOUT_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
-# Ray exports a counter with its first count, and of these nothing is counted here; their panels read 0.
+# Ray exports a counter on its first increment. These stay at zero here; their panels show 0.
 DID_NOT_HAPPEN = {
     "ray_prefill_router_job_quarantined_rows_total",
     "ray_prefill_router_job_retries_total",
@@ -54,8 +54,8 @@ for arguments in json.loads(sys.argv[1]):
 
 @contextmanager
 def ray_cluster() -> Iterator[Path]:
-    """That of `make cluster`, on one node, with HAProxy; its folder. Processes that are started meanwhile join it."""
-    folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # sockets want short paths
+    """Runs `make cluster` with one node, and yields its folder. Processes started in the context join the cluster."""
+    folder = Path(tempfile.mkdtemp(prefix="pr-", dir="/tmp"))  # socket paths must be short
     with pytest.MonkeyPatch.context() as patch:
         ours = {"NODES": "1", "CPUS": "4", "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
         ours |= {"RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
@@ -71,14 +71,14 @@ def ray_cluster() -> Iterator[Path]:
         finally:
             tree = psutil.Process(process.pid).children(recursive=True)
             ended(process)
-            psutil.wait_procs(tree, timeout=120)  # they write to its folder until then
+            psutil.wait_procs(tree, timeout=120)  # until then they write to the folder
             process.stdout.close()
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def asking(serve: Serve) -> Iterator[None]:
-    """Routes, calls, conversations; and one upstream that fails at times."""
+    """Sends routing requests, calls and conversations in the background; upstreams fail at times."""
     stop = threading.Event()
 
     def ask() -> None:
@@ -88,7 +88,7 @@ def asking(serve: Serve) -> Iterator[None]:
                     return
                 fault = "[[fault:503@big]][[fault:503@small]]" if n % 5 == 0 else ""
                 client.post("/v1/route", json={"prompt": f"what is {n % 97} plus one"})
-                # Every seventh is too long to be routed: the default target serves.
+                # Every seventh is too long to route and goes to the default target.
                 question = "one " * 100 if n % 7 == 0 else f"what is {n % 50} minus one {fault}"
                 messages = [{"role": "user", "content": question}]
                 session = {"x-session-id": str(n // 3)}
@@ -129,7 +129,7 @@ def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path, seeds:
 
 
 def nothing_in(prometheus: Prometheus) -> list[str]:
-    """What is asked for and is not there: panels without data."""
+    """The queries of panels without data."""
     return [
         f"{name}: {target['expr']}"
         for name, panel in panels()
@@ -143,14 +143,18 @@ def nothing_in(prometheus: Prometheus) -> list[str]:
 def test_every_panel_shows_something(router: str, small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        paced = {"upstream": {"requests_per_minute": 90}}  # a rate wants two looks at a job while it lasts
+        paced = {"upstream": {"requests_per_minute": 90}}  # a rate needs two scrapes while the job runs
         pool = write_pool(tmp_path / "pool.toml", upstreams, big=paced, small=paced)
         (tmp_path / "budgets.toml").write_text("usd_per_day = 1.0\n")
         prometheus = stack.enter_context(watching(stack.enter_context(ray_cluster()), tmp_path))
         flags = {"pool": pool, "budgets": tmp_path / "budgets.toml", "shadow": router, "max_prompt_tokens": 64}
         serve = stack.enter_context(serving(router, **flags, threads=1, max_replicas=2))
         stack.enter_context(asking(serve))
-        for seeds in (32, 64, 128):  # a rate wants two looks at training, which a fast machine ends before
+        for seeds in (
+            32,
+            64,
+            128,
+        ):  # a rate needs two scrapes during training, which may be too short on a fast machine
             (tmp_path / str(seeds)).mkdir()
             run_jobs(tiny_model, small_data, pool, tmp_path / str(seeds), seeds)
             if prometheus.has_data(TRAINING):

@@ -1,4 +1,4 @@
-"""Storage on an S3 that fails: what can succeed does, once; what can't ends in one line, in bounded time."""
+"""Storage on a failing S3: operations succeed exactly once, or fail with one line in bounded time."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def root(s3_bucket: str) -> str:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What never answers is given up after half a second instead of ten."""
+    """Shortens timeouts from 10 s to 0.5 s."""
     monkeypatch.setattr(s3.S3, "read_timeout", 0.5)
     monkeypatch.setattr(s3, "STALL_S", 0.5)
 
 
 def bound_s() -> float:
-    """The longest that an operation may take, when no request is answered: aiohttp repeats one whose upload broke."""
+    """The maximum time of an operation without any answer; aiohttp retries a broken upload once."""
     pauses = sum(0.1 * 1.7**attempt for attempt in range(s3.S3.retries))
     return s3.S3.retries * max(s3.S3.read_timeout, s3.S3.connect_timeout, 2 * s3.STALL_S) + pauses
 
 
 def once(method: str) -> Callable[[str, str], bool]:
-    """Of the requests of one method, only the first."""
+    """Selects only the first request with this method."""
     left = [True]
 
     def is_first(its_method: str, _path: str) -> bool:
@@ -61,7 +61,7 @@ def once(method: str) -> Callable[[str, str], bool]:
     return is_first
 
 
-# --- what passes -------------------------------------------------------------------------------------------------
+# --- temporary faults --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("faults", ONE_IN_FIVE, ids=name)
@@ -88,8 +88,8 @@ def test_what_is_written_is_read_back(impatient: None, faulty_s3: FaultProxy, ro
 
 
 def test_a_large_object_is_one_request(faulty_s3: FaultProxy, root: str) -> None:
-    """Of a multipart upload, a lost last answer could not be made good."""
-    data = bytes(101 << 20)  # over what s3fs would send in parts
+    """A multipart upload could not recover from a lost final answer."""
+    data = bytes(101 << 20)  # s3fs would use a multipart upload
     storage.write_bytes(storage.join(root, "large"), data)
     assert storage.read_bytes(storage.join(root, "large")) == data
     assert [request.method for request in faulty_s3.log] == ["PUT", "GET"]
@@ -106,7 +106,7 @@ def test_a_lease_outlives_faults(impatient: None, faulty_s3: FaultProxy, root: s
 
 
 def test_of_racing_creators_one_creates_at_most(impatient: None, faulty_s3: FaultProxy, root: str) -> None:
-    """Whoever says that it did is the one whose bytes lie there. A lost answer may keep a creator from knowing."""
+    """A creator that reports success has its bytes stored. After a lost answer, possibly no creator does."""
     faulty_s3.faults = ALL_AT_ONCE
     creators, rounds = 5, 12
     start = threading.Barrier(creators)
@@ -153,7 +153,7 @@ def test_many_are_deleted_by_the_thousand(faulty_s3: FaultProxy, root: str, monk
 
 
 def test_what_the_store_did_not_delete_is_asked_again(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a thousand deletions in one request, each can fail alone, while the answer is a success."""
+    """Single deletions of a batch can fail although the request succeeds."""
     uris = [storage.join(root, str(i)) for i in range(4)]
     call, asked = s3.S3._call_s3, []
     spared = {"0", "3"}
@@ -177,7 +177,7 @@ def test_what_the_store_did_not_delete_is_asked_again(root: str, monkeypatch: py
         storage.remove_many(uris)
 
 
-# --- what does not pass ------------------------------------------------------------------------------------------
+# --- permanent faults --------------------------------------------------------------------------------------------
 
 
 def test_waiting_ends_within_two_minutes() -> None:
@@ -186,7 +186,7 @@ def test_waiting_ends_within_two_minutes() -> None:
 
 @pytest.fixture
 def hopeless(impatient: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fewer attempts too, so that tests of what must fail take seconds."""
+    """Reduces retries as well, so that permanent failures take seconds."""
     monkeypatch.setattr(s3.S3, "retries", 3)
     monkeypatch.setattr(s3.S3, "connect_timeout", 0.5)
     return
@@ -229,11 +229,11 @@ def test_what_cannot_succeed_is_one_line_in_bounded_time(
 
     with ThreadPoolExecutor(len(OPERATIONS)) as pool:
         took_s = dict(zip(OPERATIONS, pool.map(fail, OPERATIONS.values()), strict=True))
-    # Twice: to read many is to wait, after the first failure, for what is under way. The rest is for a busy machine.
+    # Twice, since reading many objects waits for requests in flight after a failure; plus 30 s for a busy machine.
     assert max(took_s.values()) < 2 * bound_s() + 30, took_s
 
     faulty_s3.faults = Faults()
-    if fault != "cut_body":  # then what was asked was done
+    if fault != "cut_body":  # a cut answer follows a successful request
         assert storage.read_bytes(uri) == b"old"
 
 

@@ -1,4 +1,4 @@
-"""Collecting into a bucket, and buckets that are not there. The other jobs' road through S3 is `e2e/test_road.py`."""
+"""`collect` into a bucket, and missing buckets. `e2e/test_road.py` covers the other jobs on S3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in for an OpenAI-compatible server, as OpenAI's own client sees it; its faults also on the wire."""
+"""The fake OpenAI-compatible server, tested with OpenAI's client; its faults also on the wire."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def upstream() -> Iterator[Upstream]:
 
 @pytest.fixture
 def client(upstream: Upstream) -> Iterator[OpenAI]:
-    """It refuses any answer or event that lacks what OpenAI's documents promise."""
+    """A client that rejects answers and events that do not match OpenAI's schemas."""
     with OpenAI(base_url=upstream.url, api_key=KEY, max_retries=0, _strict_response_validation=True) as made:
         yield made
 
@@ -64,7 +64,7 @@ def asking(upstream: Upstream, stream: bool, content: str = "one two three") -> 
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "stream": stream}
     headers = {"authorization": f"Bearer {KEY}"}
     url = f"{upstream.url}/chat/completions"
-    return httpx.stream("POST", url, json=body, headers=headers, verify=False)  # or it reads all certificates first
+    return httpx.stream("POST", url, json=body, headers=headers, verify=False)  # skips loading all certificates
 
 
 def test_chat(client: OpenAI, upstream: Upstream) -> None:
@@ -460,5 +460,5 @@ def test_two_hundred_streams_at_once(upstream: Upstream) -> None:
         assert text.count(f'"content":"{number}') == 20
         assert text.endswith("data: [DONE]\n\n")
     alone_s = 0.05 + 22 * 0.05
-    assert took_s < 200 * alone_s / 10  # they did not wait for each other
+    assert took_s < 200 * alone_s / 10  # the streams ran concurrently
     assert len(upstream.calls) == 200

@@ -1,8 +1,8 @@
-"""Runs at the start of every Python that has this folder on PYTHONPATH, Ray's workers and their children too.
+"""Runs at the start of every Python with this folder on PYTHONPATH, including Ray's workers and their children.
 
-It makes the encoder slow by SABOTEUR_SLOW_S, or lets each process read but SABOTEUR_READS times and wait for its end
-then, so that there is time to kill who uses it. A prompt that holds the word SABOTAGE ends its process, as one that
-takes all memory does. Ledgers gather their records in small segments.
+Slows each encoder call down by SABOTEUR_SLOW_S, or makes each process hang after SABOTEUR_READS calls, so that tests
+have time to kill it. A prompt with the word SABOTAGE kills its process, as a prompt that exhausts memory does. Commit
+logs use small segments.
 """
 
 from __future__ import annotations
