@@ -26,7 +26,7 @@ _EVALUATES = {"sympy": re.compile(r"\bparse_expr\(answer"), "python": re.compile
 
 def _check(_: Mapping[str, Any]) -> None:
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError("grader reasoning_gym: reasoning-gym is not installed; pip install 'prefill-router[demo]'")
+        raise UserError("grader reasoning_gym: reasoning-gym is not installed: pip install 'prefill-router[demo]'")
 
 
 def _unfit(row: Row, options: Mapping[str, Any]) -> str | None:
@@ -73,7 +73,7 @@ def _verified(verifier: Verifier, said: str, entry: dict[str, Any], name: str) -
             verifier(entry["answer"], entry)
         except Exception:
             return missing(f"{name} cannot verify its own answer: {type(error).__name__}: {short(error)}")
-        return wrong(f"{name} cannot read it: {type(error).__name__}: {short(error)}")
+        return wrong(f"{name} cannot read the answer: {type(error).__name__}: {short(error)}")
     return Grade(min(max(score, 0.0), 1.0), f"{name}: {score:g}")
 
 
@@ -81,7 +81,7 @@ def _dataset(facts: Mapping[str, Any], dataset: str | None) -> str:
     """The name of the data set. Raises ValueError if neither argument has one."""
     name = dataset or facts.get("source_dataset")
     if not isinstance(name, str):
-        raise ValueError("the metadata names no source_dataset")
+        raise ValueError("the metadata has no source_dataset")
     return name
 
 

@@ -33,7 +33,7 @@ _SET_PDEATHSIG, _SET_NO_NEW_PRIVS, _SET_SECCOMP = 1, 38, 22
 _SIGKILL, _O_PATH, _FILTER = 9, 0o10000000, 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _PATH_BENEATH = 444, 445, 446, 1
 _CAPABILITY_VERSION = 0x20080522
-_MAX_DETAIL_CHARS = 1000  # characters
+_MAX_DETAIL_CHARS = 1000
 _PEER_GONE = 3  # exit status
 _SOLUTION = "solution"  # name of the module that the code runs as
 
@@ -156,7 +156,7 @@ def _is_call_of_check(node: _ast.AST) -> bool:
 
 
 def _asserts(node: _ast.AST) -> bool:
-    """Does running the statement run an assert?"""
+    """Whether running the statement runs an assert."""
     if isinstance(node, _ast.FunctionDef | _ast.AsyncFunctionDef | _ast.ClassDef | _ast.Lambda):
         return False
     bodies = [getattr(node, name, None) or [] for name in ("body", "orelse", "finalbody")]

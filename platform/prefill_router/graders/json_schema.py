@@ -22,10 +22,8 @@ from prefill_router.graders.registry import grader
 _PATTERN_S = 1.0  # time limit per string: a pattern may backtrack for ever
 _NOTHING = object()
 _OPENING = re.compile(r"[{\[]")
-_MAX_WASTE_PER_CHAR, _MAX_WASTE_FIXED = (
-    8,
-    20_000,
-)  # limit of failed parsing, in characters: per character of the answer, plus fixed
+# Limits how many characters may be parsed in vain: per character of the answer, plus a fixed number.
+_MAX_WASTE_PER_CHAR, _MAX_WASTE_FIXED = 8, 20_000
 
 
 def checked_schema(schema: Any) -> Any:

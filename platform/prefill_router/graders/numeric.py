@@ -119,7 +119,7 @@ def _stated(text: str) -> Number | None:
 
 
 def _result(line: str, numbers: list[re.Match[str]]) -> re.Match[str] | None:
-    """The first number of a line that no calculation with an equals sign uses, else the last number."""
+    """The first number after a line's leading calculations, such as "3 + 4 =", or the last if there is none."""
     place = 0
     while place < len(numbers) - 1 and (equals := _SUM.match(line, numbers[place].end())):
         while place < len(numbers) - 1 and numbers[place].end() < equals.end():

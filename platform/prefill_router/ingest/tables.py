@@ -46,7 +46,7 @@ class IngestSummary:
     prompts: int  # rows of the corpus
     outcomes: int
     ungraded: int  # answers without a grade, which are no outcomes
-    quarantined: int  # rows of the quarantine, one per invalid answer
+    quarantined: int  # rows of the quarantine; a record with several invalid answers has several
     repeated_pairs: int  # quarantined grades of a prompt and target that already have one
     repeated_prompts: int  # records without answers whose prompt was read before
     other_wordings: int  # records whose prompt was read before in another wording

@@ -69,7 +69,7 @@ def test_a_row_without_what_is_needed_is_missing(row: dict[str, Any]) -> None:
 
 def test_without_the_extra_it_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"reasoning-gym is not installed; pip install 'prefill-router\[demo\]'"):
+    with pytest.raises(UserError, match=r"reasoning-gym is not installed: pip install 'prefill-router\[demo\]'"):
         load_grader("reasoning_gym")
 
 

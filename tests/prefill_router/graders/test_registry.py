@@ -91,7 +91,7 @@ LACKING = [
     ("json_schema", {}, {"schema": '{"type": 3}'}, "schema is not a JSON schema"),
     ("judge", {"ask": print}, {}, 'the row has no "reference"'),
     ("reasoning_gym", {}, {"reference": "1"}, 'the row has no "metadata"'),
-    ("reasoning_gym", {}, {"reference": "1", "metadata": "{}"}, "the metadata names no source_dataset"),
+    ("reasoning_gym", {}, {"reference": "1", "metadata": "{}"}, "the metadata has no source_dataset"),
 ]
 
 

@@ -95,6 +95,7 @@ def test_a_right_solution_passes(code: str, tests: str, entry_point: str | None)
         ("def f(x:\n", "SyntaxError"),
         ("def g(x): return x + 1", "NameError: name 'f' is not defined"),
         ("import numpy\n" + RIGHT, "ModuleNotFoundError: No module named 'numpy'"),
+        ("import prefill_router\n" + RIGHT, "ModuleNotFoundError: No module named 'prefill_router'"),
         ("def f(x): return f(x)", "RecursionError"),
         (
             "class E(Exception):\n    def __str__(self): raise self\ndef f(x): raise E",
