@@ -20,6 +20,8 @@ _MIN_PER_CLASS = 2
 
 
 class _Standardising(Baseline):
+    """Standardises features by their mean and standard deviation in training."""
+
     def _fit_scaler(self, x: Array) -> None:
         std = np.std(x, axis=0, dtype=np.float64)
         self.mean_, self.std_ = np.mean(x, axis=0, dtype=np.float64), np.where(std > 0.0, std, 1.0)

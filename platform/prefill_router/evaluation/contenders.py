@@ -81,8 +81,8 @@ def evaluate(
     """
     if not len(held_out):
         raise UserError(
-            "no held-out prompt with outcomes: every prompt of this store was used in training: "
-            "extract and grade new prompts"
+            "no held-out prompt with outcomes: every prompt of this store was used in training: extract and grade new "
+            "prompts"
         )
     trial = _Trial(pool, held_out, router, num_draws)
     choice = choose(router.p_correct, trial.expected(router), router.tolerance)

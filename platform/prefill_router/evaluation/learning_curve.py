@@ -110,10 +110,10 @@ def learned(sizes: Sequence[int], values: Sequence[Array], rng: np.random.Genera
     rise = interval_from_draws(law(numbers[-1]) - law(numbers[0]))
     if not rise.low > 0.0:
         return LearnedFigure(measured, silence="it does not rise significantly with the number of prompts")
-    places = numbers[-1] * 2.0 ** (np.arange(-_HALVINGS * _LAW_POINTS, 2 * _LAW_POINTS + 1) / _LAW_POINTS)
+    extended = numbers[-1] * 2.0 ** (np.arange(-_HALVINGS * _LAW_POINTS, 2 * _LAW_POINTS + 1) / _LAW_POINTS)
     return LearnedFigure(
         measured=measured,
-        law=[[place, *interval_from_draws(law(place))] for place in places],
+        law=[[number, *interval_from_draws(law(number))] for number in extended],
         outlooks=[
             Outlook(
                 times=times,

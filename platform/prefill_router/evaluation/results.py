@@ -59,7 +59,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """The router at one tolerance, compared with the most accurate single target and with the dearest one."""
+    """The router at one tolerance, compared with the most accurate and with the most expensive ("dearest") target."""
 
     title: str
     tolerance: float

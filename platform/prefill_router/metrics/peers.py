@@ -69,8 +69,8 @@ def average_improvement_in_quality(curve: ArrayLike, c_min: float, c_max: float)
     """AIQ: the mean accuracy of the curve's non-decreasing convex hull over the costs [c_min, c_max].
 
     `curve` (M, 2) holds (cost, accuracy). The hull starts at the cheapest point and keeps its last accuracy beyond the
-    dearest one; a random mixture of two points reaches any point between them. 0 for an empty range, NaN for an empty
-    curve. Source: Hu et al. (RouterBench, 2024).
+    most expensive one; a random mixture of two points reaches any point between them. 0 for an empty range, NaN for an
+    empty curve. Source: Hu et al. (RouterBench, 2024).
     """
     points = np.asarray(curve, np.float64).reshape(-1, 2)
     if not len(points):

@@ -78,9 +78,9 @@ def score_routing(
 class Scorer:
     """Computes a router's metrics on many bootstrap draws of the same prompts.
 
-    The arguments are those of `score_routing`. A draw is the number of times each prompt was drawn. The best, cheapest
-    and dearest targets and the most accurate tolerance are chosen once, on all prompts: choosing them per draw would
-    favour whatever is best by chance in that draw.
+    The arguments are those of `score_routing`. A draw is the number of times each prompt was drawn. The most accurate,
+    cheapest and most expensive targets and the most accurate tolerance are chosen once, on all prompts: choosing them
+    per draw would favour whatever is best by chance in that draw.
     """
 
     def __init__(

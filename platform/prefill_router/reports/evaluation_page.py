@@ -141,7 +141,7 @@ _METRICS: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", "%"),
     ("cost per 1,000 prompts", "cost", "$"),
     ("efficacy (gap closed)", "efficacy", "%"),
-    ("saving against the dearest target", "cost_saving", "%"),
+    ("saving against the most expensive target", "cost_saving", "%"),
     ("saving at the best single target's accuracy", "saving_at_best_single", "%"),
     ("efficacy at the most accurate tolerance", "best_efficacy", "%"),
     ("P-AUCCC", "p_auccc", ".4f"),
