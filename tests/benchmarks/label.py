@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from chaos.job import ExtractJob, Job, LabelJob
-from prefill_router.common.versions import versions
+from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
 
 _REPEATS = 0.3

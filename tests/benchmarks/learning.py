@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from prefill_router.common.console import say
 from prefill_router.common.schema import PROMPT_ID
-from prefill_router.common.versions import versions
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.evaluation.contenders import Contender, HeldOut, scoring
 from prefill_router.evaluation.learning_curve import LearningCurve, Score, learning_curve
@@ -34,6 +33,7 @@ from prefill_router.outcomes import Answers, load_outcomes
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.predictor.answer_length import median_logs, median_tokens
 from prefill_router.predictor.kernel_ridge import fit_kernel
+from prefill_router.reports.versions import versions
 
 Array = NDArray[Any]
 _PROMPT_TOKENS = 230  # the mean: prompts are priced alike

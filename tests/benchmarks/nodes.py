@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from ray.cluster_utils import Cluster
 
-from prefill_router.common.versions import versions
+from prefill_router.reports.versions import versions
 
 _GROUPS = Path("/sys/fs/cgroup/cpu")
 _PERIOD_US = 20_000

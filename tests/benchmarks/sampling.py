@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import predict_graded
 from prefill_jobs.runtime import cluster
-from prefill_router.common.versions import versions
 from prefill_router.predictor.kernel_ridge import fit_kernel
 from prefill_router.query_log.sampling import active, at_random
+from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
 
 Array = NDArray[Any]

@@ -18,7 +18,6 @@ from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Keys
 from prefill_router.corpus.split_groups import of_corpus
 from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate
@@ -26,6 +25,7 @@ from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.pool import load_pool
 from prefill_router.reports import evaluation_page
+from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
 
 

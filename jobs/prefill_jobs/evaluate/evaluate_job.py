@@ -24,7 +24,6 @@ from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.baselines.fitting import Fitted, Prompts, fit_all, fit_one
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.versions import versions
 from prefill_router.corpus.split import Part
 from prefill_router.corpus.split_groups import SplitGroups, of_corpus
 from prefill_router.encoder.checkpoint import check_sentence_model
@@ -35,6 +34,7 @@ from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.predictor.answer_length import median_tokens
 from prefill_router.reports import evaluation_page
+from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import MANIFEST, Router
 
 

@@ -13,11 +13,11 @@ from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.common.versions import versions
 from prefill_router.corpus.split_groups import of_corpus
 from prefill_router.evaluation.off_policy import PolicyValue, load_log, policy_value
 from prefill_router.policy.selection import choose
 from prefill_router.reports.log_page import LogReport, write_report
+from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
 
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from prefill_router import storage
 from prefill_router.common.money import usd
-from prefill_router.common.versions import versions
 from prefill_router.policy.pool import Pool
 from prefill_router.query_log.aggregates import EVERYTHING, TOLERANCES, Sums, Tally
 from prefill_router.query_log.allocation import Allocation
 from prefill_router.reports.evaluation_page import TEMPLATES, shown
+from prefill_router.reports.versions import versions
 
 _MAX_ROWS = 60  # of a table: the largest segments; report.json holds all
 

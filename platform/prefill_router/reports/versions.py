@@ -1,4 +1,4 @@
-"""Package versions, recorded with every result so that it can be reproduced."""
+"""The versions that a report records, so that its figures can be reproduced."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _PACKAGES = ("prefill-router", "torch", "transformers", "numpy", "scikit-learn")
 
 
 def versions() -> str:
-    """Returns the versions of Python and of the packages that results depend on, as one line."""
+    """The versions of Python and of the packages that results depend on, in one line."""
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)])
