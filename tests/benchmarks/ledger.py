@@ -46,7 +46,7 @@ from prefill_router.activations.shard_list import ActivationShard, ShardList
 from prefill_router.common.schema import NUM_TOKENS, activation_columns
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.corpus.split_groups import by_content
-from prefill_router.encoder.prefill_encoder import EncoderIdentity, EncoderSpec
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.reports.versions import versions
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.s3 import S3

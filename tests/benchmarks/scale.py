@@ -26,7 +26,7 @@ import ray.data
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_router.corpus.plan import plan
 from prefill_router.reports.versions import versions
 from tiny import random_prompts
