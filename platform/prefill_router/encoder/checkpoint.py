@@ -165,7 +165,7 @@ def text_class(config: Any) -> Any:
         if type(config) in kind._model_mapping:
             kinds.setdefault(getattr(kind._model_mapping[type(config)], "__name__", ""), kind)
     if not kinds:
-        raise ValueError(f'model_type = "{config.model_type}" does not generate text: choose a causal LM')
+        raise ValueError(f'model_type = "{config.model_type}" has no causal LM in transformers: choose another model')
     return next((kinds[name] for name in config.architectures or () if name in kinds), next(iter(kinds.values())))
 
 

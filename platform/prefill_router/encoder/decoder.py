@@ -43,6 +43,11 @@ class Pack:
     def prefix_tokens(self) -> int:
         return len(self.prefix[0][0]) if self.prefix else 0
 
+    def positions(self) -> Tensor:
+        """Returns each token's position in its prompt, prefix included, (T,) int64."""
+        start = self.prefix_tokens
+        return torch.cat([torch.arange(start, start + n) for n in self.lengths]).to(self.ids.device)
+
     def padded(self, multiple: int) -> Pack:
         """Pads the last prompt to make the pack a multiple of `multiple` tokens. Causality hides the padding."""
         padding = -len(self.ids) % multiple
@@ -57,7 +62,8 @@ class Decoder:
     is_packed = True  # no padding; prompts may continue a prefix
 
     def __init__(self, backbone: Any) -> None:
-        self.head_size = head_size(backbone.config)
+        config = backbone.config
+        self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.embedding: Tensor = backbone.embed_tokens.weight
         self.frequencies: Tensor = backbone.rotary_emb.inv_freq
         self.rotary_scale: float = backbone.rotary_emb.attention_scaling
@@ -114,17 +120,10 @@ class Decoder:
 
     def _rotation(self, pack: Pack) -> Callable[[Tensor], Tensor]:
         """Returns a function that applies rotary embedding to (T, heads, E), with transformers' layout of a head."""
-        start = pack.prefix_tokens
-        positions = torch.cat([torch.arange(start, start + n) for n in pack.lengths]).to(self.device)
-        angles = positions[:, None, None].float() * self.frequencies
+        angles = pack.positions()[:, None, None].float() * self.frequencies
         cos, sin = ((f(angles) * self.rotary_scale).to(self.dtype) for f in (torch.cos, torch.sin))
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return lambda x: torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def head_size(config: Any) -> int:
-    """Returns the size of an attention head, given or implied by a transformers config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class _Block:

@@ -9,8 +9,6 @@ registered function, which keeps prompts apart, and accepts explicit token posit
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,15 +46,14 @@ class PackedBackbone(HookedBackbone):
 
     def run(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None:
         """Does what `Decoder.run` does. Raises ValueError unless each block calls attention exactly once."""
-        start = pack.prefix_tokens
-        positions = torch.cat([torch.arange(start, start + n) for n in pack.lengths]).to(self.device)
-        run = _Run(pack, visit, deepest, keep, self.device)
-        with _run_of_this_thread(run):
-            try:
-                inputs = {"input_ids": pack.ids[None], "position_ids": positions[None], "use_cache": False}
-                visit(len(self.blocks), self.backbone(**inputs).last_hidden_state[0])
-            except DeepestLayerReached:
-                pass
+        inputs = {"input_ids": pack.ids[None], "position_ids": pack.positions()[None], "use_cache": False}
+        _running.run = run = _Run(pack, visit, deepest, keep, self.device)
+        try:
+            visit(len(self.blocks), self.backbone(**inputs).last_hidden_state[0])
+        except DeepestLayerReached:
+            pass
+        finally:
+            _running.run = None
         self.windows |= run.windows
         if run.num_attended != deepest:
             raise ValueError(f"{deepest} of its blocks call attention {run.num_attended} times")
@@ -92,15 +89,6 @@ class _Run:
             options = (self.pack.lengths, self.pack.prefix_tokens, self.device, query.dtype)
             self._attentions[kind] = attention_for(*options, scoring)
         return self._attentions[kind](query, key, value, prefix)
-
-
-@contextmanager
-def _run_of_this_thread(run: _Run) -> Iterator[None]:
-    _running.run = run
-    try:
-        yield
-    finally:
-        _running.run = None
 
 
 def _before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
