@@ -113,9 +113,9 @@ class PrefillEncoder:
         return encoder
 
     def _verify(self, backbone: Any) -> None:
-        """Chooses the fastest way to run the model that matches `backbone`, the transformers model.
+        """Compares activations with `backbone`, the transformers model, and replaces hooks by packs if possible.
 
-        Raises ValueError if none does.
+        Raises ValueError if they differ.
         """
         expected = expected_states(backbone, self.num_layers, self.hidden_size, self.spec.max_tokens)
         check_causal(backbone, self.spec.max_tokens)
