@@ -20,7 +20,7 @@ from prefill_router.common.schema import CALL_ID, CALLER, CORRECT, OUTPUT_TOKENS
 from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.gateway_metrics import BudgetMetrics, MemoryMetrics
 from prefill_serve.gateway.state.accounts import Accounts, Stats
-from prefill_serve.gateway.state.call_memory import CallMemory, latest
+from prefill_serve.gateway.state.call_memory import CallMemory, latest, num_bytes
 from prefill_serve.gateway.state.conversations import Conversations, Key
 from prefill_serve.gateway.state.feedback import (
     ConflictingFeedback,
@@ -38,6 +38,7 @@ log = logging.getLogger("ray.serve")
 _KEPT = timedelta(days=7)  # retention of calls in the journal, and so the deadline for feedback
 _JOURNAL_S = 1.0
 _TRIM_EVERY = 64  # unsaved calls
+_LARGE_BYTES = 1 << 20  # a prompt at which unsaved calls are trimmed at once
 _UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # limits on unsaved calls and their prompts
 _POLL_S = 1.0  # a caller may refer to a call before it is recorded
 
@@ -157,7 +158,8 @@ class LocalLedger:
         self._set_budget_metrics()
         if self._folder is not None:
             self._unsaved.append(record)
-            if len(self._unsaved) % _TRIM_EVERY == 0:  # calls accumulate while the folder is unavailable
+            # Calls accumulate while the folder is unavailable.
+            if len(self._unsaved) % _TRIM_EVERY == 0 or num_bytes(record) > _LARGE_BYTES:
                 self._unsaved = latest(self._unsaved, _UNSAVED, _UNSAVED_BYTES)
             if self._saver is None or self._saver.done():
                 self._saver = asyncio.create_task(self._save_soon())
