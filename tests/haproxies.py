@@ -29,12 +29,12 @@ class Proxy:
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Another one takes over meanwhile, as where Serve's replicas come or go; this one ends its answers."""
+        """Starts a second HAProxy that takes over, as when Serve's replicas change; this one finishes its answers."""
         command = [get_haproxy_binary(), "-db", "-f", self.config, "-sf", str(self.process.pid)]
         command += ["-x", self.config.parent / "admin.sock"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
-                wait_until(lambda: f"Pid: {process.pid}\n" in self.show("info"), "the other HAProxy", 60)
+                wait_until(lambda: f"Pid: {process.pid}\n" in self.show("info"), "the second HAProxy", 60)
                 yield
             finally:
                 process.kill()
