@@ -29,7 +29,9 @@ class SafeTarget(StrictModel):
     """Target for prompts outside the training distribution, whatever the router predicts."""
 
     target: str = Field(min_length=1)
-    beyond: float = Field(0.999, gt=0.0, le=1.0, description="Outside: this share of training prompts is nearer")
+    beyond: float = Field(
+        0.999, gt=0.0, le=1.0, description="Out-of-distribution: this share of training prompts is nearer"
+    )
 
 
 class RequestLimits(StrictModel):
@@ -95,7 +97,7 @@ class Settings(StrictModel):
     router: str = Field(min_length=1, description="Router artifact written by `train`, or a stored baseline")
     pool: str | None = Field(None, description="Pool file (with #name), to override prices or drop targets")
     tolerance: float | None = Field(
-        None, ge=0.0, le=1.0, description="P(correct) to give up at most for a cheaper target [router's own]"
+        None, ge=0.0, le=1.0, description="Largest P(correct) to give up for a cheaper target [router's own]"
     )
     canary: Canary | None = None
     shadow: str | None = Field(None, description="A router whose decisions are logged but not used")

@@ -141,7 +141,9 @@ class RouteRequest(StrictModel):
         json_schema_extra={"pattern": _VISIBLE, "contains": _HAS_TEXT, "minItems": 1},
     )
     instructions: str | None = Field(None, description="System message before input")
-    tolerance: float | None = Field(None, ge=0.0, le=1.0, description="P(correct) to give up at most for lower cost")
+    tolerance: float | None = Field(
+        None, ge=0.0, le=1.0, description="Largest P(correct) to give up for a cheaper target"
+    )
     max_cost_usd: float | None = Field(None, ge=0.0, description="Excludes targets with a higher expected cost")
     min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="Excludes targets with a lower P(correct)")
     models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")
