@@ -91,15 +91,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-_HEADS = [
-    "",
-    "doubly robust",
-    "effective requests",
-    "support",
-    "self-normalised",
-    "inverse propensity",
-    "router's own estimate",
-]
+_HEADS = ("", "doubly robust", "effective requests", "support", "self-normalised", "inverse propensity", "predicted")
 
 
 def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
