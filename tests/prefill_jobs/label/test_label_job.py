@@ -123,7 +123,7 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
     quarantined = pq.ParquetFile(tmp_path / "out" / "quarantine" / "rows.parquet").read().to_pylist()
     assert [row["row"] for row in quarantined] == [20, 20]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "which target answered" in page
+    assert "The log records the target and answer length of" in page
     assert "By meta.team" in page
 
     labelled(router, log, by="meta.team", time="at", partition_by="meta.team,day", overwrite=True)
