@@ -168,7 +168,7 @@ def test_a_token_that_is_refused_is_one_line_before_ray_tries(
     result = command("probe", **graded, out=tmp_path / "probe")
     assert result.status == 1
     assert f"RAY_ADDRESS = {refusing}: the Ray cluster refuses this token" in result.err
-    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in result.err
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in result.err
     assert result.err.count("\n") == 1
 
 
