@@ -62,7 +62,8 @@ class Estimation:
             return 0
         if isinstance(self.router, Router):
             # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
-            ray_tasks.run_on_every_node(checkpoint.fetch, self.router.encoder_identity.spec.model)
+            spec = self.router.encoder_identity.spec
+            ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
         uri = storage.absolute(self.router_uri)
         create = partial(EstimateShard, uri, self.out, self.activations, self.max_prompt_bytes)
         capacity, num_read = Capacity(), 0

@@ -18,7 +18,7 @@ from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
-from prefill_router.activations.shard_builder import ShardBuilder
+from prefill_router.activations.shard_builder import NOT_FINITE, ShardBuilder
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
@@ -30,8 +30,6 @@ from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.query_log.estimates import PromptEstimates, contents_of
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
-
-_NOT_FINITE = "its activations are not finite: the encoder's dtype may have too small a range"
 
 
 @dataclass(frozen=True)
@@ -143,6 +141,6 @@ def _put(estimates: PromptEstimates, rows: NDArray[Any], lengths: NDArray[Any], 
 
 def _predict(estimates: PromptEstimates, rows: NDArray[Any], p: NDArray[Any], output_tokens: NDArray[Any]) -> None:
     is_finite = np.isfinite(p).all(1) & np.isfinite(output_tokens).all(1)
-    estimates.reasons[rows[~is_finite]] = _NOT_FINITE
+    estimates.reasons[rows[~is_finite]] = NOT_FINITE
     estimates.p_correct[rows] = np.where(is_finite[:, None], p, 0.0)
     estimates.output_tokens[rows] = np.where(is_finite[:, None], output_tokens, 0.0)

@@ -22,7 +22,7 @@ from prefill_router.corpus.row_keys import row_keys
 from prefill_router.encoder.prefill_encoder import EncodedPrompts
 from prefill_router.storage import parquet_objects
 
-_NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
+NOT_FINITE = "its activations are not finite: the encoder's dtype may be too narrow for it"
 
 
 class ShardBuilder:
@@ -85,7 +85,7 @@ class ShardBuilder:
         self.is_truncated[list(rows)] = reading.is_truncated
         columns = [values for name, values in encoded.items() if name != NUM_TOKENS]
         is_finite = np.all([np.isfinite(values).all(1) for values in columns], axis=0)
-        self.refused.update({row: _NOT_FINITE for row, fine in zip(rows, is_finite, strict=True) if not fine})
+        self.refused.update({row: NOT_FINITE for row, fine in zip(rows, is_finite, strict=True) if not fine})
 
     def copy(self, out: str, source: RecordLocation) -> None:
         """Copies the activations of these prompts from a committed shard of the store `out`, bit for bit."""

@@ -75,7 +75,7 @@ def _require_token(address: str) -> None:
     except AuthenticationError:
         raise token_refused(address) from None
     except RpcError as error:
-        raise UserError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
+        raise UserError(f"RAY_ADDRESS = {address}: no Ray cluster answers ({error})") from None
 
 
 def start(host: str, port: int) -> None:
