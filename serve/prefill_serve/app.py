@@ -102,7 +102,7 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Queued work of this replica, which Serve passes to `ByWork`."""
         serving = self.endpoint.serving
-        return {WORK_S: serving.engine.lanes.work_s if serving is not None else 0.0}
+        return {WORK_S: serving.engine.scheduler.work_s if serving is not None else 0.0}
 
     async def check_health(self) -> None:
         """Reads a test prompt; Serve replaces a replica whose check fails or times out."""

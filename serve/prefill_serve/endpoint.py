@@ -14,7 +14,7 @@ from random import SystemRandom
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import Prompt, content_digest
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide_one, explain, explore
-from prefill_router.policy.selection import STRANGER
+from prefill_router.policy.selection import OUT_OF_DISTRIBUTION_SHARE
 from prefill_serve.endpoint_metrics import Metrics
 from prefill_serve.engine import Estimate, Head, PromptReading, Times
 from prefill_serve.scheduler import Overloaded
@@ -92,7 +92,7 @@ class Endpoint:
             self.metrics.router.forget({"version": head.version, "role": _role(before, head)})
         for head in serving.heads:
             self.metrics.router.set(1.0, {"version": head.version, "role": _role(serving, head)})
-        self.metrics.queued_tokens.set(serving.engine.lanes.queued_tokens)
+        self.metrics.queued_tokens.set(serving.engine.scheduler.queued_tokens)
         log.info("settings applied", extra={"router_version": serving.primary.version})
 
     @property
@@ -177,7 +177,7 @@ class Endpoint:
 
     async def _read(self, serving: Serving, asked: list[Head], prompt: Prompt, max_wait_s: float) -> PromptReading:
         limits, engine = serving.settings.limits, serving.engine
-        engine.lanes.admit(max_wait_s)  # refuse before tokenization, which costs time
+        engine.scheduler.admit(max_wait_s)  # refuse before tokenization, which costs time
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
         if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
@@ -186,9 +186,9 @@ class Endpoint:
             try:
                 reading = await engine.read(tokens, asked, max_wait_s, tokenize_s)
             finally:
-                self.metrics.queued_tokens.set(engine.lanes.queued_tokens)
+                self.metrics.queued_tokens.set(engine.scheduler.queued_tokens)
             span.set_attributes({f"{phase}_s": seconds for phase, seconds in reading.times._asdict().items()})
-        _later(self.metrics.read, reading, engine.lanes.budget_tokens)
+        _later(self.metrics.read, reading, engine.scheduler.budget_tokens)
         return reading
 
     def _remember(self, key: _Key, task: asyncio.Task[PromptReading]) -> asyncio.Task[PromptReading]:
@@ -224,7 +224,7 @@ class Routing:
     def is_outlier(self) -> bool:
         """Whether the prompt is outside the training distribution."""
         safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
-        return percentile is not None and percentile >= (STRANGER if safe is None else safe.beyond)
+        return percentile is not None and percentile >= (OUT_OF_DISTRIBUTION_SHARE if safe is None else safe.beyond)
 
     def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
         """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed."""

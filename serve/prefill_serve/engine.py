@@ -28,7 +28,7 @@ from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Router
-from prefill_serve.scheduler import Batch, Lanes
+from prefill_serve.scheduler import Batch, BatchScheduler
 
 REMEMBERED_TOKENS = 16_384  # cached prefix tokens: about 12 KB each in SmolLM2's lower half
 _IDLE_S = 0.05
@@ -111,7 +111,9 @@ class Engine:
             budget_tokens = encoder.budget_tokens
             if encoder.runs_side_by_side:
                 num_lanes = num_threads
-        self.lanes: Lanes[_Job, PromptReading] = Lanes(self._read, num_lanes, budget_tokens, num_threads)
+        self.scheduler: BatchScheduler[_Job, PromptReading] = BatchScheduler(
+            self._read, num_lanes, budget_tokens, num_threads
+        )
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
         self._num_in_use = 0
 
@@ -129,20 +131,20 @@ class Engine:
         (ids,) = tokens.ids
         job = _Job(ids, int(tokens.full_lengths[0]), tuple(heads), tokenize_s)
         with self._in_use():
-            return await self.lanes.submit(job, len(ids), max_wait_s)
+            return await self.scheduler.submit(job, len(ids), max_wait_s)
 
     async def warm_up(self, heads: Sequence[Head]) -> None:
         """Runs forward passes alone and on all lanes: the first pass in a thread is slow."""
         tokens = [(await self.tokenize(prompt))[0] for prompt in _WARM_UP]
         await self.read(tokens[0], heads)
-        await asyncio.gather(*(self.read(t, heads) for t in tokens * self.lanes.num_lanes))
+        await asyncio.gather(*(self.read(t, heads) for t in tokens * self.scheduler.num_lanes))
 
     async def close(self) -> None:
         """Stops the threads once no request uses them."""
         await asyncio.sleep(_IDLE_S)  # a request that has just arrived may not be counted yet
         while self._num_in_use:
             await asyncio.sleep(_IDLE_S)
-        self.lanes.close()
+        self.scheduler.close()
         self._tokenizer.shutdown(wait=False)
 
     @contextmanager

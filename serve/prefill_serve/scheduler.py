@@ -55,7 +55,7 @@ class Batch(Generic[In]):
     queued_s: list[float]
 
 
-class Lanes(Generic[In, Out]):
+class BatchScheduler(Generic[In, Out]):
     """Runs `work` on batches in threads; it returns one result per item. `submit` runs on the loop."""
 
     def __init__(

@@ -11,10 +11,10 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from prefill_router.common.errors import UnfitError, UserError
+from prefill_router.common.errors import InvalidRowError, UserError
 from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.openai_requests import TEXT_PARTS
-from prefill_router.corpus.reader import Prompt, Role, fit_messages, fit_prompt
+from prefill_router.corpus.reader import Prompt, Role, validate_messages, validate_prompt
 from prefill_router.policy.decision import Policy
 
 ROUTED_NAMES = ("auto", "routed")  # values of `model` that let the router choose
@@ -176,11 +176,11 @@ class RouteRequest(StrictModel):
         try:
             conversation = self._conversation()
             if conversation is None:
-                return Question(fit_prompt(getattr(self, name), _ANY_SIZE, name), {}, sorted(ignored))
+                return Question(validate_prompt(getattr(self, name), _ANY_SIZE, name), {}, sorted(ignored))
             if len(conversation) > max_messages:
                 raise UserError(f"{name}: has {len(conversation):,} messages, must have at most {max_messages:,}")
-            messages = fit_messages([message.read(noted) for message in conversation])
-        except UnfitError as problem:
+            messages = validate_messages([message.read(noted) for message in conversation])
+        except InvalidRowError as problem:
             raise UserError(str(problem)) from None
         if not any(re.search(_VISIBLE, message["content"]) for message in messages):
             raise UserError(f"{name}: no message has text, must have more than white space")

@@ -39,7 +39,7 @@ from prefill_router.outcomes import load_outcomes, target_names
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.predictor.answer_length import log_lengths, median_logs, median_tokens
 from prefill_router.predictor.calibration import fit_calibration
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.kernel_ridge import fit_kernel
 from prefill_router.predictor.recipe import RECIPES, RouterRecipe
 from prefill_router.predictor.stacking import best_weight, stacked
@@ -144,7 +144,7 @@ class Splitted:
         everything = Rows(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
         train, validation = (everything[torch.from_numpy(part)] for part in (self.train, self.validation))
         trainer = Trainer(recipe.trunk, features.shape[1], [1.0] * len(targets), self.seed)
-        fit(Feed([len(train)], {0: train}, {0: validation}, train[:0]), trainer, self.seed)
+        fit(WorkerRows([len(train)], {0: train}, {0: validation}, train[:0]), trainer, self.seed)
         with torch.inference_mode():
             return torch.sigmoid(trainer.fitted().net(everything.features)).mean(0).numpy()
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prefill_router.common.console import say
 from prefill_router.predictor.counter_random import fold, seed_keys
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import Trainer, fit
 
@@ -54,7 +54,7 @@ def made_up_rows(num_rows: int, num_features: int, num_targets: int, seed: int) 
 
 
 def ours(train: Rows, validation: Rows, recipe: Recipe, seed: int) -> list[float]:
-    feed = Feed([len(train)], {0: train}, {0: validation}, train[:0])
+    feed = WorkerRows([len(train)], {0: train}, {0: validation}, train[:0])
     trainer = Trainer(recipe, train.features.shape[1], [1.0] * train.labels.shape[1], seed)
     fit(feed, trainer, seed)
     return trainer.best_losses.tolist()

@@ -18,7 +18,7 @@ from crashes.extraction import check_object, check_store, objects
 from crashes.life import Crash, ignore_the_dead
 from prefill_jobs.collect import collector
 from prefill_jobs.collect.collect_job import CollectManifest, collect
-from prefill_jobs.collect.collector import AskedShard, AskShard, AskTask
+from prefill_jobs.collect.collector import AskTask, CallCounts, ShardCaller
 from prefill_jobs.extract import extractor
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.label import estimator
@@ -134,7 +134,7 @@ class Targets:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reset("")
         patch.setattr(collector, "ask", self.ask)
-        patch.setattr(AskShard, "_start", partialmethod(_until_death, AskShard._start))
+        patch.setattr(ShardCaller, "_start", partialmethod(_until_death, ShardCaller._start))
 
     def reset(self, out: str) -> None:
         """Resets the counters, for calls whose answers are stored at `out`."""
@@ -152,7 +152,7 @@ class Targets:
         return answer
 
 
-def _until_death(actor: AskShard, start: Callable[[AskShard, AskTask], AskedShard], task: AskTask) -> AskedShard:
+def _until_death(actor: ShardCaller, start: Callable[[ShardCaller, AskTask], CallCounts], task: AskTask) -> CallCounts:
     """Makes the calls of a shard; if the program dies meanwhile, cancels the rest of its event loop's work."""
     actor._loop.set_exception_handler(ignore_the_dead)
     try:

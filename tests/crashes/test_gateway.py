@@ -19,7 +19,7 @@ from prefill_serve.gateway.state import row_files
 from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.gateway.state.feedback import Feedback, UnknownRequest
 from prefill_serve.gateway.state.ledger_folder import LedgerFolder
-from prefill_serve.gateway.state.row_files import Segments
+from prefill_serve.gateway.state.row_files import RowFolder
 from prefill_serve.settings import LedgerSettings
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
@@ -120,7 +120,7 @@ class Keeping(Scenario):
         self.written: set[str] = set()
 
     def run(self) -> None:
-        kept = Segments(self.out, ".txt", lambda rows: " ".join(rows).encode(), lambda data: data.decode().split())
+        kept = RowFolder(self.out, ".txt", lambda rows: " ".join(rows).encode(), lambda data: data.decode().split())
         for day in range(6):
             row = f"row-{day}"
             if row not in set(kept.read()):

@@ -11,7 +11,7 @@ from crashes.enumeration import Machines, Scenario, crash_everywhere
 from crashes.life import mortal
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
-from prefill_router.collection.purse import Allowance, Purse
+from prefill_router.collection.shared_budget import Allowance, SharedBudget
 from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall
 from prefill_router.policy.pool import Target, Upstream
 
@@ -39,7 +39,7 @@ class Asking(Scenario):
     async def _collect(self) -> None:
         states = load_states(self.place)
         write_states(self.place, states)  # includes what a killed run has recorded
-        purse = Purse(self.budget - _spent(states.values()))
+        purse = SharedBudget(self.budget - _spent(states.values()))
         allowance = Allowance(_at_once(purse.draw), _at_once(purse.give_back))
         journal = Journal(self.place.journal)
         wanted = [call for call in CALLS if call.key not in states or states[call.key].answer is None]

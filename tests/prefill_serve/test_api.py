@@ -21,7 +21,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from prefill_router.common.errors import UserError
 from prefill_router.router.artifact import Router
 from prefill_serve.endpoint import Endpoint, Routing
-from prefill_serve.scheduler import Lanes, Overloaded
+from prefill_serve.scheduler import BatchScheduler, Overloaded
 from prefill_serve.settings import Settings
 from prefill_serve.wire import RouteRequest
 from served import Api
@@ -481,7 +481,7 @@ def test_nobody_is_refused_for_another_callers_lack_of_patience(
     async def scenario() -> list[Any]:
         endpoint = Endpoint()
         await endpoint.configure(Settings(router=router, open=True))
-        monkeypatch.setattr(Lanes, "expected_wait_s", 1.0)
+        monkeypatch.setattr(BatchScheduler, "expected_wait_s", 1.0)
         asked = (endpoint.read(RouteRequest(prompt=QUESTION), seconds) for seconds in patience_s)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         await endpoint.now.engine.close()

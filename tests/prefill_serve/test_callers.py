@@ -177,7 +177,7 @@ def test_a_caller_goes_on_from_an_answer_at_once(gateway: Gateway, model: str) -
         answer_id = gateway.post("/v1/responses", body, **by("ann")).raise_for_status().json()["id"]
 
 
-@pytest.mark.slow("two more endpoints, one after the other; what a ledger reads again is tested in test_ledger.py")
+@pytest.mark.slow("two more endpoints, one after the other; state/test_call_ledger.py tests what a ledger reads again")
 def test_an_answer_is_known_after_a_restart(gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path) -> None:
     settings = gateway.settings.model_dump() | {"gateway": {"ledger": {"folder": str(tmp_path)}}}
     with Gateway(**settings) as before:

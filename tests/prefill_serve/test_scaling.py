@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from prefill_serve.scaling import WORK_S, ByWork
-from prefill_serve.scheduler import Lanes
+from prefill_serve.scheduler import BatchScheduler
 
 
 def replicas_wanted(metrics: dict[str, Any] | None) -> float:
@@ -23,7 +23,7 @@ def test_before_any_replica_has_told_its_work_there_is_none() -> None:
 
 def test_work_is_what_waits_and_what_has_begun_at_the_speed_so_far() -> None:
     async def scenario() -> tuple[float, float, float]:
-        lanes: Lanes[int, int] = Lanes(lambda batch: batch.items, num_lanes=1, budget_tokens=100)
+        lanes: BatchScheduler[int, int] = BatchScheduler(lambda batch: batch.items, num_lanes=1, budget_tokens=100)
         await lanes.submit(1, num_tokens=100)
         speed = lanes.tokens_per_s
         waiting = [asyncio.create_task(lanes.submit(i, num_tokens=100)) for i in range(3)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefill_serve.scheduler import Batch, Lanes, Overloaded
+from prefill_serve.scheduler import Batch, BatchScheduler, Overloaded
 
 
 class Held:
@@ -42,7 +42,7 @@ def test_a_prompt_that_comes_alone_has_all_cores_and_a_queue_is_shared_out() -> 
     work = Held()
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(work, 2, 100, 2)
+        lanes: BatchScheduler[int, int] = BatchScheduler(work, 2, 100, 2)
         alone = asyncio.create_task(lanes.submit(1, 10))
         await settle()
         others = [asyncio.create_task(lanes.submit(item, 10)) for item in (2, 3, 4, 5)]
@@ -61,7 +61,7 @@ def test_a_batch_holds_its_budget_and_a_longer_prompt_is_a_batch_of_its_own() ->
     work = Held()
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(work, 1, 100)
+        lanes: BatchScheduler[int, int] = BatchScheduler(work, 1, 100)
         first = asyncio.create_task(lanes.submit(0, 10))
         await settle()
         rest = [asyncio.create_task(lanes.submit(i, n)) for i, n in [(1, 60), (2, 40), (3, 500), (4, 1), (5, 1)]]
@@ -81,7 +81,7 @@ def test_more_than_the_wait_allows_is_refused_and_the_refusal_says_for_how_long(
         return list(batch.items)
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(slow, 1, 100)
+        lanes: BatchScheduler[int, int] = BatchScheduler(slow, 1, 100)
         await lanes.submit(0, 100)  # sets the rate: 1,000 tokens a second, or fewer on a busy machine
         rate = lanes.tokens_per_s
         patience_s = 500 / rate
@@ -103,7 +103,7 @@ def test_what_nobody_waits_for_any_more_is_not_done() -> None:
     work = Held()
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(work, 1, 1)
+        lanes: BatchScheduler[int, int] = BatchScheduler(work, 1, 1)
         tasks = [asyncio.create_task(lanes.submit(i, 1)) for i in range(3)]
         await settle()
         tasks[1].cancel()
@@ -123,7 +123,7 @@ def test_a_batch_that_fails_fails_alone() -> None:
         return list(batch.items)
 
     async def scenario() -> None:
-        lanes: Lanes[int, int] = Lanes(fragile, 2, 1)
+        lanes: BatchScheduler[int, int] = BatchScheduler(fragile, 2, 1)
         results = await asyncio.gather(*(lanes.submit(i, 1) for i in range(4)), return_exceptions=True)
         assert [str(result) for result in results] == ["0", "broken", "2", "3"]
         assert await lanes.submit(7, 1) == 7

@@ -1,1 +1,1 @@
-"""The `prefill-router` command line. Start with `command_line.py`; `flags.py` turns config models into flags."""
+"""The `prefill-router` command line. Start with `command_line`; `flags` turns config models into flags."""

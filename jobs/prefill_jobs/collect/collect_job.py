@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.collect import stored_answers
-from prefill_jobs.collect.collector import AskShard, AskTask, CallActor
-from prefill_jobs.collect.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, JudgeShard, grade_shard, unasked
+from prefill_jobs.collect.collector import AskTask, CallActor, ShardCaller
+from prefill_jobs.collect.grading import JUDGE_ASKED, ROW_COLUMNS, GradeTask, Grading, ShardJudge, grade_shard, unasked
 from prefill_jobs.collect.prompt_selection import PromptSelection, estimation
 from prefill_jobs.collect.stored_answers import Spending
 from prefill_jobs.option_fields import names_in
@@ -25,7 +25,7 @@ from prefill_jobs.options import CollectConfig
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
-from prefill_router.collection.purse import Purse
+from prefill_router.collection.shared_budget import SharedBudget
 from prefill_router.collection.target_calls import Asked, Spent
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
@@ -114,14 +114,14 @@ class _Collection:
     def _ask(self, answered: dict[str, str], wanted: NDArray[np.bool_]) -> int:
         """Makes every call that has no answer. Returns how many calls the budget did not allow."""
         tasks, num_calls = self._tasks(answered, wanted)
-        return self._make(AskShard, tasks, self.pool, self.asked, "collect", num_calls)
+        return self._make(ShardCaller, tasks, self.pool, self.asked, "collect", num_calls)
 
     def _judge(self, tasks: Sequence[GradeTask], grading: Grading) -> int:
         """Asks the judge about every answer. Returns how many calls the budget did not allow."""
         assert self.judge is not None
         pool = self.pool.model_copy(update={"targets": (self.judge,)})
         num_calls = _JUDGEMENTS * len(grading.targets) * sum(task.shard.rows for task in tasks)
-        return self._make(partial(JudgeShard, grading), tasks, pool, JUDGE_ASKED, "judge", num_calls)
+        return self._make(partial(ShardJudge, grading), tasks, pool, JUDGE_ASKED, "judge", num_calls)
 
     def _make(
         self,
@@ -147,7 +147,7 @@ class _Collection:
             attempts=self.config.attempts,
             num_workers=self.config.workers,
             max_prompt_bytes=MAX_PROMPT_BYTES,
-            purse=cluster.Shared(Purse, left, is_kept=True),
+            budget=cluster.Shared(SharedBudget, left, is_kept=True),
         )
         options = cluster.caller_resources(self.config.workers, _CALLS)
         left_out, reasons = 0, Counter[str]()

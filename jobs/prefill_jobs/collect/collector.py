@@ -19,8 +19,8 @@ from prefill_jobs.runtime.cluster import Shared
 from prefill_jobs.runtime.job_metrics import CollectMetrics
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
-from prefill_router.collection.purse import Allowance
 from prefill_router.collection.rate_limits import RateLimits
+from prefill_router.collection.shared_budget import Allowance
 from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall
 from prefill_router.collection.target_client import Miss, ask, backoff_s
 from prefill_router.common.errors import UserError
@@ -43,7 +43,7 @@ class AskTask:
 
 
 @dataclass(frozen=True)
-class AskedShard:
+class CallCounts:
     """Counts of a shard's calls in this run."""
 
     answered: int = 0
@@ -56,10 +56,10 @@ class CallActor(ABC, Generic[T]):
     """Makes the calls of several tasks concurrently, in one event loop."""
 
     def __init__(
-        self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, purse: Shared
+        self, pool: Pool, asked: Asked, out: str, attempts: int, num_workers: int, max_prompt_bytes: int, budget: Shared
     ) -> None:
         self.pool, self.asked, self.out, self.attempts = pool, asked, out, attempts
-        self.max_prompt_bytes, self.purse = max_prompt_bytes, purse
+        self.max_prompt_bytes, self.budget = max_prompt_bytes, budget
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._limits = {target.name: RateLimits(target, num_workers) for target in pool.targets}
@@ -75,21 +75,21 @@ class CallActor(ABC, Generic[T]):
     def calls(self, task: T) -> tuple[list[TargetCall], ShardPlace]:
         """The calls of a task, and the place of the shard for their answers."""
 
-    def __call__(self, task: T) -> AskedShard:
+    def __call__(self, task: T) -> CallCounts:
         for target in self.pool.targets:
             _check_key(target)
         return self._start(task)
 
-    def _start(self, task: T) -> AskedShard:
+    def _start(self, task: T) -> CallCounts:
         return asyncio.run_coroutine_threadsafe(self._make(task), self._loop).result()
 
-    async def _make(self, task: T) -> AskedShard:
+    async def _make(self, task: T) -> CallCounts:
         """Makes the calls that have no answer yet."""
         calls, place = await asyncio.to_thread(self.calls, task)
         states = await asyncio.to_thread(load_states, place)
         wanted = [call for call in calls if call.key not in states or states[call.key].answer is None]
         if not wanted:
-            return AskedShard()
+            return CallCounts()
         journal = Journal(place.journal)
         tried = await asyncio.gather(*(self._ask(call, journal) for call in wanted))
         await self._allowance.give_back()
@@ -98,7 +98,7 @@ class CallActor(ABC, Generic[T]):
         misses = [(call.target.name, miss) for call, miss in zip(wanted, tried, strict=True) if miss is not None]
         reasons = Counter(f"{name}: {miss.reason}" for name, miss in misses if miss is not _LEFT_OUT)
         num_failed = reasons.total()
-        return AskedShard(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
+        return CallCounts(len(wanted) - len(misses), num_failed, len(misses) - num_failed, reasons)
 
     async def _ask(self, call: TargetCall, journal: Journal) -> Miss | None:
         """Retries a call until it is answered or cannot succeed. Returns None, or the last failure."""
@@ -135,13 +135,13 @@ class CallActor(ABC, Generic[T]):
         return found
 
     async def _draw(self, wanted: Spent) -> Spent:
-        return await self.purse.call_async("draw", wanted)  # type: ignore[no-any-return]
+        return await self.budget.call_async("draw", wanted)  # type: ignore[no-any-return]
 
     async def _give_back(self, part: Spent) -> None:
-        await self.purse.call_async("give_back", part)
+        await self.budget.call_async("give_back", part)
 
 
-class AskShard(CallActor[AskTask]):
+class ShardCaller(CallActor[AskTask]):
     """Sends the prompts of a shard to the targets."""
 
     def calls(self, task: AskTask) -> tuple[list[TargetCall], ShardPlace]:

@@ -111,7 +111,7 @@ def unasked(_messages: Sequence[Message]) -> Reply:
     raise LookupError("no judge was asked")
 
 
-class JudgeShard(CallActor[GradeTask]):
+class ShardJudge(CallActor[GradeTask]):
     """Calls the judge about a shard's answers. The judge is the only target of its pool."""
 
     def __init__(self, grading: Grading, **arguments: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.collect.grading import Grading, RowCheck
-from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.label.estimation import Estimation, KeptEstimates
 from prefill_jobs.options import CollectConfig
 from prefill_jobs.runtime import ray_tasks
 from prefill_router import storage
@@ -107,7 +107,7 @@ class PromptSelection:
         """The router's P(correct) (N, T) of prompts, for the targets that are both in its pool and to be called."""
         estimates = estimation(self.config, self.pool)
         estimates.run(self.plan, self.lease, "sample")
-        held = Held.read(estimates.out)
+        held = KeptEstimates.read(estimates.out)
         p = np.concatenate([PromptEstimates.load(estimates.out, name).p_correct for name in held.names])
         names = estimates.router.pool.target_names
         known = [t for t, name in enumerate(names) if name in self.pool.target_names]

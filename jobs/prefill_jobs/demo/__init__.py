@@ -1,1 +1,1 @@
-"""`demo`: runs every step end to end. Start with `demo_job.py`; `simulation.py` generates its data."""
+"""`demo`: runs every step end to end. Start with `demo_job`; `simulation` generates its data."""

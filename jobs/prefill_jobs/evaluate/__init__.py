@@ -1,4 +1,4 @@
 """`evaluate` and `compare`: score routers and baselines on held-out prompts, or on feedback from a log.
 
-Start with `evaluate_job.py`; `log_job.py` is the variant for feedback, and `compare_job.py` compares routers.
+Start with `evaluate_job`; `log_job` is the variant for feedback, and `compare_job` compares routers.
 """

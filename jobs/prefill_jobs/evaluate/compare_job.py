@@ -18,7 +18,7 @@ from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
-from prefill_router.corpus.split import Keys
+from prefill_router.corpus.split import PromptHashes
 from prefill_router.corpus.split_groups import of_corpus
 from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate
 from prefill_router.evaluation.results import Evaluation
@@ -80,12 +80,12 @@ def _store_of(uri: str, router: Router, stores: Sequence[str]) -> str:
     raise UserError(f"{uri}: no store of its encoder {model} in --activations: add the store that it was trained on")
 
 
-def _contender(uri: str, router: Router, of: GradedPrediction, keys: Keys) -> Contender:
+def _contender(uri: str, router: Router, of: GradedPrediction, keys: PromptHashes) -> Contender:
     rows = _rows(of, keys)
     p_correct, expected = (values[rows] for values in of.prediction)
     return Contender(uri, uri, p_correct, expected, router.default_tolerance)
 
 
-def _rows(of: GradedPrediction, keys: Keys) -> NDArray[np.int64]:
+def _rows(of: GradedPrediction, keys: PromptHashes) -> NDArray[np.int64]:
     order = np.argsort(of.keys)
     return np.asarray(order[np.searchsorted(of.keys, keys, sorter=order)])

@@ -63,7 +63,10 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         router.version,
         _together(trial.prompts for trial in trials),
         _joined(trial.router_as_contender() for trial in trials),
-        [_joined(rivals) for rivals in zip(*(trial.rivals(config.keep_baselines) for trial in trials), strict=True)],
+        [
+            _joined(contenders)
+            for contenders in zip(*(trial.contenders(config.keep_baselines) for trial in trials), strict=True)
+        ],
         p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
         median_output_tokens=np.concatenate([trial.medians for trial in trials]),
         num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
@@ -83,15 +86,15 @@ def _folds(uri: str) -> list[str]:
 
 def _trials(
     routers: Sequence[Router], graded: GradedStore, embeddings: Embeddings | None, *, drop: bool
-) -> list[Trial]:
+) -> list[FoldEvaluation]:
     """A trial per router. A prompt that is held out from several routers belongs to the first one's trial."""
-    trials: list[Trial] = []
+    trials: list[FoldEvaluation] = []
     for router in routers:
         predicted = predict_graded(router, graded, with_features=True)
         is_new = held_out([router], predicted.keys, graded.groups, drop=drop)
         for trial in trials:
             is_new = is_new & ~trial.is_held_out
-        trials.append(Trial(router, predicted, graded.groups, embeddings, is_new))
+        trials.append(FoldEvaluation(router, predicted, graded.groups, embeddings, is_new))
     return trials
 
 
@@ -121,7 +124,7 @@ def _embeddings(config: EvaluateConfig) -> Embeddings | None:
 
 
 @dataclass(frozen=True)
-class Trial:
+class FoldEvaluation:
     """A router with the graded prompts of a store, some of which it was trained on and others it is scored on."""
 
     router: Router
@@ -165,7 +168,7 @@ class Trial:
         say(f"evaluate: compute a learning curve on {int(training.sum()):,} training prompts")
         return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
 
-    def rivals(self, keep: str | None) -> Iterator[Contender]:
+    def contenders(self, keep: str | None) -> Iterator[Contender]:
         """Yields every baseline that the data allow, and saves those that can be served to `keep`."""
         readable, held, is_training = self._readable(), self.is_held_out, self.is_training
         is_validation = self.is_seen & ~is_training
@@ -174,7 +177,7 @@ class Trial:
             say("evaluate: no training prompt is in the store: baselines are not fitted")
         else:
             for fitted in fit_all(self.router.pool, training, validation):
-                yield self._rival(fitted, readable[held])
+                yield self._contender(fitted, readable[held])
                 if keep is not None and self.embeddings is not None:
                     folder = re.sub(r"[^\w.-]+", "-", fitted.title)
                     self._served(fitted, self.embeddings).save(storage.join(keep, folder))
@@ -182,7 +185,7 @@ class Trial:
             parts = (activations[rows] for rows in (is_training, is_validation))
             neighbours = fit_one(self.router.pool, "knn_activations", NearestNeighbours(), *parts)
             neighbours = replace(neighbours, title="k nearest neighbours by activations")
-            yield self._rival(neighbours, activations[held])
+            yield self._contender(neighbours, activations[held])
         yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
 
     def _readable(self) -> Prompts:
@@ -196,7 +199,7 @@ class Trial:
             )
         return Prompts(of.num_tokens, of.correct, of.output_tokens, lengths, vectors)
 
-    def _rival(self, fitted: Fitted, held_out: Prompts) -> Contender:
+    def _contender(self, fitted: Fitted, held_out: Prompts) -> Contender:
         p = fitted.p_correct(held_out)
         expected = np.broadcast_to(fitted.output_tokens, p.shape)
         name = fitted.title if fitted.name == "always" else fitted.name

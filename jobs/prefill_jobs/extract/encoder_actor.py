@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from prefill_jobs.extract.guarded_encoder import SafeReader
+from prefill_jobs.extract.guarded_encoder import GuardedEncoder
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.capacity import Effort
 from prefill_router.common.errors import UserError
@@ -55,9 +55,9 @@ class EncoderActor(ABC):
         """The encoder, which is loaded on first use."""
 
     @cached_property
-    def reader(self) -> SafeReader:
+    def reader(self) -> GuardedEncoder:
         assert isinstance(self.encoder, PrefillEncoder)
-        return SafeReader(self.encoder, self.threads)
+        return GuardedEncoder(self.encoder, self.threads)
 
     @cached_property
     def peak_flops(self) -> float:

@@ -17,7 +17,7 @@ _GPU_FLOPS = 0.5 * 989e12  # half the peak of an H100 SXM in dense bf16, from it
 _GPU = "half of an H100's peak"
 _BYTES_PER_TOKEN = 4  # English text; used until prompts have been tokenized
 _SAMPLED_ROWS = 1000  # whose mean length stands for the corpus
-_BYTES_PER_ROW = 80  # id, length and ledger key, besides the activations
+_BYTES_PER_ROW = 80  # id, length and row key, besides the activations
 _PROBED_COLUMNS = 3  # typical number of columns that a probe chooses
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.extract.encoder_actor import map_on_encoders
 from prefill_jobs.extract.extract_summary import ExtractSummary
-from prefill_jobs.extract.extractor import ExtractRequest, ExtractShard, Source, Task
+from prefill_jobs.extract.extractor import ExtractRequest, ExtractTask, ShardExtractor, Source
 from prefill_jobs.options import ExtractConfig
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
@@ -95,12 +95,12 @@ class _Extraction:
         self.other = None if other is None else CommitLog.open(other)
         if self.other is not None and self.other.encoder is not None:
             commit_log.claim_encoder(config.out, self.other.encoder)
-        self.ledger = CommitLog.open(config.out)
+        self.commit_log = CommitLog.open(config.out)
         before = read_manifest(config.out)
         if before is not None:
-            _check_nothing_is_lost(config.out, before, self.ledger, self.plan)
+            _check_nothing_is_lost(config.out, before, self.commit_log, self.plan)
         self.request = request if before is None else replace(request, also=[*request.also, *before.columns])
-        self.encoder = self.ledger.encoder
+        self.encoder = self.commit_log.encoder
         self.parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
 
     def run(self) -> ExtractSummary:
@@ -124,24 +124,24 @@ class _Extraction:
         config = self.config
         return cluster.Actors(config.workers, config.gpus_per_worker, config.accelerator, config.memory_per_worker)
 
-    def _shard_tasks(self, pending: Sequence[int]) -> list[Task]:
+    def _shard_tasks(self, pending: Sequence[int]) -> list[ExtractTask]:
         """A task per pending shard, with the finished shards that have some of its prompts."""
         digests = [part.digest for part in self.parts]
-        ledgers = [self.ledger, *([] if self.other is None else [self.other])]
-        sources = [(held.uri, Sources(held, digests)) for held in ledgers]
+        logs = [self.commit_log, *([] if self.other is None else [self.other])]
+        sources = [(held.uri, Sources(held, digests)) for held in logs]
         spans = list(self.plan.spans())
 
         def sources_of(i: int) -> tuple[Source, ...]:
             keys = self.plan.keys[spans[i][1]]
             return tuple((store, place) for store, found in sources for place in found.of(i, keys))
 
-        return [Task(spans[i][0], sources_of(i)) for i in pending]
+        return [ExtractTask(spans[i][0], sources_of(i)) for i in pending]
 
-    def _repeat_tasks(self, pending: Sequence[int]) -> list[Task]:
-        places = self.ledger.places(self._positions(self.plan.shards))
+    def _repeat_tasks(self, pending: Sequence[int]) -> list[ExtractTask]:
+        places = self.commit_log.places(self._positions(self.plan.shards))
         repeats = [self.plan.repeats[i] for i in pending]
         out = self.config.out
-        return [Task(rows, tuple((out, places[i]) for i in dict.fromkeys(rows.sources))) for rows in repeats]
+        return [ExtractTask(rows, tuple((out, places[i]) for i in dict.fromkeys(rows.sources))) for rows in repeats]
 
     def _names(self, parts: Sequence[Shard | Repeats]) -> list[str]:
         assert self.encoder is not None
@@ -150,28 +150,28 @@ class _Extraction:
 
     def _positions(self, parts: Sequence[Shard | Repeats]) -> NDArray[np.int64]:
         """The positions of the parts' records in the commit log; -1 for parts without a record."""
-        return np.full(len(parts), -1) if self.encoder is None else self.ledger.positions(self._names(parts))
+        return np.full(len(parts), -1) if self.encoder is None else self.commit_log.positions(self._names(parts))
 
     def _do(
         self,
         parts: Sequence[Shard | Repeats],
-        to_tasks: Callable[[Sequence[int]], list[Task]],
+        to_tasks: Callable[[Sequence[int]], list[ExtractTask]],
         progress: Progress,
         summary: ExtractSummary,
     ) -> None:
         """Runs the parts that are not in the commit log on the actors, and adds their records to it."""
         positions = self._positions(parts)
-        done = self.ledger.records.take(positions[positions >= 0])
+        done = self.commit_log.records.take(positions[positions >= 0])
         num_rows, num_refused = pc.sum(done["rows"], min_count=0).as_py(), sum(1 for _ in bad_rows(done))
         summary.reuse(num_rows, num_refused)
         progress.skip(num_rows + num_refused)
         pending = np.flatnonzero(positions < 0).tolist()
         if not pending:
             return
-        for finished in map_on_encoders(partial(ExtractShard, self.request), to_tasks(pending), self.actors):
+        for finished in map_on_encoders(partial(ShardExtractor, self.request), to_tasks(pending), self.actors):
             self.lease.check()
             self._check_encoder(finished.encoder)
-            self.ledger.add(finished.record)
+            self.commit_log.add(finished.record)
             summary.add(finished)
             num_refused = len(finished.record.refused)
             effort = finished.effort
@@ -187,7 +187,7 @@ class _Extraction:
             )
 
     def _finish(self, summary: ExtractSummary) -> ExtractSummary:
-        records = self.ledger.records.take(self._positions(self.parts))
+        records = self.commit_log.records.take(self._positions(self.parts))
         bad = [*self.plan.bad, *bad_rows(records)]
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         assert self.encoder is not None
@@ -201,21 +201,21 @@ class _Extraction:
         )
         self.lease.check()
         write_manifest(self.config.out, manifest)
-        self.ledger.tidy(self._names(self.parts))
+        self.commit_log.tidy(self._names(self.parts))
         summary.finish(manifest)
         storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
         return summary
 
 
-def _check_nothing_is_lost(out: str, before: StoreManifest, entries: CommitLog, planned: CorpusPlan) -> None:
+def _check_nothing_is_lost(out: str, before: StoreManifest, log: CommitLog, planned: CorpusPlan) -> None:
     """Raises UserError if the finished store has rows that the corpus lacks now: a run only adds rows."""
     parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
     stay = pa.array(parquet_objects.file_name(shard_name(part.digest, before.columns)) for part in parts)
     others = before.shards.table.filter(pc.invert(pc.is_in(before.shards.table["file"], value_set=stay)))
     if not len(others):
         return
-    positions = entries.positions(others["file"].combine_chunks(), "file")
-    lost = _num_lost(entries, positions[positions >= 0], planned)
+    positions = log.positions(others["file"].combine_chunks(), "file")
+    lost = _num_lost(log, positions[positions >= 0], planned)
     for file, rows, position in zip(others["file"].to_pylist(), others["rows"].to_pylist(), positions, strict=True):
         if num_lost := lost.get(position, rows):
             raise UserError(
@@ -224,9 +224,9 @@ def _check_nothing_is_lost(out: str, before: StoreManifest, entries: CommitLog, 
             )
 
 
-def _num_lost(entries: CommitLog, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
+def _num_lost(log: CommitLog, positions: NDArray[np.int64], planned: CorpusPlan) -> dict[int, int]:
     """Counts the rows of each of these records that the corpus lacks."""
-    held = dict(entries.keys(positions))
+    held = dict(log.keys(positions))
     is_lost = ~planned.has(np.concatenate([np.zeros((0, 3), np.uint64), *held.values()]))
     parts = np.split(is_lost, np.cumsum([len(keys) for keys in held.values()]))
     return {position: int(part.sum()) for position, part in zip(held, parts, strict=False)}

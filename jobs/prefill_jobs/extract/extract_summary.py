@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from prefill_jobs.extract.extractor import ExtractedShard
+from prefill_jobs.extract.extractor import ExtractResult
 from prefill_jobs.runtime.capacity import Capacity
 from prefill_router.activations.activation_store import StoreManifest
 from prefill_router.encoder.prefill_work import Work
@@ -30,7 +30,7 @@ class ExtractSummary:
         self.num_reused += num_rows
         self.num_quarantined += num_refused
 
-    def add(self, done: ExtractedShard) -> None:
+    def add(self, done: ExtractResult) -> None:
         self.capacity.add(done.effort)
         self.num_retries += done.effort.num_retries
         if not done.is_new:

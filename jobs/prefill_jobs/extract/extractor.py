@@ -23,7 +23,7 @@ Source = tuple[str, RecordLocation]  # a store's URI, and the location of a shar
 
 
 @dataclass(frozen=True)
-class Task:
+class ExtractTask:
     """A shard to extract, and finished shards that have some of its activations."""
 
     rows: Shard | Repeats
@@ -31,7 +31,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class ExtractedShard:
+class ExtractResult:
     """A finished shard, written by this task or found finished."""
 
     record: Commit
@@ -59,29 +59,27 @@ class ExtractRequest:
         return sorted(wanted, key=lambda column: (POOLINGS.index(column.pooling), column.layer))
 
 
-class ExtractShard(EncoderActor):
+class ShardExtractor(EncoderActor):
     """Extracts the activations of shards."""
 
     def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared) -> None:
         super().__init__(threads, attempts)
         self.request = request
 
-    def __call__(self, task: Task) -> ExtractedShard:
+    def __call__(self, task: ExtractTask) -> ExtractResult:
         attempt = self.begin(task.rows.digest)
         self.load_encoder()
         columns = self.columns
         record = commit_log.find(self.request.out, shard_name(task.rows.digest, [c.name for c in columns]))
         if record is not None:
-            return ExtractedShard(
-                record, self.encoder.identity, self.effort(Work(), attempt), record.rows, is_new=False
-            )
+            return ExtractResult(record, self.encoder.identity, self.effort(Work(), attempt), record.rows, is_new=False)
         builder = self._builder(task.rows, columns)
         for store, place in task.sources:
             builder.copy(store, place)
         num_copied = builder.num_complete
         work = self.reader.complete(builder, attempt)
         record = builder.commit(self.request.out)
-        return ExtractedShard(record, self.encoder.identity, self.effort(work, attempt), num_copied, is_new=True)
+        return ExtractResult(record, self.encoder.identity, self.effort(work, attempt), num_copied, is_new=True)
 
     def _builder(self, rows: Shard | Repeats, columns: list[ActivationColumn]) -> ShardBuilder:
         if isinstance(rows, Repeats):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _ATTEMPTS_IN_PROCESS = 2  # later attempts suspect the shard's prompts and encode them in another process
 
 
-class SafeReader:
+class GuardedEncoder:
     """Reads prompts with `encoder`, and returns the reasons for the prompts that it cannot read.
 
     After a crash, prompts are read in another process with `threads` threads.

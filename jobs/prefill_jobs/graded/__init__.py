@@ -1,4 +1,4 @@
 """Activations joined with graded answers: the input of probing, training and evaluation.
 
-Start with `graded_store.py`. `prompt_split.py` and `leakage.py` keep training and held-out prompts apart.
+Start with `graded_store`. `prompt_split` and `leakage` keep training and held-out prompts apart.
 """

@@ -19,7 +19,7 @@ from prefill_router import storage
 from prefill_router.common import validation
 from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID
 from prefill_router.corpus.plan import Shard, plan, read_shard
-from prefill_router.corpus.split import Keys, prompt_hashes
+from prefill_router.corpus.split import PromptHashes, prompt_hashes
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.storage import parquet_objects
@@ -43,11 +43,11 @@ class Embeddings:
 
     sentence_encoder: str
     fingerprint: str
-    keys: Keys  # (N,) ascending
+    keys: PromptHashes  # (N,) ascending
     vectors: NDArray[np.float16]  # (N, D)
     num_tokens: NDArray[np.int32]  # (N,) tokens of the sentence encoder, before truncation
 
-    def at(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.int32]]:
+    def at(self, keys: PromptHashes) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.int32]]:
         """Which prompts have an embedding (N,), the embeddings (N, D) and lengths (N,), zeros for those without."""
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         known = self.keys[place] == keys
@@ -59,7 +59,7 @@ def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     """Embeds the prompts of a corpus that `out` lacks. Invalid rows are skipped."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
     shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=ray_tasks.spread).shards
-    create = partial(EmbedShard, sentence_encoder, fingerprint, out, cluster.threads_per_worker(1))
+    create = partial(ShardEmbedder, sentence_encoder, fingerprint, out, cluster.threads_per_worker(1))
     progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
     written: dict[int, ShardFile] = {}
     for i, file, num_tokens in ray_tasks.map_on_actors(
@@ -88,7 +88,7 @@ def load_embeddings(uri: str) -> Embeddings:
     return Embeddings(manifest.sentence_encoder, manifest.fingerprint, keys[order], vectors[order], lengths[order])
 
 
-class EmbedShard:
+class ShardEmbedder:
     """Embeds one shard at a time, unless its file exists. The encoder is loaded for the first shard to embed."""
 
     def __init__(self, sentence_encoder: str, fingerprint: str, out: str, threads: int) -> None:

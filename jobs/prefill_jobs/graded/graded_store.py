@@ -16,7 +16,7 @@ from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
-from prefill_router.corpus.split import Keys, Part, Split, prompt_hashes
+from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
 from prefill_router.corpus.split_groups import SplitGroups, by_content
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.policy.pool import Pool, load_pool
@@ -26,7 +26,7 @@ from prefill_router.probe.projection import Projection
 class GradedRows(NamedTuple):
     """Prompts of a store that have at least one outcome."""
 
-    keys: Keys  # (N,)
+    keys: PromptHashes  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
     features: NDArray[np.float32]  # (N, F)
     correct: NDArray[np.float32]  # (N, T), NaN where missing
@@ -44,7 +44,7 @@ class GradedStore:
     pool: Pool
     outcomes: Outcomes
     groups: SplitGroups
-    keys: Keys  # (N,) hashes of the store's prompts, in its order
+    keys: PromptHashes  # (N,) hashes of the store's prompts, in its order
     split: Split | None = None
     seen: tuple[Part, ...] = ()
 
@@ -83,7 +83,7 @@ class GradedStore:
         return opened
 
     @property
-    def graded_keys(self) -> Keys:
+    def graded_keys(self) -> PromptHashes:
         """The hashes of the prompts that have at least one visible outcome."""
         keys = self.keys[np.isin(self.keys, self.outcomes.keys)]
         return keys[self._is_seen(keys)]
@@ -96,11 +96,11 @@ class GradedStore:
         """This store with the outcomes of these parts of `split` only."""
         return replace(self, split=split, seen=parts)
 
-    def parts(self, keys: Keys, split: Split) -> NDArray[np.int8]:
+    def parts(self, keys: PromptHashes, split: Split) -> NDArray[np.int8]:
         """The Part of each prompt (N,), given its hash."""
         return np.where(self.groups.held_out(keys), Part.TEST, split.parts(self.groups.of(keys))).astype(np.int8)
 
-    def answers(self, keys: Keys) -> Answers:
+    def answers(self, keys: PromptHashes) -> Answers:
         """The outcomes of prompts, given their hashes; NaN if missing or not visible."""
         found = self.outcomes.at(keys)
         is_hidden = ~self._is_seen(keys)
@@ -122,14 +122,14 @@ class GradedStore:
             *(values[graded] for values in answers),
         )
 
-    def _is_seen(self, keys: Keys) -> NDArray[np.bool_]:
+    def _is_seen(self, keys: PromptHashes) -> NDArray[np.bool_]:
         if self.split is None:
             return np.ones(len(keys), bool)
         return np.isin(self.parts(keys, self.split), self.seen)
 
     def batches(
         self, column: ActivationColumn, shards: Iterable[int]
-    ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float32], Keys]]:
+    ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.float32], PromptHashes]]:
         """Yields, by shard, a column's activations (N, D), correctness by target (N, T) and prompt hashes (N,)."""
         for shard in shards:
             ids, encoded = self.store.read(shard, [column])

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.corpus.split import Keys
+from prefill_router.corpus.split import PromptHashes
 from prefill_router.corpus.split_groups import SplitGroups
 from prefill_router.router.artifact import Router
 
 
-def held_out(routers: Sequence[Router], keys: Keys, groups: SplitGroups, *, drop: bool) -> NDArray[np.bool_]:
+def held_out(routers: Sequence[Router], keys: PromptHashes, groups: SplitGroups, *, drop: bool) -> NDArray[np.bool_]:
     """Whether each prompt (N,), given its hash, is held out from all `routers`.
 
     Raises UserError if a held-out prompt shares its split group with a training prompt, unless `drop` excludes these.

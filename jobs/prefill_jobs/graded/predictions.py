@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.runtime import ray_tasks
-from prefill_router.corpus.split import Keys
+from prefill_router.corpus.split import PromptHashes
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Estimates, Router
 
@@ -23,7 +23,7 @@ from prefill_router.router.artifact import Estimates, Router
 class GradedPrediction:
     """Outcomes of the graded store's targets and predictions for the router's targets, in the store's order."""
 
-    keys: Keys  # (N,)
+    keys: PromptHashes  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
     correct: NDArray[np.float32]  # (N, T), NaN where missing
     output_tokens: NDArray[np.float32]  # (N, T), NaN where missing

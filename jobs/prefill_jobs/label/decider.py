@@ -40,7 +40,7 @@ class DecideContext:
     log: str
     out: str  # folder of decisions
     estimates: str
-    choice: LogPolicy
+    policy: LogPolicy
     router_version: str
     max_prompt_bytes: int
     by: tuple[str, ...]  # columns of the log by which the report breaks results down
@@ -66,14 +66,14 @@ class DecideTask:
 
 
 @dataclass(frozen=True)
-class Decided:
+class DecidedShard:
     files: list[ShardFile]
     tally: Tally
     bad: list[BadRow]
 
 
 def total_object(
-    item: tuple[str, NDArray[np.int64]], uri: str, choice: LogPolicy, prices: NDArray[np.float64]
+    item: tuple[str, NDArray[np.int64]], uri: str, policy: LogPolicy, prices: NDArray[np.float64]
 ) -> Totals:
     """Expected cost and correct answers of the lines whose estimates are in one file, at shadow prices (K,).
 
@@ -81,12 +81,12 @@ def total_object(
     """
     name, counts = item
     estimates = _load(uri, name)
-    p, _, cost_usd = choice.read(estimates)
+    p, _, cost_usd = policy.read(estimates)
     weights = np.where([reason is None for reason in estimates.reasons], counts, 0)
-    return totals(p, cost_usd, weights, choice.eligible(p, cost_usd), prices)
+    return totals(p, cost_usd, weights, policy.eligible(p, cost_usd), prices)
 
 
-def decide_shard(task: DecideTask, context: DecideContext) -> Decided:
+def decide_shard(task: DecideTask, context: DecideContext) -> DecidedShard:
     """Decides for the lines of a shard and writes the decisions."""
     rows = read_shard(task.shard, context.max_prompt_bytes, context.extras)
     estimates = _estimates_of(rows, task, context)
@@ -98,11 +98,11 @@ def decide_shard(task: DecideTask, context: DecideContext) -> Decided:
     ]
     good = np.flatnonzero(is_good)
     if not len(good):
-        return Decided([], Tally(), bad)
+        return DecidedShard([], Tally(), bad)
     rows, estimates = [rows[i] for i in good], estimates.take(good)
     places = [task.shard.places[i] for i in good]
-    p, lengths, cost_usd = context.choice.read(estimates)
-    chosen = context.choice(p, cost_usd, task.position + good)
+    p, lengths, cost_usd = context.policy.read(estimates)
+    chosen = context.policy(p, cost_usd, task.position + good)
     columns = _columns(rows, context)
     used, used_cost_usd = _used(rows, estimates, context)
     lines = Lines(
@@ -110,7 +110,7 @@ def decide_shard(task: DecideTask, context: DecideContext) -> Decided:
     )
     table = _table(rows, places, lines, lengths, columns, context)
     files = _write(table, places, columns, task.shard, context)
-    return Decided(files, Tally.of(lines, columns, context.choice.eligible(p, cost_usd)), bad)
+    return DecidedShard(files, Tally.of(lines, columns, context.policy.eligible(p, cost_usd)), bad)
 
 
 def _estimates_of(rows: Sequence[Row], task: DecideTask, context: DecideContext) -> PromptEstimates:
@@ -143,7 +143,7 @@ def _used(
     rows: Sequence[Row], estimates: PromptEstimates, context: DecideContext
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The target that each line was sent to and its cost in USD; NO_TARGET and NaN if the log does not have them."""
-    targets = context.choice.pool.targets
+    targets = context.policy.pool.targets
     known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
     known |= {target.name: t for t, target in enumerate(targets)}
     model, given, made = (context.extras.index(name) for name in _USED)
@@ -175,7 +175,7 @@ def _table(
     columns: dict[str, list[str]],
     context: DecideContext,
 ) -> pa.Table:
-    names = context.choice.pool.target_names
+    names = context.policy.pool.target_names
 
     def by_target(values: NDArray[Any]) -> pa.Array:
         return pa.StructArray.from_arrays([pa.array(column.astype(np.float32)) for column in values.T], names)

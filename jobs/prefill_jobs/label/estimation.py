@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.extract.encoder_actor import map_on_encoders
-from prefill_jobs.label.estimator import EstimateShard, EstimateTask
+from prefill_jobs.label.estimator import EstimateTask, ShardEstimator
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.capacity import Capacity
 from prefill_jobs.runtime.progress import Progress
@@ -53,7 +53,7 @@ class Estimation:
         `task` names the work in progress lines.
         """
         contents = planned.keys[:, 1:]
-        known = Held.read(self.out).index.find(contents) >= 0
+        known = KeptEstimates.read(self.out).index.find(contents) >= 0
         wanted = planned.is_first
         progress = Progress(task, int(wanted.sum()))
         progress.skip(int((wanted & known).sum()))
@@ -65,7 +65,7 @@ class Estimation:
             spec = self.router.encoder_identity.spec
             ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
         uri = storage.absolute(self.router_uri)
-        create = partial(EstimateShard, uri, self.out, self.activations, self.max_prompt_bytes)
+        create = partial(ShardEstimator, uri, self.out, self.activations, self.max_prompt_bytes)
         capacity, num_read = Capacity(), 0
         for done in map_on_encoders(create, tasks, self.actors):
             lease.check()
@@ -89,7 +89,7 @@ class Estimation:
 
 
 @dataclass(frozen=True)
-class Held:
+class KeptEstimates:
     """The contents of the prompts that have kept estimates, and the file of each."""
 
     names: list[str]  # of the files
@@ -97,7 +97,7 @@ class Held:
     owners: NDArray[np.int64]  # (M,) index of the file in `names`, ascending
 
     @classmethod
-    def read(cls, uri: str) -> Held:
+    def read(cls, uri: str) -> KeptEstimates:
         names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
 
         def contents(name: str) -> Contents:

@@ -42,7 +42,7 @@ class EstimateTask:
 
 
 @dataclass(frozen=True)
-class Estimated:
+class EstimateResult:
     """Counts of a finished task."""
 
     num_prompts: int
@@ -50,7 +50,7 @@ class Estimated:
     effort: Effort
 
 
-class EstimateShard(EncoderActor):
+class ShardEstimator(EncoderActor):
     """Estimates prompts of shards."""
 
     def __init__(
@@ -66,7 +66,7 @@ class EstimateShard(EncoderActor):
         self.uri, self.out, self.activations = router, out, activations
         self.max_prompt_bytes = max_prompt_bytes
 
-    def __call__(self, task: EstimateTask) -> Estimated:
+    def __call__(self, task: EstimateTask) -> EstimateResult:
         attempt = self.begin(task.shard.digest)
         with self._loading:
             _ = self.router
@@ -84,7 +84,7 @@ class EstimateShard(EncoderActor):
             work = self._fill(estimates, wanted, task, attempt)
             parquet_objects.create_shard(self.out, name, estimates.to_table())
         num_refused = sum(reason is not None for reason in estimates.reasons)
-        return Estimated(len(wanted), num_refused, self.effort(work, attempt))
+        return EstimateResult(len(wanted), num_refused, self.effort(work, attempt))
 
     @cached_property
     def router(self) -> Router | BaselineRouter:

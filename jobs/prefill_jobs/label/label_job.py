@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from prefill_jobs.extract.extract_job import extract_for
-from prefill_jobs.label.decider import DAY, DecideContext, Decided, DecideTask, decide_shard, total_object
-from prefill_jobs.label.estimation import Estimation, Held
+from prefill_jobs.label.decider import DAY, DecideContext, DecidedShard, DecideTask, decide_shard, total_object
+from prefill_jobs.label.estimation import Estimation, KeptEstimates
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import ExtractConfig, LabelConfig
 from prefill_jobs.runtime import cluster, ray_tasks
@@ -74,13 +74,13 @@ def label(config: LabelConfig) -> LabelManifest:
     Raises UserError if the log cannot be read, `config.out` has output of another kind, or the budget is too small.
     """
     router = any_router.load(config.router)
-    choice = _choice(config, router)
+    policy = _policy(config, router)
     storage.require(config.log, "log")
     refuse_output(config.out, config.log)
     _estimation(config, router).check()
     report_unread(config.log, "label")
     with Lease.acquire(config.out, "label") as lease:
-        before = _before(config, router, choice)
+        before = _before(config, router, policy)
         inputs = _new_files(config, before)
         if before is not None and not inputs:
             say(f"label: no new file in {config.log}")
@@ -98,7 +98,7 @@ def label(config: LabelConfig) -> LabelManifest:
                 spread=ray_tasks.spread,
             )
             planned.check_bad(planned.bad, config.max_bad_fraction)
-            return _Labelling(config, router, choice, planned, inputs, before, lease).run(num_read)
+            return _Labelling(config, router, policy, planned, inputs, before, lease).run(num_read)
 
 
 class _Labelling:
@@ -106,13 +106,13 @@ class _Labelling:
         self,
         config: LabelConfig,
         router: Router | BaselineRouter,
-        choice: LogPolicy,
+        policy: LogPolicy,
         planned: CorpusPlan,
         inputs: list[LogFile],
         before: LabelManifest | None,
         lease: Lease,
     ) -> None:
-        self.config, self.router, self.choice, self.plan = config, router, choice, planned
+        self.config, self.router, self.policy, self.plan = config, router, policy, planned
         self.inputs, self.before, self.lease = inputs, before, lease
         self.estimation = _estimation(config, router)
         self.estimates = self.estimation.out
@@ -122,10 +122,10 @@ class _Labelling:
         """Estimates and decides. `num_read` prompts were already read for `--activations`."""
         self._say()
         computed = num_read + self.estimation.run(self.plan, self.lease, "label")
-        held = Held.read(self.estimates)
+        held = KeptEstimates.read(self.estimates)
         places = held.index.find(self._contents)
         allocation = self._allocate(held, places)
-        decided = self._decide(held, places, replace(self.choice, allocation=allocation))
+        decided = self._decide(held, places, replace(self.policy, allocation=allocation))
         bad = in_order([*self.plan.bad, *decided.bad])
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         self.lease.check()
@@ -142,7 +142,7 @@ class _Labelling:
     def _contents(self) -> Contents:
         return self.plan.keys[:, 1:]
 
-    def _allocate(self, held: Held, places: NDArray[np.int64]) -> Allocation | None:
+    def _allocate(self, held: KeptEstimates, places: NDArray[np.int64]) -> Allocation | None:
         """Allocates the budget, if there is one, in a few passes over the estimates of the log's prompts."""
         if self.config.budget_usd is None:
             return None
@@ -150,19 +150,19 @@ class _Labelling:
         items = [(name, counts) for name, counts in weights.items() if counts.any()]
 
         def evaluate(prices: NDArray[np.float64]) -> Totals:
-            task = partial(total_object, uri=self.estimates, choice=self.choice, prices=prices)
+            task = partial(total_object, uri=self.estimates, policy=self.policy, prices=prices)
             found = list(ray_tasks.map_items(task, items))
             return Totals(*(np.sum(values, axis=0) for values in zip(*found, strict=True)))
 
-        typical = self.choice.pool.expected_cost(np.array([1000]), np.full((1, len(self.choice.pool.targets)), 500.0))
+        typical = self.policy.pool.expected_cost(np.array([1000]), np.full((1, len(self.policy.pool.targets)), 500.0))
         return solve(self.config.budget_usd, float(typical.mean()), evaluate)
 
-    def _decide(self, held: Held, places: NDArray[np.int64], choice: LogPolicy) -> Decided:
+    def _decide(self, held: KeptEstimates, places: NDArray[np.int64], policy: LogPolicy) -> DecidedShard:
         context = DecideContext(
             log=storage.absolute(self.config.log),
             out=self.decisions,
             estimates=self.estimates,
-            choice=choice,
+            policy=policy,
             router_version=self.router.version,
             max_prompt_bytes=self.config.max_prompt_bytes,
             by=names_in(self.config.by),
@@ -175,7 +175,7 @@ class _Labelling:
         if self.before is None:  # removes the output of an earlier or unfinished run
             storage.remove(storage.join(self.config.out, parquet_objects.MANIFEST))
             parquet_objects.remove_shards(self.decisions, at_any_depth=True)
-        whole = Decided([], Tally(), [])
+        whole = DecidedShard([], Tally(), [])
         for part in ray_tasks.map_items(partial(decide_shard, context=context), tasks):
             whole.files.extend(part.files)
             whole.bad.extend(part.bad)
@@ -183,11 +183,11 @@ class _Labelling:
         return whole
 
     def _finish(
-        self, decided: Decided, bad: Sequence[BadRow], computed: int, allocation: Allocation | None
+        self, decided: DecidedShard, bad: Sequence[BadRow], computed: int, allocation: Allocation | None
     ) -> LabelManifest:
         before, config, out = self.before, self.config, self.config.out
         tally = decided.tally if before is None else Tally.from_json(before.tally).merge(decided.tally)
-        names = self.choice.pool.target_names
+        names = self.policy.pool.target_names
         for column in tally.columns:
             if tally.values_of(column) == [UNKNOWN]:
                 say(f"label: no line has a value in column {column}: check --by and --time for {config.log}")
@@ -195,8 +195,8 @@ class _Labelling:
         write_quarantine(out, bad)
         report = LabelReport(
             router_version=self.router.version,
-            pool=self.choice.pool,
-            tolerance=self.choice.tolerance,
+            pool=self.policy.pool,
+            tolerance=self.policy.tolerance,
             allocation=allocation,
             tally=tally,
             num_quarantined=len(bad),
@@ -210,7 +210,7 @@ class _Labelling:
         files = sorted([*(before.files if before else []), *decided.files], key=lambda file: file.name)
         manifest = LabelManifest(
             router_version=self.router.version,
-            settings=_settings(config, self.choice),
+            settings=_settings(config, self.policy),
             inputs=[*(before.inputs if before else []), *self.inputs],
             files=files,
             lines=int(everything["lines"]),
@@ -249,7 +249,7 @@ def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> i
     return extract_for(router, extraction).work.prompts
 
 
-def _choice(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
+def _policy(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
     pool = router.pool if config.pool is None else router.with_pool(load_pool(config.pool)).pool
     known = {name: t for t, name in enumerate(router.pool.target_names)}
     if config.incremental and config.limit is not None:
@@ -275,17 +275,17 @@ def _choice(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:
     )
 
 
-def _settings(config: LabelConfig, choice: LogPolicy) -> dict[str, Any]:
+def _settings(config: LabelConfig, policy: LogPolicy) -> dict[str, Any]:
     """The options that must not change between incremental runs."""
     return {
-        "pool": choice.pool.model_dump(mode="json"),
-        "tolerance": None if config.budget_usd is not None else choice.tolerance,
-        "allowed": choice.allowed.tolist(),
+        "pool": policy.pool.model_dump(mode="json"),
+        "tolerance": None if config.budget_usd is not None else policy.tolerance,
+        "allowed": policy.allowed.tolist(),
         **config.model_dump(include={"log", "max_cost", "min_p", "by", "time", "partition_by"}),
     }
 
 
-def _before(config: LabelConfig, router: Router | BaselineRouter, choice: LogPolicy) -> LabelManifest | None:
+def _before(config: LabelConfig, router: Router | BaselineRouter, policy: LogPolicy) -> LabelManifest | None:
     """The finished run that this one adds to, or None. Raises UserError if the existing output must not be changed."""
     path = storage.join(config.out, parquet_objects.MANIFEST)
     finished = storage.exists(path)
@@ -299,7 +299,7 @@ def _before(config: LabelConfig, router: Router | BaselineRouter, choice: LogPol
     if not finished:
         return None
     before = validate(LabelManifest, storage.read_json(path), path)
-    settings = _settings(config, choice)
+    settings = _settings(config, policy)
     changed = [name for name, value in settings.items() if before.settings.get(name) != value]
     if before.router_version != router.version:
         changed.insert(0, "router")

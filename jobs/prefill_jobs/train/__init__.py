@@ -1,4 +1,4 @@
-"""`probe` and `train`: build a router from activations and outcomes. Start with `train_job.py`.
+"""`probe` and `train`: build a router from activations and outcomes. Start with `train_job`.
 
-`probe_job.py` scores layers, `trunk_fit.py` fits the trunk on Ray Train, `extend_job.py` adds targets to a router.
+`probe_job` scores layers, `trunk_fit` fits the trunk on Ray Train, `extend_job` adds targets to a router.
 """

@@ -31,7 +31,7 @@ from prefill_jobs.train.rendezvous import torch_config
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Part, Split
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import FittedTrunk, Trainer, fit
 from prefill_router.probe.projection import Projection
@@ -182,7 +182,7 @@ class RowFiles(Mapping[int, Rows]):
         return len(self.shards)
 
 
-def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, num_workers: int = 1) -> Feed:
+def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, num_workers: int = 1) -> WorkerRows:
     """Projects the shards of worker `rank` into files below `folder`, and returns a feed that reads them."""
     files = {part: RowFiles(folder / part.name) for part in (Part.TRAIN, Part.VALIDATION)}
     num_rows = torch.zeros(task.graded.store.num_shards, dtype=torch.long)
@@ -196,7 +196,7 @@ def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, nu
         dist.all_reduce(num_rows)
     labels = torch.empty(0, len(task.weights), dtype=torch.float32)
     empty = Rows(torch.empty(0, task.num_features), labels, torch.empty(0, dtype=torch.int32))
-    return Feed(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)
+    return WorkerRows(num_rows.tolist(), files[Part.TRAIN], files[Part.VALIDATION], empty, device)
 
 
 def _projected(task: FitTask, shard: int) -> dict[Part, Rows]:

@@ -27,7 +27,7 @@ from prefill_router.activations.commit_records import Commit
 from prefill_router.activations.commit_segments import Segment
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
-from prefill_router.corpus.row_keys import Keys
+from prefill_router.corpus.row_keys import RowKeys
 from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.storage import parquet_objects
 
@@ -106,7 +106,7 @@ class CommitLog:
         indices = np.searchsorted(self._ends, positions, side="right").tolist()
         return [RecordLocation(name, digests[index]) for name, index in zip(names, indices, strict=True)]
 
-    def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Keys]]:
+    def keys(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, RowKeys]]:
         """Yields positions in ascending order, each with the record's keys (n, 3).
 
         Reads the keys of a segment at once, and several segments concurrently.
@@ -119,7 +119,7 @@ class CommitLog:
             for position in parts[index].tolist():
                 yield position, keys[position - start]
 
-    def _keys_at(self, index: int) -> list[Keys]:
+    def _keys_at(self, index: int) -> list[RowKeys]:
         """The keys of each record of segment `index`, or of the loose records if `index` follows the last segment."""
         if index < len(self._segments):
             return self._segments[index].read_keys()

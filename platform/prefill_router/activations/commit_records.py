@@ -15,7 +15,7 @@ from pydantic import model_validator
 from prefill_router.common import validation
 from prefill_router.common.schema import COMMITS
 from prefill_router.corpus.reader import BadRow
-from prefill_router.corpus.row_keys import Keys, as_keys, content_hashes
+from prefill_router.corpus.row_keys import RowKeys, as_keys, content_hashes
 from prefill_router.storage import parquet_objects
 
 _KEY_CHARACTERS = 32  # of the 24 bytes of a row key in base64
@@ -56,11 +56,11 @@ class Commit(validation.StrictModel):
         return 0 if self.file is None else self.file.rows
 
     @property
-    def row_keys(self) -> Keys:
+    def row_keys(self) -> RowKeys:
         return as_keys(base64.b64decode(self.keys))
 
     @staticmethod
-    def encode_keys(keys: Keys) -> str:
+    def encode_keys(keys: RowKeys) -> str:
         return base64.b64encode(keys.tobytes()).decode()
 
     @property
@@ -95,7 +95,7 @@ def _to_row(record: Commit) -> dict[str, object]:
     }
 
 
-def from_table(table: pa.Table, row: int, keys: Keys) -> Commit:
+def from_table(table: pa.Table, row: int, keys: RowKeys) -> Commit:
     """The inverse of `to_table` for one row, given its keys."""
     fields = table.slice(row, 1).to_pylist()[0]
     described = {"name": fields["file"], **{key: fields[key] for key in ("rows", "bytes", "sha256")}}

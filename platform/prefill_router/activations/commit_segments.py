@@ -25,7 +25,7 @@ from prefill_router.activations import commit_records
 from prefill_router.activations.commit_records import Commit
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import COMMITS
-from prefill_router.corpus.row_keys import KEY_BYTES, Keys, as_keys
+from prefill_router.corpus.row_keys import KEY_BYTES, RowKeys, as_keys
 
 _RECORDS, _KEYS = ".parquet", ".keys"
 _KEYS_SHA256 = b"keys_sha256"
@@ -50,7 +50,7 @@ class Segment:
     def _keys_path(self) -> str:
         return storage.join(self.uri, self.digest + _KEYS)
 
-    def read_keys(self) -> list[Keys]:
+    def read_keys(self) -> list[RowKeys]:
         """Reads the keys (n, 3) of each shard."""
         data = self._read(0, int(self._ends[-1]))
         if hashlib.sha256(data).hexdigest().encode() != self.records.schema.metadata[_KEYS_SHA256]:
@@ -83,7 +83,7 @@ class Segment:
         return write(self.uri, read(self.uri, self.digest).records.filter(mask), keys)
 
 
-def write(uri: str, records: pa.Table, keys: Sequence[Keys]) -> Segment:
+def write(uri: str, records: pa.Table, keys: Sequence[RowKeys]) -> Segment:
     """Writes a segment into the folder `uri`. It exists once its records are written, after its keys."""
     all_keys = np.concatenate([np.zeros((0, 3), np.uint64), *keys]).tobytes()
     records = records.replace_schema_metadata({_KEYS_SHA256: hashlib.sha256(all_keys).hexdigest().encode()})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prefill_router.activations.commit_log import CommitLog, RecordLocation
 from prefill_router.activations.commit_records import shard_name
-from prefill_router.corpus.row_keys import Keys
+from prefill_router.corpus.row_keys import RowKeys
 
 
 class Sources:
@@ -26,7 +26,7 @@ class Sources:
         self.log = log
         self._own = [log.positions([shard_name(digest, c) for digest in digests]) for c in log.column_sets]
 
-    def of(self, index: int, keys: Keys) -> tuple[RecordLocation, ...]:
+    def of(self, index: int, keys: RowKeys) -> tuple[RecordLocation, ...]:
         """The locations of the records that hold prompts of part `index`, given its keys (n, 3).
 
         Compares 64 bits of the prompts and ignores their ids.
@@ -38,7 +38,7 @@ class Sources:
     def _places(self) -> list[RecordLocation]:
         return self.log.places(np.arange(len(self.log)))
 
-    def _others_with(self, keys: Keys) -> list[int]:
+    def _others_with(self, keys: RowKeys) -> list[int]:
         """The positions of records outside the plan that hold one of these prompts."""
         contents, owners = self._contents
         if not len(contents):

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.commit_log import CommitLog
-from prefill_router.corpus.split import Keys, prompt_hashes
+from prefill_router.corpus.split import PromptHashes, prompt_hashes
 
 
 @dataclass(frozen=True)
 class StoreKeys:
     """Keys in the order of the store's rows."""
 
-    prompts: Keys  # (N,) hashes of the prompt_ids
-    contents: Keys  # (N,) 64 bits of the prompts; for shards that are not in the log, the hashes of the prompt_ids
+    prompts: PromptHashes  # (N,) hashes of the prompt_ids
+    contents: (
+        PromptHashes  # (N,) 64 bits of the prompts; for shards that are not in the log, the hashes of the prompt_ids
+    )
 
 
 def read(store: ActivationStore) -> StoreKeys:
@@ -33,7 +35,7 @@ def read(store: ActivationStore) -> StoreKeys:
     ends = np.cumsum(store.manifest.shards.table["rows"].to_numpy())
     prompts, contents = (np.empty(store.manifest.rows, np.uint64) for _ in range(2))
 
-    def enter(shard: int, of_prompts: Keys, of_contents: Keys) -> None:
+    def enter(shard: int, of_prompts: PromptHashes, of_contents: PromptHashes) -> None:
         rows = slice(ends[shard] - len(of_prompts), ends[shard])
         prompts[rows], contents[rows] = of_prompts, of_contents
 

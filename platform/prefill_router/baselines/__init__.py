@@ -1,6 +1,6 @@
 """Baseline predictors that a router is compared with, and `BaselineRouter`, which serves one of them.
 
-Start with `Baseline` in base.py. `fit(x, correct)` takes prompt features (N, F) and outcomes (N, T) with NaN where
+Start with `Baseline` in `base`. `fit(x, correct)` takes prompt features (N, F) and outcomes (N, T) with NaN where
 missing; `predict_proba(x)` returns P(correct) (N, T), which the policy uses as it does a router's. `reads` names the
 features that a class expects.
 """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from prefill_router import storage
-from prefill_router.baselines import baseline_router as baselines
-from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.baselines.baseline_router import MANIFEST, BaselineRouter
 from prefill_router.router.artifact import Router
 
 
 def load(uri: str) -> Router | BaselineRouter:
     """The router or baseline at `uri`. Raises UserError if there is neither, or it is damaged."""
-    is_baseline = storage.exists(storage.join(uri, baselines.MANIFEST))
+    is_baseline = storage.exists(storage.join(uri, MANIFEST))
     return BaselineRouter.load(uri) if is_baseline else Router.load(uri)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefill_router.baselines.base import Baseline
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import Trainer, fit
 from prefill_router.predictor.trunk import SharedTrunkNet
@@ -42,7 +42,7 @@ class EmbeddingNet(Baseline):
         num_validation = max(1, round(_VALIDATION_SHARE * len(x)))
         validation, training = rows[order[:num_validation]], rows[order[num_validation:]]
         trainer = Trainer(Recipe(), x.shape[1], [1.0] * correct.shape[1], self.random_state)
-        fit(Feed([len(training)], {0: training}, {0: validation}, training[:0]), trainer, self.random_state)
+        fit(WorkerRows([len(training)], {0: training}, {0: validation}, training[:0]), trainer, self.random_state)
         state = trainer.fitted().net.state_dict()
         vars(self).update({f"{name}_": value.numpy() for name, value in state.items()})
         return self

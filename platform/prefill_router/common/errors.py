@@ -1,4 +1,4 @@
-"""Errors that users read: `UserError` for an input that they can correct, `UnfitError` for one invalid row."""
+"""Errors that users read: `UserError` for an input that they can correct, `InvalidRowError` for one invalid row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UserError(ValueError):
     exit_code = 1
 
 
-class UnfitError(ValueError):
+class InvalidRowError(ValueError):
     """A value makes a row invalid. The message gives the key, the value and what is allowed."""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import INPUT_TOKENS, MESSAGES, MODEL, OUTPUT_TOKENS, PROMPT
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -31,14 +31,14 @@ Fields = dict[str, Any]
 def prompt_of(fields: Fields) -> tuple[object, object, list[str]]:
     """Returns a row's prompt or its messages, unchecked, and the keys of its messages that are ignored.
 
-    Raises UnfitError if the row has neither.
+    Raises InvalidRowError if the row has neither.
     """
     body = _body(fields)
     held = next((key for key in (MESSAGES, PROMPT, "input") if _holds(body, key)), None)
     if held is None:
         if PROMPT in fields:
             return fields[PROMPT], None, []
-        raise UnfitError(
+        raise InvalidRowError(
             f"has neither {PROMPT} nor {MESSAGES}"
             if body is fields
             else f"holds no request: it has none of {MESSAGES}, input and {PROMPT}"
@@ -112,19 +112,19 @@ def _response(fields: Fields) -> Fields:
 def _object(value: object) -> Fields:
     try:
         value = _parsed(value, "{", "")
-    except UnfitError:
+    except InvalidRowError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _parsed(value: object, begin: str, key: str) -> object:
-    """Parses a string that starts with `begin`; returns other values unchanged. Raises UnfitError if it is not JSON."""
+    """Parses a string that starts with `begin`; returns other values unchanged. Raises InvalidRowError for bad JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith(begin):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise UnfitError(f"{key} = {shown(value)}, is text, but not JSON: {error}") from None
+        raise InvalidRowError(f"{key} = {shown(value)}, is text, but not JSON: {error}") from None
 
 
 def _text(content: object, key: str) -> object:
@@ -144,6 +144,6 @@ def _text(content: object, key: str) -> object:
         elif kind not in TEXT_PARTS:
             value = None
         if not isinstance(value, str):
-            raise UnfitError(f"{key}.content holds {shown(part)}, which is not text")
+            raise InvalidRowError(f"{key}.content holds {shown(part)}, which is not text")
         texts.append(value)
     return "\n".join(texts)

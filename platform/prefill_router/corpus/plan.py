@@ -21,7 +21,15 @@ from prefill_router.common.errors import UserError, shown
 from prefill_router.common.schema import PROMPT_ID
 from prefill_router.corpus.formats import FORMATS
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, Row, files, read
-from prefill_router.corpus.row_keys import Keys, as_values, content_hashes, digest_of, have_own_hash, keys_of, row_keys
+from prefill_router.corpus.row_keys import (
+    RowKeys,
+    as_values,
+    content_hashes,
+    digest_of,
+    have_own_hash,
+    keys_of,
+    row_keys,
+)
 from prefill_router.corpus.scan import Positions, Run, Scan, Spread, changed, scan_files
 
 _NUM_READERS = 16  # threads that read the files of one shard
@@ -92,7 +100,7 @@ class CorpusPlan:
     bad: list[BadRow]  # invalid rows, in the order of the corpus
     num_rows: int  # number of rows read, including invalid ones
     num_repeated: int  # number of rows whose prompt occurs earlier, whether they are left out or not
-    keys: Keys  # of the rows in shards, in order, as returned by `row_keys`
+    keys: RowKeys  # of the rows in shards, in order, as returned by `row_keys`
     is_first: NDArray[np.bool_]  # for the same rows: whether no earlier row holds the same prompt
 
     def spans(self) -> Iterator[tuple[Shard, slice]]:
@@ -102,7 +110,7 @@ class CorpusPlan:
             yield shard, slice(start, start + shard.rows)
             start += shard.rows
 
-    def has(self, keys: Keys) -> NDArray[np.bool_]:
+    def has(self, keys: RowKeys) -> NDArray[np.bool_]:
         """Whether each row (n, 3) is in the corpus, in a shard or repeated, with the same id and prompt."""
         ids = np.sort(keys[:, 0])
         blocks = (self.keys[start : start + _BLOCK] for start in range(0, len(self.keys), _BLOCK))
@@ -233,7 +241,7 @@ def _left_out(run: Run, kept: NDArray[np.bool_]) -> tuple[int, ...]:
     return tuple(sorted({*run.bad, *run.good_rows()[~kept].tolist()}))
 
 
-def _compacted(keys: Keys, kept: NDArray[np.bool_]) -> Keys:
+def _compacted(keys: RowKeys, kept: NDArray[np.bool_]) -> RowKeys:
     """Returns `keys[kept]`, compacted in place: a copy would double the memory."""
     end = 0
     for start in range(0, len(keys), _BLOCK):
@@ -292,7 +300,7 @@ def _id_conflict(scan: Scan, position: int, prompt_id: str) -> BadRow:
     return BadRow(run.uri, row, prompt_id, reason)
 
 
-def _find_repeats(keys: Keys, kept: NDArray[np.bool_]) -> tuple[Positions, Positions]:
+def _find_repeats(keys: RowKeys, kept: NDArray[np.bool_]) -> tuple[Positions, Positions]:
     """The kept rows whose content occurs earlier, and the first row with that content, sorted by the latter."""
     positions = _duplicated(keys[:, 1])
     positions = positions[kept[positions]]

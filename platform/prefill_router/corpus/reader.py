@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from prefill_router import storage
 from prefill_router.common.console import say
-from prefill_router.common.errors import UnfitError, UserError, shown
+from prefill_router.common.errors import InvalidRowError, UserError, shown
 from prefill_router.common.schema import MESSAGES, PROMPT, PROMPT_ID
 from prefill_router.corpus import openai_requests
 from prefill_router.corpus.formats import FORMATS, NOT_UTF8, is_of_records, is_readable, read_records
@@ -214,8 +214,8 @@ def _checked(fields: Fields, extras: tuple[Any, ...], uri: str, row: int, max_by
         prompt = _prompt(fields, max_bytes)
         if given is _ABSENT:
             return Row(content_hash(prompt), prompt, True, extras)
-        return Row(fit_id(given, max_bytes), prompt, False, extras)
-    except UnfitError as problem:
+        return Row(validate_id(given, max_bytes), prompt, False, extras)
+    except InvalidRowError as problem:
         return BadRow(uri, row, _readable_id(given, max_bytes), str(problem))
 
 
@@ -224,41 +224,41 @@ def _prompt(fields: Fields, max_bytes: int) -> Prompt:
     if not isinstance(prompt, str) or fields.get(MESSAGES) is not None or "request" in fields or "body" in fields:
         prompt, messages, _ = openai_requests.prompt_of(fields)  # takes as long as the rest of the validation
         if messages is not None:
-            return fit_messages(messages, max_bytes)
-    return fit_prompt(prompt, max_bytes)
+            return validate_messages(messages, max_bytes)
+    return validate_prompt(prompt, max_bytes)
 
 
-def fit_id(value: object, max_bytes: int) -> str:
-    """Returns a prompt_id as text; it may be an integer. Raises UnfitError if `value` is not valid."""
+def validate_id(value: object, max_bytes: int) -> str:
+    """Returns a prompt_id as text; it may be an integer. Raises InvalidRowError if `value` is not valid."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    return fit_text(str(value) if is_number else value, PROMPT_ID, max_bytes)
+    return validate_text(str(value) if is_number else value, PROMPT_ID, max_bytes)
 
 
-def fit_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
-    """Returns a plain prompt as text. Raises UnfitError, which names `key`, if `value` is not valid."""
-    text = fit_text(value, key, max_bytes)
+def validate_prompt(value: object, max_bytes: int, key: str = PROMPT) -> str:
+    """Returns a plain prompt as text. Raises InvalidRowError, which names `key`, if `value` is not valid."""
+    text = validate_text(value, key, max_bytes)
     if text.isspace():
-        raise UnfitError(f"{key} = {shown(text)}, must hold more than white space")
+        raise InvalidRowError(f"{key} = {shown(text)}, must hold more than white space")
     return text
 
 
 def _readable_id(value: object, max_bytes: int) -> str | None:
     try:
-        return fit_id(value, max_bytes)
-    except UnfitError:
+        return validate_id(value, max_bytes)
+    except InvalidRowError:
         return None
 
 
-def fit_text(value: object, key: str, max_bytes: int) -> str:
-    """Returns a non-empty text. Raises UnfitError, which names `key`, if `value` is not valid."""
+def validate_text(value: object, key: str, max_bytes: int) -> str:
+    """Returns a non-empty text. Raises InvalidRowError, which names `key`, if `value` is not valid."""
     if isinstance(value, str) and value.isascii() and 0 < len(value) <= max_bytes:
         return value  # the usual case: the general check takes three times as long
     text = _unicode(value)
     if not isinstance(text, str) or not text:
-        raise UnfitError(f"{key} = {shown(text)}, must be a non-empty string")
+        raise InvalidRowError(f"{key} = {shown(text)}, must be a non-empty string")
     size = _num_bytes(text, key)
     if size > max_bytes:
-        raise UnfitError(f"{key} = {shown(text)}, has {size:,} bytes, must have at most {max_bytes:,}")
+        raise InvalidRowError(f"{key} = {shown(text)}, has {size:,} bytes, must have at most {max_bytes:,}")
     return text
 
 
@@ -268,39 +268,39 @@ def _unicode(value: object) -> object:
 
 
 def _num_bytes(text: str, key: str) -> int:
-    """The size of a text in UTF-8. Raises UnfitError if it is not valid Unicode."""
+    """The size of a text in UTF-8. Raises InvalidRowError if it is not valid Unicode."""
     if text.isascii():
         return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise UnfitError(f"{key} = {shown(text)}, contains a lone surrogate or bytes that are not UTF-8") from None
+        raise InvalidRowError(f"{key} = {shown(text)}, contains a lone surrogate or bytes that are not UTF-8") from None
 
 
-def fit_messages(value: object, max_bytes: float = math.inf) -> list[Message]:
-    """Returns a conversation as messages with role and content. Raises UnfitError if `value` is not valid."""
+def validate_messages(value: object, max_bytes: float = math.inf) -> list[Message]:
+    """Returns a conversation as messages with role and content. Raises InvalidRowError if `value` is not valid."""
     if value == NOT_UTF8:
-        raise UnfitError(f"{MESSAGES} contains bytes that are not UTF-8")
+        raise InvalidRowError(f"{MESSAGES} contains bytes that are not UTF-8")
     if not isinstance(value, list) or not value:
-        raise UnfitError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
+        raise InvalidRowError(f"{MESSAGES} = {shown(value)}, must be a non-empty list of role and content")
     messages, size = [], 0
     for i, item in enumerate(value):
         message = _message(item, key := f"{MESSAGES}[{i}]")
         messages.append(message)
         size += _num_bytes(message["content"], key)
     if not any(message["content"].strip() for message in messages):
-        raise UnfitError(f"{MESSAGES} = {shown(messages)}, must hold more than white space")
+        raise InvalidRowError(f"{MESSAGES} = {shown(messages)}, must hold more than white space")
     if size > max_bytes:
-        raise UnfitError(f"{MESSAGES} = {shown(messages)}, has {size:,} bytes, must have at most {max_bytes:,}")
+        raise InvalidRowError(f"{MESSAGES} = {shown(messages)}, has {size:,} bytes, must have at most {max_bytes:,}")
     return messages
 
 
 def _message(value: object, key: str) -> Message:
     if not isinstance(value, dict) or "role" not in value or "content" not in value:
-        raise UnfitError(f"{key} = {shown(value)}, must have role and content")
+        raise InvalidRowError(f"{key} = {shown(value)}, must have role and content")
     role, content = _unicode(value["role"]), _unicode(value["content"])
     if role not in _ROLES:
-        raise UnfitError(f"{key}.role = {shown(role)}, must be one of {', '.join(_ROLES)}")
+        raise InvalidRowError(f"{key}.role = {shown(role)}, must be one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
-        raise UnfitError(f"{key}.content = {shown(content)}, must be a string")
+        raise InvalidRowError(f"{key}.content = {shown(content)}, must be a string")
     return {"role": role, "content": content}

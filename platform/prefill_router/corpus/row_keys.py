@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from prefill_router.corpus.reader import Row, id_digest
 
-Keys = NDArray[np.uint64]  # (n, 3): per row, 64 bits of its prompt_id and 128 bits of its prompt
+RowKeys = NDArray[np.uint64]  # (n, 3): per row, 64 bits of its prompt_id and 128 bits of its prompt
 KEY_BYTES = 24
 
 
-def row_keys(prompt_ids: Iterable[str], contents: Iterable[str]) -> Keys:
+def row_keys(prompt_ids: Iterable[str], contents: Iterable[str]) -> RowKeys:
     """The keys (n, 3) of rows, given their ids and the hex of their content digests."""
     keys = bytearray()
     for prompt_id, content in zip(prompt_ids, contents, strict=True):
@@ -24,7 +24,7 @@ def row_keys(prompt_ids: Iterable[str], contents: Iterable[str]) -> Keys:
     return as_keys(keys)
 
 
-def keys_of(rows: Iterable[Row]) -> Keys:
+def keys_of(rows: Iterable[Row]) -> RowKeys:
     return as_keys(b"".join(map(key_of, rows)))
 
 
@@ -32,21 +32,21 @@ def key_of(row: Row) -> bytes:
     return id_digest(row.prompt_id) + row.content_digest
 
 
-def as_keys(data: bytes | bytearray) -> Keys:
+def as_keys(data: bytes | bytearray) -> RowKeys:
     return np.frombuffer(data, "<u8").reshape(-1, 3)
 
 
-def as_values(keys: Keys) -> NDArray[np.void]:
+def as_values(keys: RowKeys) -> NDArray[np.void]:
     """Views keys (n, 3) as n values that numpy can compare."""
     return np.ascontiguousarray(keys).view([("", keys.dtype)] * 3)[:, 0]
 
 
-def content_hashes(keys: Keys) -> list[str]:
+def content_hashes(keys: RowKeys) -> list[str]:
     """The content digest of each row, in hexadecimal."""
     return [key.tobytes().hex() for key in keys[:, 1:]]
 
 
-def have_own_hash(keys: Keys) -> NDArray[np.bool_]:
+def have_own_hash(keys: RowKeys) -> NDArray[np.bool_]:
     """Whether each row's prompt_id is the hash of its content."""
     hashes = bytearray()
     for content in content_hashes(keys):
@@ -54,6 +54,6 @@ def have_own_hash(keys: Keys) -> NDArray[np.bool_]:
     return np.asarray(np.frombuffer(hashes, "<u8") == keys[:, 0])
 
 
-def digest_of(keys: Keys) -> str:
+def digest_of(keys: RowKeys) -> str:
     """A digest that identifies these rows in this order."""
     return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import BadRow, Row, read
-from prefill_router.corpus.row_keys import KEY_BYTES, Keys, as_keys, content_hashes, have_own_hash, key_of
+from prefill_router.corpus.row_keys import KEY_BYTES, RowKeys, as_keys, content_hashes, have_own_hash, key_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,7 +70,7 @@ class Scan:
     """The result of scanning a corpus: all runs, the keys of all valid rows, and the invalid rows."""
 
     runs: list[Run]
-    keys: Keys
+    keys: RowKeys
     bad: list[BadRow]
     max_prompt_bytes: int
 
@@ -160,7 +160,7 @@ class _IdRequest(NamedTuple):
     first: Run
     last: Run
     positions: Positions
-    keys: Keys
+    keys: RowKeys
 
 
 def _read_ids(request: _IdRequest, max_prompt_bytes: int) -> dict[int, str]:

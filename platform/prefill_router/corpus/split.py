@@ -18,10 +18,10 @@ from pydantic import Field
 from prefill_router.common.validation import Fraction, StrictModel
 from prefill_router.corpus.reader import prompt_hash
 
-Keys = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or split groups
+PromptHashes = NDArray[np.uint64]  # (N,) hashes of prompt_ids, or split groups
 
 
-def prompt_hashes(prompt_ids: Iterable[str]) -> Keys:
+def prompt_hashes(prompt_ids: Iterable[str]) -> PromptHashes:
     return np.array([prompt_hash(prompt_id) for prompt_id in prompt_ids], np.uint64)
 
 
@@ -58,7 +58,7 @@ class Split(StrictModel):
             f"{self.seed}; {_GROUPS[self.units]} on one side"
         )
 
-    def parts(self, keys: Keys) -> NDArray[np.int8]:
+    def parts(self, keys: PromptHashes) -> NDArray[np.int8]:
         """The Part of each prompt (N,), by its split group."""
         draws = mixed(keys ^ mixed(np.array([self.seed], np.uint64))) / float(2**64)
         if self.folds:
@@ -75,7 +75,7 @@ _GROUPS = {
 }
 
 
-def mixed(x: Keys) -> Keys:
+def mixed(x: PromptHashes) -> PromptHashes:
     """Hashes 64-bit values with the mixer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

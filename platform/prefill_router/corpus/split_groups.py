@@ -21,7 +21,7 @@ from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, Row
-from prefill_router.corpus.split import Keys, prompt_hashes
+from prefill_router.corpus.split import PromptHashes, prompt_hashes
 
 Kind = Literal["content", "text", "similarity"]
 
@@ -34,30 +34,30 @@ class SplitGroups:
     """Maps the hashes of prompt_ids to split groups. An unknown prompt is a group of its own."""
 
     kind: Kind
-    keys: Keys  # (N,) ascending
-    groups: Keys  # (N,)
+    keys: PromptHashes  # (N,) ascending
+    groups: PromptHashes  # (N,)
     is_held_out: NDArray[np.bool_] | None = None  # (N,) prompts that are in the test part, whatever their hash
 
-    def of(self, keys: Keys) -> Keys:
+    def of(self, keys: PromptHashes) -> PromptHashes:
         """The split group of each prompt (N,)."""
         index, is_known = self._find(keys)
         return np.where(is_known, self.groups[index], keys) if len(self.keys) else keys
 
-    def held_out(self, keys: Keys) -> NDArray[np.bool_]:
+    def held_out(self, keys: PromptHashes) -> NDArray[np.bool_]:
         """Whether each prompt (N,) belongs to the test part, whatever its hash."""
         if self.is_held_out is None:
             return np.zeros(len(keys), bool)
         index, is_known = self._find(keys)
         return np.asarray(is_known & self.is_held_out[index])
 
-    def _find(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _find(self, keys: PromptHashes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The index of each prompt in `self.keys`, and whether the prompt is known."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
         index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return index, np.asarray(self.keys[index] == keys)
 
-    def joined_where_similar(self, keys: Keys, vectors: NDArray[Any], likeness: float) -> SplitGroups:
+    def joined_where_similar(self, keys: PromptHashes, vectors: NDArray[Any], likeness: float) -> SplitGroups:
         """Merges the groups of similar prompts, given their vectors (N, D) of unit length.
 
         Prompts are similar if their cosine is at least `likeness`, or if a chain of such pairs connects them.
@@ -71,7 +71,7 @@ class SplitGroups:
         return replace(self, kind="similarity", keys=keys[order], groups=lowest[component][order])
 
 
-def by_content(prompts: Keys, contents: Keys) -> SplitGroups:
+def by_content(prompts: PromptHashes, contents: PromptHashes) -> SplitGroups:
     """Groups prompts of equal content, given hashes (N,) of their ids and of their texts, as in `StoreKeys`."""
     known, first = np.unique(prompts, return_index=True)
     return SplitGroups("content", known, contents[first])
@@ -109,7 +109,7 @@ def _text_hashes(uri: str) -> Iterator[tuple[int, int]]:
                 yield reader.prompt_hash(row.prompt_id), text_hash(row.prompt)
 
 
-def _of_categories(uri: str, wanted: Sequence[str], column: str) -> Keys:
+def _of_categories(uri: str, wanted: Sequence[str], column: str) -> PromptHashes:
     """The hashes of the prompts whose `column` is one of `wanted`."""
     rows = (row for file in reader.files(uri) for _, _, row in reader.read(file, extras=[column]))
     good = (row for row in rows if isinstance(row, Row) and row.extras[0] is not None)
@@ -125,7 +125,7 @@ def _of_categories(uri: str, wanted: Sequence[str], column: str) -> Keys:
     return prompt_hashes([prompt_id for prompt_id, name in of_prompts.items() if name in wanted])
 
 
-def _components(vectors: NDArray[Any], likeness: float, groups: Keys) -> NDArray[np.int64]:
+def _components(vectors: NDArray[Any], likeness: float, groups: PromptHashes) -> NDArray[np.int64]:
     """The connected component of each prompt (N,); edges join prompts that are similar or in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

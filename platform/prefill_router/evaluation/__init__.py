@@ -1,5 +1,5 @@
 """Evaluation of a router: on held-out prompts beside its baselines, and on a gateway's log of requests.
 
-Start with `evaluate` in contenders.py. learning_curve.py extrapolates what more outcomes would bring, and off_policy.py
+Start with `evaluate` in `contenders`. `learning_curve` extrapolates what more outcomes would bring, and `off_policy`
 estimates the value of a policy from logged feedback.
 """

@@ -84,11 +84,11 @@ def evaluate(
             "no held-out prompt with outcomes: every prompt of this store was used in training: extract and grade new "
             "prompts"
         )
-    trial = _Trial(pool, held_out, router, num_draws)
-    choice = choose(router.p_correct, trial.expected(router), router.tolerance)
-    complete = np.flatnonzero(~np.isnan(trial.correct).any(1))
-    achieved, confidence = (values[complete, choice[complete]] for values in (trial.correct, router.p_correct))
-    target_cost, target_accuracy = trial.singles()
+    scoring_run = _Scoring(pool, held_out, router, num_draws)
+    choice = choose(router.p_correct, scoring_run.expected(router), router.tolerance)
+    complete = np.flatnonzero(~np.isnan(scoring_run.correct).any(1))
+    achieved, confidence = (values[complete, choice[complete]] for values in (scoring_run.correct, router.p_correct))
+    target_cost, target_accuracy = scoring_run.singles()
     p_uncalibrated = router.p_correct if p_uncalibrated is None else p_uncalibrated
     lengths = held_out.output_tokens
     predicted_lengths = router.expected_output_tokens if median_output_tokens is None else median_output_tokens
@@ -101,12 +101,12 @@ def evaluate(
         num_complete=len(complete),
         num_seen=num_seen,
         accuracy_of_complete=float(achieved.mean()),
-        standings=[trial.router(router), *(trial.baseline(contender) for contender in baselines)],
-        band=trial.band(),
-        operating_points=trial.operating_points(router.tolerance),
+        standings=[scoring_run.router(router), *(scoring_run.baseline(contender) for contender in baselines)],
+        band=scoring_run.band(),
+        operating_points=scoring_run.operating_points(router.tolerance),
         target_accuracy=target_accuracy,
         target_cost=target_cost,
-        calibration=CalibrationSummary.measure(trial.correct, router.p_correct, p_uncalibrated),
+        calibration=CalibrationSummary.measure(scoring_run.correct, router.p_correct, p_uncalibrated),
         risk_coverage=thinned(risk_coverage_curve(achieved, confidence)).tolist(),
         length_error_tokens=_mean_error(lengths, predicted_lengths),
         length_error_median_rule_tokens=_mean_error(lengths, _medians(lengths)),
@@ -126,16 +126,16 @@ def scoring(pool: Pool, held_out: HeldOut, router: Contender, num_draws: int = _
 
     Raises UserError if no prompt has an outcome for every target.
     """
-    trial = _Trial(pool, held_out, router, num_draws)
+    scoring_run = _Scoring(pool, held_out, router, num_draws)
 
     def score(p_correct: Array) -> dict[str, Array]:
-        headlines = trial.headlines(replace(router, p_correct=p_correct))
+        headlines = scoring_run.headlines(replace(router, p_correct=p_correct))
         return {name: headlines[name] for name in ("mean_auc", "mdp_auccc")}
 
     return score
 
 
-class _Trial:
+class _Scoring:
     """Scores contenders on the same prompts, weights and draws. The first draw takes every prompt once."""
 
     def __init__(self, pool: Pool, held_out: HeldOut, router: Contender, num_draws: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import CORRECT, OUTPUT_TOKENS, TARGET
-from prefill_router.corpus.reader import fit_text
+from prefill_router.corpus.reader import validate_text
 from prefill_router.ingest.records import RawAnswer
 
 _WORDS = {"true": 1.0, "false": 0.0}
@@ -24,14 +24,14 @@ class CheckedGrade(NamedTuple):
 
 
 def grade(answer: RawAnswer) -> CheckedGrade:
-    """Validates an answer. Raises UnfitError without a target, or if the grade or the tokens are out of range."""
-    target = fit_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
+    """Validates an answer. Raises InvalidRowError without a target, or if the grade or the tokens are out of range."""
+    target = validate_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
     if not target:
-        raise UnfitError(f"{TARGET} = {shown(answer.target)}, must name a model")
+        raise InvalidRowError(f"{TARGET} = {shown(answer.target)}, must name a model")
     try:
         return CheckedGrade(target, _correct(answer.correct), output_tokens(answer.output_tokens))
-    except UnfitError as problem:
-        raise UnfitError(f"{TARGET} {shown(target)}: {problem}") from None
+    except InvalidRowError as problem:
+        raise InvalidRowError(f"{TARGET} {shown(target)}: {problem}") from None
 
 
 def _correct(value: object) -> float | None:
@@ -39,17 +39,17 @@ def _correct(value: object) -> float | None:
         return None
     number = _number(value)
     if not 0.0 <= number <= 1.0:
-        raise UnfitError(f"{CORRECT} = {shown(value)}, must be in [0, 1], or true or false")
+        raise InvalidRowError(f"{CORRECT} = {shown(value)}, must be in [0, 1], or true or false")
     return number
 
 
 def output_tokens(value: object) -> int | None:
-    """A number of tokens, or None if missing. Raises UnfitError for other values."""
+    """A number of tokens, or None if missing. Raises InvalidRowError for other values."""
     if _is_missing(value):
         return None
     number = math.nan if isinstance(value, bool) else _number(value)
     if not (0 <= number <= _MAX_TOKENS and number.is_integer()):
-        raise UnfitError(f"{OUTPUT_TOKENS} = {shown(value)}, must be a whole number, 0 or more")
+        raise InvalidRowError(f"{OUTPUT_TOKENS} = {shown(value)}, must be a whole number, 0 or more")
     return int(number)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import (
@@ -44,7 +44,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         yield from unknown.among(fields)
         try:
             prompt = _prompt(fields)
-        except UnfitError as problem:
+        except InvalidRowError as problem:
             yield BadRow(uri, row, None, str(problem))
             continue
         correct = None if str(fields.get("response")).startswith(_FAILED) else fields.get("performance")
@@ -76,7 +76,7 @@ def _options(choices: object, *, is_code: bool) -> str:
         texts, labels = value.get("text"), value.get("labels", value.get("label"))
         if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
             return lettered(texts, labels)
-    raise UnfitError(f"choices = {shown(choices)}, must be JSON: text and labels of equal length, or a list")
+    raise InvalidRowError(f"choices = {shown(choices)}, must be JSON: text and labels of equal length, or a list")
 
 
 FORMAT = Format("llmrouter", (".jsonl",), read, (CATEGORY,))

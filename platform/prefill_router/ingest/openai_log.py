@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from prefill_router.common.errors import UnfitError, shown
+from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import OUTPUT_TOKENS
 from prefill_router.corpus.openai_requests import model_of, prompt_of, usage_of
 from prefill_router.corpus.reader import BadRow
@@ -29,7 +29,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
         try:
             prompt, messages, left_out = prompt_of(fields)
             extras = _extras(fields)
-        except UnfitError as problem:
+        except InvalidRowError as problem:
             yield BadRow(uri, row, None, str(problem))
             continue
         for key in left_out:

@@ -15,9 +15,17 @@ import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.common.console import say
-from prefill_router.common.errors import UnfitError, UserError, shown
+from prefill_router.common.errors import InvalidRowError, UserError, shown
 from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
-from prefill_router.corpus.reader import BadRow, Prompt, content_digest, fit_messages, fit_prompt, fit_text, id_digest
+from prefill_router.corpus.reader import (
+    BadRow,
+    Prompt,
+    content_digest,
+    id_digest,
+    validate_messages,
+    validate_prompt,
+    validate_text,
+)
 from prefill_router.ingest.grades import CheckedGrade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
@@ -97,9 +105,9 @@ class Tables:
         prompt_id = None
         try:
             if record.prompt_id is not None:
-                prompt_id = fit_text(record.prompt_id, PROMPT_ID, self.options.max_prompt_bytes)
+                prompt_id = validate_text(record.prompt_id, PROMPT_ID, self.options.max_prompt_bytes)
             prompt = _fit(record, self.options.max_prompt_bytes)
-        except UnfitError as problem:
+        except InvalidRowError as problem:
             self._refuse(record, prompt_id, str(problem))
             return
         content = content_digest(prompt)
@@ -124,7 +132,7 @@ class Tables:
         for answer in record.answers:
             try:
                 grades.append(grade(answer))
-            except UnfitError as problem:
+            except InvalidRowError as problem:
                 self._refuse(record, prompt_id, str(problem))
         return grades
 
@@ -190,8 +198,12 @@ def _corpus_schema(kind: Format) -> pa.Schema:
 
 
 def _fit(record: Record, max_bytes: int) -> Prompt:
-    """The record's prompt. Raises UnfitError unless it is a conversation or a text of more than white space."""
-    return fit_prompt(record.prompt, max_bytes) if record.messages is None else fit_messages(record.messages, max_bytes)
+    """The record's prompt. Raises InvalidRowError unless it is a conversation or a text of more than white space."""
+    return (
+        validate_prompt(record.prompt, max_bytes)
+        if record.messages is None
+        else validate_messages(record.messages, max_bytes)
+    )
 
 
 def _num_chars(prompt: Prompt) -> int:

@@ -1,17 +1,17 @@
 """Chooses a target for each prompt: the cheapest one whose P(correct) is close enough to the best.
 
-`pool` has targets, prices and upstreams, `selection` the rule on arrays, and `decision` applies it to single prompts.
-Start with `selection`.
+`pool` has targets, prices and upstreams, `selection` the rule on arrays, `decision` applies it to single prompts, and
+`key_variables` checks which variables may be sent as keys. Start with `selection`.
 """
 
 from prefill_router.policy.selection import (
     NO_TARGET,
-    STRANGER,
+    OUT_OF_DISTRIBUTION_SHARE,
     choose,
 )
 
 __all__ = [
     "NO_TARGET",
-    "STRANGER",
+    "OUT_OF_DISTRIBUTION_SHARE",
     "choose",
 ]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-STRANGER = 0.999  # a prompt is out of distribution if at least this share of training prompts is nearer
+OUT_OF_DISTRIBUTION_SHARE = (
+    0.999  # a prompt is out of distribution if at least this share of training prompts is nearer
+)
 NO_TARGET = -1
 
 

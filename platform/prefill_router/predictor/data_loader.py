@@ -69,7 +69,7 @@ class Window:
 
 
 @dataclass
-class Feed:
+class WorkerRows:
     """This worker's rows, by shard. The mappings may read from disk on each access.
 
     `num_rows` counts the training rows of every shard, including those of other workers. `empty` is a Rows of the

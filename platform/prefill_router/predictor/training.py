@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 
 from prefill_router.common.errors import UserError
 from prefill_router.predictor.counter_random import fold, seed_keys
-from prefill_router.predictor.data_loader import Feed, Rows, Window
+from prefill_router.predictor.data_loader import Rows, Window, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.trunk import SharedTrunkNet, loss_sums
 
@@ -206,7 +206,7 @@ class Trainer:
         return FittedTrunk(net, self.best_losses[kept].tolist(), self.best_epochs[kept].tolist(), self.epoch)
 
 
-def fit(feed: Feed, trainer: Trainer, seed: int, after_epoch: Callable[[float], None] = lambda _: None) -> None:
+def fit(feed: WorkerRows, trainer: Trainer, seed: int, after_epoch: Callable[[float], None] = lambda _: None) -> None:
     """Trains until every seed is done.
 
     Calls `after_epoch` with the epoch's training rows per second, over all workers.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.policy.selection import NO_TARGET, STRANGER, choose
+from prefill_router.policy.selection import NO_TARGET, OUT_OF_DISTRIBUTION_SHARE, choose
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
 EVERYTHING = ("", "")  # the segment of all lines
@@ -141,7 +141,7 @@ def _sums(lines: Lines) -> dict[str, NDArray[np.float64]]:
         "chosen_cost_usd": _picked(lines.cost_usd, chosen),
         "chosen_correct": _picked(lines.p_correct, chosen),
         "placed": is_known.sum(),
-        "strangers": (lines.percentile[is_known] >= STRANGER).sum(),
+        "strangers": (lines.percentile[is_known] >= OUT_OF_DISTRIBUTION_SHARE).sum(),
         "percentile": lines.percentile[is_known].sum(dtype=np.float64),
         "used": np.bincount(used[used != NO_TARGET], minlength=num_targets),
         "used_cost_usd": lines.used_cost_usd[used != NO_TARGET].sum(),

@@ -29,23 +29,23 @@ class Relay(StreamingResponse):
         headers: dict[str, str],
         finish: Callable[[ActiveCall, Stream, End], None],
     ) -> None:
-        self._passage, self._stream, self._finish = active, stream, finish
+        self._active, self._stream, self._finish = active, stream, finish
         self._end: End = "cancelled"
         super().__init__(self._events(), 200, headers, "text/event-stream")
 
     def abandon(self) -> None:
         """Ends an answer whose caller disconnected before it started."""
-        self._finish(self._passage, self._stream, self._end)
+        self._finish(self._active, self._stream, self._end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # even if the caller disconnects before the first event
-            self._finish(self._passage, self._stream, self._end)
+            self._finish(self._active, self._stream, self._end)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        assert self._passage.choice is not None
-        rename = _Renaming(self._passage.choice.target)
+        assert self._active.choice is not None
+        rename = _Renaming(self._active.choice.target)
         try:
             async for piece in self._stream.pieces():
                 if self._stream.is_whole:  # even if the caller disconnects right after the last event
@@ -53,8 +53,8 @@ class Relay(StreamingResponse):
                 yield rename(piece)
         except UpstreamFailure as failed:
             self._end = "failed"
-            log.warning("upstream failed", extra=failed.for_log(self._passage.caller.request_id))
-            yield self._passage.call.error_event(str(failed), "upstream_failed")
+            log.warning("upstream failed", extra=failed.for_log(self._active.caller.request_id))
+            yield self._active.call.error_event(str(failed), "upstream_failed")
 
 
 class _Renaming:

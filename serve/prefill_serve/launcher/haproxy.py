@@ -1,7 +1,7 @@
-"""HAProxy as Ray Serve starts it, but on loopback alone and with our words: the program that Serve is told to run.
+"""The program that Ray Serve starts instead of HAProxy: corrects Serve's config, then executes HAProxy.
 
-Serve writes a config whose statistics and metrics listen on every address, whose admin socket is open to every user,
-and that answers 500 in plain text where no replica is left. This mends the file, then becomes HAProxy.
+Serve's config opens statistics and metrics on every address, gives every user the admin socket, and answers in plain
+text if no replica is left.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
 _QUIET_S = 60  # of a caller that has more to send, or an answer to read
-# Only a request that is at hand as a whole can be sent again. Replicas do not speak HTTP/2. No connection to a replica
-# is used twice: one to a replica that has just died costs an attempt, and a request that was once sent over a used one
-# is not answered where attempts run out: HAProxy closes the caller's connection, as it does for clients that try again.
+# Only a fully buffered request can be resent. Replicas do not speak HTTP/2. A connection to a replica is used once: if
+# the replica had died, reuse would cost an attempt, and HAProxy would close the caller's connection without an answer.
 _DEFAULTS = f"""\
     option http-buffer-request
     option disable-h2-upgrade
@@ -60,10 +59,10 @@ def own_folder() -> Iterator[Path]:
         _remove_abandoned(left)
     # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
-    draft = folder / "draft"
-    with draft.open("w") as owner:
+    unlocked = folder / "owner.new"
+    with unlocked.open("w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)  # which ends with this process, however it ends
-        draft.rename(folder / _OWNER)
+        unlocked.rename(folder / _OWNER)
         try:
             yield folder
         finally:
@@ -80,12 +79,11 @@ def _remove_abandoned(owner: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What makes Serve put HAProxy before the replicas, with its files in `folder`.
+    """Environment variables that make Serve run HAProxy with its files in `folder`.
 
-    A request that a dying replica did not answer goes to another one: an upstream may be asked twice then, which is
-    better than no answer. One that takes long is never sent again: answers of upstreams do. HAProxy counts deaths and
-    refused connections alike: four retries are two deaths, a refusal by each of two dead replicas, and what Serve
-    falls back to. It is a replica that refuses the third attempt at a request that ended two (`attempts`).
+    HAProxy resends a request whose replica died, so an upstream may be called twice, which is better than no answer. It
+    never resends a slow one. Deaths and refused connections share the limit of four retries: two deaths, a refusal by
+    each dead replica, and Serve's fallback. The replica that gets a third attempt refuses it (`attempts`).
     """
     ports = _free_ports()
     return {

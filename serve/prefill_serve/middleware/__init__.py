@@ -1,4 +1,4 @@
-"""ASGI middleware in front of the API: request id, origin check, key, body limits, crash counting and metrics.
+"""ASGI middleware in front of the API: request id, origin check, key, body limits, attempts at a request and metrics.
 
 Start with `gate`, which runs the checks in order.
 """

@@ -1,8 +1,7 @@
-"""Attempts at a request: one that ended two replicas is refused by the third, and noted in its log.
+"""Counts attempts at a request: after two replicas died during it, the third refuses it and logs it.
 
-HAProxy sends a request again whose replica died, under the same name. A replica notes in a file, which all replicas of
-its machine see, that it has begun the request, and removes the file once it has ended it, however it ended. A file
-that a replica finds was thus left by one that died.
+HAProxy resends a request under the same id. A replica creates a file when it begins a request and deletes it at the
+end, so a file that another replica of the machine finds is from one that died.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger("ray.serve")
 
-HEADER = "x-router-call"  # which HAProxy sets, whatever a caller says
+HEADER = "x-router-call"  # set by HAProxy; overrides the caller's
 FOLDER = "PREFILL_ROUTER_ATTEMPTS_PATH"
 MOST_DEATHS = 2
 MESSAGE = "replicas ended while they had this request: it is not tried again; the endpoint's log names it"
@@ -30,7 +29,7 @@ class TooManyDeaths(Exception):  # noqa: N818 - a refusal
 
 
 class RequestAttempts:
-    """Those of one machine; without a folder nothing is counted."""
+    """The attempts on one machine; without a folder, none are counted."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder

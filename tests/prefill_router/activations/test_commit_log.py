@@ -14,13 +14,13 @@ from prefill_router.activations.commit_log import CommitLog, RecordLocation
 from prefill_router.activations.commit_records import Commit, RejectedPrompt, bad_rows, shard_name
 from prefill_router.activations.reuse import Sources
 from prefill_router.common.errors import UserError
-from prefill_router.corpus.row_keys import Keys
+from prefill_router.corpus.row_keys import RowKeys
 from prefill_router.storage import parquet_objects
 
 COLUMNS = ["last_001", "mean_003"]
 
 
-def keys_of(seed: int, rows: int) -> Keys:
+def keys_of(seed: int, rows: int) -> RowKeys:
     return np.random.default_rng(seed).integers(0, 1 << 64, (rows, 3), np.uint64)
 
 

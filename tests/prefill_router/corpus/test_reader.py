@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
 from prefill_router import storage
-from prefill_router.common.errors import UnfitError, UserError
+from prefill_router.common.errors import InvalidRowError, UserError
 from prefill_router.corpus import formats, reader, text_files
 from prefill_router.corpus.reader import BadRow, Row
 from prefill_router.storage import parquet_files
@@ -406,9 +406,9 @@ def test_no_bytes_stop_the_reading_of_lines(lines: list[bytes]) -> None:
 
 
 def test_messages_can_be_checked_without_a_row() -> None:
-    assert reader.fit_messages([{**CHAT[0], "name": "x"}]) == CHAT[:1]
-    with pytest.raises(UnfitError, match=r'^messages\[0\]\.role = "boss", must be one of system, developer, '):
-        reader.fit_messages([{"role": "boss", "content": "x"}])
+    assert reader.validate_messages([{**CHAT[0], "name": "x"}]) == CHAT[:1]
+    with pytest.raises(InvalidRowError, match=r'^messages\[0\]\.role = "boss", must be one of system, developer, '):
+        reader.validate_messages([{"role": "boss", "content": "x"}])
 
 
 # --- files that cannot be read -----------------------------------------------------------------------------------

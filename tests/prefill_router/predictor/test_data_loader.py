@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefill_router.predictor.counter_random import seed_keys
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 
 KEYS = seed_keys([0, 1, 2])
 
@@ -18,12 +18,12 @@ def shard(index: int, num_rows: int) -> Rows:
     return Rows(places, places[:, :1], keys)
 
 
-def feed(sizes: list[int], own: list[int] | None = None, window_rows: int = 1 << 16) -> Feed:
+def feed(sizes: list[int], own: list[int] | None = None, window_rows: int = 1 << 16) -> WorkerRows:
     shards = range(len(sizes)) if own is None else own
-    return Feed(sizes, {i: shard(i, sizes[i]) for i in shards}, {}, shard(0, 0), window_rows=window_rows)
+    return WorkerRows(sizes, {i: shard(i, sizes[i]) for i in shards}, {}, shard(0, 0), window_rows=window_rows)
 
 
-def batches(fed: Feed, k: int, num_steps: int, epoch: int = 0) -> list[set[tuple[float, ...]]]:
+def batches(fed: WorkerRows, k: int, num_steps: int, epoch: int = 0) -> list[set[tuple[float, ...]]]:
     """Returns the (shard, row) pairs of each batch of seed k, window after window."""
     found = []
     for window in fed.windows(seed_keys([epoch])[0]):

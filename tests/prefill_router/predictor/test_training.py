@@ -17,7 +17,7 @@ import prefill_router
 from prefill_router.common.errors import UserError
 from prefill_router.metrics import roc_auc
 from prefill_router.predictor.counter_random import fold, seed_keys
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import FittedTrunk, Trainer, fit
 from prefill_router.predictor.trunk import SharedTrunkNet
@@ -37,12 +37,12 @@ def separable(num_prompts: int, seed: int = 0, missing: float = 0.2) -> Rows:
     return Rows(features, labels, fold(seed_keys([seed])[0], torch.arange(num_prompts)))
 
 
-def feed(train: Rows, validation: Rows, num_shards: int = 1, own: list[int] | None = None) -> Feed:
+def feed(train: Rows, validation: Rows, num_shards: int = 1, own: list[int] | None = None) -> WorkerRows:
     """A Feed of the rows in shards of equal size; `own` lists the shards of this worker."""
     cut = {i: train[i * len(train) // num_shards : (i + 1) * len(train) // num_shards] for i in range(num_shards)}
     mine = range(num_shards) if own is None else own
     held_out = {i: validation[i::num_shards] for i in mine}
-    return Feed([len(rows) for rows in cut.values()], {i: cut[i] for i in mine}, held_out, train[:0])
+    return WorkerRows([len(rows) for rows in cut.values()], {i: cut[i] for i in mine}, held_out, train[:0])
 
 
 def trainer(recipe: Recipe, seed: int = 0, weights: tuple[float, ...] = (1.0, 1.0)) -> Trainer:

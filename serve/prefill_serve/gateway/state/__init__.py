@@ -1,4 +1,4 @@
 """State that outlives a call: conversations, spending, and calls that await feedback.
 
-Start with `call_ledger`, which holds all of it for one process; `shared` makes it one for all replicas.
+Start with `call_ledger`, which holds all of it for one process; `shared` runs it as one process for all replicas.
 """

@@ -31,7 +31,7 @@ from prefill_router.common.schema import (
 from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.state.call_memory import MOST_CALLS, RecentNames, bound_prompts
 from prefill_serve.gateway.state.feedback import StoredFeedback
-from prefill_serve.gateway.state.row_files import Segments
+from prefill_serve.gateway.state.row_files import RowFolder
 
 log = logging.getLogger("ray.serve")
 
@@ -42,9 +42,9 @@ class LedgerFolder:
     """The ledger's folder, with subfolders journal, outcomes and prompts."""
 
     def __init__(self, uri: str) -> None:
-        self.journal = Segments(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
-        self.outcomes = Segments(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_outcomes)
-        self.prompts = Segments(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
+        self.journal = RowFolder(storage.join(uri, "journal"), ".jsonl", _encode_calls, _decode_calls)
+        self.outcomes = RowFolder(storage.join(uri, "outcomes"), ".parquet", _encode_outcomes, _decode_outcomes)
+        self.prompts = RowFolder(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
         self._stored_prompts = RecentNames()  # an evicted id may be stored twice, which is harmless
 
     def read(self, since: datetime) -> tuple[list[CallRecord], list[Row], Counter[str]]:
@@ -82,7 +82,7 @@ class LedgerFolder:
         _merge(self.outcomes, now)
 
 
-def _merge(segments: Segments[Any], now: datetime) -> None:
+def _merge(segments: RowFolder[Any], now: datetime) -> None:
     """Merges small files; a failure loses nothing."""
     try:
         segments.merge(now)

@@ -21,7 +21,7 @@ MOST_FILES = 64
 SMALL_BYTES = 4 << 20
 
 
-class Segments(Generic[Row]):
+class RowFolder(Generic[Row]):
     """A folder of files named by their time of writing, with a single writer."""
 
     def __init__(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefill_serve.gateway.state.row_files import MOST_FILES, SMALL_BYTES, Segments
+from prefill_serve.gateway.state.row_files import MOST_FILES, SMALL_BYTES, RowFolder
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -23,11 +23,11 @@ def decode(data: bytes) -> list[str]:
 
 
 @pytest.fixture
-def segments(tmp_path: Path) -> Segments[str]:
-    return Segments(str(tmp_path / "rows"), ".json", encode, decode)
+def segments(tmp_path: Path) -> RowFolder[str]:
+    return RowFolder(str(tmp_path / "rows"), ".json", encode, decode)
 
 
-def write_many(segments: Segments[str], num_files: int) -> list[str]:
+def write_many(segments: RowFolder[str], num_files: int) -> list[str]:
     """Writes one row per file, a second apart."""
     rows = [f"row-{i}" for i in range(num_files)]
     for i, row in enumerate(rows):
@@ -35,49 +35,49 @@ def write_many(segments: Segments[str], num_files: int) -> list[str]:
     return rows
 
 
-def num_files(segments: Segments[str]) -> int:
+def num_files(segments: RowFolder[str]) -> int:
     return len(list(Path(segments.uri).iterdir()))
 
 
-def test_a_folder_that_is_not_there_has_no_rows(segments: Segments[str]) -> None:
+def test_a_folder_that_is_not_there_has_no_rows(segments: RowFolder[str]) -> None:
     assert list(segments.read()) == []
     segments.merge(NOON)
     segments.forget(NOON)
 
 
-def test_rows_come_back_the_oldest_file_first(segments: Segments[str]) -> None:
+def test_rows_come_back_the_oldest_file_first(segments: RowFolder[str]) -> None:
     segments.write(["c"], NOON + timedelta(seconds=2))
     segments.write(["a", "b"], NOON)
     assert list(segments.read()) == ["a", "b", "c"]
 
 
-def test_files_of_one_moment_do_not_overwrite_each_other(segments: Segments[str]) -> None:
+def test_files_of_one_moment_do_not_overwrite_each_other(segments: RowFolder[str]) -> None:
     segments.write(["a"], NOON)
     segments.write(["b"], NOON)
     assert sorted(segments.read()) == ["a", "b"]
 
 
-def test_a_few_files_stay_as_they_are(segments: Segments[str]) -> None:
+def test_a_few_files_stay_as_they_are(segments: RowFolder[str]) -> None:
     write_many(segments, MOST_FILES - 1)
     segments.merge(NOON)
     assert num_files(segments) == MOST_FILES - 1
 
 
-def test_many_small_files_become_one_with_the_same_rows(segments: Segments[str]) -> None:
+def test_many_small_files_become_one_with_the_same_rows(segments: RowFolder[str]) -> None:
     rows = write_many(segments, MOST_FILES)
     segments.merge(NOON + timedelta(hours=1))
     assert num_files(segments) == 1
     assert list(segments.read()) == rows
 
 
-def test_a_merged_file_is_older_than_what_is_written_after_it(segments: Segments[str]) -> None:
+def test_a_merged_file_is_older_than_what_is_written_after_it(segments: RowFolder[str]) -> None:
     rows = write_many(segments, MOST_FILES)
     segments.merge(NOON + timedelta(hours=1))
     segments.write(["last"], NOON + timedelta(hours=2))
     assert list(segments.read()) == [*rows, "last"]
 
 
-def test_large_files_are_not_merged_again(segments: Segments[str]) -> None:
+def test_large_files_are_not_merged_again(segments: RowFolder[str]) -> None:
     large = "x" * SMALL_BYTES
     segments.write([large], NOON - timedelta(hours=1))
     rows = write_many(segments, MOST_FILES)
@@ -86,7 +86,7 @@ def test_large_files_are_not_merged_again(segments: Segments[str]) -> None:
     assert list(segments.read()) == [large, *rows]
 
 
-def test_files_of_others_are_left_alone(segments: Segments[str]) -> None:
+def test_files_of_others_are_left_alone(segments: RowFolder[str]) -> None:
     rows = write_many(segments, MOST_FILES)
     other, draft = Path(segments.uri) / "notes.txt", Path(segments.uri) / ".20260301T120000-x.json.draft"
     other.write_text("mine")
@@ -98,7 +98,7 @@ def test_files_of_others_are_left_alone(segments: Segments[str]) -> None:
     assert draft.exists()
 
 
-def test_a_merge_that_dies_before_it_removes_loses_nothing(segments: Segments[str]) -> None:
+def test_a_merge_that_dies_before_it_removes_loses_nothing(segments: RowFolder[str]) -> None:
     rows = write_many(segments, MOST_FILES)
     left = {path: path.read_bytes() for path in Path(segments.uri).iterdir()}
     segments.merge(NOON + timedelta(hours=1))
@@ -110,7 +110,7 @@ def test_a_merge_that_dies_before_it_removes_loses_nothing(segments: Segments[st
     assert set(segments.read()) == set(rows)
 
 
-def test_what_was_written_before_is_forgotten(segments: Segments[str]) -> None:
+def test_what_was_written_before_is_forgotten(segments: RowFolder[str]) -> None:
     segments.write(["old"], NOON - timedelta(seconds=1))
     segments.write(["new"], NOON)
     segments.forget(NOON)

@@ -1,6 +1,6 @@
 """A ledger and a manifest of a million shards: what a shard costs to commit, what a resume and the rows' keys take.
 
-    python tests/benchmarks/ledger.py --shards 1000000 --rows 256
+    python tests/benchmarks/commit_log.py --shards 1000000 --rows 256
 
 It plays the driver and its actors with the project's own code: records are committed one by one, on disk and against
 moto's S3, but for most of them, which are handed to the driver as if they had been. Keys are as long as real ones and

@@ -10,7 +10,7 @@ from prefill_router.collection.target_calls import Spent
 _SLICES = 50  # a worker draws at least 1/50 of what is left
 
 
-class Purse:
+class SharedBudget:
     """The whole budget. Workers draw parts of it and return what they do not use."""
 
     def __init__(self, budget: Spent) -> None:

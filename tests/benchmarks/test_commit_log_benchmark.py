@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(Path(__file__).parent)  # as when it is run as a script
-    module = importlib.import_module("ledger")
+    module = importlib.import_module("commit_log")
     monkeypatch.setattr(module, "_PENDING", 10)
     monkeypatch.setattr("prefill_router.activations.commit_log.SEGMENT_RECORDS", 16)
     return module

@@ -8,13 +8,13 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefill_router.collection.purse import Allowance, Purse
+from prefill_router.collection.shared_budget import Allowance, SharedBudget
 from prefill_router.collection.target_calls import Spent
 
 
-async def spend(budget: Spent, calls: list[Spent], num_workers: int, seed: int) -> tuple[Spent, int, Purse]:
+async def spend(budget: Spent, calls: list[Spent], num_workers: int, seed: int) -> tuple[Spent, int, SharedBudget]:
     """Makes calls that cost at most their reservation; returns their cost, how many were made, and the budget."""
-    rng, purse = random.Random(seed), Purse(budget)
+    rng, purse = random.Random(seed), SharedBudget(budget)
 
     async def draw(wanted: Spent) -> Spent:
         await asyncio.sleep(0)
@@ -63,7 +63,7 @@ def test_a_call_waits_for_what_others_do_not_need() -> None:
     rng_calls = [Spent(1.0, 100)] * 10
 
     async def scenario() -> int:
-        purse, made = Purse(Spent(1.5, 150)), 0
+        purse, made = SharedBudget(Spent(1.5, 150)), 0
 
         async def draw(wanted: Spent) -> Spent:
             return purse.draw(wanted)
