@@ -19,9 +19,8 @@ from crashes.life import Crash, ignore_the_dead
 from prefill_jobs.collect import collector
 from prefill_jobs.collect.collect_job import CollectManifest, collect
 from prefill_jobs.collect.collector import AskTask, CallCounts, ShardCaller
-from prefill_jobs.extract import extractor
+from prefill_jobs.extract import encoder_actor
 from prefill_jobs.extract.extract_job import extract
-from prefill_jobs.label import estimator
 from prefill_jobs.label.label_job import LabelManifest, label
 from prefill_jobs.options import CollectConfig, ExtractConfig, LabelConfig
 from prefill_router import storage
@@ -51,8 +50,7 @@ class Readings:
 
         patch.setattr(PrefillEncoder, "read", counting)
         patch.setattr(PrefillEncoder, "load", self._loaded)
-        for module in (extractor, estimator):
-            patch.setattr(module, "measured_peak_flops", lambda *_: 1.0)
+        patch.setattr(encoder_actor, "measured_peak_flops", lambda *_: 1.0)
 
     def _loaded(self, spec: EncoderSpec) -> PrefillEncoder:
         if spec.model not in self._encoders:
