@@ -55,7 +55,7 @@ class EncoderActor(ABC):
         """The encoder, which is loaded on first use."""
 
     @cached_property
-    def reader(self) -> GuardedEncoder:
+    def guarded_encoder(self) -> GuardedEncoder:
         assert isinstance(self.encoder, PrefillEncoder)
         return GuardedEncoder(self.encoder, self.threads)
 
@@ -86,7 +86,7 @@ class EncoderActor(ABC):
         """Loads the encoder and measures its peak while no other task runs."""
         with self._loading:
             if isinstance(self.encoder, PrefillEncoder):
-                _ = self.reader, self.peak_flops
+                _ = self.guarded_encoder, self.peak_flops
 
     def effort(self, work: Work, attempt: int) -> Effort:
         """Reports a finished task."""

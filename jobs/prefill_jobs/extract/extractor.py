@@ -77,7 +77,7 @@ class ShardExtractor(EncoderActor):
         for store, place in task.sources:
             builder.copy(store, place)
         num_copied = builder.num_complete
-        work = self.reader.complete(builder, attempt)
+        work = self.guarded_encoder.complete(builder, attempt)
         record = builder.commit(self.request.out)
         return ExtractResult(record, self.encoder.identity, self.effort(work, attempt), num_copied, is_new=True)
 

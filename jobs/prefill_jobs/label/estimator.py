@@ -129,8 +129,10 @@ class ShardEstimator(EncoderActor):
         if not len(cut) and not any(builder.missing()):
             return Work()
         self.load_encoder()
-        work = self.reader.complete(builder, attempt)
-        builder.full_lengths[cut] = self.reader.encoder.tokenize([builder.prompts[i] for i in cut]).full_lengths
+        work = self.guarded_encoder.complete(builder, attempt)
+        builder.full_lengths[cut] = self.guarded_encoder.encoder.tokenize(
+            [builder.prompts[i] for i in cut]
+        ).full_lengths
         return work
 
 
