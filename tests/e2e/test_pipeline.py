@@ -174,7 +174,7 @@ def test_keys_that_a_pipeline_does_not_go_by_are_told(
     file.write_text("\n".join([*tables, 'encoder = "other"']))
     result = command("pipeline", str(file), "--plan")
     assert result.status == 1
-    assert f'{file}: [extract] encoder = "other", but a pipeline goes by [pipeline] encoder = ' in result.err
+    assert f'{file}: [extract] encoder = "other" contradicts [pipeline] encoder = ' in result.err
     file.write_text("\n".join(tables))
     result = command("pipeline", str(file), "--plan")
     assert result.status == 0, result.err
