@@ -296,8 +296,8 @@ def test_replicas_follow_the_load_and_keys_are_asked_for(router: str, tmp_path: 
     ("flags", "reason"),
     [
         ({"router": "/nowhere"}, "no router found"),
-        ({"host": "0.0.0.0"}, "give --keys"),
-        ({"host": "example.org"}, "give --keys"),
+        ({"host": "0.0.0.0"}, "set --keys"),
+        ({"host": "example.org"}, "set --keys"),
         ({"tolerance": 2}, "tolerance"),
         ({"safe_target": "nobody"}, "nobody"),
     ],

@@ -243,6 +243,6 @@ def test_a_router_whose_tensors_do_not_fit_names_the_file(
     tensors = load_file(weights)
     save_file({**tensors, "length_scale": tensors["length_scale"][:1]}, weights)
     options = {"log": small_data / "corpus.parquet", "out": tmp_path / "out"}
-    assert_said(command("label", router=copy, **options), f"{weights}: its checksum", "train")
+    assert_said(command("label", router=copy, **options), f"{weights}: damaged: its checksum", "train")
     weights.write_bytes(weights.read_bytes()[:100])
-    assert_said(command("label", router=copy, **options), f"{weights}: its checksum", "train")
+    assert_said(command("label", router=copy, **options), f"{weights}: damaged: its checksum", "train")

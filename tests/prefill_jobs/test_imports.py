@@ -16,11 +16,12 @@ _ENCODING = ("extract.extractor", "label.estimator", "graded.embeddings", "train
 _CHOOSING = ("label.decider", "collect.collector", "collect.grading")
 _FIT = """
 import torch
-from prefill_router.predictor.data_loader import Feed, Rows
+from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import Trainer, fit
 rows = Rows(torch.randn(8, 3), torch.ones(8, 2), torch.arange(8, dtype=torch.int32))
-fit(Feed([8], {0: rows}, {0: rows}, rows[:0]), Trainer(Recipe(num_seeds=2, keep=1, max_epochs=2), 3, [1.0, 1.0], 0), 0)
+recipe = Recipe(num_seeds=2, keep=1, max_epochs=2)
+fit(WorkerRows([8], {0: rows}, {0: rows}, rows[:0]), Trainer(recipe, 3, [1.0, 1.0], 0), 0)
 """
 _HELP = """
 from prefill_jobs.cli.command_line import main

@@ -137,7 +137,7 @@ class BaselineRouter:
     @classmethod
     def _from_tensors(cls, manifest: BaselineManifest, tensors: dict[str, NDArray[Any]]) -> BaselineRouter:
         if manifest.baseline not in BASELINES:
-            raise ValueError(f'baseline "{manifest.baseline}" is unknown: it is one of {", ".join(BASELINES)}')
+            raise ValueError(f'baseline "{manifest.baseline}" is unknown: it must be one of {", ".join(BASELINES)}')
         output_tokens = tensors.pop("output_tokens")
         return cls(
             name=manifest.baseline,

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, logit
 
 from prefill_router.baselines.base import Baseline, Reads, mean_outcomes
 
@@ -50,7 +49,7 @@ class Logistic(_Standardising):
         return self
 
     def predict_proba(self, x: Array) -> NDArray[np.float64]:
-        return np.asarray(expit(self._standardised(x) @ self.weights_ + self.bias_))
+        return _sigmoid(self._standardised(x) @ self.weights_ + self.bias_)
 
     def _of_target(self, x: Array, y: Array) -> tuple[Array, float]:
         from sklearn.linear_model import LogisticRegression
@@ -123,7 +122,7 @@ class MatrixFactorisation(_Standardising):
         return self
 
     def predict_proba(self, x: Array) -> NDArray[np.float64]:
-        return np.asarray(expit(self._standardised(x) @ self.prompts_ @ self.targets_ + self.bias_))
+        return _sigmoid(self._standardised(x) @ self.prompts_ @ self.targets_ + self.bias_)
 
 
 def _powers(x: Array) -> NDArray[np.float64]:
@@ -132,4 +131,10 @@ def _powers(x: Array) -> NDArray[np.float64]:
 
 
 def _log_odds(p: float) -> float:
-    return float(logit(np.clip(p, 1e-3, 1.0 - 1e-3)))
+    clipped = min(max(p, 1e-3), 1.0 - 1e-3)
+    return float(np.log(clipped / (1.0 - clipped)))
+
+
+def _sigmoid(logits: Array) -> NDArray[np.float64]:
+    # By numpy: scipy.special takes longer to import than a worker needs to start.
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -500.0, 500.0))))

@@ -26,14 +26,14 @@ _LOOPBACK = {"127.0.0.1"}
 _OWN = """
 import sys
 import ray
-from prefill_jobs import cluster
+from prefill_jobs.runtime import cluster
 cluster.connect()
 ray.get(ray.remote(lambda: None).remote())
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 _JOINED = """
-from prefill_jobs import cluster
+from prefill_jobs.runtime import cluster
 from prefill_jobs.cli.command_line import _told
 with _told():
     cluster.connect()
