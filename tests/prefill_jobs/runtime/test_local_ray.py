@@ -34,8 +34,8 @@ sys.stdin.read()
 """
 _JOINED = """
 from prefill_jobs.runtime import cluster
-from prefill_jobs.cli.command_line import _told
-with _told():
+from prefill_jobs.cli.command_line import _reported
+with _reported():
     cluster.connect()
 """
 
