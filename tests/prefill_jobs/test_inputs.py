@@ -145,7 +145,11 @@ INPUTS: dict[str, Input] = {
         2,
         ("messages[0].content holds ",),
     ),
-    "twice": Input({"a.jsonl": jsonl(*prompts(2), {"prompt_id": "p0", "prompt": "x"})}, 2, ('prompt_id "p0" stands',)),
+    "twice": Input(
+        {"a.jsonl": jsonl(*prompts(2), {"prompt_id": "p0", "prompt": "x"})},
+        2,
+        ('prompt_id "p0" occurs more than once',),
+    ),
     "gigantic": Input({"a.jsonl": jsonl(*prompts(2), {"prompt": "x" * (1 << 21)})}, 2, ('prompt = "xxx',)),
     "comma": Input({"a.csv": text_csv(CSV) + b"c,one, two\n"}, 2, ("has 3 values, but the header names 2",)),
     # Errors.

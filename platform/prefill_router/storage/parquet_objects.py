@@ -80,7 +80,7 @@ def _described(name: str, rows: int, data: bytes) -> ShardFile:
 
 def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
     """Reads columns of a shard. Raises UserError if the file is missing, damaged, or not the one that was committed."""
-    path, remedy = storage.join(uri, shard.name), f"remove {uri} and write it again with the command that wrote it"
+    path, remedy = storage.join(uri, shard.name), f"remove {uri} and write it again, for example with extract"
     storage.require(path, f"shard, though {MANIFEST} names it")
     size = storage.size_bytes(path)
     if size != shard.bytes:
