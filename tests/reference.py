@@ -1,4 +1,4 @@
-"""References for the encoder: naive attention, and transformers on one prompt with `output_hidden_states=True`."""
+"""References: naive attention, transformers alone with `output_hidden_states=True`, a trunk as ordinary layers."""
 
 # S tokens of a prompt, P of a prefix, L layers, D hidden size; H heads, K key-value heads, E head size
 
@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from prefill_router.predictor.trunk import SharedTrunkNet
 
 # Activations are float16 with a relative rounding error of 2^-11. RTOL allows the neighbouring float16, which float32
 # sums in another order may round to.
@@ -76,3 +78,14 @@ def causal_softmax(
         of_heads = sinks.to(weights)[:, None, None].expand(*weights.shape[:-1], 1)
         weights = torch.cat((weights, of_heads), -1)
     return torch.einsum("hqk,khe->qhe", weights.softmax(-1)[..., : len(key)], value)
+
+
+def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
+    """Seed k of a trunk as ordinary layers."""
+    layers: list[nn.Module] = []
+    for weight, bias in zip(net.weights, net.biases, strict=True):
+        linear = nn.Linear(weight.shape[1], weight.shape[2])
+        linear.weight.data = weight[k].detach().T.clone()
+        linear.bias.data = bias[k, 0].detach().clone()
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

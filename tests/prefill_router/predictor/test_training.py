@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import prefill_router
+import reference
 from prefill_router.common.errors import UserError
 from prefill_router.metrics import roc_auc
 from prefill_router.predictor.counter_random import fold, seed_keys
@@ -21,6 +22,7 @@ from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import FittedTrunk, Trainer, fit
 from prefill_router.predictor.trunk import SharedTrunkNet
+from reference import plain_net
 
 TINY = Recipe(hidden=(8, 4), batch_size=32, max_epochs=4, num_seeds=3, keep=2)
 FULL_BATCH = Recipe(hidden=(8, 4), dropout=(0.0, 0.0), batch_size=1000, max_epochs=6, num_seeds=3, keep=3)
@@ -55,17 +57,6 @@ def fitted(
     trained = trainer(recipe, seed, weights)
     fit(feed(train, validation), trained, seed)
     return trained.fitted()
-
-
-def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
-    """Returns seed k as ordinary layers."""
-    layers: list[nn.Module] = []
-    for weight, bias in zip(net.weights, net.biases, strict=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[2])
-        linear.weight.data = weight[k].detach().T.clone()
-        linear.bias.data = bias[k, 0].detach().clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def plain_loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -253,8 +244,8 @@ def work(rank: int, folder: Path) -> None:
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, FittedTrunk]]:
     """Returns the results of each of two processes, by recipe and share."""
     folder = tmp_path_factory.mktemp("two_workers")
-    source = str(Path(prefill_router.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    sources = [str(Path(prefill_router.__file__).parents[1]), str(Path(reference.__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sources), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
     workers = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(2)]
     try:

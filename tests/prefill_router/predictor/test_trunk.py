@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from prefill_router.predictor.counter_random import fold, seed_keys
 from prefill_router.predictor.trunk import SharedTrunkNet, loss_sums
+from reference import plain_net
 
 SEEDS = [0, 1, 2]
 
@@ -18,17 +19,6 @@ def random_net(dropout: tuple[float, ...] = ()) -> SharedTrunkNet:
 
 def random_features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, 5, generator=torch.Generator().manual_seed(seed))
-
-
-def plain_net(net: SharedTrunkNet, k: int) -> nn.Sequential:
-    """Returns seed k as ordinary layers."""
-    layers: list[nn.Module] = []
-    for weight, bias in zip(net.weights, net.biases, strict=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[2])
-        linear.weight.data = weight[k].detach().T.clone()
-        linear.bias.data = bias[k, 0].detach().clone()
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def test_each_seed_is_an_ordinary_network() -> None:
