@@ -20,7 +20,7 @@ from prefill_router.common.schema import CALL_ID, CALLER, CORRECT, OUTPUT_TOKENS
 from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.gateway_metrics import BudgetMetrics, MemoryMetrics
 from prefill_serve.gateway.state.accounts import Accounts, Stats
-from prefill_serve.gateway.state.call_memory import CallMemory, latest, num_bytes
+from prefill_serve.gateway.state.call_memory import CallMemory, UnsavedCalls
 from prefill_serve.gateway.state.conversations import Conversations, Key
 from prefill_serve.gateway.state.feedback import (
     ConflictingFeedback,
@@ -37,8 +37,6 @@ log = logging.getLogger("ray.serve")
 
 _KEPT = timedelta(days=7)  # retention of calls in the journal, and so the deadline for feedback
 _JOURNAL_S = 1.0
-_TRIM_EVERY = 64  # unsaved calls
-_LARGE_BYTES = 1 << 20  # a prompt at which unsaved calls are trimmed at once
 _UNSAVED, _UNSAVED_BYTES = 10_000, 64 << 20  # limits on unsaved calls and their prompts
 _POLL_S = 1.0  # a caller may refer to a call before it is recorded
 
@@ -81,7 +79,7 @@ class LocalLedger:
         self._memory: CallMemory[StoredFeedback] = CallMemory()
         self._num_feedback: Counter[str] = Counter()  # by caller
         self._folder: LedgerFolder | None = None
-        self._unsaved: list[CallRecord] = []
+        self._unsaved = UnsavedCalls(_UNSAVED, _UNSAVED_BYTES)
         self._pending: list[tuple[StoredFeedback, CallRecord]] = []
         self._committing, self._journaling = asyncio.Lock(), asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
@@ -157,10 +155,7 @@ class LocalLedger:
         self._book(record)
         self._set_budget_metrics()
         if self._folder is not None:
-            self._unsaved.append(record)
-            # Calls accumulate while the folder is unavailable.
-            if len(self._unsaved) % _TRIM_EVERY == 0 or num_bytes(record) > _LARGE_BYTES:
-                self._unsaved = latest(self._unsaved, _UNSAVED, _UNSAVED_BYTES)
+            self._unsaved.extend([record])
             if self._saver is None or self._saver.done():
                 self._saver = asyncio.create_task(self._save_soon())
 
@@ -241,13 +236,14 @@ class LocalLedger:
 
     async def _save(self) -> None:
         async with self._journaling:
-            calls, self._unsaved = self._unsaved, []
+            calls, self._unsaved = self._unsaved, UnsavedCalls(_UNSAVED, _UNSAVED_BYTES)
             if calls and self._folder is not None:
                 try:
-                    await asyncio.to_thread(self._folder.write_calls, calls, _now())
+                    await asyncio.to_thread(self._folder.write_calls, list(calls), _now())
                 except Exception:
                     log.exception("calls not written to the journal: they will be retried with the next ones")
-                    self._unsaved = latest([*calls, *self._unsaved], _UNSAVED, _UNSAVED_BYTES)
+                    calls.extend(self._unsaved)  # those that came meanwhile
+                    self._unsaved = calls
 
 
 async def _poll(find: Callable[[], _T | None]) -> _T | None:

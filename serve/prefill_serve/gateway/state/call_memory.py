@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -114,14 +114,27 @@ class RecentNames:
                 self._names.popitem(last=False)
 
 
-def latest(calls: list[CallRecord], most: int, most_bytes: int) -> list[CallRecord]:
-    """The last calls, bounded in number and in bytes of their prompts."""
-    size = 0
-    for place in range(len(calls) - 1, max(-1, len(calls) - most - 1), -1):
-        size += num_bytes(calls[place])
-        if size > most_bytes:
-            return calls[place + 1 :]
-    return calls[max(0, len(calls) - most) :]
+class UnsavedCalls:
+    """The latest calls that the journal lacks, bounded in number and in bytes of their prompts."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self._calls: deque[CallRecord] = deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[CallRecord]:
+        return iter(self._calls)
+
+    def extend(self, later: Iterable[CallRecord]) -> None:
+        """Adds later calls, and drops the earliest beyond the limits."""
+        for record in later:
+            self._calls.append(record)
+            self._bytes += num_bytes(record)
+            while len(self._calls) > self.most or self._bytes > self.most_bytes:
+                self._bytes -= num_bytes(self._calls.popleft())
 
 
 def bound_prompts(calls: Iterable[CallRecord], most_bytes: int = MOST_PROMPT_BYTES) -> list[CallRecord]:

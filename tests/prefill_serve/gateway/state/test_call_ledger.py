@@ -622,7 +622,6 @@ def test_prompts_that_are_kept_take_bounded_memory(
 ) -> None:
     """Prompts are stored with their calls until feedback arrives, which may be never."""
     monkeypatch.setattr(module, "_UNSAVED_BYTES", 50_000)
-    monkeypatch.setattr(module, "_LARGE_BYTES", 5_000)
 
     async def scenario() -> None:
         ledger = await opened(tmp_path, keep_prompts=True)
@@ -631,7 +630,7 @@ def test_prompts_that_are_kept_take_bounded_memory(
         for i in range(50):
             await ledger.record(served(f"r-{i}", prompt=prompt), [])
         assert ledger._memory.prompt_bytes <= 50_000
-        assert len(ledger._unsaved) == 4  # and not the 64 after which small calls are trimmed
+        assert len(ledger._unsaved) == 4
         assert len(ledger._memory) == 4
         with pytest.raises(UnknownRequest):
             await ledger.feedback(right("r-45"), "ann")
