@@ -73,17 +73,20 @@ def small_data(run: Run) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray(run: Run, s3_bucket: str) -> Iterator[None]:  # noqa: F811
-    """The Ray of this run, for jobs in this process. Its workers can reach the S3 server of `s3_bucket`.
+def ray_address(run: Run, s3_bucket: str) -> str:  # noqa: F811
+    """The address of this run's Ray. Its workers inherit the variables that `s3_bucket` sets."""
+    return run.serve("ray")["address"]
 
-    Jobs see two CPUs; it has more, for the other processes of the run.
-    """
+
+@pytest.fixture(scope="session")
+def local_ray(ray_address: str) -> Iterator[None]:
+    """The Ray of this run, for jobs in this process. Jobs see two CPUs; it has more, for the run's other processes."""
     import ray
 
     from prefill_jobs.runtime import cluster
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    ray.init(run.serve("ray")["address"], **quiet)
+    ray.init(ray_address, **quiet)
     cluster.connect()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "_total", lambda resource: 2.0 if resource == "CPU" else 0.0)

@@ -16,7 +16,6 @@ import pytest
 
 from command import Command
 from ports import free_port
-from run import Run
 
 ROOT = Path(__file__).parents[2]
 _RUNNABLE = re.compile(r"^```(bash|python) runnable\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -59,14 +58,14 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 @pytest.mark.slow("every job once on the demo's data, with the real encoder, and an endpoint")
 @pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 5), ("README.md", 2)])
-def test_the_documents_blocks_run(demo: tuple[Path, str], run: Run, document: str, num_blocks: int) -> None:
+def test_the_documents_blocks_run(demo: tuple[Path, str], ray_address: str, document: str, num_blocks: int) -> None:
     folder, _ = demo
     found = blocks(document)
     assert len(found) == num_blocks
     port = str(free_port())
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if document.startswith("jobs"):
-        environment["RAY_ADDRESS"] = run.serve("ray")["address"]  # in the place of a Ray for each command
+        environment["RAY_ADDRESS"] = ray_address  # in the place of a Ray for each command
     for language, text in found:
         program = ["bash", "-m", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
