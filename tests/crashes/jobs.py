@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ class Targets:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.reset("")
         patch.setattr(collector, "ask", self.ask)
+        patch.setattr(collector, "backoff_s", lambda *_: 0.0)
+        patch.setattr(collector, "http_client", partial(httpx.AsyncClient, verify=False))  # certificates load slowly
         patch.setattr(ShardCaller, "_start", partialmethod(_until_death, ShardCaller._start))
 
     def reset(self, out: str) -> None:
