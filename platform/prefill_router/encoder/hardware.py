@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -12,6 +13,8 @@ import torch
 
 DType = Literal["bfloat16", "float32"]
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
 _CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
 
@@ -46,6 +49,18 @@ def bound_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep up to 64 MB of freed memory, where it returns most of it to the kernel after each layer.
+
+    The page faults to get it back take 4 % of a forward pass on a CPU, 5 to 8 % after a shared prefix. Call this after
+    the weights are loaded. It does not override the user's environment variables.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not _MALLOC_VARIABLES & {*os.environ}:
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that it accepts
 
 
 @torch.inference_mode()

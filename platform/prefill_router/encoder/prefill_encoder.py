@@ -41,7 +41,7 @@ from prefill_router.encoder.attention import KeyValue
 from prefill_router.encoder.batching import token_budget_batches
 from prefill_router.encoder.decoder import Decoder, Pack
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, fingerprint
-from prefill_router.encoder.hardware import bound_kernel_caches, preferred_dtype
+from prefill_router.encoder.hardware import bound_kernel_caches, keep_freed_memory, preferred_dtype
 from prefill_router.encoder.hooked_backbone import HookedBackbone
 from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.pooling import FLOAT16_MAX, Pooler, PrefixSums
@@ -110,6 +110,7 @@ class PrefillEncoder:
             encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id)
             if encoder.device.type != "meta":  # meta tensors hold no values to verify
                 encoder._verify(backbone)
+        keep_freed_memory()
         return encoder
 
     def _verify(self, backbone: Any) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import ctypes
 import platform
+import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from prefill_router.encoder.hardware import measured_peak_flops, preferred_dtype
+from prefill_router.encoder.hardware import keep_freed_memory, measured_peak_flops, preferred_dtype
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -83,3 +86,26 @@ def test_the_peak_is_measured_in_the_given_dtype(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("prefill_router.encoder.hardware._product_s", record)
     assert measured_peak_flops(torch.device("cpu"), torch.bfloat16, repeats=3) == 2 * 1024**3 / 0.25
     assert products == [(torch.bfloat16, "cpu")] * 3
+
+
+def test_freed_memory_is_kept_for_the_next_allocation() -> None:
+    """Counted in page faults, where malloc is glibc's: 16 MB are 4,096 pages."""
+    keep_freed_memory()
+    is_glibc = platform.libc_ver()[0] == "glibc"
+    torch.ones(1 << 22)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 22)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 1000 or not is_glibc
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_the_users_malloc_settings_stay(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda key, _value: set_to.append(key)))
+    monkeypatch.setenv(variable, "131072")
+    keep_freed_memory()
+    assert set_to == []
+    monkeypatch.delenv(variable)
+    keep_freed_memory()
+    assert set_to == [-1, -3]
