@@ -46,7 +46,7 @@ _PUBLISHED = {
     "shieldgemma2": "ShieldGemma2ForImageClassification",
 }
 
-_WAYS = {"Decoder": "fast", "PackedBackbone": "packed", "HookedBackbone": "general"}
+_WAYS = {"PackedBackbone": "packed", "HookedBackbone": "general"}
 
 _RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ transformers' own `output_hidden_states=True` of each prompt alone, all layers a
 tests/census/census.py` writes this table, and the tests beside it fail where an outcome differs from it.
 
 - `exact`: right within float16's rounding, for prompts alone, in company, with a shared prefix and cut at a depth; by
-  `Decoder` (fast), `PackedBackbone` (packed) or `HookedBackbone` (general)
+  `PackedBackbone` (packed) or `HookedBackbone` (general)
 - `refused`: `PrefillEncoder.load` says that it does not read such a model, or not in bfloat16, and why
 - `wrong`: it differs from transformers, and where
 - `traceback`: an exception that is no line for a user

@@ -1,6 +1,6 @@
 """The encoder: a small causal LM that computes prefill activations of prompts, verified against transformers on load.
 
-Start with `prefill_encoder` (PrefillEncoder), then `checkpoint` (loads weights) and `decoder` (the fast forward pass).
+Start with `prefill_encoder` (PrefillEncoder), then `checkpoint` (loads weights) and `packed_backbone` (forward passes).
 The names below are imported on first use, because they import torch, which many users of this package do not need.
 """
 

@@ -44,8 +44,8 @@ def bound_kernel_caches() -> None:
     """Limits the caches of compiled kernels in oneDNN and in torch's layer above it, which hold 1 to 2 MB per shape.
 
     Packs have about a thousand lengths, which would take a gigabyte, while recompiling takes under 1 ms. With AMX it
-    takes 7 ms, but there packs have only 16 lengths (see `Decoder.pack_multiple`), whose kernels all fit. Call this
-    before the first matrix product. It does not override the user's environment variables.
+    takes 7 ms, but there packs have only 16 lengths (see `PackedBackbone.pack_multiple`), whose kernels all fit. Call
+    this before the first matrix product. It does not override the user's environment variables.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")

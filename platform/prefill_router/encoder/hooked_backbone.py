@@ -1,4 +1,4 @@
-"""Runs any transformers causal LM through forward hooks: the fallback for what Decoder and PackedBackbone cannot run.
+"""Runs any transformers causal LM through forward hooks: the fallback for what PackedBackbone cannot run.
 
 Prompts are padded, and a hook on each block reports its hidden states. It is slower, but makes no assumptions about
 the model's internals.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefill_router.encoder.decoder import Pack, Visit
+from prefill_router.encoder.pack import Pack, Visit
 
 
 class HookedBackbone:
@@ -33,8 +33,12 @@ class HookedBackbone:
     def device(self) -> torch.device:
         return next(iter(self.backbone.parameters())).device  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.backbone.parameters())).dtype  # type: ignore[no-any-return]
+
     def run(self, pack: Pack, visit: Visit, deepest: int) -> None:
-        """Does what `Decoder.run` does, for packs without a prefix."""
+        """Does what `PackedBackbone.run` does, for packs without a prefix."""
         # Prompts are right-padded: under causal attention no real token sees the padding, so no attention mask is
         # needed, and any token id will do.
         padded = nn.utils.rnn.pad_sequence(list(torch.split(pack.ids, pack.lengths)), batch_first=True)

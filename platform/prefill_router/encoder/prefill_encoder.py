@@ -39,10 +39,11 @@ from prefill_router.encoder.architecture import (
 )
 from prefill_router.encoder.attention import KeyValue
 from prefill_router.encoder.batching import token_budget_batches
-from prefill_router.encoder.decoder import Decoder, Pack
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, fingerprint
+from prefill_router.encoder.fused_modules import fuse
 from prefill_router.encoder.hardware import bound_kernel_caches, keep_freed_memory, preferred_dtype
 from prefill_router.encoder.hooked_backbone import HookedBackbone
+from prefill_router.encoder.pack import Pack
 from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.pooling import FLOAT16_MAX, Pooler, PrefixSums
 from prefill_router.encoder.prefill_work import Work
@@ -87,8 +88,7 @@ class PrefillEncoder:
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
         self.cost = block_cost(blocks[0], config)
         self._short_rope_tokens = short_rope_tokens(config) or self.spec.max_tokens
-        decoder = Decoder.from_transformers(backbone, self.spec.max_tokens)
-        self.backbone: Decoder | HookedBackbone = decoder or HookedBackbone(backbone, blocks)
+        self.backbone = HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
         self.prefix_cache: PrefixCache | None = None  # set one if prompts arrive one at a time
         self._lock = threading.Lock()
@@ -120,9 +120,6 @@ class PrefillEncoder:
         """
         expected = expected_states(backbone, self.num_layers, self.hidden_size, self.spec.max_tokens)
         check_causal(backbone, self.spec.max_tokens)
-        if isinstance(self.backbone, Decoder):
-            expected.check(self.backbone.run)
-            return
         if not expected.matches(self.backbone.run):
             self.backbone.has_embedding = False
             expected.check(self.backbone.run)
@@ -224,7 +221,7 @@ class PrefillEncoder:
     def _begin_group(self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn]) -> _GroupRun:
         """Computes the shared prefix of a group, or takes it from the cache."""
         own = [tokens.ids[i][group.num_tokens :] for i in group.prompts]
-        if not group.num_tokens or not isinstance(self.backbone, Decoder | PackedBackbone):
+        if not group.num_tokens or not isinstance(self.backbone, PackedBackbone):
             return _GroupRun(group, own, columns)
         shared = tuple(tokens.ids[group.prompts[0]][: group.num_tokens])
         deepest = max(column.layer for column in columns)
@@ -237,7 +234,7 @@ class PrefillEncoder:
         return _GroupRun(group, own, columns, prefix, work)
 
     def _compute_prefix(
-        self, backbone: Decoder | PackedBackbone, ids: Ids, deepest: int, cached: Prefix | None
+        self, backbone: PackedBackbone, ids: Ids, deepest: int, cached: Prefix | None
     ) -> tuple[Prefix, Work]:
         """Computes a prefix, starting from a shorter cached one if there is one."""
         first = len(cached.ids) if cached is not None else 0
@@ -253,7 +250,7 @@ class PrefillEncoder:
 
     def _batches(self, group: _GroupRun) -> Iterator[NDArray[np.int64]]:
         lengths = [len(ids) for ids in group.own]
-        if isinstance(self.backbone, Decoder | PackedBackbone):
+        if isinstance(self.backbone, PackedBackbone):
             return token_budget_batches(lengths, self.budget_tokens, is_padded=False)
         return token_budget_batches(lengths, self.budget_tokens, is_mixed=self.backbone.is_mixed)
 
@@ -339,11 +336,28 @@ def _packed(backbone: Any, hooked: HookedBackbone, expected: ExpectedStates) -> 
         return None
     try:
         packed = PackedBackbone(backbone, hooked.blocks)
-        checks = (expected.matches, expected.matches_in_batch, expected.matches_after_prefix)
-        is_exact = all(check(packed.run) for check in checks)
+        is_exact = _is_exact(packed, expected)
         if is_exact and (packed.windows - {None} or not has_windows(config)):
+            _fuse_if_exact(packed, expected)
             return packed
     except Exception as error:  # a model can raise any exception on packed inputs
         log.debug("%s cannot be packed: %s", type(backbone).__name__, error)
     backbone.set_attn_implementation(attention)
     return None
+
+
+def _fuse_if_exact(packed: PackedBackbone, expected: ExpectedStates) -> None:
+    """Replaces modules of the model by faster ones, unless it then differs from transformers."""
+    restore, name = fuse(packed.backbone), type(packed.backbone).__name__
+    try:
+        if _is_exact(packed, expected):
+            return
+        log.debug("%s differs from transformers with fused modules", name)
+    except Exception as error:  # a model may use more of a module than its result
+        log.debug("%s does not run with fused modules: %s", name, error)
+    restore()
+
+
+def _is_exact(packed: PackedBackbone, expected: ExpectedStates) -> bool:
+    checks = (expected.matches, expected.matches_in_batch, expected.matches_after_prefix)
+    return all(check(packed.run) for check in checks)

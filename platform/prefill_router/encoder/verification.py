@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from prefill_router.encoder.attention import KeyValue
-from prefill_router.encoder.decoder import Pack, Visit
+from prefill_router.encoder.pack import Pack, Visit
 
 Run = Callable[[Pack, Visit, int], None]  # the signature of `HookedBackbone.run`
 
 
 class PackedRun(Protocol):
-    """The signature of `Decoder.run`."""
+    """The signature of `PackedBackbone.run`."""
 
     def __call__(self, pack: Pack, visit: Visit, deepest: int, keep: list[KeyValue] | None = None) -> None: ...
 
@@ -45,7 +45,7 @@ def check_causal(backbone: Any, max_tokens: int) -> None:
         shared = len(first) // 2
         layers = zip(_states(backbone, first), _states(backbone, second), strict=True)
         for one, other in islice(layers, _CAUSAL_LAYERS):
-            if not _relative_error(one[:shared], other[:shared]) < _bound(_CAUSAL_BOUNDS, one):
+            if not relative_error(one[:shared], other[:shared]) < _bound(_CAUSAL_BOUNDS, one):
                 raise ValueError("it is not a causal LM: its tokens attend to later tokens")
 
 
@@ -116,7 +116,7 @@ def _check_states(
         reference = expected[layer]
         if states.shape != reference.shape:
             raise ValueError(f"its layer {layer} has shape {tuple(states.shape)}, must be {tuple(reference.shape)}")
-        error = _relative_error(states, reference)
+        error = relative_error(states, reference)
         if not error < _bound(_EQUAL_BOUNDS, states):
             raise ValueError(f"its layer {layer} differs from transformers' (relative error {error:.1g})")
 
@@ -147,6 +147,7 @@ def _bound(bounds: Mapping[torch.dtype | None, float], states: Tensor) -> float:
     return bounds.get(states.dtype, bounds[None])
 
 
-def _relative_error(states: Tensor, expected: Tensor) -> float:
+def relative_error(states: Tensor, expected: Tensor) -> float:
+    """Returns ||states - expected|| / ||expected||."""
     states, expected = states.double(), expected.double()
     return float((states - expected).norm() / expected.norm().clamp(min=1e-30))

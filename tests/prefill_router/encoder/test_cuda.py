@@ -27,9 +27,10 @@ from prefill_router.common.schema import NUM_TOKENS, activation_columns
 from prefill_router.encoder import attention
 from prefill_router.encoder import prefill_encoder as encoder_module
 from prefill_router.encoder.attention import KeyValue, PaddedAttention, VarlenAttention, attention_for
-from prefill_router.encoder.decoder import Decoder, Pack
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hardware import measured_peak_flops, preferred_dtype
+from prefill_router.encoder.pack import Pack
+from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.pooling import Pooler, PrefixSums
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import causal_softmax, hidden_states, relative_error
@@ -102,7 +103,7 @@ def test_the_kernel_is_used_if_available() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_layer_is_near_transformers_in_float32_on_the_cpu(folder: Path, dtype: str, mean_over: str) -> None:
     encoder, prompts = load(folder, dtype=dtype, mean_over=mean_over), [*random_prompts(20), "one"]
-    assert isinstance(encoder.backbone, Decoder)
+    assert isinstance(encoder.backbone, PackedBackbone)
     encoded = encoder.encode(prompts)
     first = int(mean_over == "after_first")
     for row, states in enumerate(hidden_states(folder, encoder.tokenize(prompts).ids)):
@@ -115,8 +116,9 @@ def test_every_layer_is_near_transformers_in_float32_on_the_cpu(folder: Path, dt
 def test_hooks_give_what_transformers_gives(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    encoder = load(save_tiny_model(tmp_path, config=LlamaConfig(**SIZES, hidden_act="gelu")), dtype="float32")
-    assert not isinstance(encoder.backbone, Decoder)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}  # is not packed
+    encoder = load(save_tiny_model(tmp_path, config=LlamaConfig(**SIZES, rope_parameters=rope)), dtype="float32")
+    assert not isinstance(encoder.backbone, PackedBackbone)
     prompts = random_prompts(20)
     encoded = encoder.encode(prompts)
     for row, states in enumerate(hidden_states(tmp_path, encoder.tokenize(prompts).ids)):
@@ -216,7 +218,7 @@ def _waits_are_reported() -> Iterator[None]:
 def num_waits(encoder: PrefillEncoder, deepest: int, leave_out_first: bool, prefix: list[KeyValue] | None) -> int:
     """Counts how often the host waits for the device in one pack."""
     lengths = [5, 70, 1, 30]
-    assert isinstance(encoder.backbone, Decoder)
+    assert isinstance(encoder.backbone, PackedBackbone)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pack = Pack.of([[7] * n for n in lengths], CUDA, prefix)
@@ -238,7 +240,7 @@ def num_waits(encoder: PrefillEncoder, deepest: int, leave_out_first: bool, pref
 def test_no_layer_waits_for_the_device(folder: Path, dtype: str, leave_out_first: bool) -> None:
     """Building a pack takes some waits; their number does not depend on the number of layers."""
     encoder = load(folder, dtype=dtype)
-    assert isinstance(encoder.backbone, Decoder)
+    assert isinstance(encoder.backbone, PackedBackbone)
     prefix: list[KeyValue] = []
     encoder.backbone.run(Pack.of([[7] * 10], CUDA), lambda _layer, _states: None, NUM_LAYERS, keep=prefix)
     for shared in (None, prefix):

@@ -1,4 +1,4 @@
-"""Models that the decoder does not support are compared with transformers in float32, for each prompt alone."""
+"""Models outside the usual forms are compared with transformers in float32, for each prompt alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config
 
-from prefill_router.encoder.decoder import Pack
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hooked_backbone import HookedBackbone
+from prefill_router.encoder.pack import Pack
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import assert_equals_transformers
 from tiny import SIZES, WORDS, random_prompts, save_tiny_model

@@ -19,10 +19,11 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     Phi3Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
-from prefill_router.encoder import packed_backbone
+from prefill_router.encoder import fused_modules, packed_backbone
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
@@ -37,6 +38,7 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope
 ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LONG = {"type": "longrope", "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 PACKED = {
+    "the usual form": Qwen3Config(**SIZES, head_dim=8),
     "learned positions": GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=256, vocab_size=SIZES["vocab_size"]),
     "windows and capped scores": Gemma2Config(**SIZES, head_dim=8, layer_types=MIXED, sliding_window=WINDOW),
     "windows and norms": Gemma3TextConfig(**SIZES, head_dim=8, layer_types=MIXED, sliding_window=WINDOW),
@@ -92,7 +94,9 @@ def test_a_shared_prefix_is_computed_once_and_exact(tmp_path: Path, name: str, m
     assert_exact(encoder, texts)
 
 
-@pytest.mark.parametrize("name", ["windows and capped scores", "windows and norms", "learned positions"])
+@pytest.mark.parametrize(
+    "name", ["the usual form", "windows and capped scores", "windows and norms", "learned positions"]
+)
 def test_the_bits_do_not_depend_on_the_pack(tmp_path: Path, name: str) -> None:
     encoder, texts = load(tmp_path, PACKED[name], "bfloat16"), prompts(8)
     together = encoder.encode(texts)
@@ -155,4 +159,13 @@ def test_a_window_that_is_not_passed_to_attention_is_not_packed(
     monkeypatch.setattr(PackedBackbone, "run", untold)
     encoder = load(tmp_path, config)
     assert not isinstance(encoder.backbone, PackedBackbone)
+    assert_exact(encoder, prompts(4))
+
+
+def test_fused_modules_that_make_a_difference_are_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's norms multiply by one plus the weight; unchecked, they become norms that multiply by the weight."""
+    monkeypatch.setattr(fused_modules, "_equals", lambda *_: True)
+    encoder = load(tmp_path, PACKED["windows and norms"])
+    assert isinstance(encoder.backbone, PackedBackbone)
+    assert type(encoder.backbone.blocks[0].get_submodule("input_layernorm")).__name__ == "Gemma3RMSNorm"
     assert_exact(encoder, prompts(4))

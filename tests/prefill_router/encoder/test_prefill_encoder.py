@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from prefill_router.common.schema import ActivationColumn
-from prefill_router.encoder.decoder import Decoder
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hardware import preferred_dtype
-from prefill_router.encoder.hooked_backbone import HookedBackbone
+from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from reference import ATOL, RTOL, assert_equals_transformers, hidden_states, relative_error
 from tiny import SIZES, WORDS, random_prompts, save_tiny_model
@@ -42,11 +41,12 @@ def chat(prompt: str) -> str:
 
 @pytest.fixture(scope="module")
 def hooked_encoder(tmp_path_factory: pytest.TempPathFactory) -> PrefillEncoder:
-    """The tiny model with an activation function that Decoder does not support."""
+    """The tiny model with a rotary embedding that depends on the prompt's length, so that it is not packed."""
     from transformers import LlamaConfig
 
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     folder = tmp_path_factory.mktemp("hooked")
-    return load(save_tiny_model(folder, config=LlamaConfig(**SIZES, hidden_act="gelu")))
+    return load(save_tiny_model(folder, config=LlamaConfig(**SIZES, rope_parameters=rope)))
 
 
 # --- activations -------------------------------------------------------------------------------------------------
@@ -103,34 +103,19 @@ DEPTHS = pytest.mark.parametrize(("deepest", "blocks_run"), [(0, []), (1, [0]), 
 
 
 @DEPTHS
+@pytest.mark.parametrize(("kind", "is_packed"), [("tiny_encoder", True), ("hooked_encoder", False)])
 def test_the_pass_ends_after_the_deepest_layer(
-    tiny_encoder: PrefillEncoder, deepest: int, blocks_run: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, is_packed: bool, deepest: int, blocks_run: list[int], request: pytest.FixtureRequest
 ) -> None:
-    assert isinstance(tiny_encoder.backbone, Decoder)
-    run: list[int] = []
-    for index, block in enumerate(tiny_encoder.backbone.blocks):
-
-        def recorded(*args: Any, index: int = index, project: Any = block.project) -> Any:
-            run.append(index)
-            return project(*args)
-
-        monkeypatch.setattr(block, "project", recorded)
-    tiny_encoder.encode(PROMPTS[:1], layers=sorted({0, deepest}))
-    assert run == blocks_run
-
-
-@DEPTHS
-def test_a_pass_with_hooks_ends_after_the_deepest_layer(
-    hooked_encoder: PrefillEncoder, deepest: int, blocks_run: list[int]
-) -> None:
-    assert isinstance(hooked_encoder.backbone, HookedBackbone)
+    encoder: PrefillEncoder = request.getfixturevalue(kind)
+    assert isinstance(encoder.backbone, PackedBackbone) == is_packed
     run: list[int] = []
     hooks = [
         block.get_submodule("self_attn").register_forward_pre_hook(lambda _module, _args, i=index: run.append(i))
-        for index, block in enumerate(hooked_encoder.backbone.blocks)
+        for index, block in enumerate(encoder.backbone.blocks)
     ]
     try:
-        hooked_encoder.encode(PROMPTS[:1], layers=sorted({0, deepest}))
+        encoder.encode(PROMPTS[:1], layers=sorted({0, deepest}))
     finally:
         for hook in hooks:
             hook.remove()

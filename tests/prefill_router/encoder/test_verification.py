@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DogeConfig, Qwen3MoeConfig
 
 from prefill_router.encoder.architecture import find_blocks
-from prefill_router.encoder.decoder import Pack, Visit
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hooked_backbone import HookedBackbone
+from prefill_router.encoder.pack import Pack, Visit
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.verification import Run, check_causal, expected_states
 from reference import hidden_states, relative_error
