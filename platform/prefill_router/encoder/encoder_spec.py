@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,9 @@ class EncoderIdentity(StrictModel):
     num_layers: int
     hidden_size: int
     fingerprint: str
+    # Divisors of each layer's states: see `activation_scales`. Not written if empty, so that older artifacts keep their
+    # version.
+    scales: list[int] = Field([], exclude_if=operator.not_)
 
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
         """Returns the activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
@@ -88,7 +92,7 @@ def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:
             raise UserError(f"layer {layer} is out of range: {model} has layers 0 to {num_layers}")
 
 
-def fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: PromptTokenizer) -> str:
+def fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: PromptTokenizer, scales: list[int]) -> str:
     """Returns a hash of everything that changes activations, except the device."""
     parts = {
         "encoding_version": ENCODING_VERSION,
@@ -98,5 +102,6 @@ def fingerprint(spec: EncoderSpec, weights_id: str, config: Any, tokenizer: Prom
         "dtype": spec.dtype,
         "max_tokens": spec.max_tokens,
         "mean_over": spec.mean_over,
+        **({"scales": scales} if scales else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -35,7 +35,8 @@ class PrefixSums:
 class Pooler:
     """Collects `columns` of one pack, layer by layer, as float16. Clamps values outside float16's range.
 
-    `mean` averages a prompt's tokens. If `leave_out_first`, it excludes the first one, unless that is the only token.
+    Each layer's values are first divided by its entry in `scales`, unless that is empty. `mean` averages a prompt's
+    tokens. If `leave_out_first`, it excludes the first one, unless that is the only token.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Pooler:
         device: torch.device,
         leave_out_first: bool,
         prefix: PrefixSums | None = None,
+        scales: Sequence[int] = (),
     ) -> None:
-        self.columns, self.prefix = columns, prefix
+        self.columns, self.prefix, self.scales = columns, prefix, scales
         # With a prefix, the first token is in the prefix.
         self.skipped = [int(leave_out_first and prefix is None and n > 1) for n in lengths]
         self.lengths = list(lengths)
@@ -64,6 +66,8 @@ class Pooler:
         for column in self.columns:
             if column.layer == layer:
                 pooled = states_TD[self.last].float() if column.pooling == "last" else self._mean(layer, states_TD)
+                if self.scales:
+                    pooled = pooled / self.scales[layer]
                 self.pooled[column] = pooled.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
 
     def result(self) -> Tensor:

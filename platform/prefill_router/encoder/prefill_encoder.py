@@ -27,6 +27,7 @@ from torch import Tensor
 from prefill_router.common.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder import checkpoint
+from prefill_router.encoder.activation_scales import activation_scales
 from prefill_router.encoder.architecture import (
     block_cost,
     context_tokens,
@@ -77,13 +78,14 @@ class PrefillEncoder:
     Threads may share it. Their calls run one at a time, unless each thread uses one core (`torch.set_num_threads(1)`).
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str) -> None:
+    def __init__(self, backbone: Any, tokenizer: Any, spec: EncoderSpec, weights_id: str, scales: list[int]) -> None:
         config = text_config(backbone)
         context = context_tokens(config)
         self.spec = spec.model_copy(update={"max_tokens": min(spec.max_tokens, context or spec.max_tokens)})
         options = (self.spec.max_tokens, date.fromisoformat(spec.template_date), spec.template_arguments)
         self.tokenizer, self._prompts = tokenizer, PromptTokenizer(tokenizer, spec.model, *options)
-        self.fingerprint = fingerprint(self.spec, weights_id, config, self._prompts)
+        self.scales = scales  # divisors of each layer's states: see `activation_scales`
+        self.fingerprint = fingerprint(self.spec, weights_id, config, self._prompts, scales)
         blocks = find_blocks(backbone)
         self.num_layers, self.hidden_size = len(blocks), int(config.hidden_size)
         self.cost = block_cost(blocks[0], config)
@@ -106,8 +108,9 @@ class PrefillEncoder:
         loaded = checkpoint.load_causal_lm(spec.model, spec.revision, getattr(torch, str(spec.dtype)))
         spec = spec.model_copy(update={"revision": loaded.revision})
         with checkpoint.load_errors(spec.model):
+            scales = activation_scales(loaded.backbone)
             backbone = loaded.backbone.to(device)
-            encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id)
+            encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id, scales)
             if encoder.device.type != "meta":  # meta tensors hold no values to verify
                 encoder._verify(backbone)
         keep_freed_memory()
@@ -135,7 +138,11 @@ class PrefillEncoder:
     @property
     def identity(self) -> EncoderIdentity:
         return EncoderIdentity(
-            spec=self.spec, num_layers=self.num_layers, hidden_size=self.hidden_size, fingerprint=self.fingerprint
+            spec=self.spec,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            fingerprint=self.fingerprint,
+            scales=self.scales,
         )
 
     def encode(
@@ -147,8 +154,9 @@ class PrefillEncoder:
         """Computes prefill activations of `prompts`, each a bare prompt or a list of messages.
 
         Returns a float16 array (N, D) for each layer and pooling, named like `last_012`, and `num_tokens` int32 (N,),
-        the prompt lengths after truncation. Logs a warning with the number of prompts cut to `max_tokens`, and one with
-        the number of values clamped to float16's range. Raises UserError for an unknown layer or pooling.
+        the prompt lengths after truncation. The states of layer l are divided by `scales[l]`, unless `scales` is empty.
+        Logs a warning with the number of prompts cut to `max_tokens`, and one with the number of values clamped to
+        float16's range. Raises UserError for an unknown layer or pooling.
         """
         tokens = self.tokenize(prompts)
         if tokens.num_truncated:
@@ -271,7 +279,8 @@ class PrefillEncoder:
         prefix = group.prefix
         pack = Pack.of([group.own[i] for i in batch], self.device, prefix.keys_and_values if prefix else None)
         leave_out_first = self.spec.mean_over == "after_first"
-        pooler = Pooler(group.columns, pack.lengths, self.device, leave_out_first, prefix.sums if prefix else None)
+        sums = prefix.sums if prefix else None
+        pooler = Pooler(group.columns, pack.lengths, self.device, leave_out_first, sums, self.scales)
         deepest = max(column.layer for column in group.columns)
         self.backbone.run(pack, pooler.visit, deepest)
         results.put(np.array(group.prompts.prompts)[batch], pooler.result())
