@@ -90,6 +90,7 @@ def local_ray(ray_address: str) -> Iterator[None]:
     cluster.connect()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "_total", lambda resource: 2.0 if resource == "CPU" else 0.0)
+        patch.setattr(cluster, "_gpus_by_node", lambda: [0.0])
         yield
     ray.shutdown()
 

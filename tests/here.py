@@ -155,6 +155,7 @@ def without_ray() -> Iterator[None]:
         "Shared": Shared,
         "worker_id": lambda: "here",
         "nodes": lambda: ["here"],
+        "_gpus_by_node": lambda: [0.0],
         "_total": lambda resource: float(NUM_CPUS) if resource == "CPU" else 0.0,
     }
     with pytest.MonkeyPatch.context() as patch:

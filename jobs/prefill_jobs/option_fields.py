@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from prefill_router import storage
+from prefill_router.common.validation import Gpus
 from prefill_router.storage import Uri
 
 DEFAULT_ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,7 +86,13 @@ MaxBadFraction = Annotated[
         ge=0.0, le=1.0, description="Maximum share of invalid rows before the job stops; up to it they are quarantined"
     ),
 ]
-GpusPerWorker = Annotated[float, Field(gt=0.0, description="GPUs per encoder actor; a fraction shares one GPU")]
+GpusPerWorker = Annotated[
+    Gpus,
+    Field(
+        gt=0.0,
+        description="GPUs per encoder actor: a fraction shares one GPU, several hold an encoder larger than one",
+    ),
+]
 Workers = Annotated[
     int | None,
     Field(ge=1, description="Maximum number of encoder actors [default: one per GPU, or one per node without GPUs]"),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from prefill_router.common.validation import StrictModel
+from prefill_router.common.validation import Gpus, StrictModel
 
 HOST_NAME = r"^(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)$"
 
@@ -148,7 +148,7 @@ class AppArgs(Settings):
     replicas: int = Field(1, ge=1, description="Number of replicas without autoscaling")
     autoscaling: Autoscaling | None = None
     threads: int | None = Field(None, ge=1, description="CPU cores per replica [the machine's cores / replicas]")
-    gpus: float | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
+    gpus: Gpus | None = Field(None, ge=0.0, description="GPUs per replica [1 if the cluster now has one for each]")
     traces: str | None = Field(None, description="URL of an OTLP collector, such as http://localhost:4318/v1/traces")
 
     @model_validator(mode="after")

@@ -135,3 +135,11 @@ def test_every_command_refuses_an_unknown_key(command: str) -> None:
     validation.validate(options.command_options()[command], known, command)
     with pytest.raises(UserError, match='unknown key "not_an_option"'):
         validation.validate(options.command_options()[command], {**known, "not_an_option": 1}, command)
+
+
+@pytest.mark.parametrize("gpus", [0.25, 1, 2, 8.0])
+def test_a_worker_has_a_fraction_of_a_gpu_or_whole_gpus(gpus: float) -> None:
+    config = {"corpus": "corpus", "out": "out"}
+    assert validation.validate(options.ExtractConfig, config | {"gpus_per_worker": gpus}, "extract")
+    with pytest.raises(UserError, match=r"gpus_per_worker = \d+\.5, must be a whole number, or less than 1"):
+        validation.validate(options.ExtractConfig, config | {"gpus_per_worker": int(gpus) + 1.5}, "extract")

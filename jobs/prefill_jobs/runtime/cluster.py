@@ -110,6 +110,10 @@ def _total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
 
+def _gpus_by_node() -> list[float]:
+    return [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Actors:
     """The number and the resources of a job's encoder actors."""
@@ -121,7 +125,18 @@ class Actors:
 
     @property
     def use_gpus(self) -> bool:
-        return self.accelerator is not None or _total("GPU") >= self.gpus
+        """Raises UserError if an actor needs several GPUs, and no node has as many."""
+        if self.accelerator is None and self.gpus > 1 and not self._room:
+            raise UserError(
+                f"gpus_per_worker = {self.gpus:g}: no node of the cluster has so many GPUs: give a smaller number, or "
+                "an accelerator to wait for nodes"
+            )
+        return self.accelerator is not None or self._room > 0
+
+    @property
+    def _room(self) -> int:
+        """The number of actors for which the nodes have GPUs now."""
+        return sum(int(gpus // self.gpus) for gpus in _gpus_by_node())
 
     @property
     def number(self) -> int:
@@ -129,7 +144,7 @@ class Actors:
         if self.most is not None:
             return self.most
         if self.use_gpus:
-            return max(1, int(_total("GPU") // self.gpus))
+            return max(1, self._room)
         return len(nodes())
 
     def options(self, calls: int) -> dict[str, Any]:
@@ -139,7 +154,7 @@ class Actors:
         none wait for a slow one.
         """
         number = self.number
-        there = int(_total("GPU") // self.gpus) if self.use_gpus else number
+        there = self._room if self.use_gpus else number
         options: dict[str, Any] = {
             "compute": ray.data.ActorPoolStrategy(
                 min_size=1,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from prefill_router.common.errors import UserError
 
@@ -43,6 +43,14 @@ def _parse_date(value: object) -> object:
         raise ValueError("must be a date, such as 2026-01-31") from None
 
 
+def _whole_if_many(gpus: float) -> float:
+    """Checks what Ray assigns: a fraction of one GPU, or whole GPUs."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("must be a whole number, or less than 1")
+    return gpus
+
+
+Gpus = Annotated[float, AfterValidator(_whole_if_many)]
 JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_parse_object)]
 IsoDate = Annotated[str, BeforeValidator(_parse_date)]
 
