@@ -29,10 +29,10 @@ _latest = threading.local()  # a thread's latest shared product, its input and i
 
 
 @torch.no_grad()
-def fuse(backbone: nn.Module) -> Callable[[], None]:
-    """Replaces modules of `backbone` in place. Returns a function that restores the original ones."""
+def fuse(blocks: nn.Module) -> Callable[[], None]:
+    """Replaces modules of a model's blocks in place. Returns a function that restores the original ones."""
     undo: list[Callable[[], None]] = []
-    _fuse(backbone, undo)
+    _fuse(blocks, undo)
 
     def restore() -> None:
         for step in undo:
@@ -51,9 +51,18 @@ def _fuse(parent: nn.Module, undo: list[Callable[[], None]]) -> None:
             undo.append(partial(setattr, parent, name, child))
             setattr(parent, name, fused)
     rotating = _with_fused_rotation(type(parent).forward)
-    if rotating is not None and "forward" not in vars(parent):
-        undo.append(partial(delattr, parent, "forward"))
-        parent.forward = MethodType(rotating, parent)
+    if rotating is not None:
+        _set_forward(parent, MethodType(rotating, parent), undo)
+
+
+def _set_forward(module: Any, forward: MethodType, undo: list[Callable[[], None]]) -> None:
+    """Replaces a module's own forward, unless someone else has replaced it."""
+    if hasattr(module, "_hf_hook"):  # accelerate moves a divided model's inputs, and then calls this
+        undo.append(partial(setattr, module, "_old_forward", module._old_forward))
+        module._old_forward = forward
+    elif "forward" not in vars(module):
+        undo.append(partial(delattr, module, "forward"))
+        module.forward = forward
 
 
 def _fused(module: nn.Module) -> nn.Module | None:

@@ -47,7 +47,7 @@ class HookedBackbone:
         rows = is_real.flatten().nonzero()[:, 0]
 
         def visit_packed(layer: int, states_BSD: Tensor) -> None:
-            visit(layer, states_BSD.flatten(0, 1).index_select(0, rows))
+            visit(layer, states_BSD.flatten(0, 1).index_select(0, rows.to(states_BSD.device)))
 
         with self._visiting(visit_packed, deepest):
             final = self.backbone(input_ids=padded, use_cache=False).last_hidden_state

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 
 class LinearProduct(nn.Module):
-    """One or several `nn.Linear` as one product, (..., in) -> (..., sum of outs). All of them have a bias or none."""
+    """One or several `nn.Linear` as one product, (..., in) -> (..., sum of outs). All of them have a bias or none.
+
+    The weights of several layers become parts of the product's, so that a device holds a large model once.
+    """
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
-        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.weight = layers[0].weight.detach()
+        if len(layers) > 1:
+            self.weight = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, own in zip(layers, self.weight.split([layer.out_features for layer in layers]), strict=True):
+                layer.weight = nn.Parameter(own, requires_grad=False)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class PackedBackbone(HookedBackbone):
         # Padding has position 0: a model may have none beyond its context.
         positions = F.pad(pack.positions(), (0, len(padded.ids) - len(pack.ids)))
         inputs = {"input_ids": padded.ids[None], "position_ids": positions[None], "use_cache": False}
-        _running.run = run = _Run(padded, len(pack.ids), visit, deepest, keep, self.device)
+        _running.run = run = _Run(padded, len(pack.ids), visit, deepest, keep)
         try:
             run.reached(len(self.blocks), self.backbone(**inputs).last_hidden_state[0])
         except DeepestLayerReached:
@@ -79,7 +79,6 @@ class _Run:
     visit: Visit
     deepest: int
     keep: list[KeyValue] | None
-    device: torch.device
     num_attended: int = 0
     windows: set[int | None] = field(default_factory=set)
     _attentions: dict[tuple[Any, ...], Attention] = field(default_factory=dict)
@@ -96,9 +95,9 @@ class _Run:
         self.windows.add(scoring.window)
         if self.keep is not None:
             self.keep.append((key[: self.num_tokens], value[: self.num_tokens]))
-        kind = (scoring.scale, scoring.window, scoring.softcap, id(scoring.sinks))
+        kind = (scoring.scale, scoring.window, scoring.softcap, id(scoring.sinks), query.device)
         if kind not in self._attentions:
-            options = (self.pack.lengths, self.pack.prefix_tokens, self.device, query.dtype)
+            options = (self.pack.lengths, self.pack.prefix_tokens, query.device, query.dtype)
             self._attentions[kind] = attention_for(*options, scoring)
         return self._attentions[kind](query, key, value, prefix)
 

@@ -63,6 +63,7 @@ class Pooler:
         self.pooled: dict[ActivationColumn, Tensor] = {}
 
     def visit(self, layer: int, states_TD: Tensor) -> None:
+        self._follow(states_TD.device)
         for column in self.columns:
             if column.layer == layer:
                 pooled = states_TD[self.last].float() if column.pooling == "last" else self._mean(layer, states_TD)
@@ -71,8 +72,17 @@ class Pooler:
                 self.pooled[column] = pooled.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
 
     def result(self) -> Tensor:
-        """Returns the pooled columns, (C, B, D) float16, on the device."""
-        return torch.stack([self.pooled[column] for column in self.columns])
+        """Returns the pooled columns, (C, B, D) float16: on their device, or on the host if they are on several."""
+        pooled = [self.pooled[column] for column in self.columns]
+        if len({values.device for values in pooled}) > 1:
+            pooled = [values.cpu() for values in pooled]
+        return torch.stack(pooled)
+
+    def _follow(self, device: torch.device) -> None:
+        """Moves the indices to the states' device: the layers of a divided model are on several GPUs."""
+        if self.last.device != device:
+            self.last, self.first = self.last.to(device), self.first.to(device)
+            self.segments, self.counts = self.segments.to(device), self.counts.to(device)
 
     def _mean(self, layer: int, states_TD: Tensor) -> Tensor:
         sums_BD = self._sums(states_TD)

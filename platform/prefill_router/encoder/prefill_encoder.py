@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prefill_router.common.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder import checkpoint
+from prefill_router.encoder import checkpoint, placement
 from prefill_router.encoder.activation_scales import activation_scales
 from prefill_router.encoder.architecture import (
     block_cost,
@@ -92,6 +92,7 @@ class PrefillEncoder:
         self._short_rope_tokens = short_rope_tokens(config) or self.spec.max_tokens
         self.backbone = HookedBackbone(backbone, blocks)
         self.device, self.dtype = self.backbone.device, getattr(torch, str(spec.dtype))
+        self.devices = list(dict.fromkeys(weight.device for weight in backbone.parameters()))
         self.prefix_cache: PrefixCache | None = None  # set one if prompts arrive one at a time
         self._lock = threading.Lock()
 
@@ -99,7 +100,8 @@ class PrefillEncoder:
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
         """Loads the encoder on `device`, by default CUDA if available, otherwise the CPU.
 
-        Raises UserError if the model cannot be loaded or is not a causal LM.
+        On "cuda", a model that is larger than a GPU is divided over all GPUs of the process. Raises UserError if the
+        model is too large, cannot be loaded or is not a causal LM.
         """
         spec = EncoderSpec(model=spec) if isinstance(spec, str) else spec
         bound_kernel_caches()
@@ -109,10 +111,12 @@ class PrefillEncoder:
         spec = spec.model_copy(update={"revision": loaded.revision})
         with checkpoint.load_errors(spec.model):
             scales = activation_scales(loaded.backbone)
-            backbone = loaded.backbone.to(device)
+            pack_tokens = max(spec.max_tokens, _budget_tokens(device))
+            backbone = placement.place(loaded.backbone, find_blocks(loaded.backbone), device, pack_tokens)
             encoder = cls(backbone, loaded.tokenizer, spec, loaded.weights_id, scales)
             if encoder.device.type != "meta":  # meta tensors hold no values to verify
-                encoder._verify(backbone)
+                with placement.division_errors(encoder.devices):
+                    encoder._verify(backbone)
         keep_freed_memory()
         return encoder
 
@@ -224,7 +228,7 @@ class PrefillEncoder:
     @property
     def budget_tokens(self) -> int:
         """Tokens per pack; larger packs are not faster."""
-        return BUDGET_TOKENS.get(self.device.type, BUDGET_TOKENS["cpu"])
+        return _budget_tokens(self.device.type)
 
     def _begin_group(self, tokens: Tokens, group: PrefixGroup, columns: Sequence[ActivationColumn]) -> _GroupRun:
         """Computes the shared prefix of a group, or takes it from the cache."""
@@ -316,7 +320,7 @@ class _Results:
 
     def put(self, prompts: NDArray[np.int64], pooled_CBD: Tensor) -> None:
         if not pooled_CBD.is_cuda:
-            self.values_CND[:, prompts] = pooled_CBD.numpy()
+            self.values_CND[:, prompts] = pooled_CBD.cpu().numpy()
             return
         host = torch.empty(pooled_CBD.shape, dtype=pooled_CBD.dtype, pin_memory=True)
         host.copy_(pooled_CBD, non_blocking=True)
@@ -338,6 +342,10 @@ class _Results:
         self._copying = None
 
 
+def _budget_tokens(device_type: str) -> int:
+    return BUDGET_TOKENS.get(device_type, BUDGET_TOKENS["cpu"])
+
+
 def _packed(backbone: Any, hooked: HookedBackbone, expected: ExpectedStates) -> PackedBackbone | None:
     """Returns a PackedBackbone if it matches transformers; otherwise restores the model and returns None."""
     config, attention = text_config(backbone), backbone.config._attn_implementation
@@ -357,7 +365,7 @@ def _packed(backbone: Any, hooked: HookedBackbone, expected: ExpectedStates) -> 
 
 def _fuse_if_exact(packed: PackedBackbone, expected: ExpectedStates) -> None:
     """Replaces modules of the model by faster ones, unless it then differs from transformers."""
-    restore, name = fuse(packed.backbone), type(packed.backbone).__name__
+    restore, name = fuse(packed.blocks), type(packed.backbone).__name__
     try:
         if _is_exact(packed, expected):
             return

@@ -149,5 +149,5 @@ def _bound(bounds: Mapping[torch.dtype | None, float], states: Tensor) -> float:
 
 def relative_error(states: Tensor, expected: Tensor) -> float:
     """Returns ||states - expected|| / ||expected||."""
-    states, expected = states.double(), expected.double()
+    states, expected = states.double(), expected.to(states.device, torch.float64)
     return float((states - expected).norm() / expected.norm().clamp(min=1e-30))

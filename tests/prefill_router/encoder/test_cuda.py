@@ -4,6 +4,7 @@
 - The encoder in bfloat16 and float32 equals transformers in float32 on the CPU.
 - A prompt's activations are the same in any batch, with and without a shared prefix.
 - The kernel that sums each prompt's states is correct and does not modify them.
+- A model that is divided between the GPU and the CPU equals transformers, too.
 - Results copied while the device computes the next pack are complete.
 - No layer makes the host wait for the device.
 - The measured peak is that of the device.
@@ -24,9 +25,10 @@ import pytest
 import torch
 
 from prefill_router.common.schema import NUM_TOKENS, activation_columns
-from prefill_router.encoder import attention
+from prefill_router.encoder import attention, placement
 from prefill_router.encoder import prefill_encoder as encoder_module
 from prefill_router.encoder.attention import KeyValue, PaddedAttention, VarlenAttention, attention_for
+from prefill_router.encoder.checkpoint import load_causal_lm
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hardware import measured_peak_flops, preferred_dtype
 from prefill_router.encoder.pack import Pack
@@ -124,6 +126,22 @@ def test_hooks_give_what_transformers_gives(tmp_path: Path) -> None:
     for row, states in enumerate(hidden_states(tmp_path, encoder.tokenize(prompts).ids)):
         for layer in range(NUM_LAYERS + 1):
             assert relative_error(encoded[f"mean_{layer:03d}"][row], states[layer].mean(0)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_on_two_devices_is_near_transformers(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is the CPU, for a machine may have one GPU."""
+    monkeypatch.setattr(placement, "gpus_of", lambda _device: [torch.device("cuda", 0), torch.device("cpu")])
+    monkeypatch.setattr(placement, "activation_bytes", lambda _block, _tokens: 0)
+    weights = placement.num_bytes(load_causal_lm(str(folder), None, getattr(torch, dtype)).backbone)
+    monkeypatch.setattr(placement, "free_bytes", lambda _device: int(0.8 * weights))
+    encoder, prompts = load(folder, dtype=dtype), random_prompts(20)
+    assert len(encoder.devices) == 2
+    encoded = encoder.encode(prompts)
+    for row, states in enumerate(hidden_states(folder, encoder.tokenize(prompts).ids)):
+        for layer in range(NUM_LAYERS + 1):
+            assert relative_error(encoded[f"last_{layer:03d}"][row], states[layer, -1]) < TOLERANCE[dtype]
+            assert relative_error(encoded[f"mean_{layer:03d}"][row], states[layer].mean(0)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
