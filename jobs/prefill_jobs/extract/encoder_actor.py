@@ -61,9 +61,11 @@ class EncoderActor(ABC):
 
     @cached_property
     def peak_flops(self) -> float:
-        """The measured peak per second; 0 for a sentence encoder."""
+        """The measured peak per second of all GPUs that the encoder is on; 0 for a sentence encoder."""
         encoder = self.encoder
-        return measured_peak_flops(encoder.device, encoder.dtype) if isinstance(encoder, PrefillEncoder) else 0.0
+        if not isinstance(encoder, PrefillEncoder):
+            return 0.0
+        return sum(measured_peak_flops(device, encoder.dtype) for device in encoder.devices)
 
     @cached_property
     def began_s(self) -> float:
