@@ -4,7 +4,7 @@ Families share a few forms of norms, gated MLPs, projections and rotary embeddin
 and replaced only if the new one gives the same for random inputs of several magnitudes.
 """
 
-# T tokens, H heads, E head size
+# T tokens, H heads, E head size, R rotated part of it
 
 from __future__ import annotations
 
@@ -208,7 +208,10 @@ def _is_rotation(function: Any) -> bool:
 
 
 def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Applies rotary embedding to (1, H, T, E), or (1, T, H, E) if `unsqueeze_dim` is 2. cos and sin are (1, T, E)."""
+    """Applies rotary embedding to (1, H, T, E), or (1, T, H, E) if `unsqueeze_dim` is 2.
+
+    cos and sin are (1, T, R): the first R of E numbers are rotated.
+    """
     half = cos.shape[-1] // 2
     cos = cos.unsqueeze(unsqueeze_dim)
     sin = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(unsqueeze_dim)
@@ -216,6 +219,8 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim:
 
 
 def _rotated(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    own, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     # `roll` makes a contiguous tensor: of (1, T, H, E), which is the order of `x` in memory.
-    turned = x.transpose(1, 2).roll(x.shape[-1] // 2, -1).transpose(1, 2)
-    return torch.addcmul(x * cos, turned, signed_sin).to(x.dtype)
+    turned = own.transpose(1, 2).roll(own.shape[-1] // 2, -1).transpose(1, 2)
+    result = torch.addcmul(own * cos, turned, signed_sin).to(x.dtype)
+    return torch.cat((result, rest), -1) if rest.shape[-1] else result

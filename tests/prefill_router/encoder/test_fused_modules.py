@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -61,9 +62,10 @@ CONFIGS: dict[str, Any] = {
     ),
     "olmo2, norms behind": Olmo2Config(**SIZES, pad_token_id=None, eos_token_id=None),
     "gemma2, norms by one plus the weight": Gemma2Config(**SIZES, head_dim=8, sliding_window=64, pad_token_id=None),
-    "gpt2, nothing to fuse": GPT2Config(
-        n_embd=32, n_layer=4, n_head=4, n_positions=256, vocab_size=SIZES["vocab_size"]
+    "gpt_neox, a quarter rotated": GPTNeoXConfig(
+        **{key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}, pad_token_id=None
     ),
+    "gpt2, no known form": GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=256, vocab_size=SIZES["vocab_size"]),
 }
 
 
@@ -161,6 +163,12 @@ def test_the_modules_of_a_family_without_code_of_its_own_are_fused() -> None:
     projections = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "_Projection")
     assert kinds(block.self_attn) == {"o_proj": "Linear", "q_norm": "_RMSNorm", "k_norm": "_RMSNorm"} | projections
     assert block.self_attn.forward.__globals__["apply_rotary_pos_emb"].__module__ == fuse.__module__
+
+
+def test_a_partly_rotated_family_is_fused() -> None:
+    backbone = random_backbone(CONFIGS["gpt_neox, a quarter rotated"])
+    fuse(backbone)
+    assert "forward" in vars(find_blocks(backbone)[0].attention)
 
 
 def test_restoring_leaves_nothing_behind() -> None:
