@@ -16,7 +16,7 @@ from prefill_router import storage
 Row = TypeVar("Row")
 Part = TypeVar("Part")
 _READ_FILES = 16
-_TIME = "%Y%m%dT%H%M%S"
+_TIME = "%Y%m%dT%H%M%S%f"  # names of older files lack the fraction, and sort before those of their second
 MOST_FILES = 64
 SMALL_BYTES = 4 << 20
 

@@ -51,6 +51,13 @@ def test_rows_come_back_the_oldest_file_first(segments: RowFolder[str]) -> None:
     assert list(segments.read()) == ["a", "b", "c"]
 
 
+def test_files_of_one_second_are_in_order(segments: RowFolder[str]) -> None:
+    rows = [f"row-{i:02}" for i in range(20)]
+    for i, row in enumerate(rows):
+        segments.write([row], NOON + timedelta(microseconds=i))
+    assert list(segments.read()) == rows
+
+
 def test_files_of_one_moment_do_not_overwrite_each_other(segments: RowFolder[str]) -> None:
     segments.write(["a"], NOON)
     segments.write(["b"], NOON)
