@@ -19,6 +19,7 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     Phi3Config,
+    Qwen3_5MoeTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -49,9 +50,14 @@ PACKED = {
     "a mixture of experts": Qwen3MoeConfig(**SIZES, head_dim=8, **EXPERTS),
     "latent attention": DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, **LATENT, **ROUTED),
 }
+DELTA_HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+DELTA_SIZES = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 32}
 NOT_PACKED = {
     "chunks": Llama4TextConfig(**SIZES, head_dim=8, attention_chunk_size=64, num_local_experts=2),
     "convolutions": Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2),
+    "a mixture of experts and a recurrence": Qwen3_5MoeTextConfig(
+        **SIZES, head_dim=8, **EXPERTS, **DELTA_HEADS, **DELTA_SIZES
+    ),
     "a recurrence": MambaConfig(vocab_size=SIZES["vocab_size"], hidden_size=32, num_hidden_layers=4, state_size=8),
     "positions by the longest": Phi3Config(**SIZES, pad_token_id=0, rope_parameters={**LONG, "rope_theta": 1e4}),
 }
@@ -94,8 +100,26 @@ def test_a_shared_prefix_is_computed_once_and_exact(tmp_path: Path, name: str, m
     assert_exact(encoder, texts)
 
 
+@pytest.mark.parametrize("name", ["a mixture of experts", "sinks", "a mixture of experts and a recurrence"])
+def test_a_mixture_takes_two_grouped_products_a_layer(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers chooses at load between grouped products and a loop over experts."""
+    encoder, num_products, product = load(tmp_path, (PACKED | NOT_PACKED)[name]), 0, torch.nn.functional.grouped_mm
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal num_products
+        num_products += 1
+        return product(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+    encoder.encode(prompts(4))
+    assert num_products == 2 * LAYERS
+
+
 @pytest.mark.parametrize(
-    "name", ["the usual form", "windows and capped scores", "windows and norms", "learned positions"]
+    "name",
+    ["the usual form", "windows and capped scores", "windows and norms", "learned positions", "a mixture of experts"],
 )
 def test_the_bits_do_not_depend_on_the_pack(tmp_path: Path, name: str) -> None:
     encoder, texts = load(tmp_path, PACKED[name], "bfloat16"), prompts(8)
