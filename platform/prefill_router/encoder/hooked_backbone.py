@@ -8,6 +8,8 @@ the model's internals.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +20,15 @@ from torch import Tensor, nn
 
 from prefill_router.encoder.pack import Pack, Visit
 
+_Modules = tuple[Any, nn.ModuleList]  # a backbone and its blocks
+
 
 class HookedBackbone:
-    """Runs one pack at a time, because its hooks are installed in the model during a run."""
+    """A transformers model with hooks during a run. Threads may share it: each run has the modules to itself.
+
+    The modules are copied for threads that run at the same time, because hooks belong to a module and some families
+    keep states in modules. All copies share the weights.
+    """
 
     is_packed = False
     is_mixed = True  # whether a batch may mix lengths, that is, whether padding leaves states unchanged
@@ -28,6 +36,8 @@ class HookedBackbone:
 
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
         self.backbone, self.blocks = backbone, blocks
+        self._lending = threading.Lock()
+        self._idle: list[_Modules] = [(backbone, blocks)]  # that no thread is running, never empty
 
     @property
     def device(self) -> torch.device:
@@ -49,13 +59,25 @@ class HookedBackbone:
         def visit_packed(layer: int, states_BSD: Tensor) -> None:
             visit(layer, states_BSD.flatten(0, 1).index_select(0, rows.to(states_BSD.device)))
 
-        with self._visiting(visit_packed, deepest):
-            final = self.backbone(input_ids=padded, use_cache=False).last_hidden_state
+        with self._own_modules() as (backbone, blocks), self._visiting(blocks, visit_packed, deepest):
+            final = backbone(input_ids=padded, use_cache=False).last_hidden_state
             # The last layer is taken after the final norm, as in transformers' `hidden_states`.
-            visit_packed(len(self.blocks), final)
+            visit_packed(len(blocks), final)
 
     @contextmanager
-    def _visiting(self, visit: Visit, deepest: int) -> Iterator[None]:
+    def _own_modules(self) -> Iterator[_Modules]:
+        """Lends modules that no other thread is running."""
+        with self._lending:
+            modules = self._idle.pop()
+            if not self._idle:  # copied before a run, whose hooks and states belong to one thread
+                self._idle.append(_sharing_weights(*modules))
+        try:
+            yield modules
+        finally:
+            self._idle.append(modules)
+
+    @contextmanager
+    def _visiting(self, blocks: nn.ModuleList, visit: Visit, deepest: int) -> Iterator[None]:
         """Installs hooks that call `visit(layer, states)` at each layer but the last, and end the pass at `deepest`."""
 
         def reached(layer: int, states_BSD: Tensor) -> None:
@@ -70,11 +92,11 @@ class HookedBackbone:
             reached(layer, states_of(output))
 
         hooks = []
-        blocks = list(enumerate(self.blocks))
+        layers = list(enumerate(blocks))
         if self.has_embedding:
-            hooks.append(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True))
-            blocks = [(i + 1, block) for i, block in blocks[:-1]]
-        hooks += [block.register_forward_hook(partial(after, layer)) for layer, block in blocks]
+            hooks.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            layers = [(i + 1, block) for i, block in layers[:-1]]
+        hooks += [block.register_forward_hook(partial(after, layer)) for layer, block in layers]
         try:
             yield
         except DeepestLayerReached:
@@ -82,6 +104,12 @@ class HookedBackbone:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _sharing_weights(backbone: Any, blocks: nn.ModuleList) -> _Modules:
+    """Copies the modules, but not their tensors."""
+    shared = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
+    return copy.deepcopy((backbone, blocks), shared)
 
 
 def states_of(output: Any) -> Tensor:

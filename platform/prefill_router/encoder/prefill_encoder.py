@@ -207,10 +207,10 @@ class PrefillEncoder:
     @property
     def runs_side_by_side(self) -> bool:
         """Whether threads with one core each may call it at the same time."""
-        return self.device.type == "cpu" and self.backbone.is_packed
+        return self.device.type == "cpu"
 
     def _exclusive(self) -> AbstractContextManager[Any]:
-        """Returns the lock of a call, if it needs one: calls compete for cores, and hooks serve one call at a time."""
+        """Returns the lock of a call, if it needs one: calls compete for cores."""
         return nullcontext() if self.runs_side_by_side and torch.get_num_threads() == 1 else self._lock
 
     def _prefix_groups(self, tokens: Tokens) -> list[PrefixGroup]:
@@ -269,7 +269,7 @@ class PrefillEncoder:
     def _run_packs(self, run: Callable[[_GroupBatch], Work], packs: Sequence[_GroupBatch]) -> Iterator[Work]:
         """Runs the packs, on a CPU one per core: all cores on one pack would idle during its serial parts."""
         threads = torch.get_num_threads()
-        if self.device.type != "cpu" or min(threads, len(packs)) < 2 or not self.backbone.is_packed:
+        if not self.runs_side_by_side or min(threads, len(packs)) < 2:
             return map(run, packs)
         try:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    RecurrentGemmaConfig,
+)
 
 from prefill_router.encoder.encoder_spec import EncoderSpec
 from prefill_router.encoder.hooked_backbone import HookedBackbone
@@ -43,6 +51,7 @@ CONFIGS = {
     "norms behind": Olmo2Config(**SIZES, eos_token_id=None),
     "two ropes, scaled embeddings": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16, sliding_window_pattern=2),
 }
+KEEPS_STATES = RecurrentGemmaConfig(**SIZES, lru_width=32, attention_window_size=16, pad_token_id=0)  # in its modules
 
 
 def load(folder: Path, config: Any) -> PrefillEncoder:
@@ -91,6 +100,30 @@ def test_a_pass_removes_its_hooks(tmp_path: Path, name: str) -> None:
     with pytest.raises(RuntimeError, match="no room"):
         backbone.run(pack, fail, 4)
     assert hooks() == before
+
+
+@pytest.mark.parametrize("config", [CONFIGS["dynamic rope"], KEEPS_STATES], ids=["hooks", "states in modules"])
+def test_a_run_within_a_run_changes_neither(tmp_path: Path, config: Any) -> None:
+    """Threads run at the same time: here, a second run begins and ends at one layer of the first."""
+    encoder = load(tmp_path, config)
+    assert encoder.runs_side_by_side
+    packs = [Pack.of(prompts, torch.device("cpu")) for prompts in ([[7, 8, 9]], [[5] * 4, [6] * 4])]
+
+    def states_of(run: int, within: int | None = None) -> list[list[torch.Tensor]]:
+        seen: list[list[torch.Tensor]] = [[], []]
+
+        def visit(layer: int, states: torch.Tensor) -> None:
+            seen[run].append(states)
+            if layer == 2 and within is not None:
+                seen[within] = states_of(within)[within]
+
+        with torch.inference_mode():
+            encoder.backbone.run(packs[run], visit, 4)
+        return seen
+
+    alone, together = [states_of(0)[0], states_of(1)[1]], states_of(0, within=1)
+    assert [[len(states) for states in run] for run in together] == [[3] * 5, [8] * 5]
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
 def test_padding_reaches_no_visitor(tmp_path: Path) -> None:
