@@ -21,7 +21,8 @@ class LinearProduct(nn.Module):
         self.weight = layers[0].weight.detach()
         if len(layers) > 1:
             self.weight = torch.cat([layer.weight.detach() for layer in layers])
-            for layer, own in zip(layers, self.weight.split([layer.out_features for layer in layers]), strict=True):
+            widths = [layer.out_features for layer in layers]
+            for layer, own in zip(layers, torch.split(self.weight, widths), strict=True):
                 layer.weight = nn.Parameter(own, requires_grad=False)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
 

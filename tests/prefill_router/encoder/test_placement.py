@@ -18,8 +18,8 @@ from prefill_router.common.schema import POOLINGS
 from prefill_router.encoder import placement
 from prefill_router.encoder import prefill_encoder as encoder_module
 from prefill_router.encoder.checkpoint import load_causal_lm
-from prefill_router.encoder.fused_modules import fuse
 from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.fused_modules import fuse
 from prefill_router.encoder.hooked_backbone import HookedBackbone
 from prefill_router.encoder.packed_backbone import PackedBackbone
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
