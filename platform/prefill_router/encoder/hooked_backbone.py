@@ -30,7 +30,6 @@ class HookedBackbone:
     keep states in modules. All copies share the weights.
     """
 
-    is_packed = False
     is_mixed = True  # whether a batch may mix lengths, that is, whether padding leaves states unchanged
     has_embedding = True  # whether hidden state 0 is the embedding; in Mamba it is the first block's output
 

@@ -30,8 +30,6 @@ _running = threading.local()
 class PackedBackbone(HookedBackbone):
     """A transformers model with its attention replaced. Threads may share it: the state of a run is thread-local."""
 
-    is_packed = True
-
     def __init__(self, backbone: Any, blocks: nn.ModuleList) -> None:
         """Replaces the attention of `backbone`. Raises ValueError if the model does not allow it."""
         from transformers import AttentionInterface

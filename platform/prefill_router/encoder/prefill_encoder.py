@@ -214,7 +214,7 @@ class PrefillEncoder:
         return nullcontext() if self.runs_side_by_side and torch.get_num_threads() == 1 else self._lock
 
     def _prefix_groups(self, tokens: Tokens) -> list[PrefixGroup]:
-        if self.backbone.is_packed:
+        if isinstance(self.backbone, PackedBackbone):
             if self.prefix_cache is not None:
                 return self.prefix_cache.groups(tokens.ids)
             # A separate group leads to smaller packs, so it has to save a good part of a pack.
@@ -291,7 +291,7 @@ class PrefillEncoder:
         return self._work(pack.lengths, group.prompts.num_tokens, deepest)
 
     def _work(self, lengths: list[int], prefix_tokens: int, num_blocks: int) -> Work:
-        padded = 0 if self.backbone.is_packed else max(lengths) * len(lengths) - sum(lengths)
+        padded = 0 if isinstance(self.backbone, PackedBackbone) else max(lengths) * len(lengths) - sum(lengths)
         flops = self.cost.flops(lengths, prefix_tokens, num_blocks)
         return Work(computed_tokens=sum(lengths), padded_tokens=padded, flops=flops)
 

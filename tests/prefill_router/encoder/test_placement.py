@@ -70,7 +70,7 @@ def test_activations_of_a_divided_model_have_the_same_bits(
     for prompts in (random_prompts(5), SHARING):
         tokens, columns = whole.tokenize(prompts), whole.columns("all", POOLINGS)
         (expected, _), (encoded, work) = whole.forward(tokens, columns), divided.forward(tokens, columns)
-        assert (work.computed_tokens < work.tokens) == (divided.backbone.is_packed and prompts is SHARING)
+        assert (work.computed_tokens < work.tokens) == (kind is PackedBackbone and prompts is SHARING)
         assert all(np.array_equal(encoded[name], expected[name]) for name in expected)
         shallow = divided.encode(prompts, layers=[0, 2])
         assert all(np.array_equal(shallow[name], expected[name]) for name in shallow)
