@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
 import struct
+import termios
 import threading
 from typing import Self
 
@@ -44,6 +46,16 @@ class LoopbackServer:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
         return int(self._runner.addresses[0][1])
+
+
+async def arrived(request: web.Request) -> None:
+    """Waits until the client's kernel has all that was written, since a reset discards the rest."""
+    transport = request.transport
+    while transport is not None and not transport.is_closing():
+        waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        if not transport.get_write_buffer_size() and not any(waiting):
+            return
+        await asyncio.sleep(0.001)
 
 
 def reset(request: web.Request) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from aiohttp import web
 
-from loopback import LoopbackServer, Lost, reset
+from loopback import LoopbackServer, Lost, arrived, reset
 from openai_protocol import (
     BadRequest,
     ChatReply,
@@ -188,6 +188,7 @@ class Upstream(LoopbackServer):
                 await response.prepare(request)
             await response.write_eof()
         except Lost:
+            await arrived(request)
             reset(request)
             return web.Response()  # never reaches the client
         except (asyncio.CancelledError, ConnectionError):
