@@ -155,7 +155,7 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
         return _json(
             Status(
                 router_version=serving.primary.version,
-                encoder=serving.engine.encoder.name,
+                encoder=serving.engine.encoder_names,
                 targets=serving.primary.router.pool.target_names,
                 canary_version=serving.canary.version if serving.canary else None,
                 shadow_version=serving.shadow.version if serving.shadow else None,

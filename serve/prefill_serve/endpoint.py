@@ -180,7 +180,7 @@ class Endpoint:
         engine.scheduler.admit(max_wait_s)  # refuse before tokenization, which costs time
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
-        if (length := int(tokens.full_lengths[0])) > limits.prompt_tokens:
+        if (length := int(tokens[engine.counter].full_lengths[0])) > limits.prompt_tokens:
             raise TooLong(f"prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
         with tracer.start_as_current_span("read") as span:
             try:
@@ -242,7 +242,7 @@ class Routing:
         assert decision.target is not None
         tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
         metadata = Metadata(
-            encoder=self.serving.engine.encoder.name,
+            encoder=self.serving.engine.encoder_names,
             input_tokens=decision.input_tokens,
             is_truncated=decision.is_truncated,
             tolerance=tolerance,

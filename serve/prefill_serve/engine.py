@@ -9,22 +9,22 @@ that a change of routers loses no prompt.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder import sensors
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefix_cache import PrefixCache
-from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.encoder.sensors import Sensor, SensorTokens
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Router
@@ -52,10 +52,10 @@ class Head:
     def columns(self) -> list[ActivationColumn]:
         return self.router.columns if isinstance(self.router, Router) else []
 
-    def estimate(self, tokens: Tokens, activations: dict[str, NDArray[Any]]) -> list[Estimate]:
+    def estimate(self, tokens: SensorTokens, activations: dict[str, NDArray[Any]]) -> list[Estimate]:
         """Returns one estimate per prompt. A baseline reads tokens, a router activations."""
         if isinstance(self.router, BaselineRouter):
-            return [Estimate(Prediction(*row)) for row in zip(*self.router.predict_tokens(tokens), strict=True)]
+            return [Estimate(Prediction(*row)) for row in zip(*self.router.predict_tokens(tokens[""]), strict=True)]
         features = self.router.features(activations)
         predictions = [Prediction(*row) for row in zip(*self.router.predict_features(features), strict=True)]
         if self.router.distance is None:
@@ -94,44 +94,51 @@ class PromptReading:
 
 
 class _Job(NamedTuple):
-    ids: list[int]
-    full_length: int
+    tokens: SensorTokens
     heads: tuple[Head, ...]
     tokenize_s: float
 
 
 class Engine:
-    """An encoder on `num_threads` cores, which the other threads of the process should leave free."""
+    """Encoders on `num_threads` cores, which the other threads of the process should leave free.
 
-    def __init__(self, encoder: PrefillEncoder | SentenceEncoder, num_threads: int) -> None:
-        self.encoder = encoder
-        num_lanes, budget_tokens = 1, 1 << 14
-        if isinstance(encoder, PrefillEncoder):
-            encoder.prefix_cache = PrefixCache(REMEMBERED_TOKENS)
-            budget_tokens = encoder.budget_tokens
-            if encoder.runs_side_by_side:
-                num_lanes = num_threads
+    The encoders read each batch in turn. The first one counts the tokens of a prompt.
+    """
+
+    def __init__(self, encoders: Mapping[str, Sensor], num_threads: int) -> None:
+        self.sensors, self.counter = encoders, next(iter(encoders))
+        prefill = [sensor for sensor in encoders.values() if isinstance(sensor, PrefillEncoder)]
+        for sensor in prefill:
+            sensor.prefix_cache = PrefixCache(REMEMBERED_TOKENS)
+        budget_tokens = min((sensor.budget_tokens for sensor in prefill), default=1 << 14)
+        num_lanes = num_threads if prefill and all(sensor.runs_side_by_side for sensor in prefill) else 1
         self.scheduler: BatchScheduler[_Job, PromptReading] = BatchScheduler(
             self._read, num_lanes, budget_tokens, num_threads
         )
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
         self._num_in_use = 0
 
-    async def tokenize(self, prompt: Prompt) -> tuple[Tokens, float]:
+    @property
+    def encoder_names(self) -> str:
+        """Where the encoders were loaded from, for users."""
+        return ", ".join(sensor.name for sensor in self.sensors.values())
+
+    async def tokenize(self, prompt: Prompt) -> tuple[SensorTokens, float]:
         """Returns the tokens of one prompt and the seconds taken. Raises UserError if the chat template rejects it."""
         started = perf_counter()
         with self._in_use():
-            tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self.encoder.tokenize, [prompt])
+            tokens = await asyncio.get_running_loop().run_in_executor(
+                self._tokenizer, sensors.tokenize, self.sensors, [prompt]
+            )
         return tokens, perf_counter() - started
 
     async def read(
-        self, tokens: Tokens, heads: Sequence[Head], max_wait_s: float = float("inf"), tokenize_s: float = 0.0
+        self, tokens: SensorTokens, heads: Sequence[Head], max_wait_s: float = float("inf"), tokenize_s: float = 0.0
     ) -> PromptReading:
         """Returns the estimates of `heads` for one tokenized prompt. Raises Overloaded if it would wait longer."""
-        (ids,) = tokens.ids
-        job = _Job(ids, int(tokens.full_lengths[0]), tuple(heads), tokenize_s)
+        job = _Job(tokens, tuple(heads), tokenize_s)
         with self._in_use():
-            return await self.scheduler.submit(job, len(ids), max_wait_s)
+            return await self.scheduler.submit(job, sum(int(t.num_tokens.sum()) for t in tokens.values()), max_wait_s)
 
     async def warm_up(self, heads: Sequence[Head]) -> None:
         """Runs forward passes alone and on all lanes: the first pass in a thread is slow."""
@@ -158,20 +165,19 @@ class Engine:
     def _read(self, batch: Batch[_Job]) -> list[PromptReading]:
         started = perf_counter()
         jobs = batch.items
-        tokens = Tokens([job.ids for job in jobs], np.array([job.full_length for job in jobs], np.int32))
+        tokens = {name: Tokens.joined([job.tokens[name] for job in jobs]) for name in self.sensors}
         heads = list(dict.fromkeys(head for job in jobs for head in job.heads))
         columns = list({column: None for head in heads for column in head.columns})
-        activations: dict[str, NDArray[Any]] = {}
-        if columns and isinstance(self.encoder, PrefillEncoder):
-            activations, _ = self.encoder.forward(tokens, columns)
+        activations = sensors.read(self.sensors, tokens, columns)
         encoded = perf_counter()
         estimates = {head: head.estimate(tokens, activations) for head in heads}
+        counted = tokens[self.counter]
         ended = perf_counter()
         return [
             PromptReading(
                 [estimates[head][i] for head in job.heads],
-                job.full_length,
-                len(job.ids) < job.full_length,
+                int(counted.full_lengths[i]),
+                bool(counted.is_truncated[i]),
                 Times(job.tokenize_s, batch.queued_s[i], encoded - started, ended - encoded),
                 batch.num_tokens,
             )

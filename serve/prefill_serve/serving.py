@@ -31,15 +31,15 @@ class Serving:
         for head in (primary, canary, shadow):
             if head is not None and isinstance(head.router, Router):
                 _ = head.router.distance  # compute it now, not on the first prompt
-        is_same = current is not None and _encoder(current.primary) == _encoder(primary)
-        engine = current.engine if current is not None and is_same else Engine(primary.router.encoder, num_threads)
+        is_same = current is not None and _encoders(current.primary) == _encoders(primary)
+        engine = current.engine if current is not None and is_same else Engine(primary.router.sensors, num_threads)
         return cls(settings, engine, primary, canary, shadow)
 
     @classmethod
     def check(cls, settings: Settings) -> None:
         """Raises UserError as `load` does, without reading the encoder's weights."""
         primary, _, _ = _heads(settings)
-        primary.router.require_encoder()
+        primary.router.require_encoders()
 
     @property
     def heads(self) -> list[Head]:
@@ -62,7 +62,7 @@ def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:
     canary = _head(settings, settings.canary.router) if settings.canary else None
     shadow = _head(settings, settings.shadow) if settings.shadow else None
     for role, head in (("canary", canary), ("shadow", shadow)):
-        if head is not None and _encoder(head) != _encoder(primary):
+        if head is not None and _encoders(head) != _encoders(primary):
             raise UserError(f"{role}: uses another encoder than the router: train it on the router's encoder")
     if settings.safe and settings.safe.target not in primary.router.pool.target_names:
         raise UserError(f'safe: target "{settings.safe.target}" is not in the pool')
@@ -87,6 +87,9 @@ def _head(settings: Settings, uri: str) -> Head:
     return Head(router, version, tolerance)
 
 
-def _encoder(head: Head) -> str:
+def _encoders(head: Head) -> dict[str, str]:
+    """The fingerprints of the encoders that a router reads with, by name."""
     router = head.router
-    return router.encoder_identity.fingerprint if isinstance(router, Router) else router.fingerprint
+    if isinstance(router, Router):
+        return {name: identity.fingerprint for name, identity in router.encoders.items()}
+    return {"": router.fingerprint}

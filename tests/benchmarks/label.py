@@ -77,7 +77,7 @@ def measure(router: str, num_lines: int, folder: Path, *, with_extract: bool) ->
     assert sorted(row for rows in decided for row in rows) == list(range(num_lines)), "a line without its decision"
     found = {"lines": num_lines, "unique": num_unique, "seconds": seconds, "memory_mib": memory}
     if with_extract:
-        identity = Router.load(router).encoder_identity
+        identity = Router.load(router).encoders[""]
         columns = Router.load(router).columns
         layers = ",".join(str(layer) for layer in sorted({column.layer for column in columns}))
         extract = ExtractJob(

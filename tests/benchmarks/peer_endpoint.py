@@ -18,7 +18,7 @@ from prefill_router.encoder import checkpoint
 from prefill_router.router.artifact import Router
 
 router = Router.load(sys.argv[1])
-loaded = checkpoint.load_causal_lm(router.encoder_identity.spec.model, None, torch.float32)
+loaded = checkpoint.load_causal_lm(router.encoders[""].spec.model, None, torch.float32)
 turn = threading.Lock()
 api = FastAPI()
 

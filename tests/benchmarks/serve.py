@@ -79,7 +79,7 @@ class Bench:
 
     def one_client(self) -> dict[str, float]:
         """p50 of a request, and of the bare truncated encode call on the same prompts, one after the other."""
-        encoder, columns = self.router.encoder, self.router.columns
+        encoder, columns = self.router.sensors[""], self.router.columns
         route, bare, added = [], [], []
         connection = http.client.HTTPConnection("127.0.0.1", int(port(self.ours)))  # a client that adds next to nothing
         for prompt in self.prompts[: self.options.one_client]:
@@ -105,10 +105,10 @@ class Bench:
         """Prompts a second of the engine that `extract` and `label` run on, with the head."""
         prompts = self.prompts[: self.options.offline]
         started = time.perf_counter()
-        tokens = self.router.encoder.tokenize(prompts)
+        tokens = self.router.sensors[""].tokenize(prompts)
         for start in range(0, len(prompts), 128):
             part = Tokens(tokens.ids[start : start + 128], tokens.full_lengths[start : start + 128])
-            self.router.predict_activations(self.router.encoder.forward(part, self.router.columns)[0])
+            self.router.predict_activations(self.router.sensors[""].forward(part, self.router.columns)[0])
         return len(prompts) / (time.perf_counter() - started)
 
     def load(self, url: str, users: int, seconds: float, period_s: float = 0.0) -> NDArray[Any]:

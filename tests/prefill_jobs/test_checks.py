@@ -55,9 +55,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def homeless(router: str, tmp_path: Path) -> str:
     """A router whose encoder is missing."""
     loaded = Router.load(router)
-    identity = loaded.encoder_identity
+    identity = loaded.encoders[""]
     gone = identity.model_copy(update={"spec": identity.spec.model_copy(update={"model": "/no/such/encoder"})})
-    replace(loaded, encoder_identity=gone).save(str(tmp_path / "homeless"))
+    replace(loaded, encoders={"": gone}).save(str(tmp_path / "homeless"))
     return str(tmp_path / "homeless")
 
 

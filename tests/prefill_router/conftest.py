@@ -59,7 +59,7 @@ def build_router(encoder: PrefillEncoder) -> Router:
         mean=np.array([0.6, 0.4, 4.0, 3.0], np.float32),
     )
     return Router(
-        encoder_identity=encoder.identity,
+        encoders={"": encoder.identity},
         pool=Pool(
             name="pool",
             targets=(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import reduce
 
 import numpy as np
@@ -17,6 +17,7 @@ from prefill_jobs.options import CompareConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.activations.joined_stores import store_uris
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import PromptHashes
 from prefill_router.corpus.split_groups import of_corpus
@@ -40,7 +41,8 @@ def compare(config: CompareConfig) -> Evaluation:
     loaded = [Router.load(uri) for uri in uris]
     pool = loaded[0].pool if config.pool is None else load_pool(config.pool)
     routers = [router.with_pool(pool) for router in loaded]
-    stores = [_store_of(uri, router, config.activations.split(",")) for uri, router in zip(uris, routers, strict=True)]
+    given = {ActivationStore.open(s).manifest.encoder.fingerprint: s for s in store_uris(config.activations)}
+    stores = [_stores_of(uri, router, given) for uri, router in zip(uris, routers, strict=True)]
     check_columns(config.outcomes)
     groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, groups=groups) for s in stores]
@@ -70,14 +72,15 @@ def compare(config: CompareConfig) -> Evaluation:
     return result
 
 
-def _store_of(uri: str, router: Router, stores: Sequence[str]) -> str:
-    """The first store written by the router's encoder. Raises UserError if there is none."""
-    wanted = router.encoder_identity.fingerprint
-    for store in stores:
-        if ActivationStore.open(store).manifest.encoder.fingerprint == wanted:
-            return store
-    model = router.encoder_identity.spec.model
-    raise UserError(f"{uri}: no store of its encoder {model} in --activations: add the store that it was trained on")
+def _stores_of(uri: str, router: Router, stores: Mapping[str, str]) -> str:
+    """The stores of the router's encoders, given stores by fingerprint. Raises UserError if one is missing."""
+    for identity in router.encoders.values():
+        if identity.fingerprint not in stores:
+            raise UserError(
+                f"{uri}: no store of its encoder {identity.spec.model} in --activations: add the store that it was "
+                "trained on"
+            )
+    return ",".join(stores[identity.fingerprint] for identity in router.encoders.values())
 
 
 def _contender(uri: str, router: Router, of: GradedPrediction, keys: PromptHashes) -> Contender:

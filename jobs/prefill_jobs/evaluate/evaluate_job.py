@@ -218,12 +218,12 @@ class FoldEvaluation:
 
 
 def _about(config: EvaluateConfig, router: Router, graded: GradedStore) -> dict[str, str]:
-    encoder = router.encoder_identity
     return {
-        "Prompts": f"{config.activations}, of {graded.store.manifest.corpus}",
+        "Prompts": f"{config.activations}, of {graded.store.corpus}",
         "Outcomes": config.outcomes,
         "Router": f"{config.router}, version {router.version}",
-        "Encoder": f"{encoder.spec.model}, {', '.join(column.name for column in router.columns)}",
+        "Encoder": ", ".join(identity.spec.model for identity in router.encoders.values()),
+        "Activations": ", ".join(column.name for column in router.columns),
         "Split": router.split.describe(),
         "Sentence encoder": config.sentence_encoder if config.corpus or config.embeddings else "none (give --corpus)",
         "Versions": versions(),

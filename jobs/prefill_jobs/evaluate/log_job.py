@@ -60,7 +60,7 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
         num_draws=config.draws,
         about={
             "Feedback": config.outcomes,
-            "Prompts": f"{config.activations}, of {graded.store.manifest.corpus}",
+            "Prompts": f"{config.activations}, of {graded.store.corpus}",
             "Router": config.router,
             "Tolerance": f"{router.default_tolerance:.3f}",
             "Versions": versions(),

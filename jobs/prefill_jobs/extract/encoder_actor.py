@@ -18,9 +18,8 @@ from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.capacity import Effort
 from prefill_router.common.errors import UserError
 from prefill_router.encoder.hardware import measured_peak_flops
-from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
-from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.encoder.sensors import Sensor
 
 _CALLS = 3  # concurrent shards per actor: one is read, one is in the encoder, one is written
 _MAX_ATTEMPTS = 20  # at a shard; then the job fails
@@ -51,20 +50,17 @@ class EncoderActor(ABC):
 
     @property
     @abstractmethod
-    def encoder(self) -> PrefillEncoder | SentenceEncoder:
+    def encoder(self) -> Sensor:
         """The encoder, which is loaded on first use."""
 
     @cached_property
     def guarded_encoder(self) -> GuardedEncoder:
-        assert isinstance(self.encoder, PrefillEncoder)
         return GuardedEncoder(self.encoder, self.threads)
 
     @cached_property
     def peak_flops(self) -> float:
-        """The measured peak per second of all GPUs that the encoder is on; 0 for a sentence encoder."""
+        """The measured peak per second of all GPUs that the encoder is on."""
         encoder = self.encoder
-        if not isinstance(encoder, PrefillEncoder):
-            return 0.0
         return sum(measured_peak_flops(device, encoder.dtype) for device in encoder.devices)
 
     @cached_property
@@ -87,8 +83,7 @@ class EncoderActor(ABC):
     def load_encoder(self) -> None:
         """Loads the encoder and measures its peak while no other task runs."""
         with self._loading:
-            if isinstance(self.encoder, PrefillEncoder):
-                _ = self.guarded_encoder, self.peak_flops
+            _ = self.guarded_encoder, self.peak_flops
 
     def effort(self, work: Work, attempt: int) -> Effort:
         """Reports a finished task."""

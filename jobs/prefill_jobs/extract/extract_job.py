@@ -64,8 +64,9 @@ def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
     Raises UserError if the store at `config.out` or the encoder that can be loaded differs from the router's encoder.
     """
     columns = [column.name for column in router.columns]
-    request = ExtractRequest(router.encoder_identity.spec, [], [], columns, config.out, config.max_prompt_bytes)
-    return _extract(config, request, router.encoder_identity)
+    (encoder,) = router.encoders.values()
+    request = ExtractRequest(encoder.spec, [], [], columns, config.out, config.max_prompt_bytes)
+    return _extract(config, request, encoder)
 
 
 def _extract(

@@ -13,11 +13,11 @@ from prefill_router.activations import commit_log
 from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.commit_records import Commit, shard_name
 from prefill_router.activations.shard_builder import ShardBuilder
-from prefill_router.common.schema import POOLINGS, ActivationColumn, Pooling
+from prefill_router.common.schema import ActivationColumn, Pooling
 from prefill_router.corpus.plan import Repeats, Shard
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
-from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.sensors import Sensor, load_sensor
 
 Source = tuple[str, RecordLocation]  # a store's URI, and the location of a shard's record in it
 
@@ -56,7 +56,7 @@ class ExtractRequest:
         wanted = set(map(ActivationColumn.parse, self.also))
         if self.layers:
             wanted.update(encoder.columns(self.layers, self.pooling))
-        return sorted(wanted, key=lambda column: (POOLINGS.index(column.pooling), column.layer))
+        return sorted(wanted)
 
 
 class ShardExtractor(EncoderActor):
@@ -87,8 +87,8 @@ class ShardExtractor(EncoderActor):
         return ShardBuilder.of_shard(rows, columns, self.request.max_prompt_bytes)
 
     @cached_property
-    def encoder(self) -> PrefillEncoder:
-        encoder = PrefillEncoder.load(self.request.encoder)
+    def encoder(self) -> Sensor:
+        encoder = load_sensor(self.request.encoder)
         commit_log.claim_encoder(self.request.out, encoder.identity)
         return encoder
 

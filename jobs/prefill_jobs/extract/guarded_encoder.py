@@ -10,8 +10,9 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder.isolated_encoder import IsolatedEncoder
-from prefill_router.encoder.prefill_encoder import EncodedPrompts, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import EncodedPrompts
 from prefill_router.encoder.prefill_work import Work
+from prefill_router.encoder.sensors import Sensor
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class GuardedEncoder:
     After a crash, prompts are read in another process with `threads` threads.
     """
 
-    def __init__(self, encoder: PrefillEncoder, threads: int) -> None:
+    def __init__(self, encoder: Sensor, threads: int) -> None:
         self.encoder = encoder
         self.isolated = IsolatedEncoder(encoder.spec, threads)
 

@@ -109,7 +109,7 @@ class ShardEmbedder:
     def _table(self, shard: Shard) -> pa.Table:
         rows = read_shard(shard)
         tokens = self.encoder.tokenize([row.prompt for row in rows])
-        vectors = self.encoder.forward(tokens).astype(np.float16)
+        vectors = self.encoder.embed_tokens(tokens).astype(np.float16)
         width = vectors.shape[1]
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float16()), width)
         ids = pa.array([row.prompt_id for row in rows], pa.string())

@@ -4,20 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.activations import store_keys
 from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.activations.joined_stores import JoinedStores, open_stores
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
 from prefill_router.corpus.split_groups import SplitGroups, by_content
+from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.probe.projection import Projection
@@ -40,7 +41,7 @@ class GradedStore:
     With a `split`, only outcomes of the parts in `seen` are visible; those of other prompts read as missing.
     """
 
-    store: ActivationStore
+    store: ActivationStore | JoinedStores
     pool: Pool
     outcomes: Outcomes
     groups: SplitGroups
@@ -59,21 +60,21 @@ class GradedStore:
         more_targets: tuple[str, ...] = (),
         groups: SplitGroups | None = None,
     ) -> GradedStore:
-        """Opens a store with the outcomes of the pool's targets, followed by those of `more_targets`.
+        """Opens activations with the outcomes of the pool's targets, followed by those of `more_targets`.
 
+        `activations` names one or more stores: see `open_stores`.
         A split keeps each of the split groups `groups` on one side; by default a group is the prompts of equal content.
 
         Raises UserError if the prompt of an outcome has no activations, unless `ignore_unknown` or the store is a
         sample.
         """
         loaded = load_pool(pool) if isinstance(pool, str) else pool
-        store = ActivationStore.open(activations)
+        store, keys = open_stores(activations)
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
-        keys = store_keys.read(store)
         opened = cls(
             store, loaded, graded, by_content(keys.prompts, keys.contents) if groups is None else groups, keys.prompts
         )
-        unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.manifest.is_sample)
+        unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.is_sample)
         if unknown == len(graded.keys):
             raise UserError(f"{outcomes}: has no outcome for {activations}: check that both are of one corpus")
         if graded.num_other_targets:
@@ -91,6 +92,10 @@ class GradedStore:
     def of_pool(self) -> GradedStore:
         """This store with the outcomes of the pool's targets only."""
         return replace(self, outcomes=self.outcomes.of_first(len(self.pool.targets)))
+
+    def of_encoders(self, encoders: Mapping[str, EncoderIdentity]) -> GradedStore:
+        """This store with the columns of `encoders`, under their names. Raises UserError if it lacks one of them."""
+        return replace(self, store=self.store.of(encoders))
 
     def only(self, split: Split, *parts: Part) -> GradedStore:
         """This store with the outcomes of these parts of `split` only."""

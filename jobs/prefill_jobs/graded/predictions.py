@@ -34,8 +34,8 @@ class GradedPrediction:
 
 
 def predict_graded(router: Router, graded: GradedStore, *, with_features: bool = False) -> GradedPrediction:
-    """Predicts for every graded prompt. Raises UserError if another encoder than the router's wrote the store."""
-    router.check_encoder(graded.store.manifest.encoder.fingerprint, graded.store.uri)
+    """Predicts for every graded prompt. Raises UserError if the store lacks an encoder of the router."""
+    graded = graded.of_encoders(router.encoders)
     task = partial(_predict_shard, router=router, graded=graded, with_features=with_features)
     found = ray_tasks.map_items(task, range(graded.store.num_shards))
     parts = [arrays for _, arrays in sorted(found, key=itemgetter(0))]

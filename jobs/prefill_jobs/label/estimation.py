@@ -45,7 +45,7 @@ class Estimation:
     def check(self) -> None:
         """Raises UserError if the encoder cannot be loaded, unless existing estimates may make it unnecessary."""
         if not storage.list_names(self.out):
-            self.router.require_encoder()
+            self.router.require_encoders()
 
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
         """Estimates the prompts that no run has estimated, and returns how many the encoder read.
@@ -62,8 +62,8 @@ class Estimation:
             return 0
         if isinstance(self.router, Router):
             # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
-            spec = self.router.encoder_identity.spec
-            ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
+            for identity in self.router.encoders.values():
+                ray_tasks.run_on_every_node(checkpoint.fetch, identity.spec.model, identity.spec.revision)
         uri = storage.absolute(self.router_uri)
         create = partial(ShardEstimator, uri, self.out, self.activations, self.max_prompt_bytes)
         capacity, num_read = Capacity(), 0

@@ -24,9 +24,8 @@ from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.corpus.reader import Row
-from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.prefill_work import Work
-from prefill_router.encoder.sentence_encoder import SentenceEncoder
+from prefill_router.encoder.sensors import Sensor
 from prefill_router.query_log.estimates import PromptEstimates, contents_of
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
@@ -91,8 +90,8 @@ class ShardEstimator(EncoderActor):
         return any_router.load(self.uri)
 
     @property
-    def encoder(self) -> PrefillEncoder | SentenceEncoder:
-        return self.router.encoder
+    def encoder(self) -> Sensor:
+        return self.router.sensors[""]
 
     def _fill(self, estimates: PromptEstimates, rows: Sequence[Row], task: EstimateTask, attempt: int) -> Work:
         router, prompts = self.router, [row.prompt for row in rows]

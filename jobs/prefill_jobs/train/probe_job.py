@@ -75,8 +75,8 @@ def _open(config: ProbeConfig, groups: SplitGroups | None) -> list[GradedStore]:
     return stores
 
 
-def _encoder(graded: GradedStore) -> str:
-    return graded.store.manifest.encoder.spec.model
+def _encoder(graded: GradedStore, column: ActivationColumn | None = None) -> str:
+    return graded.store.encoders[column.encoder if column else ""].spec.model
 
 
 def _summary(pool: str, probes: Sequence[LayerProbe]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _moments(graded: GradedStore, part: ColumnPart) -> Moments:
 def _batches(graded: GradedStore, part: ColumnPart) -> Iterator[tuple[NDArray[Any], ...]]:
     """Yields activations, correctness by target and prompt hashes of some shards, in batches."""
     shards = graded.batches(part.column, part.shards)
-    least = _BATCH * graded.store.manifest.encoder.hidden_size
+    least = _BATCH * graded.store.encoders[part.column.encoder].hidden_size
     held: list[tuple[NDArray[Any], ...]] = []
     for shard in shards:
         held.append(shard)
@@ -157,10 +157,8 @@ def _batches(graded: GradedStore, part: ColumnPart) -> Iterator[tuple[NDArray[An
 
 
 def _probes(graded: GradedStore, column: str, moments: LabelledMoments) -> list[LayerProbe]:
-    moments = moments.to(_task_device())
-    return layer_scores.probe_column(
-        _encoder(graded), ActivationColumn.parse(column), graded.pool.target_names, moments
-    )
+    moments, parsed = moments.to(_task_device()), ActivationColumn.parse(column)
+    return layer_scores.probe_column(_encoder(graded, parsed), parsed, graded.pool.target_names, moments)
 
 
 def _named(_graded: GradedStore, column: str, moments: Moments) -> tuple[ActivationColumn, Moments]:

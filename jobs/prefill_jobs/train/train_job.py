@@ -26,11 +26,14 @@ from prefill_jobs.train.probe_job import column_moments, probe_store
 from prefill_jobs.train.trunk_fit import FitTask, fit_on_ray
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.activations.joined_stores import store_uris
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
 from prefill_router.encoder.checkpoint import check_sentence_model
+from prefill_router.encoder.encoder_spec import EncoderIdentity
+from prefill_router.encoder.sensors import named
 from prefill_router.evaluation.results import finite, thinned
 from prefill_router.metrics import Scorer, best_tolerance
 from prefill_router.outcomes import check_columns, target_names
@@ -87,7 +90,8 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"{config.out}: already has a router: choose another --out, or replace it with --overwrite")
     load_pool(config.pool)
     if config.activations is not None:
-        ActivationStore.open(config.activations)
+        for uri in store_uris(config.activations):
+            ActivationStore.open(uri)
     if config.outcomes is not None:
         check_columns(config.outcomes)
     if config.likeness is not None:
@@ -116,7 +120,8 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
 
     training = graded.only(split, Part.TRAIN)
     say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
-    chosen, projections = _projections(training, recipe)
+    chosen, projections, encoders = _projections(training, recipe)
+    graded, training = graded.of_encoders(encoders), training.of_encoders(encoders)
     task = FitTask(
         graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
@@ -129,7 +134,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
     fitted, num_targets = fit_on_ray(task, config.workers, config.out, run), len(pool.targets)
     router = Router(
-        encoder_identity=graded.store.manifest.encoder,
+        encoders=encoders,
         pool=pool,
         projections=projections,
         trunk=fitted.trunk.net.of_outputs(range(num_targets)),
@@ -157,13 +162,24 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     return tuned(router, graded.only(split, Part.VALIDATION), recipe)
 
 
-def _projections(training: GradedStore, recipe: RouterRecipe) -> tuple[dict[str, ActivationColumn], list[Projection]]:
-    """Each target's best column, and the projections of the columns that the recipe uses, by column."""
+def _projections(
+    training: GradedStore, recipe: RouterRecipe
+) -> tuple[dict[str, ActivationColumn], list[Projection], dict[str, EncoderIdentity]]:
+    """Each target's best column, the projections of the columns that the recipe uses, and their encoders by name."""
     probes = probe_store(training.of_pool())
     chosen = layer_scores.choose_columns(probes)
     columns = set(chosen.values() if recipe.columns == "own" else layer_scores.joint_columns(probes))
-    moments = column_moments(training, sorted(columns))
-    return chosen, [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)]
+    used = {column.encoder for column in columns}
+    read = {name: identity for name, identity in training.store.encoders.items() if name in used}
+    encoders = named(read.values())
+    names = dict(zip(read, encoders, strict=True))
+    columns = {column.of(names[column.encoder]) for column in columns}
+    moments = column_moments(training.of_encoders(encoders), sorted(columns))
+    return (
+        chosen,
+        [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)],
+        encoders,
+    )
 
 
 def _recipe(config: TrainConfig) -> RouterRecipe:
@@ -206,7 +222,7 @@ def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> s
     """A name that identifies the training apart from prices, so that a run whose driver was killed is resumed."""
     digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
     digest.update(json.dumps(targets).encode())
-    digest.update(graded.store.manifest.model_dump_json().encode())
+    digest.update(graded.store.content.encode())
     for array in (graded.outcomes.keys, graded.outcomes.correct, graded.outcomes.output_tokens):
         digest.update(np.ascontiguousarray(array).data)
     return f"train-{digest.hexdigest()[:16]}"

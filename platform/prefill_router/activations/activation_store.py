@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from prefill_router.activations.shard_list import ShardList
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID, ActivationColumn, activations
-from prefill_router.encoder.encoder_spec import EncoderIdentity
+from prefill_router.encoder.encoder_spec import EncoderIdentity, check_same
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 
@@ -78,11 +79,16 @@ def write_manifest(uri: str, manifest: StoreManifest) -> None:
     _remove_lists(uri, keep=file)
 
 
+def is_store(uri: str) -> bool:
+    """Whether there is a finished extraction at `uri`."""
+    return storage.exists(storage.join(uri, parquet_objects.MANIFEST))
+
+
 def read_manifest(uri: str) -> StoreManifest | None:
     """Reads the manifest of a store; None if there is no finished extraction."""
-    path = storage.join(uri, parquet_objects.MANIFEST)
-    if not storage.exists(path):
+    if not is_store(uri):
         return None
+    path = storage.join(uri, parquet_objects.MANIFEST)
     content = storage.read_json(path)
     if isinstance(content, dict) and isinstance(content.get("shards"), dict):
         file = validation.validate(ShardFile, content["shards"], path)
@@ -118,6 +124,40 @@ class ActivationStore:
                 f"{uri}: no finished extraction here ({parquet_objects.MANIFEST} is missing): run extract first"
             )
         return cls(uri, manifest)
+
+    @property
+    def corpus(self) -> str:
+        return self.manifest.corpus
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the corpus may hold more prompts."""
+        return self.manifest.is_sample
+
+    @property
+    def num_rows(self) -> int:
+        return self.manifest.rows
+
+    @cached_property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """The first row of each shard, and the number of rows."""
+        return np.concatenate([[0], np.cumsum(self.manifest.shards.table["rows"].to_numpy())]).astype(np.int64)
+
+    @property
+    def content(self) -> str:
+        """A text that changes with the store's content."""
+        return self.manifest.model_dump_json()
+
+    @property
+    def encoders(self) -> dict[str, EncoderIdentity]:
+        """The encoders by the names in the columns: a store has one, without a name."""
+        return {"": self.manifest.encoder}
+
+    def of(self, encoders: Mapping[str, EncoderIdentity]) -> ActivationStore:
+        """This store, if it has the activations of exactly these encoders. Raises UserError if it does not."""
+        for identity in encoders.values():
+            check_same(identity, self.manifest.encoder.fingerprint, self.uri)
+        return self
 
     @property
     def columns(self) -> list[ActivationColumn]:

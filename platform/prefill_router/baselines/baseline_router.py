@@ -21,6 +21,7 @@ from prefill_router.baselines.base import Baseline
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder import checkpoint
+from prefill_router.encoder.sensors import Sensor
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide
@@ -73,7 +74,12 @@ class BaselineRouter:
             )
         return encoder
 
-    def require_encoder(self) -> None:
+    @property
+    def sensors(self) -> dict[str, Sensor]:
+        """The sentence encoder, as a router's encoders are given."""
+        return {"": self.encoder}
+
+    def require_encoders(self) -> None:
         """Raises UserError if the sentence encoder is missing, without reading it."""
         checkpoint.check_sentence_model(self.sentence_encoder)
 
@@ -103,7 +109,7 @@ class BaselineRouter:
     def predict_tokens(self, tokens: Tokens) -> Prediction:
         """The prediction for prompts tokenised by `encoder`."""
         reads = type(self.baseline).reads
-        x = self.encoder.forward(tokens) if reads == "embedding" else tokens.full_lengths[:, None]
+        x = self.encoder.embed_tokens(tokens) if reads == "embedding" else tokens.full_lengths[:, None]
         p_correct = self.baseline.predict_proba(x).astype(np.float32)
         return Prediction(p_correct, np.broadcast_to(self.output_tokens, p_correct.shape))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ NUM_TOKENS = "num_tokens"
 
 Pooling = Literal["last", "mean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+SENTENCE: Literal["sentence"] = "sentence"  # the pooling of sentence encoders, which each of them defines itself
 MeanOver = Literal["all", "after_first"]
 
 OUTCOMES = pa.schema(
@@ -129,22 +130,33 @@ class ActivationColumn:
     """One pooled layer in the activation store, named like `last_012`.
 
     `layer` is the index in transformers' `hidden_states`: 0 is the embedding, L the output of block L. The last index
-    is taken after the final norm.
+    is taken after the final norm. Where several encoders read the same prompts, a column is named with its encoder,
+    like `SmolLM2-135M:last_012`.
     """
 
-    pooling: Pooling
+    pooling: Pooling | Literal["sentence"]
     layer: int
+    encoder: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.pooling}_{self.layer:03d}"
+        column = f"{self.pooling}_{self.layer:03d}"
+        return f"{self.encoder}:{column}" if self.encoder else column
+
+    @property
+    def unnamed(self) -> ActivationColumn:
+        """The column as its encoder and its store name it."""
+        return replace(self, encoder="")
+
+    def of(self, encoder: str) -> ActivationColumn:
+        return replace(self, encoder=encoder)
 
     @classmethod
     def parse(cls, name: str) -> ActivationColumn:
-        match = re.fullmatch(r"(last|mean)_(\d{3,})", name)
+        match = re.fullmatch(r"(?:([\w.-]+):)?(last|mean|sentence)_(\d{3,})", name)
         if match is None:
             raise UserError(f'"{name}" is not an activation column: expected a pooling and a layer, like last_012')
-        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
+        return cls(match[2], int(match[3]), match[1] or "")  # type: ignore[arg-type]
 
 
 def activation_columns(layers: Iterable[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:

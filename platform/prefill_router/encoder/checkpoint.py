@@ -32,6 +32,7 @@ from prefill_router.encoder.load_checks import check_load, check_shapes
 # loads could restore them in the wrong order. Code that runs during a load must name its dtypes.
 _LOADING = threading.Lock()
 _PACKAGE = "package:"
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # downloaded from a hub repository
 
 
@@ -111,6 +112,24 @@ def check_causal_lm(source: str, revision: str | None = None) -> Any:
                 tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
             model_files.check_template(tokenizer)
     return config
+
+
+def is_sentence_model(source: str) -> bool:
+    """Whether a hub id, a directory or `package:NAME` has the files of sentence-transformers: a sentence encoder."""
+    if source.startswith(_PACKAGE):
+        folder = _package_folder(source.removeprefix(_PACKAGE))
+        return not any(folder.glob("*.gguf")) and any(folder.rglob("model.safetensors"))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return any((folder / name).exists() for name in _SENTENCE_FILES)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return False  # a missing directory: its load says so
+    from transformers.utils.hub import cached_file
+
+    with load_errors(source):
+        optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+        optional["_raise_exceptions_for_connection_errors"] = False
+        return cached_file(source, "modules.json", **optional) is not None
 
 
 def check_sentence_model(source: str) -> None:

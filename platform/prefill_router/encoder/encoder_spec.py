@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from pydantic import Field
 
 from prefill_router.common.errors import UserError
-from prefill_router.common.schema import POOLINGS, ActivationColumn, MeanOver, Pooling, activation_columns
+from prefill_router.common.schema import POOLINGS, SENTENCE, ActivationColumn, MeanOver, Pooling, activation_columns
 from prefill_router.common.validation import IsoDate, JsonObject, StrictModel
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.architecture import architecture, backbone_of, block_cost, find_blocks, text_config
@@ -40,6 +41,7 @@ class EncoderSpec(StrictModel):
 class EncoderIdentity(StrictModel):
     """Describes a loaded encoder well enough to load it again. The fingerprint changes with its activations."""
 
+    kind: Literal["causal", "sentence"] = Field("causal", exclude_if="causal".__eq__)
     spec: EncoderSpec
     num_layers: int
     hidden_size: int
@@ -48,8 +50,18 @@ class EncoderIdentity(StrictModel):
     # version.
     scales: list[int] = Field([], exclude_if=operator.not_)
 
+    @property
+    def name(self) -> str:
+        """A short name, for columns and folders: the end of the hub id, path or package."""
+        return re.sub(r"[^\w.-]", "-", re.split("[/:]", self.spec.model.rstrip("/"))[-1])
+
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
-        """Returns the activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`."""
+        """Returns the activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`.
+
+        A sentence encoder has one column, whatever is asked for.
+        """
+        if self.kind == "sentence":
+            return [ActivationColumn(SENTENCE, self.num_layers)]
         indices = range(self.num_layers + 1) if layers == "all" else layers
         _check_layers(indices, self.num_layers, self.spec.model)
         for name in pooling:
@@ -81,9 +93,21 @@ class EncoderSize:
 
 
 def check_encoder(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:
-    """Raises UserError if `PrefillEncoder.load` would fail or lack one of `layers`. Reads no weights."""
+    """Raises UserError if the encoder cannot be loaded or lacks one of `layers`. Reads no weights."""
+    if checkpoint.is_sentence_model(spec.model):
+        checkpoint.check_sentence_model(spec.model)
+        return
     config = checkpoint.check_causal_lm(spec.model, spec.revision)
     _check_layers(layers, config.get_text_config().num_hidden_layers, spec.model)
+
+
+def check_same(identity: EncoderIdentity, fingerprint: str, source: str) -> None:
+    """Raises UserError if the encoder of `source` differs from the one that a router was trained with."""
+    if fingerprint != identity.fingerprint:
+        raise UserError(
+            f"{source}: encoder fingerprint {fingerprint} is not {identity.fingerprint}, which the router was trained "
+            "with: use the same weights, tokenizer and settings, or train again"
+        )
 
 
 def _check_layers(layers: Iterable[int], num_layers: int, model: str) -> None:

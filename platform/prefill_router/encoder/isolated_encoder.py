@@ -21,7 +21,8 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder.encoder_spec import EncoderSpec
-from prefill_router.encoder.prefill_encoder import EncodedPrompts, PrefillEncoder
+from prefill_router.encoder.prefill_encoder import EncodedPrompts
+from prefill_router.encoder.sensors import load_sensor
 
 _MEMORY_SHARE = 0.8  # of the available memory, which the child may use
 _MAX_CRASHES = 8  # crashing prompts per shard; with more, the prompts are not the cause
@@ -108,7 +109,7 @@ def _make_reader(setup: tuple[EncoderSpec, int]) -> Callable[[_Request], Encoded
     spec, threads = setup
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
-    encoder = PrefillEncoder.load(spec)
+    encoder = load_sensor(spec)
     if encoder.device.type == "cpu":
         _limit_memory()
 

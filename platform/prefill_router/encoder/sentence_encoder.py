@@ -1,4 +1,4 @@
-"""Sentence embeddings, the input of the semantic baseline routers.
+"""Sentence embeddings: the input of the semantic baseline routers, and a sensor of routers.
 
 Supports bidirectional models in the sentence-transformers format. The last hidden states are pooled as the model's
 config says and scaled to unit length.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder import checkpoint
+from prefill_router.encoder.architecture import block_cost, find_blocks
 from prefill_router.encoder.batching import token_budget_batches
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.encoder.hardware import bound_kernel_caches, preferred_dtype
+from prefill_router.encoder.prefill_encoder import EncodedPrompts
+from prefill_router.encoder.prefill_work import Work
 from prefill_router.encoder.tokenization import Tokens
 
 _BUDGET_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -45,6 +51,10 @@ class SentenceEncoder:
         dtype = str(self.model.dtype)
         parts = [loaded.weights_id, pooling, max_tokens, dtype, loaded.tokenizer.backend_tokenizer.to_str()]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        self.spec = EncoderSpec(model=source, dtype=dtype.removeprefix("torch."), max_tokens=max_tokens)
+        self.device, self.dtype, self.devices = self.model.device, self.model.dtype, [self.model.device]
+        blocks = find_blocks(self.model)
+        self.num_layers, self.cost = len(blocks), block_cost(blocks[0], self.model.config)
         self._lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     @classmethod
@@ -73,8 +83,33 @@ class SentenceEncoder:
         cut = [i if len(i) <= self.max_tokens else [*i[: self.max_tokens - 1], i[-1]] for i in ids]
         return Tokens(cut, lengths)
 
+    @property
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(
+            kind="sentence",
+            spec=self.spec,
+            num_layers=self.num_layers,
+            hidden_size=self.model.config.hidden_size,
+            fingerprint=self.fingerprint,
+        )
+
+    def read(self, prompts: Sequence[Prompt], columns: Sequence[ActivationColumn]) -> EncodedPrompts:
+        """Does for its one column what `PrefillEncoder.read` does."""
+        tokens = self.tokenize(prompts)
+        return EncodedPrompts(*self.forward(tokens, columns), tokens.full_lengths)
+
+    def forward(self, tokens: Tokens, columns: Sequence[ActivationColumn]) -> tuple[dict[str, NDArray[Any]], Work]:
+        """Returns embeddings (N, D) float16 for its one column, `num_tokens` (N,), and the work done."""
+        started = time.perf_counter()
+        (column,) = columns
+        embeddings = self.embed_tokens(tokens).astype(np.float16)
+        lengths = tokens.num_tokens.tolist()
+        flops = self.cost.flops(lengths, 0, self.num_layers)
+        work = Work(len(lengths), sum(lengths), sum(lengths), flops=flops, seconds=time.perf_counter() - started)
+        return {column.name: embeddings, NUM_TOKENS: tokens.num_tokens}, work
+
     @torch.inference_mode()
-    def forward(self, tokens: Tokens) -> NDArray[np.float32]:
+    def embed_tokens(self, tokens: Tokens) -> NDArray[np.float32]:
         """Returns embeddings (N, D) of unit length."""
         lengths = tokens.num_tokens.tolist()
         embeddings = np.empty((len(lengths), self.model.config.hidden_size), np.float32)
@@ -89,7 +124,7 @@ class SentenceEncoder:
         return embeddings
 
     def embed(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-        return self.forward(self.tokenize(prompts))
+        return self.embed_tokens(self.tokenize(prompts))
 
 
 def _pooled(states_BSD: Tensor, mask_BS: Tensor, pooling: _Pooling) -> Tensor:

@@ -44,6 +44,11 @@ class Tokens:
     ids: list[list[int]]
     full_lengths: NDArray[np.int32]  # (N,) tokens before truncation
 
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The prompts of all parts, in order."""
+        return cls([ids for part in parts for ids in part.ids], np.concatenate([part.full_lengths for part in parts]))
+
     @property
     def num_tokens(self) -> NDArray[np.int32]:
         return np.array([len(ids) for ids in self.ids], np.int32)

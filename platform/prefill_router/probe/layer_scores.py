@@ -207,9 +207,9 @@ def choose_columns(probes: Iterable[LayerProbe]) -> dict[str, ActivationColumn]:
 
 
 def joint_columns(probes: Sequence[LayerProbe], depth_tolerance: float = DEPTH_TOLERANCE) -> list[ActivationColumn]:
-    """Picks columns of one encoder for all targets, one for each pooling. Raises UserError as `choose` does.
+    """Picks columns for all targets, one for each encoder and pooling. Raises UserError as `choose` does.
 
-    A column's score is its corrected J, clipped at 0, averaged over targets. Per pooling, the shallowest column whose
+    A column's score is its corrected J, clipped at 0, averaged over targets. Of each, the shallowest column whose
     score is within the share `depth_tolerance` of the best is picked, because the deepest layer sets the serving cost.
     Different poolings carry different information; different layers of one pooling hardly do.
     """
@@ -218,8 +218,8 @@ def joint_columns(probes: Sequence[LayerProbe], depth_tolerance: float = DEPTH_T
     for p in probes:
         scores[p.column] += max(np.nan_to_num(p.fisher_j_corrected), 0.0) / len(targets)
     columns = []
-    for pooling in sorted({column.pooling for column in scores}):
-        own = {column: score for column, score in scores.items() if column.pooling == pooling}
+    for kind in sorted({(column.pooling, column.encoder) for column in scores}):
+        own = {column: score for column, score in scores.items() if (column.pooling, column.encoder) == kind}
         least = (1.0 - depth_tolerance) * max(own.values())
         columns.append(next(column for column, score in own.items() if score >= least))
     return columns

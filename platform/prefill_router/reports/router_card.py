@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefill_router.common.money import usd
-from prefill_router.router.artifact import FORMAT, Router
+from prefill_router.router.artifact import Router
 
 Rows = list[tuple[str, ...]]
 
@@ -17,13 +17,15 @@ def card(router: Router) -> tuple[Rows, Rows]:
 
 
 def _about(router: Router) -> Iterator[tuple[str, ...]]:
-    identity, training, net = router.encoder_identity, router.training, router.trunk
-    yield "router", f"{router.version}, format {FORMAT}"
+    training, net = router.training, router.trunk
+    yield "router", f"{router.version}, format {router.format}"
     if "extends" in training:
         yield "extends", str(training["extends"])
-    yield "encoder", f"{identity.spec.model}, {identity.spec.dtype}, fingerprint {identity.fingerprint}"
-    names = ", ".join(f"{p.column.name} ({p.num_features} features)" for p in router.projections)
-    yield "activations", f"{names} of {identity.num_layers} layers"
+    for name, identity in router.encoders.items():
+        yield "encoder", f"{identity.spec.model}, {identity.spec.dtype}, fingerprint {identity.fingerprint}"
+        own = [p for p in router.projections if p.column.encoder == name]
+        names = ", ".join(f"{p.column.unnamed.name} ({p.num_features} features)" for p in own)
+        yield "activations", f"{names} of {identity.num_layers} layers"
     sizes = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
     yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
     if len(router.kernel.landmarks):

@@ -5,7 +5,6 @@ baselines too. Start with `Router`.
 """
 
 from prefill_router.router.artifact import (
-    FORMAT,
     MANIFEST,
     Estimates,
     Router,
@@ -13,7 +12,6 @@ from prefill_router.router.artifact import (
 )
 
 __all__ = [
-    "FORMAT",
     "MANIFEST",
     "Estimates",
     "Router",

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
 from prefill_router.corpus.split import Split
-from prefill_router.encoder.encoder_spec import EncoderIdentity, check_encoder
-from prefill_router.encoder.prefill_encoder import PrefillEncoder
-from prefill_router.encoder.tokenization import Tokens
+from prefill_router.encoder import sensors
+from prefill_router.encoder.encoder_spec import EncoderIdentity, check_encoder, check_same
+from prefill_router.encoder.sensors import Sensor, SensorTokens, load_sensor
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide
 from prefill_router.policy.pool import Pool
 from prefill_router.predictor.answer_length import mean_tokens, quantile_tokens
@@ -31,10 +31,10 @@ from prefill_router.predictor.kernel_ridge import KernelMachine
 from prefill_router.predictor.stacking import stacked
 from prefill_router.predictor.trunk import SharedTrunkNet
 from prefill_router.probe.projection import Projection
-from prefill_router.router.artifact_folder import FORMAT as FORMAT  # re-exported
-from prefill_router.router.artifact_folder import ArtifactKind, ArtifactManifest
+from prefill_router.router.artifact_folder import FORMAT, ArtifactKind, ArtifactManifest
 
 MANIFEST = "router.json"
+FORMAT_OF_ONE = 1  # the format of routers with a single unnamed encoder, which older releases read too
 
 
 class Estimates(NamedTuple):
@@ -48,7 +48,8 @@ class Estimates(NamedTuple):
 class RouterManifest(ArtifactManifest):
     """The content of router.json."""
 
-    encoder: EncoderIdentity
+    encoder: EncoderIdentity | None = None  # of a router with a single one
+    encoders: dict[str, EncoderIdentity] = Field({})  # otherwise, by the names in `columns`
     pool: Pool
     columns: list[str]
     kernel_weight: float = Field(ge=0.0, le=1.0)
@@ -70,7 +71,7 @@ _KIND = ArtifactKind(
 class Router:
     """Routes prompts. Load one with `Router.load`; its encoder is loaded with the first prompt."""
 
-    encoder_identity: EncoderIdentity
+    encoders: dict[str, EncoderIdentity]  # by the names in the columns; the first counts a prompt's input tokens
     pool: Pool
     projections: list[Projection]
     trunk: SharedTrunkNet
@@ -91,27 +92,31 @@ class Router:
             object.__setattr__(self, "calibration", Calibration.identity(len(self.pool.targets)))
 
     @property
+    def format(self) -> int:
+        """The artifact format that it is written in."""
+        return FORMAT_OF_ONE if list(self.encoders) == [""] else FORMAT
+
+    @property
     def columns(self) -> list[ActivationColumn]:
         """The activation columns that the router uses."""
         return [projection.column for projection in self.projections]
 
     @cached_property
-    def encoder(self) -> PrefillEncoder:
-        """The router's encoder. Raises UserError if the model at its location is not the one used in training."""
-        encoder = PrefillEncoder.load(self.encoder_identity.spec)
-        self.check_encoder(encoder.fingerprint, self.encoder_identity.spec.model)
-        return encoder
+    def sensors(self) -> dict[str, Sensor]:
+        """The router's encoders by name. Raises UserError if one cannot be loaded, or differs from that of training."""
+        return {name: self.load_sensor(name) for name in self.encoders}
 
-    def require_encoder(self) -> None:
-        """Raises UserError if the encoder cannot be loaded. Reads none of its weights."""
-        check_encoder(self.encoder_identity.spec)
+    def load_sensor(self, name: str) -> Sensor:
+        """Loads one encoder. Raises UserError if the model at its location is not the one used in training."""
+        identity = self.encoders[name]
+        sensor = load_sensor(identity.spec)
+        check_same(identity, sensor.fingerprint, identity.spec.model)
+        return sensor
 
-    def check_encoder(self, fingerprint: str, source: str) -> None:
-        if fingerprint != self.encoder_identity.fingerprint:
-            raise UserError(
-                f"{source}: encoder fingerprint {fingerprint} is not {self.encoder_identity.fingerprint}, which the "
-                "router was trained with: use the same weights, tokenizer and settings, or train again"
-            )
+    def require_encoders(self) -> None:
+        """Raises UserError if an encoder cannot be loaded. Reads none of their weights."""
+        for identity in self.encoders.values():
+            check_encoder(identity.spec)
 
     def with_pool(self, pool: Pool) -> Router:
         """Returns this router for a subset of its targets, in any order and at any prices.
@@ -144,9 +149,21 @@ class Router:
         """Distance from the training prompts; None if the router has too few landmarks."""
         return TrainingDistance.of(self.kernel.landmarks)
 
-    def features(self, activations: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Projects activations, given by column name, to features (N, F)."""
-        return np.concatenate([projection(activations[projection.column.name]) for projection in self.projections], 1)
+    def features(self, activations: Mapping[str, NDArray[Any]], missing: Collection[str] = ()) -> NDArray[np.float32]:
+        """Projects activations, given by column name, to features (N, F).
+
+        The features of encoders in `missing` are those of the mean training prompt.
+        """
+        num_prompts = len(next(iter(activations.values())))
+        return np.concatenate(
+            [
+                np.zeros((num_prompts, projection.num_features), np.float32)
+                if projection.column.encoder in missing
+                else projection(activations[projection.column.name])
+                for projection in self.projections
+            ],
+            axis=1,
+        )
 
     @torch.inference_mode()
     def estimates(self, features: NDArray[np.float32]) -> Estimates:
@@ -170,8 +187,7 @@ class Router:
 
     def predict_length(self, prompts: Sequence[Prompt], q: float) -> NDArray[np.float32]:
         """Returns the output tokens (N, T) that an answer exceeds with probability 1 - q."""
-        encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
-        logs = self.estimates(self.features(encoded)).log_lengths
+        logs = self.estimates(self.features(self.read(self.tokenize(prompts)))).log_lengths
         return quantile_tokens(logs, self.length_spread, q)
 
     def predict_activations(self, activations: Mapping[str, NDArray[Any]]) -> Prediction:
@@ -180,8 +196,15 @@ class Router:
 
     def predict(self, prompts: Sequence[Prompt]) -> Prediction:
         """Predicts P(correct) and expected output tokens, each (N, T) float32, with targets in the pool's order."""
-        encoded, _ = self.encoder.forward(self.encoder.tokenize(prompts), self.columns)
-        return self.predict_activations(encoded)
+        return self.predict_activations(self.read(self.tokenize(prompts)))
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> SensorTokens:
+        """Tokenises prompts for each encoder."""
+        return sensors.tokenize(self.sensors, prompts)
+
+    def read(self, tokens: SensorTokens) -> dict[str, NDArray[Any]]:
+        """Runs the encoders, and returns the activations of the router's columns by name."""
+        return sensors.read(self.sensors, tokens, self.columns)
 
     def route(
         self,
@@ -194,13 +217,12 @@ class Router:
     ) -> Decision:
         """Decides one prompt; the keywords are those of `Policy`."""
         policy = Policy(tolerance, allowed, max_cost, min_p)
-        return self.decide(self.encoder.tokenize([prompt]), [policy])[0]
+        return self.decide(self.tokenize([prompt]), [policy])[0]
 
-    def decide(self, tokens: Tokens, policies: Sequence[Policy]) -> list[Decision]:
+    def decide(self, tokens: SensorTokens, policies: Sequence[Policy]) -> list[Decision]:
         """Decides each tokenised prompt under its own policy, as `policy.decision.decide` does."""
-        encoded, _ = self.encoder.forward(tokens, self.columns)
-        prediction = self.predict_activations(encoded)
-        return decide(self.pool, prediction, tokens, policies, self.default_tolerance, self.version)
+        prediction, counted = self.predict_activations(self.read(tokens)), tokens[next(iter(self.encoders))]
+        return decide(self.pool, prediction, counted, policies, self.default_tolerance, self.version)
 
     # --- the artifact --------------------------------------------------------------------------------------------
 
@@ -211,8 +233,10 @@ class Router:
 
     @cached_property
     def _manifest_and_weights(self) -> tuple[RouterManifest, bytes]:
+        by_name = {name: identity.model_dump() for name, identity in self.encoders.items()}
         content = {
-            "encoder": self.encoder_identity.model_dump(),
+            "format": self.format,
+            **({"encoder": by_name[""]} if self.format == FORMAT_OF_ONE else {"encoders": by_name}),
             "pool": self.pool.model_dump(),
             "columns": [column.name for column in self.columns],
             "kernel_weight": self.kernel_weight,
@@ -246,7 +270,7 @@ class Router:
 
     def _check_tensors(self) -> None:
         """Raises ValueError for a tensor that is not finite, or whose shape contradicts the encoder, pool or others."""
-        hidden_size, num_targets = self.encoder_identity.hidden_size, len(self.pool.targets)
+        num_targets = len(self.pool.targets)
         num_features = sum(projection.num_features for projection in self.projections)
         tensors = self._tensors()
         num_landmarks = len(self.kernel.landmarks)
@@ -262,6 +286,7 @@ class Router:
         }
         for projection in self.projections:
             prefix = f"projection.{projection.column.name}"
+            hidden_size = self.encoders[projection.column.encoder].hidden_size
             expected |= {f"{prefix}.{name}": (hidden_size,) for name in ("mean", "std")}
             expected[f"{prefix}.components"] = (hidden_size, projection.num_features)
         weights = list(self.trunk.weights)
@@ -285,7 +310,7 @@ class Router:
             for name in manifest.columns
         ]
         router = cls(
-            encoder_identity=manifest.encoder,
+            encoders=manifest.encoders if manifest.encoder is None else {"": manifest.encoder},
             pool=manifest.pool,
             projections=projections,
             trunk=SharedTrunkNet.from_state({n: torch.from_numpy(t) for n, t in _part(tensors, "trunk").items()}),

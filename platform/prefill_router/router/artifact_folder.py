@@ -22,13 +22,13 @@ from prefill_router import storage
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError, one_line
 
-FORMAT = 1
+FORMAT = 2  # the newest that this release reads
 
 
 class ArtifactManifest(validation.StrictModel):
     """The fields that every manifest has."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     version: str
     weights: str = Field(pattern=r"^[\w-]+\.safetensors$")
     weights_sha256: str
@@ -58,7 +58,7 @@ class ArtifactKind(Generic[M]):
         weights = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
         digest = hashlib.sha256(weights).hexdigest()
         fields = {
-            "format": FORMAT,
+            "format": 1,
             **content,
             "weights": f"weights-{digest[:16]}.safetensors",
             "weights_sha256": digest,

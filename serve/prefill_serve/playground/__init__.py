@@ -51,7 +51,7 @@ def card_of(endpoint: Endpoint) -> RouterCard:
     singles = validation.get("singles", {})
     return RouterCard(
         router_version=head.version,
-        encoder=serving.engine.encoder.name,
+        encoder=serving.engine.encoder_names,
         tolerance=head.tolerance,
         targets=[
             ServedTarget(

@@ -98,9 +98,9 @@ def test_a_misspelled_key_names_the_nearest(command: Command, tmp_path: Path) ->
 
 def test_a_router_whose_encoder_changed(command: Command, router: str, tiny_model: Path, tmp_path: Path) -> None:
     loaded = Router.load(router)
-    identity = loaded.encoder_identity
+    identity = loaded.encoders[""]
     moved = identity.spec.model_copy(update={"model": str(save_tiny_model(tmp_path / "model", seed=1))})
-    changed = replace(loaded, encoder_identity=identity.model_copy(update={"spec": moved}))
+    changed = replace(loaded, encoders={"": identity.model_copy(update={"spec": moved})})
     changed.save(str(tmp_path / "router"))
     log = jsonl(tmp_path / "log.jsonl", GOOD)
     result = command("label", router=tmp_path / "router", log=log, out=tmp_path / "out")
@@ -182,7 +182,7 @@ def test_inspect_says_what_a_router_is(command: Command, router: str) -> None:
     result = command("inspect", router)
     assert result.status == 0
     assert f"router      {loaded.version}, format 1" in result.out
-    assert f"fingerprint {loaded.encoder_identity.fingerprint}" in result.out
+    assert f"fingerprint {loaded.encoders[''].fingerprint}" in result.out
     rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line}
     for target in loaded.pool.targets:
         assert rows[target.name][1:4] == [

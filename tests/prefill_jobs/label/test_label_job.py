@@ -246,7 +246,7 @@ def picky(router: str, tmp_path: Path) -> str:
     """The router with an encoder whose template refuses the prompt "no town"."""
     refusing = "{% if 'no town' in messages[0]['content'] %}{{ raise_exception('no towns') }}{% endif %}"
     encoder = PrefillEncoder.load(str(save_tiny_model(tmp_path / "model", chat_template=refusing + CHAT_TEMPLATE)))
-    replace(Router.load(router), encoder_identity=encoder.identity).save(str(tmp_path / "picky"))
+    replace(Router.load(router), encoders={"": encoder.identity}).save(str(tmp_path / "picky"))
     return str(tmp_path / "picky")
 
 
@@ -259,7 +259,7 @@ def as_corpus(router: str, log: Path, out: Path, **options: Any) -> ExtractConfi
     loaded = Router.load(router)
     fields: dict[str, Any] = {
         "corpus": str(log),
-        "encoder": loaded.encoder_identity.spec.model,
+        "encoder": loaded.encoders[""].spec.model,
         "layers": ",".join(sorted({str(column.layer) for column in loaded.columns})),
         "pooling": ",".join(sorted({column.pooling for column in loaded.columns})),
         "out": str(out),

@@ -131,7 +131,7 @@ def test_a_cut_prompt_says_so_and_costs_all_of_its_tokens(tiny_router: Router) -
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1, 1.0])
 def test_decisions_follow_the_published_rule(tiny_router: Router, tolerance: float) -> None:
-    tokens = tiny_router.encoder.tokenize(PROMPTS)
+    tokens = tiny_router.tokenize(PROMPTS)
     decisions = tiny_router.decide(tokens, [Policy(tolerance=tolerance)] * len(PROMPTS))
     p, cost = ([list(getattr(d, name).values()) for d in decisions] for name in ("p_correct", "expected_cost_usd"))
     assert [d.target for d in decisions] == [TARGETS[t] for t in choose(p, cost, tolerance)]
@@ -171,7 +171,7 @@ def test_there_is_no_target_where_none_meets_the_constraints(tiny_router: Router
 
 
 def test_each_prompt_has_its_own_policy(tiny_router: Router) -> None:
-    tokens = tiny_router.encoder.tokenize(PROMPTS[:3])
+    tokens = tiny_router.tokenize(PROMPTS[:3])
     decisions = tiny_router.decide(tokens, [Policy(allowed=["big"]), Policy(min_p=1.0), Policy(allowed=["small"])])
     assert [d.target for d in decisions] == ["big", None, "small"]
 
@@ -208,7 +208,7 @@ def test_a_target_that_the_router_does_not_know_is_refused(tiny_router: Router) 
 def test_another_encoder_at_the_same_place_is_refused(tiny_router: Router, tiny_model: Path, tmp_path: Path) -> None:
     place = shutil.copytree(tiny_model, tmp_path / "model")
     encoder = PrefillEncoder.load(EncoderSpec(model=str(place), dtype="float32"), device="cpu")
-    save(replace(tiny_router, encoder_identity=encoder.identity), tmp_path / "router")
+    save(replace(tiny_router, encoders={"": encoder.identity}), tmp_path / "router")
     router = Router.load(str(tmp_path / "router"))
     assert router.route(PROMPTS[0]).target in TARGETS
 

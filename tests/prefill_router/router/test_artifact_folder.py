@@ -106,7 +106,7 @@ def test_the_version_follows_the_content(tiny_router: Router) -> None:
         replace(tiny_router, default_tolerance=0.1),
         replace(tiny_router, trunk=tiny_router.trunk.of_outputs([1, 0])),
         replace(tiny_router, training_prompts=np.array([3], np.uint64)),
-        replace(tiny_router, encoder_identity=tiny_router.encoder_identity.model_copy(update={"fingerprint": "x"})),
+        replace(tiny_router, encoders={"": tiny_router.encoders[""].model_copy(update={"fingerprint": "x"})}),
     ]
     assert len({tiny_router.version, *(other.version for other in others)}) == 6
     assert with_prices(tiny_router, 2.0).version == tiny_router.version
@@ -134,8 +134,8 @@ def test_a_missing_router_is_an_error(root: str) -> None:
 
 
 def test_a_router_of_a_newer_format_is_an_error(tiny_router: Router, tmp_path: Path) -> None:
-    edit(save(tiny_router, tmp_path), lambda content: content.update(format=2, novelty=True))
-    with pytest.raises(UserError, match=r"router\.json: format 2 is newer than this release reads \(1\): upgrade"):
+    edit(save(tiny_router, tmp_path), lambda content: content.update(format=3, novelty=True))
+    with pytest.raises(UserError, match=r"router\.json: format 3 is newer than this release reads \(2\): upgrade"):
         Router.load(str(tmp_path))
 
 

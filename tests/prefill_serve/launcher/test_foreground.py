@@ -90,9 +90,9 @@ def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytes
 
 def test_an_encoder_that_is_missing_is_said_before_a_replica_starts(router: str, tmp_path: Path) -> None:
     loaded = Router.load(router)
-    identity = loaded.encoder_identity
+    identity = loaded.encoders[""]
     gone = identity.spec.model_copy(update={"model": str(tmp_path / "gone")})
-    replace(loaded, encoder_identity=identity.model_copy(update={"spec": gone})).save(str(tmp_path / "router"))
+    replace(loaded, encoders={"": identity.model_copy(update={"spec": gone})}).save(str(tmp_path / "router"))
     with pytest.raises(UserError, match=r"encoder .*gone: no such directory"):
         Serving.check(Settings.model_validate({"open": True, "router": str(tmp_path / "router")}))
 
