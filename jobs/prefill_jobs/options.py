@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from prefill_jobs.option_fields import (
-    ACTIVATIONS,
     CONFIG_FILE,
     DEFAULT_ENCODER,
     DEFAULT_SENTENCE_ENCODER,
@@ -124,7 +123,7 @@ class TrainConfig(StrictModel):
     With --extend, adapt an existing router to another pool: add targets from a few hundred outcomes, drop or reprice.
     """
 
-    activations: Uri | None = Field(None, description=ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"})
+    activations: ActivationsUris | None = Field(None, json_schema_extra={REQUIRED_UNLESS: "extend"})
     outcomes: Uri | None = Field(None, description=OUTCOMES, json_schema_extra={REQUIRED_UNLESS: "extend"})
     pool: PoolUri
     out: Uri = Field(description="Output folder for the router artifact")
@@ -154,6 +153,12 @@ class TrainConfig(StrictModel):
     category: str = Field("category", description="Column of --corpus with the category of a prompt")
     folds: int | None = Field(
         None, ge=2, description="Number of cross-validation folds; trains one router per fold below --out"
+    )
+    max_encode_ms: float | None = Field(
+        None,
+        gt=0.0,
+        description="Maximum milliseconds a prompt that the chosen encoders may take together, as `extract` measured "
+        "them [default: no limit]",
     )
     recipe: Literal["best", "published"] = Field(
         "best", description="Training recipe: best, or published for the settings of the paper"

@@ -27,6 +27,7 @@ from prefill_router.activations import commit_log
 from prefill_router.activations.activation_store import StoreManifest, read_manifest, write_manifest
 from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import bad_rows, shard_name
+from prefill_router.activations.encode_time import SUMMARY, measured_ms
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ShardList
 from prefill_router.common.console import say
@@ -203,8 +204,8 @@ class _Extraction:
         self.lease.check()
         write_manifest(self.config.out, manifest)
         self.commit_log.tidy(self._names(self.parts))
-        summary.finish(manifest)
-        storage.write_json(storage.join(self.config.out, "summary.json"), summary.to_dict())
+        summary.finish(manifest, measured_ms(self.config.out))
+        storage.write_json(storage.join(self.config.out, SUMMARY), summary.to_dict())
         return summary
 
 

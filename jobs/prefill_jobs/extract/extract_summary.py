@@ -9,6 +9,7 @@ from typing import Any
 from prefill_jobs.extract.extractor import ExtractResult
 from prefill_jobs.runtime.capacity import Capacity
 from prefill_router.activations.activation_store import StoreManifest
+from prefill_router.activations.encode_time import ENCODE_MS
 from prefill_router.encoder.prefill_work import Work
 
 
@@ -16,6 +17,7 @@ class ExtractSummary:
     """Counts of one run. `manifest` is set by `finish`."""
 
     manifest: StoreManifest
+    encode_ms: float | None
 
     def __init__(self, num_bad: int, workers: int) -> None:
         self.num_quarantined, self.workers = num_bad, workers
@@ -41,14 +43,17 @@ class ExtractSummary:
         self.num_copied += done.num_copied
         self.num_quarantined += len(done.record.refused)
 
-    def finish(self, manifest: StoreManifest) -> None:
+    def finish(self, manifest: StoreManifest, before_ms: float | None) -> None:
+        """Ends the run. `before_ms` is what an earlier one measured, for one that computes nothing."""
         self.manifest, self.seconds = manifest, time.monotonic() - self._started
+        self.encode_ms = 1000.0 * self.work.seconds / self.work.prompts if self.work.prompts else before_ms
 
     def to_dict(self) -> Mapping[str, Any]:
         """The summary as JSON values.
 
         `tokens_per_s` is over the whole job. `mfu` is over the time in the encoder, relative to the measured peak.
-        `peak_flops` is the workers' peak per second, averaged over the whole job.
+        `peak_flops` is the workers' peak per second, averaged over the whole job. `encode_ms` is a prompt's time in
+        the encoder of one worker, in milliseconds.
         """
         return {
             "prompts": self.manifest.rows,
@@ -64,6 +69,7 @@ class ExtractSummary:
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.work.tokens / self.seconds, 1),
             "encoder_seconds": round(self.work.seconds, 3),
+            ENCODE_MS: None if self.encode_ms is None else round(self.encode_ms, 3),
             "peak_flops": self.capacity.flops / self.seconds,
             "mfu": round(self.work.flops / self.capacity.encoder_flops, 4) if self.work.seconds else None,
             "shards": len(self.manifest.shards),

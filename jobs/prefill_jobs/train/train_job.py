@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,12 +21,15 @@ from prefill_jobs.graded.predictions import predict_graded
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
+from prefill_jobs.train import sensor_choice
 from prefill_jobs.train.extend_job import extend
 from prefill_jobs.train.kernel_sample import sample_rows
 from prefill_jobs.train.probe_job import column_moments, probe_store
+from prefill_jobs.train.sensor_choice import SensorTrial
 from prefill_jobs.train.trunk_fit import FitTask, fit_on_ray
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
+from prefill_router.activations.encode_time import encode_times
 from prefill_router.activations.joined_stores import store_uris
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
@@ -120,8 +124,9 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
 
     training = graded.only(split, Part.TRAIN)
     say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
-    chosen, projections, encoders = _projections(training, recipe)
-    graded, training = graded.of_encoders(encoders), training.of_encoders(encoders)
+    reading = _Reading.chosen(graded, split, recipe, config.max_encode_ms)
+    projections = reading.projections
+    graded, training = graded.of_encoders(reading.encoders), training.of_encoders(reading.encoders)
     task = FitTask(
         graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
@@ -134,7 +139,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
     fitted, num_targets = fit_on_ray(task, config.workers, config.out, run), len(pool.targets)
     router = Router(
-        encoders=encoders,
+        encoders=reading.encoders,
         pool=pool,
         projections=projections,
         trunk=fitted.trunk.net.of_outputs(range(num_targets)),
@@ -151,34 +156,57 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
             "run": run,
             "activations": activations,
             "outcomes": outcomes,
-            "columns": {target: column.name for target, column in chosen.items()},
+            "columns": {target: column.name for target, column in reading.columns.items()},
             "num_train": parts.num_train,
             "num_validation": parts.num_validation,
             "num_answers": dict(zip(pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
             "other_targets": sorted(others),
+            **({"sensors": [trial.to_dict() for trial in reading.trials]} if reading.trials else {}),
             "metrics": fitted.to_dict(),
         },
     )
     return tuned(router, graded.only(split, Part.VALIDATION), recipe)
 
 
-def _projections(
-    training: GradedStore, recipe: RouterRecipe
-) -> tuple[dict[str, ActivationColumn], list[Projection], dict[str, EncoderIdentity]]:
-    """Each target's best column, the projections of the columns that the recipe uses, and their encoders by name."""
-    probes = probe_store(training.of_pool())
-    chosen = layer_scores.choose_columns(probes)
-    columns = set(chosen.values() if recipe.columns == "own" else layer_scores.joint_columns(probes))
-    used = {column.encoder for column in columns}
-    read = {name: identity for name, identity in training.store.encoders.items() if name in used}
-    encoders = named(read.values())
-    names = dict(zip(read, encoders, strict=True))
-    columns = {column.of(names[column.encoder]) for column in columns}
-    moments = column_moments(training.of_encoders(encoders), sorted(columns))
-    return (
-        chosen,
-        [fit_projection(column, moments[column], whiten=recipe.whiten) for column in sorted(moments)],
-        encoders,
+@dataclass(frozen=True)
+class _Reading:
+    """What a router reads of its prompts."""
+
+    encoders: dict[str, EncoderIdentity]
+    projections: list[Projection]
+    columns: dict[str, ActivationColumn]  # each target's best one
+    trials: list[SensorTrial]  # of several encoders
+
+    @classmethod
+    def chosen(cls, graded: GradedStore, split: Split, recipe: RouterRecipe, max_encode_ms: float | None) -> _Reading:
+        """Chooses columns by the probes of the training prompts, and among several encoders as `sensor_choice` does."""
+        training, validation = graded.only(split, Part.TRAIN), graded.only(split, Part.VALIDATION)
+        probes = probe_store(training.of_pool())
+        best = layer_scores.choose_columns(probes)
+        is_choice = recipe.columns == "joint" and len(graded.store.encoders) > 1
+        options = sensor_choice.options_of(probes, encode_times(graded.store)) if is_choice else []
+        joint = [c for option in options for c in option.columns] if options else layer_scores.joint_columns(probes)
+        columns = sorted(set(best.values() if recipe.columns == "own" else joint))
+        moments = column_moments(training, columns)
+        projections = [fit_projection(column, moments[column], whiten=recipe.whiten) for column in columns]
+        trials = []
+        if options:
+            trials = sensor_choice.choose_sensors(training, validation, options, projections, max_encode_ms)
+            kept = {column for trial in trials if trial.is_kept for column in trial.option.columns}
+            projections = [projection for projection in projections if projection.column in kept]
+        return cls(*_renamed(graded.store.encoders, projections), best, trials)
+
+
+def _renamed(
+    encoders: Mapping[str, EncoderIdentity], projections: Sequence[Projection]
+) -> tuple[dict[str, EncoderIdentity], list[Projection]]:
+    """The encoders that projections read, and the projections, under the names that a router of these has."""
+    read = {p.column.encoder for p in projections}
+    before = [name for name in encoders if name in read]
+    by_name = named(encoders[name] for name in before)
+    names = dict(zip(before, by_name, strict=True))
+    return by_name, sorted(
+        (replace(p, column=p.column.of(names[p.column.encoder])) for p in projections), key=lambda p: p.column
     )
 
 
