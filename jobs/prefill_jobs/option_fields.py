@@ -70,9 +70,10 @@ OtherPool = Annotated[
 ACTIVATIONS = "Activation store written by `extract`"
 OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and output_tokens"
 ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
+SEVERAL_ACTIVATIONS = f"{ACTIVATIONS}; give several encoders' stores as A,B"
 ActivationsUris = Annotated[
     str,
-    Field(min_length=1, description=f"{ACTIVATIONS}; give several encoders' stores as A,B"),
+    Field(min_length=1, description=SEVERAL_ACTIVATIONS),
     AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
 ]
 OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]

@@ -19,6 +19,7 @@ from prefill_jobs.option_fields import (
     OUTCOMES,
     POSITIONAL,
     REQUIRED_UNLESS,
+    SEVERAL_ACTIVATIONS,
     SHIPPED,
     Accelerator,
     ActivationsUri,
@@ -123,7 +124,9 @@ class TrainConfig(StrictModel):
     With --extend, adapt an existing router to another pool: add targets from a few hundred outcomes, drop or reprice.
     """
 
-    activations: ActivationsUris | None = Field(None, json_schema_extra={REQUIRED_UNLESS: "extend"})
+    activations: ActivationsUris | None = Field(
+        None, description=SEVERAL_ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"}
+    )
     outcomes: Uri | None = Field(None, description=OUTCOMES, json_schema_extra={REQUIRED_UNLESS: "extend"})
     pool: PoolUri
     out: Uri = Field(description="Output folder for the router artifact")
