@@ -28,12 +28,17 @@ class TrainingDistance:
     mean: Tensor  # (F,)
     whitener: Tensor  # (F, F); the distance is the length of (features - mean) @ whitener
     known: NDArray[np.float32]  # (M,) sorted distances of the training prompts
+    columns: NDArray[np.int64] | slice  # (F,) the features that it uses
 
     @classmethod
-    def of(cls, features: NDArray[Any]) -> TrainingDistance | None:
-        """Fits the features (M, F) of training prompts, or of a sample; returns None for fewer than 50 prompts."""
+    def of(cls, features: NDArray[Any], columns: NDArray[np.int64] | slice = slice(None)) -> TrainingDistance | None:
+        """Fits `columns` (F,) of the features (M, all) of training prompts, or of a sample.
+
+        Returns None for fewer than 50 prompts, or without columns.
+        """
+        features = features[:, columns]
         count, num_features = features.shape
-        if count < _MIN_PROMPTS:
+        if count < _MIN_PROMPTS or not num_features:
             return None
         x = torch.from_numpy(np.asarray(features, np.float64))
         deviations = x - x.mean(0)
@@ -46,12 +51,13 @@ class TrainingDistance:
         own = share**2 * (count - 1) * squares / (1.0 - share * squares).clamp(min=1e-9)
         known = np.sort((own / num_features).sqrt().numpy().astype(np.float32))
         whitener = factor * (count / num_features) ** 0.5
-        return cls(x.mean(0).float(), whitener.float(), known)
+        return cls(x.mean(0).float(), whitener.float(), known, columns)
 
     @torch.inference_mode()
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns distances (N,) of features (N, F), as a root mean square over features: 1 for a usual prompt."""
-        return ((torch.from_numpy(features) - self.mean) @ self.whitener).square().sum(1).sqrt().numpy()
+        """Returns distances (N,) of features (N, all), as a root mean square over `columns`: 1 for a usual prompt."""
+        x = torch.from_numpy(features[:, self.columns])
+        return ((x - self.mean) @ self.whitener).square().sum(1).sqrt().numpy()
 
     def percentile(self, distances: NDArray[np.float32]) -> NDArray[np.float64]:
         """Returns the share (N,) of training prompts that are nearer, in [0, 1]."""

@@ -144,10 +144,23 @@ class Router:
 
     # --- prediction ----------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def distance(self) -> TrainingDistance | None:
         """Distance from the training prompts; None if the router has too few landmarks."""
-        return TrainingDistance.of(self.kernel.landmarks)
+        return self.distance_of(self.encoders)
+
+    def distance_of(self, encoders: Collection[str]) -> TrainingDistance | None:
+        """Distance from the training prompts by the features of `encoders`; None as for `distance`."""
+        key = frozenset(encoders)
+        if key not in self._distances:
+            owners = [p.column.encoder in key for p in self.projections for _ in range(p.num_features)]
+            columns = slice(None) if all(owners) else np.flatnonzero(owners)
+            self._distances[key] = TrainingDistance.of(self.kernel.landmarks, columns)
+        return self._distances[key]
+
+    @cached_property
+    def _distances(self) -> dict[frozenset[str], TrainingDistance | None]:
+        return {}
 
     def features(self, activations: Mapping[str, NDArray[Any]], missing: Collection[str] = ()) -> NDArray[np.float32]:
         """Projects activations, given by column name, to features (N, F).

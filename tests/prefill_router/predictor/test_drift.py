@@ -53,7 +53,18 @@ def test_new_prompts_of_the_same_kind_are_spread_evenly_over_the_percentiles() -
     assert (strangers == 1.0).mean() > 0.95
 
 
+def test_a_distance_by_some_features_is_that_of_prompts_that_have_no_others(train: np.ndarray) -> None:
+    columns = np.array([0, 3])
+    distance, alone = TrainingDistance.of(train, columns), TrainingDistance.of(train[:, columns])
+    assert distance is not None
+    assert alone is not None
+    new = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32)
+    np.testing.assert_array_equal(distance.known, alone.known)
+    np.testing.assert_array_equal(distance(new), alone(new[:, columns]))
+
+
 def test_too_few_prompts_tell_nothing() -> None:
+    assert TrainingDistance.of(np.zeros((60, 0), np.float16)) is None
     assert TrainingDistance.of(np.zeros((0, 7), np.float16)) is None
     assert TrainingDistance.of(np.zeros((10, 7), np.float16)) is None
 
