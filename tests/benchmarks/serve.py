@@ -78,8 +78,7 @@ class Bench:
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def one_client(self) -> dict[str, float]:
-        """p50 of a request, and of the bare truncated encode call on the same prompts, one after the other."""
-        encoder, columns = self.router.sensors[""], self.router.columns
+        """p50 of a request, and of the bare truncated encode calls on the same prompts, one after the other."""
         route, bare, added = [], [], []
         connection = http.client.HTTPConnection("127.0.0.1", int(port(self.ours)))  # a client that adds next to nothing
         for prompt in self.prompts[: self.options.one_client]:
@@ -91,7 +90,7 @@ class Bench:
                 content = connection.getresponse().read()
                 route_s = time.perf_counter() - started
                 started = time.perf_counter()
-                encoder.forward(encoder.tokenize([prompt]), columns)
+                self.router.read(self.router.tokenize([prompt]))
                 bare_s = time.perf_counter() - started
             route.append(route_s * MS)
             bare.append(bare_s * MS)
@@ -105,10 +104,11 @@ class Bench:
         """Prompts a second of the engine that `extract` and `label` run on, with the head."""
         prompts = self.prompts[: self.options.offline]
         started = time.perf_counter()
-        tokens = self.router.sensors[""].tokenize(prompts)
+        tokens = self.router.tokenize(prompts)
         for start in range(0, len(prompts), 128):
-            part = Tokens(tokens.ids[start : start + 128], tokens.full_lengths[start : start + 128])
-            self.router.predict_activations(self.router.sensors[""].forward(part, self.router.columns)[0])
+            own = slice(start, start + 128)
+            part = {name: Tokens(t.ids[own], t.full_lengths[own]) for name, t in tokens.items()}
+            self.router.predict_activations(self.router.read(part))
         return len(prompts) / (time.perf_counter() - started)
 
     def load(self, url: str, users: int, seconds: float, period_s: float = 0.0) -> NDArray[Any]:
