@@ -125,6 +125,25 @@ def router(run: Run, activations: str, small_data: Path) -> str:
     return str(run.build("router", build))
 
 
+@pytest.fixture(scope="session")
+def router_of_two(run: Run, activations: str, tiny_sentence_encoder: Path, small_data: Path) -> str:
+    """A router trained on the activations of two encoders: the tiny model and the tiny sentence encoder."""
+    from here import without_ray
+    from prefill_jobs.extract.extract_job import extract
+    from prefill_jobs.options import ExtractConfig, TrainConfig
+    from prefill_jobs.train.train_job import train
+
+    def build(out: Path) -> None:
+        corpus, other = str(small_data / "corpus.parquet"), str(run.folder / "sentence_activations")
+        outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
+        both = f"{activations},{other}"
+        with without_ray():
+            extract(ExtractConfig(corpus=corpus, encoder=str(tiny_sentence_encoder), out=other, shard_rows=50))
+            train(TrainConfig(activations=both, outcomes=outcomes, pool=pool, out=str(out), seeds=4, keep=2))
+
+    return str(run.build("router_of_two", build))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Limits torch to one thread: more only slow down tiny products on a busy machine."""

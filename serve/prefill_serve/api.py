@@ -156,6 +156,7 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
             Status(
                 router_version=serving.primary.version,
                 encoder=serving.engine.encoder_names,
+                missing_encoders=serving.engine.sensors.reasons,
                 targets=serving.primary.router.pool.target_names,
                 canary_version=serving.canary.version if serving.canary else None,
                 shadow_version=serving.shadow.version if serving.shadow else None,

@@ -16,7 +16,7 @@ from prefill_router.corpus.reader import Prompt, content_digest
 from prefill_router.policy.decision import Decision, Policy, Prediction, decide_one, explain, explore
 from prefill_router.policy.selection import OUT_OF_DISTRIBUTION_SHARE
 from prefill_serve.endpoint_metrics import Metrics
-from prefill_serve.engine import Estimate, Head, PromptReading, Times
+from prefill_serve.engine import Engine, Estimate, Head, PromptReading, Times
 from prefill_serve.scheduler import Overloaded
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
@@ -29,7 +29,9 @@ RECORD_AFTER_S = 0.005  # metrics and logs wait until the answer has been sent
 _RANDOM = SystemRandom()  # forked processes draw different numbers
 
 
-_Key = tuple[str, tuple[str, ...], bytes]  # caller, head names, content digest of the prompt
+# Caller, head names, missing encoders, content digest of the prompt. Without the missing encoders, a reading would be
+# used after they are back.
+_Key = tuple[str, tuple[str, ...], tuple[str, ...], bytes]
 
 
 class NotReady(Exception):  # noqa: N818 - a state, not a fault
@@ -74,7 +76,7 @@ class Endpoint:
             before = self.serving
             try:
                 serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before)
-                await serving.engine.warm_up(serving.heads)
+                await self._warm_up(serving, before)
             except Exception as error:
                 self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
                 self.metrics.settings.inc(1, tags={"outcome": "refused"})
@@ -82,9 +84,21 @@ class Endpoint:
                 raise
             self.serving, self.refused = serving, None
             if before is not None and before.engine is not serving.engine:
-                self._closing.add(task := asyncio.create_task(before.engine.close()))
-                task.add_done_callback(self._closing.discard)
+                self._close(before.engine)
             self._describe(before, serving)
+
+    async def _warm_up(self, serving: Serving, before: Serving | None) -> None:
+        """Runs forward passes. Closes a new engine whose passes fail."""
+        try:
+            await serving.engine.warm_up(serving.heads)
+        except Exception:
+            if before is None or before.engine is not serving.engine:
+                self._close(serving.engine)
+            raise
+
+    def _close(self, engine: Engine) -> None:
+        self._closing.add(task := asyncio.create_task(engine.close()))
+        task.add_done_callback(self._closing.discard)
 
     def _describe(self, before: Serving | None, serving: Serving) -> None:
         self.metrics.settings.inc(1, tags={"outcome": "taken_over"})
@@ -130,7 +144,7 @@ class Endpoint:
         head = serving.head_for(digest)
         _check_targets(policy, head)
         asked = serving.asked(head)
-        key = caller, tuple(each.name for each in asked), digest
+        key = caller, tuple(each.name for each in asked), serving.engine.sensors.missing, digest
         cached = self._readings.get(key)
         is_cached = cached is not None and cached.done()
         if cached is None:
@@ -161,6 +175,8 @@ class Endpoint:
             "input_tokens": decision.input_tokens,
             "is_cached": routing.is_cached,
         }
+        if reading.missing:
+            fields["missing_encoders"] = list(reading.missing)
         if settings.log_prompts:
             fields["prompt"] = routing.question.prompt
         if routing.serving.shadow is not None and len(reading.estimates) > 1:
@@ -180,7 +196,7 @@ class Endpoint:
         engine.scheduler.admit(max_wait_s)  # refuse before tokenization, which costs time
         with tracer.start_as_current_span("tokenize"):
             tokens, tokenize_s = await engine.tokenize(prompt)
-        if (length := int(tokens[engine.counter].full_lengths[0])) > limits.prompt_tokens:
+        if (length := int(next(iter(tokens.values())).full_lengths[0])) > limits.prompt_tokens:
             raise TooLong(f"prompt has {length:,} tokens, must have at most {limits.prompt_tokens:,}")
         with tracer.start_as_current_span("read") as span:
             try:
@@ -192,11 +208,12 @@ class Endpoint:
         return reading
 
     def _remember(self, key: _Key, task: asyncio.Task[PromptReading]) -> asyncio.Task[PromptReading]:
-        """Caches a reading; drops it if it fails, and evicts the least recently used."""
+        """Caches a reading; drops it if it, or one of its encoders, fails, and evicts the least recently used."""
         self._readings[key] = task
 
         def forget_failure(done: asyncio.Task[PromptReading]) -> None:
-            if (done.cancelled() or done.exception() is not None) and self._readings.get(key) is done:
+            has_failed = done.cancelled() or done.exception() is not None or done.result().missing != key[2]
+            if has_failed and self._readings.get(key) is done:
                 del self._readings[key]
             while len(self._readings) > self.now.settings.cached_prompts:
                 self._readings.popitem(last=False)
@@ -243,6 +260,7 @@ class Routing:
         tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
         metadata = Metadata(
             encoder=self.serving.engine.encoder_names,
+            missing_encoders=list(self.reading.missing),
             input_tokens=decision.input_tokens,
             is_truncated=decision.is_truncated,
             tolerance=tolerance,

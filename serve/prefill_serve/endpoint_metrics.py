@@ -27,11 +27,15 @@ class Metrics:
         self.batch_fill = histogram("batch_fill", "Tokens of a batch as a share of its limit", _SHARES)
         self.queued_tokens = gauge("queued_tokens", "Tokens of queued prompts")
         self.prompts = counter("prompts", "Prompts by source of their estimates: encoder or cache", "source")
+        self.degraded = counter("degraded_prompts", "Prompts that were read without an encoder", "encoder")
         self.truncated = counter("truncated_prompts", "Prompts whose middle was cut before encoding")
         self.routed = counter("routed", "Decisions by target and role (router or canary)", "target", "role")
         self.expected_cost = counter("expected_cost_usd", "Expected cost of the chosen targets' answers", "target")
         self.p_correct = histogram("p_correct", "P(correct) of the chosen target", _SHARES, "role")
         self.distance = histogram("drift_distance", "Distance from training prompts, typically 1", _DISTANCES)
+        self.own_distance = histogram(
+            "encoder_drift_distance", "Distance by one of several encoders, typically 1", _DISTANCES, "encoder"
+        )
         self.out_of_distribution = counter("out_of_distribution", "Prompts outside the training distribution")
         self.shadow = counter("shadow", "Shadow router's choices: same target as the router's or another", "agrees")
         self.settings = counter("settings", "Settings that were applied or refused", "outcome")
@@ -43,6 +47,8 @@ class Metrics:
 
     def read(self, reading: PromptReading, budget_tokens: int) -> None:
         self.prompts.inc(1, tags={"source": "encoder"})
+        for name in reading.missing:
+            self.degraded.inc(1, tags={"encoder": name})
         for phase, seconds in reading.times._asdict().items():
             self.phase_seconds.observe(max(seconds, 1e-9), tags={"phase": phase})
         self.batch_tokens.observe(reading.batch_tokens)
@@ -59,6 +65,8 @@ class Metrics:
             self.truncated.inc(1)
         if estimate.distance is not None:
             self.distance.observe(max(estimate.distance, 1e-9))
+        for name, distance in estimate.own_distances.items():
+            self.own_distance.observe(max(distance, 1e-9), tags={"encoder": name})
         if is_outlier:
             self.out_of_distribution.inc(1)
 

@@ -1,4 +1,4 @@
-"""The engine of a replica: one encoder and the router heads on top of it, run in batches on threads.
+"""The engine of a replica: encoders and the router heads on top of them, run in batches on threads.
 
 Tokenization, queueing, encoding and heads are timed separately. Each prompt carries the heads it was submitted for, so
 that a change of routers loses no prompt.
@@ -9,28 +9,27 @@ that a change of routers loses no prompt.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.reader import Prompt
-from prefill_router.encoder import sensors
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
-from prefill_router.encoder.prefix_cache import PrefixCache
-from prefill_router.encoder.sensors import Sensor, SensorTokens
+from prefill_router.encoder.sensors import SensorTokens
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Router
 from prefill_serve.scheduler import Batch, BatchScheduler
+from prefill_serve.sensor_set import SensorSet
 
-REMEMBERED_TOKENS = 16_384  # cached prefix tokens: about 12 KB each in SmolLM2's lower half
 _IDLE_S = 0.05
 _WARM_UP = ["Hello.", "What is 17 * 23?", " ".join(["word"] * 200), "Name a river in Europe."]
 
@@ -52,17 +51,34 @@ class Head:
     def columns(self) -> list[ActivationColumn]:
         return self.router.columns if isinstance(self.router, Router) else []
 
-    def estimate(self, tokens: SensorTokens, activations: dict[str, NDArray[Any]]) -> list[Estimate]:
-        """Returns one estimate per prompt. A baseline reads tokens, a router activations."""
+    def estimate(
+        self, tokens: SensorTokens, activations: dict[str, NDArray[Any]], missing: Collection[str] = ()
+    ) -> list[Estimate]:
+        """Returns one estimate per prompt. A baseline reads tokens, a router activations.
+
+        `missing` encoders have no activations: the estimates and the distance are those by the others.
+        """
         if isinstance(self.router, BaselineRouter):
             return [Estimate(Prediction(*row)) for row in zip(*self.router.predict_tokens(tokens[""]), strict=True)]
-        features = self.router.features(activations)
+        features = self.router.features(activations, missing)
         predictions = [Prediction(*row) for row in zip(*self.router.predict_features(features), strict=True)]
-        if self.router.distance is None:
+        read = [name for name in self.router.encoders if name not in missing]
+        distance = self.router.distance_of(read)
+        if distance is None:
             return [Estimate(prediction) for prediction in predictions]
-        distances = self.router.distance(features)
-        percentiles = self.router.distance.percentile(distances)
-        return [Estimate(*row) for row in zip(predictions, distances.tolist(), percentiles.tolist(), strict=True)]
+        distances = distance(features)
+        percentiles = distance.percentile(distances)
+        own = self._own_distances(features, read)
+        return [Estimate(*row) for row in zip(predictions, distances.tolist(), percentiles.tolist(), own, strict=True)]
+
+    def _own_distances(self, features: NDArray[np.float32], read: Sequence[str]) -> list[dict[str, float]]:
+        """The distances by each encoder's own features, by name. Empty for a router with a single encoder."""
+        assert isinstance(self.router, Router)
+        if len(self.router.encoders) == 1:
+            return [{}] * len(features)
+        found = {name: distance for name in read if (distance := self.router.distance_of([name])) is not None}
+        columns = [distance(features).tolist() for distance in found.values()]
+        return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 class Estimate(NamedTuple):
@@ -71,6 +87,7 @@ class Estimate(NamedTuple):
     prediction: Prediction
     distance: float | None = None
     percentile: float | None = None  # share of training prompts with a smaller distance
+    own_distances: Mapping[str, float] = {}  # by encoder, where a router has several
 
 
 class Times(NamedTuple):
@@ -91,6 +108,7 @@ class PromptReading:
     is_truncated: bool
     times: Times
     batch_tokens: int
+    missing: tuple[str, ...]  # encoders that it was read without
 
 
 class _Job(NamedTuple):
@@ -102,16 +120,16 @@ class _Job(NamedTuple):
 class Engine:
     """Encoders on `num_threads` cores, which the other threads of the process should leave free.
 
-    The encoders read each batch in turn. The first one counts the tokens of a prompt.
+    The encoders read each batch in turn. The first one in use counts the tokens of a prompt.
     """
 
-    def __init__(self, encoders: Mapping[str, Sensor], num_threads: int) -> None:
-        self.sensors, self.counter = encoders, next(iter(encoders))
-        prefill = [sensor for sensor in encoders.values() if isinstance(sensor, PrefillEncoder)]
-        for sensor in prefill:
-            sensor.prefix_cache = PrefixCache(REMEMBERED_TOKENS)
+    def __init__(self, encoders: SensorSet, num_threads: int) -> None:
+        self.sensors = encoders
+        loaded = encoders.in_use.values()
+        prefill = [sensor for sensor in loaded if isinstance(sensor, PrefillEncoder)]
         budget_tokens = min((sensor.budget_tokens for sensor in prefill), default=1 << 14)
-        num_lanes = num_threads if prefill and all(sensor.runs_side_by_side for sensor in prefill) else 1
+        is_on_cpu = all(sensor.device.type == "cpu" for sensor in loaded)
+        num_lanes = num_threads if is_on_cpu and (prefill or encoders.missing) else 1
         self.scheduler: BatchScheduler[_Job, PromptReading] = BatchScheduler(
             self._read, num_lanes, budget_tokens, num_threads
         )
@@ -120,16 +138,14 @@ class Engine:
 
     @property
     def encoder_names(self) -> str:
-        """Where the encoders were loaded from, for users."""
-        return ", ".join(sensor.name for sensor in self.sensors.values())
+        """Where the encoders are loaded from, for users."""
+        return ", ".join(self.sensors.sources.values())
 
     async def tokenize(self, prompt: Prompt) -> tuple[SensorTokens, float]:
         """Returns the tokens of one prompt and the seconds taken. Raises UserError if the chat template rejects it."""
         started = perf_counter()
         with self._in_use():
-            tokens = await asyncio.get_running_loop().run_in_executor(
-                self._tokenizer, sensors.tokenize, self.sensors, [prompt]
-            )
+            tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self.sensors.tokenize, prompt)
         return tokens, perf_counter() - started
 
     async def read(
@@ -151,6 +167,7 @@ class Engine:
         await asyncio.sleep(_IDLE_S)  # a request that has just arrived may not be counted yet
         while self._num_in_use:
             await asyncio.sleep(_IDLE_S)
+        self.sensors.close()
         self.scheduler.close()
         self._tokenizer.shutdown(wait=False)
 
@@ -165,13 +182,14 @@ class Engine:
     def _read(self, batch: Batch[_Job]) -> list[PromptReading]:
         started = perf_counter()
         jobs = batch.items
-        tokens = {name: Tokens.joined([job.tokens[name] for job in jobs]) for name in self.sensors}
+        names = [name for name in self.sensors.sources if all(name in job.tokens for job in jobs)]
+        tokens = {name: Tokens.joined([job.tokens[name] for job in jobs]) for name in names}
         heads = list(dict.fromkeys(head for job in jobs for head in job.heads))
         columns = list({column: None for head in heads for column in head.columns})
-        activations = sensors.read(self.sensors, tokens, columns)
+        activations, missing = self.sensors.read(tokens, columns)
         encoded = perf_counter()
-        estimates = {head: head.estimate(tokens, activations) for head in heads}
-        counted = tokens[self.counter]
+        estimates = {head: head.estimate(tokens, activations, missing) for head in heads}
+        counted = tokens[names[0]]
         ended = perf_counter()
         return [
             PromptReading(
@@ -180,6 +198,7 @@ class Engine:
                 bool(counted.is_truncated[i]),
                 Times(job.tokenize_s, batch.queued_s[i], encoded - started, ended - encoded),
                 batch.num_tokens,
+                missing,
             )
             for i, job in enumerate(jobs)
         ]

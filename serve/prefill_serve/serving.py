@@ -9,6 +9,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import load_pool
 from prefill_router.router.artifact import Router
 from prefill_serve.engine import Engine, Head
+from prefill_serve.sensor_set import SensorSet
 from prefill_serve.settings import Settings
 
 
@@ -22,18 +23,20 @@ class Serving:
 
     @classmethod
     def load(cls, settings: Settings, num_threads: int, current: Serving | None = None) -> Serving:
-        """Loads the routers, and the encoder unless `current` has the same one.
+        """Loads the routers, and the encoders unless `current` has the same ones.
 
         Raises UserError for settings that cannot be loaded: a missing or damaged artifact, a pool with targets that the
-        router does not know, a canary or shadow on another encoder.
+        router does not know, a canary or shadow on another encoder, no encoder that can be loaded.
         """
         primary, canary, shadow = _heads(settings)
         for head in (primary, canary, shadow):
             if head is not None and isinstance(head.router, Router):
                 _ = head.router.distance  # compute it now, not on the first prompt
         is_same = current is not None and _encoders(current.primary) == _encoders(primary)
-        engine = current.engine if current is not None and is_same else Engine(primary.router.sensors, num_threads)
-        return cls(settings, engine, primary, canary, shadow)
+        if current is not None and is_same:
+            return cls(settings, current.engine, primary, canary, shadow)
+        encoders = SensorSet(_sources(primary), primary.router.load_sensor)
+        return cls(settings, Engine(encoders, num_threads), primary, canary, shadow)
 
     @classmethod
     def check(cls, settings: Settings) -> None:
@@ -93,3 +96,11 @@ def _encoders(head: Head) -> dict[str, str]:
     if isinstance(router, Router):
         return {name: identity.fingerprint for name, identity in router.encoders.items()}
     return {"": router.fingerprint}
+
+
+def _sources(head: Head) -> dict[str, str]:
+    """Where the encoders that a router reads with are loaded from, by name."""
+    router = head.router
+    if isinstance(router, Router):
+        return {name: identity.spec.model for name, identity in router.encoders.items()}
+    return {"": router.sentence_encoder}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 import re
 from collections import Counter
 from typing import Annotated, Any, NamedTuple
@@ -226,8 +227,15 @@ class Timings(StrictModel):
     head: float
 
 
+# Left out while empty, so that older clients, which refuse unknown fields, read the answer.
+_MISSING: Any = Field(
+    [], exclude_if=operator.not_, description="Encoders that failed: the estimates are made without them"
+)
+
+
 class Metadata(StrictModel):
     encoder: str
+    missing_encoders: list[str] = _MISSING
     input_tokens: int = Field(description="Tokens of the whole prompt, by the encoder's tokenizer")
     is_truncated: bool = Field(description="The middle of the prompt was cut before encoding, as in training")
     tolerance: float = Field(description="Tolerance of this decision")
@@ -293,6 +301,7 @@ class Status(StrictModel):
 
     router_version: str
     encoder: str
+    missing_encoders: dict[str, str] = Field({}, description="Encoders that are not in use, and why")
     targets: list[str]
     canary_version: str | None = None
     shadow_version: str | None = None
@@ -327,6 +336,7 @@ class RouterCard(StrictModel):
 
     router_version: str
     encoder: str
+    missing_encoders: list[str] = _MISSING
     tolerance: float
     targets: list[ServedTarget]
     curve: list[CurvePoint] = Field(description="By ascending tolerance; empty if it was not recorded")

@@ -32,8 +32,10 @@ EMPTY = {
     "GPU memory in use": "no GPU",
 }
 WITHOUT_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gram_available"}
-# Ray exports a counter on its first increment. These stay at zero here; their panels show 0.
+# Ray exports a counter on its first increment. These stay at zero here; their panels show 0, or the value
+# of all encoders in place of each one's.
 DID_NOT_HAPPEN = {
+    "ray_prefill_router_encoder_drift_distance_bucket",
     "ray_prefill_router_job_quarantined_rows_total",
     "ray_prefill_router_job_retries_total",
     "ray_prefill_router_job_reused_rows_total",

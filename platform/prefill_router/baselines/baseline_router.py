@@ -79,6 +79,10 @@ class BaselineRouter:
         """The sentence encoder, as a router's encoders are given."""
         return {"": self.encoder}
 
+    def load_sensor(self, name: str) -> Sensor:
+        """The sentence encoder, as a router loads one of its encoders."""
+        return self.sensors[name]
+
     def require_encoders(self) -> None:
         """Raises UserError if the sentence encoder is missing, without reading it."""
         checkpoint.check_sentence_model(self.sentence_encoder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from uuid import uuid4
 
-from prefill_serve.gateway.candidates import Candidate, Plan, can_take
+from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
 from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.call_ledger import Bid
@@ -85,8 +85,14 @@ class ActiveCall:
         choice = self.choice
         if choice is None:
             return {}
-        headers = {"x-router-selected-model": choice.target.encode("ascii", "backslashreplace").decode()}
+        headers = {"x-router-selected-model": _ascii(choice.target)}
         if choice.decision is not None:
             headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
             headers["x-router-version"] = choice.decision.router_version
+            if isinstance(self.plan, RoutedPlan) and (missing := self.plan.routing.reading.missing):
+                headers["x-router-missing-encoders"] = _ascii(",".join(missing))
         return headers
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()

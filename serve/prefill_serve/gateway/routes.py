@@ -30,6 +30,7 @@ _HEADERS = {
     "x-router-selected-model": "The target that answers",
     "x-router-p-correct": "Its P(correct), if the call was routed",
     "x-router-version": "The router's version, if the call was routed",
+    "x-router-missing-encoders": "Encoders that failed, if the call was routed without one, separated by commas",
 }
 _ANSWER: dict[str, Any] = {
     "description": "The target's own answer; `model` is its name",

@@ -52,6 +52,7 @@ def card_of(endpoint: Endpoint) -> RouterCard:
     return RouterCard(
         router_version=head.version,
         encoder=serving.engine.encoder_names,
+        missing_encoders=list(serving.engine.sensors.missing),
         tolerance=head.tolerance,
         targets=[
             ServedTarget(

@@ -96,10 +96,11 @@ function showDecision(answer, milliseconds) {
   const byChance = [...answer.model_names].sort((a, b) => answer.p_correct[b] - answer.p_correct[a]);
   $("targets").tBodies[0].replaceChildren(...byChance.map((name) => targetRow(name, answer)));
   $("targets").hidden = false;
-  const { input_tokens: tokens, drift, is_cached: isCached } = answer.metadata;
+  const { input_tokens: tokens, drift, is_cached: isCached, missing_encoders: missing = [] } = answer.metadata;
   const strange = drift?.is_out_of_distribution ? " Outside the training distribution: the estimates are less reliable." : "";
+  const without = missing.length ? ` Estimated without ${missing.join(" and ")}, which failed.` : "";
   $("timing").textContent =
-    `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", cached" : ""}.${strange}`;
+    `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", cached" : ""}.${strange}${without}`;
   $("timing").hidden = false;
 }
 
