@@ -19,6 +19,7 @@ from prefill_router.encoder import chat_template
 
 _REMEDY = "copy the model again"
 _OBJECTS = ("config.json", "tokenizer.json", ".index.json")  # other JSON files may be lists
+_DATA_LIST = "data_config.json"  # the training data of a sentence encoder
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -114,7 +115,7 @@ def _json_problems(folder: Path) -> Iterator[str]:
         except ValueError as error:
             yield f"{name} is not JSON ({one_line(error)})"
             continue
-        if path.name.endswith(_OBJECTS) and not isinstance(content, dict):
+        if path.name.endswith(_OBJECTS) and path.name != _DATA_LIST and not isinstance(content, dict):
             yield f"{name} must be a JSON object"
     model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
     if model_type is None:

@@ -86,6 +86,13 @@ def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
         SentenceEncoder.load(str(tmp_path))
 
 
+def test_a_list_of_training_data_is_no_damage(tmp_path: Path) -> None:
+    """Published sentence encoders have it, the default one among them."""
+    folder = save_tiny_sentence_encoder(tmp_path / "model", "mean_tokens")
+    (folder / "data_config.json").write_text('[{"name": "pairs.jsonl.gz", "lines": 10009, "weight": 1}]')
+    assert SentenceEncoder.load(str(folder)).embed(["one"]).shape == (1, 32)
+
+
 def test_a_pooling_that_is_not_supported_is_an_error(tmp_path: Path) -> None:
     folder = save_tiny_sentence_encoder(tmp_path / "model", "max_tokens")
     with pytest.raises(UserError, match="pooling_mode_max_tokens is not supported"):
