@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router.metrics import expected_calibration_error, reliability_curve
+from prefill_router.metrics.discrimination import has_partial_credit, ratio
 
 Array = NDArray[Any]
 
@@ -34,7 +35,7 @@ class CalibrationSummary:
         return cls(
             ece=[expected_calibration_error(*pair) for pair in after],
             ece_uncalibrated=[expected_calibration_error(*pair) for pair in before],
-            ece_of_chance=[_ece_of_chance(p_t, rng) for _, p_t in after],
+            ece_of_chance=[_ece_of_chance(*pair, rng) for pair in after],
             reliability={
                 name: [reliability_curve(*pair).tolist() for pair in pairs]
                 for name, pairs in (("uncalibrated", before), ("calibrated", after))
@@ -53,6 +54,12 @@ def _by_target(correct: Array, p: Array) -> list[tuple[Array, Array]]:
     return [(y[~np.isnan(y)], p_t[~np.isnan(y)]) for y, p_t in zip(correct.T, p.T, strict=True)]
 
 
-def _ece_of_chance(p: Array, rng: np.random.Generator) -> float:
-    """The mean ECE of outcomes simulated from the predictions."""
-    return float(np.mean([expected_calibration_error(rng.random(len(p)) < p, p) for _ in range(_NUM_SIMULATIONS)]))
+def _ece_of_chance(y: Array, p: Array, rng: np.random.Generator) -> float:
+    """The mean ECE of outcomes simulated from the predictions.
+
+    Rewards between 0 and 1 vary less than right and wrong answers do: their simulated errors are scaled accordingly.
+    """
+    is_judged = has_partial_credit(y)
+    scale = np.sqrt(ratio(((y - p) ** 2).sum(), (p * (1.0 - p)).sum())) if is_judged else 1.0
+    simulated = (p + scale * ((rng.random(len(p)) < p) - p) for _ in range(_NUM_SIMULATIONS))
+    return float(np.mean([expected_calibration_error(outcomes, p) for outcomes in simulated]))

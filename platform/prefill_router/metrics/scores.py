@@ -222,9 +222,10 @@ def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arra
     curve = tolerance_curve(correct, p, cost, paid)
     if not len(curve):
         return 0.0
-    correct_NT, *_ = complete(correct, p, cost, paid)
+    correct_NT, p_NT, cost_NT, _ = complete(correct, p, cost, paid)
     highest, best_single = curve[:, 2].max(), correct_NT.mean(0).max()
-    enough = highest - np.sqrt(highest * (1.0 - highest) / len(correct_NT))
+    choice = choose(p_NT, cost_NT, curve[curve[:, 2].argmax(), 0])[:, None]
+    enough = highest - np.take_along_axis(correct_NT, choice, 1).std() / np.sqrt(len(correct_NT))
     if highest >= best_single - ROUNDING:
         enough = max(enough, best_single)
     accurate = curve[curve[:, 2] >= enough - ROUNDING]

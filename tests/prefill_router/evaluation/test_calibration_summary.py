@@ -34,3 +34,13 @@ def test_calibration_is_reported_before_and_after_and_by_chance() -> None:
     assert (np.array(calibration.ece_uncalibrated) > np.array(calibration.ece)).all()
     assert (np.array(calibration.ece_of_chance) < 0.05).all()
     assert [len(calibration.reliability[name]) for name in ("uncalibrated", "calibrated")] == [3, 3]
+
+
+def test_rewards_that_vary_less_than_right_and_wrong_do_leave_less_to_chance() -> None:
+    correct, p = outcomes(2000)
+    rewards = p + 0.1 * (correct - p)
+    judged = CalibrationSummary.measure(rewards, p, p)
+    assert judged.ece_of_chance == pytest.approx(
+        [0.1 * ece for ece in CalibrationSummary.measure(correct, p, p).ece_of_chance], rel=0.25
+    )
+    assert judged.ece == pytest.approx([0.1 * ece for ece in CalibrationSummary.measure(correct, p, p).ece])

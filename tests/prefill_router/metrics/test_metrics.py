@@ -16,12 +16,14 @@ from prefill_router.common.errors import UserError
 from prefill_router.metrics import (
     auccc,
     best_tolerance,
+    brier_score,
     cost_coverage_curve,
     expected_calibration_error,
     pareto_frontier,
     roc_auc,
     score_routing,
 )
+from prefill_router.metrics.discrimination import TargetScores
 from prefill_router.policy.selection import choose
 
 Array = NDArray[np.float64]
@@ -326,11 +328,45 @@ def test_auc_matches_scikit_learn_ties_included(pairs: list[Point]) -> None:
         assert roc_auc(y, p) == pytest.approx(roc_auc_score(y, p), abs=1e-9)
 
 
-def test_auc_counts_partial_credit_in_both_classes() -> None:
-    rng = np.random.default_rng(0)
-    y, p = rng.random(50), rng.random(50).round(1)
-    both = roc_auc_score(np.repeat([1, 0], 50), np.tile(p, 2), sample_weight=np.concatenate([y, 1 - y]))
-    assert roc_auc(y, p) == pytest.approx(both, abs=1e-12)
+REWARDS = st.sampled_from([0.0, 0.25, 0.5, 0.85, 1.0]) | st.floats(0, 1)
+
+
+def naive_order(rewards: Array, p: Array, weights: Array) -> float:
+    """The weighted share of the pairs with different rewards that `p` orders alike, equal p counting half."""
+    ordered = compared = 0.0
+    for i in range(len(p)):
+        for j in range(len(p)):
+            if rewards[i] > rewards[j]:
+                weight = weights[i] * weights[j]
+                compared += weight
+                ordered += weight * (1.0 if p[i] > p[j] else 0.5 if p[i] == p[j] else 0.0)
+    return ordered / compared if compared else float("nan")
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(REWARDS, GRID | st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=20))
+def test_auc_of_judged_rewards_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[float, float, int]]) -> None:
+    rewards, p, weights = np.array(rows).T
+    scores = TargetScores(rewards, p)
+    assert roc_auc(rewards, p) == pytest.approx(naive_order(rewards, p, np.ones(len(p))), abs=1e-12, nan_ok=True)
+    assert scores.auc(weights[None])[0] == pytest.approx(naive_order(rewards, p, weights), abs=1e-12, nan_ok=True)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(REWARDS, GRID), min_size=1, max_size=20))
+def test_auc_depends_on_the_order_of_rewards_alone(pairs: list[Point]) -> None:
+    rewards, p = np.array(pairs).T
+    ranks = np.unique(rewards, return_inverse=True)[1]
+    np.testing.assert_equal(roc_auc(rewards, p), roc_auc(ranks / max(ranks.max(), 1), p))
+    assert roc_auc(-ranks, p) == pytest.approx(1.0 - roc_auc(ranks, p), abs=1e-12, nan_ok=True)
+
+
+def test_scores_of_judged_rewards_by_hand() -> None:
+    rewards, p = [0.2, 0.85, 0.85, 1.0], [0.3, 0.3, 0.7, 0.5]
+    # Of five pairs with different rewards, one has equal p and one is in the wrong order.
+    assert roc_auc(rewards, p) == (3 + 0.5) / 5
+    assert expected_calibration_error(rewards, p, bins=2) == pytest.approx((abs(2.05 - 1.1) + 0.15) / 4)
+    assert brier_score(rewards, p) == pytest.approx((0.1**2 + 0.55**2 + 0.15**2 + 0.5**2) / 4)
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
@@ -362,6 +398,15 @@ def test_best_tolerance_follows_the_one_standard_error_rule(seed: int) -> None:
     cheapest = min(c for _, c, a in points if a >= enough - 1e-12)
     tolerance = best_tolerance(correct, p, cost, paid)
     assert next(c for t, c, _ in points if t == tolerance) == pytest.approx(cheapest, rel=1e-12)
+
+
+def test_best_tolerance_of_judged_rewards_uses_their_own_spread() -> None:
+    rewards = np.tile([[0.75, 0.7], [0.85, 0.7]], (50, 1))  # means 0.8 and 0.7; a standard error is 0.005
+    p, cost = np.tile([0.8, 0.7], (100, 1)), [2.0, 1.0]
+    assert best_tolerance(rewards, p, cost) == 0.0
+    assert best_tolerance((rewards > 0.8).astype(float), p, cost) == 0.0
+    noisy = np.tile([[0.0, 0.7], [1.0, 0.7], [1.0, 0.7]], (1, 1))  # mean 0.67, a standard error is 0.27
+    assert best_tolerance(noisy, p[:3], cost) == pytest.approx(0.1)
 
 
 def test_best_tolerance_without_a_complete_prompt_is_zero() -> None:
