@@ -23,6 +23,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "ingest"
 class Ingested:
     prompts: dict[str, reader.Prompt]  # by their ids
     outcomes: dict[tuple[str, str], tuple[float, int | None]]  # by prompt and target: correct, output_tokens
+    costs: dict[tuple[str, str], float]  # by prompt and target, without unknown ones
     extras: dict[str, dict[str, Any]]  # other columns of the corpus, by prompt id
     quarantine: list[tuple[str, int, str | None, str]]  # file name, row, prompt_id, reason
     summary: IngestSummary
@@ -33,10 +34,12 @@ def ingest(format: str, source: Path | str, out: Path | str, **options: Any) -> 
     stored = storage.read_json(f"{out}/summary.json")
     assert stored == json.loads(json.dumps(summary.to_dict()))
     prompts, extras = _corpus(str(out))
-    outcomes = _outcomes(str(out)) if summary.outcomes else {}
+    rows = _outcomes(str(out)) if summary.outcomes else []
+    outcomes = {(row["prompt_id"], row["target"]): (row["correct"], row["output_tokens"]) for row in rows}
+    costs = {(row["prompt_id"], row["target"]): row["cost_usd"] for row in rows if row["cost_usd"] is not None}
     assert summary.prompts == len(prompts)
     assert summary.outcomes == len(outcomes)
-    return Ingested(prompts, outcomes, extras, _quarantine(str(out)), summary)
+    return Ingested(prompts, outcomes, costs, extras, _quarantine(str(out)), summary)
 
 
 def _corpus(out: str) -> tuple[dict[str, reader.Prompt], dict[str, dict[str, Any]]]:
@@ -52,13 +55,10 @@ def _corpus(out: str) -> tuple[dict[str, reader.Prompt], dict[str, dict[str, Any
     return prompts, extras
 
 
-def _outcomes(out: str) -> dict[tuple[str, str], tuple[float, int | None]]:
+def _outcomes(out: str) -> list[dict[str, Any]]:
     load_outcomes(f"{out}/outcomes", target_names(f"{out}/outcomes"))  # raises for invalid tables
-    return {
-        (row["prompt_id"], row["target"]): (row["correct"], row["output_tokens"])
-        for file in storage.list_files(f"{out}/outcomes", [".parquet"])
-        for row in storage.read_table(file).to_pylist()
-    }
+    files = storage.list_files(f"{out}/outcomes", [".parquet"])
+    return [row for file in files for row in storage.read_table(file).to_pylist()]
 
 
 def _quarantine(out: str) -> list[tuple[str, int, str | None, str]]:

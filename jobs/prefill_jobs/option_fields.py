@@ -68,7 +68,7 @@ OtherPool = Annotated[
     ),
 ]
 ACTIVATIONS = "Activation store written by `extract`"
-OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and output_tokens"
+OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and, if known, output_tokens and cost_usd"
 ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
 SEVERAL_ACTIVATIONS = f"{ACTIVATIONS}; give several encoders' stores as A,B"
 ActivationsUris = Annotated[

@@ -1,6 +1,6 @@
-"""Outcomes: graded answers, that is, whether a target was correct on a prompt and how long its answer was.
+"""Outcomes: graded answers, that is, whether a target was correct on a prompt, its answer's length and its cost.
 
-Outcomes are in long format on disk and matrices in memory: 8 bytes for each prompt, and 8 for each pair of a prompt
+Outcomes are in long format on disk and matrices in memory: 8 bytes for each prompt, and 12 for each pair of a prompt
 and a target. A missing pair is NaN, never a wrong answer.
 """
 
@@ -22,6 +22,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import (
     CALL_ID,
     CORRECT,
+    COST_USD,
     OUTCOMES,
     OUTPUT_TOKENS,
     PROMPT_ID,
@@ -35,10 +36,11 @@ _BATCH_ROWS = 1 << 17
 
 
 class Answers(NamedTuple):
-    """Outcomes of a list of prompts, in its order; NaN where a pair was not graded, or its length not recorded."""
+    """Outcomes of a list of prompts, in its order; NaN where a pair was not graded, or its value not recorded."""
 
     correct: NDArray[np.float32]  # (N, T), in [0, 1]
     output_tokens: NDArray[np.float32]  # (N, T)
+    cost_usd: NDArray[np.float32]  # (N, T) as billed
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Outcomes:
     keys: NDArray[np.uint64]  # (N,) ascending hashes of the prompts that at least one target was graded on
     correct: NDArray[np.float32]  # (N, T), in [0, 1]
     output_tokens: NDArray[np.float32]  # (N, T)
+    cost_usd: NDArray[np.float32]  # (N, T) as billed
     num_other_targets: int  # graded in the table, but not in `targets`
 
     def check_known(self, keys: NDArray[np.uint64], *, ignore_unknown: bool) -> int:
@@ -70,6 +73,7 @@ class Outcomes:
             targets=self.targets[first],
             correct=self.correct[:, first],
             output_tokens=self.output_tokens[:, first],
+            cost_usd=self.cost_usd[:, first],
         )
 
     def _id_of(self, keys: NDArray[np.uint64]) -> str:
@@ -92,15 +96,15 @@ class Outcomes:
         def take(values: NDArray[np.float32]) -> NDArray[np.float32]:
             return np.where(missing[:, None], np.float32(np.nan), values[index])
 
-        return Answers(take(self.correct), take(self.output_tokens))
+        return Answers(take(self.correct), take(self.output_tokens), take(self.cost_usd))
 
 
 def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
     """Reads the outcomes of `targets` from a Parquet file or a folder of them, in batches and in two passes.
 
     In feedback (`schema.FEEDBACK`) a pair may occur in many requests, and gets the mean of its rows; a repeated request
-    counts once. Raises UserError for a missing column, a `correct` outside [0, 1], a pair that is repeated in other
-    outcomes, or a target without outcomes.
+    counts once. Raises UserError for a missing column, a `correct` outside [0, 1], a negative or infinite length or
+    cost, a pair that is repeated in other outcomes, or a target without outcomes.
     """
     keys, others = _graded_keys(uri, targets)
     fill = _mean_of_pairs if is_feedback(uri) else _pairs
@@ -137,37 +141,39 @@ def is_feedback(uri: str) -> bool:
 
 def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
     """Reads outcomes in which each pair occurs once."""
-    correct = np.full((len(keys), len(targets)), np.nan, np.float32)
-    output_tokens = np.full_like(correct, np.nan)
+    answers = Answers(*np.full((len(Answers._fields), len(keys), len(targets)), np.nan, np.float32))
     num_rows = 0
     for batch in _graded_batches(uri, targets):
         pairs = np.searchsorted(keys, batch.keys), batch.targets
-        correct[pairs], output_tokens[pairs] = _values(batch.table, uri)
+        for known, values in zip(answers, _values(batch.table, uri), strict=True):
+            known[pairs] = values
         num_rows += len(batch.keys)
-    if (~np.isnan(correct)).sum() != num_rows:
+    if (~np.isnan(answers.correct)).sum() != num_rows:
         _raise_repeated(uri, targets, keys)
-    return Answers(correct, output_tokens)
+    return answers
 
 
 def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
     """Reads outcomes in which a pair may occur many times, and takes their mean."""
-    sums, counts = (np.zeros((2, len(keys), len(targets)), dtype) for dtype in (np.float32, np.uint32))
+    shape = len(Answers._fields), len(keys), len(targets)
+    sums, counts = (np.zeros(shape, dtype) for dtype in (np.float32, np.uint32))
     for batch in _graded_batches(uri, targets):
         pairs = np.searchsorted(keys, batch.keys), batch.targets
         for total, count, values in zip(sums, counts, _values(batch.table, uri), strict=True):
             np.add.at(total, pairs, np.nan_to_num(values))
             np.add.at(count, pairs, ~np.isnan(values))
     with np.errstate(invalid="ignore"):
-        correct, output_tokens = (np.asarray(sums / counts, np.float32)[i] for i in range(2))
-    return Answers(correct, output_tokens)
+        return Answers(*np.asarray(sums / counts, np.float32))
 
 
-def _values(table: pa.Table, uri: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns `correct` and `output_tokens`, NaN where no length was recorded. Raises UserError for invalid values."""
-    correct, lengths = table[CORRECT].to_numpy(), table[OUTPUT_TOKENS]
+def _values(table: pa.Table, uri: str) -> Answers:
+    """Returns the values (N,) of rows, NaN where a length or cost is null. Raises UserError for invalid values."""
+    correct, lengths, costs = table[CORRECT].to_numpy(), table[OUTPUT_TOKENS], table[COST_USD]
+    known_costs = costs.fill_null(0.0).to_numpy()
     _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
     _check_all(lengths.fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
-    return correct, lengths.cast(pa.float32()).to_numpy()
+    _check_all((known_costs >= 0) & (known_costs < np.inf), table, COST_USD, "finite and >= 0, or null", uri)
+    return Answers(correct, *(column.cast(pa.float32()).to_numpy() for column in (lengths, costs)))
 
 
 def load_feedback(uri: str) -> pa.Table:
@@ -268,8 +274,9 @@ def _first_of_requests(table: pa.Table, requests: set[int]) -> pa.Table:
 
 
 def _normalised(table: pa.Table, uri: str) -> pa.Table:
-    if OUTPUT_TOKENS not in table.column_names:
-        table = table.append_column(OUTPUT_TOKENS, pa.nulls(len(table), pa.int32()))
+    for name in (OUTPUT_TOKENS, COST_USD):
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), OUTCOMES.field(name).type))
     columns = []
     for field in OUTCOMES:
         try:

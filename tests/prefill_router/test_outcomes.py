@@ -64,6 +64,20 @@ def test_lengths_may_be_left_out(tmp_path: Path) -> None:
     assert outcomes.output_tokens.shape == outcomes.correct.shape
 
 
+def test_billed_costs_are_read_where_they_are_known(tmp_path: Path) -> None:
+    outcomes = load(tmp_path, cost_usd=[0.25, None, 0.0, 0.5, 0.75])
+    np.testing.assert_array_equal(outcomes.align(["p", "q", "r"]).cost_usd, [[0.25, NAN], [0.0, NAN], [NAN, 0.5]])
+    np.testing.assert_array_equal(outcomes.of_first(1).align(["p"]).cost_usd, [[0.25]])
+    assert np.isnan(load(tmp_path).cost_usd).all()
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-0.5, "-0.5"), (float("inf"), "inf"), (NAN, "nan")])
+def test_a_cost_that_is_no_amount_is_an_error(tmp_path: Path, value: float, shown: str) -> None:
+    message = f'prompt "p", target "small": cost_usd = {shown}, must be finite and >= 0, or null'
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, cost_usd=[0.25, value, None, 0.5, 0.75])
+
+
 @pytest.mark.parametrize("text", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
 @pytest.mark.parametrize("number", [pa.float64(), pa.bool_(), pa.int64()])
 def test_other_types_that_say_the_same_are_read(tmp_path: Path, text: pa.DataType, number: pa.DataType) -> None:
@@ -184,6 +198,7 @@ def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_onc
         "target": ["big", "big", "big", "small", "small"],
         "correct": pa.array([1.0, 0.0, 0.5, 1.0, 0.0], pa.float32()),
         "output_tokens": pa.array([10, None, 30, 5, 5], pa.int32()),
+        "cost_usd": [0.25, None, 0.75, None, None],
         "request_id": ["a", "b", "c", "d", "d"],
     }
     write(tmp_path / "1.parquet", **rows)
@@ -191,6 +206,7 @@ def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_onc
     outcomes = load_outcomes(str(tmp_path), ["big", "small"]).align(["p", "q"])
     np.testing.assert_allclose(outcomes.correct, [[0.5, NAN], [NAN, 1.0]])
     np.testing.assert_allclose(outcomes.output_tokens, [[20.0, NAN], [NAN, 5.0]])
+    np.testing.assert_allclose(outcomes.cost_usd, [[0.5, NAN], [NAN, NAN]])
 
 
 def test_two_callers_may_give_their_requests_one_id(tmp_path: Path) -> None:

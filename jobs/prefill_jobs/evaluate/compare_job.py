@@ -56,7 +56,13 @@ def compare(config: CompareConfig) -> Evaluation:
     result = evaluate(
         pool,
         routers[0].version,
-        HeldOut(first.num_tokens[rows], first.correct[rows], first.output_tokens[rows], kept.of(keys)),
+        HeldOut(
+            first.num_tokens[rows],
+            first.correct[rows],
+            first.output_tokens[rows],
+            kept.of(keys),
+            first.cost_usd[rows],
+        ),
         contenders[0],
         contenders[1:],
         p_uncalibrated=first.p_uncalibrated[rows],

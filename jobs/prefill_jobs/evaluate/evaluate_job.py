@@ -100,7 +100,7 @@ def _trials(
 
 def _together(parts: Iterable[HeldOut]) -> HeldOut:
     """Concatenates the held-out prompts of all folds."""
-    fields = zip(*((p.num_tokens, p.correct, p.output_tokens, p.clusters) for p in parts), strict=True)
+    fields = zip(*((p.num_tokens, p.correct, p.output_tokens, p.clusters, p.cost_usd) for p in parts), strict=True)
     return HeldOut(*(np.concatenate(values) for values in fields))
 
 
@@ -146,7 +146,8 @@ class FoldEvaluation:
     @property
     def prompts(self) -> HeldOut:
         rows, of = self.is_held_out, self.predicted
-        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], self.groups.of(of.keys[rows]))
+        clusters = self.groups.of(of.keys[rows])
+        return HeldOut(of.num_tokens[rows], of.correct[rows], of.output_tokens[rows], clusters, of.cost_usd[rows])
 
     @property
     def medians(self) -> NDArray[np.float32]:
@@ -191,13 +192,13 @@ class FoldEvaluation:
     def _readable(self) -> Prompts:
         of = self.predicted
         if self.embeddings is None:
-            return Prompts(of.num_tokens, of.correct, of.output_tokens, of.num_tokens, None)
+            return Prompts(of.num_tokens, of.correct, of.output_tokens, of.num_tokens, None, of.cost_usd)
         is_known, vectors, lengths = self.embeddings.at(of.keys)
         if not is_known.all():
             say(
                 f"evaluate: {int((~is_known).sum()):,} prompts have no embedding: semantic baselines see zeros for them"
             )
-        return Prompts(of.num_tokens, of.correct, of.output_tokens, lengths, vectors)
+        return Prompts(of.num_tokens, of.correct, of.output_tokens, lengths, vectors, of.cost_usd)
 
     def _contender(self, fitted: Fitted, held_out: Prompts) -> Contender:
         p = fitted.p_correct(held_out)

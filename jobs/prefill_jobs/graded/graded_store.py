@@ -20,6 +20,7 @@ from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
 from prefill_router.corpus.split_groups import SplitGroups, by_content
 from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.outcomes import Answers, Outcomes, load_outcomes
+from prefill_router.policy.answer_cost import implied_lengths
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.probe.projection import Projection
 
@@ -31,7 +32,8 @@ class GradedRows(NamedTuple):
     num_tokens: NDArray[np.int32]  # (N,)
     features: NDArray[np.float32]  # (N, F)
     correct: NDArray[np.float32]  # (N, T), NaN where missing
-    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing
+    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing, implied by a billed cost if only that is known
+    cost_usd: NDArray[np.float32]  # (N, T) as billed, NaN where unknown
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class GradedStore:
         Raises UserError if the prompt of an outcome has no activations, unless `ignore_unknown` or the store is a
         sample.
         """
-        loaded = load_pool(pool) if isinstance(pool, str) else pool
+        loaded = load_pool(pool, prices_optional=True) if isinstance(pool, str) else pool
         store, keys = open_stores(activations)
         graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
         opened = cls(
@@ -119,13 +121,13 @@ class GradedStore:
         keys = prompt_hashes(ids.to_pylist())
         answers = self.answers(keys)
         graded = ~np.isnan(answers.correct).all(1)
-        features = np.concatenate([project(encoded[project.column.name][graded]) for project in projections], axis=1)
-        return GradedRows(
-            keys[graded],
-            encoded[NUM_TOKENS][graded],
-            features,
-            *(values[graded] for values in answers),
-        )
+        num_tokens = encoded[NUM_TOKENS][graded]
+        projected = [project(encoded[project.column.name][graded]) for project in projections]
+        features = np.concatenate([np.empty((len(num_tokens), 0), np.float32), *projected], axis=1)
+        correct, lengths, costs = (values[graded] for values in answers)
+        priced = slice(len(self.pool.targets))
+        lengths[:, priced] = implied_lengths(self.pool, num_tokens, lengths[:, priced], costs[:, priced])
+        return GradedRows(keys[graded], num_tokens, features, correct, lengths, costs)
 
     def _is_seen(self, keys: PromptHashes) -> NDArray[np.bool_]:
         if self.split is None:

@@ -26,7 +26,8 @@ class GradedPrediction:
     keys: PromptHashes  # (N,)
     num_tokens: NDArray[np.int32]  # (N,)
     correct: NDArray[np.float32]  # (N, T), NaN where missing
-    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing
+    output_tokens: NDArray[np.float32]  # (N, T), NaN where missing, implied by a billed cost if only that is known
+    cost_usd: NDArray[np.float32]  # (N, T) as billed, NaN where unknown
     estimates: Estimates  # (N, T) each
     p_uncalibrated: NDArray[np.float32]  # (N, T)
     prediction: Prediction  # (N, T) each

@@ -32,6 +32,7 @@ from prefill_router.common.validation import StrictModel, validate
 from prefill_router.corpus.reader import files
 from prefill_router.corpus.split import Part
 from prefill_router.outcomes import check_columns
+from prefill_router.policy.answer_cost import check_prices
 from prefill_router.policy.pool import load_pool
 from prefill_router.probe.layer_scores import joint_columns
 from prefill_router.router.artifact import MANIFEST as ROUTER
@@ -88,8 +89,9 @@ class Pipeline:
 
     def check(self) -> None:
         """Raises UserError for problems of later steps that can be found before the first step."""
-        load_pool(self.config.pool)
+        pool = load_pool(self.config.pool, prices_optional=True)
         check_columns(self.config.outcomes)
+        check_prices(pool, self.config.outcomes)
         split_of(self.train, 0)
         storage.check_output(self.config.publish)
 
@@ -137,7 +139,7 @@ class Pipeline:
                 storage.join(self.probe.out, PROBES),
                 lambda: {
                     "outcomes": _stamps(outcomes),
-                    "targets": load_pool(self.config.pool).target_names,
+                    "targets": load_pool(self.config.pool, prices_optional=True).target_names,
                     "sample": _digest(self.sample.out),
                     "settings": _settings(self.probe),
                 },

@@ -67,7 +67,6 @@ class PublishGate:
                 routers=(self.router, self.config.publish),
                 activations=self.activations,
                 outcomes=outcomes,
-                pool=self.config.pool,
                 out=out,
                 draws=self.config.draws,
             )
@@ -85,7 +84,7 @@ class PublishGate:
     def publish(self) -> Router:
         """Publishes the router, with the outcomes for comparing its successor."""
         router = Router.load(self.router)
-        outcomes = self._outcomes() if not self.config.accept else self._given()
+        outcomes = self._outcomes() if not self.config.accept else _graded(self.config.outcomes)
         is_new = ~np.isin(prompt_hashes(outcomes[PROMPT_ID].to_pylist()), router.training_prompts)
         held_out = storage.encode_parquet(outcomes.filter(pa.array(is_new)))
         storage.write_bytes(storage.join(self.config.publish, _HELD_OUT), held_out)
@@ -94,10 +93,10 @@ class PublishGate:
 
     def _outcomes(self) -> pa.Table:
         """The outcomes kept with the published router, plus the given ones of other pairs of prompt and target."""
-        given, path = self._given(), storage.join(self.config.publish, _HELD_OUT)
+        given, path = _graded(self.config.outcomes), storage.join(self.config.publish, _HELD_OUT)
         if not storage.exists(path):
             return given
-        kept = storage.read_table(path)
+        kept = _graded(path)
         both = given.join(kept, _PAIR, join_type="inner", right_suffix="_kept")
         if changed := pc.sum(pc.not_equal(both[CORRECT], both[f"{CORRECT}_kept"])).as_py():
             say(
@@ -107,5 +106,6 @@ class PublishGate:
         new = given.join(kept.select(_PAIR), _PAIR, join_type="left anti")
         return pa.concat_tables([kept, new.select(OUTCOMES.names).cast(OUTCOMES)])
 
-    def _given(self) -> pa.Table:
-        return pa.concat_tables([table.select(OUTCOMES.names).cast(OUTCOMES) for table in tables(self.config.outcomes)])
+
+def _graded(uri: str) -> pa.Table:
+    return pa.concat_tables([table.select(OUTCOMES.names).cast(OUTCOMES) for table in tables(uri)])

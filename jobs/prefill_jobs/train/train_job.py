@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
-from prefill_jobs.graded.predictions import predict_graded
+from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
@@ -41,6 +41,7 @@ from prefill_router.encoder.sensors import named
 from prefill_router.evaluation.results import finite, thinned
 from prefill_router.metrics import Scorer, best_tolerance
 from prefill_router.outcomes import check_columns, target_names
+from prefill_router.policy.answer_cost import answer_costs, billed_share, check_prices, with_answer_prices
 from prefill_router.policy.pool import load_pool
 from prefill_router.predictor.answer_length import log_lengths, mean_scale, mean_tokens, median_logs, spread
 from prefill_router.predictor.calibration import fit_calibration
@@ -92,12 +93,13 @@ def _check(config: TrainConfig) -> None:
     storage.check_output(config.out)
     if not config.overwrite and storage.exists(storage.join(config.out, MANIFEST)):
         raise UserError(f"{config.out}: already has a router: choose another --out, or replace it with --overwrite")
-    load_pool(config.pool)
+    pool = load_pool(config.pool, prices_optional=config.extend is None)
     if config.activations is not None:
         for uri in store_uris(config.activations):
             ActivationStore.open(uri)
     if config.outcomes is not None:
         check_columns(config.outcomes)
+        check_prices(pool, config.outcomes)
     if config.likeness is not None:
         check_sentence_model(config.sentence_encoder)
 
@@ -105,7 +107,7 @@ def _check(config: TrainConfig) -> None:
 def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     activations, outcomes = config.data
     recipe = _recipe(config)
-    pool = load_pool(config.pool)
+    pool = load_pool(config.pool, prices_optional=True)
     others = set(target_names(outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
     graded = GradedStore.open(
         activations,
@@ -115,6 +117,9 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
         more_targets=tuple(sorted(others)),
         groups=split_groups_of(config),
     )
+    seen = graded.only(split, Part.TRAIN, Part.VALIDATION)
+    pool = with_answer_prices(pool, seen.answers(seen.keys).cost_usd)
+    graded = replace(graded, pool=pool)
     parts = _Parts.of(graded, split)
     cluster.connect()
     run = _run_name(config, graded, [*pool.target_names, *sorted(others)])
@@ -251,8 +256,13 @@ def _run_name(config: TrainConfig, graded: GradedStore, targets: list[str]) -> s
     digest = hashlib.sha256(config.model_dump_json(exclude={"overwrite"}).encode())
     digest.update(json.dumps(targets).encode())
     digest.update(graded.store.content.encode())
-    for array in (graded.outcomes.keys, graded.outcomes.correct, graded.outcomes.output_tokens):
+    outcomes = graded.outcomes
+    for array in (outcomes.keys, outcomes.correct, outcomes.output_tokens):
         digest.update(np.ascontiguousarray(array).data)
+    implying = outcomes.cost_usd[np.isnan(outcomes.output_tokens) & ~np.isnan(outcomes.cost_usd)]
+    if len(implying):  # lengths that are implied by billed costs depend on prices
+        digest.update(implying.data)
+        digest.update(json.dumps(graded.pool.prices).encode())
     return f"train-{digest.hexdigest()[:16]}"
 
 
@@ -264,13 +274,22 @@ def _kernel_machine(training: GradedStore, projections: list[Projection], *, is_
     num_targets = len(training.pool.targets)
     num_features = sum(projection.num_features for projection in projections)
     if not is_fitted:
-        medians = median_logs(training.of_pool().answers(training.keys).output_tokens)
+        medians = median_logs(sample_rows(training.of_pool(), [], len(training.keys)).output_tokens)
         return KernelMachine.constant(np.concatenate([np.zeros_like(medians), medians]), num_features)
     rows = sample_rows(training, projections, MAX_LANDMARKS)
     say(f"train: fit a kernel machine to {len(rows.keys):,} prompts")
     machine = fit_kernel(rows.features, [rows.correct, log_lengths(rows.output_tokens)])
     num_all = rows.correct.shape[1]
     return machine.of_outputs([*range(num_targets), *range(num_all, num_all + num_targets)])
+
+
+def _report_free(predicted: GradedPrediction) -> None:
+    """Reports billed costs that leave nothing for the answer, so that its implied length is 0."""
+    if num_free := int(((predicted.output_tokens == 0.0) & ~np.isnan(predicted.cost_usd)).sum()):
+        say(
+            f"train: {num_free:,} validation answers were billed for no more than their prompts at the pool's prices: "
+            "their lengths count as 0; check the prices"
+        )
 
 
 def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
@@ -288,14 +307,16 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
         p_correct = calibration(p_correct)
     scale = mean_scale(predicted.output_tokens, estimates.log_lengths)
     expected_tokens = mean_tokens(estimates.log_lengths, scale)
-    tokens = np.where(np.isnan(predicted.output_tokens), expected_tokens, predicted.output_tokens)
-    expected, paid = (router.pool.expected_cost(predicted.num_tokens, t) for t in (expected_tokens, tokens))
+    _report_free(predicted)
+    expected = router.pool.expected_cost(predicted.num_tokens, expected_tokens)
+    paid = answer_costs(router.pool, predicted.num_tokens, predicted.output_tokens, predicted.cost_usd, expected_tokens)
     tolerance = best_tolerance(correct, p_correct, expected, paid)
     scores: dict[str, Any] = {}
     if not np.isnan(correct).any(1).all():
         scorer = Scorer(correct, p_correct, expected, tolerance, paid)
         scores = asdict(scorer.scores())
         scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
+        scores["billed_share"] = billed_share(correct, predicted.cost_usd)
         del scores["ece"]  # meaningless on the prompts that calibration was fitted on
         scores["curve"] = thinned(scorer.curve()).tolist()  # tolerance, cost, accuracy
         singles = np.concatenate(scorer.singles(np.ones((1, len(correct)), int))).T

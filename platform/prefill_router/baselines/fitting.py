@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prefill_router.baselines import BASELINES, Always, Mixture, Random
 from prefill_router.baselines.base import Baseline, Reads
 from prefill_router.metrics import best_tolerance
+from prefill_router.policy.answer_cost import answer_costs
 from prefill_router.policy.pool import Pool
 from prefill_router.predictor.answer_length import median_logs, median_tokens
 
@@ -27,9 +28,10 @@ class Prompts:
 
     num_tokens: Array  # (N,) billed input tokens
     correct: Array  # (N, T), NaN where missing
-    output_tokens: Array  # (N, T), NaN where missing
+    output_tokens: Array  # (N, T), NaN where neither known nor implied by a billed cost
     length: Array  # (N,) in the sentence encoder's tokens, if there is one
     embedding: Array | None  # (N, F); None if the prompts' texts are not available
+    cost_usd: Array | None = None  # (N, T) as billed, NaN where unknown
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -41,6 +43,7 @@ class Prompts:
             output_tokens=self.output_tokens[rows],
             length=self.length[rows],
             embedding=None if self.embedding is None else self.embedding[rows],
+            cost_usd=None if self.cost_usd is None else self.cost_usd[rows],
         )
 
     @cached_property
@@ -100,7 +103,6 @@ def _tolerance(pool: Pool, baseline: Baseline, training: Prompts, validation: Pr
 
 
 def _paid(pool: Pool, training: Prompts, prompts: Prompts) -> Array:
-    """The costs (N, T) of actual answer lengths, or of the training median where a length is unknown."""
-    known = ~np.isnan(prompts.output_tokens)
-    lengths = np.where(known, prompts.output_tokens, training.median_output_tokens)
-    return pool.expected_cost(prompts.num_tokens, lengths)
+    """The costs (N, T) of answers, at the training median where a length is unknown."""
+    medians = training.median_output_tokens
+    return answer_costs(pool, prompts.num_tokens, prompts.output_tokens, prompts.cost_usd, medians)

@@ -21,6 +21,7 @@ TARGET = "target"
 CORRECT = "correct"
 INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
+COST_USD = "cost_usd"
 MODEL = "model"
 NUM_TOKENS = "num_tokens"
 
@@ -35,10 +36,10 @@ OUTCOMES = pa.schema(
         pa.field(TARGET, pa.string(), nullable=False),
         pa.field(CORRECT, pa.float32()),
         pa.field(OUTPUT_TOKENS, pa.int32()),
+        pa.field(COST_USD, pa.float64()),  # as billed
     ]
 )
 
-COST_USD = "cost_usd"
 PROPENSITY = "propensity"
 REQUEST_ID = "request_id"
 AT = "answered_at"
@@ -50,7 +51,6 @@ CALL_ID = "call_id"
 FEEDBACK = pa.schema(
     [
         *OUTCOMES,
-        pa.field(COST_USD, pa.float64()),
         pa.field(PROPENSITY, pa.float64(), nullable=False),
         pa.field(REQUEST_ID, pa.string(), nullable=False),
         pa.field(AT, pa.timestamp("us", tz="UTC"), nullable=False),

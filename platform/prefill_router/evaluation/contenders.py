@@ -24,6 +24,7 @@ from prefill_router.metrics import (
 )
 from prefill_router.metrics.discrimination import ratio
 from prefill_router.metrics.scores import ROUNDING
+from prefill_router.policy.answer_cost import answer_costs, billed_share
 from prefill_router.policy.pool import Pool
 from prefill_router.policy.selection import choose
 
@@ -42,6 +43,7 @@ class HeldOut:
     correct: Array  # (N, T), NaN where missing
     output_tokens: Array  # (N, T), NaN where missing
     clusters: Array | None = None  # (N,) near-duplicates share a cluster; by default each prompt is its own
+    cost_usd: Array | None = None  # (N, T) as billed, NaN where unknown
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -74,8 +76,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores a router and its baselines.
 
-    Targets are chosen by expected cost; costs are counted from actual answer lengths, or from the router's expected
-    length where the actual one is unknown. `p_uncalibrated` and `median_output_tokens` (N, T) are the router's, if they
+    Targets are chosen by expected cost. Costs are counted as `answer_costs` does, with the router's expected length
+    where the actual one is unknown. `p_uncalibrated` and `median_output_tokens` (N, T) are the router's, if they
     differ from those of its choice. Complete prompts are weighted by `completeness_weights`, with the router's mean
     P(correct) as difficulty. Raises UserError if there are no held-out prompts, or none is complete.
     """
@@ -104,6 +106,7 @@ def evaluate(
         standings=[scoring_run.router(router), *(scoring_run.baseline(contender) for contender in baselines)],
         band=scoring_run.band(),
         operating_points=scoring_run.operating_points(router.tolerance),
+        billed_share=billed_share(held_out.correct, held_out.cost_usd),
         target_accuracy=target_accuracy,
         target_cost=target_cost,
         calibration=CalibrationSummary.measure(scoring_run.correct, router.p_correct, p_uncalibrated),
@@ -141,9 +144,9 @@ class _Scoring:
     def __init__(self, pool: Pool, held_out: HeldOut, router: Contender, num_draws: int) -> None:
         self.pool, self.held_out = pool, held_out
         self.correct = held_out.correct.astype(np.float64)
-        known = ~np.isnan(held_out.output_tokens)
-        lengths = np.where(known, held_out.output_tokens, router.expected_output_tokens)
-        self.paid = pool.expected_cost(held_out.num_tokens, lengths)
+        self.paid = answer_costs(
+            pool, held_out.num_tokens, held_out.output_tokens, held_out.cost_usd, router.expected_output_tokens
+        )
         self._weights = completeness_weights(self.correct, router.p_correct.mean(1))
         self._draws = bootstrap_weights(len(held_out), num_draws, clusters=held_out.clusters, all_first=True)
         self._router = self._scorer(router)

@@ -86,6 +86,7 @@ class Evaluation:
     standings: list[Standing]  # the router first
     band: list[list[float]]  # interval of the router's curve: (cost, low accuracy, high accuracy)
     operating_points: list[OperatingPoint]
+    billed_share: float  # of the graded answers: their costs are as billed, the others by prices and lengths
     target_accuracy: list[float]
     target_cost: list[float]
     calibration: CalibrationSummary

@@ -1,4 +1,4 @@
-"""Validates an answer before it becomes an outcome: target name, grade in [0, 1], number of tokens."""
+"""Validates an answer before it becomes an outcome: target name, grade in [0, 1], number of tokens, cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from prefill_router.common.errors import InvalidRowError, shown
-from prefill_router.common.schema import CORRECT, OUTPUT_TOKENS, TARGET
+from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, TARGET
 from prefill_router.corpus.reader import validate_text
 from prefill_router.ingest.records import RawAnswer
 
@@ -21,15 +21,17 @@ class CheckedGrade(NamedTuple):
     target: str
     correct: float | None
     output_tokens: int | None
+    cost_usd: float | None
 
 
 def grade(answer: RawAnswer) -> CheckedGrade:
-    """Validates an answer. Raises InvalidRowError without a target, or if the grade or the tokens are out of range."""
+    """Validates an answer. Raises InvalidRowError without a target, or if grade, tokens or cost are out of range."""
     target = validate_text(answer.target, TARGET, _MAX_NAME_BYTES).strip()
     if not target:
         raise InvalidRowError(f"{TARGET} = {shown(answer.target)}, must name a model")
     try:
-        return CheckedGrade(target, _correct(answer.correct), output_tokens(answer.output_tokens))
+        correct, tokens = _correct(answer.correct), output_tokens(answer.output_tokens)
+        return CheckedGrade(target, correct, tokens, _cost_usd(answer.cost_usd))
     except InvalidRowError as problem:
         raise InvalidRowError(f"{TARGET} {shown(target)}: {problem}") from None
 
@@ -51,6 +53,16 @@ def output_tokens(value: object) -> int | None:
     if not (0 <= number <= _MAX_TOKENS and number.is_integer()):
         raise InvalidRowError(f"{OUTPUT_TOKENS} = {shown(value)}, must be a whole number, 0 or more")
     return int(number)
+
+
+def _cost_usd(value: object) -> float | None:
+    """A cost, or None if missing, which pandas writes as NaN. Raises InvalidRowError for other values."""
+    if _is_missing(value) or (isinstance(value, float) and math.isnan(value)):
+        return None
+    number = math.nan if isinstance(value, bool) else _number(value)
+    if not 0.0 <= number < math.inf:
+        raise InvalidRowError(f"{COST_USD} = {shown(value)}, must be a finite number, 0 or more")
+    return number
 
 
 def is_grade(value: object) -> bool:

@@ -2,9 +2,9 @@
 
 Source: ynulihao/LLMRouterBench, data_collector/storage.py, which writes
 bench/DATASET/SPLIT/MODEL/DATASET-SPLIT-MODEL-TIME.json, and README.md, "Data Format". A record has prompt, score in
-[0, 1] and completion_tokens; a null score was never graded. Older files lack model_name, and take it from their folder.
-Demo runs over the first few prompts are skipped, as LLMRouterBench does. The newest of several runs of a model on a
-dataset counts: it is read first.
+[0, 1], completion_tokens and cost in USD; a null score was never graded. Older files lack model_name, and take it from
+their folder. Demo runs over the first few prompts are skipped, as LLMRouterBench does. The newest of several runs of a
+model on a dataset counts: it is read first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _record(uri: str, row: int, fields: Fields, about: dict[str, Any], options: 
     folders = uri.split("/")[:-1]
     folder = dict(zip(("model_name", "split", "dataset_name"), reversed(folders), strict=False))
     target = options.target or about.get("model_name") or folder.get("model_name")
-    answer = RawAnswer(target, fields.get("score"), fields.get("completion_tokens"))
+    answer = RawAnswer(target, fields.get("score"), fields.get("completion_tokens"), fields.get("cost"))
     prompt = fields.get("prompt") or fields.get("origin_query")
     messages = prompt if isinstance(prompt, list) else None
     category = text(about.get("dataset_name") or folder.get("dataset_name"))

@@ -27,6 +27,7 @@ class RawAnswer(NamedTuple):
     target: object
     correct: object
     output_tokens: object = None
+    cost_usd: object = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 Source: RouteWorks/RouterArena. router_inference/predictions/ROUTER.json, which llm_evaluation/run.py grades: "global
 index", prompt, prediction (the model), generated_result with token_usage, accuracy and cost, null until graded.
-cached_results/MODEL.jsonl: global_index, question, llm_selected, token_usage, evaluation_result with score. A failed
-call counts as ungraded. The files ROUTER-robustness.json reword the same prompts under the same index: ingest them
-separately.
+cached_results/MODEL.jsonl: global_index, question, llm_selected, token_usage, evaluation_result with score and
+inference_cost. Costs are in USD. A failed call counts as ungraded. The files ROUTER-robustness.json reword the same
+prompts under the same index: ingest them separately.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def _record(uri: str, row: int, fields: Fields) -> Record:
     index = text(fields.get("global index", fields.get("global_index")))
     if "llm_selected" in fields:
         prompt, target, result = fields.get("question"), fields["llm_selected"], fields
-        correct = _object(fields.get("evaluation_result")).get("score")
+        graded = _object(fields.get("evaluation_result"))
+        correct, cost_usd = graded.get("score"), graded.get("inference_cost")
     else:
         prompt, target, result = fields.get("prompt"), fields.get("prediction"), _object(fields.get("generated_result"))
-        correct = fields.get("accuracy")
+        correct, cost_usd = fields.get("accuracy"), fields.get("cost")
     if result.get("success") is False:
         correct = None
-    answer = RawAnswer(target, correct, _object(result.get("token_usage")).get("output_tokens"))
+    answer = RawAnswer(target, correct, _object(result.get("token_usage")).get("output_tokens"), cost_usd)
     # ArcMMLU_98 is the 98th of ArcMMLU.
     extras = {CATEGORY.name: (index or "").rpartition("_")[0] or None}
     return Record(uri, row, prompt, [answer], index, extras=extras)

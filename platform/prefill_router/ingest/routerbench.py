@@ -2,9 +2,10 @@
 
 Source: withmartian/routerbench, convertors/common.py and utils.py, and the files routerbench_0shot.pkl and
 routerbench_5shot.pkl: sample_id, prompt, eval_name, oracle_model_to_route_to, and MODEL, MODEL|model_response and
-MODEL|total_cost for each model. The long form, routerbench_raw.pkl, has model_name and performance instead. A prompt
-may be a Python list of its turns, such as "['first', 'second']"; they are joined by a blank line. A missing score was
-never graded. The published files are pickles, which can run code on loading, and are refused.
+MODEL|total_cost, in USD, for each model. The long form, routerbench_raw.pkl, has model_name, performance and
+total_cost, or cost, instead. A prompt may be a Python list of its turns, such as "['first', 'second']"; they are joined
+by a blank line. A missing score was never graded. The published files are pickles, which can run code on loading, and
+are refused.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from prefill_router.storage.parquet_files import batch_rows
 _USED = ("sample_id", "prompt", "eval_name")
 _KNOWN = ("oracle_model_to_route_to",)
 _LONG = ("model_name", "performance")
-_LONG_KNOWN = ("model_response", "cost", "total_cost", "index")
-_OF_MODEL = ("|model_response", "|total_cost")
+_LONG_COSTS = ("total_cost", "cost")
+_LONG_KNOWN = ("model_response", *_LONG_COSTS, "index")
+_COST = "|total_cost"
+_OF_MODEL = ("|model_response", _COST)
 _BATCH_ROWS = 256
 
 
@@ -78,7 +81,9 @@ class _Columns:
         self.models = [] if self.is_long else [m for m in names if any(m + suffix in names for suffix in _OF_MODEL)]
         if not self.is_long and not self.models:
             raise UserError(f"{uri}: no model found: needs columns MODEL and MODEL|total_cost or MODEL|model_response")
-        self.used = [name for name in (*_USED, *(_LONG if self.is_long else self.models)) if name in names]
+        of_models = [*self.models, *(model + _COST for model in self.models)]
+        wanted = (*_LONG, *_LONG_COSTS) if self.is_long else of_models
+        self.used = [name for name in (*_USED, *wanted) if name in names]
 
     def unknown(self) -> Iterator[Item]:
         of_models = [model + suffix for model in self.models for suffix in _OF_MODEL]
@@ -87,9 +92,10 @@ class _Columns:
 
     def record(self, row: int, fields: Fields) -> Record:
         if self.is_long:
-            answers = [RawAnswer(fields["model_name"], _score(fields["performance"]))]
+            cost = next((fields[name] for name in _LONG_COSTS if name in fields), None)
+            answers = [RawAnswer(fields["model_name"], _score(fields["performance"]), None, cost)]
         else:
-            answers = [RawAnswer(model, _score(fields[model])) for model in self.models]
+            answers = [RawAnswer(m, _score(fields[m]), None, fields.get(m + _COST)) for m in self.models]
         extras = {CATEGORY.name: text(fields.get("eval_name"))}
         prompt_id = text(fields.get("sample_id"))
         return Record(self.uri, row, _joined(fields["prompt"]), answers, prompt_id, extras=extras)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from prefill_router import storage
 from prefill_router.common import validation
@@ -69,22 +76,36 @@ class Upstream(_SparseModel):
 
 
 class Target(_SparseModel):
-    """A candidate model. Prices are USD per million tokens."""
+    """A candidate model. Prices are USD per million tokens, and USD per answer."""
 
     name: str = Field(min_length=1)
-    input_price: float = Field(ge=0.0)
-    output_price: float = Field(ge=0.0)
+    input_price: float = Field(0.0, ge=0.0)
+    output_price: float = Field(0.0, ge=0.0)
+    usd_per_answer: float = Field(0.0, ge=0.0, description="Price of an answer, besides that of its tokens")
     cached_input_price: float | None = Field(None, ge=0.0, description="Price of cached input tokens [input_price]")
     context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
     tools: bool = Field(True, description="Supports tool calls")
     images: bool = Field(True, description="Supports image input")
     upstream: Upstream | None = None
 
+    @model_validator(mode="after")
+    def _has_both_prices(self) -> Self:
+        given = self.model_fields_set & {"input_price", "output_price"}
+        if len(given) == 1:
+            raise ValueError(f"{'output_price' if 'input_price' in given else 'input_price'} is missing")
+        return self
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether the pool's file gives a price; without one, `train` fills in `usd_per_answer` from billed costs."""
+        return bool(self.model_fields_set & {"input_price", "usd_per_answer"})
+
     def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
         """Returns the cost of an answer in USD; `input_tokens` include `cached_tokens`."""
         cached_price = self.input_price if self.cached_input_price is None else self.cached_input_price
         full = input_tokens - cached_tokens
-        return (full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price) / 1e6
+        tokens_usd = full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price
+        return tokens_usd / 1e6 + self.usd_per_answer
 
 
 class Pool(validation.StrictModel):
@@ -98,24 +119,26 @@ class Pool(validation.StrictModel):
         return [target.name for target in self.targets]
 
     @property
-    def prices(self) -> dict[str, tuple[float, float]]:
-        """USD per million input and output tokens, by target."""
-        return {target.name: (target.input_price, target.output_price) for target in self.targets}
+    def prices(self) -> dict[str, tuple[float, float, float]]:
+        """USD per million input and output tokens, and per answer, by target."""
+        return {t.name: (t.input_price, t.output_price, t.usd_per_answer) for t in self.targets}
 
     def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the expected cost (N, T) in USD, from `input_tokens` (N,) and expected `output_tokens` (N, T).
 
-        input_tokens * input_price + E[output_tokens_t] * output_price. Source: platform/METHOD.md, "Choosing".
+        input_tokens * input_price + E[output_tokens_t] * output_price + usd_per_answer. Source: platform/METHOD.md,
+        "Choosing".
         """
-        input_price = np.array([t.input_price for t in self.targets]) / 1e6
-        output_price = np.array([t.output_price for t in self.targets]) / 1e6
-        return np.asarray(input_tokens, np.float64)[:, None] * input_price + output_tokens * output_price
+        input_price, output_price, usd_per_answer = np.array(list(self.prices.values())).T
+        of_input = np.asarray(input_tokens, np.float64)[:, None] * (input_price / 1e6)
+        return np.asarray(of_input + output_tokens * (output_price / 1e6) + usd_per_answer)
 
 
-def load_pool(uri: str) -> Pool:
+def load_pool(uri: str, *, prices_optional: bool = False) -> Pool:
     """Reads the pool `pool.toml#name` from a file of `[[name]]` tables; `#name` is optional if the file has one pool.
 
-    Raises UserError for a missing or negative price, a repeated target, or an unknown key or pool.
+    Raises UserError for a missing or negative price, a repeated target, or an unknown key or pool. With
+    `prices_optional`, a target may lack all prices.
     """
     path, _, name = uri.rpartition("#") if "#" in storage.name(uri) else (uri, "", "")
     pools = storage.read_toml(path)
@@ -133,6 +156,11 @@ def load_pool(uri: str) -> Pool:
     repeated = next((n for n in names if names.count(n) > 1), None)
     if repeated is not None:
         raise UserError(f'{path}: target "{repeated}" is repeated in pool "{name}": give each target a unique name')
+    unpriced = next((t.name for t in targets if not t.is_priced), None)
+    if unpriced is not None and not prices_optional:
+        raise UserError(
+            f'{path}: target "{unpriced}": input_price is missing: give input_price and output_price, or usd_per_answer'
+        )
     return Pool(name=name, targets=targets)
 
 

@@ -52,6 +52,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         targets=_target_rows(evaluation),
         peers=_peer_rows(evaluation),
         missing=_missing(evaluation),
+        costs=costs_line(evaluation),
         uncalibrated=_uncalibrated(evaluation),
         outlook=curve and outlook(curve),
     )
@@ -104,6 +105,14 @@ def calibration_line(evaluation: Evaluation) -> str:
     ece, before = (float(np.nanmean(values)) for values in (calibration.ece, calibration.ece_uncalibrated))
     effect = "calibration changed nothing" if all(calibration.unchanged) else f"{before:.3f} before calibration"
     return f"mean ECE {ece:.3f}: {effect}"
+
+
+def costs_line(evaluation: Evaluation) -> str:
+    """A sentence that says which share of the costs was billed, and how the others were computed."""
+    share, computed = evaluation.billed_share, "computed from the pool's prices and the actual answer lengths"
+    if share in (0.0, 1.0):
+        return f"The costs shown are {'as billed' if share else computed}."
+    return f"{shown(share, '%')} of the answers are counted as billed; the costs of the others are {computed}."
 
 
 def _uncalibrated(evaluation: Evaluation) -> str:

@@ -45,17 +45,20 @@ def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "accuracy", f"{accuracy:.1%} (best single target {best:.1%}, oracle {oracle:.1%})"
     cost, best_cost = validation["cost"], validation["best_single_cost"]
     yield "cost", f"{usd(1000 * cost)} per 1,000 prompts (best single target {usd(1000 * best_cost)})"
+    if share := validation.get("billed_share"):
+        yield "billed", f"{share:.1%} of the costs"
 
 
 def _targets(router: Router) -> Rows:
     training = router.training
-    head = ("target", "input per M", "output per M", "answers", "AUC", "calibration", "best layer")
+    head = ("target", "input per M", "output per M", "per answer", "answers", "AUC", "calibration", "best layer")
     auc = training.get("validation", {}).get("auc", {})
     rows = [
         (
             target.name,
             usd(target.input_price),
             usd(target.output_price),
+            usd(target.usd_per_answer),
             _number(training.get("num_answers", {}).get(target.name), ","),
             _number(auc.get(target.name), ".3f"),
             kind,

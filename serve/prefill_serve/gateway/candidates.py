@@ -78,8 +78,8 @@ Plan = RoutedPlan | FixedPlan
 
 
 def default_order(targets: Sequence[Target], default: str | None, allowed: Sequence[str] | None) -> list[str]:
-    """The default target first, then the others by ascending price."""
-    by_price = sorted(targets, key=lambda target: target.input_price + target.output_price)
+    """The default target first, then the others by ascending price of 1,000 tokens of input and output each."""
+    by_price = sorted(targets, key=lambda target: target.cost(1000, 1000))
     names = [target.name for target in by_price if allowed is None or target.name in allowed]
     return sorted(names, key=lambda name: name != default)
 

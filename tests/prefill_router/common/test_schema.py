@@ -79,4 +79,5 @@ def test_outcomes_are_as_documented() -> None:
         "target": pa.string(),
         "correct": pa.float32(),
         "output_tokens": pa.int32(),
+        "cost_usd": pa.float64(),
     }

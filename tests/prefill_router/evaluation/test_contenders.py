@@ -78,6 +78,20 @@ def test_contenders_choose_by_expected_cost_and_pay_for_actual_lengths() -> None
     assert result.router == result.standings[0].scores
 
 
+def test_billed_costs_are_counted_as_they_are() -> None:
+    data, router, guess = trial(missing=0.0)
+    billed = np.random.default_rng(1).uniform(0.001, 0.1, data.correct.shape)
+    billed[::2, 1:] = np.nan
+    result = evaluated(replace(data, cost_usd=billed), router, guess)
+    paid = np.where(np.isnan(billed), naive_paid(data, router), billed)
+    expected = naive_cost(data, router.expected_output_tokens)
+    scores = score_routing(data.correct, router.p_correct, expected, router.tolerance, paid)
+    assert result.router.cost == pytest.approx(scores.cost, rel=1e-9)
+    assert result.target_cost == pytest.approx(paid.mean(0))
+    assert result.billed_share == pytest.approx(2 / 3)
+    assert evaluated(data, router).billed_share == 0.0
+
+
 def test_differences_are_paired() -> None:
     data, router, guess = trial(600, missing=0.0)
     same = replace(router, name="same")

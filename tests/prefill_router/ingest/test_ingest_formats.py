@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -128,6 +129,11 @@ ROUTERBENCH_OUTCOMES = {
 def test_routerbench(tmp_path: Path) -> None:
     found = ingest("routerbench", FIXTURES / "routerbench.csv", tmp_path)
     assert (found.prompts, found.outcomes) == (ROUTERBENCH_PROMPTS, ROUTERBENCH_OUTCOMES)
+    assert found.costs == {
+        ("mmlu-anatomy.val.1", "claude-v2"): 0.00059,
+        ("mmlu-anatomy.val.1", "mistralai/mistral-7b-chat"): 0.0000146,
+        ("mtbench-2.dev.3", "claude-v2"): 0.001,
+    }
     assert found.extras["mtbench-2.dev.3"] == {"category": "mtbench"}
     assert (found.summary.ungraded, found.summary.ignored) == (1, {})
 
@@ -140,13 +146,13 @@ def test_routerbench_as_parquet(tmp_path: Path, as_list: bool) -> None:
         "prompt": prompts if as_list else [str(turns) for turns in prompts],
         "eval_name": ["x", "x"],
         "m": [0.25, float("nan")],
-        "m|total_cost": [0.1, 0.2],
+        "m|total_cost": [float("nan"), 0.2],
         "embedding": [[1.0], [2.0]],
     }
     pq.write_table(pa.table(table), tmp_path / "r.parquet")
     found = ingest("routerbench", tmp_path / "r.parquet", tmp_path / "out")
     assert found.prompts == {"a": "one", "b": "it's\n\ntwo\nlines"}
-    assert found.outcomes == {("a", "m"): (0.25, None)}
+    assert (found.outcomes, found.costs) == ({("a", "m"): (0.25, None)}, {})
     assert (found.summary.ungraded, found.summary.ignored) == (1, {'column "embedding"': 1})
 
 
@@ -156,6 +162,17 @@ def test_routerbench_in_its_long_form(tmp_path: Path) -> None:
     found = ingest("routerbench", write(tmp_path / "raw.csv", "\n".join(lines)), tmp_path / "out")
     assert found.prompts == {"a": "one", "b": "[no list"}
     assert found.outcomes == {("a", "m"): (1.0, None), ("a", "n"): (0.5, None), ("b", "m"): (0.0, None)}
+    assert found.costs == {("a", "m"): 0.1, ("a", "n"): 0.1, ("b", "m"): 0.0}
+
+
+@pytest.mark.parametrize("cost", ["-0.1", "inf", "dear"])
+def test_an_answer_with_an_impossible_cost_goes_to_the_quarantine(tmp_path: Path, cost: str) -> None:
+    lines = ["sample_id,prompt,m,m|total_cost", "a,one,1,0.1", f"b,two,1,{cost}"]
+    found = ingest("routerbench", write(tmp_path / "r.csv", "\n".join(lines)), tmp_path / "out")
+    assert found.costs == {("a", "m"): 0.1}
+    ((_, row, prompt_id, reason),) = found.quarantine
+    assert (row, prompt_id) == (1, "b")
+    assert re.search(r'target "m": cost_usd = "?.+, must be a finite number, 0 or more', reason)
 
 
 @pytest.mark.parametrize("format_name", ["routerbench", "toolkit"])
@@ -236,6 +253,7 @@ def test_llmrouterbench_takes_the_newest_run(tmp_path: Path) -> None:
     two, three = "Question: What is 2+2?\nAnswer:", "Question: What is 3+3?\nAnswer:"
     assert found.prompts == ids([two, three])
     assert found.outcomes == {(content_hash(two), "glm-4.6"): (1.0, 5), (content_hash(two), "gpt-5"): (0.0, 9)}
+    assert found.costs[content_hash(two), "gpt-5"] == 0.0001
     assert found.extras[content_hash(two)] == {"category": "aime"}
     assert (found.summary.ungraded, found.summary.repeated_pairs) == (1, 1)
     assert found.summary.ignored == {"demo run": 1}
@@ -263,6 +281,7 @@ def test_routerarena(tmp_path: Path) -> None:
         ("ArcMMLU_98", "gemini-2.0-flash-001"): (1.0, 66),
         ("ArcMMLU_98", "gpt-4o-mini"): (0.0, 12),
     }
+    assert found.costs == dict.fromkeys(found.outcomes, 0.0001)
     assert found.extras["ArcMMLU_98"] == {"category": "ArcMMLU"}
     assert found.summary.ungraded == 2  # one not graded yet, one failed call
 
@@ -271,6 +290,7 @@ def test_routerarena_cached_results(tmp_path: Path) -> None:
     found = ingest("routerarena", FIXTURES / "routerarena.jsonl", tmp_path)
     assert found.prompts == {"AIME_112": "Question: how many coins?", "AIME_7": "Question: how far?"}
     assert found.outcomes == {("AIME_112", "gemini-2.0-flash-001"): (0.0, 686)}
+    assert found.costs == {("AIME_112", "gemini-2.0-flash-001"): 0.0003}
     assert (found.summary.ungraded, found.summary.ignored) == (1, {})
 
 
