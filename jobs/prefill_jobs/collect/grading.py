@@ -17,8 +17,8 @@ from prefill_jobs.collect.collector import CallActor
 from prefill_router import storage
 from prefill_router.collection.answers import ShardPlace, load_states
 from prefill_router.collection.journal import CallState
-from prefill_router.collection.target_calls import Asked, TargetAnswer, TargetCall, call_key
-from prefill_router.common.schema import CORRECT, OUTCOMES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
+from prefill_router.collection.target_calls import Asked, Spent, TargetAnswer, TargetCall, call_key
+from prefill_router.common.schema import CORRECT, COST_USD, OUTCOMES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
 from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.corpus.reader import BadRow, Message, Row
 from prefill_router.graders import BoundedGrader, Grader, Reply
@@ -58,15 +58,15 @@ class Grading:
     judge: Target | None = None
     answered: Mapping[str, str] = field(default_factory=dict)  # shard with the reply, by call to the judge
 
-    def answers(self, task: GradeTask) -> Iterator[tuple[Row, Target, TargetAnswer]]:
-        """Yields every answer to a shard's prompts."""
+    def answers(self, task: GradeTask) -> Iterator[tuple[Row, Target, TargetAnswer, Spent]]:
+        """Yields every answer to a shard's prompts, and what was spent on it."""
         rows = read_shard(task.shard, self.max_prompt_bytes, self.columns)
         states = _states(self.out, task.sources)
         for row in rows:
             for target in self.targets:
                 state = states.get(call_key(row.content_digest.hex(), target.name, self.asked))
                 if state is not None and state.answer is not None:
-                    yield row, target, state.answer
+                    yield row, target, state.answer, state.spent
 
     def score(self, answer: TargetAnswer, row: Row, ask: Any = None) -> float | None:
         if self.grader is None:
@@ -97,7 +97,7 @@ class Grading:
         if self.judge is None:
             return []
         calls: dict[str, TargetCall] = {}
-        for row, _, answer in self.answers(task):
+        for row, _, answer, _ in self.answers(task):
             heard: list[list[Message]] = []
             self.score(answer, row, _RecordingJudge(heard))
             for messages in heard:
@@ -142,8 +142,9 @@ def grade_shard(task: GradeTask, grading: Grading) -> GradedShard:
             TARGET: target.name,
             CORRECT: grading.score(answer, row, ask),
             OUTPUT_TOKENS: answer.output_tokens,
+            COST_USD: spent.usd if answer.is_counted else None,
         }
-        for row, target, answer in grading.answers(task)
+        for row, target, answer, spent in grading.answers(task)
     ]
     written: ShardFile | None = None
     if outcomes:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.common.schema import INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
+from prefill_router.common.schema import COST_USD, INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
 from prefill_router.corpus.plan import RowPosition, Shard, read_shard
 from prefill_router.corpus.reader import BadRow, Row, folder_keys
 from prefill_router.policy.selection import NO_TARGET
@@ -29,7 +29,7 @@ from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 
 DAY = "day"
-_USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS)
+_USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS, COST_USD)
 _CACHED_FILES = 64  # of estimates, per process: repeated prompts repeat often
 
 
@@ -142,16 +142,21 @@ def _text(value: object) -> str:
 def _used(
     rows: Sequence[Row], estimates: PromptEstimates, context: DecideContext
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The target that each line was sent to and its cost in USD; NO_TARGET and NaN if the log does not have them."""
+    """The target that each line was sent to and its cost in USD; NO_TARGET and NaN if the log does not have them.
+
+    The cost is the one in the log, or else that of its tokens.
+    """
     targets = context.policy.pool.targets
     known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
     known |= {target.name: t for t, target in enumerate(targets)}
-    model, given, made = (context.extras.index(name) for name in _USED)
+    model, given, made, billed = (context.extras.index(name) for name in _USED)
     used = np.array([known.get(row.extras[model], NO_TARGET) for row in rows], np.int64)
     cost = np.full(len(rows), np.nan)
     for i, (row, t) in enumerate(zip(rows, used.tolist(), strict=True)):
-        output_tokens = _count(row.extras[made])
-        if t != NO_TARGET and output_tokens is not None:
+        output_tokens, cost_usd = _count(row.extras[made]), _count(row.extras[billed])
+        if t != NO_TARGET and cost_usd is not None:
+            cost[i] = cost_usd
+        elif t != NO_TARGET and output_tokens is not None:
             input_tokens = _count(row.extras[given])
             counted = float(estimates.input_tokens[i]) if input_tokens is None else input_tokens
             cost[i] = targets[t].cost(counted, output_tokens)
@@ -159,7 +164,7 @@ def _used(
 
 
 def _count(value: object) -> float | None:
-    """Parses a token count, which a CSV file stores as text; None if it is no plausible count."""
+    """Parses a token count or a cost, which a CSV file stores as text; None if it is no plausible one."""
     try:
         count = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -102,6 +102,11 @@ class TargetAnswer:
     cached_tokens: int
     latency_s: float
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the upstream reported the answer's tokens."""
+        return self.input_tokens is not None and self.output_tokens is not None
+
     def spent(self, call: TargetCall) -> Spent:
         if self.input_tokens is None or self.output_tokens is None:
             return call.worst

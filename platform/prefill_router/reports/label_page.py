@@ -102,7 +102,7 @@ def _used(report: LabelReport) -> str | None:
         return None
     right, instead = (shown(sums.share(name, "used"), "%") for name in ("used_correct", "instead_correct"))
     return (
-        f"The log records the target and answer length of {sums.total('used'):,.0f} lines: they cost "
+        f"The log records the target and the cost or answer length of {sums.total('used'):,.0f} lines: they cost "
         f"{usd(sums.total('used_cost_usd'))} ({usd(sums.total('used_expected_cost_usd'))} expected), with {right} of "
         "the answers expected to be right. Routing the same lines is expected to cost "
         f"{usd(sums.total('instead_cost_usd'))} with {instead} right."

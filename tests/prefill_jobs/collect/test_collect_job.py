@@ -50,6 +50,7 @@ def test_every_outcome_is_right_whatever_the_upstreams_do(upstreams: dict[str, U
     said = sum(spending.cost_usd for spending in manifest.spending.values())
     lost = sum(spending.lost_usd for spending in manifest.spending.values())
     assert said <= billed_usd(pool, upstreams) <= said + lost
+    assert sum(row["cost_usd"] for row in found) == pytest.approx(said)
 
     for upstream in upstreams.values():
         upstream.calls.clear()

@@ -103,6 +103,7 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
             {
                 "request": {"model": "big", "messages": [{"role": "user", "content": f"what is {day} plus {i % 7}"}]},
                 "response": {"usage": {"prompt_tokens": 10, "completion_tokens": 100}},
+                "cost_usd": 0.25 if i == 0 else None,
                 "at": f"2026-11-0{day}T10:00:00Z",
                 "meta": {"team": "red" if i % 3 else "blue"},
             }
@@ -119,11 +120,11 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
     assert segments["meta.team", "blue"]["lines"] == 14
     assert segments["", ""]["used"] == [40, 0]
     big = Router.load(router).pool.targets[0]
-    assert segments["", ""]["used_cost_usd"] == pytest.approx(40 * big.cost(10, 100))
+    assert segments["", ""]["used_cost_usd"] == pytest.approx(2 * 0.25 + 38 * big.cost(10, 100))
     quarantined = pq.ParquetFile(tmp_path / "out" / "quarantine" / "rows.parquet").read().to_pylist()
     assert [row["row"] for row in quarantined] == [20, 20]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The log records the target and answer length of" in page
+    assert "The log records the target and the cost or answer length of" in page
     assert "By meta.team" in page
 
     labelled(router, log, by="meta.team", time="at", partition_by="meta.team,day", overwrite=True)
