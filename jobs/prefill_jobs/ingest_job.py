@@ -7,7 +7,7 @@ from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.ingest import FORMATS, Options
-from prefill_router.ingest.source_files import find_source
+from prefill_router.ingest.source_files import find_source, located
 from prefill_router.ingest.tables import IngestSummary, Tables, claim
 
 _SHOWN = 8  # ignored files that are named
@@ -22,7 +22,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
     kind = FORMATS[config.format]
     if config.target is not None and not kind.takes_target:
         raise UserError(f"target = {config.target!r}: records of format {kind.name} name their targets: omit --target")
-    source = find_source(config.source, kind)
+    source = find_source(located(config.source), kind)
     options = Options(config.target, config.max_prompt_bytes)
     claim(config.out, overwrite=config.overwrite)
     if source.others:

@@ -48,6 +48,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import MeanOver
 from prefill_router.common.validation import Fraction, IsoDate, JsonObject, StrictModel, nearest
 from prefill_router.ingest import FORMATS
+from prefill_router.ingest.source_files import PACKAGE
 from prefill_router.storage import Uri
 
 
@@ -59,14 +60,20 @@ def _known_format(name: str) -> str:
     return name
 
 
+def _absolute_source(source: str) -> str:
+    return source if source.startswith(PACKAGE) else storage.absolute(source)
+
+
 class IngestConfig(StrictModel):
     """Convert graded answers from another project's format to a corpus and outcomes; invalid rows are quarantined."""
 
     format: Annotated[str, AfterValidator(_known_format)] = Field(
         description=f"Format of the source: {', '.join(FORMATS)}", json_schema_extra={POSITIONAL: True}
     )
-    source: Uri = Field(
-        description="File to read, or folder that is searched recursively for files of the format",
+    source: Annotated[str, AfterValidator(_absolute_source)] = Field(
+        min_length=1,
+        description="File to read, or folder that is searched recursively for files of the format; package:NAME/FOLDER "
+        "is a folder in an installed package",
         json_schema_extra={POSITIONAL: True},
     )
     out: Uri = Field(description="Output folder for corpus/, outcomes/, quarantine/ and summary.json")

@@ -12,6 +12,7 @@ from prefill_router.ingest import (
     lm_eval,
     mmlu_pro,
     openai_log,
+    paretobandit,
     routellm,
     routerarena,
     routerbench,
@@ -31,5 +32,6 @@ _MODULES = (
     routerarena,
     lm_eval,
     openai_log,
+    paretobandit,
 )
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}

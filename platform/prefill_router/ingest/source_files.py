@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from prefill_router import storage
@@ -9,6 +11,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.ingest.records import Format
 from prefill_router.storage.compression import unpacked
 
+PACKAGE = "package:"
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt")
 
 
@@ -36,6 +39,20 @@ def find_source(uri: str, kind: Format) -> Source:
         raise UserError(f"{uri}: no files of format {kind.name} found: looked for {', '.join(kind.suffixes)}")
     taken = set(files)
     return Source(sorted(files, reverse=kind.newest_first), [file for file in found if file not in taken])
+
+
+def located(source: str) -> str:
+    """The URI of a source. `package:NAME/FOLDER` is a folder of an installed package, which is not imported.
+
+    Raises UserError if the package is not installed.
+    """
+    if not source.startswith(PACKAGE):
+        return source
+    name, _, folder = source.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise UserError(f"{source}: no Python package {name} is installed: install it, or give a file or folder")
+    return str(Path(spec.origin).parent / folder)
 
 
 def _has_suffix(uri: str, kind: Format) -> bool:

@@ -137,6 +137,28 @@ def test_a_bad_line_goes_to_the_quarantine(tmp_path: Path, line: str, reason: st
 
 
 @pytest.mark.parametrize(
+    ("arms", "reason"),
+    [
+        ({}, "arms = {}, must be an object with an object for each model"),
+        ({"m": 1}, 'arms = {"m": 1}, must be an object with an object for each model'),
+        ({"m": {"reward": 1.5, "cost": 0}}, f'target "m": correct = 1.5, {IN_RANGE}'),
+        ({"m": {"reward": 1, "cost": -1}}, 'target "m": cost_usd = -1, must be a number of USD, 0 or more'),
+        ({"m": {"reward": 1, "cost": True}}, 'target "m": cost_usd = true, must be a number of USD, 0 or more'),
+        ({"m": {"reward": 1, "cost": float("inf")}}, 'target "m": cost_usd = Infinity, must be a number of USD'),
+        ({"m": {"reward": 1, "cost": "free"}}, 'target "m": cost_usd = "free", must be a number of USD, 0 or more'),
+    ],
+)
+def test_a_bad_reward_or_cost(tmp_path: Path, arms: object, reason: str) -> None:
+    good = {"prompt": "hi", "source": "mbpp", "arms": {"m": {"reward": 1, "cost": None}}}
+    path = write_jsonl(tmp_path / "p.jsonl", {**good, "arms": arms}, good)
+    found = ingest("paretobandit", path, tmp_path / "out")
+    assert len(found.quarantine) == 1
+    assert found.quarantine[0][1] == 0
+    assert found.quarantine[0][3].startswith(reason)
+    assert (found.outcomes, found.costs) == ({(content_hash("hi"), "m"): (1.0, None)}, {})
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"options": "AB"}, 'options = "AB", must be a list of 1 to 26 strings'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -323,6 +324,40 @@ def test_lm_eval_of_one_chat_model(tmp_path: Path) -> None:
     found = ingest("lm-eval", path, tmp_path / "out", target="chat")
     assert found.prompts == {"gsm8k-0": [{"role": "user", "content": "Question: how many eggs?\nAnswer:"}]}
     assert found.outcomes == {("gsm8k-0", "chat"): (0.0, None)}
+
+
+# --- ParetoBandit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_package", [False, True])
+def test_paretobandit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_package: bool) -> None:
+    folder = tmp_path / "some_bandit" / "data"
+    folder.mkdir(parents=True)
+    write(folder.parent / "__init__.py", "raise AssertionError('imported')")
+    shutil.copy(FIXTURES / "paretobandit.jsonl", folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = ingest("paretobandit", "package:some_bandit/data" if as_package else folder, tmp_path / "out")
+    sisters, door = "How many sisters has Ann?", "Which is a door?\n  (A) a gate\n  (B) a lake"
+    assert found.prompts == ids([sisters, door])
+    small, large = "org/small-8b", "lab/large-2512"
+    assert found.outcomes == {
+        (content_hash(sisters), small): (pytest.approx(0.45), None),
+        (content_hash(sisters), large): (1.0, None),
+        (content_hash(door), large): (pytest.approx(0.93), None),
+    }
+    assert found.costs == {
+        (content_hash(sisters), small): 3.8e-06,
+        (content_hash(sisters), large): 0.0006155,
+        (content_hash(door), large): 0.0,
+    }
+    assert found.extras[content_hash(sisters)] == {"category": "bbh", "source": "bbh/kinship"}
+    assert found.extras[content_hash(door)] == {"category": "openbookqa", "source": "openbookqa"}
+    assert (found.summary.ungraded, found.summary.quarantined, found.summary.ignored) == (1, 0, {})
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="package:no_bandit/data: no Python package no_bandit is installed: install it"):
+        ingest("paretobandit", "package:no_bandit/data", tmp_path / "out")
 
 
 # --- OpenAI ------------------------------------------------------------------------------------------------------
