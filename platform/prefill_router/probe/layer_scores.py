@@ -43,7 +43,7 @@ def fisher_separability(x: ArrayLike, y: ArrayLike, shrinkage: float = SHRINKAGE
 
     S_w is the within-class scatter p1 Cov(X|1) + p0 Cov(X|0), with population covariances. It is regularised to
     (1 - shrinkage) S_w + shrinkage diag(S_w), which shrinks correlations and keeps variances. NaN in `y` marks a
-    missing outcome. J is biased upwards by about D / N (`Fisher.corrected` is not), and NaN if a class is empty.
+    missing outcome. J is biased upwards by up to D / N (`Fisher.corrected` is not), and NaN if a class is empty.
     """
     return fisher(LabelledMoments.of(x, np.asarray(y)[:, None]).target(0), shrinkage).j
 
@@ -81,9 +81,19 @@ def fisher(moments: ClassMoments, shrinkage: float = SHRINKAGE) -> Fisher:
     if shrinkage < 1.0:  # tr(R R'^-1), where R' = (1 - s) R + s I
         dimensions = (len(scale) - shrinkage * float(inverse.trace())) / (1.0 - shrinkage)
     unbiased = (n - dimensions - 3.0) / n
-    corrected = unbiased * j - dimensions / n
+    corrected = _corrected(j, moments.relative_variance, unbiased, dimensions / n)
     low, high = _spread(moments, scale, inverse)
     return Fisher(j, corrected, corrected + unbiased * low, corrected + unbiased * high)
+
+
+def _corrected(j: float, variance: float, unbiased: float, bias: float) -> float:
+    """Removes the small-sample bias from J, for outcomes with this variance divided by p1 p0.
+
+    The correction holds for R^2 / (1 - R^2) of the regression of outcomes on activations, which J is if every outcome
+    is 0 or 1. In general J / (1 + J) is R^2 times the variance: outcomes between 0 and 1 vary less, as m1 - m0 does.
+    """
+    odds = unbiased * j / max(variance - (1.0 - variance) * j, ROUNDING) - bias
+    return variance * odds / (1.0 + (1.0 - variance) * max(odds, 0.0))
 
 
 def _within_correlation(moments: ClassMoments) -> tuple[Tensor, Tensor]:

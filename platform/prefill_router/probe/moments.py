@@ -75,16 +75,25 @@ class Moments:
 class ClassMoments:
     """Moments of the prompts that one target was graded on, with counts and sums by fold and class.
 
+    `squares` is the sum of the squared outcomes.
+
     An outcome between 0 and 1 counts in both classes, in that proportion.
     """
 
     graded: Moments
     counts_FC: Tensor
     sums_FCD: Tensor
+    squares: float
 
     @property
     def share_correct(self) -> float:
         return float(self.counts_FC[:, 1].sum()) / self.graded.count if self.graded.count else float("nan")
+
+    @property
+    def relative_variance(self) -> float:
+        """The variance of the outcomes divided by p1 p0: 1 if all are 0 or 1, less if some are between."""
+        p1 = self.share_correct
+        return max((self.squares / self.graded.count - p1**2) / (p1 * (1.0 - p1)), ROUNDING)
 
     @property
     def mean_difference(self) -> Tensor:
@@ -105,13 +114,15 @@ class LabelledMoments:
     """Moments of one activation column for all targets; `target(t)` returns those of one target.
 
     Targets graded on the same prompts share one scatter; a merge keeps two targets together if both sides do. Memory
-    is D^2 numbers for each distinct set of graded prompts, plus 2 F T D for the sums.
+    is D^2 numbers for each distinct set of graded prompts, plus 2 F T D for the sums. `squares_T` are sums of squared
+    outcomes.
     """
 
     groups: tuple[Moments, ...]
     group_of: tuple[int, ...]  # (T,)
     counts_FCT: Tensor
     sums_FCTD: Tensor
+    squares_T: Tensor
 
     @classmethod
     def of(
@@ -133,19 +144,29 @@ class LabelledMoments:
         groups = _moments_by_mask(x_ND, [torch.from_numpy(np.frombuffer(mask, bool).copy()) for mask in masks])
         keys = np.arange(len(seen), dtype=np.uint64) if keys is None else keys
         fold_of = torch.from_numpy((keys[seen] % np.uint64(NUM_FOLDS)).astype(np.int64))
-        return cls(groups, group_of, *_class_sums(x_ND, torch.from_numpy(labels_NT), fold_of))
+        squares_T = torch.from_numpy(np.nansum(labels_NT**2, 0)).to(x_ND.device)
+        return cls(groups, group_of, *_class_sums(x_ND, torch.from_numpy(labels_NT), fold_of), squares_T)
 
     def merge(self, other: LabelledMoments) -> LabelledMoments:
         pairs, group_of = _deduplicated(list(zip(self.group_of, other.group_of, strict=True)))
         groups = tuple(self.groups[a].merge(other.groups[b]) for a, b in pairs)
-        return LabelledMoments(groups, group_of, self.counts_FCT + other.counts_FCT, self.sums_FCTD + other.sums_FCTD)
+        return LabelledMoments(
+            groups,
+            group_of,
+            self.counts_FCT + other.counts_FCT,
+            self.sums_FCTD + other.sums_FCTD,
+            self.squares_T + other.squares_T,
+        )
 
     def to(self, device: torch.device) -> LabelledMoments:
         groups = tuple(group.to(device) for group in self.groups)
-        return LabelledMoments(groups, self.group_of, self.counts_FCT.to(device), self.sums_FCTD.to(device))
+        sums = (self.counts_FCT, self.sums_FCTD, self.squares_T)
+        return LabelledMoments(groups, self.group_of, *(total.to(device) for total in sums))
 
     def target(self, t: int) -> ClassMoments:
-        return ClassMoments(self.groups[self.group_of[t]], self.counts_FCT[:, :, t], self.sums_FCTD[:, :, t])
+        return ClassMoments(
+            self.groups[self.group_of[t]], self.counts_FCT[:, :, t], self.sums_FCTD[:, :, t], float(self.squares_T[t])
+        )
 
 
 def _float64(x: ArrayLike | Tensor, device: torch.device | None) -> Tensor:

@@ -183,6 +183,22 @@ def test_noise_has_a_fisher_of_d_over_n_and_a_corrected_one_of_zero(shrinkage: f
     assert abs(corrected.mean()) < 4 * corrected.std() / len(found) ** 0.5
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_corrected_fisher_of_partial_credit_is_the_one_of_very_many_prompts(shift: float) -> None:
+    """As judges grade: all between 0.5 and 1, so that the classes hardly differ and neither do their sampled means."""
+    rng = np.random.default_rng(11)
+
+    def drawn(n: int) -> Fisher:
+        y = rng.uniform(0.5, 1.0, n)
+        return fisher_of(rng.normal(size=(n, 12)) + shift * y[:, None], y)
+
+    found = [drawn(120) for _ in range(300)]
+    raw, corrected = np.array([f.j for f in found]), np.array([f.corrected for f in found])
+    expected = drawn(100_000).j
+    assert raw.mean() > expected + 5 * raw.std() / len(found) ** 0.5
+    assert abs(corrected.mean() - expected) < 4 * corrected.std() / len(found) ** 0.5
+
+
 @pytest.mark.parametrize("n", [60, 240])
 def test_the_corrected_fisher_of_gaussian_classes_is_the_true_one_at_any_number_of_prompts(n: int) -> None:
     rng = np.random.default_rng(7)

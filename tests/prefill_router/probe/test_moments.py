@@ -48,6 +48,7 @@ def assert_same_labelled(a: LabelledMoments, b: LabelledMoments) -> None:
     for group, expected in zip(a.groups, b.groups, strict=True):
         assert_same(group, expected)
     np.testing.assert_allclose(a.counts_FCT, b.counts_FCT, atol=1e-9)
+    np.testing.assert_allclose(a.squares_T, b.squares_T, atol=1e-9)
     np.testing.assert_allclose(
         a.sums_FCTD, b.sums_FCTD, rtol=1e-9, atol=1e-12 * max(1.0, float(b.sums_FCTD.abs().max()))
     )
@@ -197,6 +198,7 @@ def test_class_moments_are_those_of_numpy_weighted_by_the_outcome() -> None:
         within = p1 * np.cov(rows.T, aweights=y, ddof=0) + (1 - p1) * np.cov(rows.T, aweights=1 - y, ddof=0)
         assert moments.graded.count == graded.sum()
         assert moments.share_correct == pytest.approx(p1)
+        assert moments.relative_variance == pytest.approx(y.var() / (p1 * (1 - p1)))
         np.testing.assert_allclose(moments.mean_difference, right - wrong, rtol=1e-10)
         np.testing.assert_allclose(moments.within_covariance, within, rtol=1e-9, atol=1e-12)
 
