@@ -142,10 +142,10 @@ def test_a_bad_line_goes_to_the_quarantine(tmp_path: Path, line: str, reason: st
         ({}, "arms = {}, must be an object with an object for each model"),
         ({"m": 1}, 'arms = {"m": 1}, must be an object with an object for each model'),
         ({"m": {"reward": 1.5, "cost": 0}}, f'target "m": correct = 1.5, {IN_RANGE}'),
-        ({"m": {"reward": 1, "cost": -1}}, 'target "m": cost_usd = -1, must be a number of USD, 0 or more'),
-        ({"m": {"reward": 1, "cost": True}}, 'target "m": cost_usd = true, must be a number of USD, 0 or more'),
-        ({"m": {"reward": 1, "cost": float("inf")}}, 'target "m": cost_usd = Infinity, must be a number of USD'),
-        ({"m": {"reward": 1, "cost": "free"}}, 'target "m": cost_usd = "free", must be a number of USD, 0 or more'),
+        ({"m": {"reward": 1, "cost": -1}}, 'target "m": cost_usd = -1, must be a finite number, 0 or more'),
+        ({"m": {"reward": 1, "cost": True}}, 'target "m": cost_usd = true, must be a finite number, 0 or more'),
+        ({"m": {"reward": 1, "cost": float("inf")}}, 'target "m": cost_usd = Infinity, must be a finite number'),
+        ({"m": {"reward": 1, "cost": "free"}}, 'target "m": cost_usd = "free", must be a finite number, 0 or more'),
     ],
 )
 def test_a_bad_reward_or_cost(tmp_path: Path, arms: object, reason: str) -> None:
