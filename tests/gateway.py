@@ -35,9 +35,16 @@ def write_pool(path: Path, upstreams: Mapping[str, Upstream], **of_targets: Mapp
         way |= more.pop("upstream", {})
         fields = {"name": name, "input_price": PRICES[name], "output_price": 4 * PRICES[name], **more}
         lines += ["[[pool]]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
-        lines += [f"upstream = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in way.items())} }}"]
+        lines += [f"upstream = {_toml(way)}"]
     path.write_text("\n".join(lines))
     return str(path)
+
+
+def _toml(value: Any) -> str:
+    """An inline value of TOML."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return f"{{ {', '.join(f'{json.dumps(key)} = {_toml(item)}' for key, item in value.items())} }}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefill_router.corpus.reader import Message, Prompt, content_hash
 from prefill_router.policy.pool import Target
+from prefill_router.upstreams.request_bodies import request_body
 
 _TEMPLATE_TOKENS = 64  # an upstream may add so many to a prompt
 _MESSAGE_TOKENS = 16  # and so many to each of its messages
@@ -49,6 +50,7 @@ class TargetCall:
     def max_input_tokens(self) -> int:
         """An upper bound on input tokens for any tokenizer, as a token is at least one byte."""
         num_bytes = sum(len(message["content"].encode()) for message in self.messages)
+        num_bytes += self.target.upstream.max_added_tokens if self.target.upstream is not None else 0
         return num_bytes + _TEMPLATE_TOKENS + _MESSAGE_TOKENS * len(self.messages)
 
     @property
@@ -60,14 +62,13 @@ class TargetCall:
     def body(self) -> bytes:
         assert self.target.upstream is not None
         fields: dict[str, Any] = {
-            "model": self.target.upstream.model or self.target.name,
             "messages": self.messages,
             self.target.upstream.limit_field: self.asked.max_output_tokens,
         }
         for name in ("temperature", "seed"):
             if (value := getattr(self.asked, name)) is not None:
                 fields[name] = value
-        return json.dumps(fields).encode()
+        return json.dumps(request_body(self.target, fields)).encode()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Chooses a target for each prompt: the cheapest one whose P(correct) is close enough to the best.
 
 `pool` has targets, prices and upstreams, `selection` the rule on arrays, `decision` applies it to single prompts, and
-`key_variables` checks which variables may be sent as keys. Start with `selection`.
+`key_variables` and `request_settings` check what a pool may send to an upstream. Start with `selection`.
 """
 
 from prefill_router.policy.selection import (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import (
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
@@ -18,7 +20,7 @@ from pydantic import (
 from prefill_router import storage
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
-from prefill_router.policy import key_variables
+from prefill_router.policy import key_variables, request_settings
 
 
 class _SparseModel(validation.StrictModel):
@@ -48,6 +50,11 @@ class Upstream(_SparseModel):
         "max_tokens", description="Name of the request field that limits output tokens"
     )
     timeout_s: float = Field(60.0, gt=0.0, description="For the whole answer, or if streamed, for each event")
+    extra_body: dict[str, JsonValue] = Field({}, description="Request fields that replace the caller's")
+    headers: dict[str, str] = Field({}, description="Further request headers, without credentials")
+    system_prefix: str | None = Field(None, min_length=1, description="Text put before the system message")
+    drop: tuple[str, ...] = Field((), description="Request fields that are not sent")
+    rename: dict[str, str] = Field({}, description="Request fields that are sent under another name")
 
     @field_validator("key_env")
     @classmethod
@@ -58,6 +65,24 @@ class Upstream(_SparseModel):
                 key_variables.check_transport(info.data["base_url"])
         return name
 
+    @field_validator("extra_body", "drop")
+    @classmethod
+    def _leave_the_call(cls, names: Any) -> Any:
+        request_settings.check_fields(names)
+        return names
+
+    @field_validator("headers")
+    @classmethod
+    def _are_sendable(cls, headers: dict[str, str]) -> dict[str, str]:
+        request_settings.check_headers(headers)
+        return headers
+
+    @field_validator("rename")
+    @classmethod
+    def _are_names(cls, names: dict[str, str]) -> dict[str, str]:
+        request_settings.check_renamed(names)
+        return names
+
     def url(self, path: str) -> str:
         return f"{self.base_url.rstrip('/')}{path}"
 
@@ -67,9 +92,14 @@ class Upstream(_SparseModel):
         return None if self.key_env is None else key_variables.value(self.key_env)
 
     @property
-    def headers(self) -> dict[str, str]:
+    def max_added_tokens(self) -> int:
+        """An upper bound on the input tokens that the target's own settings add to a call: one per byte."""
+        return len((self.system_prefix or "").encode()) + (len(json.dumps(self.extra_body)) if self.extra_body else 0)
+
+    @property
+    def request_headers(self) -> dict[str, str]:
         """Headers of a request with a JSON body."""
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers = {**self.headers, "content-type": "application/json", "accept-encoding": "identity"}
         if (key := self.key) is not None:
             headers["authorization"] = f"Bearer {key}"
         return headers

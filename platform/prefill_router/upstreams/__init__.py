@@ -1,5 +1,5 @@
 """HTTP to upstreams, shared by `collect` and the gateway.
 
-`transport` has the client, requests and the meaning of error statuses; `redaction` removes credentials from error
-texts. Start with `transport`.
+`transport` has the client, requests and the meaning of error statuses; `request_bodies` adapts a body to a target;
+`redaction` removes credentials from error texts. Start with `transport`.
 """

@@ -31,7 +31,7 @@ def post_request(
 ) -> httpx.Request:
     """Builds a POST to `path` under the upstream's base URL, with its key and timeout."""
     timeout = httpx.Timeout(upstream.timeout_s, connect=_CONNECT_S)
-    all_headers = {**upstream.headers, **(headers or {})}
+    all_headers = {**upstream.request_headers, **(headers or {})}
     return http.build_request("POST", upstream.url(path), content=content, headers=all_headers, timeout=timeout)
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import Target, Upstream
+from prefill_router.upstreams.request_bodies import request_body
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.upstream_errors import error_message, is_error
 from prefill_serve.wire import ROUTED_NAMES, RouteRequest
@@ -140,7 +141,7 @@ class Call(ABC):
         if self.answer_tokens is not None and not self.stated_limit:
             body = {name: value for name, value in body.items() if name not in self.limit_fields}
             body[self._limit_field(target.upstream)] = self.answer_tokens
-        return json.dumps({**body, "model": target.upstream.model or target.name}).encode()
+        return json.dumps(request_body(target, body)).encode()
 
     def _limit_field(self, upstream: Upstream) -> str:  # noqa: ARG002 - for chats
         return self.limit_fields[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def test_a_call_is_named_by_what_it_asks_and_not_by_an_id() -> None:
         TargetCall("p1", "name a river", TARGET.model_copy(update={"name": "big"}), CALL.asked),
     ]
     assert len({CALL.key, *(other.key for other in others)}) == 4
+
+
+def test_a_call_asks_as_its_target_does_in_the_gateway() -> None:
+    settings = {"system_prefix": "Be brief.", "extra_body": {"reasoning_effort": "low"}, "drop": ("temperature",)}
+    assert TARGET.upstream is not None
+    target = TARGET.model_copy(update={"upstream": TARGET.upstream.model_copy(update=settings)})
+    call = TargetCall("p1", "name a river", target, Asked(max_output_tokens=100, temperature=0.0))
+    assert json.loads(call.body()) == {
+        "model": "small-1",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "name a river"}],
+        "max_tokens": 100,
+        "reasoning_effort": "low",
+    }
+    added = len("Be brief.") + len('{"reasoning_effort": "low"}')
+    assert call.max_input_tokens == CALL.max_input_tokens + added
 
 
 @pytest.mark.parametrize("text", ["a", "naïve 漢字 🎉" * 50, "\x00\n\t "])

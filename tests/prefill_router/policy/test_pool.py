@@ -77,6 +77,42 @@ def test_an_error_names_the_file_the_key_the_value_and_the_remedy(tmp_path: Path
         load_pool(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("extra_body = { stream = true }", 'must not contain "stream", which belongs to the call'),
+        ("extra_body = { max_tokens = 9 }", 'must not contain "max_tokens", which belongs to the call'),
+        ('drop = ["messages"]', 'must not contain "messages", which belongs to the call'),
+        ('drop = ["max_completion_tokens"]', 'must not contain "max_completion_tokens", which'),
+        ('rename = { model = "m" }', 'must not contain "model", which belongs to the call'),
+        ('rename = { user = "input" }', 'must not contain "input", which belongs to the call'),
+        ('headers = { Authorization = "Bearer sk-1" }', 'must not contain "Authorization": credentials belong in'),
+        ('headers = { "x-api-key" = "sk-1" }', 'must not contain "x-api-key": credentials belong in'),
+        ('headers = { content-length = "7" }', 'must not contain "content-length"'),
+        ('headers = { "x y" = "1" }', 'must contain valid header names and printable ASCII values, unlike "x y"'),
+        ('headers = { x = "1\\r\\ny: 2" }', 'must contain valid header names and printable ASCII values, unlike "x"'),
+    ],
+)
+def test_a_target_sets_neither_credentials_nor_what_belongs_to_a_call(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    upstream = f'upstream = {{ base_url = "http://127.0.0.1/v1", {settings} }}'
+    with pytest.raises(UserError, match=message):
+        load_pool(write(tmp_path, f'[[pool]]\nname = "x"\n{PRICES}{upstream}'))
+
+
+def test_two_targets_may_be_one_model_at_two_efforts(tmp_path: Path) -> None:
+    target = '[[pool]]\nname = "m-{0}"\n' + PRICES
+    target += (
+        'upstream = {{ base_url = "http://127.0.0.1/v1", model = "m", extra_body = {{ reasoning_effort = "{0}" }} }}\n'
+    )
+    pool = load_pool(write(tmp_path, target.format("low") + target.format("high")))
+    upstreams = [target.upstream for target in pool.targets if target.upstream is not None]
+    assert pool.target_names == ["m-low", "m-high"]
+    assert [upstream.extra_body for upstream in upstreams] == [{"reasoning_effort": e} for e in ("low", "high")]
+    assert Pool.model_validate_json(pool.model_dump_json()) == pool
+
+
 def test_an_error_reads_as_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"name = '', must have at least 1 character$"):
         load_pool(write(tmp_path, f'[[pool]]\nname = ""\n{PRICES}'))

@@ -106,9 +106,11 @@ def test_the_client_opens_as_many_connections_as_there_are_calls() -> None:
 def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALL_KEY", "sk-1")
     upstream = Upstream(base_url="http://localhost/v1/", key_env="SMALL_KEY", timeout_s=7.0)
+    upstream = upstream.model_copy(update={"headers": {"x-tier": "flex"}})
     request = post_request(httpx.AsyncClient(), upstream, "/chat/completions", b"{}", {"idempotency-key": "k"})
     assert str(request.url) == "http://localhost/v1/chat/completions"
     assert (request.headers["authorization"], request.headers["idempotency-key"]) == ("Bearer sk-1", "k")
+    assert request.headers["x-tier"] == "flex"
     assert request.content == b"{}"
     assert request.extensions["timeout"]["read"] == 7.0
     assert request.extensions["timeout"]["connect"] == 5.0

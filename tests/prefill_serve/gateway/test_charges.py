@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefill_router.policy.pool import Target
+from prefill_router.policy.pool import Target, Upstream
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.charges import Charge, OverLimit, charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.chat_calls import ChatCall
@@ -104,3 +104,9 @@ def test_a_refusal_says_what_and_until_when(key: str | None, said: str) -> None:
     assert refusal.body["error"]["message"].startswith(said)
     assert "2026-03-02T00:00:00Z" in refusal.body["error"]["message"]
     assert refusal.headers == {"retry-after": "77"}
+
+
+def test_what_a_target_adds_to_a_call_is_part_of_the_most_it_can_cost() -> None:
+    upstream = Upstream(base_url="http://127.0.0.1/v1", system_prefix="Be brief.")
+    target = TARGET.model_copy(update={"upstream": upstream})
+    assert most_usd(target, chat()) == most_usd(TARGET, chat()) + len("Be brief.")

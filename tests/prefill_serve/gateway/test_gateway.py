@@ -186,6 +186,34 @@ def test_a_key_comes_from_the_environment_and_the_callers_own_stays_here(
     assert call.key_matched
 
 
+def test_one_model_at_two_efforts_is_two_targets(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    way = {"base_url": upstreams["big"].url, "model": "big-1", "system_prefix": "Think."}
+    efforts = {
+        name: {"upstream": {**way, "extra_body": {"reasoning_effort": effort}, "headers": {"x-tier": effort}}}
+        for name, effort in (("mid", "high"), ("small", "low"))
+    }
+    _configure(gateway, upstreams, tmp_path, efforts)
+    before = gateway.stats()["targets"]
+    for name, effort in (("mid", "high"), ("small", "low")):
+        answer = gateway.chat(ASKED, model=name, reasoning_effort="medium")
+        assert (answer.json()["model"], answer.headers["x-router-selected-model"]) == (name, name)
+        asked = upstreams["big"].completions[-1]
+        assert asked.body == {
+            "model": "big-1",
+            "messages": [{"role": "system", "content": "Think."}, _user(ASKED)],
+            "reasoning_effort": effort,
+        }
+        assert asked.headers["x-tier"] == effort
+    time.sleep(0.05)
+    after = gateway.stats()["targets"]
+    assert {n: after[n]["answered"] - before.get(n, {"answered": 0})["answered"] for n in efforts} == {
+        "mid": 1,
+        "small": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("of_targets", "fields"),
     [
