@@ -16,7 +16,7 @@ import pyarrow as pa
 from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import InvalidRowError, UserError, shown
-from prefill_router.common.schema import COST_USD, MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
+from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
 from prefill_router.corpus.reader import (
     BadRow,
     Prompt,
@@ -33,7 +33,6 @@ from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
 QUARANTINE_FILE, SUMMARY = "quarantine/rows.parquet", "summary.json"
-_OUTCOMES = OUTCOMES.append(pa.field(COST_USD, pa.float64()))
 _MESSAGES_TYPE = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 
 
@@ -73,7 +72,7 @@ class Tables:
         self.out, self.kind, self.options = out, kind, options
         self._seen = SeenPrompts()
         self._corpus = Parts(storage.join(out, CORPUS_FOLDER), _corpus_schema(kind))
-        self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), _OUTCOMES)
+        self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), OUTCOMES)
         self._quarantine = Quarantine()
         self._ignored: Counter[str] = Counter()
         self._graded: Counter[str] = Counter()
@@ -150,7 +149,7 @@ class Tables:
         if one.correct is None:
             self._num_ungraded += 1
         elif self._seen.add_grade(prompt_id, one.target):
-            self._outcomes.add(dict(zip(_OUTCOMES.names, (prompt_id, *one), strict=True)))
+            self._outcomes.add(dict(zip(OUTCOMES.names, (prompt_id, *one), strict=True)))
             self._graded[one.target] += 1
             self._correct[one.target] += one.correct
         else:
