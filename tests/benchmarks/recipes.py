@@ -69,7 +69,7 @@ class Data:
         ids = [i for shard in range(self.store.num_shards) for i in self.store.prompt_ids(shard).to_pylist()]
         self.keys = prompt_hashes(ids)
         self.names = target_names(str(options.outcomes))
-        self.correct, self.output_tokens = load_outcomes(str(options.outcomes), self.names).at(self.keys)
+        self.correct, self.output_tokens, _ = load_outcomes(str(options.outcomes), self.names).at(self.keys)
         embeddings = embed(options.prompts, options.sentence_encoder, options.cache / "embeddings.npy")
         place = {p: i for i, p in enumerate(pq.read_table(options.prompts)[PROMPT_ID].to_pylist())}
         self.embeddings = embeddings[[place[i] for i in ids]]

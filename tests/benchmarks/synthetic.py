@@ -68,6 +68,10 @@ def _outcomes(ids: list[str], traits_NR: NDArray[np.float64], rng: np.random.Gen
         tokens = rng.lognormal(4.0 + 0.3 * difficulty + 0.2 * t, 0.4).astype(np.int32)
         graded = np.flatnonzero(rng.random(len(ids)) > 0.05)
         columns = [pa.array(ids).take(pa.array(graded)), pa.array([target] * len(graded))]
-        columns += [pa.array(correct[graded], pa.float32()), pa.array(tokens[graded])]
+        columns += [
+            pa.array(correct[graded], pa.float32()),
+            pa.array(tokens[graded]),
+            pa.nulls(len(graded), pa.float64()),
+        ]
         tables.append(pa.table(columns, schema=OUTCOMES))
     return pa.concat_tables(tables)

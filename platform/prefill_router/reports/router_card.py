@@ -30,6 +30,8 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     yield "trunk", f"{len(net.weights[0])} nets of {' -> '.join(map(str, sizes))}"
     if len(router.kernel.landmarks):
         yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} in P(correct)"
+    if per_answer := [f"{t.name} {usd(t.usd_per_answer)}" for t in router.pool.targets if t.usd_per_answer]:
+        yield "per answer", ", ".join(per_answer)
     if "num_train" in training:
         yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
         yield "validation", f"{training.get('num_validation', 0):,} prompts"
@@ -51,14 +53,13 @@ def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _targets(router: Router) -> Rows:
     training = router.training
-    head = ("target", "input per M", "output per M", "per answer", "answers", "AUC", "calibration", "best layer")
+    head = ("target", "input per M", "output per M", "answers", "AUC", "calibration", "best layer")
     auc = training.get("validation", {}).get("auc", {})
     rows = [
         (
             target.name,
             usd(target.input_price),
             usd(target.output_price),
-            usd(target.usd_per_answer),
             _number(training.get("num_answers", {}).get(target.name), ","),
             _number(auc.get(target.name), ".3f"),
             kind,

@@ -44,3 +44,13 @@ def test_a_card_shows_training_and_validation_scores(tiny_router: Router) -> Non
     assert rows["cost"] == "$0.500 per 1,000 prompts (best single target $1.00)"
     assert targets[1] == ("big", "$2.00", "$8.00", "1,100", "0.700", "none", "last_002")
     assert targets[2] == ("small", "$0.100", "$0.400", "1,200", "-", "none", "mean_003")
+
+
+def test_a_card_shows_prices_per_answer_and_the_billed_share(tiny_router: Router) -> None:
+    big, small = tiny_router.pool.targets
+    pool = tiny_router.pool.model_copy(update={"targets": (big.model_copy(update={"usd_per_answer": 0.25}), small)})
+    names = ("accuracy", "best_single_accuracy", "oracle_accuracy", "cost", "best_single_cost")
+    validation = {**dict.fromkeys(names, 0.5), "billed_share": 0.75}
+    rows = dict(card(replace(tiny_router, pool=pool, training={"validation": validation}))[0])
+    assert (rows["per answer"], rows["billed"]) == ("big $0.250", "75.0% of the costs")
+    assert "billed" not in dict(card(tiny_router)[0])
