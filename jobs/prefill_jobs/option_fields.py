@@ -76,6 +76,13 @@ ActivationsUris = Annotated[
     Field(min_length=1, description=SEVERAL_ACTIVATIONS),
     AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
 ]
+_CORRECT_AT = "Reward from which an answer counts as right, such as 0.8, and below which as wrong"
+CorrectAt = Annotated[
+    float | None, Field(gt=0.0, le=1.0, description=f"{_CORRECT_AT} [default: rewards count as they are]")
+]
+RoutersCorrectAt = Annotated[
+    float | None, Field(gt=0.0, le=1.0, description=f"{_CORRECT_AT}; the router's own must be the same [default: that]")
+]
 OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
 RouterUri = Annotated[Uri, Field(description="Router artifact written by `train`")]
 MaxPromptBytes = Annotated[

@@ -24,6 +24,7 @@ from prefill_jobs.option_fields import (
     Accelerator,
     ActivationsUri,
     ActivationsUris,
+    CorrectAt,
     Draws,
     DropLeaked,
     Encoder,
@@ -37,6 +38,7 @@ from prefill_jobs.option_fields import (
     OutcomesUri,
     Overwrite,
     PoolUri,
+    RoutersCorrectAt,
     RouterUri,
     SentenceEncoderName,
     Tolerance,
@@ -122,6 +124,7 @@ class ProbeConfig(StrictModel):
     outcomes: OutcomesUri
     pool: PoolUri
     out: Uri = Field(description="Output folder for probe.parquet, probe.json and probe.svg")
+    correct_at: CorrectAt = None
     ignore_unknown: IgnoreUnknown = False
 
 
@@ -185,6 +188,7 @@ class TrainConfig(StrictModel):
         None, ge=1, description="Maximum number of passes over the training prompts [default: the recipe's]"
     )
     seed: int = Field(0, ge=0, description="Random seed of the split, the weights and the data order")
+    correct_at: CorrectAt = None
     ignore_unknown: IgnoreUnknown = False
     overwrite: Overwrite = False
 
@@ -225,6 +229,7 @@ class EvaluateConfig(StrictModel):
     keep_baselines: Uri | None = Field(
         None, description="Output folder for the fitted baselines, which `serve` and `label` can load"
     )
+    correct_at: RoutersCorrectAt = None
     drop_leaked: DropLeaked = False
     draws: Draws = 500
     ignore_unknown: IgnoreUnknown = False
@@ -252,6 +257,7 @@ class CompareConfig(StrictModel):
     corpus: Uri | None = Field(
         None, description="The corpus, to find prompts that differ only in case, whitespace and punctuation"
     )
+    correct_at: RoutersCorrectAt = None
     drop_leaked: DropLeaked = False
     draws: Draws = 500
 
@@ -366,6 +372,7 @@ class PipelineConfig(StrictModel):
     sample: int = Field(
         2000, ge=2, description="Number of prompts whose layers are all extracted, for `probe` to choose"
     )
+    correct_at: CorrectAt = None
     draws: Draws = 500
     plan: bool = Field(False, description="Print the steps that would run and their cost, and run nothing")
     accept: bool = Field(

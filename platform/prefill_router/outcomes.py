@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -99,8 +99,10 @@ class Outcomes:
         return Answers(take(self.correct), take(self.output_tokens), take(self.cost_usd))
 
 
-def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
+def load_outcomes(uri: str, targets: Sequence[str], correct_at: float | None = None) -> Outcomes:
     """Reads the outcomes of `targets` from a Parquet file or a folder of them, in batches and in two passes.
+
+    With `correct_at`, each answer counts as right (1) if its reward is at least that, and as wrong (0) otherwise.
 
     In feedback (`schema.FEEDBACK`) a pair may occur in many requests, and gets the mean of its rows; a repeated request
     counts once. Raises UserError for a missing column, a `correct` outside [0, 1], a negative or infinite length or
@@ -108,7 +110,7 @@ def load_outcomes(uri: str, targets: Sequence[str]) -> Outcomes:
     """
     keys, others = _graded_keys(uri, targets)
     fill = _mean_of_pairs if is_feedback(uri) else _pairs
-    answers = fill(uri, targets, keys)
+    answers = fill(uri, targets, keys, correct_at)
     is_graded_T = np.asarray((~np.isnan(answers.correct)).any(0))
     for target, is_graded in zip(targets, is_graded_T, strict=True):
         if not is_graded:
@@ -139,13 +141,13 @@ def is_feedback(uri: str) -> bool:
         return REQUEST_ID in file.schema_arrow.names
 
 
-def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
+def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64], correct_at: float | None) -> Answers:
     """Reads outcomes in which each pair occurs once."""
     answers = Answers(*np.full((len(Answers._fields), len(keys), len(targets)), np.nan, np.float32))
     num_rows = 0
     for batch in _graded_batches(uri, targets):
         pairs = np.searchsorted(keys, batch.keys), batch.targets
-        for known, values in zip(answers, _values(batch.table, uri), strict=True):
+        for known, values in zip(answers, _values(batch.table, uri, correct_at), strict=True):
             known[pairs] = values
         num_rows += len(batch.keys)
     if (~np.isnan(answers.correct)).sum() != num_rows:
@@ -153,27 +155,34 @@ def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answer
     return answers
 
 
-def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64]) -> Answers:
+def _mean_of_pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64], correct_at: float | None) -> Answers:
     """Reads outcomes in which a pair may occur many times, and takes their mean."""
     shape = len(Answers._fields), len(keys), len(targets)
     sums, counts = (np.zeros(shape, dtype) for dtype in (np.float32, np.uint32))
     for batch in _graded_batches(uri, targets):
         pairs = np.searchsorted(keys, batch.keys), batch.targets
-        for total, count, values in zip(sums, counts, _values(batch.table, uri), strict=True):
+        for total, count, values in zip(sums, counts, _values(batch.table, uri, correct_at), strict=True):
             np.add.at(total, pairs, np.nan_to_num(values))
             np.add.at(count, pairs, ~np.isnan(values))
     with np.errstate(invalid="ignore"):
         return Answers(*np.asarray(sums / counts, np.float32))
 
 
-def _values(table: pa.Table, uri: str) -> Answers:
+def _values(table: pa.Table, uri: str, correct_at: float | None) -> Answers:
     """Returns the values (N,) of rows, NaN where a length or cost is null. Raises UserError for invalid values."""
     correct, lengths, costs = table[CORRECT].to_numpy(), table[OUTPUT_TOKENS], table[COST_USD]
     known_costs = costs.fill_null(0.0).to_numpy()
     _check_all((correct >= 0) & (correct <= 1), table, CORRECT, "in [0, 1]", uri)
     _check_all(lengths.fill_null(0).to_numpy() >= 0, table, OUTPUT_TOKENS, ">= 0", uri)
     _check_all((known_costs >= 0) & (known_costs < np.inf), table, COST_USD, "finite and >= 0, or null", uri)
+    correct = at_threshold(correct, correct_at)
     return Answers(correct, *(column.cast(pa.float32()).to_numpy() for column in (lengths, costs)))
+
+
+def at_threshold(rewards: NDArray[Any], correct_at: float | None) -> NDArray[np.float32]:
+    """Returns rewards (N,) as they are, or with `correct_at`, 1 for those that reach it and 0 for the others."""
+    narrow = rewards.astype(np.float32)  # as `correct` is stored: 0.7 reaches 0.7
+    return narrow if correct_at is None else (narrow >= np.float32(correct_at)).astype(np.float32)
 
 
 def load_feedback(uri: str) -> pa.Table:

@@ -16,6 +16,7 @@ from command import Command
 from prefill_jobs.options import PipelineConfig, load_command
 from prefill_jobs.pipeline.pipeline_job import Pipeline
 from prefill_jobs.train import train_job
+from prefill_router.common.errors import UserError
 from prefill_router.router.artifact import Router
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -179,6 +180,18 @@ def test_keys_that_a_pipeline_does_not_go_by_are_told(
     result = command("pipeline", str(file), "--plan")
     assert result.status == 0, result.err
     assert f"pipeline: {file}: ignored [extract] layers, [train] out: the pipeline sets these options" in result.err
+
+
+def test_the_threshold_of_rewards_is_that_of_every_step(tmp_path: Path) -> None:
+    given = {name: str(tmp_path / name) for name in ("corpus", "outcomes", "pool", "out", "publish")}
+    thresholded = Pipeline(PipelineConfig(**given, correct_at=0.8))
+    assert (thresholded.probe.correct_at, thresholded.train.correct_at) == (0.8, 0.8)
+    assert thresholded.evaluate.correct_at is None  # the router's own
+    file = tmp_path / "router.toml"
+    file.write_text("[train]\ncorrect_at = 0.5\n")
+    assert Pipeline(PipelineConfig(**given, file=str(file))).train.correct_at == 0.5
+    with pytest.raises(UserError, match=r'\[train\] correct_at = "0.5" contradicts \[pipeline\] correct_at = "0.8"'):
+        Pipeline(PipelineConfig(**given, file=str(file), correct_at=0.8))
 
 
 def test_intervals_decide_at_the_gate() -> None:

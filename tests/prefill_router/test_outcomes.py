@@ -209,6 +209,28 @@ def test_a_pair_of_feedback_is_the_mean_of_its_requests_and_a_request_counts_onc
     np.testing.assert_allclose(outcomes.cost_usd, [[0.5, NAN], [NAN, NAN]])
 
 
+def test_rewards_count_as_right_from_a_threshold_on(tmp_path: Path) -> None:
+    rewards = pa.array([0.7, 0.69, 0.85, 0.0, 1.0], pa.float32())  # the float32 nearest to 0.7 is below 0.7
+    uri = write(tmp_path / "outcomes.parquet", correct=rewards)
+    correct = load_outcomes(uri, ["big", "small"], correct_at=0.7).align(["p", "q", "r"]).correct
+    np.testing.assert_array_equal(correct, [[1.0, 0.0], [1.0, NAN], [NAN, 0.0]])
+
+
+def test_each_request_of_feedback_counts_as_right_or_wrong_before_their_mean(tmp_path: Path) -> None:
+    rows = {
+        "prompt_id": ["p", "p", "q"],
+        "target": ["big", "big", "big"],
+        "correct": [0.9, 0.1, 0.7],
+        "output_tokens": None,
+        "propensity": [0.5, 0.5, 0.5],
+        "request_id": ["a", "b", "c"],
+    }
+    uri = write(tmp_path / "feedback.parquet", **rows)
+    assert load_outcomes(uri, ["big"], correct_at=0.7).align(["p", "q"]).correct.tolist() == [[0.5], [1.0]]
+    assert load_log(uri, ["big"], correct_at=0.7)[1].reward.tolist() == [1.0, 0.0, 1.0]
+    assert load_log(uri, ["big"])[1].reward.tolist() == [0.9, 0.1, 0.7]
+
+
 def test_two_callers_may_give_their_requests_one_id(tmp_path: Path) -> None:
     rows = {
         "prompt_id": ["p", "q"],

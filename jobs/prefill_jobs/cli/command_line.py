@@ -194,7 +194,7 @@ def _evaluate(config: Any) -> None:
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))
     typer.echo(f"mean AUC {np.nanmean(evaluation.router.auc):.3f}, {calibration_line(evaluation)}")
-    for name, text in metric_rows(evaluation.router):
+    for name, text in metric_rows(evaluation.router, evaluation.quality):
         typer.echo(f"{name}: {text}")
     typer.echo(f"report: {config.out}/report.html")
 
@@ -209,7 +209,7 @@ def _compare(config: Any) -> None:
     typer.echo(f"{evaluation.num_held_out:,} prompts held out from all routers: {headline(evaluation)}")
     for other in evaluation.standings[1:]:
         typer.echo(f"{config.routers[0]} minus {other.title}:")
-        for name, text in paired_rows(other):
+        for name, text in paired_rows(other, evaluation.quality):
             typer.echo(f"  {name}: {text}")
     typer.echo(f"report: {config.out}/report.html")
 

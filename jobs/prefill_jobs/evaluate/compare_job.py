@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.graded.reward_threshold import shared_threshold
 from prefill_jobs.options import CompareConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
@@ -45,7 +46,11 @@ def compare(config: CompareConfig) -> Evaluation:
     stores = [_stores_of(uri, router, given) for uri, router in zip(uris, routers, strict=True)]
     check_columns(config.outcomes)
     groups = None if config.corpus is None else of_corpus(config.corpus)
-    graded = [GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, groups=groups) for s in stores]
+    correct_at = shared_threshold(dict(zip(uris, loaded, strict=True)), config.correct_at)
+    graded = [
+        GradedStore.open(s, config.outcomes, pool, ignore_unknown=True, groups=groups, correct_at=correct_at)
+        for s in stores
+    ]
     cluster.connect()
     predicted = [predict_graded(router, g) for router, g in zip(routers, graded, strict=True)]
     first, kept = predicted[0], graded[0].groups

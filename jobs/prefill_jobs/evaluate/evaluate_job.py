@@ -15,6 +15,7 @@ from prefill_jobs.graded.embeddings import Embeddings, embed, load_embeddings
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
+from prefill_jobs.graded.reward_threshold import shared_threshold
 from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_jobs.train.probe_job import load_probes
@@ -46,7 +47,9 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     prompt repeats a training prompt.
     """
     storage.check_output(config.out)
-    routers = [Router.load(uri) for uri in _folds(config.router)]
+    loaded = {uri: Router.load(uri) for uri in _folds(config.router)}
+    correct_at = shared_threshold(loaded, config.correct_at)
+    routers = list(loaded.values())
     router = routers[0]
     check_columns(config.outcomes)
     probes = None if config.probe is None else load_probes(config.probe)
@@ -54,7 +57,12 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         check_sentence_model(config.sentence_encoder)
     groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
-        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, groups=groups
+        config.activations,
+        config.outcomes,
+        router.pool,
+        ignore_unknown=config.ignore_unknown,
+        groups=groups,
+        correct_at=correct_at,
     )
     cluster.connect()
     trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)

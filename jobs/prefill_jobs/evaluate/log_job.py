@@ -9,6 +9,7 @@ import numpy as np
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import predict_graded
+from prefill_jobs.graded.reward_threshold import shared_threshold
 from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
@@ -28,14 +29,20 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     """
     storage.check_output(config.out)
     router = Router.load(config.router)
+    correct_at = shared_threshold({config.router: router}, config.correct_at)
     groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
-        config.activations, config.outcomes, router.pool, ignore_unknown=config.ignore_unknown, groups=groups
+        config.activations,
+        config.outcomes,
+        router.pool,
+        ignore_unknown=config.ignore_unknown,
+        groups=groups,
+        correct_at=correct_at,
     )
     cluster.connect()
     predicted = predict_graded(router, graded)
     is_new = held_out([router], predicted.keys, graded.groups, drop=config.drop_leaked)
-    keys, log = load_log(config.outcomes, router.pool.target_names)
+    keys, log = load_log(config.outcomes, router.pool.target_names, correct_at)
     order = np.argsort(predicted.keys)
     place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]
     is_counted = (predicted.keys[place] == keys) & is_new[place]

@@ -61,10 +61,13 @@ class GradedStore:
         ignore_unknown: bool,
         more_targets: tuple[str, ...] = (),
         groups: SplitGroups | None = None,
+        correct_at: float | None = None,
     ) -> GradedStore:
         """Opens activations with the outcomes of the pool's targets, followed by those of `more_targets`.
 
-        `activations` names one or more stores: see `open_stores`.
+        `activations` names one or more stores: see `open_stores`. With `correct_at`, rewards count as right or wrong,
+        as in `load_outcomes`.
+
         A split keeps each of the split groups `groups` on one side; by default a group is the prompts of equal content.
 
         Raises UserError if the prompt of an outcome has no activations, unless `ignore_unknown` or the store is a
@@ -72,7 +75,7 @@ class GradedStore:
         """
         loaded = load_pool(pool, prices_optional=True) if isinstance(pool, str) else pool
         store, keys = open_stores(activations)
-        graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets])
+        graded = load_outcomes(outcomes, [*loaded.target_names, *more_targets], correct_at)
         opened = cls(
             store, loaded, graded, by_content(keys.prompts, keys.contents) if groups is None else groups, keys.prompts
         )

@@ -43,7 +43,7 @@ C = TypeVar("C", bound=StrictModel)
 
 _STATE = "pipeline.json"
 _STAGES = ("extract", "probe", "train", "evaluate")
-_INPUTS = ("corpus", "outcomes", "pool", "encoder")  # keys that [pipeline] shares with its steps
+_INPUTS = ("corpus", "outcomes", "pool", "encoder", "correct_at")  # keys that [pipeline] shares with its steps
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,9 @@ class Pipeline:
     @cached_property
     def probe(self) -> ProbeConfig:
         data = {"activations": self.sample.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
-        return self._stage(ProbeConfig, "probe", **data, out=self._below("probe"), ignore_unknown=True)
+        return self._stage(
+            ProbeConfig, "probe", **data, **self._threshold, out=self._below("probe"), ignore_unknown=True
+        )
 
     @cached_property
     def extract(self) -> ExtractConfig:
@@ -236,7 +238,9 @@ class Pipeline:
     def train(self) -> TrainConfig:
         data = {"activations": self.extract.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
         where = {"out": self._below("router"), "corpus": self.config.corpus}
-        return self._stage(TrainConfig, "train", **data, **where, ignore_unknown=True, overwrite=True)
+        return self._stage(
+            TrainConfig, "train", **data, **where, **self._threshold, ignore_unknown=True, overwrite=True
+        )
 
     @cached_property
     def evaluate(self) -> EvaluateConfig:
@@ -244,6 +248,10 @@ class Pipeline:
         return self._stage(
             EvaluateConfig, "evaluate", **data, out=self._below("report"), probe=self.probe.out, ignore_unknown=True
         )
+
+    @property
+    def _threshold(self) -> dict[str, float]:
+        return {} if self.config.correct_at is None else {"correct_at": self.config.correct_at}
 
     def _stage(self, model: type[C], command: str, **given: Any) -> C:
         """The config of a step: the options `given` by the pipeline, which override the file's table for the command.
@@ -290,6 +298,7 @@ class Pipeline:
             self.config.pool,
             ignore_unknown=True,
             groups=split_groups_of(self.train),
+            correct_at=self.probe.correct_at,
         )
         answers = graded.only(split_of(self.train, 0), Part.TRAIN).answers(np.sort(graded.keys))
         digest = hashlib.sha256(_digest(self.sample.out).encode())

@@ -17,6 +17,7 @@ import torch
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
+from prefill_jobs.graded.reward_threshold import shared_threshold
 from prefill_jobs.options import TrainConfig
 from prefill_jobs.runtime import cluster
 from prefill_router.common.console import say
@@ -35,6 +36,7 @@ def extend(config: TrainConfig) -> Router:
     """Returns the router at `config.extend` adapted to the pool at `config.pool`."""
     assert config.extend is not None
     router, pool = Router.load(config.extend), load_pool(config.pool)
+    shared_threshold({config.extend: router}, config.correct_at)
     known = set(router.pool.target_names)
     new = [target for target in pool.targets if target.name not in known]
     dropped = sorted(known - set(pool.target_names))
@@ -57,7 +59,14 @@ def _with_targets(router: Router, new: Sequence[Target], config: TrainConfig) ->
             "--hold-out, or held-out prompts would be trained on"
         )
     groups = split_groups_of(config)
-    graded = GradedStore.open(activations, outcomes, pool, ignore_unknown=config.ignore_unknown, groups=groups)
+    graded = GradedStore.open(
+        activations,
+        outcomes,
+        pool,
+        ignore_unknown=config.ignore_unknown,
+        groups=groups,
+        correct_at=router.correct_at,
+    )
     cluster.connect()
     predicted = predict_graded(router, graded.only(router.split, Part.TRAIN, Part.VALIDATION), with_features=True)
     assert predicted.features is not None

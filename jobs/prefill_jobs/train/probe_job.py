@@ -62,7 +62,14 @@ def run_probe(config: ProbeConfig, split: Split | None = None, groups: SplitGrou
 def _open(config: ProbeConfig, groups: SplitGroups | None) -> list[GradedStore]:
     """Opens the stores. Raises UserError if one encoder wrote two of them."""
     stores = [
-        GradedStore.open(uri, config.outcomes, config.pool, ignore_unknown=config.ignore_unknown, groups=groups)
+        GradedStore.open(
+            uri,
+            config.outcomes,
+            config.pool,
+            ignore_unknown=config.ignore_unknown,
+            groups=groups,
+            correct_at=config.correct_at,
+        )
         for uri in config.activations.split(",")
     ]
     for name, count in Counter(map(_encoder, stores)).items():

@@ -40,6 +40,7 @@ from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.encoder.sensors import named
 from prefill_router.evaluation.results import finite, thinned
 from prefill_router.metrics import Scorer, best_tolerance
+from prefill_router.metrics.discrimination import has_partial_credit
 from prefill_router.outcomes import check_columns, target_names
 from prefill_router.policy.answer_cost import answer_costs, billed_share, check_prices, with_answer_prices
 from prefill_router.policy.pool import load_pool
@@ -116,6 +117,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
         ignore_unknown=config.ignore_unknown,
         more_targets=tuple(sorted(others)),
         groups=split_groups_of(config),
+        correct_at=config.correct_at,
     )
     seen = graded.only(split, Part.TRAIN, Part.VALIDATION)
     pool = with_answer_prices(pool, seen.answers(seen.keys).cost_usd)
@@ -161,6 +163,7 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
             "run": run,
             "activations": activations,
             "outcomes": outcomes,
+            **({} if config.correct_at is None else {"correct_at": config.correct_at}),
             "columns": {target: column.name for target, column in reading.columns.items()},
             "num_train": parts.num_train,
             "num_validation": parts.num_validation,
@@ -316,6 +319,7 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
         scorer = Scorer(correct, p_correct, expected, tolerance, paid)
         scores = asdict(scorer.scores())
         scores |= {name: dict(zip(router.pool.target_names, scores[name], strict=True)) for name in ("auc", "brier")}
+        scores["is_judged"] = has_partial_credit(correct)
         scores["billed_share"] = billed_share(correct, predicted.cost_usd)
         del scores["ece"]  # meaningless on the prompts that calibration was fitted on
         scores["curve"] = thinned(scorer.curve()).tolist()  # tolerance, cost, accuracy

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prefill_router.common.errors import UserError
 from prefill_router.evaluation.calibration_summary import CalibrationSummary
 from prefill_router.evaluation.learning_curve import Score
-from prefill_router.evaluation.results import HEADLINES, Evaluation, OperatingPoint, Standing, thinned
+from prefill_router.evaluation.results import HEADLINES, Evaluation, OperatingPoint, Standing, quality, thinned
 from prefill_router.metrics import (
     Scorer,
     bootstrap_weights,
@@ -22,7 +22,7 @@ from prefill_router.metrics import (
     interval_from_draws,
     risk_coverage_curve,
 )
-from prefill_router.metrics.discrimination import ratio
+from prefill_router.metrics.discrimination import has_partial_credit, ratio
 from prefill_router.metrics.scores import ROUNDING
 from prefill_router.policy.answer_cost import answer_costs, billed_share
 from prefill_router.policy.pool import Pool
@@ -106,6 +106,7 @@ def evaluate(
         standings=[scoring_run.router(router), *(scoring_run.baseline(contender) for contender in baselines)],
         band=scoring_run.band(),
         operating_points=scoring_run.operating_points(router.tolerance),
+        is_judged=has_partial_credit(held_out.correct),
         billed_share=billed_share(held_out.correct, held_out.cost_usd),
         target_accuracy=target_accuracy,
         target_cost=target_cost,
@@ -201,9 +202,10 @@ class _Scoring:
     def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
         """The router at its own tolerance, and at the cheapest tolerance that reaches each reference accuracy."""
         best = self._router_figures["best_single_accuracy"][0]
+        word = quality(is_judged=has_partial_credit(self.correct))
         accuracies = {
-            "highest accuracy": self._router.curve()[:, 2].max(),
-            "accuracy of the best single target": best,
+            f"highest {word}": self._router.curve()[:, 2].max(),
+            f"{word} of the best single target": best,
             "1 point below the best single target": best - 0.01,
             "3 points below the best single target": best - 0.03,
         }

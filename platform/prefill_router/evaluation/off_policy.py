@@ -23,7 +23,7 @@ from prefill_router.common.schema import CORRECT, PROMPT_ID, PROPENSITY, TARGET
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.metrics import Interval, bootstrap_weights, interval_from_draws
 from prefill_router.metrics.discrimination import ratio
-from prefill_router.outcomes import load_feedback
+from prefill_router.outcomes import at_threshold, load_feedback
 
 Array = NDArray[Any]
 
@@ -48,8 +48,8 @@ class Log:
         return Log(self.chosen[rows], self.reward[rows], self.propensity[rows], clusters)
 
 
-def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]:
-    """Reads the feedback at `uri`: the hashes of the prompts (N,), and the log.
+def load_log(uri: str, targets: Sequence[str], correct_at: float | None = None) -> tuple[NDArray[np.uint64], Log]:
+    """Reads the feedback at `uri`: the hashes of the prompts (N,), and the log, with rewards as `load_outcomes` reads.
 
     Raises UserError if no request has an outcome, or a file has no propensities.
     """
@@ -58,6 +58,8 @@ def load_log(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], Log]
     index = pc.index_in(table[TARGET], value_set=pa.array(list(targets), pa.string()))
     chosen = np.asarray(pc.fill_null(index, -1), np.int64)
     reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
+    if correct_at is not None:
+        reward = at_threshold(reward, correct_at).astype(np.float64)
     return keys, Log(chosen, reward, propensity, keys)
 
 

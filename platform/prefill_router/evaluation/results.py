@@ -86,6 +86,7 @@ class Evaluation:
     standings: list[Standing]  # the router first
     band: list[list[float]]  # interval of the router's curve: (cost, low accuracy, high accuracy)
     operating_points: list[OperatingPoint]
+    is_judged: bool  # some outcomes are between 0 and 1
     billed_share: float  # of the graded answers: their costs are as billed, the others by prices and lengths
     target_accuracy: list[float]
     target_cost: list[float]
@@ -96,6 +97,11 @@ class Evaluation:
     num_draws: int
     about: dict[str, str] = field(default_factory=dict)  # sources, split and versions, for display
     learning: LearningCurve | None = None  # of the kernel machine; None if not requested
+
+    @property
+    def quality(self) -> str:
+        """The word for the mean outcome."""
+        return quality(is_judged=self.is_judged)
 
     @property
     def router(self) -> RoutingScores:
@@ -112,6 +118,11 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON: undefined values are null, and an interval is [value, low, high]."""
         return finite({**asdict(self), "router": asdict(self.router)})  # type: ignore[no-any-return]
+
+
+def quality(*, is_judged: bool) -> str:
+    """The word for the mean outcome: outcomes are right or wrong, or else rewards between 0 and 1."""
+    return "mean reward" if is_judged else "accuracy"
 
 
 def thinned(rows: NDArray[Any], num_rows: int = _CURVE_POINTS) -> NDArray[Any]:

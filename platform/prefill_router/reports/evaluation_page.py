@@ -75,8 +75,10 @@ def headline(evaluation: Evaluation) -> str:
     best = max(ranked, key=lambda single: single[:2])[2]
     saving = point.saving_against_best_single
     saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
+    achieved = in_words(point.accuracy, "%")
+    achieved = f"The mean reward is {achieved}" if evaluation.is_judged else f"{achieved} of the answers are right"
     return (
-        f"{in_words(point.accuracy, '%')} of the answers are right at {shown(router.cost, '$')} per 1,000 prompts, "
+        f"{achieved} at {shown(router.cost, '$')} per 1,000 prompts, "
         f"compared with {shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for {best}, "
         f"the best single target{saved}."
     )
@@ -141,9 +143,11 @@ def _outlook(learned: LearnedFigure, title: str, style: str) -> str:
 _LEARNED = {"mean_auc": ("mean AUC", "+.3f"), "mdp_auccc": ("MDP-AUCCC x 1000", "+m")}
 
 
-def metric_rows(scores: RoutingScores) -> list[tuple[str, str]]:
-    """The routing metrics of one router, as (name, text)."""
-    return [(title, shown(getattr(scores, name), style)) for title, name, style in _METRICS]
+def metric_rows(scores: RoutingScores, quality: str = "accuracy") -> list[tuple[str, str]]:
+    """The routing metrics of one router, as (name, text). `quality` is the word for the mean outcome."""
+    return [
+        (title.replace("accuracy", quality), shown(getattr(scores, name), style)) for title, name, style in _METRICS
+    ]
 
 
 _METRICS: list[tuple[str, str, str]] = [
@@ -159,9 +163,10 @@ _METRICS: list[tuple[str, str, str]] = [
 ]
 
 
-def paired_rows(standing: Standing) -> list[tuple[str, str]]:
+def paired_rows(standing: Standing, quality: str = "accuracy") -> list[tuple[str, str]]:
     """The differences between the evaluated router and this contender, with intervals, as (name, text)."""
-    return [(title, in_words(standing.router_less_this[name], style)) for title, name, style in _PAIRED]
+    differences = standing.router_less_this
+    return [(title.replace("accuracy", quality), in_words(differences[name], style)) for title, name, style in _PAIRED]
 
 
 _PAIRED = [
@@ -253,11 +258,12 @@ def _missing(evaluation: Evaluation) -> str | None:
     num_incomplete = evaluation.num_held_out - evaluation.num_complete
     if not num_incomplete:
         return None
+    weighted, others = (shown(x, "%") for x in (evaluation.router.accuracy, evaluation.accuracy_of_complete))
     return (
         f"{num_incomplete:,} prompts lack an outcome for at least one target. Complete prompts are weighted to "
         "represent them within each fifth of predicted difficulty, which is unbiased if, among equally difficult "
-        "prompts, missing outcomes do not depend on correctness. Without the weights, the router's accuracy would be "
-        f"{shown(evaluation.accuracy_of_complete, '%')} instead of {shown(evaluation.router.accuracy, '%')}."
+        "prompts, missing outcomes do not depend on correctness. Without the weights, the router's "
+        f"{evaluation.quality} would be {others} instead of {weighted}."
     )
 
 

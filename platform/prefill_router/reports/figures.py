@@ -106,7 +106,7 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     if min(evaluation.target_cost) > 0.0:  # a log axis cannot show a free target
         axes.set_xscale("log")
     axes.margins(x=0.14, y=0.08)
-    _label(axes, "", "mean cost per prompt, USD", "accuracy")
+    _label(axes, "", "mean cost per prompt, USD", evaluation.quality)
     legend = figure.legend(loc="outside lower center", ncols=3 if width > _MAX_NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
     return figure
@@ -171,7 +171,8 @@ def risk_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.set_ylim(bottom=0.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _label(axes, "", "share of prompts, most confident first", "share of wrong answers", "above")
+    lost = "mean loss of reward" if evaluation.is_judged else "share of wrong answers"
+    _label(axes, "", "share of prompts, most confident first", lost, "above")
     return figure
 
 
@@ -202,7 +203,7 @@ def reliability_figure(evaluation: Evaluation, width: float) -> Figure:
     for axes in panels[num_targets:]:
         axes.set_visible(False)
     figure.supxlabel("predicted P(correct)", fontsize=8)
-    figure.supylabel("observed accuracy", fontsize=8)
+    figure.supylabel(f"observed {evaluation.quality}", fontsize=8)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefill_router.common.money import usd
+from prefill_router.evaluation.results import quality
 from prefill_router.router.artifact import Router
 
 Rows = list[tuple[str, ...]]
@@ -36,6 +37,8 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
         yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
         yield "validation", f"{training.get('num_validation', 0):,} prompts"
     yield "held out", router.split.describe()
+    if router.correct_at is not None:
+        yield "right from", f"a reward of {router.correct_at:g}"
     yield "tolerance", f"{router.default_tolerance:.3f}"
     if validation := training.get("validation"):
         yield from _scores(validation)
@@ -44,7 +47,10 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
 def _scores(validation: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """The validation scores at the router's default tolerance."""
     accuracy, best, oracle = (validation[f"{name}accuracy"] for name in ("", "best_single_", "oracle_"))
-    yield "accuracy", f"{accuracy:.1%} (best single target {best:.1%}, oracle {oracle:.1%})"
+    yield (
+        quality(is_judged=validation.get("is_judged", False)),
+        f"{accuracy:.1%} (best single target {best:.1%}, oracle {oracle:.1%})",
+    )
     cost, best_cost = validation["cost"], validation["best_single_cost"]
     yield "cost", f"{usd(1000 * cost)} per 1,000 prompts (best single target {usd(1000 * best_cost)})"
     if share := validation.get("billed_share"):

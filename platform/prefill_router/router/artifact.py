@@ -101,6 +101,11 @@ class Router:
         """The activation columns that the router uses."""
         return [projection.column for projection in self.projections]
 
+    @property
+    def correct_at(self) -> float | None:
+        """The reward from which an answer counted as right in training; None if rewards counted as they are."""
+        return self.training.get("correct_at")
+
     @cached_property
     def sensors(self) -> dict[str, Sensor]:
         """The router's encoders by name. Raises UserError if one cannot be loaded, or differs from that of training."""

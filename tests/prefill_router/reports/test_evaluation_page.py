@@ -20,6 +20,7 @@ from prefill_router.probe.layer_scores import LayerProbe
 from prefill_router.reports.evaluation_page import (
     against_baselines,
     calibration_line,
+    costs_line,
     headline,
     metric_rows,
     outlook,
@@ -61,13 +62,15 @@ class Page(HTMLParser):
 
 
 @cache
-def evaluation(names: tuple[str, ...] = ("large", "small"), prices: tuple[float, ...] = (1.0, 0.1)) -> Evaluation:
+def evaluation(
+    names: tuple[str, ...] = ("large", "small"), prices: tuple[float, ...] = (1.0, 0.1), *, judged: bool = False
+) -> Evaluation:
     rng = np.random.default_rng(0)
     num_prompts, shape = 60, (60, len(names))
     p, expected = rng.random(shape), rng.uniform(50, 300, shape)
     held_out = HeldOut(
         num_tokens=rng.integers(10, 300, num_prompts),
-        correct=(rng.random(shape) < p).astype(np.float32),
+        correct=(0.85 * p if judged else rng.random(shape) < p).astype(np.float32),
         output_tokens=rng.integers(5, 400, shape).astype(np.float32),
     )
     targets = tuple(Target(name=n, input_price=x, output_price=4 * x) for n, x in zip(names, prices, strict=True))
@@ -192,6 +195,27 @@ def test_missing_outcomes_are_reported_if_there_are_any() -> None:
     text = Page(render_html(replace(e, num_complete=48, accuracy_of_complete=0.875))).text
     assert "12 prompts lack an outcome for at least one target" in text
     assert "would be 87.5% instead of" in text
+
+
+def test_a_report_on_judged_rewards_states_mean_rewards() -> None:
+    e = evaluation(judged=True)
+    text = " ".join(Page(render_html(e)).text.split())
+    assert headline(e).startswith("The mean reward is ")
+    assert headline(e) in text
+    assert "Cost and mean reward" in text
+    assert "the share of the pairs of answers with different rewards that P(correct) puts in the right order" in text
+    assert "accuracy" not in text.replace("cost-accuracy frontier", "")
+    assert "mean reward" in dict(metric_rows(e.router, e.quality))
+    binary = Page(render_html(evaluation())).text
+    assert "reward" not in binary
+
+
+def test_a_report_says_which_costs_were_billed() -> None:
+    e = evaluation()
+    assert costs_line(e) == "The costs shown are computed from the pool's prices and the actual answer lengths."
+    assert costs_line(replace(e, billed_share=1.0)) == "The costs shown are as billed."
+    assert costs_line(replace(e, billed_share=0.25)).startswith("25.0% of the answers are counted as billed; ")
+    assert costs_line(e) in " ".join(Page(render_html(e)).text.split())
 
 
 def test_undefined_values_are_dashes() -> None:

@@ -54,3 +54,10 @@ def test_a_card_shows_prices_per_answer_and_the_billed_share(tiny_router: Router
     rows = dict(card(replace(tiny_router, pool=pool, training={"validation": validation}))[0])
     assert (rows["per answer"], rows["billed"]) == ("big $0.250", "75.0% of the costs")
     assert "billed" not in dict(card(tiny_router)[0])
+
+
+def test_a_card_on_judged_rewards_states_mean_rewards_and_their_threshold(tiny_router: Router) -> None:
+    names = ("accuracy", "best_single_accuracy", "oracle_accuracy", "cost", "best_single_cost")
+    training = {"validation": {**dict.fromkeys(names, 0.5), "is_judged": True}}
+    assert "mean reward" in dict(card(replace(tiny_router, training=training))[0])
+    assert dict(card(replace(tiny_router, training={"correct_at": 0.8}))[0])["right from"] == "a reward of 0.8"
