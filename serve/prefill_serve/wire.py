@@ -236,7 +236,7 @@ _MISSING: Any = Field(
 class Metadata(StrictModel):
     encoder: str
     missing_encoders: list[str] = _MISSING
-    input_tokens: int = Field(description="Tokens of the whole prompt, by the encoder's tokenizer")
+    input_tokens: int = Field(description="Tokens of the whole prompt, by the tokenizer of the first encoder in use")
     is_truncated: bool = Field(description="The middle of the prompt was cut before encoding, as in training")
     tolerance: float = Field(description="Tolerance of this decision")
     propensity: float = Field(description="Probability of choosing this target: below 1 with exploration")
