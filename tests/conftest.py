@@ -127,17 +127,23 @@ def router(run: Run, activations: str, small_data: Path) -> str:
 
 @pytest.fixture(scope="session")
 def router_of_two(run: Run, activations: str, tiny_sentence_encoder: Path, small_data: Path) -> str:
-    """A router trained on the activations of two encoders: the tiny model and the tiny sentence encoder."""
+    """A router trained on the activations of the tiny model and the tiny sentence encoder. It reads both."""
     from here import without_ray
     from prefill_jobs.extract.extract_job import extract
     from prefill_jobs.options import ExtractConfig, TrainConfig
+    from prefill_jobs.train import sensor_choice
     from prefill_jobs.train.train_job import train
+
+    def keep_all(*given: Any) -> list[sensor_choice.SensorTrial]:
+        of_encoders = {option.encoder: option for option in given[2]}
+        return [sensor_choice.SensorTrial(option, True, 0.0, 0.0, 0.0) for option in of_encoders.values()]
 
     def build(out: Path) -> None:
         corpus, other = str(small_data / "corpus.parquet"), str(run.folder / "sentence_activations")
         outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
         both = f"{activations},{other}"
-        with without_ray():
+        with without_ray(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sensor_choice, "choose_sensors", keep_all)
             extract(ExtractConfig(corpus=corpus, encoder=str(tiny_sentence_encoder), out=other, shard_rows=50))
             train(TrainConfig(activations=both, outcomes=outcomes, pool=pool, out=str(out), seeds=4, keep=2))
 
