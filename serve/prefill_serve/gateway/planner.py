@@ -14,7 +14,7 @@ from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, defaul
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.call_ledger import CallLedger
-from prefill_serve.gateway.state.conversations import Key, answer_key, keys_of
+from prefill_serve.gateway.state.conversations import Key, answer_key, has_sealed_reasoning, keys_of
 from prefill_serve.gateway.upstream import Channel
 from prefill_serve.settings import GatewaySettings
 
@@ -69,8 +69,10 @@ class Planner:
     async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
         settings = self.settings
         allowed = call.allowed
-        if call.continues is not None and (target := await past) is not None:  # only its target stores the conversation
-            return FixedPlan([target], estimated_tokens(call), sticky=target)
+        if call.continues is not None or has_sealed_reasoning(call.messages):
+            target = await past  # no other target stores the answer or can read the reasoning
+            if target is not None:
+                return FixedPlan([target], estimated_tokens(call), sticky=target)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
                 routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.name)

@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # not needed in the ledger's process
     from prefill_serve.gateway.openai_calls import Body, Call
 
 Key = bytes
 _REMEMBERED = 200_000  # conversations, about 200 bytes each
+# OpenAI's and xAI's, Anthropic's, Google's; and the types of OpenRouter and Anthropic
+_SEALS = ("encrypted_content", "signature", "thought_signature")
+_SEALED_TYPES = ("reasoning.encrypted", "redacted_thinking")
+_DEPTH = 8  # of the places where they occur
 
 
 def keys_of(call: Call, caller: str, session: str | None) -> tuple[list[Key], Key]:
@@ -38,6 +42,20 @@ def keys_of(call: Call, caller: str, session: str | None) -> tuple[list[Key], Ke
 def answer_key(caller: str, answer_id: str) -> Key:
     """The key of an answer stored by an upstream, which no other target can continue."""
     return _key(caller, "answer", answer_id)
+
+
+def has_sealed_reasoning(messages: Sequence[Body]) -> bool:
+    """Whether an earlier answer has encrypted or signed reasoning, which only its own target can read."""
+    return any(_is_sealed(message) for message in messages if message.get("role") == "assistant")
+
+
+def _is_sealed(part: Any, depth: int = 0) -> bool:
+    if depth == _DEPTH or not isinstance(part, dict | list):
+        return False
+    if isinstance(part, list):
+        return any(_is_sealed(item, depth + 1) for item in part)
+    is_sealed = part.get("type") in _SEALED_TYPES or any(part.get(name) for name in _SEALS)
+    return is_sealed or any(_is_sealed(item, depth + 1) for item in part.values())
 
 
 class Conversations:

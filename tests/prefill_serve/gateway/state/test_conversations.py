@@ -10,7 +10,7 @@ from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state import conversations
-from prefill_serve.gateway.state.conversations import Conversations, answer_key, keys_of
+from prefill_serve.gateway.state.conversations import Conversations, answer_key, has_sealed_reasoning, keys_of
 
 SYSTEM = {"role": "system", "content": "be brief"}
 FIRST = {"role": "user", "content": "what is 17 * 23?"}
@@ -149,3 +149,37 @@ def test_the_conversation_that_was_quiet_longest_is_forgotten(monkeypatch: pytes
     for key in (b"a", b"b", b"a", b"c"):
         kept.keep([key], "small")
     assert [kept.target([key]) for key in (b"a", b"b", b"c")] == ["small", None, "small"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"content": None}, False),
+        ({"content": 'my "signature": "x"'}, False),
+        ({"reasoning_content": "seventeen times"}, False),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "hm", "signature": None}]}, False),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "hm", "signature": "EqQB"}]}, True),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "gAAA"}]}, True),
+        ({"content": [{"type": "thinking", "thinking": "hm", "signature": "EqQB"}]}, True),
+        ({"content": [{"type": "redacted_thinking", "data": "EmwK"}]}, True),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": '{"signature": "x"}'}}]}, False),
+        ({"tool_calls": [{"extra_content": {"google": {"thought_signature": "Cs4B"}}}]}, True),
+    ],
+)
+def test_reasoning_is_sealed_if_it_is_encrypted_or_signed(fields: dict[str, Any], expected: bool) -> None:
+    assert has_sealed_reasoning([FIRST, {**ANSWER, **fields}, SECOND]) is expected
+    assert not has_sealed_reasoning([{**FIRST, **fields}])
+
+
+def test_reasoning_of_a_response_is_sealed_if_it_is_encrypted() -> None:
+    item = {"type": "reasoning", "summary": [], "encrypted_content": "gAAA"}
+    assert has_sealed_reasoning(ResponsesCall({"input": [FIRST, item, ANSWER]}).messages)
+    assert not has_sealed_reasoning(ResponsesCall({"input": [FIRST, {**item, "encrypted_content": None}]}).messages)
+
+
+def test_deep_content_is_not_searched_without_end() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    assert not has_sealed_reasoning([{**ANSWER, "content": deep}])
