@@ -54,7 +54,7 @@ def is_passing(status: int) -> bool:
 
 
 def is_callers_fault(status: int) -> bool:
-    """Returns whether every upstream would reject the request: true for 400, 405, 413, 415 and 422.
+    """Returns whether a status is about the request, which another model may accept: 400, 405, 413, 415 and 422.
 
     False for 401, 402, 403 and 404: a key, quota or model name in the pool is wrong, and another target may answer.
     """

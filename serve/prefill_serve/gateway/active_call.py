@@ -10,10 +10,11 @@ from uuid import uuid4
 from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
 from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.refused_fields import is_adaptable, is_hint
 from prefill_serve.gateway.state.call_ledger import Bid
 from prefill_serve.gateway.state.conversations import Key, answer_key
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
-from prefill_serve.gateway.upstream import Attempt, Channel
+from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamRefusal
 
 
 class Caller(NamedTuple):
@@ -35,6 +36,10 @@ class ActiveCall:
     keys: list[Key]  # of its conversation
     choice: Candidate | None = None
     failed: list[str] = field(default_factory=list)
+    refusal: tuple[UpstreamRefusal, Candidate | None] | None = None  # the first, and the choice that it was
+    changed: set[tuple[str, str | None]] = field(default_factory=set)  # targets and fields, left out or renamed
+    postponed: set[str] = field(default_factory=set)  # targets to ask without a hint only if no other answers
+    left_out: list[str] = field(default_factory=list)  # of the call, for the current target
     ticket: str = field(default_factory=lambda: uuid4().hex)  # unlike the request id, unique
     reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
     reserved_usd: float = 0.0  # for the current target
@@ -56,7 +61,28 @@ class ActiveCall:
             if name not in self.failed and can_take(channel.target, self.call, self.plan.input_tokens)
         ]
         ready = [name for name in able if self.channels[name].is_ready]
-        return plan.choose(ready) or plan.choose(able)
+        best = [name for name in ready if name not in self.postponed]
+        best = [name for name in best if not self.channels[name].refused.are_needed(self.call)]
+        return plan.choose(best) or plan.choose(ready) or plan.choose(able)
+
+    def begin(self, channel: Channel) -> Attempt:
+        """Begins an attempt without the fields that the target refused; a call that names its target keeps them."""
+        target, self.left_out = channel.target, []
+        if self.call.pinned is None:
+            target, self.left_out = channel.refused.adapted(target, self.call), channel.refused.left_out(self.call)
+        self.attempt = Attempt(self.call, self.caller.name, target=target)
+        return self.attempt
+
+    def refuse(self, channel: Channel, refusal: UpstreamRefusal) -> None:
+        """Notes a refusal. The target stays a candidate if it may answer without the field that it refused."""
+        self.refusal = self.refusal or (refusal, self.choice)
+        name, why = channel.target.name, refusal.why
+        if self.call.pinned is not None or not is_adaptable(why) or (name, why.name) in self.changed:
+            self.failed.append(name)
+            return
+        self.changed.add((name, why.name))
+        if is_hint(why):
+            self.postponed.add(name)
 
     def bid(self, choice: Candidate) -> Bid:
         """The call's expected cost at a target or, under a hard limit, the most it can cost."""
@@ -86,6 +112,8 @@ class ActiveCall:
         if choice is None:
             return {}
         headers = {"x-router-selected-model": _ascii(choice.target)}
+        if self.left_out:
+            headers["x-router-left-out"] = ", ".join(self.left_out)
         if choice.decision is not None:
             headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
             headers["x-router-version"] = choice.decision.router_version

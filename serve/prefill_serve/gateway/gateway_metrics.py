@@ -20,6 +20,7 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self.calls = counter("calls", "Calls by outcome and target", "end", "target")
         self.failures = counter("upstream_failures", "Failed attempts by target and reason", "target", "reason")
+        self.refusals = counter("upstream_refusals", "Calls refused by target and kind", "target", "kind")
         self.defaults = counter("default_served", "Calls whose routing failed, by reason", "reason")
         self.breaker = gauge("breaker_open", "1 while the target's circuit breaker is open", "target")
         self.moved = counter("conversations", "Conversations that kept their target or moved", "outcome")

@@ -27,10 +27,11 @@ from prefill_serve.gateway.charges import OverLimit, charge_of
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Body, Call
 from prefill_serve.gateway.planner import Planner, answer_in_time
+from prefill_serve.gateway.refusals import is_refused_everywhere
 from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
-from prefill_serve.gateway.upstream import Attempt, Channel, Stream, UpstreamFailure, UpstreamRefusal
+from prefill_serve.gateway.upstream import Channel, Stream, UpstreamFailure, UpstreamRefusal
 from prefill_serve.middleware.gate import Refusal
 from prefill_serve.settings import Budgets
 
@@ -121,10 +122,16 @@ class Proxy:
         failure: UpstreamFailure | None = None
         while (channel := await self._next(active)) is not None:
             try:
-                active.attempt = attempt = Attempt(active.call, active.caller.name)
+                attempt = active.begin(channel)
                 answered = await (channel.stream(attempt) if active.call.is_stream else channel.answer(attempt))
                 active.attempt = None
                 return answered
+            except UpstreamRefusal as refused:
+                active.lose()
+                self._learn(active, channel, refused)
+                if is_refused_everywhere(refused.why, active.call.body):
+                    failure = None  # a retry cannot help
+                    break
             except UpstreamFailure as failed:
                 active.lose()
                 failure = failed
@@ -133,14 +140,24 @@ class Proxy:
                 log.warning("upstream failed", extra=failed.for_log(active.caller.request_id))
             finally:
                 self._set_breaker_metric(channel)
-        if failure is not None and failure.refusal is not None:
-            raise failure.refusal
+        if active.refusal is not None and (failure is None or not failure.may_pass):
+            refusal, active.choice = active.refusal
+            raise refusal
         if failure is None:
             raise NoTarget("no target can take this call: raise max_cost_usd, lower min_p_correct or extend models")
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
         raise Refusal(
             failure.status, f"no upstream answered; last failure: {failure}", "upstream_failed", headers=after
         )
+
+    def _learn(self, active: ActiveCall, channel: Channel, refusal: UpstreamRefusal) -> None:
+        """Notes a refusal, and logs a field that the target was not known to refuse."""
+        active.refuse(channel, refusal)
+        why, extra = refusal.why, refusal.for_log(active.caller.request_id)
+        self.metrics.refusals.inc(1, tags={"target": channel.target.name, "kind": why.kind})
+        log.info("upstream refused a call", extra=extra)
+        if channel.refused.learn(why, active.call):
+            log.warning("upstream refuses a field", extra={**extra, "field": why.name, "instead": why.instead})
 
     async def _next(self, active: ActiveCall) -> Channel | None:
         """The channel of the next target to try. With budgets, reserves its expected cost.

@@ -29,6 +29,7 @@ _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
     "x-router-p-correct": "Its P(correct), if the call was routed",
+    "x-router-left-out": "Fields of the call that were not sent, as the target's model was seen to refuse them",
     "x-router-version": "The router's version, if the call was routed",
     "x-router-missing-encoders": "Encoders that failed, if the call was routed without one, separated by commas",
 }

@@ -11,17 +11,18 @@ import httpx
 
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.redaction import redacted
-from prefill_router.upstreams.transport import has_connected, is_callers_fault, is_passing, post_request, retry_after_s
+from prefill_router.upstreams.transport import has_connected, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
 from prefill_serve.gateway.openai_calls import Body, Call, json_object
-from prefill_serve.gateway.upstream_errors import error_message, refusal_body
+from prefill_serve.gateway.refusals import RefusalReason, refusal_reason
+from prefill_serve.gateway.refused_fields import RefusedFields
+from prefill_serve.gateway.upstream_errors import error_answer, error_message, refusal_body
 
 _DRAIN_S = 0.1
 _SLOT_S = 1.0  # how long a call waits at an upstream at its concurrency limit
-_TOO_LONG = b"context_length_exceeded"
 _MAY_BILL = (408, 504)  # a proxy's timeout: the upstream behind it may still bill
 _PROBE_S = 10.0
 _PROBE = [{"role": "user", "content": "Hi"}]
@@ -34,10 +35,13 @@ class Attempt:
     call: Call
     caller: str = ""
     is_billable: bool = False  # the upstream received it and did not reject it
+    target: Target | None = None  # without the fields that its model refuses [the channel's]
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
-    """An upstream gave no usable answer; `reason` is a short metric label."""
+    """An upstream gave no usable answer; `reason` is a short metric label, `may_pass` whether a retry may succeed."""
+
+    may_pass = True
 
     def __init__(
         self,
@@ -45,16 +49,11 @@ class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
         message: str,
         status: int = 502,
         retry_after_s: float = 0.0,
-        refusal: UpstreamRefusal | None = None,
         said: str | None = None,
     ) -> None:
-        """`message` is for the caller; `said`, the upstream's redacted message, is for the log only.
-
-        `refusal` is the caller's response if no other target answers.
-        """
+        """`message` is for the caller; `said`, the upstream's redacted message, is for the log only."""
         super().__init__(message)
-        self.reason, self.status, self.retry_after_s, self.refusal = reason, status, retry_after_s, refusal
-        self.said = said
+        self.reason, self.status, self.retry_after_s, self.said = reason, status, retry_after_s, said
 
     def for_log(self, request_id: str) -> dict[str, str]:
         """Fields of a log line."""
@@ -62,12 +61,12 @@ class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
         return {"route_id": request_id, "reason": str(self), **said}
 
 
-class UpstreamRefusal(Exception):  # noqa: N818 - an answer
+class UpstreamRefusal(UpstreamFailure):
     """An upstream rejected the caller's request: the response for the caller, with the redacted message."""
 
-    def __init__(self, status: int, content: bytes) -> None:
-        super().__init__(f"status {status}")
-        self.status, self.content = status, content
+    def __init__(self, target: str, status: int, content: bytes, why: RefusalReason) -> None:
+        super().__init__(why.kind, f"{target}: refused the request with {status}", status)
+        self.content, self.why = content, why
 
 
 class Stream:
@@ -146,7 +145,7 @@ class Stream:
                 if self._call.is_whole(self._begun, self._ended):  # an earlier usage is partial
                     self.usage = note.usage or self.usage
                 if note.error is not None:
-                    self._failure = self._channel.failure(
+                    self._failure = self._refused(event) or self._channel.failure(
                         self._attempt, "error_event", "streamed an error", said=note.error
                     )
                 elif note.is_last and not self._call.is_whole(self._begun, self._ended):
@@ -158,17 +157,22 @@ class Stream:
             if note is None or note.is_for_caller:
                 yield event
 
+    def _refused(self, event: bytes) -> UpstreamRefusal | None:
+        is_early = not self.text_bytes
+        return self._channel.early_refusal(self._attempt, json_object(data_of(event))) if is_early else None
+
     def _cut(self) -> UpstreamFailure:
         return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was complete")
 
 
 class Channel:
-    """One target's upstream, for one event loop. Calls raise UpstreamFailure or UpstreamRefusal."""
+    """One target's upstream, for one event loop. Calls raise UpstreamFailure."""
 
     def __init__(self, target: Target, http: httpx.AsyncClient) -> None:
         assert target.upstream is not None
         self.target, self.upstream, self.http = target, target.upstream, http
         self.breaker = Breaker()
+        self.refused = RefusedFields()
         self._slots = asyncio.Semaphore(self.upstream.concurrency)
 
     @property
@@ -187,7 +191,8 @@ class Channel:
         if not body:
             raise self.failure(attempt, "malformed", "answered with invalid JSON")
         if (said := attempt.call.error(body)) is not None:
-            raise self.failure(attempt, "error", "answered 200 with an error", said=said)
+            refusal = self.early_refusal(attempt, body)
+            raise refusal or self.failure(attempt, "error", "answered 200 with an error", said=said)
         self.breaker.succeed()
         return body
 
@@ -213,7 +218,8 @@ class Channel:
             self.breaker.fail_probe()
             return
         body = json_object(response.content)
-        if is_callers_fault(response.status_code) or (response.is_success and body and call.error(body) is None):
+        is_refused = self._refusal(response.status_code, error_answer(response.content)) is not None
+        if is_refused or (response.is_success and body and call.error(body) is None):
             self.breaker.pass_probe()
         else:
             self.breaker.fail_probe(retry_after_s(response.headers.get("retry-after")) or 0.0)
@@ -224,7 +230,7 @@ class Channel:
         try:
             async with asyncio.timeout(self.upstream.timeout_s):
                 yield
-        except (UpstreamFailure, UpstreamRefusal):
+        except UpstreamFailure:
             raise
         except Exception as error:
             raise self.failure_of(attempt, error) from error
@@ -235,7 +241,8 @@ class Channel:
         response = None
         try:
             call = attempt.call
-            request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
+            content = call.for_upstream(attempt.target or self.target)
+            request = post_request(self.http, self.upstream, call.path, content)
             attempt.is_billable = True
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
@@ -290,22 +297,32 @@ class Channel:
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
         return self.failure(attempt, "connection", "the connection failed")
 
-    def _status_failure(
-        self, attempt: Attempt, response: httpx.Response, content: bytes
-    ) -> UpstreamFailure | UpstreamRefusal:
+    def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> UpstreamFailure:
         """Maps an error status; the breaker counts it unless the caller's request or the pool caused it."""
-        status = response.status_code
-        if is_callers_fault(status):
-            refused = UpstreamRefusal(
-                status, refusal_body(status, json_object(content), self.target.name, self.upstream.key)
-            )
-            if _TOO_LONG in content:  # another target may have a longer context
-                message = f"{self.target.name}: its context is too short"
-                return UpstreamFailure("too_long", message, status, refusal=refused)
-            return refused
-        reason, message, said = f"status_{status}", f"answered {status}", error_message(json_object(content))
+        status, answer = response.status_code, error_answer(content)
+        if (refusal := self._refusal(status, answer)) is not None:
+            return refusal
+        reason, message, said = f"status_{status}", f"answered {status}", error_message(answer)
         if 400 <= status < 500 and not is_passing(status):  # a wrong key or model name, from the pool or the caller
             self.breaker.doubt()
-            return self._failed(reason, message, said=said)
+            failure = self._failed(reason, message, said=said)
+            failure.may_pass = False
+            return failure
         after_s = retry_after_s(response.headers.get("retry-after")) or 0.0
         return self.failure(attempt, reason, message, status if status in (429, 503, 504) else 502, after_s, said)
+
+    def _refusal(self, status: int, answer: Body) -> UpstreamRefusal | None:
+        """The refusal of a request; None if the upstream failed, or refused a field that the target sets itself."""
+        why = refusal_reason(status, answer)
+        if why is None or (why.kind == "parameter" and why.name in self.upstream.extra_body):
+            return None
+        content = refusal_body(status, answer, self.target.name, self.upstream.key)
+        return UpstreamRefusal(self.target.name, status, content, why)
+
+    def early_refusal(self, attempt: Attempt, answer: Body) -> UpstreamRefusal | None:
+        """The refusal in an error that was sent with status 200, as proxies do: its code is the status."""
+        error = answer.get("error")
+        code = error.get("code") if isinstance(error, dict) else None
+        refusal = self._refusal(code, answer) if isinstance(code, int) else None
+        attempt.is_billable = attempt.is_billable and refusal is None
+        return refusal

@@ -22,10 +22,23 @@ def is_error(answer: Mapping[str, Any]) -> bool:
     return bool(answer.get("error")) or "error" in (answer.get("object"), answer.get("type"))
 
 
+def error_answer(content: bytes) -> dict[str, Any]:
+    """Parses an error's body: an object, or Google's list of one object; empty if it is neither."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
+    return body if isinstance(body, dict) else {}
+
+
 def error_message(answer: Mapping[str, Any]) -> str | None:
-    """The message of an error in the format of OpenAI, vLLM or FastAPI; None if it has none."""
+    """The message of an error in the format of OpenAI, vLLM, FastAPI or Mistral; None if it has none."""
     error = answer.get("error") or answer
     said = (error.get("message") or error.get("detail")) if isinstance(error, dict) else error
+    if isinstance(said, dict):  # Mistral
+        said = said.get("detail")
     if isinstance(said, list) and said and isinstance(said[0], dict):
         said = said[0].get("msg")
     return said if isinstance(said, str) and said else None

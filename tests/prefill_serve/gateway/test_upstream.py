@@ -208,7 +208,8 @@ def test_a_fault_is_a_failure_with_its_reason(
     timeout_s = HASTY_S if fault in TIMEOUTS else PATIENT_S
     failure, heard, got = failed(small.url, kind(stream), timeout_s=timeout_s)
     assert small.completions[-1].fault is fault
-    assert (failure.reason, failure.status, failure.refusal) == (reason, status, None)
+    assert (failure.reason, failure.status) == (reason, status)
+    assert not isinstance(failure, UpstreamRefusal)
     retry_after_s = 1.0 if fault in (Fault.RATE_LIMIT, Fault.OVERLOADED) else 0.0
     assert failure.retry_after_s == retry_after_s
     doubtful = fault in (Fault.UNAUTHORIZED, Fault.NOT_FOUND)
@@ -456,8 +457,41 @@ def test_a_prompt_that_is_too_long_here_may_fit_elsewhere(small: Upstream, strea
     small.faults(Fault.BAD_REQUEST)
     failure, heard, _ = failed(small.url, chat(stream))
     assert (failure.reason, failure.status, heard) == ("too_long", 400, [])
-    assert failure.refusal is not None
-    assert b"context_length_exceeded" in failure.refusal.content
+    assert isinstance(failure, UpstreamRefusal)
+    assert b"context_length_exceeded" in failure.content
+
+
+EARLY = {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}}
+LATE = {"error": {"message": "Provider returned error", "code": 502}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_with_status_200_is_no_failure_of_the_upstream(scripted: Scripted, stream: bool) -> None:
+    event = b"data: %b\n\n" if stream else b"%b"
+    made = attempt(chat(stream))
+
+    async def scenario(error: Any, *before: bytes) -> tuple[UpstreamFailure, list[str]]:
+        async with channel_to(scripted.answers(*before, event % json.dumps(error).encode())) as (channel, breaker):
+            with pytest.raises(UpstreamFailure) as caught:
+                await ask(channel, made.call, [], made)
+            return caught.value, breaker.heard
+
+    refusal, heard = run(lambda: scenario(EARLY))
+    assert isinstance(refusal, UpstreamRefusal)
+    assert (refusal.reason, refusal.status, heard, made.is_billable) == ("too_long", 400, [], False)
+    failure, heard = run(lambda: scenario(LATE))
+    assert (isinstance(failure, UpstreamRefusal), heard, made.is_billable) == (False, ["failed, 0"], True)
+    if stream:  # after some text it is a failure
+        failure, heard = run(lambda: scenario(EARLY, CONTENT))
+        assert (failure.reason, heard, made.is_billable) == ("error_event", ["failed, 0"], True)
+
+
+def test_a_wrong_key_that_is_reported_as_a_bad_request_is_the_operators(scripted: Scripted) -> None:
+    """Google's words; they reach the log, not the caller."""
+    error = [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}]
+    failure, heard, _ = failed(scripted.answers(json.dumps(error).encode(), status=400), chat())
+    assert (failure.reason, failure.status, heard, failure.may_pass) == ("status_400", 502, ["doubted"], False)
+    assert failure.said == "API key not valid. Please pass a valid API key."
 
 
 # --- probes ------------------------------------------------------------------------------------------------------
