@@ -29,6 +29,7 @@ from prefill_router.predictor.calibration import Calibration
 from prefill_router.predictor.drift import TrainingDistance
 from prefill_router.predictor.kernel_ridge import KernelMachine
 from prefill_router.predictor.stacking import stacked
+from prefill_router.predictor.stand_in import StandIn
 from prefill_router.predictor.trunk import SharedTrunkNet
 from prefill_router.probe.projection import Projection
 from prefill_router.router.artifact_folder import FORMAT, ArtifactKind, ArtifactManifest
@@ -170,18 +171,37 @@ class Router:
     def features(self, activations: Mapping[str, NDArray[Any]], missing: Collection[str] = ()) -> NDArray[np.float32]:
         """Projects activations, given by column name, to features (N, F).
 
-        The features of encoders in `missing` are those of the mean training prompt.
+        For the encoders in `missing`, of which there are no activations, features are those of `without`.
         """
         num_prompts = len(next(iter(activations.values())))
-        return np.concatenate(
-            [
-                np.zeros((num_prompts, projection.num_features), np.float32)
-                if projection.column.encoder in missing
-                else projection(activations[projection.column.name])
-                for projection in self.projections
-            ],
-            axis=1,
-        )
+        features = np.empty((num_prompts, sum(projection.num_features for projection in self.projections)), np.float32)
+        for projection, place in zip(self.projections, self._places, strict=True):
+            if projection.column.encoder not in missing:
+                features[:, place] = projection(activations[projection.column.name])
+        return self.without(features, missing) if missing else features
+
+    def without(self, features: NDArray[np.float32], missing: Collection[str]) -> NDArray[np.float32]:
+        """Replaces the features of some encoders by what those of the others predict: see `StandIn`."""
+        is_missing = np.zeros(features.shape[1], np.bool_)
+        for projection, place in zip(self.projections, self._places, strict=True):
+            is_missing[place] = projection.column.encoder in missing
+        key = frozenset(missing)
+        if key not in self._stand_ins:
+            landmarks = self.kernel.landmarks
+            self._stand_ins[key] = StandIn.fit(landmarks[:, ~is_missing], landmarks[:, is_missing])
+        filled = features.copy()
+        filled[:, is_missing] = self._stand_ins[key](features[:, ~is_missing])
+        return filled
+
+    @cached_property
+    def _places(self) -> list[slice]:
+        """Where each projection's features are."""
+        ends = np.cumsum([projection.num_features for projection in self.projections]).tolist()
+        return [slice(end - p.num_features, end) for end, p in zip(ends, self.projections, strict=True)]
+
+    @cached_property
+    def _stand_ins(self) -> dict[frozenset[str], StandIn]:
+        return {}
 
     @torch.inference_mode()
     def estimates(self, features: NDArray[np.float32]) -> Estimates:
