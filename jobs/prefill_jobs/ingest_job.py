@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from prefill_jobs.options import IngestConfig
 from prefill_router import storage
 from prefill_router.common.console import say
@@ -30,7 +32,8 @@ def ingest(config: IngestConfig) -> IngestSummary:
         more = f" and {len(source.others) - _SHOWN:,} more" if len(source.others) > _SHOWN else ""
         say(f"ingest: ignored files of another format: {names}{more}")
     with Tables(config.out, kind, options) as tables:
-        for file in source.files:
-            for item in kind.read(file, options):
-                tables.add(item)
+        for item in chain.from_iterable(kind.read(file, options) for file in source.files):
+            if tables.num_records == config.limit:
+                break
+            tables.add(item)
         return tables.finish(config.source, len(source.files), len(source.others))

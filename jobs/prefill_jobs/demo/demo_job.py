@@ -1,4 +1,4 @@
-"""`demo`: runs every step end to end, without configuration or on the user's own corpus, outcomes and pool."""
+"""`demo`: runs every step end to end, on published answers, on simulated ones, or on the user's own data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from prefill_jobs.demo import simulation
+from prefill_jobs.demo import published_answers, simulation
 from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.options import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
@@ -30,6 +30,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
 from prefill_router.corpus.plan import plan, read_shard
 from prefill_router.corpus.reader import Prompt
+from prefill_router.encoder.encoder_spec import EncoderSize
 from prefill_router.evaluation.results import Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.pool import load_pool
@@ -47,6 +48,7 @@ class _Inputs:
     outcomes: str
     pool: str
     notice: str | None  # required in every report of these inputs
+    layers: str = "all"
 
 
 def demo(config: DemoConfig) -> None:
@@ -55,13 +57,18 @@ def demo(config: DemoConfig) -> None:
     require_free(config.port)
     inputs = _inputs(config)
     activations, probes, router = (storage.join(config.out, name) for name in ("activations", "probe", "router"))
-    graded: dict[str, Any] = {"activations": activations, "outcomes": inputs.outcomes}
+    graded: dict[str, Any] = {
+        "activations": activations,
+        "outcomes": inputs.outcomes,
+        "ignore_unknown": config.limit is not None,
+    }
 
-    _step("Extract: every layer of the encoder's prefill")
+    _step("Extract: the encoder's prefill")
     extract(
         ExtractConfig(
             corpus=inputs.corpus,
             encoder=config.encoder,
+            layers=inputs.layers,
             out=activations,
             limit=config.limit,
             shard_rows=64,
@@ -89,12 +96,28 @@ def _step(title: str) -> None:
 
 def _inputs(config: DemoConfig) -> _Inputs:
     given = [config.corpus, config.outcomes, config.pool]
+    if config.simulated and any(given):
+        raise UserError("--simulated excludes --corpus, --outcomes and --pool: its data are generated")
+    if "prompts" in config.model_fields_set and not config.simulated:
+        raise UserError("--prompts is for --simulated: use --limit to read fewer prompts")
     if config.corpus and config.outcomes and config.pool:
         load_pool(config.pool)
         check_columns(config.outcomes)
         return _Inputs(config.corpus, config.outcomes, config.pool, None)
     if any(given):
-        raise UserError("--corpus, --outcomes and --pool: give all three, or none of them for simulated data")
+        raise UserError("--corpus, --outcomes and --pool: give all three, or none of them for published answers")
+    return _simulated(config) if config.simulated else _published(config)
+
+
+def _published(config: DemoConfig) -> _Inputs:
+    _step("Prompts: nine benchmarks, answered by three models")
+    console.print(published_answers.NOTICE)
+    corpus, outcomes, pool = published_answers.write(config.out, config.limit)
+    half = range(EncoderSize.of(config.encoder).num_layers // 2 + 1)
+    return _Inputs(corpus, outcomes, pool, published_answers.NOTICE, layers=",".join(map(str, half)))
+
+
+def _simulated(config: DemoConfig) -> _Inputs:
     _step(f"Prompts: {config.prompts:,} from reasoning-gym; answers of five simulated targets")
     console.print(simulation.NOTICE)
     data = simulation.simulate(config.prompts, config.seed)
@@ -173,9 +196,9 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
     if notice:
         console.print(notice)
     table = Table("held-out prompts", "prefill router", "k nearest neighbours", box=None)
-    ours = metric_rows(evaluation.router)
+    ours = metric_rows(evaluation.router, evaluation.quality)
     knn = evaluation.standing("knn_activations")
-    neighbours = metric_rows(knn.scores) if knn else [(name, "–") for name, _ in ours]
+    neighbours = metric_rows(knn.scores, evaluation.quality) if knn else [(name, "–") for name, _ in ours]
     for (name, value), (_, other) in zip(ours, neighbours, strict=True):
         table.add_row(name, value, other)
     console.print(table)

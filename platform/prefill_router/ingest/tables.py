@@ -77,7 +77,7 @@ class Tables:
         self._ignored: Counter[str] = Counter()
         self._graded: Counter[str] = Counter()
         self._correct: defaultdict[str, float] = defaultdict(float)  # sums of grades
-        self._num_records = self._num_ungraded = 0
+        self.num_records = self._num_ungraded = 0
         self._num_repeated_pairs = self._num_repeated_prompts = self._num_other_wordings = 0
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class Tables:
                 say(f"ingest: ignored: {item.what}")
             self._ignored[item.what] += 1
             return
-        self._num_records += 1
+        self.num_records += 1
         if isinstance(item, BadRow):
             self._quarantine.add(item)
         else:
@@ -171,7 +171,7 @@ class Tables:
             source=source,
             files=num_files,
             files_ignored=num_files_ignored,
-            records=self._num_records,
+            records=self.num_records,
             prompts=self._corpus.num_rows,
             outcomes=self._outcomes.num_rows,
             ungraded=self._num_ungraded,
@@ -188,7 +188,7 @@ class Tables:
     def _nothing(self) -> str:
         if self._quarantine.first is None:
             return f"no records of format {self.kind.name} found"
-        return f"no valid records among {self._num_records:,}; the first error: {self._quarantine.first.message}"
+        return f"no valid records among {self.num_records:,}; the first error: {self._quarantine.first.message}"
 
 
 def _corpus_schema(kind: Format) -> pa.Schema:
