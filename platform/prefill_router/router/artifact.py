@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -49,8 +50,9 @@ class Estimates(NamedTuple):
 class RouterManifest(ArtifactManifest):
     """The content of router.json."""
 
-    encoder: EncoderIdentity | None = None  # of a router with a single one
-    encoders: dict[str, EncoderIdentity] = Field({})  # otherwise, by the names in `columns`
+    # Of a router with a single one; otherwise by the names in `columns`. Older releases refuse a key that they lack.
+    encoder: EncoderIdentity | None = Field(None, exclude_if=operator.not_)
+    encoders: dict[str, EncoderIdentity] = Field({}, exclude_if=operator.not_)
     pool: Pool
     columns: list[str]
     kernel_weight: float = Field(ge=0.0, le=1.0)

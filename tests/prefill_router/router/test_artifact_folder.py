@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
 from prefill_router import storage
 from prefill_router.common.errors import UserError
+from prefill_router.common.schema import ActivationColumn
+from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.policy.pool import Pool, Target
+from prefill_router.predictor.kernel_ridge import KernelMachine
+from prefill_router.predictor.trunk import SharedTrunkNet
+from prefill_router.probe.projection import Projection
 from prefill_router.router.artifact import MANIFEST, Router
 from tiny import random_prompts
 
@@ -29,6 +35,71 @@ PROMPTS = random_prompts(20, seed=9)
 def save(router: Router, folder: Path) -> Path:
     router.save(str(folder))
     return folder
+
+
+def ramp(*shape: int) -> NDArray[np.float32]:
+    return np.linspace(-1.0, 1.0, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+def router_of(encoders: dict[str, EncoderIdentity]) -> Router:
+    """A router of fixed numbers that reads a column of each encoder."""
+    num_features = 3 * len(encoders)
+    weights = [ramp(1, num_features, 4), ramp(1, 4, 2)]
+    trunk = {f"weights.{i}": torch.from_numpy(w) for i, w in enumerate(weights)}
+    trunk |= {f"biases.{i}": torch.from_numpy(w[:, :1]) for i, w in enumerate(weights)}
+    targets = {"big": (2.0, 8.0), "small": (0.1, 0.4)}
+    return Router(
+        encoders=encoders,
+        pool=Pool(
+            name="p",
+            targets=tuple(Target(name=n, input_price=i, output_price=o) for n, (i, o) in targets.items()),
+        ),
+        projections=[
+            Projection(ActivationColumn("last", 6, name), ramp(8), ramp(8) + 2.0, ramp(8, 3)) for name in encoders
+        ],
+        trunk=SharedTrunkNet.from_state(trunk),
+        kernel=KernelMachine(ramp(5, num_features).astype(np.float16), 1.5, ramp(5, 4), ramp(4)),
+        kernel_weight=0.25,
+        length_spread=ramp(2),
+        length_scale=ramp(2) + 2.0,
+        default_tolerance=0.05,
+        training_prompts=np.array([3, 5, 8], np.uint64),
+        training={"recipe": "best"},
+    )
+
+
+def identity(model: str) -> EncoderIdentity:
+    spec = EncoderSpec(model=model, dtype="float32")
+    return EncoderIdentity(spec=spec, num_layers=12, hidden_size=8, fingerprint="0" * 32)
+
+
+def test_a_router_with_one_encoder_is_written_as_the_previous_release_wrote_it(tmp_path: Path) -> None:
+    """The version and the hash of router.json are those of that release for the same numbers."""
+    save(router_of({"": identity("org/encoder")}), tmp_path)
+    data = (tmp_path / MANIFEST).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "6b5739717f19bb0f753f6b299a08f26d97d822a0fb45456d672f7d0f56cfb01f"
+    loaded = Router.load(str(tmp_path))
+    assert (loaded.version, loaded.format) == ("818e8cea3fb0bdac", 1)
+    assert loaded.encoders == {"": identity("org/encoder")}
+
+
+def test_a_router_with_several_encoders_is_of_format_2(tmp_path: Path) -> None:
+    encoders = {"one": identity("org/one"), "two": identity("package:two")}
+    router = router_of(encoders)
+    content = json.loads((save(router, tmp_path) / MANIFEST).read_text())
+    assert (content["format"], content["columns"]) == (2, ["one:last_006", "two:last_006"])
+    assert list(content["encoders"]) == ["one", "two"]
+    assert "encoder" not in content
+    loaded = Router.load(str(tmp_path))
+    assert (loaded.version, loaded.encoders, loaded.columns) == (router.version, encoders, router.columns)
+    activations = {column.name: ramp(4, 8) for column in router.columns}
+    for ours, theirs in zip(
+        loaded.predict_activations(activations), router.predict_activations(activations), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    without = loaded.features(activations, missing={"one"})
+    np.testing.assert_array_equal(without[:, :3], 0.0)
+    np.testing.assert_array_equal(without[:, 3:], loaded.features(activations)[:, 3:])
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
