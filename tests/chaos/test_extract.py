@@ -116,7 +116,7 @@ def test_what_a_killed_job_has_done_is_kept_and_the_rest_is_done_by_the_next(
     kept = num_kept(out)
     assert not (out / "manifest.json").exists()
     assert 0 < kept < 80
-    assert extract(ExtractConfig(**options, out=str(out))).num_reused == kept
+    assert extract(ExtractConfig(**options, out=str(out)))[str(out)].num_reused == kept
     expected, store = ActivationStore.open(str(calm)), ActivationStore.open(str(out))
     assert store.manifest == expected.manifest
     for shard in expected.manifest.shards:

@@ -38,7 +38,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         (train_job, ["split_groups_of", "target_names"]),
         (evaluate_job, ["of_corpus", "embed"]),
         (compare_job, ["of_corpus"]),
-        (pipeline_job, ["extract", "run_probe"]),
+        (pipeline_job, ["extract_stores", "run_probe"]),
         (demo_job, ["extract"]),
     ):
         for name in names:

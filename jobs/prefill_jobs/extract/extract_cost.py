@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prefill_jobs.extract.extract_job import parse_layers, parse_pooling
 from prefill_jobs.options import ExtractConfig
 from prefill_router.activations.activation_store import read_manifest
-from prefill_router.common.schema import ActivationColumn, activation_columns
+from prefill_router.common.schema import SENTENCE, ActivationColumn, activation_columns
 from prefill_router.corpus.plan import plan
 from prefill_router.corpus.reader import Row, files, read
 from prefill_router.encoder.encoder_spec import EncoderSize
@@ -23,11 +23,21 @@ _PROBED_COLUMNS = 3  # typical number of columns that a probe chooses
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    prompts: int
-    tokens: int
+    prompts: int  # that at least one encoder reads
+    tokens: int  # of all encoders together
     flops: float
     bytes: int
     is_bound: bool = False  # an upper bound, because the layers are not chosen yet
+
+    def __add__(self, other: ExtractionCost) -> ExtractionCost:
+        """The cost with that of another encoder that reads the same corpus."""
+        return ExtractionCost(
+            max(self.prompts, other.prompts),
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.is_bound or other.is_bound,
+        )
 
     @property
     def gpu_hours(self) -> float:
@@ -45,23 +55,29 @@ class ExtractionCost:
 def extraction_cost(
     config: ExtractConfig, sample: ExtractConfig | None, chosen: ExtractConfig | None = None
 ) -> ExtractionCost:
-    """Estimates the cost of `config`, without the rows that its store has or that are copied from the `sample`'s store.
+    """Estimates the cost of one encoder, without the rows that its store has or that the `sample`'s store provides.
 
     The mean prompt length is that of the sample's store, if it exists. `chosen` is `config` with the layers that the
     probe chose; without it, the estimate runs all layers.
     """
     size = EncoderSize.of(config.encoder)
-    layers, pooling = parse_layers((chosen or config).layers), parse_pooling((chosen or config).pooling)
-    indices = range(size.num_layers + 1) if layers == "all" else layers
-    columns = activation_columns(indices, pooling)
+    columns = _columns(size, chosen or config)
     missing, copied = _missing(config, columns, sample)
     prompts = missing - copied
     mean_tokens = min(_mean_tokens(config, sample), config.max_tokens)
-    flops = prompts * size.block.flops([round(mean_tokens)], 0, max(indices))
-    is_bound = sample is not None and chosen is None
+    deepest = max(column.layer for column in columns)
+    flops = prompts * size.block.flops([round(mean_tokens)], 0, deepest)
+    is_bound = sample is not None and chosen is None and size.kind == "causal"
     num_columns = _PROBED_COLUMNS if is_bound else len(columns)
     num_bytes = missing * (num_columns * size.hidden_size * 2 + _BYTES_PER_ROW)
     return ExtractionCost(prompts, round(prompts * mean_tokens), flops, num_bytes, is_bound)
+
+
+def _columns(size: EncoderSize, config: ExtractConfig) -> list[ActivationColumn]:
+    if size.kind == "sentence":
+        return [ActivationColumn(SENTENCE, size.num_layers)]
+    layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
+    return activation_columns(range(size.num_layers + 1) if layers == "all" else layers, pooling)
 
 
 def _missing(config: ExtractConfig, columns: list[ActivationColumn], sample: ExtractConfig | None) -> tuple[int, int]:

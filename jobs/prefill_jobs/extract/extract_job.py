@@ -7,7 +7,8 @@ earlier prompt, and commits all of them in one manifest.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from prefill_jobs.extract.encoder_actor import map_on_encoders
 from prefill_jobs.extract.extract_summary import ExtractSummary
 from prefill_jobs.extract.extractor import ExtractRequest, ExtractTask, ShardExtractor, Source
+from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import ExtractConfig
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.progress import Progress
@@ -28,6 +30,7 @@ from prefill_router.activations.activation_store import StoreManifest, read_mani
 from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.commit_records import bad_rows, shard_name
 from prefill_router.activations.encode_time import SUMMARY, measured_ms
+from prefill_router.activations.joined_stores import has_own_store, store_below
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ShardList
 from prefill_router.common.console import say
@@ -38,16 +41,67 @@ from prefill_router.corpus.quarantine import write_quarantine
 from prefill_router.corpus.reader import refuse_output, report_unread
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, check_encoder
+from prefill_router.encoder.sensors import named
 from prefill_router.router.artifact import Router
 from prefill_router.storage import parquet_objects
 from prefill_router.storage.lease import Lease
 
 
-def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
-    """Writes the activations of a corpus to `config.out` and returns a summary. The manifest is written last.
+@dataclass(frozen=True)
+class _Job:
+    """The extraction of one encoder's store."""
 
-    Activations that the store `other` has are copied from it. Raises UserError if another encoder wrote that store.
+    config: ExtractConfig
+    request: ExtractRequest
+    encoder: EncoderIdentity | None = None  # if known before it is loaded
+    other: str | None = None  # a store from which activations are copied
+
+
+def extract(config: ExtractConfig) -> dict[str, ExtractSummary]:
+    """Writes the activations of a corpus to a store for each encoder, and returns the summaries by the stores' URIs.
+
+    A single encoder's store is at `config.out`, those of several are in folders below. A store's manifest is written
+    last. Raises UserError if another encoder wrote a store, or a sole encoder's store is where several are wanted.
     """
+    configs = each_encoder(config)
+    _check_folder(config.out, len(configs))
+    return extract_stores(configs)
+
+
+def each_encoder(config: ExtractConfig) -> list[ExtractConfig]:
+    """The extraction of each encoder to its own store."""
+    specs = named(EncoderSpec(model=model) for model in names_in(config.encoder))
+    return [
+        config.model_copy(update={"encoder": spec.model, "out": store_below(config.out, name)})
+        for name, spec in specs.items()
+    ]
+
+
+def extract_stores(configs: Sequence[ExtractConfig], others: Sequence[str] = ()) -> dict[str, ExtractSummary]:
+    """Does what `extract` does for configs of one corpus, which may differ in encoder, layers, pooling and out.
+
+    Activations that the stores `others`, one for each config, have are copied from them.
+    """
+    sources: Sequence[str | None] = others or [None] * len(configs)
+    return _extract([_Job(c, _request(c), other=other) for c, other in zip(configs, sources, strict=True)])
+
+
+def extract_for(router: Router, config: ExtractConfig) -> dict[str, ExtractSummary]:
+    """Extracts the columns that a router reads with its encoders, ignoring the encoder and layers of `config`.
+
+    Raises UserError if a store at `config.out` or an encoder that can be loaded differs from the router's encoder.
+    """
+    _check_folder(config.out, len(router.encoders))
+    jobs = []
+    for name, identity in router.encoders.items():
+        columns = [column.unnamed.name for column in router.columns if column.encoder == name]
+        out = store_below(config.out, name)
+        request = ExtractRequest(identity.spec, [], [], columns, out, config.max_prompt_bytes)
+        jobs.append(_Job(config.model_copy(update={"out": out}), request, identity))
+    return _extract(jobs)
+
+
+def _request(config: ExtractConfig) -> ExtractRequest:
     layers, pooling = parse_layers(config.layers), parse_pooling(config.pooling)
     spec = EncoderSpec(
         model=config.encoder,
@@ -56,35 +110,44 @@ def extract(config: ExtractConfig, other: str | None = None) -> ExtractSummary:
         template_arguments=config.template_arguments,
         template_date=config.template_date,
     )
-    return _extract(config, ExtractRequest(spec, layers, pooling, [], config.out, config.max_prompt_bytes), other=other)
+    return ExtractRequest(spec, layers, pooling, [], config.out, config.max_prompt_bytes)
 
 
-def extract_for(router: Router, config: ExtractConfig) -> ExtractSummary:
-    """Extracts the columns that a router reads with its encoder, ignoring the encoder and layers of `config`.
-
-    Raises UserError if the store at `config.out` or the encoder that can be loaded differs from the router's encoder.
-    """
-    columns = [column.name for column in router.columns]
-    (encoder,) = router.encoders.values()
-    request = ExtractRequest(encoder.spec, [], [], columns, config.out, config.max_prompt_bytes)
-    return _extract(config, request, encoder)
-
-
-def _extract(
-    config: ExtractConfig, request: ExtractRequest, encoder: EncoderIdentity | None = None, other: str | None = None
-) -> ExtractSummary:
+def _extract(jobs: Sequence[_Job]) -> dict[str, ExtractSummary]:
+    """Extracts one store after another, each on all workers. Checks all of them first."""
+    config = jobs[0].config
     storage.require(config.corpus, "corpus")
-    refuse_output(config.out, config.corpus)
-    if encoder is None or read_manifest(config.out) is None:  # a finished store may need no encoder at all
-        check_encoder(request.encoder, [] if request.layers == "all" else request.layers)
+    for job in jobs:
+        _check(job)
     report_unread(config.corpus, "extract")
-    with cluster.connected():
+    with cluster.connected(), ExitStack() as held:
         planned = plan(config.corpus, config.shard_rows, config.limit, config.max_prompt_bytes, spread=ray_tasks.spread)
         planned.check_bad(planned.bad, config.max_bad_fraction)
-        with Lease.acquire(config.out, "extract") as lease:
-            if encoder is not None:
-                commit_log.claim_encoder(config.out, encoder)
-            return _Extraction(config, planned, request, lease, other).run()
+        leases = [held.enter_context(Lease.acquire(job.config.out, "extract")) for job in jobs]
+        summaries = {}
+        for job, lease in zip(jobs, leases, strict=True):
+            if len(jobs) > 1:
+                say(f"extract: encoder {job.request.encoder.model} to {job.config.out}")
+            if job.encoder is not None:
+                commit_log.claim_encoder(job.config.out, job.encoder)
+            summaries[job.config.out] = _Extraction(job.config, planned, job.request, lease, job.other).run()
+        return summaries
+
+
+def _check_folder(out: str, num_encoders: int) -> None:
+    """Raises UserError if readers of the folder would take a sole encoder's store there for the whole extraction."""
+    if num_encoders > 1 and has_own_store(out):
+        raise UserError(f"{out}: has the store of a single encoder: choose another folder for several encoders")
+
+
+def _check(job: _Job) -> None:
+    config, request = job.config, job.request
+    refuse_output(config.out, config.corpus)
+    if job.encoder is None or read_manifest(config.out) is None:  # a finished store may need no encoder at all
+        check_encoder(request.encoder, [] if request.layers == "all" else request.layers)
+    is_default = request.layers == "all" and request.pooling == list(POOLINGS)
+    if job.encoder is None and not is_default and checkpoint.is_sentence_model(request.encoder.model):
+        say(f"extract: {request.encoder.model} is a sentence encoder: --layers and --pooling do not apply to it")
 
 
 class _Extraction:

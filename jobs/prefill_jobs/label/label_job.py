@@ -239,14 +239,14 @@ def _estimation(config: LabelConfig, router: Router | BaselineRouter) -> Estimat
 
 
 def _keep_activations(config: LabelConfig, router: Router | BaselineRouter) -> int:
-    """Extracts the whole log to `--activations`, if given, and returns how many prompts the encoder read."""
+    """Extracts the whole log to `--activations`, if given, and returns how many prompts the encoders read."""
     if config.activations is None:
         return 0
     assert isinstance(router, Router)
     shared = {"limit", "max_prompt_bytes", "max_bad_fraction", "shard_rows"}
     workers = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker"}
     extraction = ExtractConfig(corpus=config.log, out=config.activations, **config.model_dump(include=shared | workers))
-    return extract_for(router, extraction).work.prompts
+    return max(summary.work.prompts for summary in extract_for(router, extraction).values())
 
 
 def _policy(config: LabelConfig, router: Router | BaselineRouter) -> LogPolicy:

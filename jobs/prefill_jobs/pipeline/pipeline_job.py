@@ -10,14 +10,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any, TypeVar
 
 import numpy as np
 
 from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
-from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.extract.extract_job import each_encoder, extract_stores
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import EvaluateConfig, ExtractConfig, PipelineConfig, ProbeConfig, TrainConfig, load_command
@@ -26,15 +27,17 @@ from prefill_jobs.train.probe_job import TABLE as PROBES
 from prefill_jobs.train.probe_job import load_probes, run_probe
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
+from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
+from prefill_router.common.schema import SENTENCE
 from prefill_router.common.validation import StrictModel, validate
 from prefill_router.corpus.reader import files
 from prefill_router.corpus.split import Part
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.answer_cost import check_prices
 from prefill_router.policy.pool import load_pool
-from prefill_router.probe.layer_scores import joint_columns
+from prefill_router.probe.layer_scores import LayerProbe, by_encoder, joint_columns
 from prefill_router.router.artifact import MANIFEST as ROUTER
 from prefill_router.storage.lease import Lease
 from prefill_router.storage.parquet_objects import MANIFEST
@@ -49,7 +52,7 @@ _INPUTS = ("corpus", "outcomes", "pool", "encoder", "correct_at")  # keys that [
 @dataclass(frozen=True)
 class Step:
     name: str
-    output: str  # URI of a file that exists once it has run
+    outputs: Sequence[str]  # URIs of files that exist once it has run
     reads: Callable[[], Mapping[str, Any]]  # settings and file stamps, cheap to compute
     run: Callable[[], str]  # returns a summary for the log
     content: Callable[[], str] | None = None  # digest of its input's content, if `reads` may change without it
@@ -81,7 +84,8 @@ class Pipeline:
         self._tables = {name: load_command(config.file, name) if config.file else {} for name in _STAGES}
         self._state_uri = storage.join(config.out, _STATE)
         self._ignored: set[str] = set()
-        _ = self.sample, self.probe, self.extract, self.train, self.evaluate  # reports invalid options before any work
+        # Reports invalid options before any work.
+        _ = self.samples, self.probe, self.extracts, self.train, self.evaluate
         if self._ignored:
             say(f"pipeline: {config.file}: ignored {', '.join(sorted(self._ignored))}: the pipeline sets these options")
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
@@ -126,21 +130,22 @@ class Pipeline:
     @property
     def steps(self) -> Sequence[Step]:
         corpus, outcomes, pool = self.config.corpus, self.config.outcomes, self.config.pool.partition("#")[0]
+        router = storage.join(self.train.out, ROUTER)
         return (
             Step(
                 "sample",
-                storage.join(self.sample.out, MANIFEST),
-                lambda: {"corpus": _stamps(corpus), "settings": _settings(self.sample)},
-                lambda: self._extract(self.sample),
-                cost=lambda: extraction_cost(self.sample, None),
+                _manifests(self.samples),
+                lambda: {"corpus": _stamps(corpus), "settings": _settings(*self.samples)},
+                lambda: self._extract(self.samples),
+                cost=lambda: reduce(add, (extraction_cost(sample, None) for sample in self.samples)),
             ),
             Step(
                 "probe",
-                storage.join(self.probe.out, PROBES),
+                [storage.join(self.probe.out, PROBES)],
                 lambda: {
                     "outcomes": _stamps(outcomes),
                     "targets": load_pool(self.config.pool, prices_optional=True).target_names,
-                    "sample": _digest(self.sample.out),
+                    "sample": _digest(*_manifests(self.samples)),
                     "settings": _settings(self.probe),
                 },
                 self._probe,
@@ -148,16 +153,16 @@ class Pipeline:
             ),
             Step(
                 "extract",
-                storage.join(self.extract.out, MANIFEST),
-                lambda: {"corpus": _stamps(corpus), "settings": _settings(self.whole)},
-                lambda: self._extract(self.whole, self.sample.out),
-                cost=lambda: extraction_cost(self.extract, self.sample, self._layers_or_none),
+                _manifests(self.extracts),
+                lambda: {"corpus": _stamps(corpus), "settings": _settings(*self.whole)},
+                lambda: self._extract(self.whole, [sample.out for sample in self.samples]),
+                cost=self._extraction_cost,
             ),
             Step(
                 "train",
-                storage.join(self.train.out, ROUTER),
+                [router],
                 lambda: {
-                    "activations": _digest(self.extract.out),
+                    "activations": _digest(*_manifests(self.extracts)),
                     "outcomes": _stamps(outcomes),
                     "pool": _stamps(pool),
                     "settings": _settings(self.train),
@@ -166,25 +171,31 @@ class Pipeline:
             ),
             Step(
                 "evaluate",
-                storage.join(self.evaluate.out, "report.json"),
-                lambda: {"router": _digest(self.train.out, ROUTER), "settings": _settings(self.evaluate)},
+                [storage.join(self.evaluate.out, "report.json")],
+                lambda: {"router": _digest(router), "settings": _settings(self.evaluate)},
                 self._evaluate,
             ),
             Step(
                 "publish",
-                storage.join(self.config.publish, ROUTER),
-                lambda: {"router": _digest(self.train.out, ROUTER), "publish": self.config.publish},
+                [storage.join(self.config.publish, ROUTER)],
+                lambda: {"router": _digest(router), "publish": self.config.publish},
                 self._publish,
             ),
         )
 
-    def _extract(self, config: ExtractConfig, other: str | None = None) -> str:
-        summary = extract(config, other)
-        return f"{summary.manifest.rows:,} prompts, {summary.work.prompts:,} of them computed"
+    def _extract(self, configs: Sequence[ExtractConfig], others: Sequence[str] = ()) -> str:
+        done = extract_stores(configs, others).values()
+        return "; ".join(f"{of.manifest.rows:,} prompts, {of.work.prompts:,} of them computed" for of in done)
 
     def _probe(self) -> str:
         run_probe(self.probe, split_of(self.train, 0), split_groups_of(self.train))
-        return f"layers {self.whole.layers}, {self.whole.pooling}"
+        return "; ".join(f"layers {config.layers}, {config.pooling}" for config in self.whole)
+
+    def _extraction_cost(self) -> ExtractionCost:
+        is_probed = storage.exists(storage.join(self.probe.out, PROBES))
+        probes = by_encoder(load_probes(self.probe.out)) if is_probed else {}
+        chosen = [_reduced(e, probes[e.encoder]) if e.encoder in probes else None for e in self.extracts]
+        return reduce(add, map(extraction_cost, self.extracts, self.samples, chosen))
 
     def _evaluate(self) -> str:
         evaluation = evaluate(self.evaluate)
@@ -192,7 +203,7 @@ class Pipeline:
         return f"{self.evaluate.out}/report.html, MDP-AUCCC x 1000 {low_high.value * 1000:.1f}"
 
     def _publish(self) -> str:
-        gate = PublishGate(self.config, self.train.out, self.extract.out)
+        gate = PublishGate(self.config, self.train.out, self._activations)
         objections = [] if self.config.accept else gate.objections()
         if objections:
             raise UserError(
@@ -204,39 +215,40 @@ class Pipeline:
     # --- configs of the steps ----------------------------------------------------------------------------------------
 
     @cached_property
-    def sample(self) -> ExtractConfig:
+    def samples(self) -> list[ExtractConfig]:
+        """The extraction of every layer of a sample by each encoder."""
         given = {"layers": "all", "out": self._below("sample")}
         config = self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **given)
-        return config.model_copy(update={"limit": self.config.sample})
+        return each_encoder(config.model_copy(update={"limit": self.config.sample}))
 
     @cached_property
     def probe(self) -> ProbeConfig:
-        data = {"activations": self.sample.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
+        data = {"activations": _stores(self.samples), "outcomes": self.config.outcomes, "pool": self.config.pool}
         return self._stage(
             ProbeConfig, "probe", **data, **self._threshold, out=self._below("probe"), ignore_unknown=True
         )
 
     @cached_property
-    def extract(self) -> ExtractConfig:
-        """The extraction of the whole corpus, before the probe has chosen layers."""
+    def extracts(self) -> list[ExtractConfig]:
+        """The extraction of the whole corpus by each encoder, before the probe has chosen layers."""
         where = {"out": self._below("activations")}
-        return self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **where)
+        given = {"corpus": self.config.corpus, "encoder": self.config.encoder}
+        return each_encoder(self._stage(ExtractConfig, "extract", **given, **where))
 
     @property
-    def whole(self) -> ExtractConfig:
-        """The extraction of the whole corpus, with the layers that the probe chose."""
-        columns = joint_columns(load_probes(self.probe.out))
-        layers = ",".join(map(str, sorted({column.layer for column in columns})))
-        pooling = ",".join(sorted({column.pooling for column in columns}))
-        return self.extract.model_copy(update={"layers": layers, "pooling": pooling})
+    def whole(self) -> list[ExtractConfig]:
+        """The extraction of the whole corpus by each encoder, with the layers that the probe chose."""
+        probes = by_encoder(load_probes(self.probe.out))
+        models = [ActivationStore.open(sample.out).manifest.encoder.spec.model for sample in self.samples]
+        return [_reduced(config, probes[model]) for config, model in zip(self.extracts, models, strict=True)]
 
     @property
-    def _layers_or_none(self) -> ExtractConfig | None:
-        return self.whole if storage.exists(storage.join(self.probe.out, PROBES)) else None
+    def _activations(self) -> str:
+        return _stores(self.extracts)
 
     @cached_property
     def train(self) -> TrainConfig:
-        data = {"activations": self.extract.out, "outcomes": self.config.outcomes, "pool": self.config.pool}
+        data = {"activations": self._activations, "outcomes": self.config.outcomes, "pool": self.config.pool}
         where = {"out": self._below("router"), "corpus": self.config.corpus}
         return self._stage(
             TrainConfig, "train", **data, **where, **self._threshold, ignore_unknown=True, overwrite=True
@@ -244,7 +256,7 @@ class Pipeline:
 
     @cached_property
     def evaluate(self) -> EvaluateConfig:
-        data = {"router": self.train.out, "activations": self.extract.out, "outcomes": self.config.outcomes}
+        data = {"router": self.train.out, "activations": self._activations, "outcomes": self.config.outcomes}
         return self._stage(
             EvaluateConfig, "evaluate", **data, out=self._below("report"), probe=self.probe.out, ignore_unknown=True
         )
@@ -276,7 +288,7 @@ class Pipeline:
 
     def _is_current(self, step: Step) -> bool:
         done = self._state.get(step.name)
-        if done is None or not storage.exists(step.output):
+        if done is None or not all(map(storage.exists, step.outputs)):
             return False
         if done.reads == _hash(step.reads()):
             return True
@@ -293,7 +305,7 @@ class Pipeline:
     def _graded_sample(self) -> str:
         """A digest of the sample and its training outcomes, the only ones that affect the choice of layers."""
         graded = GradedStore.open(
-            self.sample.out,
+            self.probe.activations,
             self.config.outcomes,
             self.config.pool,
             ignore_unknown=True,
@@ -301,16 +313,35 @@ class Pipeline:
             correct_at=self.probe.correct_at,
         )
         answers = graded.only(split_of(self.train, 0), Part.TRAIN).answers(np.sort(graded.keys))
-        digest = hashlib.sha256(_digest(self.sample.out).encode())
+        digest = hashlib.sha256(_digest(*_manifests(self.samples)).encode())
         digest.update(np.ascontiguousarray(answers.correct).tobytes())
         digest.update(_hash(_settings(self.probe)).encode())
         return digest.hexdigest()
 
 
-def _settings(config: StrictModel) -> dict[str, Any]:
-    """The options of a config that affect its output."""
+def _settings(*configs: StrictModel) -> Any:
+    """The options of each config that affect its output."""
     size = {"workers", "gpus_per_worker", "accelerator", "memory_per_worker", "overwrite"}
-    return config.model_dump(mode="json", exclude=size)
+    each = [config.model_dump(mode="json", exclude=size) for config in configs]
+    return each[0] if len(each) == 1 else each
+
+
+def _stores(configs: Sequence[ExtractConfig]) -> str:
+    return ",".join(config.out for config in configs)
+
+
+def _manifests(configs: Sequence[ExtractConfig]) -> list[str]:
+    return [storage.join(config.out, MANIFEST) for config in configs]
+
+
+def _reduced(config: ExtractConfig, probes: Sequence[LayerProbe]) -> ExtractConfig:
+    """The extraction of the columns that the probes of its encoder choose."""
+    columns = joint_columns(probes)
+    layers, pooling = {column.layer for column in columns}, {column.pooling for column in columns}
+    if pooling == {SENTENCE}:
+        return config
+    chosen = {"layers": ",".join(map(str, sorted(layers))), "pooling": ",".join(sorted(pooling))}
+    return config.model_copy(update=chosen)
 
 
 def _stamps(uri: str) -> dict[str, str]:
@@ -318,8 +349,11 @@ def _stamps(uri: str) -> dict[str, str]:
     return {file: storage.stamp(file) for file in files(uri)}
 
 
-def _digest(uri: str, name: str = MANIFEST) -> str:
-    return hashlib.sha256(storage.read_bytes(storage.join(uri, name))).hexdigest()
+def _digest(*uris: str) -> str:
+    digest = hashlib.sha256()
+    for uri in uris:
+        digest.update(storage.read_bytes(uri))
+    return digest.hexdigest()
 
 
 def _hash(value: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from prefill_jobs.options import ProbeConfig
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.ray_tasks import Mergeable
 from prefill_router import storage
+from prefill_router.activations.joined_stores import store_uris
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
@@ -70,7 +71,7 @@ def _open(config: ProbeConfig, groups: SplitGroups | None) -> list[GradedStore]:
             groups=groups,
             correct_at=config.correct_at,
         )
-        for uri in config.activations.split(",")
+        for uri in store_uris(config.activations)
     ]
     for name, count in Counter(map(_encoder, stores)).items():
         if count > 1:

@@ -26,6 +26,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.encoder.sensors import named
+from prefill_router.storage import lease
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,21 @@ def store_uris(activations: str) -> list[str]:
     return [store for uri in activations.split(",") for store in _stores_at(uri.strip())]
 
 
+def store_below(folder: str, encoder: str) -> str:
+    """The store of an encoder that was extracted to `folder`, given its name: `folder` itself for a single encoder."""
+    return storage.join(folder, encoder) if encoder else folder
+
+
+def has_own_store(uri: str) -> bool:
+    """Whether a store, finished or not, is at `uri` itself, and not in folders below."""
+    return is_store(uri) or lease.was_held(uri)
+
+
 def _stores_at(uri: str) -> list[str]:
-    if is_store(uri):
+    if has_own_store(uri):
         return [uri]
     below = [storage.join(uri, name) for name in storage.list_names(uri)]
-    return [folder for folder in below if is_store(folder)] or [uri]
+    return [folder for folder in below if has_own_store(folder)] or [uri]
 
 
 def join(stores: Sequence[ActivationStore]) -> tuple[JoinedStores, StoreKeys]:

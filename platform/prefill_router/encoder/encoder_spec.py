@@ -25,6 +25,8 @@ from prefill_router.encoder.tokenization import PromptTokenizer
 # Part of the fingerprint. Increase it with every change that alters the activations of an unchanged encoder.
 ENCODING_VERSION = 4
 
+EncoderKind = Literal["causal", "sentence"]
+
 
 class EncoderSpec(StrictModel):
     """The user's configuration of an encoder. Fields that are None are resolved on load."""
@@ -37,11 +39,16 @@ class EncoderSpec(StrictModel):
     template_arguments: JsonObject = Field({}, description="Passed to the chat template")
     template_date: IsoDate = Field("2026-01-01", description="The date that chat templates see as today's")
 
+    @property
+    def name(self) -> str:
+        """A short name, for columns and folders: the end of the hub id, path or package."""
+        return re.sub(r"[^\w.-]", "-", re.split("[/:]", self.model.rstrip("/"))[-1])
+
 
 class EncoderIdentity(StrictModel):
     """Describes a loaded encoder well enough to load it again. The fingerprint changes with its activations."""
 
-    kind: Literal["causal", "sentence"] = Field("causal", exclude_if="causal".__eq__)
+    kind: EncoderKind = Field("causal", exclude_if="causal".__eq__)
     spec: EncoderSpec
     num_layers: int
     hidden_size: int
@@ -52,8 +59,7 @@ class EncoderIdentity(StrictModel):
 
     @property
     def name(self) -> str:
-        """A short name, for columns and folders: the end of the hub id, path or package."""
-        return re.sub(r"[^\w.-]", "-", re.split("[/:]", self.spec.model.rstrip("/"))[-1])
+        return self.spec.name
 
     def columns(self, layers: Literal["all"] | Sequence[int], pooling: Sequence[Pooling]) -> list[ActivationColumn]:
         """Returns the activation columns of `layers` (indices in `hidden_states`, 0 to num_layers) and `pooling`.
@@ -80,16 +86,23 @@ class EncoderSize:
     num_layers: int
     hidden_size: int
     block: ModelCost
+    kind: EncoderKind = "causal"
 
     @classmethod
     def of(cls, model: str) -> EncoderSize:
-        """Reads the config of a hub id, a directory or `package:NAME`. Raises UserError if it is not a causal LM."""
-        model_config = checkpoint.check_causal_lm(model)
+        """Reads the config of a hub id, a directory or `package:NAME`. Raises UserError if it cannot be an encoder."""
+        is_sentence = checkpoint.is_sentence_model(model)
         with torch.device("meta"):
-            backbone = backbone_of(checkpoint.text_class(model_config).from_config(model_config))
+            backbone = checkpoint.empty_sentence_model(model) if is_sentence else _empty_backbone(model)
         config = text_config(backbone)
         blocks = find_blocks(backbone)
-        return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config))
+        kind: EncoderKind = "sentence" if is_sentence else "causal"
+        return cls(len(blocks), config.hidden_size, block_cost(blocks[0], config), kind)
+
+
+def _empty_backbone(model: str) -> Any:
+    config = checkpoint.check_causal_lm(model)
+    return backbone_of(checkpoint.text_class(config).from_config(config))
 
 
 def check_encoder(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,6 +18,7 @@ from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.encoder.tokenization import Tokens
 
+Encoder = TypeVar("Encoder", EncoderIdentity, EncoderSpec)
 Sensor = PrefillEncoder | SentenceEncoder
 SensorTokens = Mapping[str, Tokens]  # the same prompts, tokenised by each sensor
 
@@ -26,15 +28,16 @@ def load_sensor(spec: EncoderSpec) -> Sensor:
     return SentenceEncoder.load(spec.model) if checkpoint.is_sentence_model(spec.model) else PrefillEncoder.load(spec)
 
 
-def named(identities: Iterable[EncoderIdentity]) -> dict[str, EncoderIdentity]:
-    """Names encoders for their columns: "" for a single one, otherwise its own name, numbered if it is taken."""
-    encoders = list(identities)
-    if len(encoders) == 1:
-        return {"": encoders[0]}
-    names: dict[str, EncoderIdentity] = {}
-    for identity in encoders:
-        taken = sum(other.name == identity.name for other in names.values())
-        names[f"{identity.name}-{taken + 1}" if taken else identity.name] = identity
+def named(encoders: Iterable[Encoder]) -> dict[str, Encoder]:
+    """Names encoders for columns and folders: "" for a single one, otherwise its own name, numbered if it is taken."""
+    several = list(encoders)
+    if len(several) == 1:
+        return {"": several[0]}
+    names: dict[str, Encoder] = {}
+    for encoder in several:
+        numbered = (f"{encoder.name}-{number}" for number in itertools.count(2))
+        free = (name for name in itertools.chain([encoder.name], numbered) if name not in names)
+        names[next(free)] = encoder
     return names
 
 

@@ -20,7 +20,7 @@ from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
 _BEST_BASELINES = ["#d1603d", "#3f9b6c", "#8a5fb0"]  # colours of the best; the other baselines are grey
 _GREY, _INK = "#9ca3af", "#374151"
-_LINE = {"last": "-", "mean": "--"}
+_LINE = {"last": "-", "mean": "--", "sentence": "x"}  # the embedding of a sentence encoder is a point
 
 _Corner = Literal["upper right", "lower right"]
 

@@ -162,6 +162,11 @@ class Lease:
             self._renewed_at = now
 
 
+def was_held(uri: str) -> bool:
+    """Whether a job ever wrote to the output at `uri`."""
+    return bool(_numbers(uri))
+
+
 def _current(uri: str) -> tuple[int, Holder | None]:
     """Returns the highest number and its record, or 0 and None if there never was a lease."""
     while numbers := _numbers(uri):

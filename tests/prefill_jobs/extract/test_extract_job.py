@@ -45,7 +45,7 @@ def test_the_store_holds_what_the_encoder_returns(activations: str, small_data: 
 
 def run(corpus: object, encoder: Path, out: object, **options: Any) -> ExtractSummary:
     fields = {"layers": "1,3", "shard_rows": 20, **options}
-    return extract(ExtractConfig(corpus=str(corpus), encoder=str(encoder), out=str(out), **fields))
+    return extract(ExtractConfig(corpus=str(corpus), encoder=str(encoder), out=str(out), **fields))[str(out)]
 
 
 def contents(out: object) -> dict[str, dict[str, NDArray[Any]]]:

@@ -309,7 +309,7 @@ def test_a_store_that_lies_there_goes_on(router: str, log: Path, tmp_path: Path)
     assert (grown.columns, grown.manifest.rows) == (columns, 12)
     assert labelled(router, log, activations=str(store), overwrite=True).computed == 0
     assert decisions(log) == expected
-    assert extract(as_corpus(router, log, store)).work.prompts == 0
+    assert extract(as_corpus(router, log, store))[str(store)].work.prompts == 0
 
 
 def test_an_incremental_run_keeps_the_activations_of_the_whole_log(router: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from command import Command
-from prefill_jobs.options import CompareConfig, ExtractConfig, LabelConfig, SubmitConfig
+from prefill_jobs.options import CompareConfig, ExtractConfig, LabelConfig, SubmitConfig, TrainConfig
 from prefill_jobs.submit.submit_request import SubmitRequest, require_secrets
 from prefill_router.common.errors import UserError
 
@@ -36,6 +36,13 @@ def test_a_config_becomes_the_command_line_that_makes_it() -> None:
     assert entrypoint == (
         "python -m prefill_jobs extract --corpus s3://b/corpus --layers 15,16 --out s3://b/out --overwrite"
     )
+
+
+def test_several_encoders_and_stores_are_one_argument() -> None:
+    config = TrainConfig(activations="s3://b/x/m,s3://b/x/n", outcomes="s3://b/o", pool="s3://b/p", out="s3://b/r")
+    assert "--activations s3://b/x/m,s3://b/x/n" in SubmitRequest.of(config, SubmitConfig()).entrypoint
+    extract = EXTRACT.model_copy(update={"encoder": "org/m,package:n"})
+    assert "--encoder org/m,package:n" in SubmitRequest.of(extract, SubmitConfig()).entrypoint
 
 
 def test_several_values_of_an_argument_stand_without_a_flag() -> None:
