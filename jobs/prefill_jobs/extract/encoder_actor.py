@@ -1,4 +1,4 @@
-"""Base of the actors that read prompts with an encoder: loading, measuring, retries and fault tolerance."""
+"""Base of the actors that read prompts with encoders: loading, measuring, retries and fault tolerance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -50,18 +50,18 @@ class EncoderActor(ABC):
 
     @property
     @abstractmethod
-    def encoder(self) -> Sensor:
-        """The encoder, which is loaded on first use."""
+    def sensors(self) -> Mapping[str, Sensor]:
+        """The encoders by name, which are loaded on first use."""
 
     @cached_property
-    def guarded_encoder(self) -> GuardedEncoder:
-        return GuardedEncoder(self.encoder, self.threads)
+    def guarded_encoders(self) -> dict[str, GuardedEncoder]:
+        return {name: GuardedEncoder(sensor, self.threads) for name, sensor in self.sensors.items()}
 
     @cached_property
     def peak_flops(self) -> float:
-        """The measured peak per second of all GPUs that the encoder is on."""
-        encoder = self.encoder
-        return sum(measured_peak_flops(device, encoder.dtype) for device in encoder.devices)
+        """The measured peak per second of all GPUs that the encoders are on."""
+        dtypes = {device: sensor.dtype for sensor in self.sensors.values() for device in sensor.devices}
+        return sum(measured_peak_flops(device, dtype) for device, dtype in dtypes.items())
 
     @cached_property
     def began_s(self) -> float:
@@ -80,10 +80,10 @@ class EncoderActor(ABC):
             raise UserError(f"workers crashed {attempt - 1} times on one shard: find the cause in Ray's worker logs")
         return attempt
 
-    def load_encoder(self) -> None:
-        """Loads the encoder and measures its peak while no other task runs."""
+    def load_encoders(self) -> None:
+        """Loads the encoders and measures their peak while no other task runs."""
         with self._loading:
-            _ = self.guarded_encoder, self.peak_flops
+            _ = self.guarded_encoders, self.peak_flops
 
     def effort(self, work: Work, attempt: int) -> Effort:
         """Reports a finished task."""

@@ -68,7 +68,7 @@ class ShardExtractor(EncoderActor):
 
     def __call__(self, task: ExtractTask) -> ExtractResult:
         attempt = self.begin(task.rows.digest)
-        self.load_encoder()
+        self.load_encoders()
         columns = self.columns
         record = commit_log.find(self.request.out, shard_name(task.rows.digest, [c.name for c in columns]))
         if record is not None:
@@ -77,7 +77,7 @@ class ShardExtractor(EncoderActor):
         for store, place in task.sources:
             builder.copy(store, place)
         num_copied = builder.num_complete
-        work = self.guarded_encoder.complete(builder, attempt)
+        work = self.guarded_encoders[""].complete(builder, attempt)
         record = builder.commit(self.request.out)
         return ExtractResult(record, self.encoder.identity, self.effort(work, attempt), num_copied, is_new=True)
 
@@ -85,6 +85,10 @@ class ShardExtractor(EncoderActor):
         if isinstance(rows, Repeats):
             return ShardBuilder.of_repeats(rows, columns)
         return ShardBuilder.of_shard(rows, columns, self.request.max_prompt_bytes)
+
+    @property
+    def sensors(self) -> dict[str, Sensor]:
+        return {"": self.encoder}
 
     @cached_property
     def encoder(self) -> Sensor:

@@ -19,6 +19,7 @@ from prefill_jobs.runtime.capacity import Capacity
 from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
 from prefill_router.activations.commit_log import CommitLog
+from prefill_router.activations.joined_stores import store_below
 from prefill_router.activations.reuse import Sources
 from prefill_router.baselines.baseline_router import BaselineRouter
 from prefill_router.corpus.plan import CorpusPlan
@@ -40,7 +41,7 @@ class Estimation:
     out: str  # has estimates of this router only
     actors: cluster.Actors = field(default_factory=cluster.Actors)
     max_prompt_bytes: int = MAX_PROMPT_BYTES
-    activations: str | None = None  # a store whose activations are reused
+    activations: str | None = None  # a store, or a folder of one per encoder, whose activations are reused
 
     def check(self) -> None:
         """Raises UserError if the encoder cannot be loaded, unless existing estimates may make it unnecessary."""
@@ -48,7 +49,7 @@ class Estimation:
             self.router.require_encoders()
 
     def run(self, planned: CorpusPlan, lease: Lease, task: str) -> int:
-        """Estimates the prompts that no run has estimated, and returns how many the encoder read.
+        """Estimates the prompts that no run has estimated, and returns how many the encoders read.
 
         `task` names the work in progress lines.
         """
@@ -76,16 +77,23 @@ class Estimation:
         return num_read
 
     def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
-        """A task per shard with wanted rows (N,), with the store's shards that have some of their activations."""
-        digests = [shard.digest for shard in planned.shards]
-        sources = None if self.activations is None else Sources(CommitLog.open(self.activations), digests)
+        """A task per shard with wanted rows (N,), with the stores' shards that have some of their activations."""
+        sources = self._sources([shard.digest for shard in planned.shards])
         tasks = []
         for i, (shard, span) in enumerate(planned.spans()):
             rows = np.flatnonzero(wanted[span])
             if len(rows):
-                found = () if sources is None else sources.of(i, planned.keys[span][rows])
-                tasks.append(EstimateTask(shard, rows, found))
+                keys = planned.keys[span][rows]
+                tasks.append(EstimateTask(shard, rows, {name: found.of(i, keys) for name, found in sources.items()}))
         return tasks
+
+    def _sources(self, digests: list[str]) -> dict[str, Sources]:
+        """The stores' shards, by encoder."""
+        if self.activations is None:
+            return {}
+        assert isinstance(self.router, Router)
+        stores = {name: store_below(self.activations, name) for name in self.router.encoders}
+        return {name: Sources(CommitLog.open(store), digests) for name, store in stores.items()}
 
 
 @dataclass(frozen=True)

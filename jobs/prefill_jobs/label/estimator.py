@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,10 @@ from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
+from prefill_router.activations.joined_stores import store_below
 from prefill_router.activations.shard_builder import NOT_FINITE, ShardBuilder
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
-from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.plan import Shard, read_shard
 from prefill_router.corpus.reader import Row
 from prefill_router.encoder.prefill_work import Work
@@ -37,7 +37,8 @@ class EstimateTask:
 
     shard: Shard
     rows: NDArray[np.int64]  # indices among the rows that the shard keeps
-    sources: tuple[RecordLocation, ...] = ()  # shards of a store that have some of their activations
+    # Shards of each encoder's store that have some of their activations, by encoder.
+    sources: Mapping[str, tuple[RecordLocation, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class ShardEstimator(EncoderActor):
         attempt = self.begin(task.shard.digest)
         with self._loading:
             _ = self.router
-        if not task.sources:  # the sources may have all activations
-            self.load_encoder()
+        if not any(task.sources.values()):  # the sources may have all activations
+            self.load_encoders()
         rows = read_shard(task.shard, self.max_prompt_bytes)
         wanted = [rows[i] for i in task.rows]
         contents = contents_of([row.content_digest for row in wanted])
@@ -90,8 +91,8 @@ class ShardEstimator(EncoderActor):
         return any_router.load(self.uri)
 
     @property
-    def encoder(self) -> Sensor:
-        return self.router.sensors[""]
+    def sensors(self) -> Mapping[str, Sensor]:
+        return self.router.sensors
 
     def _fill(self, estimates: PromptEstimates, rows: Sequence[Row], task: EstimateTask, attempt: int) -> Work:
         router, prompts = self.router, [row.prompt for row in rows]
@@ -100,39 +101,58 @@ class ShardEstimator(EncoderActor):
             _put(estimates, np.arange(len(prompts)), tokens.full_lengths, tokens.is_truncated)
             _predict(estimates, np.arange(len(prompts)), *router.predict_tokens(tokens))
             return Work(prompts=len(prompts), tokens=int(tokens.num_tokens.sum()))
-        builder = self._builder(rows, task, router.columns)
-        work = self._complete(builder, attempt)
-        estimates.reasons[list(builder.refused)] = list(builder.refused.values())
-        kept = np.array([i for i in range(len(prompts)) if i not in builder.refused], np.int64)
+        builders = self._builders(router, rows, task)
+        work = self._complete(builders, attempt)
+        first = builders[next(iter(builders))]  # its encoder counts input tokens
+        estimates.reasons[list(first.refused)] = list(first.refused.values())
+        kept = np.array([i for i in range(len(prompts)) if i not in first.refused], np.int64)
         if len(kept):
-            _put(estimates, kept, builder.full_lengths[kept], builder.is_truncated[kept])
-            features = router.features(builder.activations(kept.tolist()))
+            _put(estimates, kept, first.full_lengths[kept], first.is_truncated[kept])
+            features = router.features(_activations(builders, kept.tolist()))
             _predict(estimates, kept, *router.predict_features(features))
             if router.distance is not None:
                 estimates.percentile[kept] = router.distance.percentile(router.distance(features))
         return work
 
-    def _builder(self, rows: Sequence[Row], task: EstimateTask, columns: list[ActivationColumn]) -> ShardBuilder:
-        """The prompts with the activations that the store has. Prompts that it refused are not tried again."""
-        ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
-        builder = ShardBuilder(task.shard.digest, ids, contents, columns)
-        for source in task.sources:
-            assert self.activations is not None
-            builder.copy(self.activations, source)
-        builder.prompts = [row.prompt for row in rows]
-        return builder
+    def _builders(self, router: Router, rows: Sequence[Row], task: EstimateTask) -> dict[str, ShardBuilder]:
+        """The prompts for each encoder, with the activations that its store has.
 
-    def _complete(self, builder: ShardBuilder, attempt: int) -> Work:
-        """Computes the activations that the builder lacks. The encoder is loaded only if some are missing."""
-        cut = np.flatnonzero(builder.is_truncated)  # copied rows, for which the store has no full length
-        if not len(cut) and not any(builder.missing()):
+        Prompts that a store refused are not tried again, and one that an encoder refuses is refused by all.
+        """
+        ids, contents = [row.prompt_id for row in rows], [row.content_digest.hex() for row in rows]
+        builders: dict[str, ShardBuilder] = {}
+        refused: dict[int, str] = {}
+        for name in router.encoders:
+            columns = [column.unnamed for column in router.columns if column.encoder == name]
+            builder = builders[name] = ShardBuilder(task.shard.digest, ids, contents, columns)
+            builder.refused = refused
+            for source in task.sources.get(name, ()):
+                assert self.activations is not None
+                builder.copy(store_below(self.activations, name), source)
+            builder.prompts = [row.prompt for row in rows]
+        return builders
+
+    def _complete(self, builders: Mapping[str, ShardBuilder], attempt: int) -> Work:
+        """Computes the activations that the builders lack. The encoders are loaded only if some are missing."""
+        first = builders[next(iter(builders))]
+        cut = np.flatnonzero(first.is_truncated)  # copied rows, for which the store has no full length
+        if not len(cut) and not any(any(builder.missing()) for builder in builders.values()):
             return Work()
-        self.load_encoder()
-        work = self.guarded_encoder.complete(builder, attempt)
-        builder.full_lengths[cut] = self.guarded_encoder.encoder.tokenize(
-            [builder.prompts[i] for i in cut]
-        ).full_lengths
-        return work
+        self.load_encoders()
+        works = [self.guarded_encoders[name].complete(builder, attempt) for name, builder in builders.items()]
+        tokens = next(iter(self.sensors.values())).tokenize([first.prompts[i] for i in cut])
+        first.full_lengths[cut] = tokens.full_lengths
+        # A prompt counts once, whatever the number of encoders that read it.
+        return replace(sum(works, Work()), prompts=max(work.prompts for work in works))
+
+
+def _activations(builders: Mapping[str, ShardBuilder], rows: Sequence[int]) -> dict[str, NDArray[np.float16]]:
+    """The activations of `rows` by the names of the router's columns."""
+    return {
+        column.of(name).name: values
+        for name, builder in builders.items()
+        for column, values in zip(builder.columns, builder.activations(rows).values(), strict=True)
+    }
 
 
 def _put(estimates: PromptEstimates, rows: NDArray[Any], lengths: NDArray[Any], is_truncated: NDArray[Any]) -> None:

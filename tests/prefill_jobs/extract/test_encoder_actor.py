@@ -21,8 +21,8 @@ class LoadedActor(EncoderActor):
         self.loaded = loaded
 
     @property
-    def encoder(self) -> PrefillEncoder:
-        return self.loaded
+    def sensors(self) -> dict[str, PrefillEncoder]:
+        return {"": self.loaded}
 
 
 def test_the_peak_is_that_of_all_gpus_of_the_encoder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
