@@ -178,6 +178,7 @@ def _evaluate(config: Any) -> None:
     from prefill_router.reports.evaluation_page import (
         against_baselines,
         calibration_line,
+        encoders_line,
         headline,
         metric_rows,
     )
@@ -194,6 +195,8 @@ def _evaluate(config: Any) -> None:
         evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
     typer.echo(against_baselines(evaluation))
+    if line := encoders_line(evaluation):
+        typer.echo(line)
     typer.echo(f"mean AUC {np.nanmean(evaluation.router.auc):.3f}, {calibration_line(evaluation)}")
     for name, text in metric_rows(evaluation.router, evaluation.quality):
         typer.echo(f"{name}: {text}")

@@ -31,7 +31,7 @@ from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.evaluation.contenders import Contender, HeldOut, oracle, scoring
 from prefill_router.evaluation.contenders import evaluate as score
 from prefill_router.evaluation.learning_curve import LearningCurve, learning_curve
-from prefill_router.evaluation.results import Evaluation
+from prefill_router.evaluation.results import WITHOUT, Evaluation
 from prefill_router.outcomes import check_columns
 from prefill_router.predictor.answer_length import median_tokens
 from prefill_router.reports import evaluation_page
@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         correct_at=correct_at,
     )
     cluster.connect()
+    encoders = _in_all(routers)
     trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
     result = score(
         router.pool,
@@ -73,7 +74,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         _joined(trial.router_as_contender() for trial in trials),
         [
             _joined(contenders)
-            for contenders in zip(*(trial.contenders(config.keep_baselines) for trial in trials), strict=True)
+            for contenders in zip(*(trial.contenders(config.keep_baselines, encoders) for trial in trials), strict=True)
         ],
         p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
         median_output_tokens=np.concatenate([trial.medians for trial in trials]),
@@ -90,6 +91,11 @@ def _folds(uri: str) -> list[str]:
     """The URI of a router, or those of the folds below it."""
     folds = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("fold-")]
     return [uri] if storage.exists(storage.join(uri, MANIFEST)) or not folds else folds
+
+
+def _in_all(routers: Sequence[Router]) -> list[str]:
+    """The names of the encoders that every router has beside others."""
+    return [name for name in routers[0].encoders if name and all(name in router.encoders for router in routers)]
 
 
 def _trials(
@@ -177,8 +183,11 @@ class FoldEvaluation:
         say(f"evaluate: compute a learning curve on {int(training.sum()):,} training prompts")
         return learning_curve(features[training], self.predicted.correct[training], features[self.is_held_out], score)
 
-    def contenders(self, keep: str | None) -> Iterator[Contender]:
-        """Yields every baseline that the data allow, and saves those that can be served to `keep`."""
+    def contenders(self, keep: str | None, encoders: Sequence[str]) -> Iterator[Contender]:
+        """Yields every baseline that the data allow, and the router without each of `encoders`.
+
+        Saves baselines that can be served to `keep`.
+        """
         readable, held, is_training = self._readable(), self.is_held_out, self.is_training
         is_validation = self.is_seen & ~is_training
         training, validation = readable[is_training], readable[is_validation]
@@ -195,7 +204,16 @@ class FoldEvaluation:
             neighbours = fit_one(self.router.pool, "knn_activations", NearestNeighbours(), *parts)
             neighbours = replace(neighbours, title="k nearest neighbours by activations")
             yield self._contender(neighbours, activations[held])
+        yield from map(self._without, encoders)
         yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
+
+    def _without(self, encoder: str) -> Contender:
+        """The router where one of its encoders is missing, which is then read as by `Router.features`."""
+        router, features = self.router, self.predicted.features
+        assert features is not None
+        is_missing = [p.column.encoder == encoder for p in router.projections for _ in range(p.num_features)]
+        prediction = router.predict_features(np.where(is_missing, np.float32(0.0), features[self.is_held_out]))
+        return Contender(f"{WITHOUT}{encoder}", f"{WITHOUT}{encoder}", *prediction, router.default_tolerance)
 
     def _readable(self) -> Prompts:
         of = self.predicted

@@ -38,6 +38,9 @@ HEADLINES = (
 )
 
 
+WITHOUT = "without "  # begins the title of the router where the named encoder is missing
+
+
 @dataclass(frozen=True)
 class Standing:
     """The results of one contender."""
@@ -55,6 +58,11 @@ class Standing:
     def is_single(self) -> bool:
         """Whether every prompt goes to one target."""
         return self.title.startswith("always ")
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is the router where one of its encoders is missing."""
+        return self.title.startswith(WITHOUT)
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,14 @@ class Evaluation:
 
     @property
     def baselines(self) -> list[Standing]:
-        """The standings of the baselines, without the router, single targets and the oracle."""
-        return [s for s in self.standings[1:] if not s.has_hindsight and not s.is_single]
+        """The standings of the baselines, without single targets, the oracle, and the router itself in any form."""
+        others = (s for s in self.standings[1:] if not s.is_reduced)
+        return [s for s in others if not s.has_hindsight and not s.is_single]
+
+    @property
+    def reduced(self) -> list[Standing]:
+        """The standings of the router where one of its encoders is missing."""
+        return [s for s in self.standings if s.is_reduced]
 
     def standing(self, name: str) -> Standing | None:
         return next((standing for standing in self.standings if standing.name == name), None)

@@ -11,7 +11,7 @@ import numpy as np
 from prefill_router import storage
 from prefill_router.common.money import usd
 from prefill_router.evaluation.learning_curve import TIMES, LearnedFigure, LearningCurve
-from prefill_router.evaluation.results import Evaluation, Standing
+from prefill_router.evaluation.results import WITHOUT, Evaluation, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS
 from prefill_router.probe.layer_scores import LayerProbe
@@ -46,6 +46,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         notice=notice,
         headline=headline(evaluation),
         against_baselines=against_baselines(evaluation),
+        encoders=encoders_line(evaluation),
         plots=plots,
         standings=_standing_rows(evaluation),
         operating_points=_operating_rows(evaluation),
@@ -99,6 +100,15 @@ def against_baselines(evaluation: Evaluation) -> str:
         f"Over all tolerances, the router adds significantly more than {num_beaten} of {len(baselines)} baselines. "
         f"Against the best baseline, {best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
     )
+
+
+def encoders_line(evaluation: Evaluation) -> str | None:
+    """A sentence on what each encoder of a router adds; None for a router with a single one."""
+    added = [
+        f"{standing.title.removeprefix(WITHOUT)} adds {in_words(standing.router_less_this['mdp_auccc'], '+m')}"
+        for standing in evaluation.reduced
+    ]
+    return f"Of the router's encoders, in MDP-AUCCC x 1000: {'; '.join(added)}." if added else None
 
 
 def calibration_line(evaluation: Evaluation) -> str:
@@ -194,12 +204,13 @@ def _standing_rows(evaluation: Evaluation) -> Table:
 
 
 def _ranked(evaluation: Evaluation) -> list[Standing]:
-    """The router, the baselines by MDP-AUCCC, the single targets by accuracy, and the oracle."""
+    """The router, with and without each encoder, baselines by MDP-AUCCC, single targets by accuracy, and the oracle."""
     router, *others = evaluation.standings
     baselines = evaluation.baselines
-    singles = [s for s in others if s not in baselines and not s.has_hindsight]
+    singles = [s for s in others if s.is_single]
     return [
         router,
+        *evaluation.reduced,
         *sorted(baselines, key=lambda s: -s.scores.mdp_auccc),
         *sorted(singles, key=lambda s: -s.scores.accuracy),
         *(s for s in others if s.has_hindsight),
