@@ -208,11 +208,10 @@ class FoldEvaluation:
         yield oracle(self.prompts, self.predicted.prediction.expected_output_tokens[held])
 
     def _without(self, encoder: str) -> Contender:
-        """The router where one of its encoders is missing, which is then read as by `Router.features`."""
+        """The router where one of its encoders is missing."""
         router, features = self.router, self.predicted.features
         assert features is not None
-        is_missing = [p.column.encoder == encoder for p in router.projections for _ in range(p.num_features)]
-        prediction = router.predict_features(np.where(is_missing, np.float32(0.0), features[self.is_held_out]))
+        prediction = router.predict_features(router.without(features[self.is_held_out], [encoder]))
         return Contender(f"{WITHOUT}{encoder}", f"{WITHOUT}{encoder}", *prediction, router.default_tolerance)
 
     def _readable(self) -> Prompts:
