@@ -1,4 +1,4 @@
-"""A fake OpenAI-compatible server for tests of its clients: follows the protocol, and fails on request.
+"""A fake server of OpenAI's and Anthropic's protocols for tests of clients: follows them, and fails on request.
 
 with Upstream("small") as upstream:
     upstream.faults(Fault.RATE_LIMIT, Fault.RESET_MIDWAY)  # for the next two requests
@@ -24,6 +24,7 @@ from typing import Any
 from aiohttp import web
 
 from loopback import LoopbackServer, Lost, arrived, reset
+from messages_protocol import MessagesReply, messages_error, read_messages
 from openai_protocol import (
     BadRequest,
     ChatReply,
@@ -105,6 +106,13 @@ _ERRORS = {  # status, type, code, param, message
     Fault.ERROR: (500, "server_error", None, None, "The server failed."),
     Fault.OVERLOADED: (503, "server_error", None, None, "The server is overloaded."),
 }
+_MESSAGES, _COUNT = "/v1/messages", "/v1/messages/count_tokens"
+_READERS = {
+    "/v1/chat/completions": read_chat,
+    "/v1/responses": read_responses,
+    _MESSAGES: read_messages,
+    _COUNT: lambda body: read_messages({**body, "max_tokens": 1}),
+}
 _MARKER = re.compile(r"\[\[fault:(\w+)(?:@([^]]+))?]]")
 _SECRET = ("authorization", "api-key", "x-api-key", "cookie")
 _MIDWAY = (Fault.ERROR_MIDWAY, Fault.RESET_MIDWAY, Fault.CUT, Fault.TRUNCATED, Fault.STALL)
@@ -177,6 +185,8 @@ class Upstream(LoopbackServer):
         app.router.add_get("/v1/models", self._handle)
         app.router.add_post("/v1/chat/completions", self._handle)
         app.router.add_post("/v1/responses", self._handle)
+        app.router.add_post(_MESSAGES, self._handle)
+        app.router.add_post(_COUNT, self._handle)
         return app
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -207,7 +217,8 @@ class Upstream(LoopbackServer):
         except ValueError:
             body = text
         headers = {name.lower(): value for name, value in request.headers.items() if name.lower() not in _SECRET}
-        matched = None if self.key is None else request.headers.get("Authorization") == f"Bearer {self.key}"
+        given = f"Bearer {request.headers.get('x-api-key')}" if request.path == _MESSAGES else None
+        matched = None if self.key is None else (given or request.headers.get("Authorization")) == f"Bearer {self.key}"
         call = Call(request.path, headers, matched, body, came_s)
         self.calls.append(call)
         return call
@@ -221,15 +232,15 @@ class Upstream(LoopbackServer):
         try:
             if not isinstance(call.body, dict):
                 raise BadRequest("The body is not a JSON object.", None)
-            prompt = (read_responses if call.path == "/v1/responses" else read_chat)(call.body)
+            prompt = _READERS[call.path](call.body)
         except BadRequest as error:
-            return _json(error.body, 400)
+            return _json(messages_error(error.body) if call.path == _MESSAGES else error.body, 400)
         except (LookupError, TypeError, AttributeError) as error:
             return _json(error_body(f"Malformed: {error!r}", "invalid_request_error"), 400)
         call.fault = self._draw(prompt)
         await asyncio.sleep(self.first_byte_s + (self.slow_s if call.fault is Fault.SLOW_HEAD else 0))
         if call.fault in _ERRORS:
-            return self._error(call.fault)
+            return self._error(call.fault, call.path)
         if call.fault is Fault.HANG:
             await asyncio.Event().wait()
         if call.fault is Fault.RESET:
@@ -237,6 +248,8 @@ class Upstream(LoopbackServer):
         if call.fault is Fault.EMPTY:
             return web.Response(content_type="text/event-stream" if prompt.stream else "application/json")
         reply = self._reply(call, prompt)
+        if call.path == _COUNT:
+            return _json({"input_tokens": reply.usage.prompt_tokens})
         if prompt.stream and call.fault is not Fault.NOT_STREAMED:
             return await self._stream(request, call, reply)
         return await self._send_whole(request, call, reply)
@@ -279,7 +292,8 @@ class Upstream(LoopbackServer):
     async def _send_whole(self, request: web.Request, call: Call, reply: Reply) -> web.StreamResponse:
         fault, body = call.fault, encode(reply.body())
         if fault in (Fault.ERROR_FIRST, Fault.ERROR_MIDWAY):
-            return _json(self._error_of(Fault.ERROR))
+            error = self._error_of(Fault.ERROR)
+            return _json(messages_error(error) if call.path == _MESSAGES else error)
         call.billed = reply.usage
         if fault is Fault.NOT_JSON:
             body = b"<html><body>warming up</body></html>"
@@ -307,7 +321,7 @@ class Upstream(LoopbackServer):
             completion_tokens=sum(answer.num_tokens for answer in answers),
         )
         model = prompt.model if prompt.model in self.models else self.models[0]
-        make = ResponsesReply if call.path == "/v1/responses" else ChatReply
+        make = {"/v1/responses": ResponsesReply, _MESSAGES: MessagesReply}.get(call.path, ChatReply)
         return make(f"{self.name}-{next(self._numbers)}", int(time.time()), model, prompt, call.body, answers, usage)
 
     def _draw(self, prompt: Prompt) -> Fault | None:
@@ -319,10 +333,15 @@ class Upstream(LoopbackServer):
         rate, faults, rng = self._at_random
         return rng.choice(faults) if faults and rng.random() < rate else None
 
-    def _error(self, fault: Fault) -> web.Response:
+    def _error(self, fault: Fault, path: str = "") -> web.Response:
         status, *_ = _ERRORS[fault]
         waits = fault in (Fault.RATE_LIMIT, Fault.OVERLOADED)
-        return _json(self._error_of(fault), status, {"Retry-After": str(self.retry_after_s)} if waits else {})
+        error = self._error_of(fault)
+        return _json(
+            messages_error(error) if path == _MESSAGES else error,
+            status,
+            {"Retry-After": str(self.retry_after_s)} if waits else {},
+        )
 
     def _error_of(self, fault: Fault) -> Json:
         _status, kind, code, param, message = _ERRORS[fault]

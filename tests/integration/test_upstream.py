@@ -1,4 +1,4 @@
-"""The fake OpenAI-compatible server, tested with OpenAI's client; its faults also on the wire."""
+"""The fake server of OpenAI's and Anthropic's protocols, tested with OpenAI's client; its faults also on the wire."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from typing import Any
 from prefill_router.corpus.reader import Message, Prompt, content_hash
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.request_bodies import request_body
+from prefill_router.upstreams.translation.messages_requests import messages_request
+from prefill_router.upstreams.translation.untranslatable import Untranslatable
 
 _TEMPLATE_TOKENS = 64  # an upstream may add so many to a prompt
 _MESSAGE_TOKENS = 16  # and so many to each of its messages
@@ -59,15 +61,27 @@ class TargetCall:
         usd = self.target.cost(self.max_input_tokens, self.asked.max_output_tokens)
         return Spent(usd, self.max_input_tokens + self.asked.max_output_tokens)
 
-    def body(self) -> bytes:
+    @property
+    def path(self) -> str:
+        """The path below the upstream's base URL."""
         assert self.target.upstream is not None
+        return "/chat/completions" if self.target.upstream.protocol == "openai" else "/messages"
+
+    def body(self) -> bytes:
+        """The request's body. Raises Untranslatable if the upstream's protocol cannot ask for all of it."""
+        assert self.target.upstream is not None
+        upstream = self.target.upstream
         fields: dict[str, Any] = {
             "messages": self.messages,
-            self.target.upstream.limit_field: self.asked.max_output_tokens,
+            upstream.limit_field: self.asked.max_output_tokens,
         }
         for name in ("temperature", "seed"):
             if (value := getattr(self.asked, name)) is not None:
                 fields[name] = value
+        if upstream.protocol == "anthropic":
+            fields, dropped = messages_request(fields)
+            if dropped:
+                raise Untranslatable(", ".join(dropped))
         return json.dumps(request_body(self.target, fields)).encode()
 
 

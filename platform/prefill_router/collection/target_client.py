@@ -11,7 +11,10 @@ from time import monotonic
 import httpx
 
 from prefill_router.collection.target_calls import TargetAnswer, TargetCall, parse_answer
+from prefill_router.policy.pool import Upstream
 from prefill_router.upstreams.redaction import redacted
+from prefill_router.upstreams.translation.untranslatable import Untranslatable
+from prefill_router.upstreams.translation.whole_answers import chat_answer
 from prefill_router.upstreams.transport import is_passing, post_request, retry_after_s
 
 _MAX_BACKOFF_S = 120.0
@@ -33,7 +36,11 @@ async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
     """Makes one attempt at a call."""
     upstream = call.target.upstream
     assert upstream is not None
-    request = post_request(http, upstream, "/chat/completions", call.body(), {"idempotency-key": call.key})
+    try:
+        content = call.body()
+    except Untranslatable as error:
+        return Miss(f"the upstream's protocol cannot express {error}", is_final=True)
+    request = post_request(http, upstream, call.path, content, {"idempotency-key": call.key})
     started_s = monotonic()
     try:
         async with asyncio.timeout(upstream.timeout_s):
@@ -44,7 +51,7 @@ async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
         return Miss(f"no answer within {upstream.timeout_s:g} s", may_be_paid=True)
     except (httpx.HTTPError, OSError) as error:
         return Miss(f"the connection failed: {type(error).__name__}", may_be_paid=True)
-    return _read(response, upstream.key, monotonic() - started_s)
+    return _read(response, upstream, monotonic() - started_s)
 
 
 def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
@@ -58,18 +65,21 @@ def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
     return rng.random() * min(0.5 * 2.0**attempt, _MAX_BACKOFF_S)
 
 
-def _read(response: httpx.Response, key: str | None, latency_s: float) -> TargetAnswer | Miss:
+def _read(response: httpx.Response, upstream: Upstream, latency_s: float) -> TargetAnswer | Miss:
     try:
         body = response.json()
     except ValueError:
         body = None
     if response.status_code != httpx.codes.OK:
-        return _refusal(response, body, key)
+        return _refusal(response, body, upstream.key)
     if not isinstance(body, dict):
         return Miss("answered 200 with invalid JSON", may_be_paid=True)
     if body.get("error"):
         return Miss("answered 200 with an error", may_be_paid=True)
-    answer = parse_answer(body, latency_s)
+    try:
+        answer = parse_answer(body if upstream.protocol == "openai" else chat_answer(body), latency_s)
+    except Untranslatable:
+        answer = None
     return answer if answer is not None else Miss("answered 200 without a choice", may_be_paid=True)
 
 

@@ -22,6 +22,8 @@ from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.policy import key_variables, request_settings
 
+_ANTHROPIC_VERSION = "2023-06-01"  # the only version of its API so far
+
 
 class _SparseModel(validation.StrictModel):
     """Serialises only fields that were set, so that a new field does not change the version of older artifacts."""
@@ -32,15 +34,18 @@ class _SparseModel(validation.StrictModel):
 
 
 class Upstream(_SparseModel):
-    """An OpenAI-compatible API that serves a target."""
+    """An API that serves a target: OpenAI-compatible, or Anthropic's."""
 
     base_url: str = Field(
         pattern=r"^https?://[^\s@?#]+$", description="Base URL, such as https://api.openai.com/v1, without a key"
     )
+    protocol: Literal["openai", "anthropic"] = Field(
+        "openai", description="API of the upstream: chat completions, or Anthropic's Messages"
+    )
     model: str | None = Field(None, min_length=1, description="Model name at the upstream [the target's name]")
     allow_http: bool = Field(False, description="Allow sending the key over plain http, in a trusted network")
     key_env: str | None = Field(None, description="Environment variable with the API key, such as EXAMPLE_API_KEY")
-    responses: bool = Field(False, description="Supports POST /responses")
+    responses: bool = Field(False, description="Supports POST /responses (OpenAI's protocol only)")
     concurrency: int = Field(256, ge=1, description="Concurrent calls per replica")
     requests_per_minute: float | None = Field(None, gt=0.0, description="Rate limit of `collect`")
     tokens_per_minute: float | None = Field(
@@ -100,8 +105,10 @@ class Upstream(_SparseModel):
     def request_headers(self) -> dict[str, str]:
         """Headers of a request with a JSON body."""
         headers = {**self.headers, "content-type": "application/json", "accept-encoding": "identity"}
+        if self.protocol == "anthropic":
+            headers["anthropic-version"] = _ANTHROPIC_VERSION
         if (key := self.key) is not None:
-            headers["authorization"] = f"Bearer {key}"
+            headers |= {"x-api-key": key} if self.protocol == "anthropic" else {"authorization": f"Bearer {key}"}
         return headers
 
 

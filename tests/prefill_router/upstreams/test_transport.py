@@ -103,6 +103,14 @@ def test_the_client_opens_as_many_connections_as_there_are_calls() -> None:
     assert asyncio.run(scenario()) > 100_000
 
 
+def test_a_request_of_anthropics_protocol_has_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL_KEY", "sk-1")
+    upstream = Upstream(base_url="http://localhost/v1", key_env="SMALL_KEY", protocol="anthropic")
+    request = post_request(httpx.AsyncClient(), upstream, "/messages", b"{}")
+    assert (request.headers["x-api-key"], request.headers["anthropic-version"]) == ("sk-1", "2023-06-01")
+    assert "authorization" not in request.headers
+
+
 def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALL_KEY", "sk-1")
     upstream = Upstream(base_url="http://localhost/v1/", key_env="SMALL_KEY", timeout_s=7.0)
