@@ -56,12 +56,12 @@ def gateway_of_two(router: str, folder: Path, **settings: Any) -> Iterator[tuple
         yield stack.enter_context(Gateway(router=router, pool=pool, **settings)), upstreams
 
 
-def renewed_pool(folder: Path, upstreams: Mapping[str, Upstream], timeout_s: float) -> str:
+def renewed_pool(folder: Path, upstreams: Mapping[str, Upstream], timeout_s: float, **fields: Any) -> str:
     """Resets the upstreams' faults, and writes a new pool file, so that a gateway forgets their state."""
     for upstream in upstreams.values():
         upstream.faults()
         upstream.calls.clear()
-    way = {"timeout_s": timeout_s, "concurrency": 100 + next(_numbers)}
+    way = {"timeout_s": timeout_s, "concurrency": 100 + next(_numbers), **fields}
     return write_pool(folder / "pool.toml", upstreams, **{name: {"upstream": way} for name in upstreams})
 
 

@@ -189,22 +189,24 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def _add_errors(api: FastAPI) -> None:
-    async def on_error(_request: Request, error: Exception) -> Response:
-        return refusal_of(error).response
+    async def on_error(request: Request, error: Exception) -> Response:
+        return refusal_of(error).response_at(request.url.path)
 
-    async def on_invalid(_request: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if part != "body")
-        return Refusal(400, f"{key}: {problem['msg']}".removeprefix(": "), "invalid_request", key or None).response
+        message = f"{key}: {problem['msg']}".removeprefix(": ")
+        return Refusal(400, message, "invalid_request", key or None).response_at(request.url.path)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error, Refusal):
-            return error.response
+            return error.response_at(request.url.path)
         status = error.status_code
         message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
-        return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response
+        refusal = Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers)
+        return refusal.response_at(request.url.path)
 
     for kind in (UserError, Overloaded, NotReady, LedgerUnavailable, ClientDisconnect, Exception):
         api.add_exception_handler(kind, on_error)

@@ -277,6 +277,19 @@ class ErrorResponse(StrictModel):
     error: ErrorDetail
 
 
+class MessagesErrorDetail(StrictModel):
+    type: str
+    message: str
+    code: str | None = None
+
+
+class MessagesErrorResponse(StrictModel):
+    """An error in the shape of Anthropic's API, for calls of its Messages."""
+
+    type: str = "error"
+    error: MessagesErrorDetail
+
+
 class BatchItem(StrictModel):
     """The result of one request of a batch: a response or an error."""
 
@@ -352,3 +365,21 @@ def error_type(status: int) -> str:
 def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
     detail = ErrorDetail(message=message, type=error_type(status), param=param, code=code)
     return ErrorResponse(error=detail).model_dump()
+
+
+def messages_error(status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """The body of an error in the shape of Anthropic's API, with our code or the upstream's."""
+    error = body["error"]
+    kind = _MESSAGES_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    detail = MessagesErrorDetail(type=kind, message=error["message"], code=error.get("code"))
+    return MessagesErrorResponse(error=detail).model_dump()
+
+
+_MESSAGES_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}

@@ -340,6 +340,16 @@ def test_with_a_key_all_is_answered_and_probes_need_none(api: Api, router: str) 
     assert api.client.get("/health").status_code == api.client.get("/ready").status_code == 200
 
 
+def test_a_key_may_come_as_anthropics_clients_send_it(api: Api, router: str) -> None:
+    api.configure(router=router, open=False, keys={"ann": KEY_HASH})
+    assert api.post({"prompt": QUESTION}, headers={"x-api-key": KEY}).status_code == 200
+    refused = api.client.post("/v1/messages", json={}, headers={"x-api-key": f"{KEY}x"})
+    assert refused.status_code == 401
+    assert refused.json()["type"] == "error"
+    assert refused.json()["error"]["type"] == "authentication_error"
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+
+
 def test_settings_say_whether_the_endpoint_is_open(router: str) -> None:
     from pydantic import ValidationError
 
@@ -526,7 +536,8 @@ def test_the_openapi_document_says_what_is_answered(api: Api) -> None:
     document = api.client.get("/openapi.json").raise_for_status().json()
     routing = {"/v1/route", "/v1/route/batch", "/v1/router", "/v1/status", "/health", "/ready"}
     gateway = {f"/v1/{name}" for name in ("chat/completions", "responses", "models", "stats", "feedback")}
-    assert set(document["paths"]) == routing | gateway
+    messages = {"/v1/messages", "/v1/messages/count_tokens"}
+    assert set(document["paths"]) == routing | gateway | messages
     for operations in document["paths"].values():
         for operation in operations.values():
             assert "422" not in operation["responses"]

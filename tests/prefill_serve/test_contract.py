@@ -74,7 +74,7 @@ def test_schemathesis_finds_no_violation(url: str) -> None:
 
         check()
         num_operations += 1
-    assert num_operations == 11
+    assert num_operations == 13
 
 
 def test_the_config_file_of_infra_is_what_the_builder_and_replicas_take() -> None:

@@ -11,16 +11,20 @@ _SYSTEM_ROLES = ("system", "developer")
 
 
 def request_body(target: Target, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the body of a chat completion or response as the target's upstream expects it.
+    """Returns the body of a chat completion, response or message as the target's upstream expects it.
+
+    The body is in the upstream's protocol already.
 
     Dropped and renamed fields are the caller's. `extra_body` replaces the caller's fields; nested objects are merged.
     """
     upstream = target.upstream
     assert upstream is not None
     sent = _without_refused(upstream, body)
+    is_message = upstream.protocol == "anthropic"
     is_response = "input" in sent and "messages" not in sent
     if upstream.system_prefix is not None:
-        sent |= (_instructed if is_response else _prefixed)(upstream.system_prefix, sent)
+        add = _with_system if is_message else _instructed if is_response else _prefixed
+        sent |= add(upstream.system_prefix, sent)
     extra = _for_responses(upstream.extra_body) if is_response else upstream.extra_body
     return {**_merged(sent, extra), "model": upstream.model or target.name}
 
@@ -31,6 +35,14 @@ def _without_refused(upstream: Upstream, body: Mapping[str, Any]) -> dict[str, A
         if name in sent:
             sent.setdefault(other, sent.pop(name))
     return sent
+
+
+def _with_system(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The prefix before a message's system prompt, which is a text or a list of blocks."""
+    given = body.get("system")
+    if isinstance(given, list):
+        return {"system": [{"type": "text", "text": prefix}, *given]}
+    return {"system": f"{prefix}\n\n{given}" if given else prefix}
 
 
 def _instructed(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:

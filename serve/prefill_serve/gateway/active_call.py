@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from uuid import uuid4
 
+from prefill_router.policy.pool import Target
+from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
 from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd
 from prefill_serve.gateway.openai_calls import Call
@@ -14,7 +18,10 @@ from prefill_serve.gateway.refused_fields import is_adaptable, is_hint
 from prefill_serve.gateway.state.call_ledger import Bid
 from prefill_serve.gateway.state.conversations import Key, answer_key
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
+from prefill_serve.gateway.translated_calls import TranslatedCall, translated
 from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamRefusal
+
+_MOST_OF_A_HEADER = 500
 
 
 class Caller(NamedTuple):
@@ -45,6 +52,7 @@ class ActiveCall:
     reserved_usd: float = 0.0  # for the current target
     attempt: Attempt | None = None  # in progress
     lost_usd: dict[str, float] = field(default_factory=dict)  # by target: billable attempts without an answer
+    translations: dict[str, TranslatedCall | Untranslatable] = field(default_factory=dict)  # by protocol
     answer_key: Key | None = None  # finds the target that stores the answer, for the next call
 
     def keep_answer(self, answer_id: str | None) -> None:
@@ -53,24 +61,54 @@ class ActiveCall:
             self.answer_key = answer_key(self.caller.name, answer_id)
             self.keys.append(self.answer_key)
 
+    def translated_for(self, target: Target) -> TranslatedCall | Untranslatable:
+        """The call in the protocol of a target's upstream, or why there is none."""
+        assert target.upstream is not None
+        protocol = target.upstream.protocol
+        if protocol not in self.translations:
+            try:
+                self.translations[protocol] = translated(self.call, protocol)
+            except Untranslatable as error:
+                self.translations[protocol] = error
+        return self.translations[protocol]
+
+    def asked(self, channel: Channel) -> Call:
+        """The call as a target that can be asked for it gets it."""
+        found = self.translated_for(channel.target)
+        assert isinstance(found, TranslatedCall)
+        return found.call
+
+    @property
+    def excluded(self) -> list[str]:
+        """The targets whose protocol cannot express the call, each with the field that prevents it."""
+        found = {name: self.translated_for(channel.target) for name, channel in self.channels.items()}
+        return [f"{name} ({reason})" for name, reason in found.items() if isinstance(reason, Untranslatable)]
+
     def choose(self, plan: Plan) -> Candidate | None:
         """The next target to try: of those that can take the call, preferably one that is ready."""
         able = [
             name
             for name, channel in self.channels.items()
-            if name not in self.failed and can_take(channel.target, self.call, self.plan.input_tokens)
+            if name not in self.failed
+            and can_take(channel.target, self.call, self.plan.input_tokens)
+            and isinstance(self.translated_for(channel.target), TranslatedCall)
         ]
         ready = [name for name in able if self.channels[name].is_ready]
         best = [name for name in ready if name not in self.postponed]
-        best = [name for name in best if not self.channels[name].refused.are_needed(self.call)]
+        best = [name for name in best if not self._is_refused(self.channels[name])]
         return plan.choose(best) or plan.choose(ready) or plan.choose(able)
+
+    def _is_refused(self, channel: Channel) -> bool:
+        return channel.refused.are_needed(self.asked(channel))
 
     def begin(self, channel: Channel) -> Attempt:
         """Begins an attempt without the fields that the target refused; a call that names its target keeps them."""
+        asked = self.translated_for(channel.target)
+        assert isinstance(asked, TranslatedCall)
         target, self.left_out = channel.target, []
         if self.call.pinned is None:
-            target, self.left_out = channel.refused.adapted(target, self.call), channel.refused.left_out(self.call)
-        self.attempt = Attempt(self.call, self.caller.name, target=target)
+            target, self.left_out = channel.refused.adapted(target, asked.call), channel.refused.left_out(asked.call)
+        self.attempt = Attempt(asked.call, self.caller.name, target=target, translation=asked)
         return self.attempt
 
     def refuse(self, channel: Channel, refusal: UpstreamRefusal) -> None:
@@ -109,18 +147,23 @@ class ActiveCall:
     def headers(self) -> dict[str, str]:
         """Response headers that describe the decision."""
         choice = self.choice
+        headers = {"x-router-excluded": _header(excluded)} if (excluded := self.excluded) else {}
         if choice is None:
-            return {}
-        headers = {"x-router-selected-model": _ascii(choice.target)}
+            return headers
+        headers["x-router-selected-model"] = choice.target.encode("ascii", "backslashreplace").decode()
+        asked = self.translated_for(self.channels[choice.target].target)
+        if isinstance(asked, TranslatedCall) and asked.dropped:
+            headers["x-router-dropped"] = _header(asked.dropped)
         if self.left_out:
-            headers["x-router-left-out"] = ", ".join(self.left_out)
+            headers["x-router-left-out"] = _header(self.left_out)
         if choice.decision is not None:
             headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
             headers["x-router-version"] = choice.decision.router_version
             if isinstance(self.plan, RoutedPlan) and (missing := self.plan.routing.reading.missing):
-                headers["x-router-missing-encoders"] = _ascii(",".join(missing))
+                headers["x-router-missing-encoders"] = ",".join(missing).encode("ascii", "backslashreplace").decode()
         return headers
 
 
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
+def _header(names: Sequence[str]) -> str:
+    """A list as a header's value. Names may come from the caller: only visible ASCII is kept."""
+    return re.sub(r"[^ -~]", "?", ", ".join(names))[:_MOST_OF_A_HEADER]

@@ -60,12 +60,13 @@ class ChatCall(Call):
         return upstream.limit_field
 
     @property
-    def _wants_usage(self) -> bool:
+    def wants_usage(self) -> bool:
+        """Whether the caller of a stream asked for its usage."""
         options = self.body.get("stream_options")
         return isinstance(options, dict) and bool(options.get("include_usage"))
 
     def for_upstream(self, target: Target) -> bytes:
-        if not self.is_stream or self._wants_usage:
+        if not self.is_stream or self.wants_usage:
             return super().for_upstream(target)
         options = self.body.get("stream_options")
         given = options if isinstance(options, dict) else {}
@@ -93,7 +94,7 @@ class ChatCall(Call):
             return Note(is_last=True)
         body = json_object(data)
         usage, choices = self.usage(body), body.get("choices")
-        is_for_caller = not isinstance(body.get("usage"), dict) or self._wants_usage or bool(choices)
+        is_for_caller = not isinstance(body.get("usage"), dict) or self.wants_usage or bool(choices)
         begun = _indices(choices) if has_many else frozenset[int]()
         ended = _indices(choices, "finish_reason")
         error = self.error(body)

@@ -1,4 +1,4 @@
-"""OpenAI calls, read from clients and rewritten for upstreams: what chat completions and responses share.
+"""Calls, read from clients and rewritten for upstreams: what chat completions, responses and messages share.
 
 Only the fields that routing and billing need are read; the model is replaced, and everything else passes through.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
 NO_MESSAGE = "the upstream failed"
 _MOST_TOKENS = 10**8  # a larger usage or limit is invalid
-_IMAGE_TOKENS = 2000
+IMAGE_TOKENS = 2000
 JSON_STRING = rb'"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
 
 Body = dict[str, Any]
@@ -41,6 +41,7 @@ class Note(NamedTuple):
     answer_id: str | None = None  # under which the upstream may store the answer
     begun: frozenset[int] = frozenset()  # indices of its choices, if the call may have several
     ended: frozenset[int] = frozenset()  # indices of choices that it finishes
+    begun_usage: Usage | None = None  # at the start; later events may leave out its input tokens
 
 
 class Needs(NamedTuple):
@@ -57,12 +58,14 @@ class Call(ABC):
 
     body: Body
     answer_tokens: int | None = None  # limit on the answer for calls that state none
+    headers: Mapping[str, str] = field(default_factory=dict)  # of the request, for an upstream of its protocol
 
+    protocol: ClassVar[Literal["openai", "anthropic"]] = "openai"
     path: ClassVar[str]  # below an upstream's base URL
     limit_fields: ClassVar[tuple[str, ...]]  # fields that limit the tokens of an answer
 
     @classmethod
-    def read(cls, raw: bytes) -> Call:
+    def read(cls, raw: bytes) -> Self:
         """Parses a request body. Raises UserError if it is not a JSON object."""
         try:
             body = json.loads(raw)
@@ -114,7 +117,7 @@ class Call(ABC):
     def most_input_tokens(self) -> int:
         """An upper bound on input tokens: one per byte, plus a fixed number per image."""
         images = image_parts([message.get("content") for message in self.messages])
-        return _num_bytes(self.body) - sum(map(_num_bytes, images)) + _IMAGE_TOKENS * len(images)
+        return _num_bytes(self.body) - sum(map(_num_bytes, images)) + IMAGE_TOKENS * len(images)
 
     @cached_property
     def question(self) -> RouteRequest:
@@ -179,6 +182,10 @@ class Call(ABC):
     @abstractmethod
     def error_event(self, message: str, code: str) -> bytes:
         """The event that ends a failed stream."""
+
+    def refusal(self, status: int, content: bytes) -> bytes:  # noqa: ARG002 - for messages
+        """An error body of ours in the caller's protocol."""
+        return content
 
 
 def json_object(data: bytes) -> Body:

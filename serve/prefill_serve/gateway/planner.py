@@ -43,10 +43,7 @@ class Planner:
         return self.endpoint.now.settings.gateway or GatewaySettings()
 
     async def plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
-        if not channels:
-            raise NoUpstream("this endpoint only routes: to answer calls, set a pool whose targets have upstreams")
-        if call.pinned is not None and call.pinned not in channels:
-            raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
+        require_upstream(call, channels)
         await self._require_own_answer(call, caller)
         if call.pinned is not None:
             return FixedPlan([call.pinned], estimated_tokens(call)), []
@@ -94,6 +91,14 @@ class Planner:
     async def _past(self, keys: list[Key]) -> str | None:
         """The target of a conversation; None if it is new or the ledger takes too long."""
         return await answer_in_time(self.ledger.target(keys)) if keys else None
+
+
+def require_upstream(call: Call, channels: dict[str, Channel]) -> None:
+    """Raises NoUpstream if no target has one, UnknownTarget if the named one has none."""
+    if not channels:
+        raise NoUpstream("this endpoint only routes: to answer calls, set a pool whose targets have upstreams")
+    if call.pinned is not None and call.pinned not in channels:
+        raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
 
 
 async def answer_in_time(answer: Awaitable[_T], patience_s: float | None = None) -> _T | None:

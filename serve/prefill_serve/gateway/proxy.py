@@ -25,12 +25,14 @@ from prefill_serve.gateway.call_record import CallRecord, End, Usage
 from prefill_serve.gateway.candidates import FixedPlan, RoutedPlan
 from prefill_serve.gateway.charges import OverLimit, charge_of
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
+from prefill_serve.gateway.messages_calls import TokenCountCall
 from prefill_serve.gateway.openai_calls import Body, Call
-from prefill_serve.gateway.planner import Planner, answer_in_time
+from prefill_serve.gateway.planner import Planner, answer_in_time, require_upstream
 from prefill_serve.gateway.refusals import is_refused_everywhere
 from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
+from prefill_serve.gateway.token_counts import count_tokens
 from prefill_serve.gateway.upstream import Channel, Stream, UpstreamFailure, UpstreamRefusal
 from prefill_serve.middleware.gate import Refusal
 from prefill_serve.settings import Budgets
@@ -72,7 +74,8 @@ class Proxy:
             self._record(active, "refused")
             if isinstance(refused, OverLimit):
                 raise
-            return Response(refused.content, refused.status, active.headers, "application/json")
+            refusal = call.refusal(refused.status, refused.content)
+            return Response(refusal, refused.status, active.headers, "application/json")
         except (Refusal, LedgerUnavailable):
             self._record(active, "failed")
             raise
@@ -90,6 +93,12 @@ class Proxy:
         self._record(active, "answered", active.choice.target, usage, text_bytes)
         content = json.dumps({**answered, "model": active.choice.target})
         return Response(content, 200, active.headers, "application/json")
+
+    async def count_tokens(self, call: TokenCountCall, caller: Caller) -> Response:
+        """Returns the input tokens of a message. Costs nothing and is not recorded."""
+        channels = self._current_channels()
+        require_upstream(call, channels)
+        return await count_tokens(call, caller, channels, self.endpoint.now.engine)
 
     async def close(self) -> None:
         if self._renewing is not None:
@@ -129,7 +138,7 @@ class Proxy:
             except UpstreamRefusal as refused:
                 active.lose()
                 self._learn(active, channel, refused)
-                if is_refused_everywhere(refused.why, active.call.body):
+                if is_refused_everywhere(refused.why, active.asked(channel).body):
                     failure = None  # a retry cannot help
                     break
             except UpstreamFailure as failed:
@@ -144,7 +153,10 @@ class Proxy:
             refusal, active.choice = active.refusal
             raise refusal
         if failure is None:
-            raise NoTarget("no target can take this call: raise max_cost_usd, lower min_p_correct or extend models")
+            message = "no target can take this call: raise max_cost_usd, lower min_p_correct or extend models"
+            if active.excluded:
+                message += f"; not translatable for {', '.join(active.excluded)}"
+            raise NoTarget(message)
         after = {"retry-after": str(math.ceil(max(failure.retry_after_s, 1.0)))} if failure.status in _WAIT else {}
         raise Refusal(
             failure.status, f"no upstream answered; last failure: {failure}", "upstream_failed", headers=after
@@ -156,7 +168,7 @@ class Proxy:
         why, extra = refusal.why, refusal.for_log(active.caller.request_id)
         self.metrics.refusals.inc(1, tags={"target": channel.target.name, "kind": why.kind})
         log.info("upstream refused a call", extra=extra)
-        if channel.refused.learn(why, active.call):
+        if channel.refused.learn(why, active.asked(channel)):
             log.warning("upstream refuses a field", extra={**extra, "field": why.name, "instead": why.instead})
 
     async def _next(self, active: ActiveCall) -> Channel | None:

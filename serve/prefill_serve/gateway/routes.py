@@ -1,10 +1,11 @@
-"""The gateway's HTTP paths: OpenAI chat completions, responses and models; stats and feedback."""
+"""The gateway's HTTP paths: OpenAI's chat completions, responses and models; Anthropic's messages; stats, feedback."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -14,6 +15,7 @@ from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.messages_calls import MessagesCall, TokenCountCall
 from prefill_serve.gateway.openai_calls import ROUTER_FIELDS, Call
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.relay import Relay
@@ -22,7 +24,7 @@ from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
-from prefill_serve.wire import ROUTED_NAMES, RouteRequest
+from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 
 _SESSION = "x-session-id"
 _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
@@ -32,6 +34,8 @@ _HEADERS = {
     "x-router-left-out": "Fields of the call that were not sent, as the target's model was seen to refuse them",
     "x-router-version": "The router's version, if the call was routed",
     "x-router-missing-encoders": "Encoders that failed, if the call was routed without one, separated by commas",
+    "x-router-dropped": "Fields that the target's protocol lacks",
+    "x-router-excluded": "Targets whose protocol cannot express the call, and why",
 }
 _ANSWER: dict[str, Any] = {
     "description": "The target's own answer; `model` is its name",
@@ -96,6 +100,34 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         """Same as chat completions, for targets whose upstreams have the Responses API."""
         return await answer(ResponsesCall.read(await http.body()), http)
 
+    messages_errors = {status: {**error, "model": MessagesErrorResponse} for status, error in errors.items()}
+    messages_answers: dict[int | str, dict[str, Any]] = {**messages_errors, 200: _ANSWER}
+
+    @routes.post("/v1/messages", responses=messages_answers, tags=["gateway"], openapi_extra=_body("messages"))
+    async def messages(http: Request) -> Response:
+        """Same as chat completions, in Anthropic's protocol.
+
+        Targets whose upstreams speak OpenAI's are asked by a translation: `x-router-dropped` names the fields that they
+        do not get, `x-router-excluded` the targets that could not be asked for this call.
+        """
+        call = MessagesCall.read(await http.body())
+        response = await answer(replace(call, headers=_anthropic_headers(http)), http)
+        response.headers["request-id"] = http.state.request_id
+        return response
+
+    @routes.post(
+        "/v1/messages/count_tokens", responses=messages_errors, tags=["gateway"], openapi_extra=_body("messages")
+    )
+    async def count_tokens(http: Request) -> Response:
+        """Count the input tokens of a message.
+
+        The upstream of the named target counts, or the first of Anthropic's protocol. Without one, the count is an
+        estimate by the encoder's tokenizer, and the answer has the header `x-router-estimated`.
+        """
+        call = replace(TokenCountCall.read(await http.body()), headers=_anthropic_headers(http))
+        caller = Caller(http.state.caller, http.state.request_id)
+        return await _unless_disconnected(http, proxy.count_tokens(call, caller))
+
     @routes.get("/v1/models", responses=errors, tags=["gateway"])
     async def models() -> ModelList:
         """List "auto", "routed", and the targets that can answer."""
@@ -121,6 +153,11 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.caller))
 
     return routes
+
+
+def _anthropic_headers(http: Request) -> dict[str, str]:
+    """Version and beta features, which an upstream needs to read the body."""
+    return {name: http.headers[name] for name in ("anthropic-version", "anthropic-beta") if name in http.headers}
 
 
 def _body(required: str) -> dict[str, Any]:

@@ -11,14 +11,17 @@ import httpx
 
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.redaction import redacted
+from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_router.upstreams.transport import has_connected, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
+from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Body, Call, json_object
 from prefill_serve.gateway.refusals import RefusalReason, refusal_reason
 from prefill_serve.gateway.refused_fields import RefusedFields
+from prefill_serve.gateway.translated_calls import TranslatedCall
 from prefill_serve.gateway.upstream_errors import error_answer, error_message, refusal_body
 
 _DRAIN_S = 0.1
@@ -36,6 +39,7 @@ class Attempt:
     caller: str = ""
     is_billable: bool = False  # the upstream received it and did not reject it
     target: Target | None = None  # without the fields that its model refuses [the channel's]
+    translation: TranslatedCall | None = None  # of which `call` is the upstream's side; None: the caller's own call
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
@@ -78,6 +82,9 @@ class Stream:
         self.text_bytes = 0  # of the answer so far
         self._channel, self._attempt, self._call, self._response = channel, attempt, attempt.call, response
         self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
+        translation = attempt.translation
+        self._translate = translation.stream() if translation is not None and translation.stream else None
+        self._begun_usage: Usage | None = None
         self._begun: set[int] = set()
         self._ended: set[int] = set()
         self._pieces = response.aiter_raw()
@@ -142,8 +149,9 @@ class Stream:
                 self.answer_id = note.answer_id or self.answer_id
                 self._begun |= note.begun
                 self._ended |= note.ended
-                if self._call.is_whole(self._begun, self._ended):  # an earlier usage is partial
-                    self.usage = note.usage or self.usage
+                self._begun_usage = note.begun_usage or self._begun_usage
+                if self._call.is_whole(self._begun, self._ended) and note.usage:  # an earlier usage is partial
+                    self.usage = Usage(*map(max, note.usage, self._begun_usage or note.usage))
                 if note.error is not None:
                     self._failure = self._refused(event) or self._channel.failure(
                         self._attempt, "error_event", "streamed an error", said=note.error
@@ -154,12 +162,25 @@ class Stream:
                     self.is_whole = False
                     return
                 self.is_whole = self.is_whole or note.is_last
-            if note is None or note.is_for_caller:
+            if self._translate is not None:
+                yield from self._translated(event)
+            elif note is None or note.is_for_caller:
                 yield event
 
     def _refused(self, event: bytes) -> UpstreamRefusal | None:
         is_early = not self.text_bytes
         return self._channel.early_refusal(self._attempt, json_object(data_of(event))) if is_early else None
+
+    def _translated(self, event: bytes) -> list[bytes]:
+        assert self._translate is not None
+        data = data_of(event)
+        if not data or has_plain_words(event):  # a comment, or what `pieces` leaves out
+            return [event]
+        try:
+            return self._translate(data)
+        except Untranslatable as error:
+            self._failure, self.is_whole = self._channel.untranslatable(self._attempt, error), False
+            return []
 
     def _cut(self) -> UpstreamFailure:
         return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was complete")
@@ -193,6 +214,12 @@ class Channel:
         if (said := attempt.call.error(body)) is not None:
             refusal = self.early_refusal(attempt, body)
             raise refusal or self.failure(attempt, "error", "answered 200 with an error", said=said)
+        translation = attempt.translation
+        if translation is not None and translation.answer is not None:
+            try:
+                body = translation.answer(body)
+            except Untranslatable as error:
+                raise self.untranslatable(attempt, error) from None
         self.breaker.succeed()
         return body
 
@@ -209,7 +236,8 @@ class Channel:
 
     async def probe(self) -> None:
         """Requests one token and reports to the breaker whether the upstream answers."""
-        call = ChatCall({"messages": _PROBE, self.upstream.limit_field: 1})
+        make = ChatCall if self.upstream.protocol == "openai" else MessagesCall
+        call = make({"messages": _PROBE}, answer_tokens=1)
         request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
         try:
             async with asyncio.timeout(min(self.upstream.timeout_s, _PROBE_S)):
@@ -242,7 +270,7 @@ class Channel:
         try:
             call = attempt.call
             content = call.for_upstream(attempt.target or self.target)
-            request = post_request(self.http, self.upstream, call.path, content)
+            request = post_request(self.http, self.upstream, call.path, content, call.headers)
             attempt.is_billable = True
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
@@ -284,6 +312,10 @@ class Channel:
         """Counts a failure in the breaker and returns it; `said` is the upstream's message."""
         self.breaker.fail(attempt.caller, retry_after_s)
         return self._failed(reason, message, status, retry_after_s, said)
+
+    def untranslatable(self, attempt: Attempt, error: Untranslatable) -> UpstreamFailure:
+        """The failure of an answer that cannot be expressed in the caller's protocol."""
+        return self.failure(attempt, "malformed", "gave an answer that cannot be translated", said=str(error))
 
     def _failed(
         self, reason: str, message: str, status: int = 502, retry_after_s: float = 0.0, said: str | None = None

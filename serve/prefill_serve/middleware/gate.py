@@ -25,7 +25,7 @@ from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.middleware import attempts
 from prefill_serve.middleware.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
 from prefill_serve.traces import tracer
-from prefill_serve.wire import error_body
+from prefill_serve.wire import error_body, messages_error
 
 log = logging.getLogger("ray.serve")
 
@@ -34,6 +34,7 @@ PROBES = ("/health", "/ready")  # any Host is accepted: Kubernetes probes pods b
 OPEN_PATHS = (*PROBES, "/openapi.json", "/docs", "/playground.")
 _BODY_S = 60.0  # limit on the whole body; without one, a slow sender would hold a connection for ever
 HUNG_UP = 499  # nginx's status for a caller that disconnected; only for metrics and logs
+_MESSAGES = "/v1/messages"
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
 
 
@@ -46,10 +47,11 @@ class Refusal(HTTPException):
         super().__init__(status, message, headers)
         self.body = error_body(status, message, code, param)
 
-    @property
-    def response(self) -> Response:
+    def response_at(self, path: str) -> Response:
+        """The response to a request of `path`: for messages, in the shape of Anthropic's API."""
+        body = messages_error(self.status_code, self.body) if path.startswith(_MESSAGES) else self.body
         # json.dumps escapes lone surrogates, which a message may quote from the request.
-        return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
+        return Response(json.dumps(body), self.status_code, self.headers, "application/json")
 
 
 class RequestGate:
@@ -94,10 +96,10 @@ class RequestGate:
                     body.require_length(headers.get("content-length", ""))
                     await self.app(scope, body, send_with_id)
             except Refusal as refusal:
-                await refusal.response(scope, receive, send_with_id)
+                await refusal.response_at(scope["path"])(scope, receive, send_with_id)
             except attempts.TooManyDeaths:
                 lost = Refusal(500, attempts.MESSAGE, attempts.CODE, headers=attempts.NOT_AGAIN)
-                await lost.response(scope, receive, send_with_id)
+                await lost.response_at(scope["path"])(scope, receive, send_with_id)
             except asyncio.CancelledError:  # Ray Serve cancels when the caller disconnects
                 body.has_left = True
                 raise
@@ -128,10 +130,12 @@ class RequestGate:
         if serving is None or serving.settings.open or _is_open_path(path):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":  # Anthropic's clients send either
+            key = headers.get("x-api-key", "")
         given = f"sha256:{hashlib.sha256(key.strip().encode('utf-8', 'replace')).hexdigest()}"
         matches = [name for name, known in serving.settings.keys.items() if hmac.compare_digest(given, known)]
-        if scheme.lower() != "bearer" or not matches:
-            message = "missing or invalid key: send the header Authorization: Bearer KEY"
+        if not matches:
+            message = "missing or invalid key: send the header Authorization: Bearer KEY, or x-api-key: KEY"
             raise Refusal(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
         return matches[0]
 
