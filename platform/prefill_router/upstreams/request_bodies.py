@@ -13,18 +13,15 @@ _SYSTEM_ROLES = ("system", "developer")
 def request_body(target: Target, body: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the body of a chat completion, response or message as the target's upstream expects it.
 
-    The body is in the upstream's protocol already.
-
     Dropped and renamed fields are the caller's. `extra_body` replaces the caller's fields; nested objects are merged.
     """
     upstream = target.upstream
     assert upstream is not None
     sent = _without_refused(upstream, body)
-    is_message = upstream.protocol == "anthropic"
     is_response = "input" in sent and "messages" not in sent
     if upstream.system_prefix is not None:
-        add = _with_system if is_message else _instructed if is_response else _prefixed
-        sent |= add(upstream.system_prefix, sent)
+        prefixed = _instructed if is_response else _prefixed
+        sent |= (prefixed if upstream.protocol == "openai" else _in_system)(upstream.system_prefix, sent)
     extra = _for_responses(upstream.extra_body) if is_response else upstream.extra_body
     return {**_merged(sent, extra), "model": upstream.model or target.name}
 
@@ -35,14 +32,6 @@ def _without_refused(upstream: Upstream, body: Mapping[str, Any]) -> dict[str, A
         if name in sent:
             sent.setdefault(other, sent.pop(name))
     return sent
-
-
-def _with_system(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The prefix before a message's system prompt, which is a text or a list of blocks."""
-    given = body.get("system")
-    if isinstance(given, list):
-        return {"system": [{"type": "text", "text": prefix}, *given]}
-    return {"system": f"{prefix}\n\n{given}" if given else prefix}
 
 
 def _instructed(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +50,14 @@ def _prefixed(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return {"messages": [{"role": "system", "content": prefix}, *messages]}
     both = f"{prefix}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": prefix}, *content]
     return {"messages": [{**first, "content": both}, *messages[1:]]}
+
+
+def _in_system(prefix: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The `system` of Anthropic's Messages, which is text or blocks."""
+    given = body.get("system")
+    if isinstance(given, list):
+        return {"system": [{"type": "text", "text": prefix}, *given]}
+    return {"system": f"{prefix}\n\n{given}" if isinstance(given, str) and given else prefix}
 
 
 def _for_responses(extra: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,11 +72,11 @@ class ActiveCall:
                 self.translations[protocol] = error
         return self.translations[protocol]
 
-    def asked(self, channel: Channel) -> Call:
-        """The call as a target that can be asked for it gets it."""
-        found = self.translated_for(channel.target)
-        assert isinstance(found, TranslatedCall)
-        return found.call
+    def asked_of(self, target: Target) -> Call:
+        """The call as a target that can be asked for it understands it."""
+        asked = self.translated_for(target)
+        assert isinstance(asked, TranslatedCall)
+        return asked.call
 
     @property
     def excluded(self) -> list[str]:
@@ -95,21 +95,22 @@ class ActiveCall:
         ]
         ready = [name for name in able if self.channels[name].is_ready]
         best = [name for name in ready if name not in self.postponed]
-        best = [name for name in best if not self._is_refused(self.channels[name])]
+        best = [name for name in best if not self._needs_refused(self.channels[name])]
         return plan.choose(best) or plan.choose(ready) or plan.choose(able)
-
-    def _is_refused(self, channel: Channel) -> bool:
-        return channel.refused.are_needed(self.asked(channel))
 
     def begin(self, channel: Channel) -> Attempt:
         """Begins an attempt without the fields that the target refused; a call that names its target keeps them."""
-        asked = self.translated_for(channel.target)
-        assert isinstance(asked, TranslatedCall)
         target, self.left_out = channel.target, []
+        translation = self.translated_for(target)
+        assert isinstance(translation, TranslatedCall)
+        asked = translation.call
         if self.call.pinned is None:
-            target, self.left_out = channel.refused.adapted(target, asked.call), channel.refused.left_out(asked.call)
-        self.attempt = Attempt(asked.call, self.caller.name, target=target, translation=asked)
+            target, self.left_out = channel.refused.adapted(target, asked), channel.refused.left_out(asked)
+        self.attempt = Attempt(asked, self.caller.name, target=target, translation=translation)
         return self.attempt
+
+    def _needs_refused(self, channel: Channel) -> bool:
+        return channel.refused.are_needed(self.asked_of(channel.target))
 
     def refuse(self, channel: Channel, refusal: UpstreamRefusal) -> None:
         """Notes a refusal. The target stays a candidate if it may answer without the field that it refused."""
@@ -150,20 +151,24 @@ class ActiveCall:
         headers = {"x-router-excluded": _header(excluded)} if (excluded := self.excluded) else {}
         if choice is None:
             return headers
-        headers["x-router-selected-model"] = choice.target.encode("ascii", "backslashreplace").decode()
+        headers["x-router-selected-model"] = _ascii(choice.target)
         asked = self.translated_for(self.channels[choice.target].target)
         if isinstance(asked, TranslatedCall) and asked.dropped:
             headers["x-router-dropped"] = _header(asked.dropped)
         if self.left_out:
-            headers["x-router-left-out"] = _header(self.left_out)
+            headers["x-router-left-out"] = ", ".join(self.left_out)
         if choice.decision is not None:
             headers["x-router-p-correct"] = f"{choice.decision.p_correct[choice.target]:.4f}"
             headers["x-router-version"] = choice.decision.router_version
             if isinstance(self.plan, RoutedPlan) and (missing := self.plan.routing.reading.missing):
-                headers["x-router-missing-encoders"] = ",".join(missing).encode("ascii", "backslashreplace").decode()
+                headers["x-router-missing-encoders"] = _ascii(",".join(missing))
         return headers
 
 
 def _header(names: Sequence[str]) -> str:
     """A list as a header's value. Names may come from the caller: only visible ASCII is kept."""
     return re.sub(r"[^ -~]", "?", ", ".join(names))[:_MOST_OF_A_HEADER]
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()

@@ -138,7 +138,7 @@ class Proxy:
             except UpstreamRefusal as refused:
                 active.lose()
                 self._learn(active, channel, refused)
-                if is_refused_everywhere(refused.why, active.asked(channel).body):
+                if is_refused_everywhere(refused.why, active.call.body):
                     failure = None  # a retry cannot help
                     break
             except UpstreamFailure as failed:
@@ -168,7 +168,7 @@ class Proxy:
         why, extra = refusal.why, refusal.for_log(active.caller.request_id)
         self.metrics.refusals.inc(1, tags={"target": channel.target.name, "kind": why.kind})
         log.info("upstream refused a call", extra=extra)
-        if channel.refused.learn(why, active.asked(channel)):
+        if channel.refused.learn(why, active.asked_of(channel.target)):
             log.warning("upstream refuses a field", extra={**extra, "field": why.name, "instead": why.instead})
 
     async def _next(self, active: ActiveCall) -> Channel | None:

@@ -33,9 +33,9 @@ _HEADERS = {
     "x-router-p-correct": "Its P(correct), if the call was routed",
     "x-router-left-out": "Fields of the call that were not sent, as the target's model was seen to refuse them",
     "x-router-version": "The router's version, if the call was routed",
-    "x-router-missing-encoders": "Encoders that failed, if the call was routed without one, separated by commas",
     "x-router-dropped": "Fields that the target's protocol lacks",
     "x-router-excluded": "Targets whose protocol cannot express the call, and why",
+    "x-router-missing-encoders": "Encoders that failed, if the call was routed without one, separated by commas",
 }
 _ANSWER: dict[str, Any] = {
     "description": "The target's own answer; `model` is its name",

@@ -38,8 +38,8 @@ class Attempt:
     call: Call
     caller: str = ""
     is_billable: bool = False  # the upstream received it and did not reject it
-    target: Target | None = None  # without the fields that its model refuses [the channel's]
     translation: TranslatedCall | None = None  # of which `call` is the upstream's side; None: the caller's own call
+    target: Target | None = None  # without the fields that its model refuses [the channel's]
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
@@ -167,10 +167,6 @@ class Stream:
             elif note is None or note.is_for_caller:
                 yield event
 
-    def _refused(self, event: bytes) -> UpstreamRefusal | None:
-        is_early = not self.text_bytes
-        return self._channel.early_refusal(self._attempt, json_object(data_of(event))) if is_early else None
-
     def _translated(self, event: bytes) -> list[bytes]:
         assert self._translate is not None
         data = data_of(event)
@@ -181,6 +177,10 @@ class Stream:
         except Untranslatable as error:
             self._failure, self.is_whole = self._channel.untranslatable(self._attempt, error), False
             return []
+
+    def _refused(self, event: bytes) -> UpstreamRefusal | None:
+        is_early = not self.text_bytes
+        return self._channel.early_refusal(self._attempt, json_object(data_of(event))) if is_early else None
 
     def _cut(self) -> UpstreamFailure:
         return self._channel.failure(self._attempt, "cut", "ended its stream before the answer was complete")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -314,19 +315,23 @@ def test_a_conversation_keeps_its_target_when_cache_breakpoints_move(
 
 
 def test_costs_count_all_input_of_a_message(gateway: Gateway, upstreams: dict[str, Upstream]) -> None:
-    before = gateway.stats()["actual_cost_usd"]
+    before = gateway.stats()
     for stream in (False, True):
         gateway.post(
             "/v1/messages",
             {"model": "big", "max_tokens": 50, "messages": [{"role": "user", "content": ASKED}], "stream": stream},
         )
-    billed = [call.wait().billed for call in upstreams["big"].completions]
-    expected = sum(
-        (usage.prompt_tokens * PRICES["big"] + usage.completion_tokens * 4 * PRICES["big"]) / 1e6
-        for usage in billed
-        if usage is not None
-    )
-    assert gateway.stats()["actual_cost_usd"] - before == pytest.approx(expected, rel=1e-9)
+    expected = sum(_usd("big", call) for call in upstreams["big"].completions)
+    after = _stats_after(gateway, before, 2)
+    assert after["actual_cost_usd"] - before["actual_cost_usd"] == pytest.approx(expected, rel=1e-9)
+
+
+def _stats_after(gateway: Gateway, before: Any, num_calls: int) -> Any:
+    """The stats once so many further calls are recorded, which is after their answers were sent."""
+    deadline = time.monotonic() + 30.0
+    while (after := gateway.stats())["calls"] - before["calls"] < num_calls and time.monotonic() < deadline:
+        pass
+    return after
 
 
 # --- agents ----------------------------------------------------------------------------------------------------------
@@ -417,14 +422,20 @@ def test_calls_across_protocols_are_answered_once_or_fail_as_documented(
     with anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0, timeout=60.0) as claude:
         ask = _by_openai(gateway.client) if protocol == "anthropic" else _by_anthropic(claude)
         with ThreadPoolExecutor(16) as threads:
-            outcomes = Counter(threads.map(ask, range(CALLS)))
-    after = gateway.stats()
-    assert set(outcomes) <= {"answered", "stream failed", *DOCUMENTED}, outcomes
-    assert outcomes["answered"] > CALLS / 2
-    asked = Counter((name, _number_in(call)) for name, each in upstreams.items() for call in each.completions)
-    assert max(count for (_, number), count in asked.items() if number is not None) == 1  # no target is asked twice
+            outcomes = list(threads.map(ask, range(CALLS)))
+    after = _stats_after(gateway, before, CALLS)
+    assert set(outcomes) <= {"big", "small", "stream failed", *DOCUMENTED}, Counter(outcomes)
+    answered = {(outcome, number) for number, outcome in enumerate(outcomes) if outcome in upstreams}
+    assert len(answered) > CALLS / 2
+    made = [(name, _number_in(call), call) for name, each in upstreams.items() for call in each.completions]
+    asked = Counter((name, number) for name, number, _ in made if number is not None)
+    assert max(asked.values()) == 1  # no target is asked twice
     assert (after["calls"] - before["calls"], after["reserved_usd"]) == (CALLS, 0.0)
-    assert after["charged"]["reported"]["calls"] - before["charged"]["reported"]["calls"] == outcomes["answered"]
+    reported = {
+        key: after["charged"]["reported"][key] - before["charged"]["reported"][key] for key in ("calls", "cost_usd")
+    }
+    billed_usd = [_usd(name, call) for name, number, call in made if (name, number) in answered]
+    assert reported == {"calls": len(answered), "cost_usd": pytest.approx(sum(billed_usd), rel=1e-9)}
 
 
 def _number_in(call: Call) -> int | None:
@@ -433,12 +444,19 @@ def _number_in(call: Call) -> int | None:
     return int(found[1]) if found else None
 
 
+def _usd(name: str, call: Call) -> float:
+    """The cost of a call by what its upstream bills."""
+    billed = call.wait().billed
+    assert billed is not None
+    return (billed.prompt_tokens + 4 * billed.completion_tokens) * PRICES[name] / 1e6
+
+
 def _text_of_call(number: int) -> str:
     return f"call {number}: weather and tides {TEXT}"
 
 
 def _by_anthropic(client: anthropic.Anthropic) -> Callable[[int], str]:
-    """A call by its number: whole or streamed, with or without tools. Returns its outcome."""
+    """A call by its number: whole or streamed, with or without tools. Returns the target, or the failure."""
 
     def ask(number: int) -> str:
         has_tools, text = number % 4 >= 2, _text_of_call(number)
@@ -449,7 +467,7 @@ def _by_anthropic(client: anthropic.Anthropic) -> Callable[[int], str]:
             return "stream failed" if error.status_code == 200 else str(error.status_code)
         calls = [(block.name, block.input) for block in answer.content if block.type == "tool_use"]
         _assert_answered(answer.model, text, text_of(answer), calls, has_tools)
-        return "answered"
+        return answer.model
 
     return ask
 
@@ -466,7 +484,7 @@ def _by_openai(client: openai.OpenAI) -> Callable[[int], str]:
         except openai.APIError:
             return "stream failed"
         _assert_answered(model, text, said, [(name, json.loads(given)) for name, given in calls], has_tools)
-        return "answered"
+        return model
 
     return ask
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from math import isfinite
 from typing import Any, NamedTuple
 
 from prefill_router.common.errors import UserError
@@ -70,7 +71,7 @@ def a_string(given: Any, name: str) -> str:
 def parsed_arguments(given: Any, name: str) -> Body:
     """The arguments of a tool call as an object; empty text means none."""
     try:
-        arguments = json.loads(a_string(given, name) or "{}", parse_constant=_no_number)
+        arguments = json.loads(a_string(given, name) or "{}", parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         raise Untranslatable(f"{name}: not JSON") from None
     return an_object(arguments, name)
@@ -78,8 +79,14 @@ def parsed_arguments(given: Any, name: str) -> Body:
 
 def written_arguments(given: Any, name: str) -> str:
     """The arguments of a tool call as text, with characters unescaped as models write them."""
-    return json.dumps(an_object(given, name), ensure_ascii=False, separators=(",", ":"))
+    try:
+        return json.dumps(an_object(given, name), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise Untranslatable(f"{name}: not JSON") from None
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(name)
+def _finite(text: str) -> float:
+    """A number as JSON can write it. Raises ValueError for NaN and infinity, which 1e999 becomes."""
+    if not isfinite(number := float(text)):
+        raise ValueError(text)
+    return number

@@ -146,7 +146,7 @@ def test_a_chat_that_messages_cannot_express(fields: Any) -> None:
         messages_request({"messages": [USER], **fields})
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", '{"a": NaN}', None])
+@pytest.mark.parametrize("arguments", ["{", "[]", '{"a": NaN}', '{"a": -1e999}', None])
 def test_arguments_that_are_no_object(arguments: Any) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     with pytest.raises(Untranslatable, match=r"tool_calls\.arguments"):
@@ -172,6 +172,7 @@ def _block(**block: Any) -> Any:
         _block(type="tool_result", tool_use_id="t", content=[{"type": "image", "source": {}}]),
         {"messages": [USER, {"role": "assistant", "content": "begun"}]},
         {"messages": [{"role": "assistant", "content": [{"type": "server_tool_use"}]}, USER]},
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": {"a": 1e999}}]}, USER]},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "tool", "content": "x"}]},
     ],
