@@ -185,7 +185,7 @@ def test_an_evaluation_shows_what_each_encoder_adds(
     assert f"in MDP-AUCCC x 1000: {LLM} adds " in result.out
     page = (tmp_path / "report.html").read_text()
     assert f"without {SENTENCE}" in page
-    assert "those\nof the mean training prompt" in page
+    assert "features predicted\nfrom the others" in page
 
 
 def test_a_router_without_an_encoder_decides_as_the_endpoint_does(

@@ -347,7 +347,7 @@ def _result(turn: int, name: str) -> str:
     return f"{name} of turn {turn}: {TEXT}"
 
 
-@pytest.mark.slow(reason="110 calls, each with the whole conversation")
+@pytest.mark.slow("110 calls, each with the whole conversation")
 def test_a_session_of_an_agent_by_anthropics_client_on_a_chat(
     claude: anthropic.Anthropic, upstreams: dict[str, Upstream]
 ) -> None:
@@ -379,7 +379,7 @@ def test_a_session_of_an_agent_by_anthropics_client_on_a_chat(
         assert [each["content"] for each in exchange[2:4]] == [_result(turn, tool["name"]) for tool in TOOLS]
 
 
-@pytest.mark.slow(reason="100 calls, each with the whole conversation")
+@pytest.mark.slow("100 calls, each with the whole conversation")
 def test_a_session_of_an_agent_by_openais_client_on_messages(gateway: Gateway, upstreams: dict[str, Upstream]) -> None:
     said: list[Any] = [{"role": "developer", "content": "You are main."}]
     for turn in range(TURNS):
@@ -408,7 +408,7 @@ FAULTS = [fault for fault in Fault if fault not in (Fault.NO_QUOTA, Fault.SLOW_H
 DOCUMENTED = ("400", "429", "502", "503", "504")
 
 
-@pytest.mark.slow(reason="2,000 calls each way, every fourth of whose answers fails")
+@pytest.mark.slow("2,000 calls each way, every fourth of whose answers fails")
 @pytest.mark.parametrize("protocol", ["anthropic", "openai"])
 def test_calls_across_protocols_are_answered_once_or_fail_as_documented(
     served: tuple[Gateway, dict[str, Upstream]], tmp_path: Path, protocol: str
