@@ -40,6 +40,7 @@ DID_NOT_HAPPEN = {
     "ray_prefill_router_job_retries_total",
     "ray_prefill_router_job_reused_rows_total",
     "ray_prefill_router_truncated_prompts_total",
+    "ray_prefill_router_upstream_refusals_total",
 }
 SLOW_TRAINING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}  # per epoch: a rate needs two scrapes during training
 _JOBS = """
