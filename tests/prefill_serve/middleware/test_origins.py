@@ -205,7 +205,7 @@ def test_a_body_must_be_json_wherever_one_is_taken(api: Api, router: str, conten
         for path in posts:
             answer = api.client.post(path, content=body, headers=headers)
             assert error(answer) == (415, "unsupported_media_type"), path
-    assert len(posts) == 5
+    assert len(posts) == 7
 
 
 def test_with_keys_any_name_and_any_page_may_ask(api: Api, router: str) -> None:
