@@ -21,6 +21,7 @@ from rich.table import Table
 from prefill_jobs.demo import published_answers, simulation
 from prefill_jobs.evaluate.evaluate_job import evaluate
 from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
 from prefill_jobs.train.probe_job import run_probe
 from prefill_jobs.train.train_job import train
@@ -113,7 +114,8 @@ def _published(config: DemoConfig) -> _Inputs:
     _step("Prompts: nine benchmarks, answered by three models")
     console.print(published_answers.NOTICE)
     corpus, outcomes, pool = published_answers.write(config.out, config.limit)
-    half = range(EncoderSize.of(config.encoder).num_layers // 2 + 1)
+    shallowest = min(EncoderSize.of(encoder).num_layers for encoder in names_in(config.encoder))
+    half = range(shallowest // 2 + 1)
     return _Inputs(corpus, outcomes, pool, published_answers.NOTICE, layers=",".join(map(str, half)))
 
 

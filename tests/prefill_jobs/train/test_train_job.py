@@ -97,3 +97,22 @@ def test_too_few_prompts_are_refused(activations: str, small_data: Path, tmp_pat
     with pytest.raises(UserError, match="graded prompts leave"):
         train(config(activations, small_data, tmp_path / "router", outcomes=str(tmp_path / "outcomes.parquet")))
     assert not (tmp_path / "router").exists()
+
+
+@pytest.mark.parametrize(("num_free", "is_doubted"), [(3, False), (100, True)])
+def test_prices_are_doubted_if_many_answers_were_billed_for_their_prompts_alone(
+    num_free: int,
+    is_doubted: bool,
+    activations: str,
+    small_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = pq.read_table(small_data / "outcomes.parquet")
+    costs = [0.0 if i % 100 < num_free else 0.01 for i in range(len(given))]
+    lengths = pa.nulls(len(given), pa.int32())
+    billed = given.set_column(given.column_names.index("output_tokens"), "output_tokens", lengths)
+    pq.write_table(billed.append_column("cost_usd", pa.array(costs)), tmp_path / "outcomes.parquet")
+    quick = {"outcomes": str(tmp_path / "outcomes.parquet"), "seeds": 1, "keep": 1, "max_epochs": 1}
+    train(config(activations, small_data, tmp_path / "router", **quick))
+    assert ("check the prices" in "".join(capsys.readouterr())) == is_doubted
