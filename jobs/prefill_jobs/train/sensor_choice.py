@@ -74,8 +74,8 @@ def options_of(probes: Sequence[LayerProbe], encode_ms: Mapping[ActivationColumn
         deepest = max(probe.column.layer for probe in own)
         for depth in DEPTHS:
             above = [probe for probe in own if probe.column.layer <= depth * deepest]
-            columns = tuple(joint_columns(above)) if above else ()
-            if columns:
+            if above:
+                columns = tuple(joint_columns(above))
                 options[columns] = SensorOption(encoder, columns, max(encode_ms[column] for column in columns))
     return list(options.values())
 

@@ -161,8 +161,8 @@ class Router:
         """Distance from the training prompts by the features of `encoders`; None as for `distance`."""
         key = frozenset(encoders)
         if key not in self._distances:
-            owners = [p.column.encoder in key for p in self.projections for _ in range(p.num_features)]
-            columns = slice(None) if all(owners) else np.flatnonzero(owners)
+            is_read = self._is_of(key)
+            columns = slice(None) if is_read.all() else np.flatnonzero(is_read)
             self._distances[key] = TrainingDistance.of(self.kernel.landmarks, columns)
         return self._distances[key]
 
@@ -184,16 +184,19 @@ class Router:
 
     def without(self, features: NDArray[np.float32], missing: Collection[str]) -> NDArray[np.float32]:
         """Replaces the features of some encoders by what those of the others predict: see `StandIn`."""
-        is_missing = np.zeros(features.shape[1], np.bool_)
-        for projection, place in zip(self.projections, self._places, strict=True):
-            is_missing[place] = projection.column.encoder in missing
-        key = frozenset(missing)
+        is_missing, key = self._is_of(missing), frozenset(missing)
         if key not in self._stand_ins:
             landmarks = self.kernel.landmarks
             self._stand_ins[key] = StandIn.fit(landmarks[:, ~is_missing], landmarks[:, is_missing])
         filled = features.copy()
         filled[:, is_missing] = self._stand_ins[key](features[:, ~is_missing])
         return filled
+
+    def _is_of(self, encoders: Collection[str]) -> NDArray[np.bool_]:
+        """Whether each feature (F,) is of one of these encoders."""
+        return np.repeat(
+            [p.column.encoder in encoders for p in self.projections], [p.num_features for p in self.projections]
+        )
 
     @cached_property
     def _places(self) -> list[slice]:
