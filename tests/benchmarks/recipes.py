@@ -5,9 +5,10 @@
 
 The store holds the columns to choose from, its prompt_ids are those of prompts and outcomes. Four routers a split and
 pool: k-NN and an MLP on sentence embeddings (mean of the last layer's states, the classic semantic router), the
-published recipe, and the best one, each as `train` would fit it. What they say is kept in --cache, so that a run that
-is stopped goes on. Intervals are 95 % bootstraps over prompts, the same draws for all; differences are paired. A table
-and one JSON line last go to stdout.
+published recipe, and the best one, each as `train` would fit it. With stores of several encoders, separated by commas,
+these four read the first, and two more read several: all encoders, and those that `train` chooses. What they say is
+kept in --cache, so that a run that is stopped goes on. Intervals are 95 % bootstraps over prompts, the same draws for
+all; differences are paired. A table and one JSON line last go to stdout.
 """
 
 # N prompts, T targets of a pool, F features
@@ -18,7 +19,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,13 +30,16 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from prefill_router.activations.activation_store import ActivationStore
+from prefill_jobs.train.sensor_choice import SensorOption, choose_options, options_of, squared_errors
+from prefill_router.activations.encode_time import encode_times
+from prefill_router.activations.joined_stores import open_stores
 from prefill_router.baselines import knn_p_correct
 from prefill_router.common.console import say
 from prefill_router.common.schema import NUM_TOKENS, PROMPT, PROMPT_ID, ActivationColumn
 from prefill_router.corpus.split import Part, Split, prompt_hashes
 from prefill_router.metrics import score_routing
 from prefill_router.outcomes import load_outcomes, target_names
+from prefill_router.policy.answer_cost import answer_costs
 from prefill_router.policy.pool import Pool, load_pool
 from prefill_router.predictor.answer_length import log_lengths, median_logs, median_tokens
 from prefill_router.predictor.calibration import fit_calibration
@@ -51,30 +55,38 @@ from prefill_router.probe.projection import fit_projection
 Array = NDArray[Any]
 
 ROUTERS = ("k-NN, embeddings", "MLP, embeddings", "published", "ours")
+SEVERAL = ("ours, all encoders", "ours, chosen encoders")
+REFERENCES = ("published", "ours")
 FIGURES = ("auc", "ece", "efficacy", "p_auccc", "mdp_auccc", "saving")
+_CHOICE_ROWS = 2048  # training prompts on which encoders are compared, as `train` does
 
 
 class Said(NamedTuple):
-    """What a router says of all prompts: P(correct) and output tokens, each (N, T)."""
+    """What a router says of all prompts: P(correct) and output tokens, each (N, T), and the encoders' ms a prompt."""
 
     p_correct: Array
     output_tokens: Array
+    encode_ms: Array  # a scalar; NaN if no store knows
 
 
 class Data:
     """Activations, embeddings and outcomes of the same prompts, in the store's order."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.store = ActivationStore.open(str(options.activations))
-        ids = [i for shard in range(self.store.num_shards) for i in self.store.prompt_ids(shard).to_pylist()]
+        self.store, _ = open_stores(options.activations)
+        shards = range(self.store.num_shards)
+        ids, self.num_tokens = [], np.empty(0, np.int32)
+        for found, encoded in (self.store.read(shard, []) for shard in shards):
+            ids += found.to_pylist()
+            self.num_tokens = np.append(self.num_tokens, encoded[NUM_TOKENS])
         self.keys = prompt_hashes(ids)
+        self.encode_ms = encode_times(self.store)
+        self.routers = ROUTERS + (SEVERAL if len(self.store.encoders) > 1 else ())
         self.names = target_names(str(options.outcomes))
-        self.correct, self.output_tokens, _ = load_outcomes(str(options.outcomes), self.names).at(self.keys)
+        self.correct, self.output_tokens, self.cost_usd = load_outcomes(str(options.outcomes), self.names).at(self.keys)
         embeddings = embed(options.prompts, options.sentence_encoder, options.cache / "embeddings.npy")
         place = {p: i for i, p in enumerate(pq.read_table(options.prompts)[PROMPT_ID].to_pylist())}
         self.embeddings = embeddings[[place[i] for i in ids]]
-        shards = range(self.store.num_shards)
-        self.num_tokens = np.concatenate([self.store.read(s, self.store.columns[:1])[1][NUM_TOKENS] for s in shards])
 
     def column(self, column: ActivationColumn) -> Array:
         shards = range(self.store.num_shards)
@@ -119,6 +131,7 @@ class Splitted:
         self.features = cache(self._features)
         self.trunk = cache(self._trunk)
         self.kernel = cache(self._kernel)
+        self.chosen = cache(self._chosen)
 
     def _probes(self) -> list[LayerProbe]:
         found = []
@@ -158,11 +171,46 @@ class Splitted:
         lengths = self.data.output_tokens[:, list(targets)]
         return np.broadcast_to(median_tokens(median_logs(lengths[self.train])), lengths.shape)
 
-    def by_recipe(self, recipe: RouterRecipe, targets: Sequence[int], names: Sequence[str]) -> Said:
+    def _chosen(self, targets: tuple[int, ...]) -> tuple[ActivationColumn, ...]:
+        """The columns of the encoders that pay, for these targets."""
+        rng = np.random.default_rng(self.seed)
+        train = rng.permutation(np.flatnonzero(self.train))[:_CHOICE_ROWS]
+        fitted, judged = (self.data.correct[rows][:, list(targets)] for rows in (train, self.validation))
+
+        def errors_of(tried: Sequence[SensorOption]) -> Array:
+            columns = tuple(column for option in tried for column in option.columns)
+            features = self.features(columns, True) if columns else np.empty((len(self.data.keys), 0), np.float32)
+            return squared_errors(features[train], fitted, features[self.validation], judged)
+
+        probes = [p for p in self.probes() if p.target in {self.data.names[t] for t in targets}]
+        trials = choose_options(options_of(probes, self.data.encode_ms), errors_of, None)
+        return tuple(sorted(c for trial in trials if trial.is_kept for c in trial.option.columns))
+
+    def columns_of(self, router: str, targets: Sequence[int]) -> tuple[ActivationColumn, ...]:
+        """What a router reads."""
+        if router == "ours, chosen encoders":
+            return self.chosen(tuple(targets))
+        probes = [p for p in self.probes() if p.target in {self.data.names[t] for t in targets}]
+        by_encoder = {name: [p for p in probes if p.column.encoder == name] for name in self._names}
+        if router == "ours, all encoders":
+            return tuple(column for own in by_encoder.values() for column in joint_columns(own))
+        first = by_encoder[self._names[0]]
+        return tuple(sorted(set(choose_columns(first).values())) if router == "published" else joint_columns(first))
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(column.encoder for column in self.data.store.columns))
+
+    def encode_ms(self, columns: Iterable[ActivationColumn]) -> Array:
+        deepest: dict[str, float] = {}
+        for column in columns:
+            deepest[column.encoder] = max(deepest.get(column.encoder, 0.0), self.data.encode_ms[column])
+        return np.array(sum(deepest.values()))
+
+    def by_recipe(self, router: str, targets: Sequence[int]) -> Said:
         """As `train` does it."""
-        probes = [p for p in self.probes() if p.target in names]
-        own = sorted(set(choose_columns(probes).values()))
-        columns = tuple(own if recipe.columns == "own" else joint_columns(probes))
+        recipe = RECIPES["published" if router == "published" else "best"]
+        columns = self.columns_of(router, targets)
         taught = range(len(self.data.names)) if recipe.use_other_targets else targets
         p = self.trunk(columns, tuple(taught), recipe)[:, [list(taught).index(t) for t in targets]]
         output_tokens = self.medians(targets)
@@ -170,26 +218,26 @@ class Splitted:
             p_kernel, logs = (values[:, list(targets)] for values in self.kernel(columns, recipe.whiten))
             correct = self.data.correct[:, list(targets)]
             weight = best_weight(p[self.validation], p_kernel[self.validation], correct[self.validation])
-            say(f"split {self.seed}: {', '.join(c.name for c in columns)}, kernel machine weighs {weight}")
+            say(f"split {self.seed}, {router}: {', '.join(c.name for c in columns)}, kernel machine weighs {weight}")
             p, output_tokens = stacked(p, p_kernel, weight), median_tokens(logs)
-        return Said(self.calibrated(p, targets) if recipe.calibrate else p, output_tokens)
+        p = self.calibrated(p, targets) if recipe.calibrate else p
+        return Said(p, output_tokens, self.encode_ms(columns))
 
     def calibrated(self, p: Array, targets: Sequence[int]) -> Array:
         seen = self.validation
         return fit_calibration(p[seen], self.data.correct[seen][:, list(targets)])(p)
 
-    def say_all(self, targets: Sequence[int], names: Sequence[str]) -> dict[str, Said]:
-        embeddings, published = self.data.embeddings, RECIPES["published"]
+    def say_all(self, targets: Sequence[int]) -> dict[str, Said]:
+        embeddings = self.data.embeddings
         training = embeddings[self.train], self.data.correct[self.train][:, list(targets)]
         mean, std = training[0].mean(0), training[0].std(0)
         standardised = ((embeddings - mean) / np.where(std > 0.0, std, 1.0)).astype(np.float32)
-        ways: dict[str, Callable[[], Said]] = {
-            "k-NN, embeddings": lambda: Said(knn_p_correct(embeddings, *training), self.medians(targets)),
-            "MLP, embeddings": lambda: Said(self.net(standardised, targets, published), self.medians(targets)),
-            "published": lambda: self.by_recipe(published, targets, names),
-            "ours": lambda: self.by_recipe(RECIPES["best"], targets, names),
+        by_embeddings = {
+            "k-NN, embeddings": knn_p_correct(embeddings, *training),
+            "MLP, embeddings": self.net(standardised, targets, RECIPES["published"]),
         }
-        return {name: ways[name]() for name in ROUTERS}
+        said = {name: Said(p, self.medians(targets), np.array(np.nan)) for name, p in by_embeddings.items()}
+        return said | {name: self.by_recipe(name, targets) for name in self.data.routers if name not in said}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -202,15 +250,17 @@ class Held:
     rows: Array  # (N,) indices of prompts
     correct: Array  # (N, T)
     output_tokens: Array  # (N, T)
+    cost_usd: Array  # (N, T) as billed
     num_tokens: Array  # (N,)
     said: dict[str, Said]
 
     def figures(self, pool: Pool, router: str, draw: Array) -> list[float]:
         """FIGURES of a router on `draw`, rows of this split."""
-        said = Said(*(values[draw] for values in self.said[router]))
-        lengths = np.where(np.isnan(self.output_tokens[draw]), said.output_tokens, self.output_tokens[draw])
-        expected, paid = (pool.expected_cost(self.num_tokens[draw], x) for x in (said.output_tokens, lengths))
-        s = score_routing(self.correct[draw], said.p_correct, expected, 0.0, paid)
+        p_correct, lengths = (values[draw] for values in self.said[router][:2])
+        num_tokens = self.num_tokens[draw]
+        expected = pool.expected_cost(num_tokens, lengths)
+        paid = answer_costs(pool, num_tokens, self.output_tokens[draw], self.cost_usd[draw], lengths)
+        s = score_routing(self.correct[draw], p_correct, expected, 0.0, paid)
         values = [float(np.mean(s.auc)), float(np.mean(s.ece)), s.best_efficacy, s.p_auccc, s.mdp_auccc]
         return [*values, s.saving_at_best_single]
 
@@ -230,33 +280,38 @@ def held_out(data: Data, options: argparse.Namespace, pools: dict[str, Pool]) ->
             targets = [data.names.index(target) for target in pool.target_names]
             path = options.cache / f"{name}-{seed}.npz"
             if not path.exists():
-                said = split.say_all(targets, pool.target_names)
+                said = split.say_all(targets)
                 np.savez(path, **{f"{r}/{field}": v for r, s in said.items() for field, v in s._asdict().items()})
             saved = np.load(path)
-            said = {r: Said(*(saved[f"{r}/{field}"][split.test] for field in Said._fields)) for r in ROUTERS}
+            said = {r: Said(*(saved[f"{r}/{field}"] for field in Said._fields)) for r in data.routers}
+            said = {r: Said(s.p_correct[split.test], s.output_tokens[split.test], s.encode_ms) for r, s in said.items()}
             rows, own = np.flatnonzero(split.test), np.ix_(split.test, targets)
-            arrays = data.correct[own], data.output_tokens[own], data.num_tokens[split.test]
+            arrays = data.correct[own], data.output_tokens[own], data.cost_usd[own], data.num_tokens[split.test]
             found[name].append(Held(rows, *arrays, said))
             say(f"split {seed}, {name}")
     return found
 
 
 def summary(pool: Pool, splits: Sequence[Held], num_prompts: int, draws: int) -> dict[str, Any]:
-    """Each router's figures, the mean of the splits, with intervals; and of ours less each other's."""
-    rng = np.random.default_rng(0)
-    means = {r: _mean(held.figures(pool, r, np.arange(len(held.rows))) for held in splits) for r in ROUTERS}
-    drawn: dict[str, list[Array]] = {r: [] for r in ROUTERS}
+    """Each router's figures, the mean of the splits, with intervals; and less those of REFERENCES."""
+    rng, routers = np.random.default_rng(0), list(splits[0].said)
+    means = {r: _mean(held.figures(pool, r, np.arange(len(held.rows))) for held in splits) for r in routers}
+    drawn: dict[str, list[Array]] = {r: [] for r in routers}
     for _ in range(draws):
         counts = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts))
         picked = [np.repeat(np.arange(len(held.rows)), counts[held.rows]) for held in splits]
-        for r in ROUTERS:
+        for r in routers:
             drawn[r].append(_mean(held.figures(pool, r, draw) for held, draw in zip(splits, picked, strict=True)))
     report: dict[str, Any] = {}
-    for r in ROUTERS:
+    for r in routers:
         report[r] = _intervals(means[r], np.array(drawn[r]))
         report[r]["cost_error"] = float(np.mean([held.cost_error(pool, r) for held in splits]))
-        if r != "ours":
-            report[r]["ours_less_this"] = _intervals(means["ours"] - means[r], np.array(drawn["ours"]) - drawn[r])
+        report[r]["encode_ms"] = float(np.mean([held.said[r].encode_ms for held in splits]))
+        report[r]["less"] = {
+            other: _intervals(means[r] - means[other], np.array(drawn[r]) - drawn[other])
+            for other in REFERENCES
+            if routers.index(r) > routers.index(other)
+        }
     return report
 
 
@@ -275,11 +330,12 @@ def _intervals(means: Array, drawn: Array) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     lines = []
     for pool, routers in report.items():
-        lines.append(f"{pool:20}" + "".join(f"{name:>24}" for name in FIGURES))
+        lines.append(f"{pool:24}" + "".join(f"{name:>24}" for name in FIGURES) + "  encode ms")
         for router, figures in routers.items():
-            lines.append(f"  {router:18}" + "".join(_cell(figures[name]) for name in FIGURES))
-            if "ours_less_this" in figures:
-                lines.append(f"  {'  ours less it':18}" + "".join(_cell(figures["ours_less_this"][n]) for n in FIGURES))
+            cells = "".join(_cell(figures[name]) for name in FIGURES)
+            lines.append(f"  {router:22}{cells}{figures['encode_ms']:11.1f}")
+            for other, less in figures["less"].items():
+                lines.append(f"  {f'  less {other}':22}" + "".join(_cell(less[name]) for name in FIGURES))
         errors = {router: figures["cost_error"] for router, figures in routers.items()}
         lines.append(
             f"  cost error of an answer, ours beside the median rule: {errors['ours'] / errors['published']:.3f}"
@@ -294,7 +350,8 @@ def _cell(values: list[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("activations", "prompts", "outcomes", "pools", "cache"):
+    parser.add_argument("--activations", required=True, help="a store for each encoder, separated by commas")
+    for name in ("prompts", "outcomes", "pools", "cache"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--sentence-encoder", help="folder of a sentence encoder; none if embeddings are in the cache")
     parser.add_argument("--splits", type=int, default=5)

@@ -87,19 +87,10 @@ def test_the_documents_blocks_run(
         assert any(target in done.stdout for target in TARGETS)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--corpus", "c.jsonl"], "--corpus, --outcomes and --pool: give all three"),
-        (["--outcomes", "o.parquet", "--pool", "p.toml"], "--corpus, --outcomes and --pool: give all three"),
-        (["--corpus", "c.jsonl", "--simulated"], "--simulated excludes --corpus, --outcomes and --pool"),
-        (["--prompts", "300"], "--prompts is for --simulated"),
-    ],
-)
-def test_flags_that_do_not_go_together(command: Command, tmp_path: Path, flags: list[str], message: str) -> None:
-    result = command("demo", *flags, out=tmp_path / "demo", port=free_port())
+def test_prompts_without_simulated_are_refused(command: Command, tmp_path: Path) -> None:
+    result = command("demo", prompts=300, out=tmp_path / "demo", port=free_port())
     assert result.status == 1
-    assert message in result.err
+    assert "--prompts is for --simulated" in result.err
 
 
 def test_a_port_in_use_is_said_before_any_work(command: Command, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from command import Command
 from ports import free_port
 from prefill_jobs.collect import collect_job
-from prefill_jobs.demo import demo_job
+from prefill_jobs.demo import walkthrough
 from prefill_jobs.evaluate import compare_job, evaluate_job
 from prefill_jobs.extract import extract_job
 from prefill_jobs.label import label_job
@@ -39,7 +39,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         (evaluate_job, ["of_corpus", "embed"]),
         (compare_job, ["of_corpus"]),
         (pipeline_job, ["extract_stores", "run_probe"]),
-        (demo_job, ["extract"]),
+        (walkthrough, ["extract"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, called)
@@ -192,8 +192,8 @@ def test_a_pipeline_looks_at_what_later_steps_want_before_the_first(
         assert_said(command("pipeline", *file, **given, **options), message)
 
 
-def test_the_demo_looks_at_your_data_before_it_begins(
+def test_quickstart_looks_at_your_data_before_it_begins(
     command: Command, small_data: Path, no_targets: Path, tmp_path: Path
 ) -> None:
     given = {"corpus": small_data / "corpus.parquet", "pool": small_data / "pool.toml", "out": tmp_path / "demo"}
-    assert_said(command("demo", **given, outcomes=no_targets, port=free_port()), "column target is missing")
+    assert_said(command("quickstart", **given, outcomes=no_targets, port=free_port()), "column target is missing")

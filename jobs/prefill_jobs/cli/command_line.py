@@ -107,6 +107,12 @@ def _demo(config: Any) -> None:
     demo(config)
 
 
+def _quickstart(config: Any) -> None:
+    from prefill_jobs.demo.quickstart_job import quickstart
+
+    quickstart(config)
+
+
 def _extract(config: Any) -> None:
     from prefill_jobs.extract.extract_job import extract
 
@@ -254,6 +260,7 @@ def _say_truncated(count: int, part: str) -> None:
 _JOBS: dict[str, Callable[[Any], None]] = {
     "ingest": _ingest,
     "demo": _demo,
+    "quickstart": _quickstart,
     "extract": _extract,
     "probe": _probe,
     "train": _train,
@@ -264,4 +271,4 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "label": _label,
     "pipeline": _pipeline,
 }
-_LOCAL = ("demo", "inspect")  # cannot be submitted to a cluster
+_LOCAL = ("demo", "quickstart", "inspect")  # cannot be submitted to a cluster

@@ -1,1 +1,1 @@
-"""`demo`: runs every step end to end. Start with `demo_job`; `published_answers` and `simulation` are its data."""
+"""`demo` and `quickstart`: every step end to end. `walkthrough` has the steps; the others prepare their data."""

@@ -1,126 +1,36 @@
-"""`demo`: runs every step end to end, on published answers, on simulated ones, or on the user's own data."""
+"""`demo`: runs every step end to end, on published answers or on simulated ones."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
-import httpx
-import numpy as np
-import ray
-from rich.console import Console
-from rich.table import Table
-
 from prefill_jobs.demo import published_answers, simulation
-from prefill_jobs.evaluate.evaluate_job import evaluate
-from prefill_jobs.extract.extract_job import extract
+from prefill_jobs.demo.walkthrough import Inputs, console, step, walk
 from prefill_jobs.option_fields import names_in
-from prefill_jobs.options import DemoConfig, EvaluateConfig, ExtractConfig, ProbeConfig, TrainConfig
-from prefill_jobs.train.probe_job import run_probe
-from prefill_jobs.train.train_job import train
+from prefill_jobs.options import DemoConfig
 from prefill_router import storage
 from prefill_router.common.addresses import require_free
 from prefill_router.common.errors import UserError
-from prefill_router.common.money import usd
-from prefill_router.corpus.plan import plan, read_shard
-from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder.encoder_spec import EncoderSize
-from prefill_router.evaluation.results import Evaluation
-from prefill_router.outcomes import check_columns
-from prefill_router.policy.pool import load_pool
-from prefill_router.reports.evaluation_page import headline, metric_rows
-
-_NUM_REQUESTS = 3
-_START_TIMEOUT_S = 180.0
-
-console = Console(highlight=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    corpus: str
-    outcomes: str
-    pool: str
-    notice: str | None  # required in every report of these inputs
-    layers: str = "all"
 
 
 def demo(config: DemoConfig) -> None:
-    """Extracts, probes, trains, evaluates, serves and routes; prints a summary and the report's path."""
-    started = time.monotonic()
-    require_free(config.port)
-    inputs = _inputs(config)
-    activations, probes, router = (storage.join(config.out, name) for name in ("activations", "probe", "router"))
-    graded: dict[str, Any] = {
-        "activations": activations,
-        "outcomes": inputs.outcomes,
-        "ignore_unknown": config.limit is not None,
-    }
-
-    _step("Extract: the encoder's prefill")
-    extract(
-        ExtractConfig(
-            corpus=inputs.corpus,
-            encoder=config.encoder,
-            layers=inputs.layers,
-            out=activations,
-            limit=config.limit,
-            shard_rows=64,
-            overwrite=True,
-        )
-    )
-    _step("Probe: the layer that best separates right from wrong answers, for each target")
-    run_probe(ProbeConfig(**graded, pool=inputs.pool, out=probes))
-    _step("Train: SharedTrunkNet on Ray Train")
-    train(TrainConfig(**graded, pool=inputs.pool, out=router, seed=config.seed, overwrite=True))
-    _step("Evaluate: on held-out prompts")
-    report = storage.join(config.out, "report")
-    evaluation = evaluate(EvaluateConfig(**graded, router=router, out=report, probe=probes), inputs.notice)
-    ray.shutdown()  # the endpoint starts its own
-    _step("Serve: encoder and head in one replica")
-    with _endpoint(router, config.port) as url:
-        for prompt in _sample(inputs.corpus, config.limit):
-            _route(url, prompt)
-    _summary(evaluation, inputs.notice, f"{report}/report.html", time.monotonic() - started)
-
-
-def _step(title: str) -> None:
-    console.print(f"\n[bold]{title}[/bold]")
-
-
-def _inputs(config: DemoConfig) -> _Inputs:
-    given = [config.corpus, config.outcomes, config.pool]
-    if config.simulated and any(given):
-        raise UserError("--simulated excludes --corpus, --outcomes and --pool: its data are generated")
+    """Writes the data, and takes every step on it. Raises UserError if the data are not installed."""
     if "prompts" in config.model_fields_set and not config.simulated:
         raise UserError("--prompts is for --simulated: use --limit to read fewer prompts")
-    if config.corpus and config.outcomes and config.pool:
-        load_pool(config.pool)
-        check_columns(config.outcomes)
-        return _Inputs(config.corpus, config.outcomes, config.pool, None)
-    if any(given):
-        raise UserError("--corpus, --outcomes and --pool: give all three, or none of them for published answers")
-    return _simulated(config) if config.simulated else _published(config)
+    require_free(config.port)
+    walk(_simulated(config) if config.simulated else _published(config), config)
 
 
-def _published(config: DemoConfig) -> _Inputs:
-    _step("Prompts: nine benchmarks, answered by three models")
+def _published(config: DemoConfig) -> Inputs:
+    step("Prompts: nine benchmarks, answered by three models")
     console.print(published_answers.NOTICE)
     corpus, outcomes, pool = published_answers.write(config.out, config.limit)
     shallowest = min(EncoderSize.of(encoder).num_layers for encoder in names_in(config.encoder))
     half = range(shallowest // 2 + 1)
-    return _Inputs(corpus, outcomes, pool, published_answers.NOTICE, layers=",".join(map(str, half)))
+    return Inputs(corpus, outcomes, pool, published_answers.NOTICE, layers=",".join(map(str, half)))
 
 
-def _simulated(config: DemoConfig) -> _Inputs:
-    _step(f"Prompts: {config.prompts:,} from reasoning-gym; answers of five simulated targets")
+def _simulated(config: DemoConfig) -> Inputs:
+    step(f"Prompts: {config.prompts:,} from reasoning-gym; answers of five simulated targets")
     console.print(simulation.NOTICE)
     data = simulation.simulate(config.prompts, config.seed)
     corpus_uri, outcomes_uri, pool_uri = (
@@ -129,83 +39,4 @@ def _simulated(config: DemoConfig) -> _Inputs:
     storage.write_bytes(corpus_uri, storage.encode_parquet(data.corpus))
     storage.write_bytes(outcomes_uri, storage.encode_parquet(data.outcomes))
     storage.write_bytes(pool_uri, data.pool_toml.encode())
-    return _Inputs(corpus_uri, outcomes_uri, pool_uri, simulation.NOTICE)
-
-
-def _sample(uri: str, limit: int | None) -> list[Prompt]:
-    """A few prompts, spread over the corpus."""
-    shards = plan(uri, shard_rows=64, limit=limit).shards
-    picked = np.linspace(0, len(shards) - 1, _NUM_REQUESTS + 2)[1:-1].round().astype(int)
-    return [read_shard(shards[i])[0].prompt for i in picked]
-
-
-# --- the endpoint, started and called as by a user ---------------------------------------------------------------
-
-
-@contextmanager
-def _endpoint(router: str, port: int) -> Iterator[str]:
-    """Runs `prefill-router serve` until the block ends; yields its URL once it is ready."""
-    command = [sys.executable, "-m", "prefill_jobs", "serve", "--router", router, "--port", str(port)]
-    process = subprocess.Popen(command, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(url, process)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise UserError(
-                f"the endpoint exited with status {process.returncode} before it was ready: see its log above"
-            )
-        try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise UserError(f"the endpoint at {url} was not ready after {_START_TIMEOUT_S:.0f} s: see its log above")
-
-
-def _route(url: str, prompt: Prompt) -> None:
-    body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-    sent = time.monotonic()
-    response = httpx.post(f"{url}/v1/route", json=body, timeout=60)
-    latency_ms = (time.monotonic() - sent) * 1e3
-    if not response.is_success:
-        raise UserError(f"the endpoint returned status {response.status_code}: {response.text}")
-    decision = response.json()
-    target = decision["selected_model"]
-    text = " ".join((prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
-    console.print(f"POST /v1/route  {text[:70]!r}", markup=False)
-    console.print(
-        f"  -> {target}: P(correct) {decision['p_correct'][target]:.2f}, "
-        f"{usd(decision['expected_cost_usd'][target])} expected, {latency_ms:.0f} ms",
-        markup=False,
-    )
-
-
-def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s: float) -> None:
-    _step("Summary")
-    if notice:
-        console.print(notice)
-    table = Table("held-out prompts", "prefill router", "k nearest neighbours", box=None)
-    ours = metric_rows(evaluation.router, evaluation.quality)
-    knn = evaluation.standing("knn_activations")
-    neighbours = metric_rows(knn.scores, evaluation.quality) if knn else [(name, "–") for name, _ in ours]
-    for (name, value), (_, other) in zip(ours, neighbours, strict=True):
-        table.add_row(name, value, other)
-    console.print(table)
-    console.print(
-        "Each uses its own tolerance, chosen on validation prompts; areas under curves cover every tolerance."
-    )
-    console.print(headline(evaluation))
-    console.print(f"\nReport: {report}\nDone in {elapsed_s:.0f} s.", markup=False)
+    return Inputs(corpus_uri, outcomes_uri, pool_uri, simulation.NOTICE)

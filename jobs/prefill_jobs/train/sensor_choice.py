@@ -5,7 +5,7 @@ one standard error of the lowest; it is kept if it lowers the error by more than
 by prompt and are those of a kernel machine on a sample, the same for every choice.
 """
 
-# N prompts, T targets, F features
+# N prompts, M prompts to fit to, T targets, F features
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_jobs.graded.graded_store import GradedRows, GradedStore
+from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.train.kernel_sample import sample_rows
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
@@ -28,6 +28,7 @@ from prefill_router.probe.projection import Projection
 DEPTHS = (0.5, 0.75, 1.0)  # shares of an encoder's layers down to which columns are tried
 _TRAINING_ROWS, _VALIDATION_ROWS = 2048, 4096
 
+Array = NDArray[Any]
 Errors = NDArray[np.float64]  # (N,) squared error of each validation prompt, averaged over its answers
 
 
@@ -131,7 +132,8 @@ def choose_sensors(
 
     def errors_of(tried: Sequence[SensorOption]) -> Errors:
         own = [features[column] for option in tried for column in option.columns]
-        return _errors(fitted, judged, np.concatenate(own) if own else np.zeros(0, np.int64))
+        which = np.concatenate(own) if own else np.zeros(0, np.int64)
+        return squared_errors(fitted.features[:, which], fitted.correct, judged.features[:, which], judged.correct)
 
     trials = choose_options(options, errors_of, max_encode_ms)
     for line in _lines(trials):
@@ -139,13 +141,17 @@ def choose_sensors(
     return trials
 
 
-def _errors(fitted: GradedRows, judged: GradedRows, features: NDArray[np.int64]) -> Errors:
-    if len(features):
-        machine = fit_kernel(np.ascontiguousarray(fitted.features[:, features]), [fitted.correct])
-        p_correct = machine(np.ascontiguousarray(judged.features[:, features])).clip(0.0, 1.0)
+def squared_errors(features: Array, correct: Array, judged_features: Array, judged_correct: Array) -> Errors:
+    """The squared error on judged prompts (N, F) of a kernel machine that is fitted to others (M, F).
+
+    Answers are (M, T) and (N, T), NaN where missing. Without features, the prediction is each target's mean.
+    """
+    if features.shape[1]:
+        machine = fit_kernel(np.ascontiguousarray(features), [correct])
+        p_correct = machine(np.ascontiguousarray(judged_features)).clip(0.0, 1.0)
     else:
-        p_correct = np.nan_to_num(np.nanmean(fitted.correct, axis=0), nan=0.5)[None]
-    return np.asarray(np.nanmean(np.square(judged.correct - p_correct), axis=1), np.float64)
+        p_correct = np.nan_to_num(np.nanmean(correct, axis=0), nan=0.5)[None]
+    return np.asarray(np.nanmean(np.square(judged_correct - p_correct), axis=1), np.float64)
 
 
 def _lines(trials: Sequence[SensorTrial]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Converts graded answers in other projects' formats into a corpus and outcomes.
+"""Converts graded answers, in a table of one's own or another project's format, into a corpus and outcomes.
 
 One module per format reads records and cites the source of the format; `tables` validates and writes the records of all
 formats. Start reading at `records`, then `toolkit`, the simplest format.
@@ -7,6 +7,7 @@ formats. Start reading at `records`, then `toolkit`, the simplest format.
 from __future__ import annotations
 
 from prefill_router.ingest import (
+    answer_table,
     llmrouter,
     llmrouterbench,
     lm_eval,
@@ -23,6 +24,7 @@ from prefill_router.ingest.records import Format, Ignored, Item, Options, RawAns
 __all__ = ["FORMATS", "Format", "Ignored", "Item", "Options", "RawAnswer", "Record"]
 
 _MODULES = (
+    answer_table,
     toolkit,
     mmlu_pro,
     routerbench,

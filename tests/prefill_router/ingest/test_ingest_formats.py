@@ -45,6 +45,75 @@ def test_toolkit_keeps_where_a_prompt_is_from(tmp_path: Path) -> None:
     assert found.outcomes == {(content_hash("hi"), "m"): (1.0, None)}
 
 
+# --- a table of one's own ----------------------------------------------------------------------------------------
+
+
+WIDE = [
+    {"question": "2 + 2?", "small": 1.0, "small_cost_usd": 0.01, "big": True, "big_output_tokens": 7, "note": "easy"},
+    {"question": "Prove it.", "small": None, "small_cost_usd": None, "big": 0.25, "big_output_tokens": 90, "note": ""},
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
+def test_wide_table(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"answers{suffix}"
+    if suffix == ".csv":
+        write(path, "question,small,small_cost_usd,big,big_output_tokens,note\n2 + 2?,1,0.01,true,7,easy\n")
+        path.write_text(path.read_text() + "Prove it.,,,0.25,90,\n")
+    elif suffix == ".jsonl":
+        write_jsonl(path, *WIDE)
+    elif suffix == ".json":
+        path.write_text(json.dumps(WIDE))
+    else:
+        pq.write_table(pa.Table.from_pylist([{**row, "big": float(row["big"])} for row in WIDE]), path)
+    found = ingest("table", path, tmp_path / "out")
+    first, second = content_hash("2 + 2?"), content_hash("Prove it.")
+    assert found.prompts == ids(["2 + 2?", "Prove it."])
+    assert found.outcomes == {
+        (first, "small"): (1.0, None),
+        (first, "big"): (1.0, 7),
+        (second, "big"): (0.25, 90),
+    }
+    assert found.costs == {(first, "small"): pytest.approx(0.01)}
+    assert found.summary.ignored == {'column "note"': 1}
+    assert found.summary.ungraded == 1
+
+
+def test_wide_table_of_pandas_has_nan_for_a_missing_grade(tmp_path: Path) -> None:
+    table = pa.table({"id": [7, 8], "prompt": ["a", "b"], "m": [float("nan"), 1.0]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = ingest("table", tmp_path / "t.parquet", tmp_path / "out")
+    assert found.prompts == {"7": "a", "8": "b"}
+    assert found.outcomes == {("8", "m"): (1.0, None)}
+
+
+def test_long_table(tmp_path: Path) -> None:
+    rows = [
+        {"prompt_id": "p", "messages": [{"role": "user", "content": "hi"}], "model": "m", "score": 0.5, "cost": 0.1},
+        {"prompt_id": "p", "messages": [{"role": "user", "content": "hi"}], "model": "n", "score": 2, "cost": 0.1},
+    ]
+    found = ingest("table", write_jsonl(tmp_path / "t.jsonl", *rows), tmp_path / "out")
+    assert found.prompts == {"p": [{"role": "user", "content": "hi"}]}
+    assert found.outcomes == {("p", "m"): (0.5, None)}
+    assert found.costs == {("p", "m"): pytest.approx(0.1)}
+    assert found.quarantine == [
+        ("t.jsonl", 1, "p", 'target "n": correct = 2, must be in [0, 1], or true or false'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,m\nhi,1\n", "has no column of prompts: name it prompt or messages; it has a, m"),
+        ("prompt,m\nhi,4\nho,5\n", 'has no column of grades: .* it has m = "4"'),
+        ("prompt\nhi\n", "has no column of grades: .* it has prompts alone"),
+    ],
+)
+def test_table_without_prompts_or_grades(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ingest("table", write(tmp_path / "t.csv", text), tmp_path / "out")
+
+
 # --- MMLU-Pro ----------------------------------------------------------------------------------------------------
 
 MMLU_PRO = (FIXTURES / "mmlu_pro.json").read_text()
