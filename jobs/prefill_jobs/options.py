@@ -86,6 +86,15 @@ class IngestConfig(StrictModel):
     overwrite: Overwrite = False
 
 
+class ValidateConfig(StrictModel):
+    """Read a corpus, outcomes and a pool, and tell all that is wrong with them, before anything is computed."""
+
+    corpus: Uri | None = Field(None, description="Prompts, as `extract` reads them")
+    outcomes: Uri | None = Field(None, description=OUTCOMES)
+    pool: Uri | None = Field(None, description="Pool file; add #name if it defines several pools")
+    max_prompt_bytes: MaxPromptBytes = 1 << 20
+
+
 class ExtractConfig(StrictModel):
     """Run every prompt of a corpus through the encoder's prefill and store its pooled hidden states."""
 
@@ -457,6 +466,7 @@ class QuickstartConfig(WalkthroughConfig):
 
 JOBS: dict[str, type[StrictModel]] = {
     "ingest": IngestConfig,
+    "validate": ValidateConfig,
     "extract": ExtractConfig,
     "probe": ProbeConfig,
     "train": TrainConfig,

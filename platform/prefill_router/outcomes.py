@@ -76,6 +76,11 @@ class Outcomes:
             cost_usd=self.cost_usd[:, first],
         )
 
+    @property
+    def example(self) -> str:
+        """The prompt_id of an outcome."""
+        return self._id_of(self.keys[:1])
+
     def _id_of(self, keys: NDArray[np.uint64]) -> str:
         """Searches the table for a prompt_id whose hash is in `keys`."""
         for batch in _graded_batches(self.uri, self.targets):

@@ -58,7 +58,7 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow("every job once on the demo's data, and an endpoint")
-@pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 5), ("README.md", 2)])
+@pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 6), ("README.md", 2)])
 def test_the_documents_blocks_run(
     demo: tuple[Path, str], ray_address: str, tiny_model: Path, document: str, num_blocks: int
 ) -> None:

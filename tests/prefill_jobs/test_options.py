@@ -52,7 +52,7 @@ def test_flags_win_over_the_table(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[extrct]", 'unknown table "extrct", did you mean "extract"'),
-        ("[zzz]", 'unknown table "zzz"; known: ingest, extract'),
+        ("[zzz]", 'unknown table "zzz"; known: ingest, validate'),
         ("[extract]\nmax_token = 3", 'extract: unknown key "max_token", did you mean "max_tokens"'),
         ("[train]\nzzz = 3", 'train: unknown key "zzz"; known: activations'),
         ("extract = 3", r"extract = 3, must be a table \[extract\]"),

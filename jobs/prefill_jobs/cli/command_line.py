@@ -113,6 +113,16 @@ def _quickstart(config: Any) -> None:
     quickstart(config)
 
 
+def _validate(config: Any) -> None:
+    from prefill_jobs.validate.validate_job import validate
+
+    findings = validate(config)
+    for finding in findings:
+        typer.echo(f"error: {finding.text}" if finding.is_error else finding.text)
+    if num_errors := sum(finding.is_error for finding in findings):
+        raise UserError(f"validate: {num_errors} of {len(findings)} findings are errors")
+
+
 def _extract(config: Any) -> None:
     from prefill_jobs.extract.extract_job import extract
 
@@ -259,6 +269,7 @@ def _say_truncated(count: int, part: str) -> None:
 
 _JOBS: dict[str, Callable[[Any], None]] = {
     "ingest": _ingest,
+    "validate": _validate,
     "demo": _demo,
     "quickstart": _quickstart,
     "extract": _extract,

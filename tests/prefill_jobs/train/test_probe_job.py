@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prefill_jobs.extract.extract_job import extract
@@ -102,9 +104,6 @@ def test_two_stores_of_one_encoder_are_refused(activations: str, small_data: Pat
 def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
     activations: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     outcomes = pq.read_table(small_data / "outcomes.parquet")
     stray = pa.table({"prompt_id": ["nobody"], "target": ["big"], "correct": [1.0], "output_tokens": [5]})
     pq.write_table(pa.concat_tables([outcomes, stray.cast(outcomes.schema)]), tmp_path / "outcomes.parquet")
@@ -113,3 +112,13 @@ def test_an_outcome_of_an_unknown_prompt_is_an_error_unless_ignored(
         GradedStore.open(*arguments, ignore_unknown=False)
     assert len(GradedStore.open(*arguments, ignore_unknown=True).graded_keys) == 240
     assert "ignored 1 graded prompts that have no activations" in capsys.readouterr().err
+
+
+def test_outcomes_of_another_corpus_show_an_id_of_each(activations: str, small_data: Path, tmp_path: Path) -> None:
+    outcomes = pq.read_table(small_data / "outcomes.parquet")
+    ids = pa.array([f"other-{i}" for i in range(len(outcomes))])
+    pq.write_table(outcomes.drop_columns("prompt_id").append_column("prompt_id", ids), tmp_path / "outcomes.parquet")
+    arguments = (activations, str(tmp_path / "outcomes.parquet"), str(small_data / "pool.toml"))
+    message = r"has no outcome for .*: its ids look like other-\d+, those of the activations like \S+: check"
+    with pytest.raises(UserError, match=message):
+        GradedStore.open(*arguments, ignore_unknown=False)

@@ -1,0 +1,181 @@
+"""What `validate` says of a corpus, of outcomes, of a pool, and of how they fit together."""
+
+# N prompts, R rows of outcomes
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, PROMPT_ID, TARGET
+from prefill_router.corpus import plan as corpus_plan
+from prefill_router.corpus.plan import CorpusPlan
+from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.row_keys import have_own_hash
+from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
+from prefill_router.outcomes import is_feedback, tables
+from prefill_router.policy.pool import Pool
+
+_EXAMPLES, _SHARD_ROWS = 3, 4096
+_FEW = 100  # validation prompts: with fewer, a tolerance is chosen by noise
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fact about the data, or with `is_error`, something that stops a job."""
+
+    text: str
+    is_error: bool = False
+
+
+@dataclass
+class CorpusFacts:
+    """A corpus as `extract` would read it."""
+
+    uri: str
+    plan: CorpusPlan
+
+    @classmethod
+    def of(cls, uri: str, max_prompt_bytes: int) -> CorpusFacts:
+        """Reads all prompts. Raises UserError if there is no valid one, or a file cannot be read."""
+        return cls(uri, corpus_plan.plan(uri, _SHARD_ROWS, max_prompt_bytes=max_prompt_bytes))
+
+    @property
+    def keys(self) -> PromptHashes:
+        """Hashes (N,) of the ids that have activations after `extract`."""
+        again = [prompt_hashes(repeats.prompt_ids) for repeats in self.plan.repeats]
+        return np.concatenate([self.plan.keys[:, 0], *again])
+
+    @property
+    def examples(self) -> list[str]:
+        return [row.prompt_id for row in corpus_plan.read_shard(self.plan.shards[0])[:_EXAMPLES]]
+
+    def findings(self) -> Iterator[Finding]:
+        yield Finding(f"{self.uri}: {self.plan.num_rows - len(self.plan.bad):,} prompts")
+        if have_own_hash(self.plan.keys).all():
+            yield Finding(f"{self.uri}: ids are hashes of the prompts")
+        if self.plan.num_repeated:
+            yield Finding(f"{self.uri}: {self.plan.num_repeated:,} prompts occur earlier, and are computed once")
+        for rows in by_reason(self.plan.bad):
+            yield Finding(
+                f"{self.uri}: {len(rows):,} rows are invalid and left out, such as row {rows[0].row + 1}: "
+                f"{rows[0].reason}"
+            )
+
+
+def by_reason(bad: Sequence[BadRow]) -> list[list[BadRow]]:
+    """Invalid rows grouped by the kind of their reason, the most frequent first."""
+    kinds: dict[str, list[BadRow]] = {}
+    for row in bad:
+        kinds.setdefault(re.sub(r'"[^"]*"|\d[\d,.]*', "", row.reason), []).append(row)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+@dataclass
+class OutcomeFacts:
+    """Outcomes of all targets, without those of invalid values."""
+
+    uri: str
+    keys: PromptHashes = field(default_factory=lambda: np.empty(0, np.uint64))  # distinct, ascending
+    examples: list[str] = field(default_factory=list)
+    graded: Counter[str] = field(default_factory=Counter)  # answers by target
+    right: Counter[str] = field(default_factory=Counter)  # sums of their grades
+    unbilled: Counter[str] = field(default_factory=Counter)  # those without a cost
+    invalid: Counter[str] = field(default_factory=Counter)  # values by column
+    num_repeated: int = 0  # further grades of a pair
+
+    @classmethod
+    def of(cls, uri: str) -> OutcomeFacts:
+        """Reads all rows. Raises UserError for a missing column, or one of another type."""
+        facts, pairs, keys = cls(uri), [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        for table in tables(uri):
+            names, hashes = table[TARGET].to_pylist(), prompt_hashes(table[PROMPT_ID].to_pylist())
+            if not facts.examples:
+                facts.examples = pc.unique(table[PROMPT_ID])[:_EXAMPLES].to_pylist()
+            correct, costs = table[CORRECT].to_numpy(), table[COST_USD].fill_null(0.0).to_numpy()
+            facts.invalid[CORRECT] += _num_outside(correct, 1.0)
+            facts.invalid[COST_USD] += _num_outside(costs, np.finfo(np.float64).max)
+            facts.invalid[OUTPUT_TOKENS] += _num_outside(table[OUTPUT_TOKENS].fill_null(0).to_numpy(), np.inf)
+            facts.graded.update(names)
+            facts.unbilled.update(table.filter(pc.is_null(table[COST_USD]))[TARGET].to_pylist())
+            for name, grade in zip(names, np.nan_to_num(correct).tolist(), strict=True):
+                facts.right[name] += grade
+            keys.append(np.unique(hashes))
+            pairs.append(hashes ^ prompt_hashes(names))
+        facts.keys = np.unique(np.concatenate(keys))
+        every = np.concatenate(pairs)
+        facts.num_repeated = 0 if is_feedback(uri) else len(every) - len(np.unique(every))
+        return facts
+
+    def findings(self) -> Iterator[Finding]:
+        if not self.graded:
+            yield Finding(f"{self.uri}: no answer is graded: give each a grade in column {CORRECT}", is_error=True)
+        for name in sorted(self.graded):
+            share = self.right[name] / self.graded[name]
+            yield Finding(f"{self.uri}: {name}: {self.graded[name]:,} answers, mean grade {share:.1%}")
+        for column, allowed in ((CORRECT, "in [0, 1]"), (OUTPUT_TOKENS, "0 or more"), (COST_USD, "0 or more")):
+            if count := self.invalid[column]:
+                yield Finding(f"{self.uri}: {count:,} values of {column} are invalid: must be {allowed}", is_error=True)
+        if self.num_repeated:
+            yield Finding(f"{self.uri}: {self.num_repeated:,} grades are of a pair that has one already", is_error=True)
+
+
+def _num_outside(values: NDArray[Any], most: float) -> int:
+    """How many values are not from 0 to `most`."""
+    return int((~((values >= 0) & (values <= most))).sum())
+
+
+def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
+    """What a pool and outcomes say of each other."""
+    if ungraded := [name for name in pool.target_names if not outcomes.graded[name]]:
+        yield Finding(
+            f"pool {pool.name}: no outcome of {_some(ungraded)}: grade their answers, or use only targets with "
+            f"outcomes: {_some(outcomes.graded)}",
+            is_error=True,
+        )
+    for target in pool.targets:
+        if not target.is_priced and (count := outcomes.unbilled[target.name]):
+            yield Finding(
+                f'pool {pool.name}: target "{target.name}" has no prices, and {count:,} of its outcomes no cost_usd: '
+                "give input_price and output_price",
+                is_error=True,
+            )
+    if others := set(outcomes.graded) - set(pool.target_names):
+        yield Finding(f"{outcomes.uri}: not in pool {pool.name}, and ignored: {_some(others)}")
+
+
+def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
+    """How many prompts have both, and whether they suffice."""
+    is_known = np.isin(outcomes.keys, corpus.keys)
+    if not is_known.any():
+        yield Finding(
+            f"no outcome is of a prompt of the corpus: ids of the corpus look like {', '.join(corpus.examples)}, those "
+            f"of the outcomes like {', '.join(outcomes.examples)}",
+            is_error=True,
+        )
+        return
+    if unknown := int((~is_known).sum()):
+        yield Finding(
+            f"{outcomes.uri}: {unknown:,} prompts are not in the corpus: add them, or pass --ignore-unknown",
+            is_error=True,
+        )
+    parts = Split().parts(outcomes.keys[is_known])
+    counts = [int((parts == part).sum()) for part in Part]
+    yield Finding(
+        f"{sum(counts):,} prompts have outcomes: about {counts[0]:,} to train on, {counts[1]:,} to validate and "
+        f"{counts[2]:,} held out"
+    )
+    if counts[1] < _FEW:
+        yield Finding(f"{counts[1]:,} validation prompts are few: a tolerance chosen on under {_FEW} is mostly noise")
+
+
+def _some(names: Collection[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8:,} more" if len(ordered) > 8 else "")
