@@ -288,7 +288,10 @@ class CollectConfig(StrictModel):
     out: Uri = Field(description="Output folder for answers/, outcomes/ and manifest.json")
     targets: str | None = Field(None, description="Targets of the pool to call, such as small,large [default: all]")
     grader: str | None = Field(
-        None, description="Grader: exact, choice, numeric, code ..., or package.module:function [default: no grading]"
+        None,
+        description="Grader and the corpus columns that it reads: exact, normalized, choice, numeric, regex, judge "
+        "(reference), json_schema (schema), code (tests), reasoning_gym (reference, metadata), or "
+        "package.module:function [default: no grading]",
     )
     grader_options: Uri | None = Field(
         None, description="TOML file with the grader's options", json_schema_extra={SHIPPED: True}
