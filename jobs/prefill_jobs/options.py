@@ -429,6 +429,12 @@ class SubmitConfig(StrictModel):
     detach: bool = Field(False, description="Print the submission id and return without following the job")
 
 
+class CleanConfig(StrictModel):
+    """Remove what jobs left on this machine: unpacked encoders, files of killed processes, logs of failed jobs."""
+
+    dry_run: bool = Field(False, description="Only say what would be removed")
+
+
 class WalkthroughConfig(StrictModel):
     """The options of a command that takes every step."""
 
@@ -482,6 +488,7 @@ JOBS: dict[str, type[StrictModel]] = {
     "submit": SubmitConfig,
     "demo": DemoConfig,
     "quickstart": QuickstartConfig,
+    "clean": CleanConfig,
 }
 
 

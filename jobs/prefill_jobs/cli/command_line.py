@@ -262,6 +262,16 @@ def _pipeline(config: Any) -> None:
     pipeline(config)
 
 
+def _clean(config: Any) -> None:
+    from prefill_jobs.clean_job import clean
+
+    found = clean(config)
+    for path, what, num_bytes in found:
+        typer.echo(f"{path}: {num_bytes / 1e6:,.1f} MB: {what}")
+    total = sum(leftover.num_bytes for leftover in found) / 1e6
+    typer.echo(f"{'would remove' if config.dry_run else 'removed'} {total:,.1f} MB")
+
+
 def _say_truncated(count: int, part: str) -> None:
     if count:
         typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: their {part} was cut out")
@@ -281,5 +291,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "collect": _collect,
     "label": _label,
     "pipeline": _pipeline,
+    "clean": _clean,
 }
-_LOCAL = ("demo", "quickstart", "inspect")  # cannot be submitted to a cluster
+_LOCAL = ("demo", "quickstart", "inspect", "clean")  # cannot be submitted to a cluster

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
 import sys
-import tempfile
 import uuid
 import weakref
 from collections import OrderedDict
@@ -28,6 +26,7 @@ from prefill_jobs.runtime import local_ray, ray_failures
 from prefill_router.common.addresses import ray_address, require_listener, token_refused
 from prefill_router.common.console import said_if_slow, silent_stderr
 from prefill_router.common.errors import UserError
+from prefill_router.common.scratch import ScratchFolder
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 _ANSWERS_KEPT = 1000  # per shared object: Ray retries no call after this many others
@@ -186,10 +185,10 @@ class Shared:
         place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(_Object)
         options = {"scheduling_strategy": place, "max_restarts": -1, "max_task_retries": -1}
-        folder = tempfile.mkdtemp(prefix="prefill-router-") if is_kept else None
+        folder = ScratchFolder() if is_kept else None
         if folder is not None:
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._actor = actor.options(**options).remote(kind, arguments, folder)
+            weakref.finalize(self, folder.remove)
+        self._actor = actor.options(**options).remote(kind, arguments, folder and str(folder.path))
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the object and returns its result."""

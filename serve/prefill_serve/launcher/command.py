@@ -30,7 +30,7 @@ def serve(read: Callable[[], ServeConfig]) -> None:
             # Ray listens on loopback, except for the replicas' ports to each other, which require the token.
             ours["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            ours |= environment(stack.enter_context(own_folder()))
+            ours |= environment(stack.enter_context(own_folder()).path)
         stack.enter_context(_set(ours))
         from prefill_serve.launcher.foreground import run  # Ray reads the environment on import
 

