@@ -1,8 +1,8 @@
 """Chooses the encoders that a router reads, and how deep: each has to earn what it costs to serve.
 
-Encoders are added one at a time. The next one is the cheapest whose squared error on the validation prompts is within
-one standard error of the lowest; it is kept if it lowers the error by more than one standard error. Errors are paired
-by prompt and are those of a kernel machine on a sample, the same for every choice.
+Encoders are added one at a time. The next one is the cheapest whose squared error is within one standard error of the
+lowest; it is kept if it lowers the error by more than one standard error. Errors are paired by prompt and are those of
+a kernel machine on a sample, the same for every choice: on the validation prompts, and on its own, each left out.
 """
 
 # N prompts, M prompts to fit to, T targets, F features
@@ -21,7 +21,7 @@ from prefill_jobs.train.kernel_sample import sample_rows
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
-from prefill_router.predictor.kernel_ridge import fit_kernel
+from prefill_router.predictor.kernel_ridge import fit_and_leave_one_out
 from prefill_router.probe.layer_scores import LayerProbe, joint_columns
 from prefill_router.probe.projection import Projection
 
@@ -29,7 +29,7 @@ DEPTHS = (0.5, 0.75, 1.0)  # shares of an encoder's layers down to which columns
 _TRAINING_ROWS, _VALIDATION_ROWS = 2048, 4096
 
 Array = NDArray[Any]
-Errors = NDArray[np.float64]  # (N,) squared error of each validation prompt, averaged over its answers
+Errors = NDArray[np.float64]  # squared error of each prompt, averaged over its answers
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,18 @@ def choose_sensors(
 
 
 def squared_errors(features: Array, correct: Array, judged_features: Array, judged_correct: Array) -> Errors:
-    """The squared error on judged prompts (N, F) of a kernel machine that is fitted to others (M, F).
+    """The squared errors (M + N,) of a kernel machine on the prompts (M, F) that it is fitted to, each left out, and on
+    judged ones (N, F).
 
     Answers are (M, T) and (N, T), NaN where missing. Without features, the prediction is each target's mean.
     """
+    answers = np.concatenate([correct, judged_correct])
     if features.shape[1]:
-        machine = fit_kernel(np.ascontiguousarray(features), [correct])
-        p_correct = machine(np.ascontiguousarray(judged_features)).clip(0.0, 1.0)
+        machine, left_out = fit_and_leave_one_out(np.ascontiguousarray(features), [correct])
+        p_correct = np.concatenate([left_out, machine(np.ascontiguousarray(judged_features))]).clip(0.0, 1.0)
     else:
         p_correct = np.nan_to_num(np.nanmean(correct, axis=0), nan=0.5)[None]
-    return np.asarray(np.nanmean(np.square(judged_correct - p_correct), axis=1), np.float64)
+    return np.asarray(np.nanmean(np.square(answers - p_correct), axis=1), np.float64)
 
 
 def _lines(trials: Sequence[SensorTrial]) -> Iterator[str]:

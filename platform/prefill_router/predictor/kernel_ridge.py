@@ -88,6 +88,30 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
     `labels` are groups (N, O) of outputs, NaN where missing; the outputs of one group share principal components.
     Missing labels are imputed with the machine's own predictions, in _SWEEPS rounds.
     """
+    return _fit(features, labels).machine
+
+
+def fit_and_leave_one_out(
+    features: NDArray[np.float32], labels: Sequence[NDArray[np.float32]]
+) -> tuple[KernelMachine, NDArray[np.float32]]:
+    """Fits a machine as `fit_kernel` does; also returns, of each of the N prompts, what it predicts without it (N, O).
+
+    The ridge strengths, the principal components and imputed labels are those of all prompts.
+    """
+    machine, ridge, strengths, basis, centred = _fit(features, labels)
+    left_out = (centred @ basis - ridge.residuals(centred @ basis, strengths)) @ basis.T
+    return machine, left_out.numpy() + machine.mean
+
+
+class _Fit(NamedTuple):
+    machine: KernelMachine
+    ridge: _Ridge
+    strengths: Tensor  # (O,)
+    basis: Tensor  # (O, O)
+    centred: Tensor  # (N, O) labels less their mean, imputed where missing
+
+
+def _fit(features: NDArray[np.float32], labels: Sequence[NDArray[np.float32]]) -> _Fit:
     landmarks = torch.from_numpy(features).half()
     x = landmarks.float()
     lengthscale = max(float(x.var(0).sum().sqrt()), _MIN_LENGTHSCALE)
@@ -102,7 +126,8 @@ def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float3
     for _ in range(_SWEEPS if missing.any() else 0):
         centred = torch.where(missing, kernel @ coefficients, centred)
         coefficients = ridge.coefficients(centred @ basis, strengths) @ basis.T
-    return KernelMachine(landmarks.numpy(), lengthscale, coefficients.numpy(), mean.numpy())
+    machine = KernelMachine(landmarks.numpy(), lengthscale, coefficients.numpy(), mean.numpy())
+    return _Fit(machine, ridge, strengths, basis, centred)
 
 
 def _components(centred: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -152,14 +177,19 @@ class _Ridge:
         """Returns coefficients (M, O) for labels (M, O), each output with its own strength."""
         return self.vectors @ (self.vectors.T @ y / (self.values[:, None] + strengths))  # type: ignore[no-any-return]
 
-    def best_strengths(self, y: Tensor) -> Tensor:
-        """Returns the strengths (O,) with the least leave-one-out error; infinite if predicting the mean is best.
+    def residuals(self, y: Tensor, strengths: Tensor) -> Tensor:
+        """Returns labels (M, O) less what is predicted without them, each output with its own strength.
 
-        The leave-one-out residual of prompt i is coefficient_i / inverse_ii, where inverse = (kernel + ridge)^-1.
+        The residual of prompt i is coefficient_i / inverse_ii, where inverse = (kernel + ridge)^-1. An infinite
+        strength predicts the mean.
         """
+        inverse_diagonals = self.vectors.square() @ (1.0 / (self.values[:, None] + strengths))
+        return torch.where(strengths.isinf(), y, self.coefficients(y, strengths) / inverse_diagonals)
+
+    def best_strengths(self, y: Tensor) -> Tensor:
+        """Returns the strengths (O,) with the least leave-one-out error; infinite if predicting the mean is best."""
         errors = [y.square().mean(0)]
         for strength in STRENGTHS:
-            inverse_diagonal = self.vectors.square() @ (1.0 / (self.values + strength))
-            residuals = self.coefficients(y, torch.tensor(strength, dtype=torch.float32)) / inverse_diagonal[:, None]
+            residuals = self.residuals(y, torch.tensor([strength], dtype=torch.float32))
             errors.append(residuals.square().mean(0))
         return torch.tensor([torch.inf, *STRENGTHS], dtype=torch.float32)[torch.stack(errors).argmin(0)]

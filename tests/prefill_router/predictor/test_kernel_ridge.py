@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from sklearn.kernel_ridge import KernelRidge
 
-from prefill_router.predictor.kernel_ridge import STRENGTHS, KernelMachine, _Ridge, fit_kernel
+from prefill_router.predictor.kernel_ridge import STRENGTHS, KernelMachine, _Ridge, fit_and_leave_one_out, fit_kernel
 
 Array = NDArray[np.float32]
 
@@ -32,20 +32,21 @@ def fitted_share(machine: KernelMachine, x: Array, y: Array) -> Array:
 def test_it_is_kernel_ridge_regression() -> None:
     """One output against scikit-learn's KernelRidge, with the strength picked by leave-one-out refits."""
     x, y = features(120, 0), labels(features(120, 0), 1)[:, :1]
-    machine = fit_kernel(x, [y])
+    machine, without_itself = fit_and_leave_one_out(x, [y])
     gamma = 1.0 / np.sqrt(x.var(0, ddof=1).sum())
     kernel = np.exp(-np.sqrt(gamma * cdist(x, x)))
     centred = (y - y.mean())[:, 0]
 
-    def left_out(strength: float) -> float:
-        errors = []
+    def left_out(strength: float) -> Array:
+        predicted = []
         for i in range(len(x)):
             rest = np.arange(len(x)) != i
             ridge = KernelRidge(alpha=strength, kernel="precomputed").fit(kernel[np.ix_(rest, rest)], centred[rest])
-            errors.append((ridge.predict(kernel[[i]][:, rest])[0] - centred[i]) ** 2)
-        return float(np.mean(errors))
+            predicted.append(ridge.predict(kernel[[i]][:, rest])[0])
+        return np.array(predicted)
 
-    best = min(STRENGTHS, key=left_out)
+    best = min(STRENGTHS, key=lambda strength: float(np.mean((left_out(strength) - centred) ** 2)))
+    np.testing.assert_allclose(without_itself[:, 0], left_out(best) + y.mean(), atol=1e-3)
     ridge = KernelRidge(alpha=best, kernel="precomputed").fit(kernel, centred)
     test = features(30, 2)
     expected = ridge.predict(np.exp(-np.sqrt(gamma * cdist(test, x)))) + y.mean()
@@ -102,6 +103,12 @@ def test_an_output_without_labels_has_the_mean_of_its_group() -> None:
 def test_prompts_that_repeat_do_no_harm() -> None:
     x = np.repeat(features(40, 0), 4, axis=0)
     assert np.isfinite(fit_kernel(x, [labels(x, 1)])(x)).all()
+
+
+def test_an_infinite_strength_leaves_the_labels() -> None:
+    y = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    residuals = _Ridge(torch.eye(2)).residuals(y, torch.tensor([torch.inf, 1.0]))
+    assert residuals.tolist() == [[1.0, 1.0], [-1.0, -1.0]]  # prompts that have nothing in common predict the mean too
 
 
 def test_prompts_that_are_all_alike_leave_the_mean() -> None:
