@@ -16,7 +16,7 @@ from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, 
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.refused_fields import is_adaptable, is_hint
 from prefill_serve.gateway.state.call_ledger import Bid
-from prefill_serve.gateway.state.conversations import Key, answer_key
+from prefill_serve.gateway.state.conversations import Key, MainAgent, answer_key
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.translated_calls import TranslatedCall, translated
 from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamRefusal
@@ -25,7 +25,7 @@ _MOST_OF_A_HEADER = 500
 
 
 class Caller(NamedTuple):
-    """The caller's name, the request's id, and the caller's id of the conversation."""
+    """The caller's name, the request's id, and the caller's id of the session."""
 
     name: str
     request_id: str
@@ -41,6 +41,7 @@ class ActiveCall:
     plan: Plan
     channels: dict[str, Channel]  # by target
     keys: list[Key]  # of its conversation
+    main: MainAgent | None = None  # if the caller names the session
     choice: Candidate | None = None
     failed: list[str] = field(default_factory=list)
     refusal: tuple[UpstreamRefusal, Candidate | None] | None = None  # the first, and the choice that it was

@@ -14,7 +14,7 @@ from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, defaul
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.call_ledger import CallLedger
-from prefill_serve.gateway.state.conversations import Key, answer_key, has_sealed_reasoning, keys_of
+from prefill_serve.gateway.state.conversations import Past, Thread, answer_key, has_sealed_reasoning, thread_of
 from prefill_serve.gateway.upstream import Channel
 from prefill_serve.settings import GatewaySettings
 
@@ -42,14 +42,14 @@ class Planner:
     def settings(self) -> GatewaySettings:
         return self.endpoint.now.settings.gateway or GatewaySettings()
 
-    async def plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, list[Key]]:
+    async def plan(self, call: Call, caller: Caller, channels: dict[str, Channel]) -> tuple[Plan, Thread | None]:
         require_upstream(call, channels)
         await self._require_own_answer(call, caller)
         if call.pinned is not None:
-            return FixedPlan([call.pinned], estimated_tokens(call)), []
-        earlier, here = keys_of(call, caller.name, caller.session)
-        past = asyncio.create_task(self._past(earlier))
-        return await self._routed(call, caller, past), [here]
+            return FixedPlan([call.pinned], estimated_tokens(call)), None
+        thread = thread_of(call, caller.name, caller.session)
+        past = asyncio.create_task(self._past(thread))
+        return await self._routed(call, caller, past), thread
 
     async def _require_own_answer(self, call: Call, caller: Caller) -> None:
         """Raises UnknownAnswer for a call that continues an unknown answer or another caller's.
@@ -63,13 +63,13 @@ class Planner:
             given = f'previous_response_id "{call.continues}"'
             raise UnknownAnswer(f"{given}: not found, or too old: send the conversation as input")
 
-    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[str | None]) -> Plan:
+    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[Past | None]) -> Plan:
         settings = self.settings
         allowed = call.allowed
         if call.continues is not None or has_sealed_reasoning(call.messages):
-            target = await past  # no other target stores the answer or can read the reasoning
-            if target is not None:
-                return FixedPlan([target], estimated_tokens(call), sticky=target)
+            known = await past  # no other target stores the answer or can read the reasoning
+            if known is not None:
+                return FixedPlan([known.target], estimated_tokens(call), sticky=known.target)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
                 routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.name)
@@ -77,7 +77,8 @@ class Planner:
             raise
         except Exception as error:  # the default target can still answer
             return self._unrouted(call, caller, allowed, error)
-        return RoutedPlan(routing, routing.policy, await past, settings.stick_margin)
+        known = await past
+        return RoutedPlan(routing, routing.policy, known and known.target, settings.stick_margin)
 
     def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> FixedPlan:
         """The plan without the router: the default target first."""
@@ -88,9 +89,11 @@ class Planner:
         order = default_order(targets, self.settings.default_target, allowed)
         return FixedPlan(order, estimated_tokens(call))
 
-    async def _past(self, keys: list[Key]) -> str | None:
-        """The target of a conversation; None if it is new or the ledger takes too long."""
-        return await answer_in_time(self.ledger.target(keys)) if keys else None
+    async def _past(self, thread: Thread) -> Past | None:
+        """What is known of a conversation; None if it is new or the ledger takes too long."""
+        if not thread.earlier and thread.main is None:
+            return None
+        return await answer_in_time(self.ledger.past(thread.earlier, thread.main))
 
 
 def require_upstream(call: Call, channels: dict[str, Channel]) -> None:

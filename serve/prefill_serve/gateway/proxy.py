@@ -66,8 +66,10 @@ class Proxy:
         if hard.covers(caller.name):  # its maximum cost must be known in advance
             call = replace(call, answer_tokens=hard.answer_tokens)
         channels = self._current_channels()
-        plan, keys = await self._planner.plan(call, caller, channels)
-        active = ActiveCall(call, caller, plan, channels, keys)
+        plan, thread = await self._planner.plan(call, caller, channels)
+        active = ActiveCall(call, caller, plan, channels, [])
+        if thread is not None:
+            active.keys, active.main = [thread.own], thread.main
         try:
             answered = await self._ask(active)
         except (UpstreamRefusal, OverLimit) as refused:
@@ -263,6 +265,7 @@ class Proxy:
             is_pinned=call.pinned is not None,
             is_sticky=isinstance(plan, FixedPlan) and plan.sticky is not None,
             usage=usage if charge is not None and charge.kind == "reported" else None,
+            counted_tokens=plan.input_tokens,
             cost_usd=None if charge is None else charge.usd,
             cost_kind="reported" if charge is None else charge.kind,
             lost_usd=active.lost_usd,
@@ -311,7 +314,7 @@ class Proxy:
                 else:  # a reservation made after the record would remain
                     await asyncio.gather(*active.reserving, return_exceptions=True)
                     self._in_progress.pop(active.ticket, None)
-                    await self.ledger.record(record, active.keys, active.ticket)
+                    await self.ledger.record(record, active.keys, active.ticket, active.main)
             except Exception:
                 log.exception("call not recorded in the ledger", extra={"route_id": record.request_id})
 

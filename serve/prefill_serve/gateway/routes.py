@@ -20,13 +20,13 @@ from prefill_serve.gateway.openai_calls import ROUTER_FIELDS, Call
 from prefill_serve.gateway.proxy import Proxy
 from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.responses_calls import ResponsesCall
+from prefill_serve.gateway.session_ids import session_id
 from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 
-_SESSION = "x-session-id"
 _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
@@ -81,7 +81,7 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
     routes = APIRouter(lifespan=lifespan)
 
     async def answer(call: Call, http: Request) -> Response:
-        caller = Caller(http.state.caller, http.state.request_id, http.headers.get(_SESSION))
+        caller = Caller(http.state.caller, http.state.request_id, session_id(http.headers, call.body))
         return await _unless_disconnected(http, proxy.answer(call, caller))
 
     answers: dict[int | str, dict[str, Any]] = {**errors, 200: _ANSWER}
@@ -91,7 +91,7 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         """Answer a chat completion with the target that the router chooses, or that `model` names.
 
         All fields are passed to the target's upstream except the router's own: `tolerance`, `models`, `max_cost_usd`
-        and `min_p_correct`. Calls with the same `x-session-id` or the same history keep their target.
+        and `min_p_correct`. Calls of one session, or with the same history, keep their target.
         """
         return await answer(ChatCall.read(await http.body()), http)
 

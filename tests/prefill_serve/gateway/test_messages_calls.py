@@ -12,7 +12,7 @@ from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Needs, Note
-from prefill_serve.gateway.state.conversations import keys_of
+from prefill_serve.gateway.state.conversations import thread_of
 from prefill_serve.gateway.translated_calls import translated
 
 UPSTREAM = Upstream(base_url="http://127.0.0.1/v1", limit_field="max_completion_tokens")
@@ -51,7 +51,7 @@ def test_moved_cache_breakpoints_leave_the_conversations_key() -> None:
         said = [{"role": "user", "content": [{"type": "text", "text": "a", **marks}]}]
         return messages(system=[{"type": "text", "text": "s", **marks}], messages=said)
 
-    assert keys_of(asked(cache_control={"type": "ephemeral"}), "ann", None) == keys_of(asked(), "ann", None)
+    assert thread_of(asked(cache_control={"type": "ephemeral"}), "ann", None) == thread_of(asked(), "ann", None)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.gateway_metrics import BudgetMetrics, MemoryMetrics
 from prefill_serve.gateway.state.accounts import Accounts, Stats
 from prefill_serve.gateway.state.call_memory import CallMemory, UnsavedCalls
-from prefill_serve.gateway.state.conversations import Conversations, Key
+from prefill_serve.gateway.state.conversations import Conversations, Key, MainAgent, Past
 from prefill_serve.gateway.state.feedback import (
     ConflictingFeedback,
     Feedback,
@@ -59,11 +59,13 @@ class Bid(NamedTuple):
 class CallLedger(Protocol):
     """The interface of LocalLedger; calls to another process may fail or take long."""
 
-    async def target(self, keys: Sequence[Key]) -> str | None: ...
+    async def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None: ...
     async def target_of_answer(self, key: Key) -> str | None: ...
     async def reserve(self, ticket: str, caller: str, bids: Sequence[Bid]) -> Reserved | Exhausted: ...
     async def renew(self, tickets: Sequence[str]) -> None: ...
-    async def record(self, record: CallRecord, keys: Sequence[Key], ticket: str = "") -> None: ...
+    async def record(
+        self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
+    ) -> None: ...
     async def feedback(self, given: Feedback, caller: str) -> bool: ...
     async def stats(self, caller: str | None) -> Stats: ...
 
@@ -99,7 +101,7 @@ class LocalLedger:
                 if record.call_id not in self._memory:
                     self._book(record)
                     if record.answer_key is not None and record.target is not None:
-                        self.conversations.keep([bytes.fromhex(record.answer_key)], record.target)
+                        self.conversations.keep([bytes.fromhex(record.answer_key)], Past(record.target))
             for row in outcomes:
                 if not self._memory.has_feedback(row[CALL_ID]):
                     given = StoredFeedback(row[CORRECT], row[OUTPUT_TOKENS])
@@ -115,9 +117,9 @@ class LocalLedger:
     def _set_budget_metrics(self) -> None:
         self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
 
-    async def target(self, keys: Sequence[Key]) -> str | None:
-        """The target of the conversation with one of these keys."""
-        return self.conversations.target(keys)
+    async def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None:
+        """The conversation with one of these keys, or that of the session's main agent."""
+        return self.conversations.past(keys, main)
 
     async def target_of_answer(self, key: Key) -> str | None:
         """The target that stores an answer; waits a moment, as the answer may not be recorded yet."""
@@ -147,11 +149,14 @@ class LocalLedger:
         """Extends the reservations of calls in progress."""
         self.accounts.reservations.renew(tickets)
 
-    async def record(self, record: CallRecord, keys: Sequence[Key], ticket: str = "") -> None:
+    async def record(
+        self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
+    ) -> None:
         """Records a finished call and ends its reservation."""
         self.accounts.reservations.end(ticket)
         if record.target is not None and record.end != "routed":
-            self.conversations.keep(keys, record.target)
+            input_tokens = record.counted_tokens if record.usage is None else record.usage.input_tokens
+            self.conversations.keep(keys, Past(record.target, input_tokens, record.counted_tokens), main)
         self._book(record)
         self._set_budget_metrics()
         if self._folder is not None:

@@ -4,39 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # not needed in the ledger's process
     from prefill_serve.gateway.openai_calls import Body, Call
 
 Key = bytes
-_REMEMBERED = 200_000  # conversations, about 200 bytes each
+_REMEMBERED = 200_000  # keys, about 400 bytes each; a conversation has one or two
 # OpenAI's and xAI's, Anthropic's, Google's; and the types of OpenRouter and Anthropic
 _SEALS = ("encrypted_content", "signature", "thought_signature")
 _SEALED_TYPES = ("reasoning.encrypted", "redacted_thinking")
 _DEPTH = 8  # of the places where they occur
+_INSTRUCTIONS = ("system", "developer")
+_MOST_INSTRUCTIONS = 4_000  # characters of the system text that tell agents apart
+_SENTENCE_END = re.compile(r"[\n.!?;]+")
 
 
-def keys_of(call: Call, caller: str, session: str | None) -> tuple[list[Key], Key]:
-    """Returns the keys to look up the conversation's target, best first, and the key to store it under.
+class MainAgent(NamedTuple):
+    """An agent of a session, which may be the one that its caller talks to."""
 
-    Without a session id, a call is found by its messages before each earlier answer. Keys include the caller, so
-    callers never find each other's conversations.
+    session: Key
+    agent: Key  # its tools and instructions
+    has_tools: bool
+
+
+class Thread(NamedTuple):
+    """How the conversation of a call is found, and where it is stored."""
+
+    earlier: list[Key]  # to look up, best first
+    own: Key  # to store it under
+    main: MainAgent | None = None  # if the caller names the session
+
+
+class Past(NamedTuple):
+    """What is known of a conversation from its last answer."""
+
+    target: str
+    input_tokens: int = 0  # of its last call, by the upstream's usage if reported
+    counted_tokens: int = 0  # of the same prompt, by the encoder
+    age_s: float = 0.0  # since the end of that call; infinite if the messages since are others
+
+
+class _Kept(NamedTuple):
+    past: Past
+    at_s: float
+    main: MainAgent | None
+
+
+def thread_of(call: Call, caller: str, session: str | None) -> Thread:
+    """The keys of a call's conversation. They include the caller, so callers never find each other's conversations.
+
+    A caller's session has a conversation for each first user message and set of tools, so that sub-agents are kept
+    apart. Without a session id, a call is found by its messages before each earlier answer. Instructions are no part
+    of a key: agents write the time into them.
     """
     if call.continues is not None:
-        return [answer_key(caller, call.continues)], _key(caller, "next", call.continues)
+        return Thread([answer_key(caller, call.continues)], _key(caller, "next", call.continues))
     if session:  # ignore an empty header
-        key = _key(caller, "session", session)
-        return [key], key
-    digest = hashlib.sha256(_key(caller, "said", ""))
-    before: list[Key] = []
-    for message in call.messages:
-        if message.get("role") == "assistant":
-            before.append(digest.digest()[:16])
-        digest.update(_said(message))
-    return before[::-1], digest.digest()[:16]
+        own = _opening(call, caller, "session", session)
+        return Thread([own], own, MainAgent(_key(caller, "session", session), _agent(call), bool(_tools(call))))
+    earlier, own = _by_messages(call, caller)
+    cache_key = call.body.get("prompt_cache_key")
+    if isinstance(cache_key, str) and cache_key:
+        own = _opening(call, caller, "cache", cache_key)
+        earlier = [own] if earlier else []  # a new conversation may begin like another of the same key
+    return Thread(earlier, own)
 
 
 def answer_key(caller: str, answer_id: str) -> Key:
@@ -59,21 +96,89 @@ def _is_sealed(part: Any, depth: int = 0) -> bool:
 
 
 class Conversations:
-    """The targets of the most recent conversations."""
+    """The most recent conversations. `clock` returns seconds."""
 
-    def __init__(self) -> None:
-        self._targets: OrderedDict[Key, str] = OrderedDict()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+
+    def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None:
+        """The conversation of the first known key or else, if an agent replaced its history, the session's."""
+        for key in keys:
+            if (kept := self._kept.get(key)) is not None:
+                return kept.past._replace(age_s=self._clock() - kept.at_s)
+        kept = None if main is None else self._kept.get(main.session)
+        return kept.past._replace(age_s=math.inf) if kept is not None and _is_same(kept.main, main) else None
 
     def target(self, keys: Sequence[Key]) -> str | None:
         """The target of the first known key."""
-        return next((self._targets[key] for key in keys if key in self._targets), None)
+        past = self.past(keys)
+        return None if past is None else past.target
 
-    def keep(self, keys: Sequence[Key], target: str) -> None:
+    def keep(self, keys: Sequence[Key], past: Past, main: MainAgent | None = None) -> None:
+        """Stores a conversation after an answer. A session's main agent is its first, or its first with tools."""
+        kept = _Kept(past, self._clock(), main)
         for key in keys:
-            self._targets[key] = target
-            self._targets.move_to_end(key)
-        while len(self._targets) > _REMEMBERED:
-            self._targets.popitem(last=False)
+            self._keep(key, kept)
+        if main is not None:
+            known = self._kept.get(main.session)
+            if known is None or _is_same(known.main, main) or (main.has_tools and not _has_tools(known.main)):
+                self._keep(main.session, kept)
+        while len(self._kept) > _REMEMBERED:
+            self._kept.popitem(last=False)
+
+    def _keep(self, key: Key, kept: _Kept) -> None:
+        self._kept[key] = kept
+        self._kept.move_to_end(key)
+
+
+def _is_same(known: MainAgent | None, main: MainAgent | None) -> bool:
+    return known is not None and main is not None and known.agent == main.agent
+
+
+def _has_tools(main: MainAgent | None) -> bool:
+    return main is not None and main.has_tools
+
+
+def _by_messages(call: Call, caller: str) -> tuple[list[Key], Key]:
+    """The keys of the messages before each earlier answer, latest first, and of all."""
+    digest = hashlib.sha256(_key(caller, "said", ""))
+    before: list[Key] = []
+    for message in call.messages:
+        if message.get("role") in _INSTRUCTIONS:
+            continue
+        if message.get("role") == "assistant":
+            before.append(digest.digest()[:16])
+        digest.update(_said(message))
+    return before[::-1], digest.digest()[:16]
+
+
+def _opening(call: Call, *names: str) -> Key:
+    """The key of a conversation by its first message and the names of its tools."""
+    said = next((_said(message) for message in call.messages if message.get("role") not in _INSTRUCTIONS), b"")
+    return _key(*names, *_tools(call), said.decode())
+
+
+def _agent(call: Call) -> Key:
+    """The key of an agent: its tools, and the sentences of its instructions without digits, which may be of a clock."""
+    given = [message.get("content") for message in call.messages if message.get("role") in _INSTRUCTIONS]
+    text = "\n".join(_text(content) for content in given)[:_MOST_INSTRUCTIONS]
+    sentences = [sentence for sentence in _SENTENCE_END.split(text) if not re.search(r"\d", sentence)]
+    return _key("agent", *_tools(call), "", *sentences)
+
+
+def _tools(call: Call) -> list[str]:
+    """The sorted names of a call's tools, or types of those without a name."""
+    given = call.body.get("tools") or call.body.get("functions")
+    tools = [tool for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []
+    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+    return sorted(str(function.get("name") or function.get("type")) for function in functions)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _key(*parts: str) -> Key:
@@ -81,6 +186,13 @@ def _key(*parts: str) -> Key:
 
 
 def _said(message: Body) -> bytes:
-    """The content that identifies a message, independent of its encoding."""
-    what = [message.get("role"), message.get("content") or "", message.get("tool_calls") or []]
+    """The content that identifies a message, independent of its encoding and of cache breakpoints, which move."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = [_without_breakpoint(part) for part in content]
+    what = [message.get("role"), content, message.get("tool_calls") or []]
     return json.dumps(what, sort_keys=True).encode()
+
+
+def _without_breakpoint(part: Any) -> Any:
+    return {name: part[name] for name in part if name != "cache_control"} if isinstance(part, dict) else part

@@ -15,7 +15,7 @@ from prefill_router.common.validation import validate
 from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import Bid, LedgerUnavailable, LocalLedger
-from prefill_serve.gateway.state.conversations import Key
+from prefill_serve.gateway.state.conversations import Key, MainAgent, Past
 from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.settings import LedgerSettings
@@ -46,8 +46,8 @@ class RemoteLedger:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def target(self, keys: Sequence[Key]) -> str | None:
-        return await self._call("target", keys)  # type: ignore[no-any-return]
+    async def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None:
+        return await self._call("past", keys, main)  # type: ignore[no-any-return]
 
     async def target_of_answer(self, key: Key) -> str | None:
         return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
@@ -58,8 +58,10 @@ class RemoteLedger:
     async def renew(self, tickets: Sequence[str]) -> None:
         await self._call("renew", tickets)
 
-    async def record(self, record: CallRecord, keys: Sequence[Key], ticket: str = "") -> None:
-        await self._call("record", record, keys, ticket)
+    async def record(
+        self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
+    ) -> None:
+        await self._call("record", record, keys, ticket, main)
 
     async def feedback(self, given: Feedback, caller: str) -> bool:
         return await self._call("feedback", given, caller)  # type: ignore[no-any-return]

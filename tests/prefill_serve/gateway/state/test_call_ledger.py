@@ -358,7 +358,7 @@ def test_a_conversation_keeps_its_target_and_a_decision_alone_gives_it_none() ->
         await ledger.record(served("r-1"), [b"here"])
         await ledger.record(served("r-2", end="routed"), [b"there"])
         await ledger.record(served("r-3", end="failed", target=None), [b"nowhere"])
-        return [await ledger.target([key]) for key in (b"here", b"there", b"nowhere")]
+        return [ledger.conversations.target([key]) for key in (b"here", b"there", b"nowhere")]
 
     assert run(scenario) == ["small", None, None]
 
