@@ -7,6 +7,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,3 +130,9 @@ class Gateway:
 
     def stats(self) -> Any:
         return self.http.get("/v1/stats").raise_for_status().json()
+
+    def settle(self, num_calls: int) -> None:
+        """Waits until so many calls have been recorded, which is after their answers were sent."""
+        deadline = time.monotonic() + 60.0
+        while self.stats()["calls"] < num_calls:
+            assert time.monotonic() < deadline, f"fewer than {num_calls} calls were recorded"

@@ -13,7 +13,7 @@ from random import SystemRandom
 
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import Prompt, content_digest
-from prefill_router.policy.decision import Decision, Policy, Prediction, decide_one, explain, explore
+from prefill_router.policy.decision import Decision, KnownPrefix, Policy, Prediction, decide_one, explain, explore
 from prefill_router.policy.selection import OUT_OF_DISTRIBUTION_SHARE
 from prefill_serve.endpoint_metrics import Metrics
 from prefill_serve.engine import Engine, Estimate, Head, PromptReading, Times
@@ -243,15 +243,18 @@ class Routing:
         safe, percentile = self.serving.settings.safe, self.reading.estimates[0].percentile
         return percentile is not None and percentile >= (OUT_OF_DISTRIBUTION_SHARE if safe is None else safe.beyond)
 
-    def decide(self, policy: Policy, *, explores: bool = True) -> Decision:
-        """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed."""
+    def decide(self, policy: Policy, *, explores: bool = True, known: KnownPrefix | None = None) -> Decision:
+        """Decides under a policy. Out-of-distribution prompts go to the safe target, if it is set and allowed.
+
+        `known` is what a conversation has taught about the prompt.
+        """
         safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
         if self.is_outlier and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
             safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
-            decision = _decision(self.head, self.reading, prediction, safely)
+            decision = _decision(self.head, self.reading, prediction, safely, known)
             if decision.target is not None:
                 return decision
-        decision = _decision(self.head, self.reading, prediction, policy)
+        decision = _decision(self.head, self.reading, prediction, policy, known)
         return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _RANDOM)
 
     def response(self, decision: Decision, request_id: str, *, explained: bool) -> RouteResponse:
@@ -300,9 +303,11 @@ def _check_targets(policy: Policy, head: Head) -> None:
         raise UnknownTarget(str(error)) from None
 
 
-def _decision(head: Head, reading: PromptReading, prediction: Prediction, policy: Policy) -> Decision:
+def _decision(
+    head: Head, reading: PromptReading, prediction: Prediction, policy: Policy, known: KnownPrefix | None = None
+) -> Decision:
     lengths = reading.input_tokens, reading.is_truncated
-    return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version)
+    return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version, known)
 
 
 def _drift(estimate: Estimate, is_outlier: bool) -> Drift | None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -44,6 +44,14 @@ class Policy:
         return np.array([self.allowed is None or name in self.allowed for name in names])
 
 
+class KnownPrefix(NamedTuple):
+    """What the last call of a conversation tells about the cost of the next one."""
+
+    target: str  # that answered it
+    cached_tokens: int = 0  # of the prompt, which this target has read and bills at its cached rate
+    uncounted_tokens: int = 0  # of the prompt, which targets bill but the encoder does not count, such as tools
+
+
 @dataclass(frozen=True)
 class Decision:
     """The chosen target of a prompt and the figures behind the choice. `target` is None if none meets the policy."""
@@ -57,6 +65,11 @@ class Decision:
     router_version: str
     propensity: float = 1.0  # probability of choosing this target; below 1 if exploration is on
     is_explored: bool = False  # chosen at random
+    cached_usd: dict[str, float] = field(default_factory=dict)  # what a cached prefix saves, by target
+
+    def next_usd(self, target: str) -> float:
+        """The expected cost at a target, less what its cached prefix saves."""
+        return self.expected_cost_usd[target] - self.cached_usd.get(target, 0.0)
 
 
 def decide(
@@ -88,13 +101,20 @@ def decide_one(
     policy: Policy,
     default_tolerance: float,
     version: str,
+    known: KnownPrefix | None = None,
 ) -> Decision:
-    """Decides one prompt, whose prediction has shape (T,). Raises UserError as `decide` does."""
+    """Decides one prompt, whose prediction has shape (T,). Raises UserError as `decide` does.
+
+    In a conversation, the target of the last call is chosen by its cost with the `known` prefix cached.
+    """
     names = pool.target_names
-    costs_T = pool.expected_cost(np.array([input_tokens]), prediction.expected_output_tokens[None])[0]
+    billed_tokens = input_tokens + (0 if known is None else known.uncounted_tokens)
+    costs_T = pool.expected_cost(np.array([billed_tokens]), prediction.expected_output_tokens[None])[0]
+    cached_usd = {} if known is None else _cached_usd(pool, billed_tokens, known)
+    next_T = costs_T - [cached_usd.get(name, 0.0) for name in names]
     tolerance = default_tolerance if policy.tolerance is None else policy.tolerance
     limits = policy.mask(pool), policy.max_cost, policy.min_p
-    chosen = int(choose(prediction.p_correct[None], costs_T, tolerance, *limits)[0])
+    chosen = int(choose(prediction.p_correct[None], next_T, tolerance, *limits)[0])
 
     def by_target(values_T: NDArray[Any]) -> dict[str, float]:
         return dict(zip(names, values_T.tolist(), strict=True))
@@ -107,7 +127,13 @@ def decide_one(
         input_tokens=input_tokens,
         is_truncated=is_truncated,
         router_version=version,
+        cached_usd=cached_usd,
     )
+
+
+def _cached_usd(pool: Pool, billed_tokens: int, known: KnownPrefix) -> dict[str, float]:
+    readers = [target for target in pool.targets if target.name == known.target]
+    return {t.name: t.cost(billed_tokens, 0.0) - t.cost(billed_tokens, 0.0, known.cached_tokens) for t in readers}
 
 
 def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> Decision:
@@ -146,7 +172,7 @@ def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, s
 
 def _violation(decision: Decision, policy: Policy, target: str) -> str | None:
     """Returns which constraint of the policy a target violates, or None."""
-    p, cost_usd = decision.p_correct[target], decision.expected_cost_usd[target]
+    p, cost_usd = decision.p_correct[target], decision.next_usd(target)
     if policy.allowed is not None and target not in policy.allowed:
         return "not one of the allowed targets"
     if policy.max_cost is not None and cost_usd > policy.max_cost:

@@ -120,6 +120,7 @@ class Target(_SparseModel):
     output_price: float = Field(0.0, ge=0.0)
     usd_per_answer: float = Field(0.0, ge=0.0, description="Price of an answer, besides that of its tokens")
     cached_input_price: float | None = Field(None, ge=0.0, description="Price of cached input tokens [input_price]")
+    cache_life_s: float = Field(300.0, ge=0.0, description="Seconds after which an unused cached prefix counts as lost")
     context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
     tools: bool = Field(True, description="Supports tool calls")
     images: bool = Field(True, description="Supports image input")

@@ -153,6 +153,8 @@ class ActiveCall:
         if choice is None:
             return headers
         headers["x-router-selected-model"] = _ascii(choice.target)
+        if choice.why is not None:
+            headers["x-router-conversation"] = _ascii(choice.why)
         asked = self.translated_for(self.channels[choice.target].target)
         if isinstance(asked, TranslatedCall) and asked.dropped:
             headers["x-router-dropped"] = _header(asked.dropped)

@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from prefill_router.policy.decision import Decision, Policy
+from prefill_router.policy.decision import Decision, KnownPrefix, Policy
 from prefill_router.policy.pool import Target
+from prefill_router.policy.switching import SwitchRule
 from prefill_serve.endpoint import Routing
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
@@ -16,49 +17,59 @@ _CHARACTERS_A_TOKEN = 3  # for text that was not tokenized; overestimates tokens
 
 
 class Candidate(NamedTuple):
-    """A target, with the router's decision if there is one."""
+    """A target, with the router's decision if there is one, and why its conversation stayed or moved."""
 
     target: str
     decision: Decision | None
+    why: str | None = None
 
     @property
     def expected_usd(self) -> float | None:
-        return None if self.decision is None else self.decision.expected_cost_usd[self.target]
+        return None if self.decision is None else self.decision.next_usd(self.target)
 
 
 @dataclass(frozen=True)
 class RoutedPlan:
-    """A plan by the router's decision, which keeps a conversation's target unless another is clearly better."""
+    """A plan by the router's decision, which keeps a conversation's target unless a move is worth it."""
 
     routing: Routing
     policy: Policy
     sticky: str | None
-    stick_margin: float
+    rule: SwitchRule
+    known: KnownPrefix | None = None
+    is_amid_tools: bool = False  # the call carries results of tools, which the conversation's target asked for
 
     @property
     def input_tokens(self) -> int:
         return self.routing.reading.input_tokens
 
     def over_budget(self, tolerance: float | None) -> RoutedPlan:
-        """Over-budget variant: uses the budget's tolerance and drops the conversation's target."""
+        """Over-budget variant: uses the budget's tolerance and drops the conversation's target, except amid tools."""
         policy = replace(self.policy, tolerance=1.0 if tolerance is None else tolerance)
-        return replace(self, policy=policy, sticky=None)
+        return replace(self, policy=policy, sticky=self.sticky if self.is_amid_tools else None)
 
     def choose(self, among: Collection[str]) -> Candidate | None:
         """Chooses one of these targets; None if none meets the constraints."""
         allowed = [name for name in among if self.policy.allowed is None or name in self.policy.allowed]
         if not allowed:
             return None
-        kept = self._decide([self.sticky]) if self.sticky in allowed and self.sticky is not None else None
+        if self.sticky is None:
+            return self._decide(allowed, explores=True)
+        kept = self._decide([self.sticky]) if self.sticky in allowed else None
+        if kept is not None and self.is_amid_tools:
+            return kept._replace(why="kept: the call carries results of tools")
         chosen = self._decide(allowed, explores=kept is None)
-        if chosen is None or kept is None:
-            return chosen
+        if chosen is None:
+            return None
+        if kept is None:
+            return chosen._replace(why=f"moved: {self.sticky} cannot be asked for this call")
         assert chosen.decision is not None
-        gain = chosen.decision.p_correct[chosen.target] - chosen.decision.p_correct[kept.target]
-        return kept if gain <= self.stick_margin else chosen
+        moves, why = self.rule.judge(kept.target, chosen.decision)
+        return chosen._replace(why=f"moved: {why}") if moves else kept._replace(why=f"kept: {why}")
 
     def _decide(self, allowed: Sequence[str], *, explores: bool = False) -> Candidate | None:
-        decision = self.routing.decide(replace(self.policy, allowed=list(allowed)), explores=explores)
+        policy = replace(self.policy, allowed=list(allowed))
+        decision = self.routing.decide(policy, explores=explores, known=self.known)
         return None if decision.target is None else Candidate(decision.target, decision)
 
 
@@ -69,9 +80,10 @@ class FixedPlan:
     order: Sequence[str]
     input_tokens: int
     sticky: str | None = None
+    why: str | None = None  # the conversation stays
 
     def choose(self, among: Collection[str]) -> Candidate | None:
-        return next((Candidate(name, None) for name in self.order if name in among), None)
+        return next((Candidate(name, None, self.why) for name in self.order if name in among), None)
 
 
 Plan = RoutedPlan | FixedPlan

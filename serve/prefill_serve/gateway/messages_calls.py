@@ -52,6 +52,11 @@ class MessagesCall(Call):
         has_images = bool(image_parts([message.get("content") for message in self.messages]))
         return Needs(bool(self.body.get("tools")), has_images, reserved if isinstance(reserved, int) else 0)
 
+    @property
+    def carries_results(self) -> bool:
+        content = self.body["messages"][-1].get("content")
+        return isinstance(content, list) and any(_is_result(part) for part in content)
+
     def usage(self, answer: Body) -> Usage | None:
         given = answer.get("usage")
         if not isinstance(given, dict):
@@ -114,10 +119,14 @@ def _split(message: Body) -> list[Body]:
     content, role = message.get("content"), message.get("role")
     if not isinstance(content, list):
         return [message]
-    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
+    results = [part for part in content if _is_result(part)]
     rest = [part for part in content if part not in results]
     said = [{"role": "tool", "content": _without_cache_control(result.get("content"))} for result in results]
     return [*said, *([{"role": role, "content": _without_cache_control(rest)}] if rest or not results else [])]
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "tool_result"
 
 
 def _without_cache_control(content: Any) -> Any:

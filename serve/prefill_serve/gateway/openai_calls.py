@@ -105,6 +105,11 @@ class Call(ABC):
         return None
 
     @property
+    def carries_results(self) -> bool:
+        """Whether the last message has results of tools, for the target that called them."""
+        return self.messages[-1].get("role") in ("tool", "function")
+
+    @property
     def num_answers(self) -> int:
         return 1
 

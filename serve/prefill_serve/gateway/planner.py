@@ -8,6 +8,8 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from prefill_router.common.errors import UserError
+from prefill_router.policy.decision import KnownPrefix
+from prefill_router.policy.switching import SwitchRule
 from prefill_serve.endpoint import Endpoint, UnknownTarget
 from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, default_order, estimated_tokens
@@ -49,7 +51,7 @@ class Planner:
             return FixedPlan([call.pinned], estimated_tokens(call)), None
         thread = thread_of(call, caller.name, caller.session)
         past = asyncio.create_task(self._past(thread))
-        return await self._routed(call, caller, past), thread
+        return await self._routed(call, caller, past, channels), thread
 
     async def _require_own_answer(self, call: Call, caller: Caller) -> None:
         """Raises UnknownAnswer for a call that continues an unknown answer or another caller's.
@@ -63,30 +65,43 @@ class Planner:
             given = f'previous_response_id "{call.continues}"'
             raise UnknownAnswer(f"{given}: not found, or too old: send the conversation as input")
 
-    async def _routed(self, call: Call, caller: Caller, past: asyncio.Task[Past | None]) -> Plan:
+    async def _routed(
+        self, call: Call, caller: Caller, past: asyncio.Task[Past | None], channels: dict[str, Channel]
+    ) -> Plan:
         settings = self.settings
         allowed = call.allowed
         if call.continues is not None or has_sealed_reasoning(call.messages):
-            known = await past  # no other target stores the answer or can read the reasoning
-            if known is not None:
-                return FixedPlan([known.target], estimated_tokens(call), sticky=known.target)
+            latest = await past
+            if latest is not None:
+                does = "can read its reasoning" if call.continues is None else "stores the answer before"
+                why = f"kept: no other target {does}"
+                return FixedPlan([latest.target], estimated_tokens(call), latest.target, why)
         try:
             async with asyncio.timeout(settings.route_timeout_s):
                 routing = await self.endpoint.read(call.question, settings.route_timeout_s, caller.name)
         except UnknownTarget:
             raise
         except Exception as error:  # the default target can still answer
-            return self._unrouted(call, caller, allowed, error)
-        known = await past
-        return RoutedPlan(routing, routing.policy, known and known.target, settings.stick_margin)
+            return self._unrouted(call, caller, allowed, error, await past)
+        rule = SwitchRule(settings.stick_margin, settings.quality_usd)
+        latest = await past
+        if latest is None:
+            return RoutedPlan(routing, routing.policy, None, rule)
+        channel = channels.get(latest.target)
+        life_s = 0.0 if channel is None else channel.target.cache_life_s
+        known = known_prefix(latest, routing.reading.input_tokens, life_s)
+        return RoutedPlan(routing, routing.policy, latest.target, rule, known, call.carries_results)
 
-    def _unrouted(self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception) -> FixedPlan:
-        """The plan without the router: the default target first."""
+    def _unrouted(
+        self, call: Call, caller: Caller, allowed: list[str] | None, error: Exception, latest: Past | None
+    ) -> FixedPlan:
+        """The plan without the router: the target that called tools, or the default one, first."""
         reason = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         self.metrics.defaults.inc(1, tags={"reason": reason})
         log.warning("routing failed", extra={"route_id": caller.request_id, "reason": str(error) or reason})
         targets = self.endpoint.now.primary.router.pool.targets
-        order = default_order(targets, self.settings.default_target, allowed)
+        first = latest.target if latest is not None and call.carries_results else self.settings.default_target
+        order = default_order(targets, first, allowed)
         return FixedPlan(order, estimated_tokens(call))
 
     async def _past(self, thread: Thread) -> Past | None:
@@ -94,6 +109,16 @@ class Planner:
         if not thread.earlier and thread.main is None:
             return None
         return await answer_in_time(self.ledger.past(thread.earlier, thread.main))
+
+
+def known_prefix(past: Past, counted_tokens: int, life_s: float) -> KnownPrefix:
+    """What the last call of a conversation tells about the next one, of `counted_tokens` by the encoder.
+
+    The prefix is not cached if it was unused for longer than `life_s`, or if the history has become shorter.
+    """
+    is_cached = past.age_s <= life_s and counted_tokens >= past.counted_tokens
+    uncounted_tokens = max(past.input_tokens - past.counted_tokens, 0)
+    return KnownPrefix(past.target, past.input_tokens if is_cached else 0, uncounted_tokens)
 
 
 def require_upstream(call: Call, channels: dict[str, Channel]) -> None:

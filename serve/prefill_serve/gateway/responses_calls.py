@@ -51,6 +51,11 @@ class ResponsesCall(Call):
         return Needs(bool(self.body.get("tools")), has_images, reserved if isinstance(reserved, int) else 0)
 
     @property
+    def carries_results(self) -> bool:
+        given = self.body.get("input")
+        return isinstance(given, list) and str(given[-1].get("type")).endswith("_output")
+
+    @property
     def continues(self) -> str | None:
         given = self.body.get("previous_response_id")
         return given if isinstance(given, str) else None

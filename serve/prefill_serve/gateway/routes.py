@@ -30,6 +30,7 @@ from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
+    "x-router-conversation": "Whether the conversation kept its target or moved, and why, unless the call begins one",
     "x-router-p-correct": "Its P(correct), if the call was routed",
     "x-router-left-out": "Fields of the call that were not sent, as the target's model was seen to refuse them",
     "x-router-version": "The router's version, if the call was routed",

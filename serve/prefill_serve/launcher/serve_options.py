@@ -80,6 +80,7 @@ class ServeConfig(StrictModel):
     default_target: _NonEmpty | None = _flag("gateway.default_target")
     route_timeout_s: float = _flag("gateway.route_timeout_s")
     stick_margin: float = _flag("gateway.stick_margin")
+    quality_usd: float | None = _flag("gateway.quality_usd")
     explore: float = _flag("explore")
     budgets: Uri | None = Field(None, description="Spending limits: a TOML file with usd_per_day, [keys] and [hard]")
     feedback: Uri | None = Field(None, description="Folder for the call journal and for outcomes from feedback")

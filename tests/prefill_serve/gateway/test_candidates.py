@@ -1,14 +1,27 @@
-"""Targets that can take a call, and their default order."""
+"""Targets that can take a call, their default order, and when a conversation stays with its own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.gateway.candidates import Candidate, FixedPlan, can_take, default_order, estimated_tokens
+from prefill_router.policy.decision import Decision, KnownPrefix, Policy, Prediction, decide_one
+from prefill_router.policy.pool import Pool, Target, Upstream
+from prefill_router.policy.switching import SwitchRule
+from prefill_serve.gateway.candidates import (
+    Candidate,
+    FixedPlan,
+    RoutedPlan,
+    can_take,
+    default_order,
+    estimated_tokens,
+)
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
 
@@ -100,3 +113,114 @@ def test_an_image_is_not_guessed_to_be_a_long_text() -> None:
 
 def test_messages_without_text_have_no_tokens() -> None:
     assert estimated_tokens(ChatCall({"messages": [{"role": "assistant", "content": None}, {"role": "user"}]})) == 0
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+POOL = Pool(
+    name="pool",
+    targets=(
+        Target(name="big", input_price=3.0, output_price=15.0, cached_input_price=0.3),
+        Target(name="small", input_price=1.0, output_price=5.0, cached_input_price=0.1),
+    ),
+)
+INPUT_TOKENS = 10_000
+
+
+class FakeRouting:
+    """A prompt with these P(correct) of big and small."""
+
+    reading = SimpleNamespace(input_tokens=INPUT_TOKENS)
+
+    def __init__(self, *p: float) -> None:
+        self.prediction = Prediction(np.array(p, np.float32), np.array([100.0, 100.0], np.float32))
+
+    def decide(self, policy: Policy, *, explores: bool = True, known: KnownPrefix | None = None) -> Decision:
+        decision = decide_one(POOL, self.prediction, INPUT_TOKENS, False, policy, 0.0, "v", known)
+        return replace(decision, is_explored=explores)
+
+
+def planned(*p: float, sticky: str | None = "big", cached: int = 0, rule: SwitchRule, **fields: Any) -> RoutedPlan:
+    routing: Any = FakeRouting(*p)
+    known = None if sticky is None else KnownPrefix(sticky, cached)
+    policy = fields.pop("policy", Policy())
+    return RoutedPlan(routing, policy, sticky, rule, known, **fields)
+
+
+def chosen(plan: RoutedPlan, *among: str) -> tuple[str, str | None]:
+    candidate = plan.choose(among or POOL.target_names)
+    assert candidate is not None
+    return candidate.target, candidate.why
+
+
+MARGIN, WORTH = SwitchRule(0.05), SwitchRule(0.05, quality_usd=0.05)
+
+
+def test_by_the_margin_a_conversation_moves_for_more_quality_only() -> None:
+    kept = chosen(planned(0.5, 0.54, rule=MARGIN))
+    assert kept == ("big", "kept: P(correct) of small is +0.040, not more than the margin, 0.05")
+    moved = chosen(planned(0.5, 0.56, rule=MARGIN))
+    assert moved == ("small", "moved: P(correct) of small is +0.060, more than the margin, 0.05")
+    assert chosen(planned(0.5, 0.9, sticky="small", rule=MARGIN)) == ("small", "kept: the router's choice")
+
+
+def test_by_worth_a_conversation_stays_while_its_cache_is_worth_more_than_the_gain() -> None:
+    kept = chosen(planned(0.5, 0.56, cached=9_000, rule=WORTH))
+    assert kept == ("big", "kept: P(correct) of small is +0.060, worth $0.00300, at $0.00330 more")
+    moved = chosen(planned(0.5, 0.56, cached=0, rule=WORTH))
+    assert moved == ("small", "moved: P(correct) of small is +0.060, worth $0.00300, at -$0.0210 more")
+
+
+def test_a_new_conversation_is_routed_without_a_reason() -> None:
+    plan = planned(0.5, 0.5, sticky=None, rule=MARGIN)
+    candidate = plan.choose(POOL.target_names)
+    assert candidate is not None
+    assert candidate.decision is not None
+    assert (candidate.target, candidate.why, candidate.decision.is_explored) == ("small", None, True)
+
+
+@pytest.mark.parametrize("rule", [MARGIN, WORTH])
+def test_amid_tools_a_conversation_stays_whatever_would_be_won(rule: SwitchRule) -> None:
+    plan = planned(0.0, 1.0, rule=rule, is_amid_tools=True)
+    assert chosen(plan) == ("big", "kept: the call carries results of tools")
+    assert chosen(plan.over_budget(None)) == ("big", "kept: the call carries results of tools")
+    assert chosen(replace(plan, is_amid_tools=False).over_budget(None)) == ("small", None)
+
+
+@pytest.mark.parametrize("is_amid_tools", [False, True])
+def test_a_conversation_moves_if_its_target_cannot_be_asked(is_amid_tools: bool) -> None:
+    moved = ("small", "moved: big cannot be asked for this call")
+    assert chosen(planned(1.0, 0.0, rule=MARGIN, is_amid_tools=is_amid_tools), "small") == moved
+    forbidden = planned(1.0, 0.0, rule=MARGIN, is_amid_tools=is_amid_tools, policy=Policy(max_cost=0.02))
+    assert chosen(forbidden) == moved
+    assert forbidden.choose(["big"]) is None
+
+
+def test_the_cached_price_is_what_is_reserved() -> None:
+    candidate = planned(0.5, 0.5, cached=9_000, rule=MARGIN).choose(["big"])
+    assert candidate is not None
+    assert candidate.expected_usd == pytest.approx(0.0072)
+
+
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "c", "content": "sunny"}
+REMINDER = {"type": "text", "text": "a reminder"}
+CALLED = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (chat(), False),
+        (ChatCall({"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "sunny"}]}), True),
+        (ChatCall({"messages": [{"role": "tool", "content": "sunny"}, {"role": "user", "content": "hi"}]}), False),
+        (MessagesCall({"messages": [{"role": "user", "content": "hi"}]}), False),
+        (MessagesCall({"messages": [CALLED, {"role": "user", "content": [TOOL_RESULT]}]}), True),
+        (MessagesCall({"messages": [CALLED, {"role": "user", "content": [TOOL_RESULT, REMINDER]}]}), True),
+        (ResponsesCall({"input": "hi"}), False),
+        (ResponsesCall({"input": [{"role": "user", "content": "hi"}]}), False),
+        (ResponsesCall({"input": [{"type": "function_call_output", "call_id": "c", "output": "sunny"}]}), True),
+        (ResponsesCall({"input": [{"type": "custom_tool_call_output", "call_id": "c", "output": "sunny"}]}), True),
+    ],
+)
+def test_a_call_is_amid_tools_if_its_last_message_has_their_results(call: Call, expected: bool) -> None:
+    assert call.carries_results is expected

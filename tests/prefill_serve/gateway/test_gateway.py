@@ -24,7 +24,9 @@ from gateway import PRICES, Gateway, write_pool
 from mutations import damaged, mutated
 from prefill_router.corpus.reader import content_hash
 from prefill_router.router.artifact import Router
+from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.planner import LEDGER_S
+from prefill_serve.gateway.state.conversations import thread_of
 from upstream import Call, Fault, Upstream
 
 ASKED = "what is one plus two"
@@ -458,6 +460,50 @@ def test_a_conversation_stays_with_its_target(
     better = gateway.post("/v1/route", {"messages": _turns(question, "Three.", "more"), "tolerance": 0.0}).json()
     if better["p_correct"]["small"] > better["p_correct"]["big"]:
         assert ask(_turns(question, "Three.", "more"), tolerance=0.0) in ("mid", "small")
+
+
+def test_a_header_says_why_a_conversation_stayed_or_moved(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    session = {"x-claude-code-session-id": f"s-{_number}"}
+    _configure(gateway, upstreams, tmp_path, gateway={"quality_usd": 0.0})
+    said = [_user(f"{_number} {ASKED}")]
+
+    def ask(**fields: Any) -> tuple[str, str]:
+        before = gateway.stats()["calls"]
+        answer = gateway.post("/v1/chat/completions", {"messages": said, "tools": TOOLS, **fields}, headers=session)
+        gateway.settle(before + 1)
+        return answer.headers["x-router-selected-model"], answer.headers.get("x-router-conversation", "begins")
+
+    assert ask(models=["big"]) == ("big", "begins")
+    called = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said += [
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+    ]
+    assert ask(tolerance=1.0) == ("big", "kept: the call carries results of tools")
+    assert ask(models=["small"]) == ("small", "moved: big cannot be asked for this call")
+    said += _turns("", "Sunny.", "and tomorrow?")[1:]
+    assert ask(models=["small"]) == ("small", "kept: the router's choice")
+    assert ask(models=["big"]) == ("big", "moved: small cannot be asked for this call")
+    target, why = ask(models=["big", "small"], tolerance=1.0)
+    assert (target, why.partition(" is ")[0]) == ("small", "moved: P(correct) of small")
+
+
+def test_the_usage_of_a_conversation_prices_its_next_call(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    question = f"{_number} {ASKED}"
+    _configure(gateway, upstreams, tmp_path)
+    before = gateway.stats()["calls"]
+    first = gateway.chat(question, models=["big"]).json()
+    gateway.settle(before + 1)
+    thread = thread_of(ChatCall({"messages": [_user(question)]}), "", None)
+    past = gateway.ledger.conversations.past([thread.own])
+    assert past is not None
+    assert (past.target, past.input_tokens) == ("big", first["usage"]["prompt_tokens"])
+    routed = gateway.post("/v1/route", {"messages": [_user(question)]}).json()
+    assert past.counted_tokens == routed["metadata"]["input_tokens"]
 
 
 def test_an_answer_that_an_upstream_keeps_is_gone_on_from_there(
