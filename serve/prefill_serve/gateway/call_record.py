@@ -43,7 +43,7 @@ class CallRecord:
     propensity: float = 1.0
     router_version: str | None = None
     usage: Usage | None = None
-    counted_tokens: int = 0  # of the prompt, by the encoder; tools and images are not counted
+    counted_tokens: int = 0  # of the prompt, by the encoder or estimated, without tools and images
     cost_usd: float | None = None
     answer_key: str | None = None  # hex; finds the target that stores the answer, for the next call
     call_id: str = field(default_factory=lambda: uuid4().hex)  # unique

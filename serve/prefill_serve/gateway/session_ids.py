@@ -42,7 +42,13 @@ def _session_of(metadata: Any) -> str | None:
     user = metadata.get("user_id")
     within = user if isinstance(user, str) else ""
     found = _SESSION_OF_USER.search(within)
-    return _first([metadata.get("session_id"), json_object(within.encode()).get("session_id"), found and found[1]])
+    return _first(
+        [
+            metadata.get("session_id"),
+            json_object(within.encode("utf-8", "replace")).get("session_id"),
+            found and found[1],
+        ]
+    )
 
 
 def _first(given: Iterable[Any]) -> str | None:

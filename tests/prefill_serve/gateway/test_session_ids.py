@@ -42,6 +42,7 @@ def test_agents_name_their_session_in_a_header(name: str) -> None:
         ({"user_id": "user-17"}, None),
         ({"user_id": '{"session_id": 5}'}, None),
         ({"user_id": None, "session_id": 5}, None),
+        ({"user_id": "half \ud83d"}, None),
         ({}, None),
         ("text", None),
         (None, None),

@@ -15,14 +15,15 @@ if TYPE_CHECKING:  # not needed in the ledger's process
     from prefill_serve.gateway.openai_calls import Body, Call
 
 Key = bytes
-_REMEMBERED = 200_000  # keys, about 400 bytes each; a conversation has one or two
+_REMEMBERED = 200_000  # keys, about 300 bytes each; a conversation has one or two
 # OpenAI's and xAI's, Anthropic's, Google's; and the types of OpenRouter and Anthropic
 _SEALS = ("encrypted_content", "signature", "thought_signature")
 _SEALED_TYPES = ("reasoning.encrypted", "redacted_thinking")
 _DEPTH = 8  # of the places where they occur
 _INSTRUCTIONS = ("system", "developer")
-_MOST_INSTRUCTIONS = 4_000  # characters of the system text that tell agents apart
-_SENTENCE_END = re.compile(r"[\n.!?;]+")
+_MOST_INSTRUCTIONS = 2_000  # characters of the system text that tell agents apart
+_SENTENCE = re.compile(r"[^\n.!?;]+")
+_DIGIT = re.compile(r"\d")
 
 
 class MainAgent(NamedTuple):
@@ -163,7 +164,7 @@ def _agent(call: Call) -> Key:
     """The key of an agent: its tools, and the sentences of its instructions without digits, which may be of a clock."""
     given = [message.get("content") for message in call.messages if message.get("role") in _INSTRUCTIONS]
     text = "\n".join(_text(content) for content in given)[:_MOST_INSTRUCTIONS]
-    sentences = [sentence for sentence in _SENTENCE_END.split(text) if not re.search(r"\d", sentence)]
+    sentences = [sentence for sentence in _SENTENCE.findall(text) if not _DIGIT.search(sentence)]
     return _key("agent", *_tools(call), "", *sentences)
 
 
