@@ -490,6 +490,26 @@ def test_a_header_says_why_a_conversation_stayed_or_moved(
     assert (target, why.partition(" is ")[0]) == ("small", "moved: P(correct) of small")
 
 
+def test_a_sub_agent_is_routed_apart_from_its_parent(
+    gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
+) -> None:
+    session = {"x-claude-code-session-id": f"s-{_number}"}
+    _configure(gateway, upstreams, tmp_path, gateway={"stick_margin": 1.0})
+
+    def ask(tools: list[Any], messages: list[Any], **fields: Any) -> tuple[str, bool]:
+        """The target, and whether the call belongs to a conversation that is known."""
+        before = gateway.stats()["calls"]
+        answer = gateway.post("/v1/chat/completions", {"messages": messages, "tools": tools, **fields}, headers=session)
+        gateway.settle(before + 1)
+        return answer.headers["x-router-selected-model"], "x-router-conversation" in answer.headers
+
+    search = [{"type": "function", "function": {"name": "search"}}]
+    assert ask(TOOLS, [_user("fix it")], models=["big"]) == ("big", False)
+    assert ask(search, [_user("find it")], models=["small"]) == ("small", False)
+    assert ask(TOOLS, _turns("fix it", "Done.", "and test it"), tolerance=1.0) == ("big", True)
+    assert ask(search, _turns("find it", "Here.", "and the other"), tolerance=0.0) == ("small", True)
+
+
 def test_the_usage_of_a_conversation_prices_its_next_call(
     gateway: Gateway, upstreams: dict[str, Upstream], tmp_path: Path
 ) -> None:
