@@ -17,7 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prefill_router import storage
-from prefill_router.common.schema import COST_USD, INPUT_TOKENS, MODEL, OUTPUT_TOKENS, decisions
+from prefill_router.common.schema import COST_USD, MODEL, decisions
+from prefill_router.common.usage import Usage
 from prefill_router.corpus.plan import RowPosition, Shard, read_shard
 from prefill_router.corpus.reader import BadRow, Row, folder_keys
 from prefill_router.policy.selection import NO_TARGET
@@ -29,7 +30,7 @@ from prefill_router.storage import parquet_objects
 from prefill_router.storage.parquet_objects import ShardFile
 
 DAY = "day"
-_USED = (MODEL, INPUT_TOKENS, OUTPUT_TOKENS, COST_USD)
+_USED = (MODEL, COST_USD, *Usage._fields)
 _CACHED_FILES = 64  # of estimates, per process: repeated prompts repeat often
 
 
@@ -149,17 +150,18 @@ def _used(
     targets = context.policy.pool.targets
     known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
     known |= {target.name: t for t, target in enumerate(targets)}
-    model, given, made, billed = (context.extras.index(name) for name in _USED)
+    model, billed, *counted = (context.extras.index(name) for name in _USED)
     used = np.array([known.get(row.extras[model], NO_TARGET) for row in rows], np.int64)
     cost = np.full(len(rows), np.nan)
     for i, (row, t) in enumerate(zip(rows, used.tolist(), strict=True)):
-        output_tokens, cost_usd = _count(row.extras[made]), _count(row.extras[billed])
+        cost_usd, (given, made, *cache) = _count(row.extras[billed]), (_count(row.extras[place]) for place in counted)
         if t != NO_TARGET and cost_usd is not None:
             cost[i] = cost_usd
-        elif t != NO_TARGET and output_tokens is not None:
-            input_tokens = _count(row.extras[given])
-            counted = float(estimates.input_tokens[i]) if input_tokens is None else input_tokens
-            cost[i] = targets[t].cost(counted, output_tokens)
+        elif t != NO_TARGET and made is not None:
+            input_tokens = float(estimates.input_tokens[i]) if given is None else given
+            of_cache = [tokens or 0.0 for tokens in cache]
+            is_part = given is not None and sum(of_cache[:2]) <= given and of_cache[2] <= of_cache[1]
+            cost[i] = targets[t].cost(input_tokens, made, *(of_cache if is_part else ()))
     return used, cost
 
 

@@ -12,8 +12,9 @@ from prefill_router import storage
 from prefill_router.collection.journal import CallState, merged, read_states
 from prefill_router.collection.target_calls import Spent, TargetAnswer
 from prefill_router.common.schema import ANSWERS
+from prefill_router.common.usage import Usage
 
-_ANSWER_COLUMNS = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "latency_s")
+_ANSWER_COLUMNS = ("finish_reason", *Usage._fields, "latency_s")
 _NOTES = b"notes"  # metadata key of an object: the journal files that it includes
 
 
@@ -74,7 +75,9 @@ def _row(key: str, state: CallState) -> dict[str, object]:
 
 
 def _state(row: Mapping[str, Any]) -> CallState:
-    answer = None if row["answer"] is None else TargetAnswer(row["answer"], *(row[name] for name in _ANSWER_COLUMNS))
+    answer = None
+    if row["answer"] is not None:  # shards of before have fewer columns
+        answer = TargetAnswer(row["answer"], **{name: row[name] for name in _ANSWER_COLUMNS if name in row})
     return CallState(
         prompt_id=row["prompt_id"],
         target=row["target"],

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefill_router.common.usage import Usage, read_usage
 from prefill_router.corpus.reader import Message, Prompt, content_hash
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.request_bodies import request_body
@@ -58,7 +59,7 @@ class TargetCall:
     @property
     def worst(self) -> Spent:
         """The worst-case cost, if the upstream respects the limit on output tokens."""
-        usd = self.target.cost(self.max_input_tokens, self.asked.max_output_tokens)
+        usd = self.target.most_cost(self.max_input_tokens, self.asked.max_output_tokens)
         return Spent(usd, self.max_input_tokens + self.asked.max_output_tokens)
 
     @property
@@ -108,7 +109,10 @@ class Spent:
 
 @dataclass(frozen=True)
 class TargetAnswer:
-    """A target's answer. Token counts are None if the upstream reported none; the worst case then counts as spent."""
+    """A target's answer. Token counts are None without a usage, or if it has no output for a text.
+
+    The worst case then counts as spent.
+    """
 
     text: str
     finish_reason: str | None
@@ -116,6 +120,8 @@ class TargetAnswer:
     output_tokens: int | None
     cached_tokens: int
     latency_s: float
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
     @property
     def is_counted(self) -> bool:
@@ -125,7 +131,8 @@ class TargetAnswer:
     def spent(self, call: TargetCall) -> Spent:
         if self.input_tokens is None or self.output_tokens is None:
             return call.worst
-        usd = call.target.cost(self.input_tokens, self.output_tokens, self.cached_tokens)
+        cache = self.cached_tokens, self.cache_write_tokens, self.cache_write_1h_tokens
+        usd = call.target.cost(*Usage(self.input_tokens, self.output_tokens, *cache))
         return Spent(usd, self.input_tokens + self.output_tokens)
 
 
@@ -138,19 +145,14 @@ def parse_answer(body: Mapping[str, Any], latency_s: float) -> TargetAnswer | No
     if not isinstance(message, dict):
         return None
     text, reason = message.get("content") or message.get("refusal") or "", choices[0].get("finish_reason")
-    usage = body.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    details = counts.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    usage = read_usage(body.get("usage"))
+    if usage is None or (text and not usage.output_tokens):
+        counts: dict[str, Any] = {"input_tokens": None, "output_tokens": None, "cached_tokens": 0}
+    else:
+        counts = usage._asdict()
     return TargetAnswer(
         text=text if isinstance(text, str) else json.dumps(text),
         finish_reason=reason if isinstance(reason, str) else None,
-        input_tokens=_count(counts.get("prompt_tokens")),
-        output_tokens=_count(counts.get("completion_tokens")),
-        cached_tokens=_count(cached) or 0,
         latency_s=latency_s,
+        **counts,
     )
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

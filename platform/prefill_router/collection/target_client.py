@@ -77,7 +77,8 @@ def _read(response: httpx.Response, upstream: Upstream, latency_s: float) -> Tar
     if body.get("error"):
         return Miss("answered 200 with an error", may_be_paid=True)
     try:
-        answer = parse_answer(body if upstream.protocol == "openai" else chat_answer(body), latency_s)
+        chat = body if upstream.protocol == "openai" else {**chat_answer(body), "usage": body.get("usage")}
+        answer = parse_answer(chat, latency_s)
     except Untranslatable:
         answer = None
     return answer if answer is not None else Miss("answered 200 without a choice", may_be_paid=True)

@@ -71,6 +71,8 @@ ANSWERS = pa.schema(
         pa.field(INPUT_TOKENS, pa.int32()),
         pa.field(OUTPUT_TOKENS, pa.int32()),
         pa.field("cached_tokens", pa.int32()),
+        pa.field("cache_write_tokens", pa.int32()),
+        pa.field("cache_write_1h_tokens", pa.int32()),
         pa.field("latency_s", pa.float32()),
         pa.field(COST_USD, pa.float64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),

@@ -16,6 +16,7 @@ from typing import Any
 
 from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import INPUT_TOKENS, MESSAGES, MODEL, OUTPUT_TOKENS, PROMPT
+from prefill_router.common.usage import Usage, read_usage
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 WRAPPERS = ("request", "body", "input")  # keys that hold, or make, a request if there is neither prompt nor messages
@@ -84,18 +85,21 @@ def model_of(fields: Fields) -> object:
     return _body(fields).get("model") or _response(fields).get("model")
 
 
-def usage_of(fields: Fields) -> tuple[object, object]:
-    """The numbers of prompt and completion tokens that the upstream counted."""
-    usage = _object(_response(fields).get("usage", fields.get("usage")))
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
-    return prompt, usage.get("completion_tokens", usage.get("output_tokens"))
+def usage_of(fields: Fields) -> dict[str, object]:
+    """The fields of the upstream's Usage; of one that cannot be billed, its stated numbers of tokens alone."""
+    given = _object(_response(fields).get("usage", fields.get("usage")))
+    usage = read_usage(given)
+    if usage is not None:
+        return usage._asdict()
+    prompt = given.get("prompt_tokens", given.get("input_tokens"))
+    return {INPUT_TOKENS: prompt, OUTPUT_TOKENS: given.get("completion_tokens", given.get("output_tokens"))}
 
 
 def extra(fields: Fields, name: str) -> object:
     """The value of our column `name`, if a request log has it under another key: the model and the token counts."""
     if name == MODEL:
         return model_of(fields)
-    return dict(zip((INPUT_TOKENS, OUTPUT_TOKENS), usage_of(fields), strict=True)).get(name)
+    return usage_of(fields).get(name) if name in Usage._fields else None
 
 
 def _body(fields: Fields) -> Fields:

@@ -40,7 +40,7 @@ def read(uri: str, options: Options) -> Iterator[Item]:
 def _extras(fields: Fields) -> dict[str, object]:
     return {
         "model": text(model_of(fields)),
-        OUTPUT_TOKENS: output_tokens(usage_of(fields)[1]),
+        OUTPUT_TOKENS: output_tokens(usage_of(fields)[OUTPUT_TOKENS]),
         "custom_id": text(fields.get("custom_id")),
     }
 

@@ -42,7 +42,7 @@ def implied_lengths(pool: Pool, input_tokens: Array, output_tokens: Array, cost_
     An implied length is (cost - cost of the input) / output price, at least 0. It stays NaN if there is no billed cost,
     or output tokens are free.
     """
-    output_price = np.array([target.output_price for target in pool.targets]) / 1e6
+    output_price = pool.token_prices(input_tokens)[1] / 1e6
     made = cost_usd - pool.expected_cost(input_tokens, np.zeros(output_tokens.shape))
     lengths = np.maximum(made, 0.0) / np.where(output_price > 0.0, output_price, np.nan)
     return np.where(np.isnan(output_tokens), lengths, output_tokens).astype(np.float32)

@@ -7,33 +7,18 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from prefill_router import storage
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.policy import key_variables, request_settings
+from prefill_router.policy.token_prices import PriceTier, Rates, check_tiers, rates_of
 
 _ANTHROPIC_VERSION = "2023-06-01"  # the only version of its API so far
 
 
-class _SparseModel(validation.StrictModel):
-    """Serialises only fields that were set, so that a new field does not change the version of older artifacts."""
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
-
-
-class Upstream(_SparseModel):
+class Upstream(validation.SparseModel):
     """An API that serves a target: OpenAI-compatible, or Anthropic's."""
 
     base_url: str = Field(
@@ -112,7 +97,7 @@ class Upstream(_SparseModel):
         return headers
 
 
-class Target(_SparseModel):
+class Target(validation.SparseModel):
     """A candidate model. Prices are USD per million tokens, and USD per answer."""
 
     name: str = Field(min_length=1)
@@ -121,6 +106,9 @@ class Target(_SparseModel):
     usd_per_answer: float = Field(0.0, ge=0.0, description="Price of an answer, besides that of its tokens")
     cached_input_price: float | None = Field(None, ge=0.0, description="Price of cached input tokens [input_price]")
     cache_life_s: float = Field(300.0, ge=0.0, description="Seconds after which an unused cached prefix counts as lost")
+    cache_write_price: float | None = Field(None, ge=0.0, description="Price of tokens put in a cache [input_price]")
+    cache_write_1h_price: float | None = Field(None, ge=0.0, description="The same for an hour [cache_write_price]")
+    tiers: tuple[PriceTier, ...] = Field((), description="Prices of calls with long inputs, in ascending order")
     context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
     tools: bool = Field(True, description="Supports tool calls")
     images: bool = Field(True, description="Supports image input")
@@ -131,6 +119,9 @@ class Target(_SparseModel):
         given = self.model_fields_set & {"input_price", "output_price"}
         if len(given) == 1:
             raise ValueError(f"{'output_price' if 'input_price' in given else 'input_price'} is missing")
+        if self.tiers and not given:
+            raise ValueError("input_price is missing: tiers are prices of long inputs alone")
+        check_tiers(self, self.tiers)
         return self
 
     @property
@@ -138,12 +129,34 @@ class Target(_SparseModel):
         """Whether the pool's file gives a price; without one, `train` fills in `usd_per_answer` from billed costs."""
         return bool(self.model_fields_set & {"input_price", "usd_per_answer"})
 
-    def cost(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
-        """Returns the cost of an answer in USD; `input_tokens` include `cached_tokens`."""
-        cached_price = self.input_price if self.cached_input_price is None else self.cached_input_price
-        full = input_tokens - cached_tokens
-        tokens_usd = full * self.input_price + cached_tokens * cached_price + output_tokens * self.output_price
-        return tokens_usd / 1e6 + self.usd_per_answer
+    def rates(self, input_tokens: float) -> Rates:
+        """The prices of tokens in a call with so long an input."""
+        return rates_of(next((tier for tier in reversed(self.tiers) if input_tokens > tier.above), self))
+
+    def cost(
+        self,
+        input_tokens: float,
+        output_tokens: float,
+        cached_tokens: float = 0.0,
+        cache_write_tokens: float = 0.0,
+        cache_write_1h_tokens: float = 0.0,
+        *,
+        num_answers: int = 1,
+    ) -> float:
+        """Returns the cost of a call in USD, from the fields of its Usage. Several answers share one input."""
+        rates = self.rates(input_tokens)
+        full = input_tokens - cached_tokens - cache_write_tokens
+        written_usd = (cache_write_tokens - cache_write_1h_tokens) * rates.cache_write
+        written_usd += cache_write_1h_tokens * rates.cache_write_1h
+        tokens_usd = full * rates.input + cached_tokens * rates.cached + written_usd + output_tokens * rates.output
+        return tokens_usd / 1e6 + num_answers * self.usd_per_answer
+
+    def most_cost(self, input_tokens: float, output_tokens: float, num_answers: int = 1) -> float:
+        """Returns the most that a call with at most so many tokens can cost in USD, whatever is put in a cache."""
+        all_rates = [rates_of(self), *(rates_of(tier) for tier in self.tiers if input_tokens > tier.above)]
+        input_price = max(rates.dearest_input for rates in all_rates)
+        output_price = max(rates.output for rates in all_rates)
+        return (input_tokens * input_price + output_tokens * output_price) / 1e6 + num_answers * self.usd_per_answer
 
 
 class Pool(validation.StrictModel):
@@ -157,17 +170,36 @@ class Pool(validation.StrictModel):
         return [target.name for target in self.targets]
 
     @property
-    def prices(self) -> dict[str, tuple[float, float, float]]:
-        """USD per million input and output tokens, and per answer, by target."""
-        return {t.name: (t.input_price, t.output_price, t.usd_per_answer) for t in self.targets}
+    def prices(self) -> dict[str, tuple[float, ...]]:
+        """USD per million input and output tokens, and per answer, by target; then bound and prices of each tier."""
+        return {
+            t.name: (
+                *(t.input_price, t.output_price, t.usd_per_answer),
+                *(value for tier in t.tiers for value in (tier.above, tier.input_price, tier.output_price)),
+            )
+            for t in self.targets
+        }
+
+    def token_prices(self, input_tokens: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns USD per million tokens of inputs with lengths (N,), and of their outputs, each (N, T) or (1, T)."""
+        input_prices = np.array([[target.input_price for target in self.targets]])
+        output_prices = np.array([[target.output_price for target in self.targets]])
+        for t, target in enumerate(self.targets):
+            for tier in target.tiers:
+                is_above = np.asarray(input_tokens)[:, None] > tier.above
+                at_target = np.arange(len(self.targets)) == t
+                input_prices = np.where(is_above & at_target, tier.input_price, input_prices)
+                output_prices = np.where(is_above & at_target, tier.output_price, output_prices)
+        return input_prices, output_prices
 
     def expected_cost(self, input_tokens: NDArray[Any], output_tokens: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the expected cost (N, T) in USD, from `input_tokens` (N,) and expected `output_tokens` (N, T).
 
-        input_tokens * input_price + E[output_tokens_t] * output_price + usd_per_answer. Source: platform/METHOD.md,
-        "Choosing".
+        input_tokens * input_price + E[output_tokens_t] * output_price + usd_per_answer, at the prices of the input's
+        length. Source: platform/METHOD.md, "Choosing".
         """
-        input_price, output_price, usd_per_answer = np.array(list(self.prices.values())).T
+        input_price, output_price = self.token_prices(input_tokens)
+        usd_per_answer = np.array([target.usd_per_answer for target in self.targets])
         of_input = np.asarray(input_tokens, np.float64)[:, None] * (input_price / 1e6)
         return np.asarray(of_input + output_tokens * (output_price / 1e6) + usd_per_answer)
 

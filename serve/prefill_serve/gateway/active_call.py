@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from uuid import uuid4
 
+from prefill_router.common.usage import Usage
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
-from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd
+from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd, usual_answers
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.refused_fields import is_adaptable, is_hint
 from prefill_serve.gateway.state.call_ledger import Bid
@@ -52,6 +53,7 @@ class ActiveCall:
     reserving: list[asyncio.Future[Reserved | Exhausted]] = field(default_factory=list)
     reserved_usd: float = 0.0  # for the current target
     attempt: Attempt | None = None  # in progress
+    usage: Usage | None = None  # of a whole answer
     lost_usd: dict[str, float] = field(default_factory=dict)  # by target: billable attempts without an answer
     translations: dict[str, TranslatedCall | Untranslatable] = field(default_factory=dict)  # by protocol
     answer_key: Key | None = None  # finds the target that stores the answer, for the next call
@@ -131,8 +133,8 @@ class ActiveCall:
         if call.answer_tokens is not None:
             least_usd = most_usd(target, call)
             usd = None if call.continues else least_usd  # the stored conversation's length is unknown
-        elif choice.expected_usd is not None:
-            usd = expected_usd(choice.expected_usd, call)
+        elif choice.decision is not None:
+            usd = expected_usd(target, choice.decision, call) - choice.decision.cached_usd.get(target.name, 0.0)
         else:
             least_usd = guessed_usd(target, call, self.plan.input_tokens)
         return Bid(choice.target, usd, least_usd, sum(self.lost_usd.values()))
@@ -141,7 +143,8 @@ class ActiveCall:
         """Charges the current attempt, which ends without an answer, if its upstream may bill it."""
         if self.attempt is not None and self.attempt.is_billable and self.choice is not None:
             target = self.channels[self.choice.target].target
-            charge = charge_of(target, None, self.reserved_usd, self.plan.input_tokens, 0)
+            answers = usual_answers(self.call)
+            charge = charge_of(target, None, self.reserved_usd, self.plan.input_tokens, 0, answers)
             self.lost_usd[target.name] = charge.usd
         self.attempt = None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from uuid import uuid4
+
+from prefill_router.common.usage import Usage
 
 # refused: rejected by the upstream or by a hard limit; cancelled: the caller disconnected;
 # routed: a decision of POST /v1/route
@@ -14,14 +16,6 @@ End = Literal["answered", "failed", "refused", "cancelled", "routed"]
 
 # reported: by the upstream; estimated: from the relayed text; reserved: the amount reserved before the call
 CostKind = Literal["reported", "estimated", "reserved"]
-
-
-class Usage(NamedTuple):
-    """Tokens billed by an upstream; cached tokens are part of the input."""
-
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

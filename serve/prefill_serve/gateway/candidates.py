@@ -23,10 +23,6 @@ class Candidate(NamedTuple):
     decision: Decision | None
     why: str | None = None
 
-    @property
-    def expected_usd(self) -> float | None:
-        return None if self.decision is None else self.decision.next_usd(self.target)
-
 
 @dataclass(frozen=True)
 class RoutedPlan:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from prefill_router.common.usage import Usage
+from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Target
-from prefill_serve.gateway.call_record import CostKind, Usage
+from prefill_serve.gateway.call_record import CostKind
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.reservations import Exhausted
 from prefill_serve.middleware.gate import Refusal
@@ -40,23 +42,34 @@ class OverLimit(Refusal):
         super().__init__(429, message, "budget_exceeded", headers={"retry-after": str(found.retry_after_s)})
 
 
-def charge_of(target: Target, usage: Usage | None, reserved_usd: float, input_tokens: int, text_bytes: int) -> Charge:
+def charge_of(
+    target: Target, usage: Usage | None, reserved_usd: float, input_tokens: int, text_bytes: int, num_answers: int = 1
+) -> Charge:
     """The reported cost; if no usage, or no output tokens for some text, is reported, the larger of two estimates."""
     if usage is not None and (usage.output_tokens or not text_bytes):
-        return Charge(target.cost(*usage), "reported")
-    estimated_usd = target.cost(input_tokens, -(-text_bytes // _BYTES_A_TOKEN))
+        return Charge(target.cost(*usage, num_answers=num_answers), "reported")
+    estimated_usd = target.cost(input_tokens, -(-text_bytes // _BYTES_A_TOKEN), num_answers=num_answers)
     return Charge(reserved_usd, "reserved") if reserved_usd >= estimated_usd else Charge(estimated_usd, "estimated")
 
 
-def expected_usd(usd: float, call: Call) -> float:
-    """The expected cost of all answers a call requests, given the cost of one."""
-    return usd * min(call.num_answers, _USUAL_ANSWERS)
+def expected_usd(target: Target, decision: Decision, call: Call) -> float:
+    """The expected cost of all answers that a call requests, which share its input."""
+    num_answers, length = usual_answers(call), decision.expected_output_tokens[target.name]
+    one_usd = target.cost(decision.input_tokens, length)
+    all_usd = target.cost(decision.input_tokens, num_answers * length, num_answers=num_answers)
+    return decision.expected_cost_usd[target.name] + (all_usd - one_usd)
+
+
+def usual_answers(call: Call) -> int:
+    """The number of answers that a call requests, as far as upstreams give them."""
+    return min(call.num_answers, _USUAL_ANSWERS)
 
 
 def guessed_usd(target: Target, call: Call, input_tokens: int) -> float:
     """A guess of the expected cost for calls without a prediction."""
     length = min(call.stated_limit or _USUAL_TOKENS, _USUAL_TOKENS)
-    return target.cost(input_tokens, min(call.num_answers, _USUAL_ANSWERS) * length)
+    num_answers = usual_answers(call)
+    return target.cost(input_tokens, num_answers * length, num_answers=num_answers)
 
 
 def most_usd(target: Target, call: Call) -> float:
@@ -68,4 +81,4 @@ def most_usd(target: Target, call: Call) -> float:
         # The length of a conversation stored by the upstream is unknown.
         input_tokens = target.context_tokens if call.continues else min(input_tokens, target.context_tokens)
         length = min(length, target.context_tokens)
-    return target.cost(input_tokens, call.num_answers * length)
+    return target.most_cost(input_tokens, call.num_answers * length, call.num_answers)

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -23,7 +22,6 @@ from prefill_serve.gateway.openai_calls import (
     image_parts,
     json_object,
     positive_int,
-    read_usage,
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
@@ -72,9 +70,6 @@ class ChatCall(Call):
         given = options if isinstance(options, dict) else {}
         body = {**self.body, "stream_options": {**given, "include_usage": True}}
         return replace(self, body=body).for_upstream(target)
-
-    def usage(self, answer: Body) -> Usage | None:
-        return read_usage(answer.get("usage"), "prompt_tokens", "completion_tokens", "prompt_tokens_details")
 
     def text_bytes(self, event: bytes) -> int:
         return sum(map(len, _TEXT_IN_CHAT.findall(event)))

@@ -8,7 +8,6 @@ from collections.abc import Set
 from functools import cached_property
 from typing import Any
 
-from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -20,7 +19,6 @@ from prefill_serve.gateway.openai_calls import (
     encoded,
     image_parts,
     json_object,
-    read_usage,
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
@@ -29,7 +27,6 @@ from prefill_serve.wire import error_body, messages_error
 # Events without a match, which are most, need no parsing.
 _NOTED_IN_MESSAGES = re.compile(rb'"(message_start|message_delta|message_stop|error)"')
 _TEXT_IN_MESSAGES = re.compile(rb'"(?:text|thinking|partial_json)' + JSON_STRING)
-_CACHE_USAGE = ("cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 class MessagesCall(Call):
@@ -56,17 +53,6 @@ class MessagesCall(Call):
     def carries_results(self) -> bool:
         content = self.body["messages"][-1].get("content")
         return isinstance(content, list) and any(_is_result(part) for part in content)
-
-    def usage(self, answer: Body) -> Usage | None:
-        given = answer.get("usage")
-        if not isinstance(given, dict):
-            return None
-        cache = [given.get(name) or 0 for name in _CACHE_USAGE]
-        numbers: list[Any] = [given.get("input_tokens"), *cache]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            return None
-        total = {"input": sum(numbers), "output": given.get("output_tokens"), "cache": {"cached_tokens": cache[1]}}
-        return read_usage(total, "input", "output", "cache")
 
     def text_bytes(self, event: bytes) -> int:
         return sum(map(len, _TEXT_IN_MESSAGES.findall(event)))

@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import ValidationError
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.usage import Usage, read_usage
 from prefill_router.policy.pool import Target, Upstream
 from prefill_router.upstreams.request_bodies import request_body
-from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.upstream_errors import error_message, is_error
 from prefill_serve.wire import ROUTED_NAMES, RouteRequest
 
 ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
 _IMAGES = ("image_url", "input_image", "image")
 NO_MESSAGE = "the upstream failed"
-_MOST_TOKENS = 10**8  # a larger usage or limit is invalid
+_MOST_TOKENS = 10**8  # a larger limit is invalid
 IMAGE_TOKENS = 2000
 JSON_STRING = rb'"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
 
@@ -156,9 +156,9 @@ class Call(ABC):
 
     # --- answers -------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def usage(self, answer: Body) -> Usage | None:
         """The usage reported in a whole answer."""
+        return read_usage(answer.get("usage"))
 
     @abstractmethod
     def text_bytes(self, event: bytes) -> int:
@@ -227,16 +227,3 @@ def positive_int(given: Any) -> int:
         return min(max(int(given), 0), _MOST_TOKENS)
     except (TypeError, ValueError, OverflowError):
         return 0
-
-
-def read_usage(given: Any, input_name: str, output_name: str, details_name: str) -> Usage | None:
-    """Parses a usage; None if a number is not an integer, negative, too large, or cached tokens exceed the input."""
-    if not isinstance(given, dict):
-        return None
-    details = given.get(details_name)
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    numbers: list[Any] = [given.get(input_name), given.get(output_name), cached or 0]
-    if not all(type(number) is int and 0 <= number <= _MOST_TOKENS for number in numbers):
-        return None
-    usage = Usage(*numbers)
-    return usage if usage.cached_tokens <= usage.input_tokens else None

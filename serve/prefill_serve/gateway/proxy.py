@@ -16,14 +16,15 @@ from weakref import WeakValueDictionary
 from starlette.responses import Response
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.usage import Usage
 from prefill_router.corpus.reader import Prompt, content_hash
 from prefill_router.policy.decision import Decision
 from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import Endpoint, NoTarget, Routing
 from prefill_serve.gateway.active_call import ActiveCall, Caller
-from prefill_serve.gateway.call_record import CallRecord, End, Usage
+from prefill_serve.gateway.call_record import CallRecord, End
 from prefill_serve.gateway.candidates import FixedPlan, RoutedPlan
-from prefill_serve.gateway.charges import OverLimit, charge_of
+from prefill_serve.gateway.charges import OverLimit, charge_of, expected_usd, usual_answers
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.messages_calls import TokenCountCall
 from prefill_serve.gateway.openai_calls import Body, Call
@@ -90,7 +91,7 @@ class Proxy:
             headers = {**active.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
             return Relay(active, answered, headers, self._finish)
         active.keep_answer(call.answer_id(answered))
-        usage = call.usage(answered)
+        usage = active.usage
         text_bytes = 0 if usage is not None and usage.output_tokens else call.answer_bytes(answered)
         self._record(active, "answered", active.choice.target, usage, text_bytes)
         content = json.dumps({**answered, "model": active.choice.target})
@@ -135,7 +136,7 @@ class Proxy:
             try:
                 attempt = active.begin(channel)
                 answered = await (channel.stream(attempt) if active.call.is_stream else channel.answer(attempt))
-                active.attempt = None
+                active.attempt, active.usage = None, attempt.usage
                 return answered
             except UpstreamRefusal as refused:
                 active.lose()
@@ -254,7 +255,8 @@ class Proxy:
         charge = None
         if target is not None:
             answering = active.channels[target].target
-            charge = charge_of(answering, usage, active.reserved_usd, plan.input_tokens, text_bytes)
+            answers = usual_answers(call)
+            charge = charge_of(answering, usage, active.reserved_usd, plan.input_tokens, text_bytes, answers)
         record = CallRecord(
             request_id=caller.request_id,
             caller=caller.name,
@@ -277,7 +279,12 @@ class Proxy:
         if routing is not None and decision is not None and target is not None:
             self.endpoint.record(routing, decision, caller.request_id)
         prompt = routing.question.prompt if routing is not None else self._prompt(call)
-        self._store(self._with_estimates(record, prompt, decision), active)
+        record = self._with_estimates(record, prompt, decision)
+        if routing is not None and decision is not None:
+            pool = routing.head.router.pool
+            expected = {target.name: expected_usd(target, decision, call) for target in pool.targets}
+            record = replace(record, expected_cost_usd=expected)
+        self._store(record, active)
 
     def _prompt(self, call: Call) -> Prompt | None:
         """The prompt of a call that was not routed; None if the router could not read it."""

@@ -6,7 +6,6 @@ import json
 import re
 from functools import cached_property
 
-from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -18,7 +17,6 @@ from prefill_serve.gateway.openai_calls import (
     encoded,
     image_parts,
     json_object,
-    read_usage,
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
@@ -59,9 +57,6 @@ class ResponsesCall(Call):
     def continues(self) -> str | None:
         given = self.body.get("previous_response_id")
         return given if isinstance(given, str) else None
-
-    def usage(self, answer: Body) -> Usage | None:
-        return read_usage(answer.get("usage"), "input_tokens", "output_tokens", "input_tokens_details")
 
     def text_bytes(self, event: bytes) -> int:
         return sum(map(len, _DELTA_IN_RESPONSES.findall(event)))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import httpx
 
+from prefill_router.common.usage import Usage
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_router.upstreams.transport import has_connected, is_passing, post_request, retry_after_s
 from prefill_serve.gateway.breaker import Breaker
-from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
 from prefill_serve.gateway.messages_calls import MessagesCall
@@ -40,6 +40,7 @@ class Attempt:
     is_billable: bool = False  # the upstream received it and did not reject it
     translation: TranslatedCall | None = None  # of which `call` is the upstream's side; None: the caller's own call
     target: Target | None = None  # without the fields that its model refuses [the channel's]
+    usage: Usage | None = None  # of a whole answer, as the upstream reported it
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
@@ -214,7 +215,7 @@ class Channel:
         if (said := attempt.call.error(body)) is not None:
             refusal = self.early_refusal(attempt, body)
             raise refusal or self.failure(attempt, "error", "answered 200 with an error", said=said)
-        translation = attempt.translation
+        attempt.usage, translation = attempt.call.usage(body), attempt.translation
         if translation is not None and translation.answer is not None:
             try:
                 body = translation.answer(body)

@@ -98,11 +98,14 @@ def test_a_budget_is_spent_and_not_exceeded(router: str, log: Path) -> None:
 
 def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_column(router: str, tmp_path: Path) -> None:
     log = tmp_path / "requests"
+    cached, reasoning = {"cached_tokens": 4}, {"reasoning_tokens": 60}
+    usage = {"prompt_tokens": 10, "completion_tokens": 40, "total_tokens": 110, "prompt_tokens_details": cached}
+    usage["completion_tokens_details"] = reasoning
     for day in (1, 2):
         rows = [
             {
                 "request": {"model": "big", "messages": [{"role": "user", "content": f"what is {day} plus {i % 7}"}]},
-                "response": {"usage": {"prompt_tokens": 10, "completion_tokens": 100}},
+                "response": {"usage": usage},
                 "cost_usd": 0.25 if i == 0 else None,
                 "at": f"2026-11-0{day}T10:00:00Z",
                 "meta": {"team": "red" if i % 3 else "blue"},

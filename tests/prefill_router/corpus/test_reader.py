@@ -449,15 +449,21 @@ def test_a_csv_whose_quotes_do_not_match_is_an_error(tmp_path: Path, text: str) 
 
 def test_a_log_of_requests_is_read_as_it_is(tmp_path: Path) -> None:
     chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "name a river"}]}]}
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 1,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
     lines = [
-        {"request": chat, "response": {"usage": {"prompt_tokens": 9, "completion_tokens": 3}}, "team": {"name": "a"}},
+        {"request": chat, "response": {"usage": usage}, "team": {"name": "a"}},
         {"custom_id": "c1", "body": {"model": "n", "input": "name a lake", "instructions": "be brief"}},
-        {"input": "name a sea", "team.name": "b"},
+        {"input": "name a sea", "team.name": "b", "usage": {"completion_tokens": 3.0}},
         {"request": {"model": "m"}},
         {"prompt_id": "p", "prompt": "a prompt of a corpus"},
     ]
     path = write_jsonl(tmp_path / "log.jsonl", *lines)
-    rows = read(path, extras=["model", "input_tokens", "output_tokens", "team.name"])
+    rows = read(path, extras=["model", "input_tokens", "output_tokens", "cached_tokens", "team.name"])
     assert [getattr(row, "prompt", None) for row in rows] == [
         [{"role": "user", "content": "name a river"}],
         "name a lake",
@@ -466,11 +472,11 @@ def test_a_log_of_requests_is_read_as_it_is(tmp_path: Path) -> None:
         "a prompt of a corpus",
     ]
     assert [getattr(row, "extras", None) for row in rows] == [
-        ("m", 9, 3, "a"),
-        ("n", None, None, None),
-        (None, None, None, "b"),
+        ("m", 9, 3, 5, "a"),
+        ("n", None, None, None, None),
+        (None, None, 3.0, None, "b"),
         None,
-        (None, None, None, None),
+        (None, None, None, None, None),
     ]
     assert isinstance(rows[3], BadRow)
     assert rows[3].reason == "holds no request: it has none of messages, input and prompt"

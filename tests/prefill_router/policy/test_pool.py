@@ -196,3 +196,90 @@ def test_a_key_does_not_go_over_a_network_in_the_clear(tmp_path: Path, host: str
 def test_a_key_does_not_stand_in_the_url(tmp_path: Path, url: str) -> None:
     with pytest.raises(UserError, match=r"upstream\.base_url = "):
         load_pool(write(tmp_path, upstream(base_url=url)))
+
+
+TIERED = Target.model_validate(
+    {
+        "name": "tiered",
+        "input_price": 1.0,
+        "output_price": 10.0,
+        "cached_input_price": 0.1,
+        "cache_write_price": 1.25,
+        "tiers": [
+            {"above": 100, "input_price": 2, "output_price": 15, "cached_input_price": 0.2, "cache_write_price": 2.5},
+            {"above": 200, "input_price": 4, "output_price": 15, "cached_input_price": 0.4, "cache_write_price": 5},
+        ],
+    }
+)
+
+
+def test_a_token_of_the_cache_costs_what_it_costs_there() -> None:
+    target = TIERED.model_copy(update={"cache_write_1h_price": 2.0, "tiers": ()})
+    usd = 1.0 * (100 - 30 - 20) + 0.1 * 30 + 1.25 * 15 + 2.0 * 5 + 10.0 * 7
+    assert target.cost(100, 7, 30, 20, 5) == pytest.approx(usd / 1e6, rel=1e-12)
+    plain = Target(name="plain", input_price=3.0, output_price=1.0)
+    assert plain.cost(100, 0, 30, 20, 5) == pytest.approx(300e-6, rel=1e-12)  # prices that are not stated
+    assert TIERED.cost(100, 0, 0, 20, 5) == pytest.approx((80 + 1.25 * 20) / 1e6, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "usd"), [(100, 100 + 70), (101, 202 + 105), (200, 400 + 105), (201, 804 + 105), (10**6, 4e6 + 105)]
+)
+def test_a_long_input_raises_the_price_of_every_token(tokens: int, usd: float) -> None:
+    assert TIERED.cost(tokens, 7) == pytest.approx(usd / 1e6, rel=1e-12)
+    pool = Pool(name="p", targets=(Target(name="plain", input_price=3.0, output_price=1.0), TIERED))
+    costs = pool.expected_cost(np.array([tokens, 50]), np.full((2, 2), 7.0))
+    np.testing.assert_allclose(costs, np.array([[3 * tokens + 7, usd], [157, 120]]) / 1e6, rtol=1e-12)
+
+
+def test_a_prompt_of_300_000_tokens_is_above_a_tier_of_272_000() -> None:
+    tier = {"above": 272_000, "input_price": 5.0, "output_price": 22.5, "cached_input_price": 0.5}
+    prices = {"input_price": 2.5, "output_price": 15.0, "cached_input_price": 0.25, "tiers": [tier]}
+    target = Target.model_validate({"name": "long", **prices})
+    assert target.cost(300_000, 1000, 100_000) == pytest.approx(1.0 + 0.05 + 0.0225, rel=1e-12)
+    assert target.cost(272_000, 1000) == pytest.approx(0.68 + 0.015, rel=1e-12)
+
+
+def test_nothing_costs_more_than_the_most() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        written_1h, written, cached, full, made = rng.integers(0, 100, 5).tolist()
+        usage = (full + cached + written_1h + written, made, cached, written + written_1h, written_1h)
+        assert TIERED.cost(*usage) <= TIERED.most_cost(usage[0] + 5, made) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[[pool]]\nname = "x"\nusd_per_answer = 1\ntiers = [{ above = 5, input_price = 1, output_price = 1 }]',
+            "input",
+        ),
+        (
+            f'[[pool]]\nname = "x"\n{PRICES}tiers = [{{ above = 5, input_price = 1 }}]',
+            "tiers.0.output_price is missing",
+        ),
+        (
+            f'[[pool]]\nname = "x"\n{PRICES}cached_input_price = 0.1\n'
+            "tiers = [{ above = 5, input_price = 1, output_price = 1 }]",
+            "tiers: cached_input_price is missing above 5",
+        ),
+        (
+            f'[[pool]]\nname = "x"\n{PRICES}tiers = [{{ above = 5, input_price = 1, output_price = 1 }}, '
+            "{ above = 5, input_price = 2, output_price = 1 }]",
+            "tiers: above = 5, must be more than in the tier before, 5",
+        ),
+    ],
+)
+def test_tiers_state_all_prices_and_ascend(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pool(write(tmp_path, text))
+
+
+def test_tiers_are_part_of_what_an_artifact_keeps() -> None:
+    assert Target.model_validate(TIERED.model_dump()) == TIERED
+    assert "tiers" not in Target(name="plain", input_price=3.0, output_price=1.0).model_dump()
+    assert (
+        Pool(name="p", targets=(TIERED,)).prices
+        != Pool(name="p", targets=(TIERED.model_copy(update={"tiers": TIERED.tiers[:1]}),)).prices
+    )

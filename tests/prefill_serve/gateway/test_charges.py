@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 
+from prefill_router.common.usage import Usage
+from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.gateway.call_record import Usage
-from prefill_serve.gateway.charges import Charge, OverLimit, charge_of, expected_usd, guessed_usd, most_usd
+from prefill_router.policy.token_prices import PriceTier
+from prefill_serve.gateway.charges import (
+    Charge,
+    OverLimit,
+    charge_of,
+    expected_usd,
+    guessed_usd,
+    most_usd,
+    usual_answers,
+)
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state.reservations import Exhausted
@@ -41,8 +51,11 @@ def test_a_charge_is_what_is_reported_or_the_larger_of_what_was_reserved_and_rel
 
 
 @pytest.mark.parametrize(("n", "answers"), [(None, 1), (1, 1), (3, 3), ("3", 3), (-1, 1), (10**9, 128), ([], 1)])
-def test_several_answers_are_expected_to_cost_as_much(n: Any, answers: int) -> None:
-    assert expected_usd(0.5, chat(n=n)) == 0.5 * answers
+def test_several_answers_are_expected_to_cost_one_input_and_several_outputs(n: Any, answers: int) -> None:
+    decision = Decision("t", {"t": 0.5}, {"t": 6.0}, {"t": 13.0}, 7, False, "v")
+    assert expected_usd(TARGET, decision, chat(n=n)) == 7 + 6 * answers
+    each = TARGET.model_copy(update={"usd_per_answer": 3.0})
+    assert charge_of(each, Usage(7, 6), 0.0, 7, 0, usual_answers(chat(n=n))).usd == 13 + 3 * answers
     assert guessed_usd(TARGET, chat(n=n, max_tokens=10), 7) == 7 + 10 * answers
     assert guessed_usd(TARGET, chat(n=n), 7) == 7 + 512 * answers
 
@@ -110,3 +123,14 @@ def test_what_a_target_adds_to_a_call_is_part_of_the_most_it_can_cost() -> None:
     upstream = Upstream(base_url="http://127.0.0.1/v1", system_prefix="Be brief.")
     target = TARGET.model_copy(update={"upstream": upstream})
     assert most_usd(target, chat()) == most_usd(TARGET, chat()) + len("Be brief.")
+
+
+def test_the_most_that_a_call_can_cost_includes_a_cache_and_longer_inputs() -> None:
+    call = chat("x" * 1000, n=2, max_tokens=10)
+    length = call.most_input_tokens
+    writes = TARGET.model_copy(update={"cache_write_1h_price": 2e6})
+    assert most_usd(writes, call) == 2 * length + 20
+    tier = PriceTier(above=length - 1, input_price=3e6, output_price=4e6)
+    assert most_usd(TARGET.model_copy(update={"tiers": (tier,)}), call) == 3 * length + 4 * 20
+    beyond = tier.model_copy(update={"above": length})
+    assert most_usd(TARGET.model_copy(update={"tiers": (beyond,)}), call) == length + 20

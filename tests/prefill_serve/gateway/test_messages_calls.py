@@ -57,9 +57,9 @@ def test_moved_cache_breakpoints_leave_the_conversations_key() -> None:
 @pytest.mark.parametrize(
     ("usage", "found"),
     [
-        (USAGE, Usage(12, 6, 5)),
+        (USAGE, Usage(12, 6, 5, 4)),
         ({"input_tokens": 3, "output_tokens": 6}, Usage(3, 6, 0)),
-        ({**USAGE, "cache_read_input_tokens": None}, Usage(7, 6, 0)),
+        ({**USAGE, "cache_read_input_tokens": None}, Usage(7, 6, 0, 4)),
         ({**USAGE, "cache_creation_input_tokens": -4}, None),
         ({**USAGE, "output_tokens": "6"}, None),
         ({"output_tokens": 6}, None),
@@ -74,7 +74,7 @@ def test_events_are_noted() -> None:
     call = messages()
     start = event("message_start", message={"usage": {**USAGE, "output_tokens": 1}})
     end = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 6, "input_tokens": None})
-    assert call.note(start) == Note(begun_usage=Usage(12, 1, 5))
+    assert call.note(start) == Note(begun_usage=Usage(12, 1, 5, 4))
     assert call.note(end) == Note(Usage(0, 6, 0), ended=frozenset({0}))
     assert call.note(event("message_stop")) == Note(is_last=True)
     assert call.note(event("error", error={"type": "overloaded_error", "message": "busy"})) == Note(error="busy")

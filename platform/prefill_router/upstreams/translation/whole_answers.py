@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import time
 from typing import Any
 
+from prefill_router.common.usage import Usage, read_usage
 from prefill_router.upstreams.translation.untranslatable import (
     Body,
     Untranslatable,
@@ -31,7 +32,6 @@ _STOP_REASONS = {
     "function_call": "tool_use",
     "content_filter": "refusal",
 }
-_CACHE_USAGE = ("cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def chat_answer(message: Body) -> Body:
@@ -98,26 +98,22 @@ def chat_usage(given: Any) -> Body | None:
 
     None if the message reports none.
     """
-    usage = given if isinstance(given, dict) else {}
-    if not all(type(usage.get(name)) is int for name in ("input_tokens", "output_tokens")):
+    usage = read_usage(given)
+    if usage is None:
         return None
-    cached = _count(usage.get("cache_read_input_tokens"))
-    prompt = _count(usage.get("input_tokens")) + sum(_count(usage.get(name)) for name in _CACHE_USAGE)
-    answer = _count(usage.get("output_tokens"))
+    prompt, answer = usage.input_tokens, usage.output_tokens
+    details = {"cached_tokens": usage.cached_tokens, "cache_write_tokens": usage.cache_write_tokens}
     totals = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-    return {**totals, "prompt_tokens_details": {"cached_tokens": cached}}
+    return {**totals, "prompt_tokens_details": details}
 
 
 def messages_usage(given: Any) -> Body:
-    """Usage of a message, whose input tokens exclude those read from a cache."""
-    usage = given if isinstance(given, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else 0
-    uncached = max(_count(usage.get("prompt_tokens")) - cached, 0)
-    answer = _count(usage.get("completion_tokens"))
-    cache = dict(zip(_CACHE_USAGE, (0, cached), strict=True))
-    return {"input_tokens": uncached, **cache, "output_tokens": answer}
-
-
-def _count(given: Any) -> int:
-    return given if type(given) is int and given >= 0 else 0
+    """Usage of a message, whose input tokens exclude those written to and read from a cache; 0 if none is reported."""
+    usage = read_usage(given) or Usage(0, 0)
+    written, cached = usage.cache_write_tokens, usage.cached_tokens
+    return {
+        "input_tokens": usage.input_tokens - written - cached,
+        "cache_creation_input_tokens": written,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage.output_tokens,
+    }

@@ -26,6 +26,7 @@ class TargetStats(StrictModel):
     input_tokens: int
     output_tokens: int
     cached_tokens: int
+    cache_write_tokens: int
     actual_cost_usd: float = Field(description="From the upstream's usage and the pool's prices, or as charged")
     expected_cost_usd: float = Field(description="Expected cost of the same answers")
 
@@ -77,6 +78,7 @@ class _Sums:
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
     actual_usd: float = 0.0
     metered: int = 0
     metered_usd: float = 0.0
@@ -120,6 +122,7 @@ class Accounts:
             sums.input_tokens += record.usage.input_tokens
             sums.output_tokens += record.usage.output_tokens
             sums.cached_tokens += record.usage.cached_tokens
+            sums.cache_write_tokens += record.usage.cache_write_tokens
         if record.cost_usd is not None:
             self._charge(record.target, record.cost_usd, record.cost_kind)
         if record.end == "answered":
@@ -204,6 +207,7 @@ class Accounts:
                 input_tokens=sums.input_tokens,
                 output_tokens=sums.output_tokens,
                 cached_tokens=sums.cached_tokens,
+                cache_write_tokens=sums.cache_write_tokens,
                 actual_cost_usd=sums.actual_usd,
                 expected_cost_usd=sums.expected_usd,
             )

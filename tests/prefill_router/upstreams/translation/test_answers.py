@@ -56,10 +56,9 @@ def test_a_message_becomes_a_chat_completion_and_returns() -> None:
         "prompt_tokens": 12,
         "completion_tokens": 6,
         "total_tokens": 18,
-        "prompt_tokens_details": {"cached_tokens": 5},
+        "prompt_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 4},
     }
-    usage = {**USAGE, "input_tokens": 7, "cache_creation_input_tokens": 0}  # a chat does not tell the two apart
-    assert messages_answer(chat) == {**MESSAGE, "usage": usage}
+    assert messages_answer(chat) == MESSAGE
 
 
 @pytest.mark.parametrize(
