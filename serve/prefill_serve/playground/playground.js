@@ -148,11 +148,11 @@ function drawCurve() {
     $("curve-text").textContent = card ? "This router has no recorded curve: train it again to get one." : "";
     return;
   }
-  const singles = card.singles.filter((single) => single.cost_usd > 0);
+  const singles = card.singles;
   const points = [...card.curve, ...singles];
   const [low, high] = [Math.min, Math.max].map((of) => of(...points.map((point) => point.accuracy)));
   const most = Math.max(...points.map((point) => point.cost_usd));
-  const x = (point) => 52 + (470 * point.cost_usd) / most;
+  const x = (point) => 52 + (470 * point.cost_usd) / (most || 1);
   const y = (point) => 270 - (240 * (point.accuracy - low)) / (high - low || 1);
   const at = Number($("tolerance").value);
   const here = card.curve.findLast((point) => point.tolerance <= at) ?? card.curve[0];

@@ -169,7 +169,12 @@ class Accounts:
         return sums.metered_usd / max(sums.metered, 1)
 
     def fits(self, usd: float, limits: DailyLimits, caller: str, now: datetime) -> bool:
-        """Whether an amount fits today's budgets of the caller and of all callers, including reservations."""
+        """Whether an amount fits today's budgets of the caller and of all callers, including reservations.
+
+        A call that costs nothing fits, also where more than a budget is spent.
+        """
+        if not usd:
+            return True
         taken = Counter(self.spent_today(now))
         taken.update(self.reservations.usd())
         of_all = inf if limits.usd_per_day is None else limits.usd_per_day

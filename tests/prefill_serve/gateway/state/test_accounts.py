@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefill_serve.gateway.call_record import CallRecord, Usage
-from prefill_serve.gateway.state.accounts import Accounts
+from prefill_serve.gateway.state.accounts import Accounts, Charged
 from prefill_serve.settings import Budgets, DailyLimits, HardLimits
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -171,6 +171,22 @@ def test_a_keys_budget_is_its_own() -> None:
     assert not accounts.fits(0.01, budgets, "ann", NOON)
     assert accounts.fits(0.01, budgets, "bob", NOON)
     assert accounts.fits(0.01, budgets, "eve", NOON)
+
+
+def test_a_call_that_costs_nothing_fits_whatever_is_spent() -> None:
+    accounts = booked(routed(cost_usd=2.0))
+    for limits in (Budgets(usd_per_day=1.0), Budgets(keys={"ann": 1.0})):
+        assert accounts.fits(0.0, limits, "ann", NOON)
+        assert not accounts.fits(1e-9, limits, "ann", NOON)
+
+
+def test_targets_that_cost_nothing_save_nothing() -> None:
+    free = dict.fromkeys(("big", "small"), 0.0)
+    stats = booked(routed(cost_usd=0.0, expected_cost_usd=free)).stats(NOON, 0.0, 0)
+    assert stats.actual_cost_usd == stats.expected_cost_usd == stats.metered_cost_usd == 0.0
+    assert stats.against_dearest is not None
+    assert stats.against_dearest.saved_usd == 0.0
+    assert stats.charged["reported"] == Charged(calls=1, cost_usd=0.0)
 
 
 def test_a_call_fits_where_it_ends_with_its_budget() -> None:
