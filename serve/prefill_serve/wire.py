@@ -325,6 +325,7 @@ class ServedTarget(StrictModel):
     name: str
     input_price: float = Field(description="USD per million tokens")
     output_price: float = Field(description="USD per million tokens")
+    price_source: str | None = Field(None, description="Name and table that the prices were taken from, if they were")
     can_answer: bool = Field(description="The gateway can send calls to it")
 
 

@@ -164,7 +164,7 @@ class Pipeline:
                 lambda: {
                     "activations": _digest(*_manifests(self.extracts)),
                     "outcomes": _stamps(outcomes),
-                    "pool": _stamps(pool),
+                    "pool": _stamps(pool) | load_pool(self.config.pool, prices_optional=True).price_sources,
                     "settings": _settings(self.train),
                 },
                 lambda: f"router {train(self.train, keep_learnt=True).version}",

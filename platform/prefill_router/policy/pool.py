@@ -13,6 +13,7 @@ from prefill_router import storage
 from prefill_router.common import validation
 from prefill_router.common.errors import UserError
 from prefill_router.policy import key_variables, request_settings
+from prefill_router.policy.price_table import table_prices, table_version
 from prefill_router.policy.token_prices import PriceTier, Rates, check_tiers, rates_of
 
 _ANTHROPIC_VERSION = "2023-06-01"  # the only version of its API so far
@@ -109,6 +110,8 @@ class Target(validation.SparseModel):
     cache_write_price: float | None = Field(None, ge=0.0, description="Price of tokens put in a cache [input_price]")
     cache_write_1h_price: float | None = Field(None, ge=0.0, description="The same for an hour [cache_write_price]")
     tiers: tuple[PriceTier, ...] = Field((), description="Prices of calls with long inputs, in ascending order")
+    price_from: str | None = Field(None, description="Model of genai-prices whose prices hold where none are stated")
+    price_table: str | None = Field(None, description="The table and its version, set when the pool is loaded")
     context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
     tools: bool = Field(True, description="Supports tool calls")
     images: bool = Field(True, description="Supports image input")
@@ -180,6 +183,11 @@ class Pool(validation.StrictModel):
             for t in self.targets
         }
 
+    @property
+    def price_sources(self) -> dict[str, str]:
+        """The name and the table from which prices were taken, by target."""
+        return {t.name: f"{t.price_from} ({t.price_table})" for t in self.targets if t.price_from is not None}
+
     def token_prices(self, input_tokens: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns USD per million tokens of inputs with lengths (N,), and of their outputs, each (N, T) or (1, T)."""
         input_prices = np.array([[target.input_price for target in self.targets]])
@@ -238,4 +246,9 @@ def _target(entry: Any, path: str, pool: str, index: int) -> Target:
     if not isinstance(entry, dict):
         raise UserError(f"{path}: {pool}[{index}] = {entry!r}, must be a table with name, input_price and output_price")
     label = f'target "{entry["name"]}"' if "name" in entry else f"{pool}[{index}]"
+    if isinstance(entry.get("price_from"), str):
+        try:
+            entry = {**table_prices(entry["price_from"]), **entry, "price_table": table_version()}
+        except ValueError as error:
+            raise UserError(f"{path}: {label}: {error}") from None
     return validation.validate(Target, entry, f"{path}: {label}")

@@ -35,6 +35,10 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
         yield "kernel", f"{len(router.kernel.landmarks):,} prompts, weight {router.kernel_weight} in P(correct)"
     if per_answer := [f"{t.name} {usd(t.usd_per_answer)}" for t in router.pool.targets if t.usd_per_answer]:
         yield "per answer", ", ".join(per_answer)
+    if sources := [f"{name} {source}" for name, source in router.pool.price_sources.items()]:
+        yield "prices", ", ".join(sources)
+    if tiers := [f"{t.name} {tier.above:,}" for t in router.pool.targets for tier in t.tiers]:
+        yield "long inputs", f"other prices above: {', '.join(tiers)} tokens"
     if "num_train" in training:
         yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
         num_validation = training.get("num_validation", 0)

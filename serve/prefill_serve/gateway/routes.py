@@ -142,8 +142,9 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
         Covers the caller's own calls, or those of all callers for administrators and for endpoints without keys.
         """
-        caller = http.state.caller
-        return await ledger.stats(None if endpoint.now.settings.is_admin(caller) else caller)
+        caller, now = http.state.caller, endpoint.now
+        found = await ledger.stats(None if now.settings.is_admin(caller) else caller)
+        return found.model_copy(update={"price_sources": now.primary.router.pool.price_sources})
 
     @routes.post("/v1/feedback", responses=errors, tags=["gateway"])
     async def feedback(given: Feedback, http: Request) -> Recorded:

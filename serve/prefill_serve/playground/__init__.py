@@ -59,6 +59,7 @@ def card_of(endpoint: Endpoint) -> RouterCard:
                 name=target.name,
                 input_price=target.input_price,
                 output_price=target.output_price,
+                price_source=router.pool.price_sources.get(target.name),
                 can_answer=has_gateway and target.upstream is not None,
             )
             for target in router.pool.targets

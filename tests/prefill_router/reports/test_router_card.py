@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prefill_router.policy.token_prices import PriceTier
 from prefill_router.reports.router_card import card
 from prefill_router.router.artifact import Router
 
@@ -16,6 +17,16 @@ def test_a_card_without_training_information(tiny_router: Router) -> None:
         ("big", "$2.00", "$8.00", "-", "-", "none", "-"),
         ("small", "$0.100", "$0.400", "-", "-", "none", "-"),
     ]
+
+
+def test_a_card_says_where_prices_come_from_and_where_they_change(tiny_router: Router) -> None:
+    tier = PriceTier(above=272_000, input_price=5.0, output_price=20.0)
+    big = tiny_router.pool.targets[0]
+    big = big.model_copy(update={"price_from": "openai/gpt-5.4", "price_table": "genai-prices 0.2.3", "tiers": (tier,)})
+    pool = tiny_router.pool.model_copy(update={"targets": (big, *tiny_router.pool.targets[1:])})
+    rows = dict(card(replace(tiny_router, pool=pool))[0])
+    assert rows["prices"] == "big openai/gpt-5.4 (genai-prices 0.2.3)"
+    assert rows["long inputs"] == "other prices above: big 272,000 tokens"
 
 
 def test_a_card_shows_training_and_validation_scores(tiny_router: Router) -> None:

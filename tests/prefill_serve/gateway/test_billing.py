@@ -50,7 +50,8 @@ def write_pool(path: Path, targets: Mapping[str, str], url: str) -> str:
         way = f'base_url = "{url}/v1", model = "{model}", responses = {is_openai}'
         way += ', protocol = "anthropic"' if model == "message" else ""
         rows = [f"{{ above = {above}, {', '.join(_prices(prices))} }}" for above, *prices in tiers]
-        lines += ["[[pool]]", f'name = "{target}"', *_prices(first), f"tiers = [{', '.join(rows)}]"]
+        stated = ['price_from = "lists/plain"'] if model == "plain" else _prices(first)
+        lines += ["[[pool]]", f'name = "{target}"', *stated, f"tiers = [{', '.join(rows)}]"]
         lines += [f"usd_per_answer = {USD_PER_ANSWER.get(model, '0')}", f"upstream = {{ {way} }}"]
     path.write_text("\n".join(lines))
     return str(path)
@@ -97,7 +98,9 @@ def stats_of(gateway: Gateway, num_calls: int) -> Any:
 
 
 @pytest.mark.slow("400 calls over real sockets")
-def test_stats_are_what_the_upstream_counts(router: str, tmp_path: Path) -> None:
+def test_stats_are_what_the_upstream_counts(router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefill_router.policy.pool.table_prices", lambda _: {"input_price": 0.15, "output_price": 0.6})
+    monkeypatch.setattr("prefill_router.policy.pool.table_version", lambda: "lists 1.0")
     rng = random.Random(24)
     rounds = [[drawn(targets, rng) for _ in range(NUM_CALLS)] for targets in POOLS]
     calls = [call for each in rounds for call in each]
@@ -111,6 +114,7 @@ def test_stats_are_what_the_upstream_counts(router: str, tmp_path: Path) -> None
     num_cut = sum(not call.is_stream and call.bill.ends == "cut" for call in calls)
     assert statuses == {200: len(calls) - num_cut, 502: num_cut}
     assert sum(upstream.calls.values()) == stats["calls"] == len(calls)
+    assert stats["price_sources"] == {"big": "lists/plain (lists 1.0)"}
 
     billed = {end: sum(usd for (_, ended), usd in upstream.ledger.items() if ended == end) for end in ENDS}
     reported, *others = (stats["charged"][kind] for kind in ("reported", "estimated", "reserved"))

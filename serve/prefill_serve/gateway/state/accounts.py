@@ -69,6 +69,9 @@ class Stats(StrictModel):
     spent_today_usd: float = Field(description="Today, in UTC")
     reserved_usd: float = Field(description="Expected cost of calls in progress")
     feedback: int = Field(description="Number of recorded outcomes")
+    price_sources: dict[str, str] = Field(
+        {}, description="Name and table of prices that were taken from one, by target"
+    )
 
 
 @dataclass
