@@ -199,7 +199,8 @@ def test_a_conversation_moves_if_its_target_cannot_be_asked(is_amid_tools: bool)
 def test_the_cached_price_is_what_is_reserved() -> None:
     candidate = planned(0.5, 0.5, cached=9_000, rule=MARGIN).choose(["big"])
     assert candidate is not None
-    assert candidate.decision is not None and candidate.decision.next_usd(candidate.target) == pytest.approx(0.0072)
+    assert candidate.decision is not None
+    assert candidate.decision.next_usd(candidate.target) == pytest.approx(0.0072)
 
 
 TOOL_RESULT = {"type": "tool_result", "tool_use_id": "c", "content": "sunny"}
