@@ -103,8 +103,9 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
     async def route(request: RouteRequest, http: Request) -> Response:
         """Choose the target for one prompt: the cheapest one that is good enough under the request's constraints.
 
-        Accepts the body of an OpenAI chat completion or response unchanged. Fields that do not affect routing, such as
-        `temperature`, are listed in `metadata.ignored`. A probable misspelling, such as `tolerence`, gets 400.
+        Accepts the whole body of OpenAI's, Anthropic's, Google's and Amazon's APIs, if its `model` is `auto`. Fields
+        that do not affect routing, such as `temperature`, are listed in `metadata.ignored`. A probable misspelling,
+        such as `tolerence`, gets 400.
         """
         return _json(await endpoint.route(request, http.state.request_id, http.state.caller))
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import SystemRandom
 
 from prefill_router.common.errors import UserError
@@ -21,7 +21,7 @@ from prefill_serve.scheduler import Overloaded
 from prefill_serve.serving import Serving
 from prefill_serve.settings import Settings
 from prefill_serve.traces import tracer
-from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteResponse, Timings
+from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteResponse, TargetReason, Timings
 
 log = logging.getLogger("ray.serve")  # Serve writes it as JSON lines with replica and request id
 
@@ -253,7 +253,7 @@ class Routing:
             safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
             decision = _decision(self.head, self.reading, prediction, safely, known)
             if decision.target is not None:
-                return decision
+                return replace(decision, is_safe=True)
         decision = _decision(self.head, self.reading, prediction, policy, known)
         return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _RANDOM)
 
@@ -261,6 +261,7 @@ class Routing:
         """The response to the caller."""
         assert decision.target is not None
         tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
+        reasons = explain(decision, self.policy, tolerance) if explained else {}
         metadata = Metadata(
             encoder=self.serving.engine.encoder_names,
             missing_encoders=list(self.reading.missing),
@@ -286,7 +287,8 @@ class Routing:
             expected_output_tokens=decision.expected_output_tokens,
             router_version=decision.router_version,
             request_id=request_id,
-            explanation=explain(decision, self.policy, tolerance) if explained else None,
+            explanation={target: why.text for target, why in reasons.items()} if explained else None,
+            reasons={t: TargetReason(code=why.code, value=why.value, limit=why.limit) for t, why in reasons.items()},
         )
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
 import operator
 import re
 from collections import Counter
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from prefill_router.common.errors import InvalidRowError, UserError
 from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.openai_requests import TEXT_PARTS
 from prefill_router.corpus.reader import Prompt, Role, validate_messages, validate_prompt
-from prefill_router.policy.decision import Policy
+from prefill_router.policy.decision import Policy, ReasonCode
+from prefill_serve.provider_messages import chat_messages, content_messages, input_messages, text_parts
 
 ROUTED_NAMES = ("auto", "routed")  # values of `model` that let the router choose
 
@@ -40,7 +41,12 @@ _HAS_TEXT: dict[str, Any] = {
         }
     },
 }
-_PROMPT_FIELDS = ("prompt", "question", "messages", "input")
+_PART_HAS_TEXT = {"required": ["text"], "properties": {"text": _TEXT, "thought": {"const": False}}}
+_PARTS_HAVE_TEXT: dict[str, Any] = {
+    "required": ["parts"],
+    "properties": {"parts": {"type": "array", "contains": _PART_HAS_TEXT}},
+}
+_PROMPT_FIELDS = ("prompt", "question", "messages", "input", "contents")
 _EXACTLY_ONE: list[Any] = [
     {
         "required": [given],
@@ -82,26 +88,27 @@ class Message(BaseModel):
         return {"role": self.role, "content": "\n".join(texts)}
 
 
-def input_messages(given: Any) -> Any:
-    """Converts the `input` of a response to messages; leaves invalid values unchanged for validation."""
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    if not isinstance(given, list):
-        return given
-    return [_as_message(item) if isinstance(item, dict) else item for item in given]
+class GooglePart(BaseModel):
+    """A part of Google's contents. Text is read, except that of thoughts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    text: str | None = None
 
 
-def _as_message(item: dict[str, Any]) -> dict[str, Any]:
-    kind = item.get("type", "message")
-    if kind == "function_call_output":
-        output = item.get("output")
-        return {"role": "tool", "content": output if isinstance(output, str | list) else json.dumps(output)}
-    if kind != "message":
-        return {"role": "assistant", "content": "", "tool_calls": [item]}
-    return {"role": item.get("role", "user"), "content": item.get("content")}
+class GoogleContent(BaseModel):
+    """A message of Google's API, or its system instruction."""
+
+    role: Literal["user", "model", "function"] = "user"
+    parts: list[GooglePart]
 
 
+_READ_MESSAGES = BeforeValidator(chat_messages, json_schema_input_type=list[Message])
 _READ_INPUT = BeforeValidator(input_messages, json_schema_input_type=str | list[Message])
+_READ_CONTENTS = BeforeValidator(content_messages, json_schema_input_type=list[GoogleContent])
+_READ_SYSTEM = BeforeValidator(text_parts, json_schema_input_type=str | list[ContentPart])
+_READ_INSTRUCTION = BeforeValidator(text_parts, json_schema_input_type=GoogleContent)
+_NO_TEMPLATE = BeforeValidator(lambda given: None if isinstance(given, dict) else given)  # of a response
 
 
 class Question(NamedTuple):
@@ -115,7 +122,7 @@ class Question(NamedTuple):
 class RouteRequest(StrictModel):
     """A prompt, as text or messages, and the caller's constraints on the decision.
 
-    Other fields, such as those of an OpenAI body, are ignored; a probable misspelling of a field here is an error.
+    Other fields, such as those of a provider's body, are ignored; a probable misspelling of a field here is an error.
     """
 
     model_config = ConfigDict(
@@ -129,12 +136,17 @@ class RouteRequest(StrictModel):
         },
     )
 
-    prompt: str | None = Field(None, pattern=_VISIBLE, description="Prompt text; or give question, messages or input")
+    prompt: Annotated[str | None, _NO_TEMPLATE] = Field(
+        None, pattern=_VISIBLE, description="Prompt text; or give question, messages or input"
+    )
     question: str | None = Field(None, pattern=_VISIBLE, description="Same as prompt")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+    messages: Annotated[list[Message], Field(min_length=1), _READ_MESSAGES] | None = Field(
         None,
         description="A conversation; one message or more must have text",
-        json_schema_extra={"contains": _HAS_TEXT},
+        json_schema_extra={"contains": _HAS_TEXT, "minItems": 1},
+    )
+    system: Annotated[str | list[ContentPart], _READ_SYSTEM] | None = Field(
+        None, description="System message before messages"
     )
     input: Annotated[list[Message], Field(min_length=1), _READ_INPUT] | None = Field(
         None,
@@ -142,6 +154,16 @@ class RouteRequest(StrictModel):
         json_schema_extra={"pattern": _VISIBLE, "contains": _HAS_TEXT, "minItems": 1},
     )
     instructions: str | None = Field(None, description="System message before input")
+    contents: Annotated[list[Message], Field(min_length=1), _READ_CONTENTS] | None = Field(
+        None,
+        description="A conversation of Google's API; one part or more must have text",
+        json_schema_extra={"contains": _PARTS_HAVE_TEXT, "minItems": 1},
+    )
+    system_instruction: Annotated[list[ContentPart], _READ_INSTRUCTION] | None = Field(
+        None,
+        validation_alias=AliasChoices("systemInstruction", "system_instruction"),
+        description="System message before contents; or system_instruction",
+    )
     tolerance: float | None = Field(
         None, ge=0.0, le=1.0, description="Largest P(correct) to give up for a cheaper target"
     )
@@ -160,22 +182,23 @@ class RouteRequest(StrictModel):
             message = "has {num} fields that do not affect routing, must have at most {most}"
             raise PydanticCustomError("too_many", message, {"num": len(extra), "most": _MAX_IGNORED})
         for name in extra:
-            if near := difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR):
+            near = difflib.get_close_matches(name, type(self).model_fields, 1, _NEAR)
+            if near and name not in _OF_PROVIDERS:
                 message = '{name}: unknown field, did you mean "{near}"?'
                 raise PydanticCustomError("misspelt", message, {"name": name, "near": near[0]})
         return self
 
     def question_of(self, max_messages: int) -> Question:
-        """Returns the prompt. Raises UserError unless exactly one of prompt, question, messages and input has text."""
+        """Returns the prompt. Raises UserError unless exactly one of the fields for it has text."""
         given = [name for name in _PROMPT_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
-            names = "prompt, question and messages, or input in their place"
+            names = "prompt, question and messages, or input or contents in their place"
             raise UserError(f"give exactly one of {names}, not {' and '.join(given) or 'none'}")
         (name,) = given
-        ignored = [*(self.model_extra or {}), *(["instructions"] if self.instructions and name != "input" else [])]
+        ignored = [*(self.model_extra or {}), *self._unread(name)]
         noted: Counter[str] = Counter()
         try:
-            conversation = self._conversation()
+            conversation = self._conversation(name)
             if conversation is None:
                 return Question(validate_prompt(getattr(self, name), _ANY_SIZE, name), {}, sorted(ignored))
             if len(conversation) > max_messages:
@@ -187,11 +210,19 @@ class RouteRequest(StrictModel):
             raise UserError(f"{name}: no message has text, must have more than white space")
         return Question(messages, dict(noted), sorted(ignored))
 
-    def _conversation(self) -> list[Message] | None:
-        """The messages, with instructions in front of input; None for a prompt given as text."""
-        if self.input is None or not self.instructions:
-            return self.input or self.messages
-        return [Message(role="system", content=self.instructions), *self.input]
+    def _unread(self, given: str) -> Iterator[str]:
+        """Fields here that are not read because of the one that has the prompt."""
+        yield from (system for name, system in _SYSTEM_OF.items() if name != given and getattr(self, system))
+        if given != "prompt" and "prompt" in self.model_fields_set:  # refers to a template
+            yield "prompt"
+
+    def _conversation(self, given: str) -> list[Message] | None:
+        """The messages, with those of the system in front; None for a prompt given as text."""
+        if given not in _SYSTEM_OF:
+            return None
+        messages: list[Message] = getattr(self, given)
+        system = getattr(self, _SYSTEM_OF[given])
+        return [Message(role="system", content=system), *messages] if system else messages
 
     def policy(self) -> Policy:
         is_pinned = self.model is not None and self.model not in ROUTED_NAMES
@@ -200,7 +231,9 @@ class RouteRequest(StrictModel):
 
 
 _ANY_SIZE = 1 << 62  # the limit on the body applies
+_SYSTEM_OF = {"messages": "system", "input": "instructions", "contents": "system_instruction"}
 _MAX_IGNORED = 64  # OpenAI has about 40; each is compared with all of ours
+_OF_PROVIDERS = {"context", "modelId", "model_list", "prompt_id"}  # Ollama's, Amazon's, LiteLLM's
 _NEAR = 0.75  # difflib ratio of two names; any OpenAI field and one of ours have less
 
 
@@ -248,6 +281,20 @@ class Metadata(StrictModel):
     timings_ms: Timings
 
 
+class TargetReason(StrictModel):
+    """Why a target was or was not chosen: the constraint that decided, its value, and what it was compared to."""
+
+    code: ReasonCode
+    value: float | None = Field(
+        None,
+        description="P(correct) below the best target's for chosen and tolerance; expected cost for max_cost_usd and"
+        " not_cheapest; P(correct) for min_p_correct; probability for explored",
+    )
+    limit: float | None = Field(
+        None, description="What the value was compared to: the limit of the request, or the chosen target's cost"
+    )
+
+
 class RouteResponse(StrictModel):
     """The decision and its estimates, as lists in the order of model_names and by target name."""
 
@@ -262,6 +309,9 @@ class RouteResponse(StrictModel):
     router_version: str
     request_id: str
     explanation: dict[str, str] | None = Field(None, description="By target, if explain is true")
+    reasons: dict[str, TargetReason] = Field(
+        {}, exclude_if=operator.not_, description="Explanation for programs, by target, if explain is true"
+    )
 
 
 class ErrorDetail(StrictModel):

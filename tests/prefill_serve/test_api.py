@@ -148,6 +148,35 @@ def test_an_explanation_names_the_reason_of_each_target(api: Api) -> None:
     assert "not one of the allowed" in api.post({**body, "models": ["big"]}).json()["explanation"]["small"]
 
 
+def test_reasons_are_for_programs_what_an_explanation_is_for_people(api: Api, router: str) -> None:
+    def reasons(**fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        answer = api.post({"prompt": "name a river", "explain": True, **fields}).raise_for_status().json()
+        assert list(answer["reasons"]) == list(answer["explanation"]) == answer["model_names"]
+        return answer, answer["reasons"]
+
+    assert "reasons" not in api.post({"prompt": "name a river"}).json()
+    answer, told = reasons(tolerance=0.0)
+    gap = answer["p_correct"]["big"] - answer["p_correct"]["small"]
+    costs = answer["expected_cost_usd"]
+    assert told["big"] == {"code": "chosen", "value": 0.0, "limit": 0.0}
+    assert told["small"] == {"code": "tolerance", "value": pytest.approx(gap), "limit": 0.0}
+    _, told = reasons(tolerance=1.0)
+    assert told["small"] == {"code": "chosen", "value": pytest.approx(gap), "limit": 1.0}
+    assert told["big"] == {"code": "not_cheapest", "value": costs["big"], "limit": costs["small"]}
+    _, told = reasons(max_cost_usd=costs["small"])
+    assert told["big"] == {"code": "max_cost_usd", "value": costs["big"], "limit": costs["small"]}
+    best = answer["p_correct"]["big"]
+    assert reasons(min_p_correct=best)[1]["small"] == {
+        "code": "min_p_correct",
+        "value": answer["p_correct"]["small"],
+        "limit": best,
+    }
+    assert reasons(models=["big"])[1]["small"] == {"code": "not_allowed", "value": None, "limit": None}
+    api.configure(router=router, explore=1.0)
+    answer, told = reasons()
+    assert told[answer["selected_model"]] == {"code": "explored", "value": pytest.approx(0.5), "limit": None}
+
+
 BAD: list[tuple[Any, str]] = [
     ({}, "exactly one of prompt, question and messages"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "exactly one of"),
@@ -522,8 +551,9 @@ def test_strangers_go_to_the_safe_target(api: Api, router: str) -> None:
     stranger = "6 " * 200
     assert api.post({"prompt": stranger}).json()["metadata"]["drift"]["percentile"] == 1.0
     api.configure(router=router, tolerance=0.0, safe={"target": "small", "beyond": 0.99})
-    answer = api.post({"prompt": stranger}).json()
+    answer = api.post({"prompt": stranger, "explain": True}).json()
     assert answer["selected_model"] == "small"
+    assert answer["reasons"]["small"]["code"] == "safe_target"
     assert answer["metadata"]["drift"]["is_out_of_distribution"]
     assert api.post({"prompt": stranger, "model": "big"}).json()["selected_model"] == "big"
     assert not api.post({"prompt": QUESTION}).json()["metadata"]["drift"]["is_out_of_distribution"]

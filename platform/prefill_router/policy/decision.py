@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from prefill_router.common.money import usd
 from prefill_router.encoder.tokenization import Tokens
 from prefill_router.policy.pool import Pool
 from prefill_router.policy.selection import NO_TARGET, choose
+
+ReasonCode = Literal[
+    "chosen", "explored", "safe_target", "not_allowed", "max_cost_usd", "min_p_correct", "tolerance", "not_cheapest"
+]
 
 
 class Prediction(NamedTuple):
@@ -66,10 +70,29 @@ class Decision:
     propensity: float = 1.0  # probability of choosing this target; below 1 if exploration is on
     is_explored: bool = False  # chosen at random
     cached_usd: dict[str, float] = field(default_factory=dict)  # what a cached prefix saves, by target
+    is_safe: bool = False  # chosen since the prompt is unlike those of training
 
     def next_usd(self, target: str) -> float:
         """The expected cost at a target, less what its cached prefix saves."""
         return self.expected_cost_usd[target] - self.cached_usd.get(target, 0.0)
+
+
+class Reason(NamedTuple):
+    """Why a target was or was not chosen: a code, a sentence, and the value that decided with what it was compared to.
+
+    | code | value | limit |
+    | --- | --- | --- |
+    | chosen, tolerance | P(correct) below the best one | the tolerance |
+    | not_cheapest | expected cost | that of the chosen target |
+    | max_cost_usd, min_p_correct | expected cost, P(correct) | the policy's |
+    | explored | probability of this target | |
+    | safe_target, not_allowed | | |
+    """
+
+    code: ReasonCode
+    text: str
+    value: float | None = None
+    limit: float | None = None
 
 
 def decide(
@@ -150,33 +173,39 @@ def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> De
     return replace(decision, target=target, propensity=propensity, is_explored=is_explored)
 
 
-def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, str]:
+def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, Reason]:
     """Explains for each target why it was or was not chosen, given the policy and tolerance of the decision."""
     permitted = [t for t in decision.p_correct if _violation(decision, policy, t) is None]
     best = max((decision.p_correct[t] for t in permitted), default=0.0)
 
-    def reason(target: str) -> str:
-        gap = best - decision.p_correct[target]
+    def reason(target: str) -> Reason:
+        gap, cost_usd = best - decision.p_correct[target], decision.expected_cost_usd[target]
         if target == decision.target and decision.is_explored:
-            return "explored: chosen at random"
+            return Reason("explored", "explored: chosen at random", decision.propensity)
+        if target == decision.target and decision.is_safe:
+            return Reason("safe_target", "chosen: the safe target, for prompts that are unlike those of training")
         if target == decision.target:
-            return f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
+            text = f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
+            return Reason("chosen", text, gap, tolerance)
         if (violation := _violation(decision, policy, target)) is not None:
             return violation
         if gap > tolerance:
-            return f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.3g}"
-        return "good enough, but not the cheapest"
+            text = f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.3g}"
+            return Reason("tolerance", text, gap, tolerance)
+        chosen_usd = None if decision.target is None else decision.expected_cost_usd[decision.target]
+        return Reason("not_cheapest", "good enough, but not the cheapest", cost_usd, chosen_usd)
 
     return {target: reason(target) for target in decision.p_correct}
 
 
-def _violation(decision: Decision, policy: Policy, target: str) -> str | None:
+def _violation(decision: Decision, policy: Policy, target: str) -> Reason | None:
     """Returns which constraint of the policy a target violates, or None."""
     p, cost_usd = decision.p_correct[target], decision.next_usd(target)
     if policy.allowed is not None and target not in policy.allowed:
-        return "not one of the allowed targets"
+        return Reason("not_allowed", "not one of the allowed targets")
     if policy.max_cost is not None and cost_usd > policy.max_cost:
-        return f"expected cost {usd(cost_usd)} is above the limit, {usd(policy.max_cost)}"
+        text = f"expected cost {usd(cost_usd)} is above the limit, {usd(policy.max_cost)}"
+        return Reason("max_cost_usd", text, cost_usd, policy.max_cost)
     if policy.min_p is not None and p < policy.min_p:
-        return f"P(correct) {p:.3f} is below the minimum, {policy.min_p:.3g}"
+        return Reason("min_p_correct", f"P(correct) {p:.3f} is below the minimum, {policy.min_p:.3g}", p, policy.min_p)
     return None

@@ -20,7 +20,7 @@ from prefill_serve.gateway.openai_calls import (
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
-from prefill_serve.wire import input_messages
+from prefill_serve.provider_messages import input_messages
 
 # Events without a match, which are most, need no parsing.
 _NOTED_IN_RESPONSES = re.compile(rb'"error"|response\.(completed|incomplete|failed)')
