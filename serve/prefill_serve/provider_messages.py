@@ -44,13 +44,18 @@ def text_parts(given: Any) -> Any:
     return [_typed(part) for part in given] if isinstance(given, list) else given
 
 
+def is_result(part: Any) -> bool:
+    """Whether a part of a message is the result of a tool, as in Anthropic's API."""
+    return isinstance(part, dict) and part.get("type") == "tool_result"
+
+
 def _split(message: Fields) -> list[Fields]:
     """A message as those of a chat: the results of tools, then the rest."""
     content = text_parts(message.get("content"))
     if not isinstance(content, list):
         return [message]
-    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
-    rest = [part for part in content if part not in results]
+    results = [part for part in content if is_result(part)]
+    rest = [part for part in content if not is_result(part)]
     said = [{"role": "tool", "content": _result(result.get("content"))} for result in results]
     return [*said, *([{**message, "content": rest}] if rest or not results else [])]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from prefill_serve.provider_messages import chat_messages
 from prefill_serve.wire import Question, RouteRequest
 from served import Api
 
@@ -204,6 +205,19 @@ def test_parallel_results_and_the_text_beside_them_keep_their_order() -> None:
         ("user", "Go on."),
     ]
     assert question.noted == {"image": 1}
+
+
+def test_each_part_is_compared_with_no_other() -> None:
+    """The parts of a body of 1 MiB, compared in pairs, would take seconds of the event loop."""
+
+    class Part(dict[str, Any]):
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("compared")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    parts = [Part(type="tool_result", content=f"{i}") for i in range(3)] + [Part(type="text", text="Go on.")]
+    assert [each["role"] for each in chat_messages([{"role": "user", "content": parts}])] == ["tool"] * 3 + ["user"]
 
 
 @pytest.mark.parametrize(

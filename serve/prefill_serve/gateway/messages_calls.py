@@ -22,6 +22,7 @@ from prefill_serve.gateway.openai_calls import (
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
+from prefill_serve.provider_messages import is_result
 from prefill_serve.wire import error_body, messages_error
 
 # Events without a match, which are most, need no parsing.
@@ -52,7 +53,7 @@ class MessagesCall(Call):
     @property
     def carries_results(self) -> bool:
         content = self.body["messages"][-1].get("content")
-        return isinstance(content, list) and any(_is_result(part) for part in content)
+        return isinstance(content, list) and any(is_result(part) for part in content)
 
     def text_bytes(self, event: bytes) -> int:
         return sum(map(len, _TEXT_IN_MESSAGES.findall(event)))
@@ -105,14 +106,10 @@ def _split(message: Body) -> list[Body]:
     content, role = message.get("content"), message.get("role")
     if not isinstance(content, list):
         return [message]
-    results = [part for part in content if _is_result(part)]
-    rest = [part for part in content if part not in results]
+    results = [part for part in content if is_result(part)]
+    rest = [part for part in content if not is_result(part)]
     said = [{"role": "tool", "content": _without_cache_control(result.get("content"))} for result in results]
     return [*said, *([{"role": role, "content": _without_cache_control(rest)}] if rest or not results else [])]
-
-
-def _is_result(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "tool_result"
 
 
 def _without_cache_control(content: Any) -> Any:
