@@ -90,6 +90,7 @@ class Gateway:
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
         self.http.close()
         self._socket.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from time import monotonic
 import httpx
 
 from prefill_router.collection.target_calls import TargetAnswer, TargetCall, parse_answer
+from prefill_router.common.redaction import redacted
 from prefill_router.policy.pool import Upstream
-from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_router.upstreams.translation.whole_answers import chat_answer
-from prefill_router.upstreams.transport import is_passing, post_request, retry_after_s
+from prefill_router.upstreams.transport import UnreadableAnswer, content_of, is_passing, post_request, retry_after_s
 
 _MAX_BACKOFF_S = 120.0
 _NO_QUOTA = "insufficient_quota"
@@ -44,14 +45,20 @@ async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
     started_s = monotonic()
     try:
         async with asyncio.timeout(upstream.timeout_s):
-            response = await http.send(request)
+            response = await http.send(request, stream=True)
+            try:
+                content = await content_of(response)
+            finally:
+                await response.aclose()
     except httpx.ConnectError:
         return Miss("no connection")
     except (TimeoutError, httpx.TimeoutException):
         return Miss(f"no answer within {upstream.timeout_s:g} s", may_be_paid=True)
+    except UnreadableAnswer as error:
+        return Miss(str(error), may_be_paid=True)
     except (httpx.HTTPError, OSError) as error:
         return Miss(f"the connection failed: {type(error).__name__}", may_be_paid=True)
-    return _read(response, upstream, monotonic() - started_s)
+    return _read(response, content, upstream, monotonic() - started_s)
 
 
 def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
@@ -65,10 +72,10 @@ def backoff_s(attempt: int, miss: Miss, rng: random.Random) -> float:
     return rng.random() * min(0.5 * 2.0**attempt, _MAX_BACKOFF_S)
 
 
-def _read(response: httpx.Response, upstream: Upstream, latency_s: float) -> TargetAnswer | Miss:
+def _read(response: httpx.Response, content: bytes, upstream: Upstream, latency_s: float) -> TargetAnswer | Miss:
     try:
-        body = response.json()
-    except ValueError:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
         body = None
     if response.status_code != httpx.codes.OK:
         return _refusal(response, body, upstream.key)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.redaction import redacted
 
 
 class StrictModel(BaseModel):
@@ -91,7 +92,7 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = re.sub(r"^(Input|\w+) should ", "must ", problem["msg"].removeprefix("Value error, "))
-    return f"{key} = {problem['input']!r}, {message}" if key else message
+    return f"{key} = {redacted(repr(problem['input']))}, {message}" if key else message
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""HTTP to upstreams: the client, requests, and how to treat error statuses and Retry-After."""
+"""HTTP to upstreams: the client, requests, bounded answers, and how to treat error statuses and Retry-After."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import aiohttp
 import httpx
-from httpx_aiohttp import HttpxAiohttpClient
+from httpx_aiohttp import AiohttpTransport
 
 from prefill_router.policy.pool import Upstream
 
 LONGEST_RETRY_AFTER_S = 3600.0
+MAX_ANSWER_BYTES = 16 << 20  # of a whole answer, or of one event, which may hold one with images
 _CONNECT_S = 5.0
 _UNLIMITED = 1 << 20  # for aiohttp, None means 100 connections; for httpx behind a proxy, 0 means none
 _RETRYABLE = (408, 409, 425, 429)
@@ -21,9 +24,57 @@ _CALLERS_FAULT = (400, 405, 413, 415, 422)
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
+class UnreadableAnswer(httpx.HTTPError):
+    """An answer is too long, or compressed although no request allows that."""
+
+
+class _Transport(AiohttpTransport):
+    """Keeps no cookies in aiohttp's session."""
+
+    def get_client(self) -> aiohttp.ClientSession:
+        session = super().get_client()
+        connector = session.connector
+        session.detach()
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+class _Client(httpx.AsyncClient):
+    """A client by aiohttp, with the environment's proxies. All callers share it, so it accepts no cookies."""
+
+    def __init__(self) -> None:
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        super().__init__(limits=httpx.Limits(max_connections=_UNLIMITED), cookies=no_cookies)
+
+    def _init_transport(self, **options: Any) -> httpx.AsyncBaseTransport:  # type: ignore[override]
+        return _Transport(**options)
+
+    def _init_proxy_transport(  # type: ignore[override]
+        self, proxy: httpx.Proxy, **options: Any
+    ) -> httpx.AsyncBaseTransport:
+        return _Transport(proxy=proxy, **options)
+
+
 def http_client() -> httpx.AsyncClient:
     """Creates a client for one event loop. It uses the environment's proxies; the caller limits concurrency."""
-    return HttpxAiohttpClient(limits=httpx.Limits(max_connections=_UNLIMITED))
+    return _Client()
+
+
+async def content_of(response: httpx.Response, most_bytes: int = MAX_ANSWER_BYTES) -> bytes:
+    """Reads a response's body. Raises UnreadableAnswer without decompressing, as few bytes may become many."""
+    require_uncompressed(response)
+    content = bytearray()
+    async for piece in response.aiter_raw():
+        content += piece
+        if len(content) > most_bytes:
+            raise UnreadableAnswer(f"answered with more than {most_bytes:,} bytes")
+    return bytes(content)
+
+
+def require_uncompressed(response: httpx.Response) -> None:
+    """Raises UnreadableAnswer for a compressed body: every request accepts `identity` only."""
+    encoding = response.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnreadableAnswer("answered with a compressed body, which no request accepts")
 
 
 def post_request(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 
-MAX_EVENT_BYTES = 16 << 20  # one event may hold a whole response with images
+from prefill_router.upstreams.transport import MAX_ANSWER_BYTES
+
+MAX_EVENT_BYTES = MAX_ANSWER_BYTES
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _END_BYTES = 4
 
@@ -46,6 +48,11 @@ def data_of(event: bytes) -> bytes:
     """The data of an event; empty for a comment, which only keeps the connection alive."""
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line.removeprefix(b" ") for line in lines)
+
+
+def is_keep_alive(event: bytes) -> bool:
+    """Whether an event is a comment or a ping of Anthropic's protocol, which say that an upstream is still at work."""
+    return event.startswith((b":", b"event: ping"))
 
 
 def has_plain_words(event: bytes) -> bool:

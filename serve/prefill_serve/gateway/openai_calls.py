@@ -6,6 +6,7 @@ Only the fields that routing and billing need are read; the model is replaced, a
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Call(ABC):
     def read(cls, raw: bytes) -> Self:
         """Parses a request body. Raises UserError if it is not a JSON object."""
         try:
-            body = json.loads(raw)
+            body = json.loads(raw, parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError):
             raise UserError("the body is not valid JSON") from None
         if not isinstance(body, dict):
@@ -191,6 +192,14 @@ class Call(ABC):
     def refusal(self, status: int, content: bytes) -> bytes:  # noqa: ARG002 - for messages
         """An error body of ours in the caller's protocol."""
         return content
+
+
+def _finite(text: str) -> float:
+    """Parses a number. Raises ValueError for NaN and infinity, which JSON lacks, and for numbers above a float's."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def json_object(data: bytes) -> Body:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from prefill_serve.gateway.active_call import ActiveCall
 from prefill_serve.gateway.call_record import End
 from prefill_serve.gateway.upstream import Stream, UpstreamFailure
 
 log = logging.getLogger("ray.serve")
+
+_READER_S = 60.0  # for each part of an answer, of which sockets buffer some; a slower caller is disconnected
 
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
@@ -38,8 +41,17 @@ class Relay(StreamingResponse):
         self._finish(self._active, self._stream, self._end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(_READER_S):
+                    await send(message)
+            except TimeoutError:
+                raise _SlowReader from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except _SlowReader:  # the server closes the connection of an incomplete answer
+            log.warning("caller reads too slowly", extra={"route_id": self._active.caller.request_id})
         finally:  # even if the caller disconnects before the first event
             self._finish(self._active, self._stream, self._end)
 
@@ -55,6 +67,10 @@ class Relay(StreamingResponse):
             self._end = "failed"
             log.warning("upstream failed", extra=failed.for_log(self._active.caller.request_id))
             yield self._active.call.error_event(str(failed), "upstream_failed")
+
+
+class _SlowReader(Exception):  # noqa: N818 - a caller's doing
+    """A caller did not read a part of its answer in time."""
 
 
 class _Renaming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import Field
 
+from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.active_call import Caller
@@ -158,8 +160,13 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
 
 
 def _anthropic_headers(http: Request) -> dict[str, str]:
-    """Version and beta features, which an upstream needs to read the body."""
-    return {name: http.headers[name] for name in ("anthropic-version", "anthropic-beta") if name in http.headers}
+    """Version and beta features, which an upstream needs to read the body, unless they are for this connection only."""
+    here = {name.strip().lower() for name in ",".join(http.headers.getlist("connection")).split(",")}
+    names = [name for name in ("anthropic-version", "anthropic-beta") if name in http.headers and name not in here]
+    for name in names:
+        if not re.fullmatch(r"[ -~]*", http.headers[name]):
+            raise UserError(f"{name}: must be printable ASCII")
+    return {name: http.headers[name] for name in names}
 
 
 def _body(required: str) -> dict[str, Any]:

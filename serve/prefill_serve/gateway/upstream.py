@@ -6,17 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from time import monotonic
 
 import httpx
 
+from prefill_router.common.redaction import redacted
 from prefill_router.common.usage import Usage
 from prefill_router.policy.pool import Target
-from prefill_router.upstreams.redaction import redacted
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
-from prefill_router.upstreams.transport import has_connected, is_passing, post_request, retry_after_s
+from prefill_router.upstreams.transport import (
+    UnreadableAnswer,
+    content_of,
+    has_connected,
+    is_passing,
+    post_request,
+    require_uncompressed,
+    retry_after_s,
+)
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.chat_calls import ChatCall
-from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words
+from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words, is_keep_alive
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Body, Call, json_object
 from prefill_serve.gateway.refusals import RefusalReason, refusal_reason
@@ -24,6 +33,8 @@ from prefill_serve.gateway.refused_fields import RefusedFields
 from prefill_serve.gateway.translated_calls import TranslatedCall
 from prefill_serve.gateway.upstream_errors import error_answer, error_message, refusal_body
 
+MAX_STREAM_BYTES = 256 << 20
+_MAX_ERROR_BYTES = 64 << 10  # of an error's body; a longer one is not read
 _DRAIN_S = 0.1
 _SLOT_S = 1.0  # how long a call waits at an upstream at its concurrency limit
 _MAY_BILL = (408, 504)  # a proxy's timeout: the upstream behind it may still bill
@@ -83,6 +94,7 @@ class Stream:
         self.text_bytes = 0  # of the answer so far
         self._channel, self._attempt, self._call, self._response = channel, attempt, attempt.call, response
         self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
+        self._num_bytes, self._waited_s = 0, 0.0  # in all; for the next event
         translation = attempt.translation
         self._translate = translation.stream() if translation is not None and translation.stream else None
         self._begun_usage: Usage | None = None
@@ -118,20 +130,31 @@ class Stream:
     async def _next_events(self) -> list[bytes]:
         if self._failure is not None:
             raise self._failure
+        started = monotonic()
         try:
-            async with asyncio.timeout(self._channel.upstream.timeout_s):
+            async with asyncio.timeout(self._channel.upstream.timeout_s - self._waited_s):
                 piece = await anext(self._pieces, None)
         except Exception as error:
             raise self._channel.failure_of(self._attempt, error) from error
         if piece is None:
             return self._last_events()
-        events = list(self._for_caller(self._splitter.feed(piece)))
-        if self._splitter.is_too_long and not self.is_whole and self._failure is None:
-            most = self._splitter.max_bytes
-            self._failure = self._channel.failure(
-                self._attempt, "too_large", f"streamed an event of more than {most:,} bytes"
-            )
+        found = self._splitter.feed(piece)
+        has_event = not all(map(is_keep_alive, found))
+        self._waited_s = 0.0 if has_event else self._waited_s + monotonic() - started
+        self._num_bytes += len(piece)
+        events = list(self._for_caller(found))
+        if not self.is_whole and self._failure is None:
+            self._failure = self._too_large()
         return events
+
+    def _too_large(self) -> UpstreamFailure | None:
+        if self._splitter.is_too_long:
+            what = f"an event of more than {self._splitter.max_bytes:,} bytes"
+        elif self._num_bytes > MAX_STREAM_BYTES:
+            what = f"more than {MAX_STREAM_BYTES:,} bytes"
+        else:
+            return None
+        return self._channel.failure(self._attempt, "too_large", f"streamed {what}")
 
     def _last_events(self) -> list[bytes]:
         """Events at the end of the stream. Only a final event may lack the blank line; any other was cut off."""
@@ -207,7 +230,7 @@ class Channel:
         async with self._in_time(attempt):
             response = await self._send(attempt)
             try:
-                body = json_object(await response.aread())
+                body = json_object(await content_of(response))
             finally:
                 await self.release(response)
         if not body:
@@ -242,12 +265,16 @@ class Channel:
         request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
         try:
             async with asyncio.timeout(min(self.upstream.timeout_s, _PROBE_S)):
-                response = await self.http.send(request)
+                response = await self.http.send(request, stream=True)
+                try:
+                    content = await content_of(response)
+                finally:
+                    await response.aclose()
         except Exception:
             self.breaker.fail_probe()
             return
-        body = json_object(response.content)
-        is_refused = self._refusal(response.status_code, error_answer(response.content)) is not None
+        body = json_object(content)
+        is_refused = self._refusal(response.status_code, error_answer(content)) is not None
         if is_refused or (response.is_success and body and call.error(body) is None):
             self.breaker.pass_probe()
         else:
@@ -275,9 +302,13 @@ class Channel:
             attempt.is_billable = True
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
+                require_uncompressed(response)
                 return response
             attempt.is_billable = response.status_code in _MAY_BILL
-            raise self._status_failure(attempt, response, await response.aread())
+            content = b""
+            with suppress(UnreadableAnswer):
+                content = await content_of(response, _MAX_ERROR_BYTES)
+            raise self._status_failure(attempt, response, content)
         except BaseException as error:
             attempt.is_billable = attempt.is_billable and has_connected(error)
             await self.release(response)
@@ -328,6 +359,8 @@ class Channel:
         # The transport's connect and write timeouts are connection failures.
         if isinstance(error, TimeoutError | httpx.ReadTimeout):
             return self.failure(attempt, "timeout", f"did not answer within {self.upstream.timeout_s:g} s", 504)
+        if isinstance(error, UnreadableAnswer):
+            return self.failure(attempt, "too_large", str(error))
         return self.failure(attempt, "connection", "the connection failed")
 
     def _status_failure(self, attempt: Attempt, response: httpx.Response, content: bytes) -> UpstreamFailure:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefill_router.upstreams.redaction import redacted
+from prefill_router.common.redaction import redacted
 from prefill_serve.wire import error_body
 
 _NAME = re.compile(r"[\w.\[\]$-]{1,200}", re.ASCII)  # a parameter, a code or a type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -18,6 +19,8 @@ from loopback import LoopbackServer
 from prefill_router.policy.pool import Upstream
 from prefill_router.upstreams.transport import (
     LONGEST_RETRY_AFTER_S,
+    UnreadableAnswer,
+    content_of,
     http_client,
     is_callers_fault,
     is_passing,
@@ -154,3 +157,68 @@ def test_a_redirect_takes_no_key_elsewhere(monkeypatch: pytest.MonkeyPatch, stat
     with Redirecting(500, "") as other, Redirecting(status, other.url) as first:
         assert asyncio.run(scenario(first.url)) == status
         assert (first.num_asked, other.num_asked) == (1, 0)
+
+
+class Hostile(LoopbackServer):
+    """A server that sets a cookie with every answer, and answers at any length, compressed or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cookies: list[str | None] = []
+        self.num_sent = 0
+
+    async def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", self._handle)
+        return app
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.cookies.append(request.headers.get("cookie"))
+        headers = {"content-encoding": "gzip"} if request.path == "/gzip" else {}
+        response = web.StreamResponse(headers={"set-cookie": "session=ann; Path=/", **headers})
+        await response.prepare(request)
+        piece = gzip.compress(bytes(1 << 20)) if request.path == "/gzip" else b"x" * 1000
+        for _ in range(100 if request.path != "/short" else 1):
+            await response.write(piece)
+            self.num_sent += 1
+        return response
+
+
+def test_no_cookie_of_one_call_goes_with_another() -> None:
+    async def scenario(url: str) -> None:
+        async with http_client() as http:
+            upstream = Upstream(base_url=url)
+            for _ in range(3):
+                (await http.send(post_request(http, upstream, "/short", b"{}"))).raise_for_status()
+
+    with Hostile() as server:  # aiohttp keeps no cookies of addresses
+        asyncio.run(scenario(server.url.replace("127.0.0.1", "localhost")))
+    assert server.cookies == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "most_bytes", "problem"),
+    [
+        ("/short", 1000, None),
+        ("/short", 999, "more than 999 bytes"),
+        ("/long", 2_000, "more than 2,000 bytes"),
+        ("/gzip", 1 << 30, "compressed body, which no request accepts"),
+    ],
+)
+def test_an_answer_is_read_up_to_a_limit_and_never_decompressed(
+    path: str, most_bytes: int, problem: str | None
+) -> None:
+    async def scenario(url: str) -> bytes:
+        async with http_client() as http:
+            response = await http.send(post_request(http, Upstream(base_url=url), path, b"{}"), stream=True)
+            try:
+                return await content_of(response, most_bytes)
+            finally:
+                await response.aclose()
+
+    with Hostile() as server:
+        if problem is None:
+            assert asyncio.run(scenario(server.url)) == b"x" * 1000
+            return
+        with pytest.raises(UnreadableAnswer, match=problem):
+            asyncio.run(scenario(server.url))

@@ -111,6 +111,7 @@ def test_an_answer_in_one_piece_is_not_asked_for_stream_options() -> None:
         (b'{"model": null}', "model"),
         (b'{"stream": "true"}', "stream"),
         (b'{"stream": 1}', "stream"),
+        *((b'{"temperature": %b}' % number, "not valid JSON") for number in (b"NaN", b"-Infinity", b"1e999")),
     ],
 )
 def test_a_body_that_is_no_call_is_refused(raw: bytes, problem: str) -> None:

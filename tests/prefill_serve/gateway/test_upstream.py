@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -389,6 +390,41 @@ def test_comments_do_not_keep_a_call_waiting_for_ever(scripted: Scripted) -> Non
     url = scripted.answers(*[b": wait\n\n"] * 100)
     failure, _, _ = failed(url, chat(stream=True), timeout_s=HASTY_S)
     assert failure.reason == "timeout"
+
+
+@pytest.mark.parametrize("piece", [b": wait\n\n", b'event: ping\ndata: {"type":"ping"}\n\n', b"x"])
+def test_a_stream_that_has_begun_is_not_kept_open_by_less_than_an_event(scripted: Scripted, piece: bytes) -> None:
+    failure, _, got = failed(scripted.answers(CONTENT, *[piece] * 100), chat(stream=True), timeout_s=HASTY_S)
+    assert failure.reason == "timeout"
+    assert got.startswith(CONTENT)
+
+
+def test_a_stream_without_end_is_a_failure(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_STREAM_BYTES", 10 * len(CONTENT))
+    failure, heard, got = failed(scripted.answers(*[CONTENT] * 20), chat(stream=True))
+    assert (failure.reason, heard, got) == ("too_large", ["failed, 0"], CONTENT * 11)
+    assert f"streamed more than {10 * len(CONTENT)} bytes" in str(failure)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_compressed_answer_is_a_failure(scripted: Scripted, stream: bool) -> None:
+    url = scripted.answers(gzip.compress(bytes(1 << 24)), headers={"content-encoding": "gzip"})
+    failure, heard, got = failed(url, chat(stream))
+    assert (failure.reason, heard, got) == ("too_large", ["failed, 0"], b"")
+    assert "compressed" in str(failure)
+
+
+def test_an_answer_without_end_is_a_failure(scripted: Scripted) -> None:
+    failure, heard, _ = failed(scripted.answers(*[b" " * (1 << 20)] * 20), chat())
+    assert (failure.reason, heard) == ("too_large", ["failed, 0"])
+    assert "more than 16,777,216 bytes" in str(failure)
+
+
+def test_an_error_is_read_up_to_a_limit(scripted: Scripted) -> None:
+    url = scripted.answers(b'{"error":{"message":"', *[b"x" * (1 << 16)] * 4, status=400)
+    failure, _, _ = failed(url, chat())
+    assert isinstance(failure, UpstreamRefusal)
+    assert json.loads(failure.content)["error"]["message"] == "t: answered 400"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,4 +1,4 @@
-"""Removes credentials and account ids from upstreams' error texts before a caller or a log sees them."""
+"""Removes credentials and account ids from error texts before a caller or a log sees them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ _MAX_CHARACTERS = 2000
 _RUN = 6  # consecutive characters of a key; a word that has so many is treated as part of it
 _MIN_WORD = 4  # characters of a word that may be part of a key, as in "the key that ends in 9f3c"
 _HEADER = re.compile(r"\b(bearer|basic)\s+[^\s\"',;]+", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _WORD = re.compile(r"[^\s\"'`<>()\[\]{},;=]+")
 _CREDENTIAL = re.compile(
     r"(sk|pk|rk|pr|gsk|xai|hf|ghp|glpat|pplx|nvapi|r8|key|org|proj|project|user|acct|cus|tenant)[-_].*[\d*.…]"
@@ -23,7 +24,7 @@ _MASKED = re.compile(r"\*{3}|•{3}|[xX]{6}|\w(\.{3}|…)\w")
 
 def redacted(text: str, key: str | None = None) -> str:
     """Removes credentials, account ids and any part of `key` from `text`, and cuts it to 2,000 characters."""
-    text = _HEADER.sub(rf"\1 {REDACTED}", text[:_MAX_CHARACTERS])
+    text = _USERINFO.sub(REDACTED, _HEADER.sub(rf"\1 {REDACTED}", text[:_MAX_CHARACTERS]))
     return _WORD.sub(lambda word: REDACTED if _is_secret(word[0], key or "") else word[0], text)
 
 

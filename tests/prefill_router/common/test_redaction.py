@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_router.upstreams.redaction import REDACTED, redacted
+from prefill_router.common.redaction import REDACTED, redacted
 
 KEY = "sk-proj-Ab3dEf6hIj9kLmNoPq"
 
@@ -24,6 +24,7 @@ KEY = "sk-proj-Ab3dEf6hIj9kLmNoPq"
         ("project proj_4xY was archived", "project [redacted] was archived"),
         ('{"user_id":"user_2abcDEF"}', '{"user_id":"[redacted]"}'),
         ("another's gsk_1a2b, AIzaSyA1234567890abcdefghi", "another's [redacted], [redacted]"),
+        ("https://ann:pass@example.com/v1 is no base URL", "https://[redacted]@example.com/v1 is no base URL"),
         ("tenant 0b6f4a0e-1111-4222-8333-444455556666", "tenant [redacted]"),
     ],
 )
