@@ -13,6 +13,7 @@ from random import SystemRandom
 
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.reader import Prompt, content_digest
+from prefill_router.policy.answer_times import AnswerTimes
 from prefill_router.policy.decision import Decision, KnownPrefix, Policy, Prediction, decide_one, explain, explore
 from prefill_router.policy.selection import OUT_OF_DISTRIBUTION_SHARE
 from prefill_serve.endpoint_metrics import Metrics
@@ -26,6 +27,7 @@ from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteRes
 log = logging.getLogger("ray.serve")  # Serve writes it as JSON lines with replica and request id
 
 RECORD_AFTER_S = 0.005  # metrics and logs wait until the answer has been sent
+CONSTRAINTS = "raise max_cost_usd or max_latency_s, lower min_p_correct or extend models"  # to meet fewer
 _RANDOM = SystemRandom()  # forked processes draw different numbers
 
 
@@ -56,6 +58,7 @@ class Endpoint:
     def __init__(self, num_threads: int = 1) -> None:
         self.num_threads = num_threads
         self.metrics = Metrics()
+        self.times = AnswerTimes()  # of the gateway's calls
         self.serving: Serving | None = None
         self.refused: str | None = None  # why the latest settings were refused
         self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # gets each decision
@@ -127,7 +130,7 @@ class Endpoint:
         routing = await self.read(request, caller=caller)
         decision = routing.decide(routing.policy)
         if decision.target is None:
-            raise NoTarget("no target meets the constraints: raise max_cost_usd, lower min_p_correct or extend models")
+            raise NoTarget(f"no target meets the constraints: {CONSTRAINTS}")
         answer = routing.response(decision, request_id, explained=request.explain)
         _later(self.record, routing, decision, request_id)
         if self.on_routed is not None:
@@ -140,6 +143,8 @@ class Endpoint:
         max_wait_s = min(max_wait_s, serving.settings.limits.wait_s)
         question = request.question_of(serving.settings.limits.messages)
         policy = request.policy()
+        if policy.max_latency is None:
+            policy = replace(policy, max_latency=serving.settings.max_latency_s)
         digest = content_digest(question.prompt)
         head = serving.head_for(digest)
         _check_targets(policy, head)
@@ -159,7 +164,7 @@ class Endpoint:
             if refusal.max_wait_s >= max_wait_s:
                 raise
             return await self.read(request, max_wait_s, caller)  # refused by another request's shorter limit
-        return Routing(serving, head, question, policy, reading, is_cached)
+        return Routing(serving, head, question, policy, reading, is_cached, self.times)
 
     def record(self, routing: Routing, decision: Decision, request_id: str) -> None:
         """Records a decision in metrics and log."""
@@ -180,7 +185,8 @@ class Endpoint:
         if settings.log_prompts:
             fields["prompt"] = routing.question.prompt
         if routing.serving.shadow is not None and len(reading.estimates) > 1:
-            shadow = _decision(routing.serving.shadow, reading, reading.estimates[1].prediction, routing.policy)
+            prediction = reading.estimates[1].prediction
+            shadow = _decision(routing.serving.shadow, reading, prediction, routing.policy, routing.times)
             self.metrics.shadow.inc(1, tags={"agrees": str(shadow.target == decision.target).lower()})
             fields |= {"shadow_target": shadow.target, "shadow_version": shadow.router_version}
         log.info("routed", extra=fields)
@@ -232,6 +238,7 @@ class Routing:
     policy: Policy
     reading: PromptReading
     is_cached: bool
+    times: AnswerTimes
 
     @property
     def role(self) -> str:
@@ -250,11 +257,11 @@ class Routing:
         """
         safe, prediction = self.serving.settings.safe, self.reading.estimates[0].prediction
         if self.is_outlier and safe is not None and (policy.allowed is None or safe.target in policy.allowed):
-            safely = Policy(policy.tolerance, [safe.target], policy.max_cost, policy.min_p)
-            decision = _decision(self.head, self.reading, prediction, safely, known)
+            safely = replace(policy, allowed=[safe.target])
+            decision = _decision(self.head, self.reading, prediction, safely, self.times, known)
             if decision.target is not None:
                 return replace(decision, is_safe=True)
-        decision = _decision(self.head, self.reading, prediction, policy, known)
+        decision = _decision(self.head, self.reading, prediction, policy, self.times, known)
         return explore(decision, policy, self.serving.settings.explore if explores else 0.0, _RANDOM)
 
     def response(self, decision: Decision, request_id: str, *, explained: bool) -> RouteResponse:
@@ -286,6 +293,8 @@ class Routing:
             expected_cost_usd=decision.expected_cost_usd,
             expected_output_tokens=decision.expected_output_tokens,
             router_version=decision.router_version,
+            expected_first_token_s={name: s for name, (s, _) in decision.expected_times.items() if s is not None},
+            expected_s={name: s for name, (_, s) in decision.expected_times.items() if s is not None},
             request_id=request_id,
             explanation={target: why.text for target, why in reasons.items()} if explained else None,
             reasons={t: TargetReason(code=why.code, value=why.value, limit=why.limit) for t, why in reasons.items()},
@@ -306,10 +315,15 @@ def _check_targets(policy: Policy, head: Head) -> None:
 
 
 def _decision(
-    head: Head, reading: PromptReading, prediction: Prediction, policy: Policy, known: KnownPrefix | None = None
+    head: Head,
+    reading: PromptReading,
+    prediction: Prediction,
+    policy: Policy,
+    times: AnswerTimes,
+    known: KnownPrefix | None = None,
 ) -> Decision:
     lengths = reading.input_tokens, reading.is_truncated
-    return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version, known)
+    return decide_one(head.router.pool, prediction, *lengths, policy, head.tolerance, head.version, known, times)
 
 
 def _drift(estimate: Estimate, is_outlier: bool) -> Drift | None:

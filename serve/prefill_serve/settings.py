@@ -102,6 +102,9 @@ class Settings(StrictModel):
     tolerance: float | None = Field(
         None, ge=0.0, le=1.0, description="Largest P(correct) to give up for a cheaper target [router's own]"
     )
+    max_latency_s: float | None = Field(
+        None, gt=0.0, description="Excludes targets with longer expected answers, for requests that state no limit"
+    )
     canary: Canary | None = None
     shadow: str | None = Field(None, description="A router whose decisions are logged but not used")
     safe: SafeTarget | None = None

@@ -169,6 +169,9 @@ class RouteRequest(StrictModel):
     )
     max_cost_usd: float | None = Field(None, ge=0.0, description="Excludes targets with a higher expected cost")
     min_p_correct: float | None = Field(None, ge=0.0, le=1.0, description="Excludes targets with a lower P(correct)")
+    max_latency_s: float | None = Field(
+        None, gt=0.0, description="Excludes targets whose whole answer is expected to take longer, if that is known"
+    )
     models: Annotated[list[_Name], Field(min_length=1)] | None = Field(None, description="Targets to choose from")
     model: _Name | None = Field(
         None, description='Target to use, overriding models; "auto" and "routed" let the router choose'
@@ -227,7 +230,7 @@ class RouteRequest(StrictModel):
     def policy(self) -> Policy:
         is_pinned = self.model is not None and self.model not in ROUTED_NAMES
         allowed = [str(self.model)] if is_pinned else self.models
-        return Policy(self.tolerance, allowed, self.max_cost_usd, self.min_p_correct)
+        return Policy(self.tolerance, allowed, self.max_cost_usd, self.min_p_correct, self.max_latency_s)
 
 
 _ANY_SIZE = 1 << 62  # the limit on the body applies
@@ -264,6 +267,10 @@ class Timings(StrictModel):
 _MISSING: Any = Field(
     [], exclude_if=operator.not_, description="Encoders that failed: the estimates are made without them"
 )
+
+
+def _known(description: str) -> Any:
+    return Field({}, exclude_if=operator.not_, description=description)
 
 
 class Metadata(StrictModel):
@@ -306,6 +313,8 @@ class RouteResponse(StrictModel):
     p_correct: dict[str, float]
     expected_cost_usd: dict[str, float]
     expected_output_tokens: dict[str, float]
+    expected_first_token_s: dict[str, float] = _known("Expected seconds to the first token, by target, where known")
+    expected_s: dict[str, float] = _known("Expected seconds to the end of the answer, by target, where known")
     router_version: str
     request_id: str
     explanation: dict[str, str] | None = Field(None, description="By target, if explain is true")

@@ -36,6 +36,7 @@ WITHOUT_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gra
 # of all encoders in place of each one's.
 DID_NOT_HAPPEN = {
     "ray_prefill_router_encoder_drift_distance_bucket",
+    "ray_prefill_router_first_token_seconds_bucket",
     "ray_prefill_router_job_quarantined_rows_total",
     "ray_prefill_router_job_retries_total",
     "ray_prefill_router_job_reused_rows_total",

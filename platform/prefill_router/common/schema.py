@@ -45,6 +45,8 @@ REQUEST_ID = "request_id"
 AT = "answered_at"
 CALLER = "caller"
 CALL_ID = "call_id"
+FIRST_TOKEN_S = "first_token_s"
+LATENCY_S = "latency_s"
 
 # Outcomes of answered requests: one row per grade of a (prompt, target) pair, and at most one per call. Callers choose
 # their request ids, so two callers may use the same one.
@@ -56,6 +58,8 @@ FEEDBACK = pa.schema(
         pa.field(AT, pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field(CALLER, pa.string()),
         pa.field(CALL_ID, pa.string()),
+        pa.field(FIRST_TOKEN_S, pa.float32()),
+        pa.field(LATENCY_S, pa.float32()),
     ]
 )
 
@@ -73,7 +77,7 @@ ANSWERS = pa.schema(
         pa.field("cached_tokens", pa.int32()),
         pa.field("cache_write_tokens", pa.int32()),
         pa.field("cache_write_1h_tokens", pa.int32()),
-        pa.field("latency_s", pa.float32()),
+        pa.field(LATENCY_S, pa.float32()),
         pa.field(COST_USD, pa.float64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("lost_usd", pa.float64(), nullable=False),  # on failed attempts that may have been billed

@@ -15,11 +15,20 @@ from numpy.typing import NDArray
 from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
 from prefill_router.encoder.tokenization import Tokens
+from prefill_router.policy.answer_times import AnswerTimes, ExpectedTimes
 from prefill_router.policy.pool import Pool
 from prefill_router.policy.selection import NO_TARGET, choose
 
 ReasonCode = Literal[
-    "chosen", "explored", "safe_target", "not_allowed", "max_cost_usd", "min_p_correct", "tolerance", "not_cheapest"
+    "chosen",
+    "explored",
+    "safe_target",
+    "not_allowed",
+    "max_cost_usd",
+    "min_p_correct",
+    "max_latency_s",
+    "tolerance",
+    "not_cheapest",
 ]
 
 
@@ -38,6 +47,7 @@ class Policy:
     allowed: Sequence[str] | None = None  # names of targets; None is all
     max_cost: float | None = None  # USD per prompt
     min_p: float | None = None
+    max_latency: float | None = None  # expected seconds of the whole answer; targets of unknown times are permitted
 
     def mask(self, pool: Pool) -> NDArray[np.bool_]:
         """Returns the allowed targets as a mask (T,). Raises UserError for a target that is not in the pool."""
@@ -71,6 +81,7 @@ class Decision:
     is_explored: bool = False  # chosen at random
     cached_usd: dict[str, float] = field(default_factory=dict)  # what a cached prefix saves, by target
     is_safe: bool = False  # chosen since the prompt is unlike those of training
+    expected_times: dict[str, ExpectedTimes] = field(default_factory=dict)  # of the targets whose times are known
 
     def next_usd(self, target: str) -> float:
         """The expected cost at a target, less what its cached prefix saves."""
@@ -86,6 +97,7 @@ class Reason(NamedTuple):
     | not_cheapest | expected cost | that of the chosen target |
     | max_cost_usd, min_p_correct | expected cost, P(correct) | the policy's |
     | explored | probability of this target | |
+    | max_latency_s | expected seconds of the answer | the policy's |
     | safe_target, not_allowed | | |
     """
 
@@ -125,6 +137,7 @@ def decide_one(
     default_tolerance: float,
     version: str,
     known: KnownPrefix | None = None,
+    times: AnswerTimes | None = None,
 ) -> Decision:
     """Decides one prompt, whose prediction has shape (T,). Raises UserError as `decide` does.
 
@@ -136,7 +149,10 @@ def decide_one(
     cached_usd = {} if known is None else _cached_usd(pool, billed_tokens, known)
     next_T = costs_T - [cached_usd.get(name, 0.0) for name in names]
     tolerance = default_tolerance if policy.tolerance is None else policy.tolerance
-    limits = policy.mask(pool), policy.max_cost, policy.min_p
+    expected = _expected_times(pool, prediction, input_tokens, times) if times is not None else {}
+    whole_s = (expected[name].whole_s if name in expected else None for name in names)
+    latency_T = np.array([np.nan if seconds is None else seconds for seconds in whole_s])
+    limits = policy.mask(pool), policy.max_cost, policy.min_p, latency_T, policy.max_latency
     chosen = int(choose(prediction.p_correct[None], next_T, tolerance, *limits)[0])
 
     def by_target(values_T: NDArray[Any]) -> dict[str, float]:
@@ -151,12 +167,22 @@ def decide_one(
         is_truncated=is_truncated,
         router_version=version,
         cached_usd=cached_usd,
+        expected_times=expected,
     )
 
 
 def _cached_usd(pool: Pool, billed_tokens: int, known: KnownPrefix) -> dict[str, float]:
     readers = [target for target in pool.targets if target.name == known.target]
     return {t.name: t.cost(billed_tokens, 0.0) - t.cost(billed_tokens, 0.0, known.cached_tokens) for t in readers}
+
+
+def _expected_times(
+    pool: Pool, prediction: Prediction, input_tokens: int, times: AnswerTimes
+) -> dict[str, ExpectedTimes]:
+    """The expected times of the targets for which any is known."""
+    lengths = zip(pool.targets, prediction.expected_output_tokens.tolist(), strict=True)
+    expected = {target.name: times.of(target.name).expected(target, input_tokens, length) for target, length in lengths}
+    return {name: found for name, found in expected.items() if found != (None, None)}
 
 
 def explore(decision: Decision, policy: Policy, share: float, rng: Random) -> Decision:
@@ -179,7 +205,7 @@ def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, R
     best = max((decision.p_correct[t] for t in permitted), default=0.0)
 
     def reason(target: str) -> Reason:
-        gap, cost_usd = best - decision.p_correct[target], decision.expected_cost_usd[target]
+        gap, cost_usd = best - decision.p_correct[target], decision.next_usd(target)
         if target == decision.target and decision.is_explored:
             return Reason("explored", "explored: chosen at random", decision.propensity)
         if target == decision.target and decision.is_safe:
@@ -192,7 +218,7 @@ def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, R
         if gap > tolerance:
             text = f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.3g}"
             return Reason("tolerance", text, gap, tolerance)
-        chosen_usd = None if decision.target is None else decision.expected_cost_usd[decision.target]
+        chosen_usd = None if decision.target is None else decision.next_usd(decision.target)
         return Reason("not_cheapest", "good enough, but not the cheapest", cost_usd, chosen_usd)
 
     return {target: reason(target) for target in decision.p_correct}
@@ -208,4 +234,8 @@ def _violation(decision: Decision, policy: Policy, target: str) -> Reason | None
         return Reason("max_cost_usd", text, cost_usd, policy.max_cost)
     if policy.min_p is not None and p < policy.min_p:
         return Reason("min_p_correct", f"P(correct) {p:.3f} is below the minimum, {policy.min_p:.3g}", p, policy.min_p)
+    _, whole_s = decision.expected_times.get(target, (None, None))
+    if policy.max_latency is not None and whole_s is not None and whole_s > policy.max_latency:
+        text = f"expected to take {whole_s:.3g} s, above the limit, {policy.max_latency:.3g} s"
+        return Reason("max_latency_s", text, whole_s, policy.max_latency)
     return None

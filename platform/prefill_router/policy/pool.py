@@ -113,6 +113,10 @@ class Target(validation.SparseModel):
     price_from: str | None = Field(None, description="Model of genai-prices whose prices hold where none are stated")
     price_table: str | None = Field(None, description="The table and its version, set when the pool is loaded")
     context_tokens: int | None = Field(None, ge=1, description="Context window, prompt and answer together")
+    ttft_s: float | None = Field(None, gt=0.0, description="Seconds to the first token, until the gateway knows them")
+    tokens_per_s: float | None = Field(
+        None, gt=0.0, description="Output tokens per second, until the gateway knows them"
+    )
     tools: bool = Field(True, description="Supports tool calls")
     images: bool = Field(True, description="Supports image input")
     upstream: Upstream | None = None

@@ -25,12 +25,15 @@ def choose(
     allowed: ArrayLike | None = None,
     max_cost: float | None = None,
     min_p: float | None = None,
+    latency: ArrayLike | None = None,
+    max_latency: float | None = None,
 ) -> NDArray[np.int64]:
     """Returns the target index of each prompt (N,), or NO_TARGET if none meets the constraints.
 
     `p` (N, T) is P(correct), `cost` (T,) or (N, T) the expected cost in USD. A target is eligible if it is `allowed`
-    (bool, (T,) or (N, T)), costs at most `max_cost` and has p >= `min_p`. Among eligible targets with
-    max p - p_t <= tolerance, the cheapest is chosen; a tie goes to the higher p, then to the earlier target.
+    (bool, (T,) or (N, T)), costs at most `max_cost`, has p >= `min_p`, and its `latency` ((T,) or (N, T), in seconds,
+    NaN if unknown) is not above `max_latency`. Among eligible targets with max p - p_t <= tolerance, the cheapest is
+    chosen; a tie goes to the higher p, then to the earlier target.
     Raises ValueError for mismatched shapes, a NaN or a negative tolerance.
     """
     p_NT = np.asarray(p, np.float64)
@@ -48,6 +51,8 @@ def choose(
         eligible &= cost_NT <= max_cost
     if min_p is not None:
         eligible &= p_NT >= min_p
+    if latency is not None and max_latency is not None:
+        eligible &= ~(_per_prompt(latency, p_NT.shape, "latency") > max_latency)
     best = np.where(eligible, p_NT, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     with np.errstate(invalid="ignore"):
         eligible &= best - p_NT <= tolerance

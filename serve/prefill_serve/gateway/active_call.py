@@ -10,6 +10,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from prefill_router.common.usage import Usage
+from prefill_router.policy.answer_times import MeasuredTimes
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
@@ -54,6 +55,7 @@ class ActiveCall:
     reserved_usd: float = 0.0  # for the current target
     attempt: Attempt | None = None  # in progress
     usage: Usage | None = None  # of a whole answer
+    measured: MeasuredTimes | None = None  # of a whole answer
     lost_usd: dict[str, float] = field(default_factory=dict)  # by target: billable attempts without an answer
     translations: dict[str, TranslatedCall | Untranslatable] = field(default_factory=dict)  # by protocol
     answer_key: Key | None = None  # finds the target that stores the answer, for the next call

@@ -43,6 +43,8 @@ class CallRecord:
     call_id: str = field(default_factory=lambda: uuid4().hex)  # unique
     cost_kind: CostKind = "reported"  # records from before this field are all reported
     lost_usd: dict[str, float] = field(default_factory=dict)  # by target: reserved cost of attempts without an answer
+    first_token_s: float | None = None  # from the request to the target; streams only
+    answer_s: float | None = None  # to the end of the answer, if the caller took it without delay
 
     @property
     def alias(self) -> tuple[str, str]:

@@ -27,6 +27,9 @@ class GatewayMetrics:
         self.cost = counter("actual_cost_usd", "Charged cost by target and kind", "target", "kind")
         self.tokens = counter("upstream_tokens", "Tokens reported by upstreams", "target", "kind")
         self.first_seconds = histogram("first_event_seconds", "Seconds from call to first event", SECONDS)
+        self.first_token = histogram(
+            "first_token_seconds", "Seconds from request to first token of a stream", [*SECONDS, 20.0, 60.0], "target"
+        )
 
     def ended(self, record: CallRecord) -> None:
         target = record.target or "none"

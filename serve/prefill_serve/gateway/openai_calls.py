@@ -22,7 +22,7 @@ from prefill_router.upstreams.request_bodies import request_body
 from prefill_serve.gateway.upstream_errors import error_message, is_error
 from prefill_serve.wire import ROUTED_NAMES, RouteRequest
 
-ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct")
+ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct", "max_latency_s")
 _IMAGES = ("image_url", "input_image", "image")
 NO_MESSAGE = "the upstream failed"
 _MOST_TOKENS = 10**8  # a larger limit is invalid

@@ -18,9 +18,10 @@ from starlette.responses import Response
 from prefill_router.common.errors import UserError
 from prefill_router.common.usage import Usage
 from prefill_router.corpus.reader import Prompt, content_hash
+from prefill_router.policy.answer_times import MeasuredTimes
 from prefill_router.policy.decision import Decision
 from prefill_router.upstreams.transport import http_client
-from prefill_serve.endpoint import Endpoint, NoTarget, Routing
+from prefill_serve.endpoint import CONSTRAINTS, Endpoint, NoTarget, Routing
 from prefill_serve.gateway.active_call import ActiveCall, Caller
 from prefill_serve.gateway.call_record import CallRecord, End
 from prefill_serve.gateway.candidates import FixedPlan, RoutedPlan
@@ -136,7 +137,7 @@ class Proxy:
             try:
                 attempt = active.begin(channel)
                 answered = await (channel.stream(attempt) if active.call.is_stream else channel.answer(attempt))
-                active.attempt, active.usage = None, attempt.usage
+                active.attempt, active.usage, active.measured = None, attempt.usage, attempt.measured
                 return answered
             except UpstreamRefusal as refused:
                 active.lose()
@@ -156,7 +157,7 @@ class Proxy:
             refusal, active.choice = active.refusal
             raise refusal
         if failure is None:
-            message = "no target can take this call: raise max_cost_usd, lower min_p_correct or extend models"
+            message = f"no target can take this call: {CONSTRAINTS}"
             if active.excluded:
                 message += f"; not translatable for {', '.join(active.excluded)}"
             raise NoTarget(message)
@@ -236,6 +237,7 @@ class Proxy:
         """Called when a stream has been relayed or its caller has disconnected."""
         assert active.choice is not None
         active.keep_answer(stream.answer_id)
+        active.measured = stream.measured
         self._record(active, end, active.choice.target, stream.usage, stream.text_bytes)
         self._spawn(stream.close())  # not awaited: a disconnect cancels this task
 
@@ -273,6 +275,9 @@ class Proxy:
             lost_usd=active.lost_usd,
             answer_key=active.answer_key.hex() if active.answer_key is not None else None,
         )
+        if end == "answered" and active.measured is not None and call.num_answers == 1:
+            record = replace(record, first_token_s=active.measured.first_s, answer_s=active.measured.whole_s)
+            self._learn_times(record, active.measured, plan.input_tokens)
         self.metrics.ended(record)
         if plan.sticky is not None and target is not None:
             self.metrics.moved.inc(1, tags={"outcome": "kept" if target == plan.sticky else "moved"})
@@ -285,6 +290,14 @@ class Proxy:
             expected = {target.name: expected_usd(target, decision, call) for target in pool.targets}
             record = replace(record, expected_cost_usd=expected)
         self._store(record, active)
+
+    def _learn_times(self, record: CallRecord, measured: MeasuredTimes, input_tokens: int) -> None:
+        """Adds an answer's times to those of its target, and to the metrics."""
+        assert record.target is not None
+        if record.usage is not None and record.usage.output_tokens:
+            self.endpoint.times.of(record.target).add(input_tokens, record.usage.output_tokens, measured)
+        if measured.first_s is not None:
+            self.metrics.first_token.observe(max(measured.first_s, 1e-9), tags={"target": record.target})
 
     def _prompt(self, call: Call) -> Prompt | None:
         """The prompt of a call that was not routed; None if the router could not read it."""

@@ -12,6 +12,7 @@ import httpx
 
 from prefill_router.common.redaction import redacted
 from prefill_router.common.usage import Usage
+from prefill_router.policy.answer_times import MeasuredTimes
 from prefill_router.policy.pool import Target
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_router.upstreams.transport import (
@@ -36,6 +37,7 @@ from prefill_serve.gateway.upstream_errors import error_answer, error_message, r
 MAX_STREAM_BYTES = 256 << 20
 _MAX_ERROR_BYTES = 64 << 10  # of an error's body; a longer one is not read
 _DRAIN_S = 0.1
+_AWAY_SHARE, _AWAY_S = 0.2, 0.1  # of the time of an answer that its caller may take without spoiling the measure
 _SLOT_S = 1.0  # how long a call waits at an upstream at its concurrency limit
 _MAY_BILL = (408, 504)  # a proxy's timeout: the upstream behind it may still bill
 _PROBE_S = 10.0
@@ -52,6 +54,8 @@ class Attempt:
     translation: TranslatedCall | None = None  # of which `call` is the upstream's side; None: the caller's own call
     target: Target | None = None  # without the fields that its model refuses [the channel's]
     usage: Usage | None = None  # of a whole answer, as the upstream reported it
+    sent_s: float = 0.0  # by time.monotonic
+    measured: MeasuredTimes | None = None  # once answered in one piece
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
@@ -95,6 +99,9 @@ class Stream:
         self._channel, self._attempt, self._call, self._response = channel, attempt, attempt.call, response
         self._splitter, self.is_whole = EventSplitter(MAX_EVENT_BYTES), False
         self._num_bytes, self._waited_s = 0, 0.0  # in all; for the next event
+        self._first_s: float | None = None
+        self._whole_s: float | None = None
+        self._away_s, self._came_s = 0.0, monotonic()  # until the caller has taken what came; when that was
         translation = attempt.translation
         self._translate = translation.stream() if translation is not None and translation.stream else None
         self._begun_usage: Usage | None = None
@@ -118,6 +125,13 @@ class Stream:
         while not self.is_whole:
             yield b"".join(event for event in await self._next_events() if not has_plain_words(event))
 
+    @property
+    def measured(self) -> MeasuredTimes | None:
+        """Times of a whole answer; None if it has no text, or if the caller took it slowly."""
+        if self._first_s is None or self._whole_s is None or self._away_s > max(_AWAY_SHARE * self._whole_s, _AWAY_S):
+            return None
+        return MeasuredTimes(self._first_s, self._whole_s)
+
     async def close(self) -> None:
         if self.is_whole:
             self._channel.breaker.succeed()
@@ -131,16 +145,18 @@ class Stream:
         if self._failure is not None:
             raise self._failure
         started = monotonic()
+        self._away_s += started - self._came_s
         try:
             async with asyncio.timeout(self._channel.upstream.timeout_s - self._waited_s):
                 piece = await anext(self._pieces, None)
         except Exception as error:
             raise self._channel.failure_of(self._attempt, error) from error
+        self._came_s = monotonic()
         if piece is None:
             return self._last_events()
         found = self._splitter.feed(piece)
         has_event = not all(map(is_keep_alive, found))
-        self._waited_s = 0.0 if has_event else self._waited_s + monotonic() - started
+        self._waited_s = 0.0 if has_event else self._waited_s + self._came_s - started
         self._num_bytes += len(piece)
         events = list(self._for_caller(found))
         if not self.is_whole and self._failure is None:
@@ -168,6 +184,8 @@ class Stream:
         """Yields the events for the caller, up to an error."""
         for event in events:
             self.text_bytes += self._call.text_bytes(event)
+            if self._first_s is None and self.text_bytes:
+                self._first_s = self._came_s - self._attempt.sent_s
             note = self._call.note(event)
             if note is not None:
                 self.answer_id = note.answer_id or self.answer_id
@@ -185,7 +203,8 @@ class Stream:
                 if self._failure is not None:
                     self.is_whole = False
                     return
-                self.is_whole = self.is_whole or note.is_last
+                if note.is_last and not self.is_whole:
+                    self.is_whole, self._whole_s = True, self._came_s - self._attempt.sent_s
             if self._translate is not None:
                 yield from self._translated(event)
             elif note is None or note.is_for_caller:
@@ -231,6 +250,7 @@ class Channel:
             response = await self._send(attempt)
             try:
                 body = json_object(await content_of(response))
+                measured = MeasuredTimes(None, monotonic() - attempt.sent_s)
             finally:
                 await self.release(response)
         if not body:
@@ -245,6 +265,7 @@ class Channel:
             except Untranslatable as error:
                 raise self.untranslatable(attempt, error) from None
         self.breaker.succeed()
+        attempt.measured = measured
         return body
 
     async def stream(self, attempt: Attempt) -> Stream:
@@ -299,7 +320,7 @@ class Channel:
             call = attempt.call
             content = call.for_upstream(attempt.target or self.target)
             request = post_request(self.http, self.upstream, call.path, content, call.headers)
-            attempt.is_billable = True
+            attempt.is_billable, attempt.sent_s = True, monotonic()
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:
                 require_uncompressed(response)

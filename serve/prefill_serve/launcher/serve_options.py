@@ -55,6 +55,7 @@ class ServeConfig(StrictModel):
         "pool", description="TOML pool file (#name selects one of several), to override prices or drop targets"
     )
     tolerance: float | None = _flag("tolerance")
+    max_latency_s: float | None = _flag("max_latency_s")
     replicas: int = _flag("replicas", description="Minimum number of replicas")
     max_replicas: int | None = Field(None, ge=1, description="Maximum number of replicas, for autoscaling [--replicas]")
     to_zero: bool = Field(False, description="Scale to zero replicas when idle; the next request waits for one")

@@ -91,7 +91,8 @@ function showDecision(answer, milliseconds) {
   const chosen = answer.selected_model;
   const small = document.createElement("small");
   small.textContent =
-    `P(correct) ${percent(answer.p_correct[chosen])}, ${usd(answer.expected_cost_usd[chosen])} per 1,000 prompts`;
+    `P(correct) ${percent(answer.p_correct[chosen])}, ${usd(answer.expected_cost_usd[chosen])} per 1,000 prompts` +
+    timesOf(chosen, answer);
   $("decision").replaceChildren(chosen, small);
   const byChance = [...answer.model_names].sort((a, b) => answer.p_correct[b] - answer.p_correct[a]);
   $("targets").tBodies[0].replaceChildren(...byChance.map((name) => targetRow(name, answer)));
@@ -104,13 +105,20 @@ function showDecision(answer, milliseconds) {
   $("timing").hidden = false;
 }
 
+// Expected times, which are known once the gateway has measured some answers.
+function timesOf(name, answer) {
+  const [whole, first] = [answer.expected_s?.[name], answer.expected_first_token_s?.[name]];
+  const start = first === undefined ? "" : `, first token after ${first.toPrecision(2)} s`;
+  return whole === undefined ? start : `${start}, whole after ${whole.toPrecision(2)} s`;
+}
+
 function targetRow(name, answer) {
   const row = document.createElement("tr");
   row.className = name === answer.selected_model ? "chosen" : "";
   const head = row.appendChild(document.createElement("th"));
   head.scope = "row";
   const why = document.createElement("small");
-  why.textContent = answer.explanation?.[name] ?? "";
+  why.textContent = `${answer.explanation?.[name] ?? ""}${timesOf(name, answer)}`;
   head.append(name, why);
   const p = row.insertCell();
   p.className = "p";

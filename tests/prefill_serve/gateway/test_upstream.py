@@ -680,3 +680,22 @@ def test_a_stream_tells_what_is_billed(small: Upstream, kind: Any) -> None:
     assert billed is not None
     assert is_whole
     assert usage == Usage(billed.prompt_tokens, billed.completion_tokens, billed.cached_tokens)
+
+
+@pytest.mark.parametrize(("pause_s", "is_measured"), [(0.0, True), (0.2, False)])
+def test_a_stream_is_measured_unless_its_caller_takes_it_slowly(
+    scripted: Scripted, pause_s: float, is_measured: bool
+) -> None:
+    url = scripted.answers(CONTENT, CONTENT, FINISH + DONE)
+
+    async def scenario() -> None:
+        async with channel_to(url) as (channel, _):
+            stream = await channel.stream(attempt(chat(stream=True)))
+            async for _ in stream.pieces():
+                await asyncio.sleep(pause_s)
+            await stream.close()
+            measured = stream.measured
+            assert (measured is not None) is is_measured
+            assert measured is None or 0.0 < (measured.first_s or 0.0) < measured.whole_s
+
+    run(scenario)

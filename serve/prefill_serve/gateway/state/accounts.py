@@ -11,6 +11,7 @@ from typing import get_args
 from pydantic import Field
 
 from prefill_router.common.validation import StrictModel
+from prefill_router.policy.answer_times import MeasuredTimes, TargetTimes
 from prefill_serve.gateway.call_record import CallRecord, CostKind
 from prefill_serve.gateway.state.reservations import Exhausted, Reservations
 from prefill_serve.settings import Budgets, DailyLimits, HardLimits
@@ -29,6 +30,10 @@ class TargetStats(StrictModel):
     cache_write_tokens: int
     actual_cost_usd: float = Field(description="From the upstream's usage and the pool's prices, or as charged")
     expected_cost_usd: float = Field(description="Expected cost of the same answers")
+    first_token_s: float | None = Field(
+        None, description="Seconds to the first token of streams with a usual prompt, a decayed average"
+    )
+    tokens_per_s: float | None = Field(None, description="Output tokens per second after it, a decayed average")
 
 
 class Charged(StrictModel):
@@ -86,6 +91,11 @@ class _Sums:
     metered: int = 0
     metered_usd: float = 0.0
     expected_usd: float = 0.0
+    times: TargetTimes = field(default_factory=lambda: TargetTimes(clock=float))  # never stale
+
+    @property
+    def usual_input_tokens(self) -> float:
+        return self.input_tokens / max(self.metered, 1)
 
 
 @dataclass
@@ -132,6 +142,9 @@ class Accounts:
             sums.answered += 1
             self.sticky += record.is_sticky
             self.by_default += not (record.p_correct or record.is_pinned or record.is_sticky)
+            if record.answer_s is not None and record.usage is not None and record.usage.output_tokens:
+                measured = MeasuredTimes(record.first_token_s, record.answer_s)
+                sums.times.add(record.usage.input_tokens, record.usage.output_tokens, measured)
             if record.reported_usd is None:
                 self.unmetered += 1
             else:
@@ -218,6 +231,8 @@ class Accounts:
                 cache_write_tokens=sums.cache_write_tokens,
                 actual_cost_usd=sums.actual_usd,
                 expected_cost_usd=sums.expected_usd,
+                first_token_s=sums.times.first_s(sums.usual_input_tokens),
+                tokens_per_s=sums.times.tokens_per_s,
             )
             for name, sums in sorted(self._targets.items())
         }

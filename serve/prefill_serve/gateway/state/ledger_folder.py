@@ -20,6 +20,8 @@ from prefill_router.common.schema import (
     CORRECT,
     COST_USD,
     FEEDBACK,
+    FIRST_TOKEN_S,
+    LATENCY_S,
     MESSAGES,
     OUTPUT_TOKENS,
     PROMPT,
@@ -102,6 +104,8 @@ def _outcome(given: StoredFeedback, record: CallRecord) -> Row:
         AT: record.at,
         CALLER: record.caller,
         CALL_ID: record.call_id,
+        FIRST_TOKEN_S: record.first_token_s,
+        LATENCY_S: record.answer_s,
     }
 
 
