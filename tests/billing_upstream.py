@@ -164,7 +164,7 @@ def _message(bill: Bill) -> tuple[Any, list[bytes]]:
         {"type": "content_block_stop", "index": 0},
     ]
     if bill.ends != "cut":
-        delta: Any = {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}}
-        events += [delta | ({"usage": {"output_tokens": usage["output_tokens"]}} if usage else {})]
-        events += [{"type": "message_stop"}]
+        delta = {"stop_reason": "end_turn", "stop_sequence": None}
+        made = {"output_tokens": bill.text + bill.reasoning}  # also after a start without a usage
+        events += [{"type": "message_delta", "delta": delta, "usage": made}, {"type": "message_stop"}]
     return whole, list(map(_event, events))

@@ -47,9 +47,10 @@ def read_usage(given: object) -> Usage | None:
     if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
         return None
     stated, output, total, reasoning, cached, written, read, created, created_1h = counts
-    output = max(output, total - stated)
+    whole_input = stated + read + created
+    output = max(output, total - whole_input)
     output += reasoning if reasoning > output else 0
-    billed = Usage(stated + read + created, output, cached + read, written + created, created_1h)
+    billed = Usage(whole_input, output, cached + read, written + created, created_1h)
     is_possible = billed.cached_tokens + billed.cache_write_tokens <= billed.input_tokens and created_1h <= created
     return billed if is_possible else None
 

@@ -193,7 +193,8 @@ class Stream:
                 self._ended |= note.ended
                 self._begun_usage = note.begun_usage or self._begun_usage
                 if self._call.is_whole(self._begun, self._ended) and note.usage:  # an earlier usage is partial
-                    self.usage = Usage(*map(max, note.usage, self._begun_usage or note.usage))
+                    usage = Usage(*map(max, note.usage, self._begun_usage or note.usage))
+                    self.usage = usage if usage.input_tokens else None  # of a message that began without one
                 if note.error is not None:
                     self._failure = self._refused(event) or self._channel.failure(
                         self._attempt, "error_event", "streamed an error", said=note.error

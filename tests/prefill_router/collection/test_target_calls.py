@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prefill_router import storage
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.rate_limits import Pace
@@ -69,6 +70,35 @@ def test_what_holds_no_answer_is_none(body: dict[str, object]) -> None:
 def test_an_answer_is_read_whatever_else_is_missing() -> None:
     found = parse_answer({"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": "x"}}, 0.1)
     assert found == TargetAnswer("", None, None, None, 0, 0.1)
+
+
+def test_an_answer_costs_what_its_usage_bills() -> None:
+    usage = {
+        "prompt_tokens": 10,
+        "completion_tokens": 2,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 4},
+    }
+    said = {"choices": [{"message": {"content": "the Rhine"}}], "usage": usage}
+    answer = parse_answer(said, 0.1)
+    assert answer == TargetAnswer("the Rhine", None, 10, 5, 3, 0.1, 4)
+    prices = {"cached_input_price": 0.1, "cache_write_price": 1.25}
+    priced = TargetCall("p1", "name a river", TARGET.model_copy(update=prices), CALL.asked)
+    assert answer.spent(priced).usd == pytest.approx((3 * 1.0 + 3 * 0.1 + 4 * 1.25 + 5 * 4.0) / 1e6, rel=1e-12)
+    nothing = parse_answer({**said, "usage": {"prompt_tokens": 10, "completion_tokens": 0}}, 0.1)
+    assert nothing is not None
+    assert not nothing.is_counted  # a text has tokens
+
+
+def test_answers_of_an_older_release_are_read(tmp_path: Path) -> None:
+    at = place(tmp_path)
+    asyncio.run(noted(at, ANSWER))
+    write_states(at, load_states(at))
+    table = storage.read_table(at.object)
+    kept = table.drop_columns(["cache_write_tokens", "cache_write_1h_tokens"])
+    storage.write_bytes(at.object, storage.encode_parquet(kept))
+    (state,) = load_states(at).values()
+    assert state.answer == ANSWER
 
 
 def test_no_minute_begins_more_than_it_may() -> None:

@@ -68,6 +68,8 @@ def test_the_counts_of_each_api_are_those_of_one_usage(given: Any, usage: Usage)
             4_308,
         ),
         ({**RESPONSE, "output_tokens_details": {"reasoning_tokens": 6}}, 6),
+        ({**MESSAGE, "cache_read_input_tokens": 5, "total_tokens": 21}, 6),  # a total of the whole input
+        ({**MESSAGE, "cache_read_input_tokens": 5, "total_tokens": 16}, 6),
     ],
 )
 def test_reasoning_is_billed_once(given: Any, output: int) -> None:
