@@ -23,6 +23,7 @@ from prefill_router.common.schema import (
     CALL_ID,
     CORRECT,
     COST_USD,
+    LATENCY_S,
     OUTCOMES,
     OUTPUT_TOKENS,
     PROMPT_ID,
@@ -33,6 +34,7 @@ from prefill_router.common.schema import (
 from prefill_router.corpus.split import prompt_hashes
 
 _BATCH_ROWS = 1 << 17
+_FEEDBACK = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, LATENCY_S]
 
 
 class Answers(NamedTuple):
@@ -191,7 +193,8 @@ def at_threshold(rewards: NDArray[Any], correct_at: float | None) -> NDArray[np.
 
 
 def load_feedback(uri: str) -> pa.Table:
-    """Reads the graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity.
+    """Reads the graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity,
+    and latency_s, null in older files.
 
     Raises UserError if a column of feedback is missing.
     """
@@ -203,8 +206,10 @@ def load_feedback(uri: str) -> pa.Table:
             names = parquet.schema_arrow.names
             if missing := [name for name in wanted if name not in names]:
                 raise UserError(f"{file}: column {missing[0]} is missing: not a gateway's feedback")
-            table = _first_of_requests(parquet.read([*wanted, *({CALL_ID} & set(names))]), requests)
-        tables.append(table.filter(pc.is_valid(table[CORRECT])))
+            table = _first_of_requests(parquet.read([*wanted, *({CALL_ID, LATENCY_S} & set(names))]), requests)
+        if LATENCY_S not in table.column_names:  # an older file
+            table = table.append_column(LATENCY_S, pa.nulls(len(table), pa.float32()))
+        tables.append(table.select(_FEEDBACK).filter(pc.is_valid(table[CORRECT])))
     return pa.concat_tables(tables)
 
 

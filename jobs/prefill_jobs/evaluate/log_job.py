@@ -15,6 +15,7 @@ from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split_groups import of_corpus
+from prefill_router.evaluation.latency_frontier import latency_frontier
 from prefill_router.evaluation.off_policy import PolicyValue, load_log, policy_value
 from prefill_router.policy.selection import choose
 from prefill_router.reports.log_page import LogReport, write_report
@@ -64,6 +65,7 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
         explored=float((log.propensity < 1.0).mean()),
         mean_reward=float(log.reward.mean()),
         policies=values,
+        frontier=latency_frontier(log, p_correct, expected, router.default_tolerance, config.draws),
         num_draws=config.draws,
         about={
             "Feedback": config.outcomes,

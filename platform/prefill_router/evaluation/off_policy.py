@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prefill_router.common.errors import UserError
-from prefill_router.common.schema import CORRECT, PROMPT_ID, PROPENSITY, TARGET
+from prefill_router.common.schema import CORRECT, LATENCY_S, PROMPT_ID, PROPENSITY, TARGET
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.metrics import Interval, bootstrap_weights, interval_from_draws
 from prefill_router.metrics.discrimination import ratio
@@ -36,6 +36,7 @@ class Log:
     reward: Array  # (N,) in [0, 1]
     propensity: Array  # (N,) in (0, 1]
     clusters: Array | None = None  # (N,) requests with the same prompt share a cluster
+    latency_s: Array | None = None  # (N,) seconds of whole answers, NaN if unknown
 
     def __post_init__(self) -> None:
         if not len(self.chosen):
@@ -44,8 +45,8 @@ class Log:
             raise UserError("propensity must be above 0 and at most 1: remove the invalid rows from the log")
 
     def __getitem__(self, rows: Array) -> Log:
-        clusters = None if self.clusters is None else self.clusters[rows]
-        return Log(self.chosen[rows], self.reward[rows], self.propensity[rows], clusters)
+        clusters, latency_s = (None if of is None else of[rows] for of in (self.clusters, self.latency_s))
+        return Log(self.chosen[rows], self.reward[rows], self.propensity[rows], clusters, latency_s)
 
 
 def load_log(uri: str, targets: Sequence[str], correct_at: float | None = None) -> tuple[NDArray[np.uint64], Log]:
@@ -60,7 +61,8 @@ def load_log(uri: str, targets: Sequence[str], correct_at: float | None = None) 
     reward, propensity = (table[name].to_numpy().astype(np.float64) for name in (CORRECT, PROPENSITY))
     if correct_at is not None:
         reward = at_threshold(reward, correct_at).astype(np.float64)
-    return keys, Log(chosen, reward, propensity, keys)
+    latency_s = table[LATENCY_S].to_numpy().astype(np.float64)
+    return keys, Log(chosen, reward, propensity, keys, latency_s)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefill_router import storage
+from prefill_router.evaluation.latency_frontier import LatencyPoint
 from prefill_router.evaluation.off_policy import PolicyValue
 from prefill_router.evaluation.results import finite
 from prefill_router.reports.evaluation_page import TEMPLATES, Table, as_text, in_words, shown, with_interval
@@ -25,6 +26,7 @@ class LogReport:
     policies: Sequence[PolicyValue]  # the router first
     num_draws: int
     about: Mapping[str, str]
+    frontier: Sequence[LatencyPoint] = ()  # empty if the log has no times to compare
 
     def to_json(self) -> dict[str, Any]:
         content = {
@@ -33,6 +35,7 @@ class LogReport:
             "explored": self.explored,
             "mean_reward_of_the_log": self.mean_reward,
             "policies": [asdict(value) for value in self.policies],
+            "latency_frontier": [asdict(point) for point in self.frontier],
         }
         return finite(content)  # type: ignore[no-any-return]
 
@@ -53,6 +56,8 @@ def render_html(report: LogReport) -> str:
         trust=trust(report),
         heads=_HEADS,
         policies=_rows(report.policies),
+        limit_heads=("", "doubly robust", "effective requests", "support", "USD per 1,000", "seconds"),
+        limits=[_limit_row(point) for point in report.frontier],
         enough_requests=ENOUGH_REQUESTS,
         enough_support=ENOUGH_SUPPORT,
     )
@@ -99,6 +104,11 @@ def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
     rows = [_HEADS, *([as_text(cell) for cell in row] for row in _rows(values))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [tuple(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _limit_row(point: LatencyPoint) -> list[Any]:
+    name, robust, requests, support, *_ = _rows([point.value])[0]
+    return [name, robust, requests, support, shown(1000 * point.cost_usd, ",.3g"), shown(point.latency_s, ".3g")]
 
 
 def _rows(policies: Sequence[PolicyValue]) -> Table:

@@ -43,6 +43,7 @@ def feedback(small_data: Path, tmp_path: Path) -> str:
                     "propensity": 0.75 if target == "small" else 0.25,
                     "request_id": f"{prompt_id}-{turn}",
                     "answered_at": datetime(2026, 11, 25, tzinfo=UTC),
+                    "latency_s": {"big": 8.0, "small": 2.0}[target],
                 }
             )
     (tmp_path / "outcomes").mkdir()
@@ -61,6 +62,9 @@ def test_a_log_tells_what_policies_would_have_been_worth(
     assert [policy["policy"] for policy in report["policies"]] == ["router", "always big", "always small"]
     page = (tmp_path / "report" / "log.html").read_text()
     assert all(f"{policy['doubly_robust'][0]:.1%}" in page for policy in report["policies"])
+    assert [point["max_latency_s"] for point in report["latency_frontier"]] == [None, 2.0]
+    assert report["latency_frontier"][1]["latency_s"] == 2.0
+    assert "at most 2 s" in page
     seen = set(Router.load(router).training_prompts.tolist())
     rows = pq.read_table(feedback).to_pylist()
     is_new = [hashed not in seen for hashed in prompt_hashes([row["prompt_id"] for row in rows]).tolist()]
