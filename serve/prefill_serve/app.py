@@ -22,6 +22,7 @@ from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.gateway.state.shared import RemoteLedger, SharedLedger
+from prefill_serve.router_watch import RouterWatch
 from prefill_serve.scaling import WORK_S, ByWork
 from prefill_serve.settings import AppArgs, Autoscaling, Settings
 from prefill_serve.traces import export_traces
@@ -84,6 +85,7 @@ class Replica:
         if traces is not None:
             export_traces(traces)
         self.endpoint = Endpoint(threads)
+        self.watch = RouterWatch(self.endpoint)
         self.first = first
         self.ledger = LocalLedger() if ledger is None else RemoteLedger(ledger)
 
@@ -98,6 +100,7 @@ class Replica:
                 refused = self.endpoint.refused
                 await self.endpoint.configure(validate(Settings, self.first, "settings"))
                 self.endpoint.refused = refused
+        self.watch.restart()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Queued work of this replica, which Serve passes to `ByWork`."""

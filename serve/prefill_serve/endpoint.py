@@ -19,7 +19,7 @@ from prefill_router.policy.selection import OUT_OF_DISTRIBUTION_SHARE
 from prefill_serve.endpoint_metrics import Metrics
 from prefill_serve.engine import Engine, Estimate, Head, PromptReading, Times
 from prefill_serve.scheduler import Overloaded
-from prefill_serve.serving import Serving
+from prefill_serve.serving import Serving, router_stamps
 from prefill_serve.settings import Settings
 from prefill_serve.traces import tracer
 from prefill_serve.wire import Drift, Metadata, Question, RouteRequest, RouteResponse, TargetReason, Timings
@@ -63,6 +63,7 @@ class Endpoint:
         self.refused: str | None = None  # why the latest settings were refused
         self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # gets each decision
         self._configuring = asyncio.Lock()
+        self._refused_stamps: tuple[str, ...] = ()  # of artifacts that could not be loaded
         self._closing: set[asyncio.Task[None]] = set()
         # Tasks, so that equal prompts that arrive together are encoded once. Keyed by caller: a cache hit would reveal
         # another caller's prompts, by its flag or by its speed.
@@ -76,19 +77,37 @@ class Endpoint:
         Raises UserError for settings that cannot be loaded; the current ones stay in use.
         """
         async with self._configuring:
-            before = self.serving
+            await self._apply(settings)
+
+    async def refresh(self) -> None:
+        """Loads the routers of the current settings again if others were written to their paths.
+
+        An invalid artifact is refused once, as by `configure`; any other failure is raised, and tried again next time.
+        """
+        async with self._configuring:
+            settings = self.now.settings
+            stamps = await asyncio.to_thread(router_stamps, settings)
+            if stamps in (self.now.stamps, self._refused_stamps):
+                return
             try:
-                serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before)
-                await self._warm_up(serving, before)
-            except Exception as error:
-                self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
-                self.metrics.settings.inc(1, tags={"outcome": "refused"})
-                log.error("settings refused", extra={"reason": self.refused})
-                raise
-            self.serving, self.refused = serving, None
-            if before is not None and before.engine is not serving.engine:
-                self._close(before.engine)
-            self._describe(before, serving)
+                await self._apply(settings)
+            except UserError:
+                self._refused_stamps = stamps
+
+    async def _apply(self, settings: Settings) -> None:
+        before = self.serving
+        try:
+            serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before)
+            await self._warm_up(serving, before)
+        except Exception as error:
+            self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
+            self.metrics.settings.inc(1, tags={"outcome": "refused"})
+            log.error("settings refused", extra={"reason": self.refused})
+            raise
+        self.serving, self.refused = serving, None
+        if before is not None and before.engine is not serving.engine:
+            self._close(before.engine)
+        self._describe(before, serving)
 
     async def _warm_up(self, serving: Serving, before: Serving | None) -> None:
         """Runs forward passes. Closes a new engine whose passes fail."""

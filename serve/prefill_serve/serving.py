@@ -20,6 +20,7 @@ class Serving:
     primary: Head
     canary: Head | None
     shadow: Head | None
+    stamps: tuple[str, ...] = ()  # of the routers' artifacts, before they were read
 
     @classmethod
     def load(cls, settings: Settings, num_threads: int, current: Serving | None = None) -> Serving:
@@ -28,15 +29,16 @@ class Serving:
         Raises UserError for settings that cannot be loaded: a missing or damaged artifact, a pool with targets that the
         router does not know, a canary or shadow on another encoder, no encoder that can be loaded.
         """
+        stamps = router_stamps(settings)
         primary, canary, shadow = _heads(settings)
         for head in (primary, canary, shadow):
             if head is not None and isinstance(head.router, Router):
                 _ = head.router.distance  # compute it now, not on the first prompt
         is_same = current is not None and _encoders(current.primary) == _encoders(primary)
         if current is not None and is_same:
-            return cls(settings, current.engine, primary, canary, shadow)
+            return cls(settings, current.engine, primary, canary, shadow, stamps)
         encoders = SensorSet(_sources(primary), primary.router.load_sensor)
-        return cls(settings, Engine(encoders, num_threads), primary, canary, shadow)
+        return cls(settings, Engine(encoders, num_threads), primary, canary, shadow, stamps)
 
     @classmethod
     def check(cls, settings: Settings) -> None:
@@ -58,6 +60,12 @@ class Serving:
         if self.canary is not None and self.settings.canary is not None and place < self.settings.canary.share:
             return self.canary
         return self.primary
+
+
+def router_stamps(settings: Settings) -> tuple[str, ...]:
+    """Changes when another artifact is written to the path of the router, the canary or the shadow."""
+    canary = settings.canary.router if settings.canary else None
+    return tuple(any_router.stamp(uri) for uri in (settings.router, canary, settings.shadow) if uri is not None)
 
 
 def _heads(settings: Settings) -> tuple[Head, Head | None, Head | None]:

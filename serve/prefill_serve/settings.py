@@ -119,6 +119,9 @@ class Settings(StrictModel):
     gateway: GatewaySettings | None = Field(None, description="Answer OpenAI calls through the pool's upstreams")
     cached_prompts: int = Field(10_000, ge=0, description="Number of prompts whose estimates are cached")
     log_prompts: bool = Field(False, description="Write prompts to the log")
+    watch_s: float | None = Field(
+        None, gt=0.0, description="How often to look for a new router at the same path, in seconds [never]"
+    )
     revision: int = Field(0, description="Changing it makes replicas reload the same artifacts and files")
 
     @model_validator(mode="after")

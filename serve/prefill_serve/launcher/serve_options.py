@@ -69,6 +69,7 @@ class ServeConfig(StrictModel):
     )
     canary_share: float = _flag("canary.share", default=0.05)
     shadow: Uri | None = _flag("shadow")
+    watch_s: float | None = _flag("watch_s")
     safe_target: str | None = _flag("safe.target", default=None, description="Target for out-of-distribution prompts")
     safe_beyond: float = _flag("safe.beyond")
     max_wait_s: float = _flag("limits.wait_s")
