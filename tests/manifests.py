@@ -106,6 +106,7 @@ def cluster_specs(manifest: Manifest) -> Iterator[dict[str, Any]]:
     spec = manifest.get("spec", {})
     if manifest["kind"] == "RayCluster":
         yield spec
+    spec = spec.get("jobTemplate", spec)
     yield from (spec[key] for key in ("rayClusterSpec", "rayClusterConfig") if key in spec)
 
 

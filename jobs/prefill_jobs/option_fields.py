@@ -93,6 +93,22 @@ RoutersCorrectAt = Annotated[
     float | None, Field(gt=0.0, le=1.0, description=f"{_CORRECT_AT}; the router's own must be the same [default: that]")
 ]
 OutcomesUri = Annotated[Uri, Field(description=OUTCOMES)]
+OutcomesUris = Annotated[
+    str,
+    Field(
+        min_length=1,
+        description="Graded answers as for `train`, or the folder of `serve --feedback --keep-prompts`, or both as A,B",
+    ),
+    AfterValidator(lambda uris: ",".join(storage.absolute(uri) for uri in uris.split(",") if uri)),
+]
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(duration: str) -> float:
+    """Converts a duration such as 90s, 30m, 6h or 1d."""
+    return float(duration[:-1]) * _SECONDS[duration[-1]]
+
+
 RouterUri = Annotated[Uri, Field(description="Router artifact written by `train`")]
 MaxPromptBytes = Annotated[
     int, Field(ge=1, description="Maximum size of a prompt in bytes; larger ones are quarantined")

@@ -35,6 +35,7 @@ from prefill_jobs.option_fields import (
     MemoryPerWorker,
     OtherPool,
     OutcomesUri,
+    OutcomesUris,
     Overwrite,
     PoolUri,
     RoutersCorrectAt,
@@ -382,10 +383,17 @@ class PipelineConfig(StrictModel):
         description="TOML file with a table [pipeline], and tables for its steps; flags override it",
         json_schema_extra={POSITIONAL: True, SHIPPED: True, CONFIG_FILE: True},
     )
-    corpus: Uri = Field(description="Prompts, as for `extract`")
-    outcomes: OutcomesUri
+    corpus: Uri | None = Field(
+        None, description="Prompts, as for `extract`; those of feedback are read as well [default: only those]"
+    )
+    outcomes: OutcomesUris
+    feedback_days: float | None = Field(
+        None, gt=0.0, description="Use feedback on the last days only, which forgets what targets were before [all]"
+    )
     pool: PoolUri
-    out: Uri = Field(description="Output folder for sample/, probe/, activations/, router/, report/ and gate/")
+    out: Uri = Field(
+        description="Output folder for feedback/, sample/, probe/, activations/, router/, report/ and gate/"
+    )
     publish: Uri = Field(description="Output folder for the published router, which `serve` loads")
     encoder: Encoders = DEFAULT_ENCODER
     sample: int = Field(
@@ -393,6 +401,11 @@ class PipelineConfig(StrictModel):
     )
     correct_at: CorrectAt = None
     draws: Draws = 500
+    every: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?[smhd]$",
+        description="Run again and again, starting that often, such as 30m, 6h or 1d, until SIGTERM [once]",
+    )
     plan: bool = Field(False, description="Print the steps that would run and their cost, and run nothing")
     accept: bool = Field(
         False, description="Publish even if the gate objects, for example after outcomes were regraded"

@@ -192,14 +192,15 @@ def at_threshold(rewards: NDArray[Any], correct_at: float | None) -> NDArray[np.
     return narrow if correct_at is None else (narrow >= np.float32(correct_at)).astype(np.float32)
 
 
-def load_feedback(uri: str) -> pa.Table:
-    """Reads the graded requests of a gateway's feedback, one row each: prompt_id, target, correct, propensity,
-    and latency_s, null in older files.
+def load_feedback(uri: str, more: Sequence[str] = ()) -> pa.Table:
+    """Reads the graded requests of a gateway's feedback, one row each.
+
+    Columns are prompt_id, target, correct, propensity, latency_s, which is null in older files, and `more`.
 
     Raises UserError if a column of feedback is missing.
     """
     requests: set[int] = set()
-    wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID]
+    wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID, *more]
     tables = []
     for file in _files(uri):
         with storage.damage(file), storage.open_parquet(file) as parquet:
@@ -209,7 +210,7 @@ def load_feedback(uri: str) -> pa.Table:
             table = _first_of_requests(parquet.read([*wanted, *({CALL_ID, LATENCY_S} & set(names))]), requests)
         if LATENCY_S not in table.column_names:  # an older file
             table = table.append_column(LATENCY_S, pa.nulls(len(table), pa.float32()))
-        tables.append(table.select(_FEEDBACK).filter(pc.is_valid(table[CORRECT])))
+        tables.append(table.select([*_FEEDBACK, *more]).filter(pc.is_valid(table[CORRECT])))
     return pa.concat_tables(tables)
 
 

@@ -87,7 +87,7 @@ def test_files_are_what_their_kinds_allow() -> None:
 @needs_kuberay
 @pytest.mark.kubectl
 def test_what_is_applied_is_what_its_kind_allows(applied: dict[str, list[Manifest]]) -> None:
-    assert {*applied} == {"common", "cluster", "endpoint", *(f"jobs/{job}" for job in JOBS)}
+    assert {*applied} == {"common", "cluster", "endpoint", "jobs/pipeline", *(f"jobs/{job}" for job in JOBS)}
     for folder, manifests in applied.items():
         for manifest in manifests:
             check(manifest)
@@ -98,6 +98,7 @@ def test_what_is_applied_is_what_its_kind_allows(applied: dict[str, list[Manifes
     assert kinds["endpoint"] == ["PodDisruptionBudget", "RayService"]
     assert kinds["cluster"] == ["RayCluster"]
     assert all(kinds[f"jobs/{job}"] == ["RayJob"] for job in JOBS)
+    assert kinds["jobs/pipeline"] == ["RayCronJob"]
 
 
 @needs_kuberay
@@ -114,6 +115,9 @@ def test_what_is_applied_is_what_its_kind_allows(applied: dict[str, list[Manifes
         ("jobs/train", "spec.ttlSecondsAfterFinished", "600"),
         ("jobs/train", "spec.rayClusterSpec.workerGroupSpecs.0.minReplica", 0),
         ("jobs/train", "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limit", {}),
+        ("jobs/pipeline", "spec.shedule", "0 * * * *"),
+        ("jobs/pipeline", "spec.jobTemplate.backoffLimits", 3),
+        ("jobs/pipeline", "spec.jobTemplate.rayClusterSpec.workerGroupSpecs.0.minReplica", 0),
         ("cluster", "kind", "RayKluster"),
     ],
 )
@@ -154,7 +158,25 @@ def test_jobs_are_commands_with_all_that_these_want(applied: dict[str, list[Mani
         assert not [key for key in options.JOBS[job].model_fields if must_be_given(options.JOBS[job], key, values)]
         validate(options.JOBS[job], values, job)
     (config,) = (m for m in applied["common"] if m["kind"] == "ConfigMap" and m["metadata"]["name"] == "prefill-router")
-    assert config["data"] == {"router.toml": router_toml.read_text()}
+    assert config["data"] == {path.name: path.read_text() for path in (router_toml, router_toml.with_name("loop.toml"))}
+
+
+@pytest.mark.kubectl
+def test_the_loop_is_a_pipeline_with_all_that_it_wants(applied: dict[str, list[Manifest]]) -> None:
+    """Its job differs from the others only by what it runs, and in that no failed round is repeated."""
+    (manifest,) = applied["jobs/pipeline"]
+    (job,) = applied["jobs/train"]
+    template = manifest["spec"]["jobTemplate"]
+    assert {key: value for key, value in template.items() if job["spec"].get(key) != value} == {
+        "entrypoint": "prefill-router pipeline /etc/prefill-router/loop.toml",
+        "backoffLimit": 0,
+    }
+    assert all(field.isdecimal() or field.strip("*/0123456789") == "" for field in manifest["spec"]["schedule"].split())
+    values = options.load_command(str(KUBERNETES / "common" / "loop.toml"), "pipeline")
+    config = validate(options.PipelineConfig, values, "pipeline")
+    (endpoint,) = files()["infra/kubernetes/endpoint/serve.yaml"]
+    assert config.publish == endpoint["applications"][0]["args"]["router"]
+    assert endpoint["applications"][0]["args"]["watch_s"]
 
 
 @pytest.mark.kubectl
@@ -225,7 +247,7 @@ def test_gpus_are_where_there_are_some_and_a_job_wants_them(tmp_path_factory: py
     with_gpus = {
         folder for folder, ms in rendered("gpu", root).items() if any("gpu" in groups(manifest) for manifest in ms)
     }
-    assert with_gpus == {"cluster", *(f"jobs/{job}" for job in JOBS if job != "collect")}
+    assert with_gpus == {"cluster", "jobs/pipeline", *(f"jobs/{job}" for job in JOBS if job != "collect")}
     for hardware in ("cpu", "dev-cpu"):
         for manifest in clusters(rendered(hardware, root)):
             assert {*groups(manifest)} == {"head", "cpu"}

@@ -257,9 +257,14 @@ def _label(config: Any) -> None:
 
 
 def _pipeline(config: Any) -> None:
+    from prefill_jobs.option_fields import seconds
     from prefill_jobs.pipeline.pipeline_job import pipeline
+    from prefill_jobs.pipeline.rounds import run_every
 
-    pipeline(config)
+    if config.every is None or config.plan:
+        pipeline(config)
+    else:
+        run_every(partial(pipeline, config), seconds(config.every))
 
 
 def _clean(config: Any) -> None:

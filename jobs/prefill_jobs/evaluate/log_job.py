@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
@@ -14,6 +15,7 @@ from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
 from prefill_router.common.errors import UserError
+from prefill_router.corpus.split import PromptHashes
 from prefill_router.corpus.split_groups import of_corpus
 from prefill_router.evaluation.latency_frontier import latency_frontier
 from prefill_router.evaluation.off_policy import PolicyValue, load_log, policy_value
@@ -21,6 +23,13 @@ from prefill_router.policy.selection import choose
 from prefill_router.reports.log_page import LogReport, write_report
 from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
+
+
+def places(keys: PromptHashes, of_store: PromptHashes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each prompt (N,) is in the store, given their hashes, and whether it is there at all."""
+    order = np.argsort(of_store)
+    place = order[np.minimum(np.searchsorted(of_store, keys, sorter=order), len(order) - 1)]
+    return place, of_store[place] == keys
 
 
 def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
@@ -44,9 +53,8 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     predicted = predict_graded(router, graded)
     is_new = held_out([router], predicted.keys, graded.groups, drop=config.drop_leaked)
     keys, log = load_log(config.outcomes, router.pool.target_names, correct_at)
-    order = np.argsort(predicted.keys)
-    place = order[np.minimum(np.searchsorted(predicted.keys, keys, sorter=order), len(order) - 1)]
-    is_counted = (predicted.keys[place] == keys) & is_new[place]
+    place, is_known = places(keys, predicted.keys)
+    is_counted = is_known & is_new[place]
     if not is_counted.any():
         raise UserError(
             f"{config.outcomes}: no request has a prompt of {config.activations} that is held out from the router: "

@@ -38,7 +38,7 @@ from prefill_router.common.errors import UserError
 from prefill_router.common.schema import POOLINGS, Pooling
 from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
 from prefill_router.corpus.quarantine import write_quarantine
-from prefill_router.corpus.reader import refuse_output, report_unread
+from prefill_router.corpus.reader import refuse_output, report_unread, require_corpus
 from prefill_router.encoder import checkpoint
 from prefill_router.encoder.encoder_spec import EncoderIdentity, EncoderSpec, check_encoder
 from prefill_router.encoder.sensors import named
@@ -116,7 +116,7 @@ def _request(config: ExtractConfig) -> ExtractRequest:
 def _extract(jobs: Sequence[_Job]) -> dict[str, ExtractSummary]:
     """Extracts one store after another, each on all workers. Checks all of them first."""
     config = jobs[0].config
-    storage.require(config.corpus, "corpus")
+    require_corpus(config.corpus)
     for job in jobs:
         _check(job)
     report_unread(config.corpus, "extract")

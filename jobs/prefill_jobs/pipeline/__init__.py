@@ -1,4 +1,5 @@
 """`pipeline`: builds and publishes a router from a corpus and outcomes. Start with `pipeline_job`.
 
-`publish_gate` decides whether a new router may replace the published one.
+`gathered_feedback` copies what a gateway's callers reported, `publish_gate` decides whether a new router may replace
+the published one, `rounds` repeats it all.
 """

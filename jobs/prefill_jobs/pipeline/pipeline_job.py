@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prefill_jobs.evaluate.evaluate_job import evaluate
+from prefill_jobs.evaluate.log_job import evaluate_log
 from prefill_jobs.extract.extract_cost import ExtractionCost, extraction_cost
 from prefill_jobs.extract.extract_job import each_encoder, extract_stores
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
 from prefill_jobs.options import EvaluateConfig, ExtractConfig, PipelineConfig, ProbeConfig, TrainConfig, load_command
+from prefill_jobs.pipeline.gathered_feedback import GatheredFeedback, is_folder_of_feedback
 from prefill_jobs.pipeline.publish_gate import PublishGate
 from prefill_jobs.train.probe_job import TABLE as PROBES
 from prefill_jobs.train.probe_job import load_probes, run_probe
@@ -30,15 +32,16 @@ from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
-from prefill_router.common.schema import SENTENCE
+from prefill_router.common.schema import SENTENCE, ActivationColumn
 from prefill_router.common.validation import StrictModel, validate
-from prefill_router.corpus.reader import files
+from prefill_router.corpus.reader import corpora, files
 from prefill_router.corpus.split import Part
 from prefill_router.outcomes import check_columns
 from prefill_router.policy.answer_cost import check_prices
 from prefill_router.policy.pool import load_pool
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, joint_columns
 from prefill_router.router.artifact import MANIFEST as ROUTER
+from prefill_router.router.artifact import Router
 from prefill_router.storage.lease import Lease
 from prefill_router.storage.parquet_objects import MANIFEST
 
@@ -72,10 +75,12 @@ def pipeline(config: PipelineConfig) -> list[str]:
     Raises UserError if the gate rejects the new router.
     """
     whole = Pipeline(config)
-    if config.plan:
+    if config.plan and whole.feedback is None:
         return whole.plan()
     with Lease.acquire(config.out, "pipeline"):
-        return whole.run()
+        if whole.feedback is not None:
+            whole.feedback.update()
+        return whole.plan() if config.plan else whole.run()
 
 
 class Pipeline:
@@ -84,6 +89,16 @@ class Pipeline:
         self._tables = {name: load_command(config.file, name) if config.file else {} for name in _STAGES}
         self._state_uri = storage.join(config.out, _STATE)
         self._ignored: set[str] = set()
+        uris = config.outcomes.split(",")
+        folders = [uri for uri in uris if is_folder_of_feedback(uri)]
+        self.graded = [uri for uri in uris if uri not in folders]
+        self.feedback = (
+            GatheredFeedback(folders, self.graded, self._below("feedback"), config.feedback_days) if folders else None
+        )
+        self._check_inputs()
+        prompts = None if self.feedback is None else self.feedback.prompts
+        self.corpus = ",".join(uri for uri in (config.corpus, prompts) if uri is not None)
+        self.outcomes = config.outcomes if self.feedback is None else self.feedback.outcomes
         # Reports invalid options before any work.
         _ = self.samples, self.probe, self.extracts, self.train, self.evaluate
         if self._ignored:
@@ -91,11 +106,21 @@ class Pipeline:
         stored = storage.read_json(self._state_uri) if storage.exists(self._state_uri) else {}
         self._state = {name: validate(StepRecord, done, self._state_uri) for name, done in stored.items()}
 
+    def _check_inputs(self) -> None:
+        """Raises UserError for inputs that do not go together."""
+        if self.graded and self.config.corpus is None:
+            raise UserError(f"pipeline: {self.graded[0]} has outcomes without prompts: give their corpus")
+        if self.feedback is None and len(self.graded) > 1:
+            raise UserError(
+                f"pipeline: none of {self.config.outcomes} has a gateway's feedback yet: wait for it, or give one "
+                "folder of outcomes"
+            )
+
     def check(self) -> None:
         """Raises UserError for problems of later steps that can be found before the first step."""
         pool = load_pool(self.config.pool, prices_optional=True)
-        check_columns(self.config.outcomes)
-        check_prices(pool, self.config.outcomes)
+        check_columns(self.outcomes)
+        check_prices(pool, self.outcomes)
         split_of(self.train, 0)
         storage.check_output(self.config.publish)
 
@@ -129,7 +154,7 @@ class Pipeline:
 
     @property
     def steps(self) -> Sequence[Step]:
-        corpus, outcomes, pool = self.config.corpus, self.config.outcomes, self.config.pool.partition("#")[0]
+        corpus, outcomes, pool = self.corpus, self.outcomes, self.config.pool.partition("#")[0]
         router = storage.join(self.train.out, ROUTER)
         return (
             Step(
@@ -171,7 +196,7 @@ class Pipeline:
             ),
             Step(
                 "evaluate",
-                [storage.join(self.evaluate.out, "report.json")],
+                [storage.join(self.evaluate.out, name) for name in self._reports],
                 lambda: {"router": _digest(router), "settings": _settings(self.evaluate)},
                 self._evaluate,
             ),
@@ -194,21 +219,35 @@ class Pipeline:
     def _extraction_cost(self) -> ExtractionCost:
         is_probed = storage.exists(storage.join(self.probe.out, PROBES))
         probes = by_encoder(load_probes(self.probe.out)) if is_probed else {}
-        chosen = [_reduced(e, probes[e.encoder]) if e.encoder in probes else None for e in self.extracts]
+        chosen = [
+            _reduced(e, self._needed(e.out, e.encoder, probes[e.encoder])) if e.encoder in probes else None
+            for e in self.extracts
+        ]
         return reduce(add, map(extraction_cost, self.extracts, self.samples, chosen))
 
+    @property
+    def _reports(self) -> list[str]:
+        """The files of the reports on graded outcomes, and on feedback."""
+        return ["report.json"] * bool(self.graded) + ["log.json"] * (self.feedback is not None)
+
     def _evaluate(self) -> str:
+        if self.feedback is not None:
+            values = evaluate_log(self.evaluate.model_copy(update={"outcomes": self.feedback.calls}))
+            if not self.graded:
+                return f"{self.evaluate.out}/log.html, {values[0].doubly_robust.value:.1%} right (doubly robust)"
         evaluation = evaluate(self.evaluate)
         low_high = evaluation.standings[0].intervals["mdp_auccc"]
         return f"{self.evaluate.out}/report.html, MDP-AUCCC x 1000 {low_high.value * 1000:.1f}"
 
     def _publish(self) -> str:
-        gate = PublishGate(self.config, self.train.out, self._activations)
+        calls = None if self.feedback is None else self.feedback.calls
+        gate = PublishGate(self.config, self.train.out, self._activations, self.graded, calls)
         objections = [] if self.config.accept else gate.objections()
         if objections:
+            report = self._below("gate/report.html") if self.graded else storage.join(self.evaluate.out, "log.html")
             raise UserError(
                 f"gate: the new router is worse than the published one and is not published: {'; '.join(objections)}; "
-                f"see {self.config.out}/gate/report.html, or publish it with --accept"
+                f"see {report}, or publish it with --accept"
             )
         return f"{self.config.publish}: router {gate.publish().version}"
 
@@ -218,12 +257,12 @@ class Pipeline:
     def samples(self) -> list[ExtractConfig]:
         """The extraction of every layer of a sample by each encoder."""
         given = {"layers": "all", "out": self._below("sample")}
-        config = self._stage(ExtractConfig, "extract", corpus=self.config.corpus, encoder=self.config.encoder, **given)
+        config = self._stage(ExtractConfig, "extract", corpus=self.corpus, encoder=self.config.encoder, **given)
         return each_encoder(config.model_copy(update={"limit": self.config.sample}))
 
     @cached_property
     def probe(self) -> ProbeConfig:
-        data = {"activations": _stores(self.samples), "outcomes": self.config.outcomes, "pool": self.config.pool}
+        data = {"activations": _stores(self.samples), "outcomes": self.outcomes, "pool": self.config.pool}
         return self._stage(
             ProbeConfig, "probe", **data, **self._threshold, out=self._below("probe"), ignore_unknown=True
         )
@@ -232,15 +271,31 @@ class Pipeline:
     def extracts(self) -> list[ExtractConfig]:
         """The extraction of the whole corpus by each encoder, before the probe has chosen layers."""
         where = {"out": self._below("activations")}
-        given = {"corpus": self.config.corpus, "encoder": self.config.encoder}
+        given = {"corpus": self.corpus, "encoder": self.config.encoder}
         return each_encoder(self._stage(ExtractConfig, "extract", **given, **where))
 
     @property
     def whole(self) -> list[ExtractConfig]:
-        """The extraction of the whole corpus by each encoder, with the layers that the probe chose."""
+        """The extraction of the whole corpus by each encoder, with the columns of `_needed`."""
         probes = by_encoder(load_probes(self.probe.out))
         models = [ActivationStore.open(sample.out).manifest.encoder.spec.model for sample in self.samples]
-        return [_reduced(config, probes[model]) for config, model in zip(self.extracts, models, strict=True)]
+        return [
+            _reduced(config, self._needed(config.out, model, probes[model]))
+            for config, model in zip(self.extracts, models, strict=True)
+        ]
+
+    def _needed(self, store: str, model: str, probes: Sequence[LayerProbe]) -> set[ActivationColumn]:
+        """The columns that the probe chose and, for the gate, those that the published router reads.
+
+        All columns of the store, if these are among them: what a router no longer reads is no reason to start again.
+        """
+        needed = {column.unnamed for column in joint_columns(probes)}
+        if storage.exists(storage.join(self.config.publish, ROUTER)):
+            router = Router.load(self.config.publish)
+            read = [name for name, identity in router.encoders.items() if identity.spec.model == model]
+            needed |= {column.unnamed for column in router.columns if column.encoder in read}
+        stored = set(ActivationStore.open(store).columns) if storage.exists(storage.join(store, MANIFEST)) else set()
+        return stored if needed <= stored else needed
 
     @property
     def _activations(self) -> str:
@@ -248,15 +303,15 @@ class Pipeline:
 
     @cached_property
     def train(self) -> TrainConfig:
-        data = {"activations": self._activations, "outcomes": self.config.outcomes, "pool": self.config.pool}
-        where = {"out": self._below("router"), "corpus": self.config.corpus}
+        data = {"activations": self._activations, "outcomes": self.outcomes, "pool": self.config.pool}
+        where = {"out": self._below("router"), "corpus": self.corpus}
         return self._stage(
             TrainConfig, "train", **data, **where, **self._threshold, ignore_unknown=True, overwrite=True
         )
 
     @cached_property
     def evaluate(self) -> EvaluateConfig:
-        data = {"router": self.train.out, "activations": self._activations, "outcomes": self.config.outcomes}
+        data = {"router": self.train.out, "activations": self._activations, "outcomes": self.outcomes}
         return self._stage(
             EvaluateConfig, "evaluate", **data, out=self._below("report"), probe=self.probe.out, ignore_unknown=True
         )
@@ -306,7 +361,7 @@ class Pipeline:
         """A digest of the sample and its training outcomes, the only ones that affect the choice of layers."""
         graded = GradedStore.open(
             self.probe.activations,
-            self.config.outcomes,
+            self.outcomes,
             self.config.pool,
             ignore_unknown=True,
             groups=split_groups_of(self.train),
@@ -334,9 +389,8 @@ def _manifests(configs: Sequence[ExtractConfig]) -> list[str]:
     return [storage.join(config.out, MANIFEST) for config in configs]
 
 
-def _reduced(config: ExtractConfig, probes: Sequence[LayerProbe]) -> ExtractConfig:
-    """The extraction of the columns that the probes of its encoder choose."""
-    columns = joint_columns(probes)
+def _reduced(config: ExtractConfig, columns: Set[ActivationColumn]) -> ExtractConfig:
+    """The extraction of some columns of its encoder."""
     layers, pooling = {column.layer for column in columns}, {column.pooling for column in columns}
     if pooling == {SENTENCE}:
         return config
@@ -345,7 +399,8 @@ def _reduced(config: ExtractConfig, probes: Sequence[LayerProbe]) -> ExtractConf
 
 
 def _stamps(uri: str) -> dict[str, str]:
-    storage.require(uri, "file or folder")
+    for part in corpora(uri):
+        storage.require(part, "file or folder")
     return {file: storage.stamp(file) for file in files(uri)}
 
 

@@ -302,6 +302,11 @@ def _report_free(predicted: GradedPrediction) -> None:
         )
 
 
+def _of_every_target(correct: NDArray[np.float32], p_correct: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The outcomes (N, T); where no prompt has one of every target, as in feedback, P(correct) stands in for others."""
+    return correct if not np.isnan(correct).any(1).all() else np.where(np.isnan(correct), p_correct, correct)
+
+
 def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
     """The router with the values chosen on validation prompts: the kernel machine's weight, calibration and tolerance.
 
@@ -320,7 +325,7 @@ def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Rout
     _report_free(predicted)
     expected = router.pool.expected_cost(predicted.num_tokens, expected_tokens)
     paid = answer_costs(router.pool, predicted.num_tokens, predicted.output_tokens, predicted.cost_usd, expected_tokens)
-    tolerance = best_tolerance(correct, p_correct, expected, paid)
+    tolerance = best_tolerance(_of_every_target(correct, p_correct), p_correct, expected, paid)
     scores: dict[str, Any] = {}
     if not np.isnan(correct).any(1).all():
         scorer = Scorer(correct, p_correct, expected, tolerance, paid)

@@ -100,11 +100,28 @@ class Found(NamedTuple):
     others: list[str]
 
 
+def corpora(uri: str) -> list[str]:
+    """The URIs of a corpus that has several parts, `A,B`, or of the only one."""
+    return uri.split(",") if "," in uri and not storage.exists(uri) else [uri]
+
+
+def require_corpus(uri: str) -> None:
+    """Raises UserError if there is no file or folder at `uri`, or at one of its parts."""
+    for part in corpora(uri):
+        storage.require(part, "corpus")
+
+
 def find(uri: str) -> Found:
     """Finds the file at `uri`, or all files at any depth below it; skips names that begin with `_` or `.`.
 
-    Raises UserError if `uri` is neither a file nor a folder, such as a pipe.
+    Files of a corpus of several parts are sorted part by part. Raises UserError if `uri` is neither a file nor a
+    folder, such as a pipe.
     """
+    parts = [_find(part) for part in corpora(uri)]
+    return Found([file for part in parts for file in part.files], [other for part in parts for other in part.others])
+
+
+def _find(uri: str) -> Found:
     files, others = storage.find(uri)
     if files == [uri]:
         return Found(files, [])
@@ -131,10 +148,11 @@ def report_unread(uri: str, job: str) -> None:
 def refuse_output(out: str, uri: str) -> None:
     """Raises UserError if the output `out` cannot be written, or would be read as part of the corpus at `uri`."""
     storage.check_output(out)
-    corpus, output = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (uri, out))
-    is_skipped = any(part.startswith(("_", ".")) for part in output.removeprefix(corpus).split("/"))
-    if output.startswith(corpus) and not is_skipped:
-        raise UserError(f"{out}: is inside the input folder {uri}: choose another --out")
+    for part in corpora(uri):
+        corpus, output = (f"{storage.absolute(folder).rstrip('/')}/" for folder in (part, out))
+        is_skipped = any(name.startswith(("_", ".")) for name in output.removeprefix(corpus).split("/"))
+        if output.startswith(corpus) and not is_skipped:
+            raise UserError(f"{out}: is inside the input folder {part}: choose another --out")
 
 
 def read(

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, Row
@@ -102,7 +101,7 @@ def text_hash(prompt: Prompt) -> int:
 
 
 def _text_hashes(uri: str) -> Iterator[tuple[int, int]]:
-    storage.require(uri, "corpus")
+    reader.require_corpus(uri)
     for file in reader.files(uri):
         for _, _, row in reader.read(file):
             if isinstance(row, Row):

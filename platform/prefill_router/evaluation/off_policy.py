@@ -65,6 +65,19 @@ def load_log(uri: str, targets: Sequence[str], correct_at: float | None = None) 
     return keys, Log(chosen, reward, propensity, keys, latency_s)
 
 
+def every_reward(log: Log, model: Array) -> Array:
+    """Doubly robust estimates of the reward of every target on every request (N, T), given the `model`'s (N, T).
+
+    They are the model's predictions, and for the target that was chosen its prediction plus the error of that, divided
+    by the propensity. Their mean over the choices is the expected reward, whatever the model, if each target could have
+    been chosen.
+    """
+    rewards, rows = np.array(model, np.float64), np.flatnonzero(log.chosen >= 0)
+    chosen = log.chosen[rows]
+    rewards[rows, chosen] += (log.reward[rows] - rewards[rows, chosen]) / log.propensity[rows]
+    return rewards
+
+
 @dataclass(frozen=True)
 class PolicyValue:
     """Estimates of a policy's expected reward, and how much of the log supports them."""

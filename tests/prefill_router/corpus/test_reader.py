@@ -24,7 +24,7 @@ from corpora import CHAT, write, write_jsonl, write_parquet, write_rows
 from prefill_router import storage
 from prefill_router.common.errors import InvalidRowError, UserError
 from prefill_router.corpus import formats, reader, text_files
-from prefill_router.corpus.reader import BadRow, Row
+from prefill_router.corpus.reader import BadRow, Found, Row, corpora, find, refuse_output, require_corpus
 from prefill_router.storage import parquet_files
 
 LONG = "long prompt " * 20_000  # 240,000 characters
@@ -694,3 +694,18 @@ def test_a_row_group_of_gigabytes_is_read_in_pieces_of_bounded_memory(
         most_bytes = max(most_bytes, pa.total_allocated_bytes() - before_bytes)
     assert i == 99
     assert most_bytes < 6 << 20
+
+
+def test_a_corpus_may_have_several_parts(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jsonl").write_text('{"prompt": "p"}\n')
+    both = f"{tmp_path}/b,{tmp_path}/a"
+    assert find(both) == Found([f"{tmp_path}/b/1.jsonl", f"{tmp_path}/a/1.jsonl"], [])
+    require_corpus(both)
+    with pytest.raises(UserError, match="c: no such corpus"):
+        require_corpus(f"{both},{tmp_path}/c")
+    with pytest.raises(UserError, match=f"is inside the input folder {tmp_path}/a"):
+        refuse_output(f"{tmp_path}/a/out", both)
+    (tmp_path / "x,y").mkdir()
+    assert corpora(f"{tmp_path}/x,y") == [f"{tmp_path}/x,y"]  # a comma in a name

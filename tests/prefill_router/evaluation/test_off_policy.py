@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prefill_router.common.errors import UserError
-from prefill_router.evaluation.off_policy import Log, policy_value
+from prefill_router.evaluation.off_policy import Log, every_reward, policy_value
 
 SHARE = 0.3  # of requests that explore
 N, T = 600, 3
@@ -81,3 +81,12 @@ def test_propensities_must_be_probabilities(propensity: float) -> None:
         Log(np.zeros(1, int), np.ones(1), np.array([propensity]))
     with pytest.raises(UserError, match="no request with an outcome"):
         Log(np.zeros(0, int), np.ones(0), np.ones(0))
+
+
+def test_estimates_of_every_reward_are_the_expected_ones_whatever_the_model() -> None:
+    """Exactly: their mean over all choices, weighted by probability. A target of another pool tells nothing."""
+    reward, model, propensity = np.array([0.0, 1.0, 0.25]), np.array([[0.9, 0.4, 0.1]]), np.array([0.1, 0.7, 0.2])
+    logs = [Log(np.array([t]), reward[[t]], propensity[[t]]) for t in range(3)]
+    mean = sum(share * every_reward(log, model)[0] for share, log in zip(propensity, logs, strict=True))
+    np.testing.assert_allclose(mean, reward, atol=1e-12)
+    np.testing.assert_array_equal(every_reward(Log(np.array([-1]), reward[:1], propensity[:1]), model), model)
