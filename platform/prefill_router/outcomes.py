@@ -34,7 +34,6 @@ from prefill_router.common.schema import (
 from prefill_router.corpus.split import prompt_hashes
 
 _BATCH_ROWS = 1 << 17
-_FEEDBACK = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, LATENCY_S]
 
 
 class Answers(NamedTuple):
@@ -195,12 +194,13 @@ def at_threshold(rewards: NDArray[Any], correct_at: float | None) -> NDArray[np.
 def load_feedback(uri: str, more: Sequence[str] = ()) -> pa.Table:
     """Reads the graded requests of a gateway's feedback, one row each.
 
-    Columns are prompt_id, target, correct, propensity, latency_s, which is null in older files, and `more`.
+    Columns are prompt_id, target, correct, propensity, request_id and `more`, and call_id and latency_s, which are null
+    in older files.
 
     Raises UserError if a column of feedback is missing.
     """
     requests: set[int] = set()
-    wanted = [PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID, *more]
+    wanted = list(dict.fromkeys([PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID, *more]))
     tables = []
     for file in _files(uri):
         with storage.damage(file), storage.open_parquet(file) as parquet:
@@ -208,9 +208,10 @@ def load_feedback(uri: str, more: Sequence[str] = ()) -> pa.Table:
             if missing := [name for name in wanted if name not in names]:
                 raise UserError(f"{file}: column {missing[0]} is missing: not a gateway's feedback")
             table = _first_of_requests(parquet.read([*wanted, *({CALL_ID, LATENCY_S} & set(names))]), requests)
-        if LATENCY_S not in table.column_names:  # an older file
-            table = table.append_column(LATENCY_S, pa.nulls(len(table), pa.float32()))
-        tables.append(table.select([*_FEEDBACK, *more]).filter(pc.is_valid(table[CORRECT])))
+        for name, kind in ((CALL_ID, pa.string()), (LATENCY_S, pa.float32())):
+            if name not in names:  # an older file
+                table = table.append_column(name, pa.nulls(len(table), kind))
+        tables.append(table.select([*wanted, CALL_ID, LATENCY_S]).filter(pc.is_valid(table[CORRECT])))
     return pa.concat_tables(tables)
 
 
