@@ -147,6 +147,19 @@ def test_a_caller_who_does_not_wait_for_a_whole_answer_pays_what_was_reserved(
     assert reserved_usd > 0.0
 
 
+def test_several_answers_are_expected_to_cost_one_input_and_several_outputs(gateway: Gateway) -> None:
+    messages = [{"role": "user", "content": ASKED}]
+    before = gateway.stats()
+    answer = gateway.post(PATHS[0], {"messages": messages, "n": 3}).raise_for_status()
+    until(lambda: gateway.stats()["answered"] > before["answered"])
+    expected_usd = gateway.stats()["expected_cost_usd"] - before["expected_cost_usd"]
+    routed = gateway.post("/v1/route", {"messages": messages}).json()
+    name, input_tokens = answer.headers["x-router-selected-model"], routed["metadata"]["input_tokens"]
+    one_usd = routed["expected_cost_usd"][name]
+    assert expected_usd == pytest.approx(3 * one_usd - 2 * cost_usd(input_tokens, 0, name), rel=1e-6)
+    assert expected_usd < 2.99 * one_usd
+
+
 def test_a_call_that_goes_to_no_upstream_costs_nothing(gateway: Gateway, big: Upstream) -> None:
     watch = Watch(gateway)
     assert gateway.post(PATHS[0], body(max_tokens=-1)).status_code == 400
