@@ -46,7 +46,7 @@ class Bill:
     reasoning_is_apart: bool = False  # from the output that is reported, though not from the total
     cached: int = 0
     written: int = 0
-    written_1h: int = 0  # of those written
+    written_1h: int = 0  # of those written, kept for an hour, or 12 hours in a response
     answers: int = 1
     ends: str = "whole"  # "silent": without a usage; "cut": broken off
 
@@ -113,7 +113,11 @@ def _totals(bill: Bill, input_name: str, output_name: str) -> dict[str, Any]:
         f"{input_name}_tokens": bill.prompt,
         f"{output_name}_tokens": reported,
         "total_tokens": bill.prompt + made + bill.reasoning,
-        f"{input_name}_tokens_details": {"cached_tokens": bill.cached, "cache_write_tokens": bill.written},
+        f"{input_name}_tokens_details": {
+            "cached_tokens": bill.cached,
+            "cache_write_tokens": bill.written,
+            "cache_write_tokens_details": {"ttl_12h_tokens": bill.written_1h},
+        },
         f"{output_name}_tokens_details": {"reasoning_tokens": bill.reasoning},
     }
 

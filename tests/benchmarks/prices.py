@@ -41,7 +41,7 @@ def package_usd(model: Any, provider: Any, usage: Usage) -> float:
     parts = {
         "cache_read_tokens": usage.cached_tokens,
         "cache_write_tokens": usage.cache_write_tokens,
-        "cache_write_1h_tokens": usage.cache_write_1h_tokens,
+        "cache_write_1h_tokens": usage.cache_write_long_tokens,
     }
     given = {name: number for name, number in parts.items() if number}
     theirs = Theirs(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, **given)

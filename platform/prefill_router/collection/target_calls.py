@@ -121,7 +121,7 @@ class TargetAnswer:
     cached_tokens: int
     latency_s: float
     cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0
+    cache_write_long_tokens: int = 0
 
     @property
     def is_counted(self) -> bool:
@@ -131,7 +131,7 @@ class TargetAnswer:
     def spent(self, call: TargetCall) -> Spent:
         if self.input_tokens is None or self.output_tokens is None:
             return call.worst
-        cache = self.cached_tokens, self.cache_write_tokens, self.cache_write_1h_tokens
+        cache = self.cached_tokens, self.cache_write_tokens, self.cache_write_long_tokens
         usd = call.target.cost(*Usage(self.input_tokens, self.output_tokens, *cache))
         return Spent(usd, self.input_tokens + self.output_tokens)
 

@@ -76,7 +76,7 @@ ANSWERS = pa.schema(
         pa.field(OUTPUT_TOKENS, pa.int32()),
         pa.field("cached_tokens", pa.int32()),
         pa.field("cache_write_tokens", pa.int32()),
-        pa.field("cache_write_1h_tokens", pa.int32()),
+        pa.field("cache_write_long_tokens", pa.int32()),
         pa.field(LATENCY_S, pa.float32()),
         pa.field(COST_USD, pa.float64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),

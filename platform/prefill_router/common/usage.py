@@ -17,7 +17,7 @@ class Usage(NamedTuple):
     output_tokens: int
     cached_tokens: int = 0
     cache_write_tokens: int = 0
-    cache_write_1h_tokens: int = 0  # of those written, those kept for an hour instead of five minutes
+    cache_write_long_tokens: int = 0  # of those written, those kept longer than usual: 1 h (Anthropic), 12 h (OpenAI)
 
 
 def read_usage(given: object) -> Usage | None:
@@ -38,6 +38,7 @@ def read_usage(given: object) -> Usage | None:
         of_output.get("reasoning_tokens"),
         of_input.get("cached_tokens"),
         of_input.get("cache_write_tokens"),
+        _object(of_input.get("cache_write_tokens_details")).get("ttl_12h_tokens"),
         message.get("cache_read_input_tokens"),
         message.get("cache_creation_input_tokens"),
         _object(message.get("cache_creation")).get("ephemeral_1h_input_tokens"),
@@ -46,12 +47,13 @@ def read_usage(given: object) -> Usage | None:
     counts += [0 if count is None else count for count in optional]
     if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
         return None
-    stated, output, total, reasoning, cached, written, read, created, created_1h = counts
+    stated, output, total, reasoning, cached, written, written_12h, read, created, created_1h = counts
     whole_input = stated + read + created
     output = max(output, total - whole_input)
     output += reasoning if reasoning > output else 0
-    billed = Usage(whole_input, output, cached + read, written + created, created_1h)
-    is_possible = billed.cached_tokens + billed.cache_write_tokens <= billed.input_tokens and created_1h <= created
+    billed = Usage(whole_input, output, cached + read, written + created, written_12h + created_1h)
+    of_cache = billed.cached_tokens + billed.cache_write_tokens
+    is_possible = of_cache <= whole_input and billed.cache_write_long_tokens <= billed.cache_write_tokens
     return billed if is_possible else None
 
 

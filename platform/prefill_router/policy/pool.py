@@ -108,7 +108,7 @@ class Target(validation.SparseModel):
     cached_input_price: float | None = Field(None, ge=0.0, description="Price of cached input tokens [input_price]")
     cache_life_s: float = Field(300.0, ge=0.0, description="Seconds after which an unused cached prefix counts as lost")
     cache_write_price: float | None = Field(None, ge=0.0, description="Price of tokens put in a cache [input_price]")
-    cache_write_1h_price: float | None = Field(None, ge=0.0, description="The same for an hour [cache_write_price]")
+    cache_write_long_price: float | None = Field(None, ge=0.0, description="The same, kept longer [cache_write_price]")
     tiers: tuple[PriceTier, ...] = Field((), description="Prices of calls with long inputs, in ascending order")
     price_from: str | None = Field(None, description="Model of genai-prices whose prices hold where none are stated")
     price_table: str | None = Field(None, description="The table and its version, set when the pool is loaded")
@@ -146,15 +146,15 @@ class Target(validation.SparseModel):
         output_tokens: float,
         cached_tokens: float = 0.0,
         cache_write_tokens: float = 0.0,
-        cache_write_1h_tokens: float = 0.0,
+        cache_write_long_tokens: float = 0.0,
         *,
         num_answers: int = 1,
     ) -> float:
         """Returns the cost of a call in USD, from the fields of its Usage. Several answers share one input."""
         rates = self.rates(input_tokens)
         full = input_tokens - cached_tokens - cache_write_tokens
-        written_usd = (cache_write_tokens - cache_write_1h_tokens) * rates.cache_write
-        written_usd += cache_write_1h_tokens * rates.cache_write_1h
+        written_usd = (cache_write_tokens - cache_write_long_tokens) * rates.cache_write
+        written_usd += cache_write_long_tokens * rates.cache_write_long
         tokens_usd = full * rates.input + cached_tokens * rates.cached + written_usd + output_tokens * rates.output
         return tokens_usd / 1e6 + num_answers * self.usd_per_answer
 

@@ -17,7 +17,7 @@ _FIELDS = {
     "output_price": "output_mtok",
     "cached_input_price": "cache_read_mtok",
     "cache_write_price": "cache_write_mtok",
-    "cache_write_1h_price": "cache_write_1h_mtok",
+    "cache_write_long_price": "cache_write_1h_mtok",
 }
 _PER_REQUEST = "requests_kcount"
 _UNKNOWN_KINDS = ("output_reasoning_mtok", "output_citation_mtok")  # of output, which a usage does not set apart

@@ -22,7 +22,7 @@ class TokenPrices(Protocol):
     @property
     def cache_write_price(self) -> float | None: ...
     @property
-    def cache_write_1h_price(self) -> float | None: ...
+    def cache_write_long_price(self) -> float | None: ...
 
 
 class PriceTier(SparseModel):
@@ -33,7 +33,7 @@ class PriceTier(SparseModel):
     output_price: float = Field(ge=0.0)
     cached_input_price: float | None = Field(None, ge=0.0)
     cache_write_price: float | None = Field(None, ge=0.0)
-    cache_write_1h_price: float | None = Field(None, ge=0.0)
+    cache_write_long_price: float | None = Field(None, ge=0.0)
 
 
 class Rates(NamedTuple):
@@ -43,23 +43,23 @@ class Rates(NamedTuple):
     output: float
     cached: float
     cache_write: float
-    cache_write_1h: float
+    cache_write_long: float
 
     @property
     def dearest_input(self) -> float:
-        return max(self.input, self.cached, self.cache_write, self.cache_write_1h)
+        return max(self.input, self.cached, self.cache_write, self.cache_write_long)
 
 
 def rates_of(prices: TokenPrices) -> Rates:
-    """The prices with defaults: the cache costs what other input does, an hour of it what five minutes do."""
-    cached, written, written_1h = prices.cached_input_price, prices.cache_write_price, prices.cache_write_1h_price
+    """The prices with defaults: the cache costs what other input does, however long it is kept."""
+    cached, written, written_long = prices.cached_input_price, prices.cache_write_price, prices.cache_write_long_price
     written = prices.input_price if written is None else written
     return Rates(
         prices.input_price,
         prices.output_price,
         prices.input_price if cached is None else cached,
         written,
-        written if written_1h is None else written_1h,
+        written if written_long is None else written_long,
     )
 
 
@@ -70,6 +70,8 @@ def check_tiers(prices: TokenPrices, tiers: Iterable[PriceTier]) -> None:
         if tier.above <= above:
             raise ValueError(f"tiers: above = {tier.above}, must be more than in the tier before, {above}")
         above = tier.above
-        for name in ("cached_input_price", "cache_write_price", "cache_write_1h_price"):
+        for name in ("cached_input_price", "cache_write_price", "cache_write_long_price"):
             if getattr(prices, name) is not None and getattr(tier, name) is None:
-                raise ValueError(f"tiers: {name} is missing above {above}: the target has one below")
+                raise ValueError(
+                    f"tiers: {name} is missing above {above}: state it, as the target does for shorter inputs"
+                )

@@ -95,7 +95,7 @@ def test_answers_of_an_older_release_are_read(tmp_path: Path) -> None:
     asyncio.run(noted(at, ANSWER))
     write_states(at, load_states(at))
     table = storage.read_table(at.object)
-    kept = table.drop_columns(["cache_write_tokens", "cache_write_1h_tokens"])
+    kept = table.drop_columns(["cache_write_tokens", "cache_write_long_tokens"])
     storage.write_bytes(at.object, storage.encode_parquet(kept))
     (state,) = load_states(at).values()
     assert state.answer == ANSWER

@@ -27,6 +27,16 @@ REASONING = {"completion_tokens_details": {"reasoning_tokens": 4}}
         ({**CHAT, "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2}}, Usage(10, 6, 3, 2)),
         ({**RESPONSE, "input_tokens_details": {"cached_tokens": 3}}, Usage(10, 6, 3)),
         (
+            {
+                **RESPONSE,
+                "input_tokens_details": {
+                    "cache_write_tokens": 5,
+                    "cache_write_tokens_details": {"ttl_30m_tokens": 1, "ttl_12h_tokens": 4},
+                },
+            },
+            Usage(10, 6, 0, 5, 4),
+        ),
+        (
             {**MESSAGE, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "cache_creation": None},
             Usage(15, 6, 3, 2),
         ),

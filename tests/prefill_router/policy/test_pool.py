@@ -214,7 +214,7 @@ TIERED = Target.model_validate(
 
 
 def test_a_token_of_the_cache_costs_what_it_costs_there() -> None:
-    target = TIERED.model_copy(update={"cache_write_1h_price": 2.0, "tiers": ()})
+    target = TIERED.model_copy(update={"cache_write_long_price": 2.0, "tiers": ()})
     usd = 1.0 * (100 - 30 - 20) + 0.1 * 30 + 1.25 * 15 + 2.0 * 5 + 10.0 * 7
     assert target.cost(100, 7, 30, 20, 5) == pytest.approx(usd / 1e6, rel=1e-12)
     plain = Target(name="plain", input_price=3.0, output_price=1.0)

@@ -128,7 +128,7 @@ def test_the_tiers_of_each_kind_of_token_are_joined(tmp_path: Path) -> None:
     assert target.cost(272_000, 1) == pytest.approx((272_000 * 2.5 + 15) / 1e6, rel=1e-12)
     assert target.cost(272_001, 1) == pytest.approx((272_001 * 5 + 22.5) / 1e6, rel=1e-12)
     assert target.cost(500_001, 1) == pytest.approx((500_001 * 6 + 22.5) / 1e6, rel=1e-12)
-    assert [tier.cache_write_1h_price for tier in target.tiers] == [5.0, 5.0]
+    assert [tier.cache_write_long_price for tier in target.tiers] == [5.0, 5.0]
 
 
 @pytest.mark.usefixtures("table")

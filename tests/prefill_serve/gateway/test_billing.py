@@ -58,7 +58,7 @@ def write_pool(path: Path, targets: Mapping[str, str], url: str) -> str:
 
 
 def _prices(prices: list[Any]) -> list[str]:
-    names = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
+    names = ("input", "output", "cached_input", "cache_write", "cache_write_long")
     return [f"{name}_price = {usd}" for name, usd in zip(names, prices, strict=True)]
 
 
@@ -76,7 +76,7 @@ def drawn(targets: Mapping[str, str], rng: random.Random) -> Asked:
         cached=cached,
         written=written,
         # A chat does not tell for how long.
-        written_1h=rng.choice([0, written // 3, written]) if model == "message" else 0,
+        written_1h=rng.choice([0, written // 3, written]) if model == "message" or api == "responses" else 0,
         answers=rng.choice([1, 1, 2, 5]) if api == "chat" and model != "message" else 1,
         ends=rng.choices(ENDS, [8, 1, 1])[0],
     )

@@ -128,7 +128,7 @@ def test_what_a_target_adds_to_a_call_is_part_of_the_most_it_can_cost() -> None:
 def test_the_most_that_a_call_can_cost_includes_a_cache_and_longer_inputs() -> None:
     call = chat("x" * 1000, n=2, max_tokens=10)
     length = call.most_input_tokens
-    writes = TARGET.model_copy(update={"cache_write_1h_price": 2e6})
+    writes = TARGET.model_copy(update={"cache_write_long_price": 2e6})
     assert most_usd(writes, call) == 2 * length + 20
     tier = PriceTier(above=length - 1, input_price=3e6, output_price=4e6)
     assert most_usd(TARGET.model_copy(update={"tiers": (tier,)}), call) == 3 * length + 4 * 20
