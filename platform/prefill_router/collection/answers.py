@@ -76,7 +76,7 @@ def _row(key: str, state: CallState) -> dict[str, object]:
 
 def _state(row: Mapping[str, Any]) -> CallState:
     answer = None
-    if row["answer"] is not None:  # shards of before have fewer columns
+    if row["answer"] is not None:  # shards of older releases have fewer columns
         answer = TargetAnswer(row["answer"], **{name: row[name] for name in _ANSWER_COLUMNS if name in row})
     return CallState(
         prompt_id=row["prompt_id"],
