@@ -11,8 +11,8 @@ Copy this file beside the proxy's config, and add to that:
       callbacks: litellm_plugin.router
 
 Chats, responses and messages for the model `auto` then go to the target that `POST /v1/route` selects, under the
-constraints of the call: `tolerance`, `models`, `max_cost_usd`, `min_p_correct`. Other calls are left alone. A key of
-the proxy that may use `auto` may get any of the models.
+constraints of the call: `tolerance`, `models`, `max_cost_usd`, `min_p_correct`. Other calls are left alone: name a
+model to continue a `previous_response_id`. A key of the proxy that may use `auto` may get any of the models.
 
 The router delays a call by at most PREFILL_ROUTER_TIMEOUT_S, 0.5 s. If it fails or takes longer, `auto` answers, and
 it is not asked again for 5 s. The id of a routed call, for feedback, is in the proxy's header `x-litellm-call-id`.

@@ -85,6 +85,11 @@ def write_pool(router: Router, url: str, folder: Path) -> str:
     return str(path)
 
 
+def flags(router: Router, url: str, folder: str) -> dict[str, Any]:
+    """Of `serve`: the pool, and patience, since the machine may be busy."""
+    return {"pool": write_pool(router, url, Path(folder)), "max_wait_s": 60, "route_timeout_s": 60}
+
+
 def ways_to(url: str, gateway: str, router: Router) -> Ways:
     """The ways to the upstream at `url`, directly and through the gateway."""
     return {"direct": (url, "model"), "pinned": (gateway, router.pool.target_names[0]), "routed": (gateway, "auto")}
@@ -93,6 +98,8 @@ def ways_to(url: str, gateway: str, router: Router) -> Ways:
 def asked_ms(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> float:
     """Until the whole answer has come, or the first event of a stream."""
     time.sleep(0.02)  # the threads of the last call spin for a while
+    connection.close()
+    connection.connect()  # servers close idle connections
     started = time.perf_counter()
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
@@ -238,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"benchmark": "gateway"}
     with tempfile.TemporaryDirectory() as folder:
         running = contextlib.nullcontext(options.upstream) if options.upstream else upstream(0.0)
-        with running as url, serving(options.router, pool=write_pool(router, url, Path(folder))) as served:
+        with running as url, serving(options.router, **flags(router, url, folder)) as served:
             report["added"] = added(served.url, url, prompts[: options.calls])
             say(json.dumps(report["added"]))
             ways = ways_to(url, served.url, router)
@@ -251,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 told = {way: rate(*at, options.rate_calls, options.concurrency, roots[way]) for way, at in ways.items()}
                 report["rates"].append(told)
                 say(json.dumps(told))
-        with upstream(0.05) as url, serving(options.router, pool=write_pool(router, url, Path(folder))) as served:
+        with upstream(0.05) as url, serving(options.router, **flags(router, url, folder)) as served:
             report["streams"] = []
             for _ in range(options.rounds):
                 ways = ways_to(url, served.url, router)
