@@ -288,6 +288,7 @@ class Routing:
         assert decision.target is not None
         tolerance = self.head.tolerance if self.policy.tolerance is None else self.policy.tolerance
         reasons = explain(decision, self.policy, tolerance) if explained else {}
+        times = decision.expected_times if explained else {}
         metadata = Metadata(
             encoder=self.serving.engine.encoder_names,
             missing_encoders=list(self.reading.missing),
@@ -312,8 +313,8 @@ class Routing:
             expected_cost_usd=decision.expected_cost_usd,
             expected_output_tokens=decision.expected_output_tokens,
             router_version=decision.router_version,
-            expected_first_token_s={name: s for name, (s, _) in decision.expected_times.items() if s is not None},
-            expected_s={name: s for name, (_, s) in decision.expected_times.items() if s is not None},
+            expected_first_token_s={name: s for name, (s, _) in times.items() if s is not None},
+            expected_s={name: s for name, (_, s) in times.items() if s is not None},
             request_id=request_id,
             explanation={target: why.text for target, why in reasons.items()} if explained else None,
             reasons={t: TargetReason(code=why.code, value=why.value, limit=why.limit) for t, why in reasons.items()},

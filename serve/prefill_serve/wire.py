@@ -269,8 +269,9 @@ _MISSING: Any = Field(
 )
 
 
-def _known(description: str) -> Any:
-    return Field({}, exclude_if=operator.not_, description=description)
+def _known(what: str) -> Any:
+    """A field by target, left out while empty, as `_MISSING` is."""
+    return Field({}, exclude_if=operator.not_, description=f"{what}, by target where known, if explain is true")
 
 
 class Metadata(StrictModel):
@@ -313,8 +314,8 @@ class RouteResponse(StrictModel):
     p_correct: dict[str, float]
     expected_cost_usd: dict[str, float]
     expected_output_tokens: dict[str, float]
-    expected_first_token_s: dict[str, float] = _known("Expected seconds to the first token, by target, where known")
-    expected_s: dict[str, float] = _known("Expected seconds to the end of the answer, by target, where known")
+    expected_first_token_s: dict[str, float] = _known("Expected seconds to the first token")
+    expected_s: dict[str, float] = _known("Expected seconds to the end of the answer")
     router_version: str
     request_id: str
     explanation: dict[str, str] | None = Field(None, description="By target, if explain is true")

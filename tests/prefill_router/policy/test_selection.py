@@ -152,3 +152,11 @@ def test_constraints_include_their_bounds() -> None:
 def test_bad_arguments_are_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(**{"p": [[0.5, 0.6]], "cost": [1.0, 2.0], **arguments})
+
+
+def test_a_target_that_takes_longer_is_not_eligible_and_one_of_unknown_time_is() -> None:
+    p, cost = np.array([[0.9, 0.8, 0.7]]), np.array([3.0, 2.0, 1.0])
+    latency = np.array([5.0, 2.0, np.nan])
+    chosen = [choose(p, cost, 0.0, latency=latency, max_latency=limit).item() for limit in (None, 5.0, 4.9, 1.9)]
+    assert chosen == [0, 0, 1, 2]
+    assert choose(p, cost, 0.0, latency=[5.0, 2.0, 3.0], max_latency=1.0).item() == NO_TARGET
