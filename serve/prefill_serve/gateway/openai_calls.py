@@ -202,10 +202,11 @@ def _finite(text: str) -> float:
     return number
 
 
-def json_object(data: bytes) -> Body:
-    """Parses a JSON object; empty if the bytes are not one."""
+def json_object(data: bytes, *, is_strict: bool = False) -> Body:
+    """Parses a JSON object; empty if the bytes are not one. Python's parser accepts NaN unless `is_strict`."""
+    number = _finite if is_strict else None
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}

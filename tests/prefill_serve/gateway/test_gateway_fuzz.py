@@ -270,7 +270,13 @@ def test_damaged_calls_get_an_answer_or_an_error_of_their_protocol(
         bodies.append((path, damaged(body, dice) if dice.random() < 0.3 else body))
     for path, body in bodies:
         given = gateway.http.post(path, content=body, headers=JSON)
-        assert given.status_code in (200, 400, 404, 409, 413), (given.status_code, path, body[:300], given.text)
+        is_unstreamed = given.status_code == 502 and b'"stream": true' in body  # the upstreams do not stream here
+        assert given.status_code in (200, 400, 404, 409, 413) or is_unstreamed, (
+            given.status_code,
+            path,
+            body[:300],
+            given.text,
+        )
         if given.status_code != 200:
             require_error(path, given.json())
 
@@ -297,6 +303,8 @@ def test_damaged_answers_are_answers_or_failures_of_their_upstream(
             assert given.status_code in (200, 502), (given.text, pieces[PROTOCOLS[name]])
             if given.status_code != 200:
                 require_error(path, given.json())
+            if not body:
+                json.loads(given.content, parse_constant=pytest.fail)  # NaN
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])

@@ -303,6 +303,7 @@ def test_nobody_listening_is_a_failure() -> None:
         (b'{"error": {"message": "it broke"}}', "error"),
         (b'{"error": "it broke", "choices": []}', "error"),
         (b'{"object": "error", "message": "it broke"}', "error"),
+        *((b'{"choices":[{"logprobs":%b}]}' % number, "malformed") for number in (b"NaN", b"-Infinity", b"1e999")),
     ],
 )
 def test_a_200_without_an_answer_is_a_failure(scripted: Scripted, body: bytes, reason: str) -> None:
