@@ -7,9 +7,10 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +36,9 @@ from prefill_router.outcomes import is_feedback, load_feedback, tables
 
 _CALLS = [PROMPT_ID, TARGET, CORRECT, OUTPUT_TOKENS, COST_USD, PROPENSITY, AT]
 _PAIR = [PROMPT_ID, TARGET]
+_READS = 3
+
+T = TypeVar("T")
 
 
 def is_folder_of_feedback(uri: str) -> bool:
@@ -54,8 +58,8 @@ class GatheredFeedback:
 
     def update(self) -> None:
         """Copies what is new. Raises UserError if the gateway stored no prompts, or a propensity is invalid."""
-        num_new = self._add_prompts()
-        calls = self._recent_calls()
+        calls = _while_merged(self._recent_calls)
+        num_new = _while_merged(self._add_prompts)  # after the calls, so that none lacks its prompt
         graded = pa.concat_tables(
             [OUTCOMES.empty_table(), *(table.cast(OUTCOMES) for uri in self.graded for table in tables(uri))]
         )
@@ -102,6 +106,14 @@ class GatheredFeedback:
             return calls
         since = pc.max(calls[AT]).as_py() - timedelta(days=self.days)
         return calls.filter(pc.greater(calls[AT], pa.scalar(since, calls[AT].type)))
+
+
+def _while_merged(read: Callable[[], T]) -> T:
+    """Repeats a read if files vanish, because the gateway merges them at that moment."""
+    for _ in range(_READS - 1):
+        with suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def pair_outcomes(calls: pa.Table) -> pa.Table:

@@ -109,7 +109,10 @@ class Pipeline:
     def _check_inputs(self) -> None:
         """Raises UserError for inputs that do not go together."""
         if self.graded and self.config.corpus is None:
-            raise UserError(f"pipeline: {self.graded[0]} has outcomes without prompts: give their corpus")
+            raise UserError(
+                f"pipeline: {self.graded[0]} has no feedback yet, or outcomes without prompts: wait for feedback, or "
+                "give --corpus"
+            )
         if self.feedback is None and len(self.graded) > 1:
             raise UserError(
                 f"pipeline: none of {self.config.outcomes} has a gateway's feedback yet: wait for it, or give one "

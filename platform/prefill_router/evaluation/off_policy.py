@@ -97,7 +97,7 @@ def policy_value(policy: str, log: Log, choice: Array, model: Array, num_draws: 
     is_same = choice == log.chosen
     weight = is_same / log.propensity
     expected = np.asarray(model, np.float64)
-    robust = expected[rows, choice] + weight * (log.reward - expected[rows, log.chosen])
+    robust = every_reward(log, expected)[rows, choice]
     draws = bootstrap_weights(len(choice), num_draws, clusters=log.clusters, all_first=True).astype(np.float64)
     num_drawn = draws.sum(1)
     weighted_reward = draws @ (weight * log.reward)

@@ -14,6 +14,7 @@ import pytest
 from prefill_jobs.options import PipelineConfig
 from prefill_jobs.pipeline.gathered_feedback import GatheredFeedback, is_folder_of_feedback
 from prefill_jobs.pipeline.pipeline_job import Pipeline
+from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import FEEDBACK, OUTCOMES
 from prefill_router.corpus.reader import Row, content_hash, files, read
@@ -90,6 +91,20 @@ def test_prompts_are_added_and_equal_files_left_alone(tmp_path: Path) -> None:
     assert found == [["p", "q"], ["r"]]
 
 
+def test_files_that_the_gateway_merges_meanwhile_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "feedback", "1", ["p"], a_call("p", "big", 1.0))
+    list_files = storage.list_files
+    gone = iter([str(tmp_path / "feedback" / "outcomes" / "0.parquet")])
+
+    def listed(uri: str, suffixes: list[str]) -> list[str]:
+        return [*gone, *list_files(uri, suffixes)]
+
+    monkeypatch.setattr(storage, "list_files", listed)
+    assert len(rows_of(gathered(tmp_path).outcomes)) == 1
+
+
 def test_old_feedback_is_forgotten_and_its_prompts_kept(tmp_path: Path) -> None:
     old = {"answered_at": NOON - timedelta(days=3)}
     write(tmp_path / "feedback", "1", ["p", "q"], a_call("p", "big", 0.0, **old), a_call("q", "big", 1.0))
@@ -100,11 +115,12 @@ def test_old_feedback_is_forgotten_and_its_prompts_kept(tmp_path: Path) -> None:
 
 
 def test_feedback_that_cannot_be_used_is_said(tmp_path: Path) -> None:
-    write(tmp_path / "feedback", "1", ["p"], a_call("p", "big", 1.0, 0.0))
-    with pytest.raises(UserError, match="propensity must be above 0"):
-        gathered(tmp_path)
+    write(tmp_path / "feedback", "1", ["p"], a_call("p", "big", 1.0))
     (tmp_path / "feedback" / "prompts" / "1.parquet").unlink()
     with pytest.raises(UserError, match="start the endpoint with --keep-prompts"):
+        gathered(tmp_path)
+    write(tmp_path / "feedback", "1", ["p"], a_call("p", "big", 1.0, 0.0))
+    with pytest.raises(UserError, match="propensity must be above 0"):
         gathered(tmp_path)
     assert is_folder_of_feedback(str(tmp_path / "feedback"))
     assert not is_folder_of_feedback(str(tmp_path / "feedback" / "outcomes"))
@@ -120,7 +136,7 @@ def test_a_pipeline_reads_graded_outcomes_and_feedback_together(tmp_path: Path) 
     assert mixed.train.outcomes == f"{tmp_path}/out/feedback/outcomes.parquet"
     alone = Pipeline(PipelineConfig(**given, outcomes=str(tmp_path / "feedback")))
     assert alone.train.corpus == f"{tmp_path}/out/feedback/prompts"
-    with pytest.raises(UserError, match="has outcomes without prompts: give their corpus"):
+    with pytest.raises(UserError, match="or outcomes without prompts: wait for feedback, or give --corpus"):
         Pipeline(PipelineConfig(**given, outcomes=both))
     with pytest.raises(UserError, match="has a gateway's feedback yet"):
         Pipeline(PipelineConfig(**given, outcomes=f"{tmp_path}/a,{tmp_path}/b", corpus="c"))
