@@ -202,11 +202,15 @@ def _finite(text: str) -> float:
     return number
 
 
-def json_object(data: bytes, *, is_strict: bool = False) -> Body:
-    """Parses a JSON object; empty if the bytes are not one. Python's parser accepts NaN unless `is_strict`."""
-    number = _finite if is_strict else None
+def _finite_or_none(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def json_object(data: bytes) -> Body:
+    """Parses a JSON object; empty if the bytes are not one. NaN and infinity, which JSON lacks, become null."""
     try:
-        body = json.loads(data, parse_float=number, parse_constant=number)
+        body = json.loads(data, parse_float=_finite_or_none, parse_constant=_finite_or_none)
     except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}

@@ -250,7 +250,7 @@ class Channel:
         async with self._in_time(attempt):
             response = await self._send(attempt)
             try:
-                body = json_object(await content_of(response), is_strict=True)
+                body = json_object(await content_of(response))
                 measured = MeasuredTimes(None, monotonic() - attempt.sent_s)
             finally:
                 await self.release(response)
