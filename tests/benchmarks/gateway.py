@@ -194,7 +194,7 @@ def rate(url: str, model: str, number: int, concurrency: int, root: int) -> dict
 async def one_stream(port: int, body: dict[str, Any]) -> tuple[float, int]:
     """Seconds until the first event, and how many words came."""
     content = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
