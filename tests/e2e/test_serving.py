@@ -101,7 +101,7 @@ def two(published: str, upstream: Upstream, tmp_path_factory: pytest.TempPathFac
     patient = {"upstream": {"timeout_s": 600.0}}
     folder = tmp_path_factory.mktemp("pool")
     pool = write_pool(folder / "pool.toml", {"big": upstream, "small": upstream}, big=patient, small=patient)
-    with serving(published, replicas=2, pool=pool, **PATIENT) as serve:
+    with serving(published, replicas=2, pool=pool, watch_s=0.5, **PATIENT) as serve:
         wait_until(lambda: len(serve.replicas()) == 2, "two replicas")
         yield serve
 
@@ -147,6 +147,17 @@ def test_a_router_is_replaced_and_a_bad_one_refused_without_a_failed_request(two
         wait_for_more(answers)
     assert {status for status, _ in answers} == {200}, answers
     assert {version for _, version in answers} == {old.version, new.version}
+    assert two.replicas() == before
+
+
+def test_replicas_take_over_a_published_router_without_a_signal(two: Serve, published: str) -> None:
+    old, before = Router.load(published), two.replicas()
+    new = replace(old, default_tolerance=0.25)
+    with asking(two) as answers:
+        wait_for_more(answers)
+        new.save(published)
+        wait_until(lambda: answers[200, new.version] > 20, f"answers of {new.version}")
+    assert {status for status, _ in answers} == {200}, answers
     assert two.replicas() == before
 
 
