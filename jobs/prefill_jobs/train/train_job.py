@@ -303,8 +303,9 @@ def _report_free(predicted: GradedPrediction) -> None:
 
 
 def _of_every_target(correct: NDArray[np.float32], p_correct: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The outcomes (N, T); where no prompt has one of every target, as in feedback, P(correct) stands in for others."""
-    return correct if not np.isnan(correct).any(1).all() else np.where(np.isnan(correct), p_correct, correct)
+    """The outcomes (N, T); if most prompts lack one of some target, as in feedback, P(correct) stands in for these."""
+    is_partial = np.isnan(correct).any(1).mean() > 0.5
+    return np.where(np.isnan(correct), p_correct, correct) if is_partial else correct
 
 
 def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefill_jobs.options import TrainConfig
-from prefill_jobs.train.train_job import train
+from prefill_jobs.train.train_job import _of_every_target, train
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Part, Split, prompt_hashes
 from prefill_router.router.artifact import Router
@@ -116,3 +116,11 @@ def test_prices_are_doubted_if_many_answers_were_billed_for_their_prompts_alone(
     quick = {"outcomes": str(tmp_path / "outcomes.parquet"), "seeds": 1, "keep": 1, "max_epochs": 1}
     train(config(activations, small_data, tmp_path / "router", **quick))
     assert ("check the prices" in "".join(capsys.readouterr())) == is_doubted
+
+
+def test_where_few_prompts_are_graded_on_every_target_p_correct_stands_in() -> None:
+    correct = np.array([[1.0, np.nan], [np.nan, 0.0]], np.float32)
+    p_correct = np.array([[0.2, 0.3], [0.4, 0.5]], np.float32)
+    np.testing.assert_array_equal(_of_every_target(correct, p_correct), np.array([[1.0, 0.3], [0.4, 0.0]], np.float32))
+    half = np.append(correct, [[1.0, 0.0], [0.0, 1.0]], axis=0).astype(np.float32)
+    assert _of_every_target(half, np.full_like(half, 0.5)) is half
