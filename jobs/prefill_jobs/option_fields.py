@@ -79,7 +79,7 @@ OtherPool = Annotated[
     ),
 ]
 ACTIVATIONS = "Activation store written by `extract`, or several encoders' stores as A,B or their folder"
-OUTCOMES = "Graded answers: Parquet with columns prompt_id, target, correct and, if known, output_tokens and cost_usd"
+OUTCOMES = "Graded answers: columns prompt_id or prompt, target, correct and, if known, output_tokens and cost_usd"
 ActivationsUris = Annotated[
     str,
     Field(min_length=1, description=ACTIVATIONS),

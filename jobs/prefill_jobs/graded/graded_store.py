@@ -80,11 +80,13 @@ class GradedStore:
             store, loaded, graded, by_content(keys.prompts, keys.contents) if groups is None else groups, keys.prompts
         )
         if not np.isin(graded.keys, opened.keys).any():
+            opened = replace(opened, outcomes=graded.by_content(keys.prompts, keys.contents))
+        if not np.isin(opened.outcomes.keys, opened.keys).any():
             raise UserError(
                 f"{outcomes}: has no outcome for {activations}: its ids look like {graded.example}, those of the "
                 f"activations like {store.read(0, [])[0][0]}: check that both are of one corpus"
             )
-        unknown = graded.check_known(opened.keys, ignore_unknown=ignore_unknown or store.is_sample)
+        unknown = opened.outcomes.check_known(opened.keys, ignore_unknown=ignore_unknown or store.is_sample)
         if graded.num_other_targets:
             say(f"outcomes: ignored {graded.num_other_targets} targets that are not in pool {loaded.name}")
         if unknown:

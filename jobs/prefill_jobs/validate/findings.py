@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, PROMPT_ID, TARGET
 from prefill_router.corpus import plan as corpus_plan
 from prefill_router.corpus.plan import CorpusPlan
-from prefill_router.corpus.reader import BadRow
+from prefill_router.corpus.reader import BadRow, content_bits
 from prefill_router.corpus.row_keys import have_own_hash
 from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
 from prefill_router.outcomes import is_feedback, tables
@@ -54,6 +54,11 @@ class CorpusFacts:
         return np.concatenate([self.plan.keys[:, 0], *again])
 
     @property
+    def contents(self) -> PromptHashes:
+        """64 bits (N,) of each distinct prompt."""
+        return self.plan.keys[:, 1]
+
+    @property
     def examples(self) -> list[str]:
         return [row.prompt_id for row in corpus_plan.read_shard(self.plan.shards[0])[:_EXAMPLES]]
 
@@ -84,6 +89,7 @@ class OutcomeFacts:
 
     uri: str
     keys: PromptHashes = field(default_factory=lambda: np.empty(0, np.uint64))  # distinct, ascending
+    contents: set[int] = field(default_factory=set)  # 64 bits of the prompts whose ids are hashes of their content
     examples: list[str] = field(default_factory=list)
     graded: Counter[str] = field(default_factory=Counter)  # answers by target
     right: Counter[str] = field(default_factory=Counter)  # sums of their grades
@@ -97,8 +103,9 @@ class OutcomeFacts:
         facts, pairs, keys = cls(uri), [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for table in tables(uri):
             names, hashes = table[TARGET].to_pylist(), prompt_hashes(table[PROMPT_ID].to_pylist())
-            if not facts.examples:
-                facts.examples = pc.unique(table[PROMPT_ID])[:_EXAMPLES].to_pylist()
+            ids = pc.unique(table[PROMPT_ID]).to_pylist()
+            facts.contents.update(bits for bits in map(content_bits, ids) if bits is not None)
+            facts.examples = facts.examples or ids[:_EXAMPLES]
             correct, costs = table[CORRECT].to_numpy(), table[COST_USD].fill_null(0.0).to_numpy()
             facts.invalid[CORRECT] += _num_outside(correct, 1.0)
             facts.invalid[COST_USD] += _num_outside(costs, np.finfo(np.float64).max)
@@ -154,6 +161,9 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
 def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
     """How many prompts have both, and whether they suffice."""
     is_known = np.isin(outcomes.keys, corpus.keys)
+    if not is_known.any() and (num_same := int(np.isin(corpus.contents, list(outcomes.contents)).sum())):
+        yield Finding(f"{num_same:,} prompts have outcomes, which name them by their content")
+        return
     if not is_known.any():
         yield Finding(
             f"no outcome is of a prompt of the corpus: ids of the corpus look like {', '.join(corpus.examples)}, those "

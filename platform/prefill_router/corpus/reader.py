@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,6 +28,7 @@ from prefill_router.corpus.text_files import Fields
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 _ROLES: tuple[str, ...] = get_args(Role)
 MAX_PROMPT_BYTES = 1 << 20
+_CONTENT_HASH = re.compile("[0-9a-f]{32}")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 Message = dict[str, str]
@@ -68,6 +70,11 @@ def content_digest(prompt: Prompt) -> bytes:
 def content_hash(prompt: Prompt) -> str:
     """The id of a prompt without a prompt_id: its content digest, in hexadecimal."""
     return content_digest(prompt).hex()
+
+
+def content_bits(prompt_id: str) -> int | None:
+    """The first 64 bits of a prompt's content, given its id; None if the id is not a hash of content."""
+    return int.from_bytes(bytes.fromhex(prompt_id)[:8], "little") if _CONTENT_HASH.fullmatch(prompt_id) else None
 
 
 def _canonical(messages: list[Message]) -> str:

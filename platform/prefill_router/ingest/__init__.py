@@ -19,7 +19,8 @@ from prefill_router.ingest import (
     routerbench,
     toolkit,
 )
-from prefill_router.ingest.records import Format, Ignored, Item, Options, RawAnswer, Record
+from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
+from prefill_router.outcomes.grades import RawAnswer
 
 __all__ = ["FORMATS", "Format", "Ignored", "Item", "Options", "RawAnswer", "Record"]
 

@@ -20,12 +20,12 @@ from prefill_router.ingest.records import (
     Format,
     Item,
     Options,
-    RawAnswer,
     Record,
     Unknown,
     lettered,
     text,
 )
+from prefill_router.outcomes.grades import RawAnswer
 
 _USED = ("query", "choices", "task_name", "model_name", "performance", "output_tokens")
 _KNOWN = (

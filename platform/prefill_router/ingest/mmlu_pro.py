@@ -34,12 +34,12 @@ from prefill_router.ingest.records import (
     Ignored,
     Item,
     Options,
-    RawAnswer,
     Record,
     Unknown,
     lettered,
     text,
 )
+from prefill_router.outcomes.grades import RawAnswer
 from prefill_router.storage.compression import open_bytes
 
 _MAX_MEMBER_BYTES = 4 << 30

@@ -13,21 +13,13 @@ import pyarrow as pa
 
 from prefill_router.common.errors import shown
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow
+from prefill_router.outcomes.grades import RawAnswer
 
 CATEGORY = pa.field("category", pa.string())  # benchmark, task or subject of the prompt
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SOURCE = pa.field("source", pa.string())  # origin of the prompt according to the file
 
 _MAX_UNKNOWN = 64  # reported unknown columns per file
-
-
-class RawAnswer(NamedTuple):
-    """A target's answer to a prompt; `correct` is None if it was never graded."""
-
-    target: object
-    correct: object
-    output_tokens: object = None
-    cost_usd: object = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ from prefill_router.corpus.reader import (
     validate_prompt,
     validate_text,
 )
-from prefill_router.ingest.grades import CheckedGrade, grade
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
+from prefill_router.outcomes.grades import CheckedGrade, grade
 from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"

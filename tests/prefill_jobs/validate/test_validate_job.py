@@ -95,6 +95,14 @@ def test_ids_that_do_not_match_are_shown_from_both_sides(tmp_path: Path) -> None
     ]
 
 
+def test_outcomes_may_name_prompts_by_their_content(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", {"prompt_id": "q-1", "prompt": "one"})
+    graded = write(tmp_path / "outcomes.csv", "prompt,target,correct\none,big,1\n")
+    facts, errors = found(corpus=corpus, outcomes=graded)
+    assert facts[-1] == "1 prompts have outcomes, which name them by their content"
+    assert not errors
+
+
 def test_ids_that_are_hashes_are_said(tmp_path: Path) -> None:
     facts, _ = found(corpus=write_jsonl(tmp_path / "corpus.jsonl", {"prompt": "one"}))
     assert facts[1] == f"{tmp_path}/corpus.jsonl: ids are hashes of the prompts"

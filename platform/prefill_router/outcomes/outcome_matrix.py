@@ -1,7 +1,6 @@
-"""Outcomes: graded answers, that is, whether a target was correct on a prompt, its answer's length and its cost.
+"""Outcomes in memory: matrices with 8 bytes for each prompt, and 12 for each pair of a prompt and a target.
 
-Outcomes are in long format on disk and matrices in memory: 8 bytes for each prompt, and 12 for each pair of a prompt
-and a target. A missing pair is NaN, never a wrong answer.
+A missing pair is NaN, never a wrong answer.
 """
 
 # N prompts, T targets
@@ -17,23 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import (
-    CALL_ID,
     CORRECT,
     COST_USD,
-    LATENCY_S,
-    OUTCOMES,
     OUTPUT_TOKENS,
     PROMPT_ID,
-    PROPENSITY,
-    REQUEST_ID,
     TARGET,
 )
-from prefill_router.corpus.split import prompt_hashes
-
-_BATCH_ROWS = 1 << 17
+from prefill_router.corpus.reader import content_bits
+from prefill_router.corpus.split import PromptHashes, prompt_hashes
+from prefill_router.outcomes.outcome_tables import is_feedback, tables
 
 
 class Answers(NamedTuple):
@@ -76,6 +69,29 @@ class Outcomes:
             output_tokens=self.output_tokens[:, first],
             cost_usd=self.cost_usd[:, first],
         )
+
+    def by_content(self, prompts: PromptHashes, contents: PromptHashes) -> Outcomes:
+        """Returns these outcomes under the ids of a corpus, for outcomes whose ids are hashes of the prompts' content.
+
+        `prompts` (N,) are hashes of the corpus's ids and `contents` (N,) 64 bits of its prompts. Other outcomes stay.
+        """
+        rows = self._content_rows()
+        row_of = np.array([rows.get(content, -1) for content in contents.tolist()], np.int64)
+        found, which = prompts[row_of >= 0], row_of[row_of >= 0]
+        rest = np.setdiff1d(np.arange(len(self.keys)), which)
+        keys, first = np.unique(np.concatenate([found, self.keys[rest]]), return_index=True)
+        which = np.concatenate([which, rest])[first]
+        values = (self.correct[which], self.output_tokens[which], self.cost_usd[which])
+        return Outcomes(self.uri, self.targets, keys, *values, self.num_other_targets)
+
+    def _content_rows(self) -> dict[int, int]:
+        """The row of each outcome whose id is a content hash, by 64 bits of that content."""
+        ids = {name for table in tables(self.uri) for name in pc.unique(table[PROMPT_ID]).to_pylist()}
+        contents = {name: bits for name in ids if (bits := content_bits(name)) is not None}
+        keys = prompt_hashes(contents)
+        rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        is_own = self.keys[rows] == keys
+        return {bits: row for bits, row, own in zip(contents.values(), rows.tolist(), is_own, strict=True) if own}
 
     @property
     def example(self) -> str:
@@ -127,26 +143,6 @@ def load_outcomes(uri: str, targets: Sequence[str], correct_at: float | None = N
     return Outcomes(uri, list(targets), keys, *answers, len(others))
 
 
-def check_columns(uri: str) -> None:
-    """Raises UserError if outcomes, or columns of them, are missing. Reads no rows."""
-    for file in _files(uri):
-        with storage.open_parquet(file) as parquet:
-            _check_names(parquet.schema_arrow.names, file)
-
-
-def _check_names(names: Sequence[str], uri: str) -> None:
-    for required in (PROMPT_ID, TARGET, CORRECT):
-        if required not in names:
-            raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
-
-
-def is_feedback(uri: str) -> bool:
-    """Returns whether these outcomes are a gateway's feedback, in which a pair may occur in many requests."""
-    (first, *_) = _files(uri)
-    with storage.open_parquet(first) as file:
-        return REQUEST_ID in file.schema_arrow.names
-
-
 def _pairs(uri: str, targets: Sequence[str], keys: NDArray[np.uint64], correct_at: float | None) -> Answers:
     """Reads outcomes in which each pair occurs once."""
     answers = Answers(*np.full((len(Answers._fields), len(keys), len(targets)), np.nan, np.float32))
@@ -191,35 +187,6 @@ def at_threshold(rewards: NDArray[Any], correct_at: float | None) -> NDArray[np.
     return narrow if correct_at is None else (narrow >= np.float32(correct_at)).astype(np.float32)
 
 
-def load_feedback(uri: str, more: Sequence[str] = ()) -> pa.Table:
-    """Reads the graded requests of a gateway's feedback, one row each.
-
-    Columns are prompt_id, target, correct, propensity, request_id and `more`, and call_id and latency_s, which are null
-    in older files.
-
-    Raises UserError if a column of feedback is missing.
-    """
-    requests: set[int] = set()
-    wanted = list(dict.fromkeys([PROMPT_ID, TARGET, CORRECT, PROPENSITY, REQUEST_ID, *more]))
-    tables = []
-    for file in _files(uri):
-        with storage.damage(file), storage.open_parquet(file) as parquet:
-            names = parquet.schema_arrow.names
-            if missing := [name for name in wanted if name not in names]:
-                raise UserError(f"{file}: column {missing[0]} is missing: not a gateway's feedback")
-            table = _first_of_requests(parquet.read([*wanted, *({CALL_ID, LATENCY_S} & set(names))]), requests)
-        for name, kind in ((CALL_ID, pa.string()), (LATENCY_S, pa.float32())):
-            if name not in names:  # an older file
-                table = table.append_column(name, pa.nulls(len(table), kind))
-        tables.append(table.select([*wanted, CALL_ID, LATENCY_S]).filter(pc.is_valid(table[CORRECT])))
-    return pa.concat_tables(tables)
-
-
-def target_names(uri: str) -> list[str]:
-    """Returns the names of all targets with outcomes at `uri`, sorted."""
-    return sorted({name for table in tables(uri) for name in pc.unique(table[TARGET]).to_pylist()})
-
-
 class _Batch(NamedTuple):
     table: pa.Table
     keys: NDArray[np.uint64]  # hash of each row's prompt
@@ -252,64 +219,6 @@ def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], 
 def _some(names: set[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
-
-
-def tables(uri: str) -> Iterator[pa.Table]:
-    """Yields graded rows in batches of the schema OUTCOMES. Of repeated rows of a request, only the first counts."""
-    requests: set[int] = set()
-    for file in _files(uri):
-        yield from _pieces(file, requests)
-
-
-def _files(uri: str) -> list[str]:
-    storage.require(uri, "outcomes")
-    files = storage.list_files(uri, [".parquet"])
-    if not files:
-        raise UserError(f"{uri}: has no Parquet file of outcomes: pass a .parquet file, or a folder of them")
-    return files
-
-
-def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
-    with storage.damage(uri), storage.open_parquet(uri) as file:
-        names = file.schema_arrow.names
-        _check_names(names, uri)
-        wanted = [name for name in (*OUTCOMES.names, REQUEST_ID, CALL_ID) if name in names]
-        for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
-            table = pa.Table.from_batches([batch])
-            yield _normalised(_first_of_requests(table, requests) if REQUEST_ID in names else table, uri)
-
-
-def _first_of_requests(table: pa.Table, requests: set[int]) -> pa.Table:
-    """Keeps the first row of each request that is not in `requests` (hashes), and adds it there.
-
-    Requests are identified by `call_id` if the table has it, because two callers may use the same request id.
-    """
-    ids = table[REQUEST_ID]
-    if CALL_ID in table.column_names:
-        ids = pc.coalesce(table[CALL_ID], ids)
-    is_new = np.zeros(len(table), bool)
-    for i, request in enumerate(prompt_hashes(ids.to_pylist()).tolist()):
-        is_new[i] = request not in requests
-        requests.add(request)
-    return table.filter(pa.array(is_new))
-
-
-def _normalised(table: pa.Table, uri: str) -> pa.Table:
-    for name in (OUTPUT_TOKENS, COST_USD):
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), OUTCOMES.field(name).type))
-    columns = []
-    for field in OUTCOMES:
-        try:
-            columns.append(table[field.name].cast(field.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{uri}: column {field.name} must be {field.type}: {error}") from None
-    table = pa.table(columns, names=OUTCOMES.names)
-    for key in (PROMPT_ID, TARGET):
-        if table[key].null_count:
-            raise UserError(f"{uri}: {table[key].null_count} rows have no {key}")
-    # An ungraded answer is a missing outcome.
-    return table.filter(pc.is_valid(table[CORRECT]))
 
 
 def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: str, uri: str) -> None:

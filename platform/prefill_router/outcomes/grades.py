@@ -8,11 +8,19 @@ from typing import NamedTuple
 from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, TARGET
 from prefill_router.corpus.reader import validate_text
-from prefill_router.ingest.records import RawAnswer
 
 _WORDS = {"true": 1.0, "false": 0.0}
 _MAX_NAME_BYTES = 1024
 _MAX_TOKENS = (1 << 31) - 1  # the column is an int32
+
+
+class RawAnswer(NamedTuple):
+    """A target's answer to a prompt; `correct` is None if it was never graded."""
+
+    target: object
+    correct: object
+    output_tokens: object = None
+    cost_usd: object = None
 
 
 class CheckedGrade(NamedTuple):

@@ -118,7 +118,7 @@ def test_the_first_targets_alone(tmp_path: Path) -> None:
 
 def test_many_pieces_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(tmp_path)
-    monkeypatch.setattr("prefill_router.outcomes._BATCH_ROWS", 1)
+    monkeypatch.setattr("prefill_router.outcomes.outcome_tables._BATCH_ROWS", 1)
     pieces = load(tmp_path)
     np.testing.assert_array_equal(pieces.keys, whole.keys)
     np.testing.assert_array_equal(pieces.correct, whole.correct)
@@ -188,7 +188,7 @@ def test_a_row_without_a_key_is_an_error(tmp_path: Path, column: str) -> None:
 def test_missing_outcomes_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such outcomes"):
         load_outcomes(str(tmp_path / "nowhere"), ["big"])
-    with pytest.raises(UserError, match="has no Parquet file of outcomes"):
+    with pytest.raises(UserError, match="has no file of outcomes: pass a file, or a folder of them"):
         load_outcomes(str(tmp_path), ["big"])
 
 
