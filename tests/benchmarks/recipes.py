@@ -265,8 +265,10 @@ class Held:
         return [*values, s.saving_at_best_single]
 
     def cost_error(self, pool: Pool, router: str) -> float:
-        """Mean absolute error of the cost of an answer, USD."""
+        """Mean absolute error of the cost of an answer, USD; NaN if no length is known."""
         known = ~np.isnan(self.output_tokens)
+        if not known.any():
+            return float("nan")
         expected = pool.expected_cost(self.num_tokens, self.said[router].output_tokens)
         return float(np.abs(expected - pool.expected_cost(self.num_tokens, self.output_tokens))[known].mean())
 
