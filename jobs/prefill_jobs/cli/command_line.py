@@ -197,6 +197,7 @@ def _evaluate(config: Any) -> None:
         encoders_line,
         headline,
         metric_rows,
+        which_tolerance,
     )
     from prefill_router.reports.log_page import policy_rows
 
@@ -210,6 +211,7 @@ def _evaluate(config: Any) -> None:
     with result_on_stdout():
         evaluation = evaluate(config)
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
+    typer.echo(which_tolerance(evaluation))
     typer.echo(against_baselines(evaluation))
     if line := encoders_line(evaluation):
         typer.echo(line)

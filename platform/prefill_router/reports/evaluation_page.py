@@ -45,6 +45,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         e=evaluation,
         notice=notice,
         headline=headline(evaluation),
+        which_tolerance=which_tolerance(evaluation),
         against_baselines=against_baselines(evaluation),
         encoders=encoders_line(evaluation),
         plots=plots,
@@ -83,6 +84,20 @@ def headline(evaluation: Evaluation) -> str:
         f"compared with {shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for {best}, "
         f"the best single target{saved}."
     )
+
+
+def which_tolerance(evaluation: Evaluation) -> str:
+    """Sentences that say which tolerance to set, what it saves, and what is not known of it."""
+    points = [point for point in evaluation.operating_points if "best single target" in point.title]
+    if not points:
+        return f"No tolerance reaches the best single target's {evaluation.quality} on these prompts."
+    choices = [
+        f"{shown(point.tolerance, '.3f')} costs {shown(point.cost.value, '$')} per 1,000 prompts, "
+        f"{in_words(point.saving_against_best_single, '%')} less than the best single target, and changes the "
+        f"{evaluation.quality} by {in_words(point.accuracy_less_best_single, '+%')}"
+        for point in points[:2]
+    ]
+    return f"Which tolerance: {'; '.join(choices)}. It was chosen on these prompts: expect a little less on others."
 
 
 def against_baselines(evaluation: Evaluation) -> str:

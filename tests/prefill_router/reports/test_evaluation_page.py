@@ -26,6 +26,7 @@ from prefill_router.reports.evaluation_page import (
     outlook,
     render_html,
     shown,
+    which_tolerance,
 )
 from prefill_router.reports.figures import NARROW, WIDE, curve_figure, learning_figure, probe_figure, to_svg
 
@@ -255,6 +256,27 @@ def test_headline_compares_with_the_best_single_target() -> None:
         "75.0% (70.0% to 80.0%) of the answers are right at $1.00 per 1,000 prompts, compared with 70.0% at $4.00 for "
         "small, the best single target: 75.0% (70.0% to 81.0%) saved."
     )
+
+
+def test_the_page_says_which_tolerance_saves_how_much() -> None:
+    e = evaluation()
+    point = replace(
+        e.operating_points[0],
+        title="accuracy of the best single target",
+        tolerance=0.0129,
+        cost=Interval(0.004, 0.003, 0.005),
+        saving_against_best_single=Interval(0.727, 0.6, 0.8),
+        accuracy_less_best_single=Interval(0.0, -0.005, 0.006),
+    )
+    text = which_tolerance(replace(e, operating_points=[e.operating_points[0], point]))
+    assert text == (
+        "Which tolerance: 0.013 costs $4.00 per 1,000 prompts, 72.7% (60.0% to 80.0%) less than the best single "
+        "target, and changes the accuracy by +0.0% (-0.5% to +0.6%). It was chosen on these prompts: expect a little "
+        "less on others."
+    )
+    assert which_tolerance(e) in render_html(e).replace("&#39;", "'")
+    never = which_tolerance(replace(e, operating_points=e.operating_points[:1]))
+    assert never == "No tolerance reaches the best single target's accuracy on these prompts."
 
 
 def test_headline_names_the_cheaper_of_two_best_targets() -> None:
