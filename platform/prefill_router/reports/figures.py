@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -109,6 +109,31 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     _label(axes, "", "mean cost per prompt, USD", evaluation.quality)
     legend = figure.legend(loc="outside lower center", ncols=3 if width > _MAX_NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
+    return figure
+
+
+class LogCosts(NamedTuple):
+    """Points (cost in USD, expected accuracy) of a whole query log."""
+
+    chosen: tuple[float, float]
+    tolerances: Sequence[tuple[float, float]]
+    singles: Mapping[str, tuple[float, float]]  # by target
+
+
+def log_costs_figure(costs: LogCosts, width: float) -> Figure:
+    """Expected accuracy by the cost of a log: the router's tolerances, its choice, and each single target."""
+    figure = Figure(figsize=(width, 4.2 if width > _MAX_NARROW else 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*sorted(costs.tolerances), strict=True), "o-", color=_COLOURS[0], ms=4, lw=1.8, label="tolerances")
+    axes.plot(*costs.chosen, "*", color=_COLOURS[0], ms=14, mec="white", label="this choice")
+    for target, point in costs.singles.items():
+        axes.plot(*point, "o", color=_INK, ms=5)
+        axes.annotate(target, point, textcoords="offset points", xytext=(5, -11), fontsize=8, parse_math=False)
+    if min(cost for cost, _ in (costs.chosen, *costs.tolerances, *costs.singles.values())) > 0.0:
+        axes.set_xscale("log")
+    axes.margins(x=0.14, y=0.08)
+    _label(axes, "", "cost of the log, USD", "expected accuracy")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 

@@ -18,6 +18,8 @@ from prefill_router.query_log.allocation import Allocation
 from prefill_router.reports.evaluation_page import TEMPLATES, shown
 from prefill_router.reports.versions import versions
 
+Point = tuple[float, float]  # USD, and expected accuracy
+
 _MAX_ROWS = 60  # of a table: the largest segments; report.json holds all
 
 
@@ -53,6 +55,8 @@ def write_report(uri: str, report: LabelReport) -> None:
 
 def render_html(report: LabelReport) -> str:
     """The report as one self-contained page."""
+    from prefill_router.reports import figures  # imports matplotlib, which is slow to load
+
     return TEMPLATES.get_template("label.html").render(
         title=f"Label report: {report.pool.name}",
         about={**report.about, "Versions": versions()},
@@ -60,6 +64,7 @@ def render_html(report: LabelReport) -> str:
         headline=headline(report),
         budget=_budget(report),
         used=_used(report),
+        plot=figures.in_both_widths(figures.log_costs_figure, figures.LogCosts(*_points(report))),
         costs=_cost_rows(report),
         shares_heads=["", "lines", "cost", *report.pool.target_names],
         shares=_segment_tables(report, _share_row),
@@ -109,19 +114,26 @@ def _used(report: LabelReport) -> str | None:
     )
 
 
-def _cost_rows(report: LabelReport) -> list[list[str]]:
+def _points(report: LabelReport) -> tuple[Point, list[Point], dict[str, Point]]:
+    """The router's choice, its choices at TOLERANCES, and the targets, the most accurate first."""
     sums, names = report.tally.everything, report.pool.target_names
+    chosen = sums.total("chosen_cost_usd"), sums.share("chosen_correct")
+    tolerances = [
+        (float(sums["tolerance_cost_usd"][k]), _mean(sums, "tolerance_correct", k)) for k in range(len(TOLERANCES))
+    ]
+    order = np.argsort(-sums["correct"], kind="stable").tolist()
+    return chosen, tolerances, {names[t]: (float(sums["cost_usd"][t]), _mean(sums, "correct", t)) for t in order}
+
+
+def _cost_rows(report: LabelReport) -> list[list[str]]:
+    chosen, tolerances, singles = _points(report)
     rule = "budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}"
-    points = [(f"router, {rule}", sums.total("chosen_cost_usd"), sums.share("chosen_correct"))]
-    points += [
-        (f"router, tolerance {tolerance:g}", float(sums["tolerance_cost_usd"][k]), _mean(sums, "tolerance_correct", k))
-        for k, tolerance in enumerate(TOLERANCES)
+    points = [
+        (f"router, {rule}", chosen),
+        *((f"router, tolerance {t:g}", point) for t, point in zip(TOLERANCES, tolerances, strict=True)),
+        *((f"always {name}", point) for name, point in singles.items()),
     ]
-    points += [
-        (f"always {names[t]}", float(sums["cost_usd"][t]), _mean(sums, "correct", t))
-        for t in np.argsort(-sums["correct"], kind="stable").tolist()
-    ]
-    return [[title, usd(cost), shown(right, "%")] for title, cost, right in points]
+    return [[title, usd(cost), shown(right, "%")] for title, (cost, right) in points]
 
 
 def _segment_tables(report: LabelReport, row: Any) -> dict[str, list[list[str]]]:

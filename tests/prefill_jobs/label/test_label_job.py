@@ -129,6 +129,7 @@ def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_colu
     page = (tmp_path / "out" / "report.html").read_text()
     assert "The log records the target and the cost or answer length of" in page
     assert "By meta.team" in page
+    assert page.count("<svg") == 2  # cost and expected accuracy, for desktop and for phone
 
     labelled(router, log, by="meta.team", time="at", partition_by="meta.team,day", overwrite=True)
     found = duckdb.sql(
