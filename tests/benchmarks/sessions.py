@@ -33,8 +33,9 @@ from prefill_router.policy.pool import Pool, Target
 from prefill_router.policy.switching import SwitchRule
 from prefill_serve.gateway.candidates import RoutedPlan
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.conversation_keys import thread_of
 from prefill_serve.gateway.planner import known_prefix
-from prefill_serve.gateway.state.conversations import Conversations, Past, thread_of
+from prefill_serve.gateway.state.conversations import Conversations, Past
 
 POOL = Pool(
     name="agents",

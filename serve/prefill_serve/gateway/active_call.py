@@ -15,10 +15,11 @@ from prefill_router.policy.pool import Target
 from prefill_router.upstreams.translation.untranslatable import Untranslatable
 from prefill_serve.gateway.candidates import Candidate, Plan, RoutedPlan, can_take
 from prefill_serve.gateway.charges import charge_of, expected_usd, guessed_usd, most_usd, usual_answers
+from prefill_serve.gateway.conversation_keys import answer_key
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.refused_fields import is_adaptable, is_hint
 from prefill_serve.gateway.state.call_ledger import Bid
-from prefill_serve.gateway.state.conversations import Key, MainAgent, answer_key
+from prefill_serve.gateway.state.conversations import Key, MainAgent
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.translated_calls import TranslatedCall, translated
 from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamRefusal

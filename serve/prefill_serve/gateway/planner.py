@@ -13,10 +13,11 @@ from prefill_router.policy.switching import SwitchRule
 from prefill_serve.endpoint import Endpoint, UnknownTarget
 from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, default_order, estimated_tokens
+from prefill_serve.gateway.conversation_keys import Thread, answer_key, has_sealed_reasoning, thread_of
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.call_ledger import CallLedger
-from prefill_serve.gateway.state.conversations import Past, Thread, answer_key, has_sealed_reasoning, thread_of
+from prefill_serve.gateway.state.conversations import Past
 from prefill_serve.gateway.upstream import Channel
 from prefill_serve.settings import GatewaySettings
 

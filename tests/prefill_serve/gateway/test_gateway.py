@@ -25,8 +25,8 @@ from mutations import damaged, mutated
 from prefill_router.corpus.reader import content_hash
 from prefill_router.router.artifact import Router
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.conversation_keys import thread_of
 from prefill_serve.gateway.planner import LEDGER_S
-from prefill_serve.gateway.state.conversations import thread_of
 from upstream import Call, Fault, Upstream
 
 ASKED = "what is one plus two"

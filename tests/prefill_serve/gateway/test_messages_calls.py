@@ -10,9 +10,9 @@ import pytest
 from prefill_router.policy.pool import Target, Upstream
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.conversation_keys import thread_of
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Needs, Note
-from prefill_serve.gateway.state.conversations import thread_of
 from prefill_serve.gateway.translated_calls import translated
 
 UPSTREAM = Upstream(base_url="http://127.0.0.1/v1", limit_field="max_completion_tokens")

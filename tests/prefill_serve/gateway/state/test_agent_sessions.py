@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.conversation_keys import thread_of
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
-from prefill_serve.gateway.state.conversations import Conversations, Past, thread_of
+from prefill_serve.gateway.state.conversations import Conversations, Past
 
 TURNS = 50
 CODE = ("edit", "read", "run", "task")

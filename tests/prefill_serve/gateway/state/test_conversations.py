@@ -7,16 +7,11 @@ from typing import Any
 import pytest
 
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.conversation_keys import answer_key, has_sealed_reasoning, thread_of
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state import conversations
-from prefill_serve.gateway.state.conversations import (
-    Conversations,
-    Past,
-    answer_key,
-    has_sealed_reasoning,
-    thread_of,
-)
+from prefill_serve.gateway.state.conversations import Conversations, Past
 
 SYSTEM = {"role": "system", "content": "be brief"}
 FIRST = {"role": "user", "content": "what is 17 * 23?"}
