@@ -36,7 +36,6 @@ WITHOUT_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_gra
 # of all encoders in place of each one's.
 DID_NOT_HAPPEN = {
     "ray_prefill_router_encoder_drift_distance_bucket",
-    "ray_prefill_router_first_token_seconds_bucket",
     "ray_prefill_router_job_quarantined_rows_total",
     "ray_prefill_router_job_retries_total",
     "ray_prefill_router_job_reused_rows_total",
@@ -96,7 +95,8 @@ def asking(serve: Serve) -> Iterator[None]:
                 question = "one " * 100 if n % 7 == 0 else f"what is {n % 50} minus one {fault}"
                 messages = [{"role": "user", "content": question}]
                 session = {"x-session-id": str(n // 3)}
-                client.post("/v1/chat/completions", json={"messages": messages}, headers=session)
+                call = {"messages": messages, "stream": n % 2 == 0}
+                client.post("/v1/chat/completions", json=call, headers=session)
 
     thread = threading.Thread(target=ask)
     thread.start()
