@@ -6,6 +6,7 @@ formats. Start reading at `records`, then `toolkit`, the simplest format.
 
 from __future__ import annotations
 
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.ingest import (
     answer_table,
     llmrouter,
@@ -20,7 +21,6 @@ from prefill_router.ingest import (
     toolkit,
 )
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
-from prefill_router.outcomes.grades import RawAnswer
 
 __all__ = ["FORMATS", "Format", "Ignored", "Item", "Options", "RawAnswer", "Record"]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from prefill_router.common.errors import UserError, shown
 from prefill_router.common.schema import CORRECT, COST_USD, MESSAGES, OUTPUT_TOKENS, PROMPT, PROMPT_ID, TARGET
 from prefill_router.corpus.formats import SUFFIXES, read_records
+from prefill_router.corpus.grades import RawAnswer, is_grade
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields
 from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer, is_grade
 
 _PROMPTS = (PROMPT, "question", "query", "input", "instruction", "text")
 _IDS = (PROMPT_ID, "id")

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 
 from prefill_router.common.errors import InvalidRowError, shown
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import (
@@ -25,7 +26,6 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.outcomes.grades import RawAnswer
 
 _USED = ("query", "choices", "task_name", "model_name", "performance", "output_tokens")
 _KNOWN = (

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_json
 from prefill_router.ingest.records import CATEGORY, Format, Ignored, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer
 from prefill_router.storage.compression import open_bytes
 
 _KNOWN = (

@@ -19,10 +19,10 @@ from typing import Any
 
 from prefill_router import storage
 from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.grades import RawAnswer, is_grade
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import CATEGORY, Format, Ignored, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer, is_grade
 
 _NAME = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl(?:\.gz|\.zst)?")
 _METRICS = ("exact_match", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc")

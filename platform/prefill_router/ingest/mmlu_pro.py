@@ -24,6 +24,7 @@ from typing import IO, TypeGuard
 
 from prefill_router import storage
 from prefill_router.common.errors import UserError, shown
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_json
 from prefill_router.ingest.records import (
@@ -39,7 +40,6 @@ from prefill_router.ingest.records import (
     lettered,
     text,
 )
-from prefill_router.outcomes.grades import RawAnswer
 from prefill_router.storage.compression import open_bytes
 
 _MAX_MEMBER_BYTES = 4 << 30

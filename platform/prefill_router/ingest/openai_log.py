@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import OUTPUT_TOKENS
+from prefill_router.corpus.grades import output_tokens
 from prefill_router.corpus.openai_requests import model_of, prompt_of, usage_of
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record, text
-from prefill_router.outcomes.grades import output_tokens
 
 _EXTRAS = (pa.field("model", pa.string()), pa.field(OUTPUT_TOKENS, pa.int32()), pa.field("custom_id", pa.string()))
 

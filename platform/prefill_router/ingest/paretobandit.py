@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prefill_router.common.errors import shown
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, read_jsonl
 from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer
 
 _USED = ("prompt", "source", "arms")
 _KNOWN = ("difficulty", "best_arm", "best_reward", "worst_reward", "reward_spread")

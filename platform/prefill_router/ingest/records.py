@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from prefill_router.common.errors import shown
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow
-from prefill_router.outcomes.grades import RawAnswer
 
 CATEGORY = pa.field("category", pa.string())  # benchmark, task or subject of the prompt
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import text_files
+from prefill_router.corpus.grades import RawAnswer, is_grade
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, open_csv, require_columns
 from prefill_router.ingest.records import CATEGORY, Format, Item, Options, Record, Unknown
-from prefill_router.outcomes.grades import RawAnswer, is_grade
 
 _RESPONSE = "_response"
 _INDEX = "Unnamed:"  # pandas' name for a written index

@@ -20,10 +20,10 @@ import pyarrow as pa
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.formats import column_values
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields, check_unique, open_csv, require_columns
 from prefill_router.ingest.records import CATEGORY, Format, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer
 from prefill_router.storage.parquet_files import batch_rows
 
 _USED = ("sample_id", "prompt", "eval_name")

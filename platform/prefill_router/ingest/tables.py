@@ -17,6 +17,7 @@ from prefill_router import storage
 from prefill_router.common.console import say
 from prefill_router.common.errors import InvalidRowError, UserError, shown
 from prefill_router.common.schema import MESSAGES, OUTCOMES, PROMPT, PROMPT_ID
+from prefill_router.corpus.grades import CheckedGrade, grade
 from prefill_router.corpus.reader import (
     BadRow,
     Prompt,
@@ -28,7 +29,6 @@ from prefill_router.corpus.reader import (
 )
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
-from prefill_router.outcomes.grades import CheckedGrade, grade
 from prefill_router.storage import parquet_objects
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prefill_router.corpus.grades import RawAnswer
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import open_csv, require_columns
 from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, Record, Unknown, text
-from prefill_router.outcomes.grades import RawAnswer
 
 _REQUIRED = ("question", "model", "isCorrect")
 _EXTRAS = (CATEGORY, SOURCE)

@@ -1,6 +1,6 @@
 """Outcomes: graded answers, that is, whether a target was correct on a prompt, its answer's length and its cost.
 
-`outcome_tables` reads files, `outcome_matrix` makes matrices of them, and `grades` checks single answers.
+`outcome_tables` reads files, and `outcome_matrix` makes matrices of them.
 """
 
 from prefill_router.outcomes.outcome_matrix import Answers, Outcomes, at_threshold, load_outcomes

@@ -28,10 +28,10 @@ from prefill_router.common.schema import (
     TARGET,
 )
 from prefill_router.corpus.formats import FORMATS, SUFFIXES, read_records
+from prefill_router.corpus.grades import RawAnswer, grade
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES, content_hash, validate_text
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.corpus.text_files import Fields
-from prefill_router.outcomes.grades import RawAnswer, grade
 
 _BATCH_ROWS, _MAX_ROW_BYTES = 1 << 17, 64 * MAX_PROMPT_BYTES
 _PARQUET = ".parquet"

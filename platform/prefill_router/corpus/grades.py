@@ -1,4 +1,4 @@
-"""Validates an answer before it becomes an outcome: target name, grade in [0, 1], number of tokens, cost."""
+"""Validates a graded answer of a text file: target name, grade in [0, 1], number of tokens, cost."""
 
 from __future__ import annotations
 
