@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from prefill_router.common.errors import some_of
 from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, PROMPT_ID, TARGET
 from prefill_router.corpus import plan as corpus_plan
 from prefill_router.corpus.plan import CorpusPlan
@@ -143,8 +144,8 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
     """What a pool and outcomes say of each other."""
     if ungraded := [name for name in pool.target_names if not outcomes.graded[name]]:
         yield Finding(
-            f"pool {pool.name}: no outcome of {_some(ungraded)}: grade their answers, or use only targets with "
-            f"outcomes: {_some(outcomes.graded)}",
+            f"pool {pool.name}: no outcome of {some_of(ungraded)}: grade their answers, or use only targets with "
+            f"outcomes: {some_of(outcomes.graded)}",
             is_error=True,
         )
     for target in pool.targets:
@@ -155,7 +156,7 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
                 is_error=True,
             )
     if others := set(outcomes.graded) - set(pool.target_names):
-        yield Finding(f"{outcomes.uri}: not in pool {pool.name}, and ignored: {_some(others)}")
+        yield Finding(f"{outcomes.uri}: not in pool {pool.name}, and ignored: {some_of(others)}")
 
 
 def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
@@ -184,8 +185,3 @@ def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
     )
     if counts[1] < _FEW:
         yield Finding(f"{counts[1]:,} validation prompts are few: a tolerance chosen on under {_FEW} is mostly noise")
-
-
-def _some(names: Collection[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8:,} more" if len(ordered) > 8 else "")

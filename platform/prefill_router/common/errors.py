@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Collection
 
 
 class UserError(ValueError):
@@ -29,3 +30,9 @@ def shown(value: object) -> str:
     short = value[:60] if isinstance(value, str) else value
     text = "".join(itertools.islice(json.JSONEncoder(default=str).iterencode(short), 61))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def some_of(names: Collection[str]) -> str:
+    """Names in order, as text: the first eight, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8:,} more" if len(ordered) > 8 else "")

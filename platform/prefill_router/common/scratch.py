@@ -21,9 +21,8 @@ class ScratchFolder:
     """
 
     def __init__(self, prefix: str = PREFIX, parent: str | None = None) -> None:
-        parent = parent or tempfile.gettempdir()
-        for owner in _owners(parent, prefix):
-            _remove_abandoned(owner)
+        for folder in abandoned(prefix, parent):
+            shutil.rmtree(folder, ignore_errors=True)
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         unlocked = self.path / "owner.new"
         self._owner = unlocked.open("w")
@@ -45,13 +44,9 @@ class ScratchFolder:
 
 def abandoned(prefix: str = PREFIX, parent: str | None = None) -> Iterator[Path]:
     """Yields the folders whose process has ended without removing them."""
-    for owner in _owners(parent or tempfile.gettempdir(), prefix):
+    for owner in Path(parent or tempfile.gettempdir()).glob(f"{prefix}*/{_OWNER}"):
         if _is_abandoned(owner):
             yield owner.parent
-
-
-def _owners(parent: str, prefix: str) -> Iterator[Path]:
-    return Path(parent).glob(f"{prefix}*/{_OWNER}")
 
 
 def _is_abandoned(owner: Path) -> bool:
@@ -61,8 +56,3 @@ def _is_abandoned(owner: Path) -> bool:
     except OSError:  # its process lives, or is another user's
         return False
     return True
-
-
-def _remove_abandoned(owner: Path) -> None:
-    if _is_abandoned(owner):
-        shutil.rmtree(owner.parent, ignore_errors=True)

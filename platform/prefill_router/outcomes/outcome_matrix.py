@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from prefill_router.common.errors import UserError
+from prefill_router.common.errors import UserError, some_of
 from prefill_router.common.schema import (
     CORRECT,
     COST_USD,
@@ -136,7 +136,7 @@ def load_outcomes(uri: str, targets: Sequence[str], correct_at: float | None = N
     is_graded_T = np.asarray((~np.isnan(answers.correct)).any(0))
     for target, is_graded in zip(targets, is_graded_T, strict=True):
         if not is_graded:
-            names = _some(others | set(np.array(targets)[is_graded_T].tolist()))
+            names = some_of(others | set(np.array(targets)[is_graded_T].tolist()))
             raise UserError(
                 f'{uri}: target "{target}" of the pool has no outcome: grade its answers, or use only {names}'
             )
@@ -214,11 +214,6 @@ def _graded_keys(uri: str, targets: Sequence[str]) -> tuple[NDArray[np.uint64], 
         if num_more > len(keys):  # merging only when their number doubles keeps the total cost linear
             keys, more, num_more = np.unique(np.concatenate([keys, *more])), [], 0
     return np.unique(np.concatenate([keys, *more])), names - set(targets)
-
-
-def _some(names: set[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
 
 
 def _check_all(fits: NDArray[np.bool_], table: pa.Table, column: str, allowed: str, uri: str) -> None:

@@ -71,13 +71,14 @@ def _columns(uri: str) -> list[str]:
 
 
 def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
-    names = _columns(uri)
-    _check_names(names, uri)
     if not uri.endswith(_PARQUET):
+        _check_names(_columns(uri), uri)
         yield from _from_rows(uri)
         return
-    wanted = [name for name in (*OUTCOMES.names, REQUEST_ID, CALL_ID) if name in names]
     with storage.damage(uri), storage.open_parquet(uri) as file:
+        names = file.schema_arrow.names
+        _check_names(names, uri)
+        wanted = [name for name in (*OUTCOMES.names, REQUEST_ID, CALL_ID) if name in names]
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted if PROMPT_ID in names else [*wanted, PROMPT]):
             table = pa.Table.from_batches([batch])
             yield _normalised(_first_of_requests(table, requests) if REQUEST_ID in names else table, uri)
