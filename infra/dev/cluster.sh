@@ -25,11 +25,12 @@ exec python - "$port" "$dashboard" "${CPUS:-2}" "${NODES:-2}" << 'EOF'
 import os
 import signal
 import sys
+import threading
 
 from ray.cluster_utils import Cluster
 
 port, dashboard, cpus, nodes = map(int, sys.argv[1:])
-ended = {signal.SIGINT, signal.SIGTERM}
+ended = threading.Event()
 node = {"num_cpus": cpus, "object_store_memory": 200_000_000}
 head = {**node, "gcs_server_port": port, "include_dashboard": True, "dashboard_port": dashboard}
 cluster = Cluster()
@@ -37,11 +38,14 @@ try:
     cluster.add_node(**head)
     for number in range(1, nodes):  # a starting raylet empties its folder of job code, so each node needs its own
         cluster.add_node(**node, runtime_env_dir_name=f"runtime_resources_{number}")
-    signal.pthread_sigmask(signal.SIG_BLOCK, ended)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     print(f"export RAY_ADDRESS={cluster.address}", *(f"{name}={os.environ[name]}" for name in names))
     print(f"# Submit jobs to http://127.0.0.1:{dashboard}. Ctrl-C stops the cluster.", flush=True)
-    signal.sigwait(ended)
+    while not ended.wait(1.0):
+        if dead := [name for each in cluster.list_all_nodes() for name, _ in each.dead_processes()]:
+            sys.exit(f"cluster: {', '.join(dead)} ended: the logs in {cluster.head_node.get_logs_dir_path()} say why")
 finally:
     cluster.shutdown()
 EOF

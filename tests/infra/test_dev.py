@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -97,10 +97,44 @@ def test_a_cluster_of_two_nodes(ray_folder: str) -> None:
         assert httpx.get(url, timeout=120).status_code == 401
         token = {"authorization": f"Bearer {exported['RAY_AUTH_TOKEN']}"}
         assert httpx.get(url, headers=token, timeout=120).json() == []
-        done = subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, **exported}, capture_output=True, text=True, check=False
-        )
-        assert done.stdout.strip() == "2", done.stderr
+        assert answer(program, exported) == "2"
+
+
+def answer(program: str, exported: dict[str, str]) -> str:
+    """What a program that joins the cluster prints, at its second try if the first is not done in two minutes.
+
+    Once in some hundred runs, a process got no connection to a cluster that had just answered others, and Ray tries
+    on in that process for 14 minutes.
+    """
+    command = [sys.executable, "-c", program]
+    for seconds in (120, 240):
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                command, env={**os.environ, **exported}, capture_output=True, text=True, timeout=seconds, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+    raise AssertionError("no connection")
+
+
+@pytest.mark.slow("a Ray of one node")
+def test_a_cluster_that_lost_a_process_ends(ray_folder: str) -> None:
+    ports = {"PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
+    with subprocess.Popen(
+        [INFRA / "dev" / "cluster.sh"],
+        env={**os.environ, **ports, "CPUS": "1", "NODES": "1", "RAY_TMPDIR": ray_folder},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        everything = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in everything if child.name() == "raylet").kill()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said.startswith("cluster: raylet ended: the logs in ")
+    assert psutil.wait_procs(everything, timeout=120)[1] == []
 
 
 def test_make_calls_them() -> None:
