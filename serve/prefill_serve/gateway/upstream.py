@@ -404,7 +404,7 @@ class Channel:
         why = refusal_reason(status, answer)
         if why is None or (why.kind == "parameter" and why.name in self.upstream.extra_body):
             return None
-        content = refusal_body(status, answer, self.target.name, self.upstream.key)
+        content = refusal_body(status, answer, self.target.name, self.upstream.key, is_too_long=why.kind == "too_long")
         return UpstreamRefusal(self.target.name, status, content, why)
 
     def early_refusal(self, attempt: Attempt, answer: Body) -> UpstreamRefusal | None:

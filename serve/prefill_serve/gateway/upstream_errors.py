@@ -44,13 +44,17 @@ def error_message(answer: Mapping[str, Any]) -> str | None:
     return said if isinstance(said, str) and said else None
 
 
-def refusal_body(status: int, answer: Mapping[str, Any], target: str, key: str | None) -> bytes:
-    """The error body for a caller whose request the upstream rejected. `key` is the upstream's, to redact."""
+def refusal_body(status: int, answer: Mapping[str, Any], target: str, key: str | None, is_too_long: bool) -> bytes:
+    """The error body for a caller whose request the upstream rejected. `key` is the upstream's, to redact.
+
+    Clients shorten a conversation at the code that OpenAI has for a prompt that is too long, which others do not send.
+    """
     error = answer["error"] if isinstance(answer.get("error"), dict) else answer
     said = error_message(answer)
     message = f"{target}: answered {status}" if said is None else redacted(said, key)
     names = {name: _plain_name(error.get(name), key) for name in ("type", "param", "code")}
-    refusal = error_body(status, message, names["code"] or "invalid_request", names["param"])
+    code = names["code"] or ("context_length_exceeded" if is_too_long else "invalid_request")
+    refusal = error_body(status, message, code, names["param"])
     if names["type"]:
         refusal["error"]["type"] = names["type"]
     return json.dumps(refusal).encode()

@@ -504,6 +504,14 @@ def test_a_prompt_that_is_too_long_here_may_fit_elsewhere(small: Upstream, strea
     assert b"context_length_exceeded" in failure.content
 
 
+def test_a_prompt_that_is_too_long_has_openais_code_whoever_refuses_it(scripted: Scripted) -> None:
+    said = {"type": "invalid_request_error", "message": "prompt is too long: 9 tokens > 8 maximum"}
+    url = scripted.answers(json.dumps({"type": "error", "error": said}).encode(), status=400)
+    failure, _, _ = failed(url, chat())
+    assert isinstance(failure, UpstreamRefusal)
+    assert json.loads(failure.content)["error"] == {**said, "param": None, "code": "context_length_exceeded"}
+
+
 EARLY = {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}}
 LATE = {"error": {"message": "Provider returned error", "code": 502}}
 
