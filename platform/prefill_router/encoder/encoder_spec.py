@@ -6,8 +6,9 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,8 +93,7 @@ class EncoderSize:
     def of(cls, model: str) -> EncoderSize:
         """Reads the config of a hub id, a directory or `package:NAME`. Raises UserError if it cannot be an encoder."""
         is_sentence = checkpoint.is_sentence_model(model)
-        with torch.device("meta"):
-            backbone = checkpoint.empty_sentence_model(model) if is_sentence else _empty_backbone(model)
+        backbone = _empty(partial(checkpoint.empty_sentence_model, model)) if is_sentence else _empty_backbone(model)
         config = text_config(backbone)
         blocks = find_blocks(backbone)
         kind: EncoderKind = "sentence" if is_sentence else "causal"
@@ -101,8 +101,14 @@ class EncoderSize:
 
 
 def _empty_backbone(model: str) -> Any:
-    config = checkpoint.check_causal_lm(model)
-    return backbone_of(checkpoint.text_class(config).from_config(config))
+    config = checkpoint.check_causal_lm(model)  # which unpacks a GGUF, and so needs a real device
+    return backbone_of(_empty(partial(checkpoint.text_class(config).from_config, config)))
+
+
+def _empty(build: Callable[[], Any]) -> Any:
+    """Builds a model without memory for its weights."""
+    with torch.device("meta"):
+        return build()
 
 
 def check_encoder(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:

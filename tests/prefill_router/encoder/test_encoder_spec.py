@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prefill_router.common.errors import UserError
+from prefill_router.encoder import checkpoint
 from prefill_router.encoder.encoder_spec import EncoderSize, EncoderSpec, check_encoder
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 from tiny import CHAT_TEMPLATE, save_tiny_model
@@ -103,3 +105,16 @@ def test_the_check_and_the_size_agree_with_the_loaded_encoder(tiny_encoder: Pref
     with pytest.raises(UserError, match=f"layer 5 is out of range: {tiny_model} has layers 0 to 4"):
         check_encoder(tiny_encoder.spec, [5])
     assert EncoderSize.of(str(tiny_model)) == EncoderSize(NUM_LAYERS, HIDDEN_SIZE, tiny_encoder.cost)
+
+
+def test_the_size_of_a_gguf_can_be_the_first_to_unpack_it(
+    tiny_encoder: PrefillEncoder, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(_gguf: Path, target: Path) -> None:
+        assert torch.get_default_device().type == "cpu"  # transformers loads no weights under "meta"
+        shutil.copytree(tiny_model, target)
+
+    monkeypatch.setenv("PREFILL_ROUTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "_unpack", unpack)
+    (tmp_path / "model.gguf").touch()
+    assert EncoderSize.of(str(tmp_path)) == EncoderSize(NUM_LAYERS, HIDDEN_SIZE, tiny_encoder.cost)
