@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_jobs.graded.embeddings import Embeddings, embed, load_embeddings
+from prefill_jobs.graded.embeddings import Embeddings, embed, fetch_sentence_encoder, load_embeddings
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
@@ -27,7 +27,6 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import Part
 from prefill_router.corpus.split_groups import SplitGroups, of_corpus
-from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.evaluation.contenders import Contender, HeldOut, oracle, scoring
 from prefill_router.evaluation.contenders import evaluate as score
 from prefill_router.evaluation.learning_curve import LearningCurve, learning_curve
@@ -53,8 +52,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     router = routers[0]
     check_columns(config.outcomes)
     probes = None if config.probe is None else load_probes(config.probe)
-    if config.corpus is not None:
-        check_sentence_model(config.sentence_encoder)
+    sentence_encoder = _sentence_encoder(config)
     groups = None if config.corpus is None else of_corpus(config.corpus)
     graded = GradedStore.open(
         config.activations,
@@ -66,7 +64,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
     )
     cluster.connect()
     encoders = _in_all(routers)
-    trials = _trials(routers, graded, _embeddings(config), drop=config.drop_leaked)
+    trials = _trials(routers, graded, _embeddings(config, sentence_encoder), drop=config.drop_leaked)
     result = score(
         router.pool,
         router.version,
@@ -80,7 +78,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         median_output_tokens=np.concatenate([trial.medians for trial in trials]),
         num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
         num_draws=config.draws,
-        about=_about(config, router, graded),
+        about=_about(config, router, graded, sentence_encoder),
     )
     result = replace(result, learning=trials[0].learning())
     evaluation_page.write(config.out, result, probes, notice)
@@ -129,11 +127,28 @@ def _joined(parts: Iterable[Contender]) -> Contender:
     )
 
 
-def _embeddings(config: EvaluateConfig) -> Embeddings | None:
-    """The embeddings at `config.embeddings`, computed first if a corpus is given; None without both."""
+def _sentence_encoder(config: EvaluateConfig) -> str | None:
+    """The sentence encoder that embeds the corpus; None without a corpus, or if the default one is not installed.
+
+    Raises UserError if one that was chosen, or that other options need, is missing.
+    """
+    if config.corpus is None:
+        return None
+    try:
+        fetch_sentence_encoder(config.sentence_encoder)
+    except UserError as error:
+        if {"sentence_encoder", "embeddings", "keep_baselines"} & config.model_fields_set:
+            raise
+        say(f"evaluate: baselines on sentence embeddings are left out: {error}")
+        return None
+    return config.sentence_encoder
+
+
+def _embeddings(config: EvaluateConfig, sentence_encoder: str | None) -> Embeddings | None:
+    """The embeddings at `config.embeddings`, computed first if there is an encoder; None without both."""
     kept = config.embeddings or storage.join(config.out, "embeddings")
-    if config.corpus is not None:
-        return embed(config.corpus, config.sentence_encoder, kept)
+    if config.corpus is not None and sentence_encoder is not None:
+        return embed(config.corpus, sentence_encoder, kept)
     return None if config.embeddings is None else load_embeddings(kept)
 
 
@@ -243,7 +258,8 @@ class FoldEvaluation:
         )
 
 
-def _about(config: EvaluateConfig, router: Router, graded: GradedStore) -> dict[str, str]:
+def _about(config: EvaluateConfig, router: Router, graded: GradedStore, sentence_encoder: str | None) -> dict[str, str]:
+    none = "none (give --corpus)" if config.corpus is None else f"none ({config.sentence_encoder} is not installed)"
     return {
         "Prompts": f"{config.activations}, of {graded.store.corpus}",
         "Outcomes": config.outcomes,
@@ -251,6 +267,6 @@ def _about(config: EvaluateConfig, router: Router, graded: GradedStore) -> dict[
         "Encoder": ", ".join(identity.spec.model for identity in router.encoders.values()),
         "Activations": ", ".join(column.name for column in router.columns),
         "Split": router.split.describe(),
-        "Sentence encoder": config.sentence_encoder if config.corpus or config.embeddings else "none (give --corpus)",
+        "Sentence encoder": sentence_encoder or config.embeddings or none,
         "Versions": versions(),
     }

@@ -20,6 +20,7 @@ from prefill_router.common import validation
 from prefill_router.common.schema import NUM_TOKENS, PROMPT_ID
 from prefill_router.corpus.plan import Shard, plan, read_shard
 from prefill_router.corpus.split import PromptHashes, prompt_hashes
+from prefill_router.encoder.checkpoint import check_sentence_model, fetch
 from prefill_router.encoder.prefill_work import Work
 from prefill_router.encoder.sentence_encoder import SentenceEncoder
 from prefill_router.storage import parquet_objects
@@ -53,6 +54,12 @@ class Embeddings:
         known = self.keys[place] == keys
         vectors = np.where(known[:, None], self.vectors[place], 0.0).astype(np.float32)
         return known, vectors, np.where(known, self.num_tokens[place], 0)
+
+
+def fetch_sentence_encoder(source: str) -> None:
+    """Downloads what `embed` will load. Raises UserError if it is missing or out of reach."""
+    check_sentence_model(source)
+    fetch(source)
 
 
 def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:

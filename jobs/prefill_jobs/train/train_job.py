@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_jobs.graded.embeddings import fetch_sentence_encoder
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.predictions import GradedPrediction, predict_graded
 from prefill_jobs.graded.prompt_split import split_groups_of, split_of
@@ -35,7 +36,6 @@ from prefill_router.common.console import say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
-from prefill_router.encoder.checkpoint import check_sentence_model
 from prefill_router.encoder.encoder_spec import EncoderIdentity
 from prefill_router.encoder.sensors import named
 from prefill_router.evaluation.results import finite, thinned
@@ -104,7 +104,7 @@ def _check(config: TrainConfig) -> None:
         check_columns(config.outcomes)
         check_prices(pool, config.outcomes)
     if config.likeness is not None:
-        check_sentence_model(config.sentence_encoder)
+        fetch_sentence_encoder(config.sentence_encoder)
 
 
 def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:

