@@ -448,6 +448,14 @@ class CleanConfig(StrictModel):
     dry_run: bool = Field(False, description="Only say what would be removed")
 
 
+class CompletionConfig(StrictModel):
+    """Print a script that completes commands, flags and their values in a shell: bash, zsh or fish."""
+
+    shell: Literal["bash", "zsh", "fish"] = Field(
+        description="Shell that the script is for: bash, zsh or fish", json_schema_extra={POSITIONAL: True}
+    )
+
+
 class WalkthroughConfig(StrictModel):
     """The options of a command that takes every step."""
 
@@ -502,6 +510,7 @@ JOBS: dict[str, type[StrictModel]] = {
     "demo": DemoConfig,
     "quickstart": QuickstartConfig,
     "clean": CleanConfig,
+    "completion": CompletionConfig,
 }
 
 

@@ -147,7 +147,7 @@ def test_every_option_has_help_and_every_command_a_description(command: str) -> 
 @pytest.mark.parametrize("command", options.command_options())
 def test_every_command_refuses_an_unknown_key(command: str) -> None:
     required = [name for name, field in options.command_options()[command].model_fields.items() if field.is_required()]
-    known = {name: {"format": "toolkit", "routers": ["x", "y"]}.get(name, "x") for name in required}
+    known = {name: {"format": "toolkit", "routers": ["x", "y"], "shell": "bash"}.get(name, "x") for name in required}
     validation.validate(options.command_options()[command], known, command)
     with pytest.raises(UserError, match='unknown key "not_an_option"'):
         validation.validate(options.command_options()[command], {**known, "not_an_option": 1}, command)

@@ -7,6 +7,7 @@ fails sets its own exit status.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import typer
 from botocore.exceptions import BotoCoreError
 
 from prefill_jobs.cli.flags import Read, add_command
+from prefill_jobs.cli.ray_commands import refuse_ray_commands
 from prefill_jobs.cli.submit_commands import add_submit
 from prefill_jobs.options import JOBS, command_options
 from prefill_jobs.submit.submit_request import require_secrets
@@ -30,6 +32,7 @@ _HELP = "Routes each prompt to the cheapest model that will answer it, by a smal
 def main(arguments: list[str] | None = None) -> None:
     """Runs `arguments`, by default those of the process. A UserError is one line on stderr and exit status 1."""
     with _reported():
+        refuse_ray_commands(sys.argv[1:] if arguments is None else arguments)
         require_secrets()
         build_app()(arguments)
 
@@ -62,13 +65,14 @@ def build_app() -> typer.Typer:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"prefill-router {version('prefill-router')}")
+        others = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
+        typer.echo(f"prefill-router {version('prefill-router')} (Python {platform.python_version()}, {others})")
         raise typer.Exit
 
 
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """The options of `prefill-router` itself."""
@@ -279,6 +283,12 @@ def _clean(config: Any) -> None:
     typer.echo(f"{'would remove' if config.dry_run else 'removed'} {total:,.1f} MB")
 
 
+def _completion(config: Any) -> None:
+    from prefill_jobs.cli.completion import completion
+
+    typer.echo(completion(typer.main.get_command(build_app()), config.shell), nl=False)
+
+
 def _say_truncated(count: int, part: str) -> None:
     if count:
         typer.echo(f"{count:,} prompts were longer than the encoder's max_tokens: their {part} was cut out")
@@ -299,5 +309,6 @@ _JOBS: dict[str, Callable[[Any], None]] = {
     "label": _label,
     "pipeline": _pipeline,
     "clean": _clean,
+    "completion": _completion,
 }
-_LOCAL = ("demo", "quickstart", "inspect", "clean")  # cannot be submitted to a cluster
+_LOCAL = ("demo", "quickstart", "inspect", "clean", "completion")  # cannot be submitted to a cluster

@@ -213,4 +213,23 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert not ended.value.code
-    assert capsys.readouterr().out == f"prefill-router {metadata.version('prefill-router')}\n"
+    out = capsys.readouterr().out
+    assert out.startswith(f"prefill-router {metadata.version('prefill-router')} (Python ")
+    assert all(f"{name} {metadata.version(name)}" in out for name in ("ray", "torch"))
+    assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "deploy", "x.yaml"), 'run "serve deploy infra/serve.yaml", see infra/README.md'),
+        (("serve", "status"), 'run "serve status", see infra/README.md'),
+        (("job", "submit"), 'run "ray job", or prefill-router submit'),
+    ],
+)
+def test_a_command_of_ray_is_refused_in_one_line_that_says_what_to_run(
+    command: Command, arguments: tuple[str, ...], message: str
+) -> None:
+    result = command(*arguments)
+    assert (result.status, result.err.count("\n"), result.out) == (2, 1, "")
+    assert result.err.rstrip().endswith(message)
