@@ -93,9 +93,9 @@ class Pooler:
     def _sums(self, states_TD: Tensor) -> Tensor:
         """Returns (B, D) float32. Sums each prompt separately, so that other prompts do not change a bit of its sum."""
         if states_TD.is_cuda:  # one kernel; checking the lengths would synchronise with the device, hence `unsafe`
-            states = states_TD.float()
+            states = states_TD.to(torch.float32, copy=len(self.first) > 0)
             if len(self.first):
-                states = states.index_fill(0, self.first, 0)
+                states.index_fill_(0, self.first, 0)
             return torch.segment_reduce(states, "sum", lengths=self.segments, unsafe=True)
         parts = zip(torch.split(states_TD, self.lengths), self.skipped, strict=True)
         return torch.stack([part[skipped:].sum(0, dtype=torch.float32) for part, skipped in parts])
