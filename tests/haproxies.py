@@ -65,7 +65,8 @@ def haproxy_before(
             text, times = re.subn(rf"(?m)^( *{setting}) .*$", rf"\1 {value}", text)
             assert times == 1, setting
         for status in haproxy.ERRORS:
-            (folder / haproxy.error_file(status)).write_text(haproxy.error_answer(status), newline="")
+            answer = haproxy.error_answer(status, has_replicas=haproxy.has_replicas(text))
+            (folder / haproxy.error_file(status)).write_text(answer, newline="")
         config = folder / "haproxy.cfg"
         config.write_text(text)
         command = [get_haproxy_binary(), "-db", "-f", config]

@@ -62,7 +62,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorResponse, "description": "Internal error, or the request crashed two replicas"},
     502: {"model": ErrorResponse, "description": "No upstream gave a usable answer"},
     504: {"model": ErrorResponse, "description": "No upstream answered in time"},
-    503: {"model": ErrorResponse, "description": "No router is loaded yet", "headers": {"Retry-After": _RETRY}},
+    503: {
+        "model": ErrorResponse,
+        "description": "Not ready, and what the endpoint waits for",
+        "headers": {"Retry-After": _RETRY},
+    },
 }
 _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     TooLong: (413, "prompt_too_long"),
@@ -138,13 +142,12 @@ def _state_routes(endpoint: Endpoint) -> APIRouter:
     @routes.get("/health", response_model=Health)
     async def health() -> Response:
         """200 while a router is loaded, even if newer settings were refused."""
-        if endpoint.serving is None:
-            raise NotReady
+        _ = endpoint.now
         return _json(Health(status="ok"))
 
     @routes.get("/ready", response_model=Health)
     async def ready() -> Response:
-        """200 after the first real forward pass, 503 before."""
+        """200 after the first real forward pass; before, 503 and what the endpoint waits for."""
         return await health()
 
     @routes.get("/v1/status", response_model=Status, responses=_ERRORS)
@@ -174,9 +177,8 @@ def refusal_of(error: Exception) -> Refusal:
         after = {"retry-after": str(math.ceil(error.retry_after_s))}
         return Refusal(429, str(error), "overloaded", headers=after)
     if isinstance(error, NotReady):
-        return Refusal(
-            503, "no router is loaded yet: try again in a few seconds", "not_ready", headers={"retry-after": "2"}
-        )
+        message = f"not ready: {error}: try again in a few seconds"
+        return Refusal(503, message, "not_ready", headers={"retry-after": "2"})
     if isinstance(error, LedgerUnavailable):
         message = "the ledger is unavailable: try again in a few seconds"
         return Refusal(503, message, "ledger_away", headers={"retry-after": "2"})

@@ -37,7 +37,7 @@ _Key = tuple[str, tuple[str, ...], tuple[str, ...], bytes]
 
 
 class NotReady(Exception):  # noqa: N818 - a state, not a fault
-    """No router is loaded yet."""
+    """No router is loaded yet; says what the endpoint is waiting for."""
 
 
 class NoTarget(UserError):  # noqa: N818 - an answer, not a fault
@@ -60,6 +60,7 @@ class Endpoint:
         self.metrics = Metrics()
         self.times = AnswerTimes()  # of the gateway's calls
         self.serving: Serving | None = None
+        self.waits_for = "settings"  # until `serving` is there
         self.refused: str | None = None  # why the latest settings were refused
         self.on_routed: Callable[[Routing, Decision, str, str], None] | None = None  # gets each decision
         self._configuring = asyncio.Lock()
@@ -97,9 +98,11 @@ class Endpoint:
     async def _apply(self, settings: Settings) -> None:
         before = self.serving
         try:
-            serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before)
+            serving = await asyncio.to_thread(Serving.load, settings, self.num_threads, before, self._wait_for)
+            self._wait_for("a first forward pass")
             await self._warm_up(serving, before)
         except Exception as error:
+            self._wait_for("valid settings")
             self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
             self.metrics.settings.inc(1, tags={"outcome": "refused"})
             log.error("settings refused", extra={"reason": self.refused})
@@ -108,6 +111,9 @@ class Endpoint:
         if before is not None and before.engine is not serving.engine:
             self._close(before.engine)
         self._describe(before, serving)
+
+    def _wait_for(self, what: str) -> None:
+        self.waits_for = what
 
     async def _warm_up(self, serving: Serving, before: Serving | None) -> None:
         """Runs forward passes. Closes a new engine whose passes fail."""
@@ -135,7 +141,7 @@ class Endpoint:
     def now(self) -> Serving:
         """The loaded routers. Raises NotReady before the first settings are applied."""
         if self.serving is None:
-            raise NotReady
+            raise NotReady(f"waiting for {self.waits_for}")
         return self.serving
 
     # --- requests ------------------------------------------------------------------------------------------------

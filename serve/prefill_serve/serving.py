@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefill_router.baselines import any_router
@@ -23,12 +24,19 @@ class Serving:
     stamps: tuple[str, ...] = ()  # of the routers' artifacts, before they were read
 
     @classmethod
-    def load(cls, settings: Settings, num_threads: int, current: Serving | None = None) -> Serving:
-        """Loads the routers, and the encoders unless `current` has the same ones.
+    def load(
+        cls,
+        settings: Settings,
+        num_threads: int,
+        current: Serving | None = None,
+        wait_for: Callable[[str], None] = lambda _: None,
+    ) -> Serving:
+        """Loads the routers, and the encoders unless `current` has the same ones. Tells `wait_for` what it loads.
 
         Raises UserError for settings that cannot be loaded: a missing or damaged artifact, a pool with targets that the
         router does not know, a canary or shadow on another encoder, no encoder that can be loaded.
         """
+        wait_for("the router, which is read")
         stamps = router_stamps(settings)
         primary, canary, shadow = _heads(settings)
         for head in (primary, canary, shadow):
@@ -37,6 +45,7 @@ class Serving:
         is_same = current is not None and _encoders(current.primary) == _encoders(primary)
         if current is not None and is_same:
             return cls(settings, current.engine, primary, canary, shadow, stamps)
+        wait_for("the encoder, which is loaded")
         encoders = SensorSet(_sources(primary), primary.router.load_sensor)
         return cls(settings, Engine(encoders, num_threads), primary, canary, shadow, stamps)
 

@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from starlette.testclient import TestClient
 
 from prefill_router.common.errors import UserError
 from prefill_router.router.artifact import Router
+from prefill_serve import serving
+from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint, Routing
+from prefill_serve.gateway.state.call_ledger import LocalLedger
 from prefill_serve.scheduler import BatchScheduler, Overloaded
 from prefill_serve.settings import Settings
 from prefill_serve.wire import RouteRequest
@@ -557,6 +561,29 @@ def test_strangers_go_to_the_safe_target(api: Api, router: str) -> None:
     assert answer["metadata"]["drift"]["is_out_of_distribution"]
     assert api.post({"prompt": stranger, "model": "big"}).json()["selected_model"] == "big"
     assert not api.post({"prompt": QUESTION}).json()["metadata"]["drift"]["is_out_of_distribution"]
+
+
+def test_until_it_is_ready_it_says_what_it_waits_for(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint, ledger, said = Endpoint(), LocalLedger(), list[str]()
+    with TestClient(create_api(endpoint, ledger), "http://127.0.0.1") as client:
+
+        def asked_first(function: Any) -> Any:
+            def called(*arguments: Any) -> Any:
+                answer = client.get("/ready")
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+                said.append(answer.json()["error"]["message"])
+                return function(*arguments)
+
+            return called
+
+        for name in ("_heads", "SensorSet"):
+            monkeypatch.setattr(serving, name, asked_first(getattr(serving, name)))
+        Api(client, endpoint, ledger).configure(router=router)
+        assert client.get("/ready").json() == {"status": "ok"}
+    assert said == [
+        f"not ready: waiting for {what}: try again in a few seconds"
+        for what in ("the router, which is read", "the encoder, which is loaded")
+    ]
 
 
 # --- documents ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ _FOLDERS, _PREFIX = "/tmp", "pr-"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
+_READY_S = 5  # for the answer to GET /ready, which Serve holds while no replica runs
 _QUIET_S = 60  # of a caller that has more to send, or an answer to read
 # Only a fully buffered request can be resent. Replicas do not speak HTTP/2. A connection to a replica is used once: if
 # the replica had died, reuse would cost an attempt, and HAProxy would close the caller's connection without an answer.
@@ -123,6 +124,10 @@ def mended(config: str, folder: Path) -> str:
     config = _replaced(r"^ *bind .*$", r"\g<0>", config, 3)  # these two, and the endpoint
     config = _replaced(r"^( *stats socket \S+ mode )666( level admin)", r"\g<1>600\2", config, 1)
     config = _replaced(r"^(frontend http_frontend\n *bind .*)$", rf"\1\n{_FRONTEND}", config, 1)
+    # Before the endpoint is deployed, Serve knows no path, and would say so of all.
+    config = _replaced(r"^( *http-request return status) 404 .*$", r"\1 503 default-errorfiles", config, 1)
+    limit = f"    http-request set-timeout server {_READY_S}s if {{ path /ready }}"
+    config = re.sub(r"^backend (?!default_backend).*$", rf"\g<0>\n{limit}", config, flags=re.MULTILINE)
     config = _replaced(r"^ *errorfile 50[234] .*\n", "", config, 3)
     files = "".join(f"    errorfile {status} {folder / error_file(status)}\n" for status in ERRORS)
     return _replaced(r"^ *option redispatch 1\n", rf"\g<0>{_DEFAULTS}{files}", config, 1)
@@ -143,9 +148,15 @@ def error_file(status: int) -> str:
     return f"{status}.http"
 
 
-def error_answer(status: int) -> str:
+def has_replicas(config: str) -> bool:
+    """Whether HAProxy knows a server beside the one that Serve falls back to."""
+    return re.search(r"^ *server (?!.* backup$)", config, re.MULTILINE) is not None
+
+
+def error_answer(status: int, *, has_replicas: bool = True) -> str:
     """What HAProxy answers itself instead of a status of its own, in the shape of all other errors."""
-    said, code, message, more = _ANSWERS.get(status, _ANSWERS[503])
+    missing = _ANSWERS[503] if has_replicas else _NOT_READY
+    said, code, message, more = missing if status in (503, 504) else _ANSWERS[status]
     kind = "invalid_request_error" if said < 500 else "server_error"
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
     headers = {"content-type": "application/json", "content-length": len(body), "cache-control": "no-cache", **more}
@@ -159,6 +170,12 @@ _ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
     502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
     503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
 }
+_NOT_READY = (
+    503,
+    "not_ready",
+    "no replica is ready: the first one loads the router and its encoder: try again in a few seconds",
+    {"retry-after": "2"},
+)
 
 
 def _end_with(parent: int) -> None:
@@ -184,7 +201,8 @@ def main() -> None:
         except UserError as error:
             sys.exit(f"{PROGRAM}: {error}")
         for status in ERRORS:
-            (path.parent / error_file(status)).write_text(error_answer(status), newline="")
+            answer = error_answer(status, has_replicas=has_replicas(config))
+            (path.parent / error_file(status)).write_text(answer, newline="")
         path.write_text(config)
     _end_with(os.getppid())
     os.environ.pop(_BINARY, None)  # which names this program, and would be found again

@@ -224,6 +224,26 @@ def test_errors_of_the_api_pass_as_they_are() -> None:
     replica.close()
 
 
+def test_while_no_replica_runs_a_probe_is_told_so_in_time() -> None:
+    """Serve holds a request until a replica runs."""
+    held = Recorder(waits_s=60.0)
+    limit = {"http-request set-timeout server": "100ms if { path /ready }"}
+    with haproxy_before([], changed=limit, fallback=held.port) as proxy:
+        answer = exchange(proxy.port, request("GET /ready"))
+    held.close()
+    assert status_of(answer) == 503
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == "not_ready"
+    assert "the first one loads the router and its encoder" in error["message"]
+
+
+def test_before_the_endpoint_is_deployed_no_path_is_called_unknown(config: str) -> None:
+    mended = haproxy.mended(config, Path("/tmp/x"))
+    assert "status 404" in config
+    assert "status 404" not in mended
+    assert "backend default_backend\n    http-request return status 503 default-errorfiles\n" in mended
+
+
 # --- its folder ------------------------------------------------------------------------------------------------------
 
 
