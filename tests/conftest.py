@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from command import Command
+from prefill_router.common import console
 from run import Run
 from s3 import s3_bucket  # noqa: F401
 from selection import leave_out
@@ -171,5 +173,7 @@ def in_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    for name in ("_SAID_AFTER_S", "_SAID_EVERY_S"):  # what else a command says depends on no clock
+        monkeypatch.setattr(console, name, math.inf)
     return Command(capsys)

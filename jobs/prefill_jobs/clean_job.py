@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from prefill_jobs.options import CleanConfig
 from prefill_router.common import scratch
+from prefill_router.common.console import doing
 from prefill_router.encoder.checkpoint import unpacked_folder
 
 
@@ -21,6 +22,7 @@ class Leftover(NamedTuple):
     num_bytes: int
 
 
+@doing("looking for leftovers")
 def clean(config: CleanConfig) -> list[Leftover]:
     """Removes all leftovers, unless it is a dry run, and returns them."""
     found = [Leftover(path, what, _size(path)) for path, what in _leftovers()]

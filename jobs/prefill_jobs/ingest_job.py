@@ -6,7 +6,7 @@ from itertools import chain
 
 from prefill_jobs.options import IngestConfig
 from prefill_router import storage
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.ingest import FORMATS, Options
 from prefill_router.ingest.source_files import find_source, located
@@ -31,7 +31,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
         names = ", ".join(storage.name(file) for file in source.others[:_SHOWN])
         more = f" and {len(source.others) - _SHOWN:,} more" if len(source.others) > _SHOWN else ""
         say(f"ingest: ignored files of another format: {names}{more}")
-    with Tables(config.out, kind, options) as tables:
+    with Tables(config.out, kind, options) as tables, doing(lambda: f"ingest: {tables.num_records:,} records"):
         for item in chain.from_iterable(kind.read(file, options) for file in source.files):
             if tables.num_records == config.limit:
                 break

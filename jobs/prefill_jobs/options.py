@@ -125,7 +125,9 @@ class ExtractConfig(StrictModel):
     template_date: IsoDate = Field("2026-01-01", description="Current date for chat templates that insert one")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
-    shard_rows: int = Field(256, ge=1, description="Prompts per shard of the store")
+    shard_rows: int | None = Field(
+        None, ge=1, description="Prompts per shard of the store [default: 256, fewer in the first shards]"
+    )
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
     accelerator: Accelerator = None
@@ -320,7 +322,9 @@ class CollectConfig(StrictModel):
     stratum: str = Field("category", description="Column of the corpus with the stratum of a prompt")
     router: Uri | None = Field(None, description="Router used by active sampling")
     limit: Limit = None
-    shard_rows: int = Field(256, ge=1, description="Prompts per shard of the output")
+    shard_rows: int | None = Field(
+        None, ge=1, description="Prompts per shard of the output [default: 256, fewer in the first shards]"
+    )
     workers: int = Field(1, ge=1, description="Number of actors that call targets; they share the targets' rate limits")
 
 
@@ -363,7 +367,12 @@ class LabelConfig(StrictModel):
     limit: int | None = Field(None, ge=1, description="Read only the first N lines [default: all]")
     max_prompt_bytes: MaxPromptBytes = 1 << 20
     max_bad_fraction: MaxBadFraction = 0.5
-    shard_rows: int = Field(1024, ge=1, description="Lines per shard of the output")
+    shard_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Lines per shard of the output [default: 1024, or 256 with --activations, and "
+        "fewer in the first shards]",
+    )
     workers: Workers = None
     gpus_per_worker: GpusPerWorker = 1.0
     accelerator: Accelerator = None

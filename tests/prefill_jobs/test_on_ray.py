@@ -16,6 +16,7 @@ import ray
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.options import ExtractConfig, TrainConfig
 from prefill_jobs.runtime import cluster, ray_failures, ray_tasks
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_jobs.train import trunk_fit
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
@@ -65,6 +66,15 @@ def test_a_corpus_is_planned_by_a_cluster_as_it_is_here(local_ray: None, small_d
     assert len(here.shards) == 12
     assert (there.shards, there.repeats, there.bad) == (here.shards, here.repeats, here.bad)
     np.testing.assert_array_equal(there.keys, here.keys)
+
+
+def test_the_latest_note_of_a_worker_reaches_the_driver(local_ray: None) -> None:
+    note = WorkerNote()
+    assert note.read() is None
+    for _ in ray_tasks.map_items(note.write, ["load"]):
+        assert note.read() == "load"
+    note.remove()
+    assert note.read() is None
 
 
 def test_workers_share_one_object(local_ray: None) -> None:

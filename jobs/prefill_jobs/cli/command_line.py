@@ -23,7 +23,7 @@ from prefill_jobs.cli.ray_commands import refuse_ray_commands
 from prefill_jobs.cli.submit_commands import add_submit
 from prefill_jobs.options import JOBS, command_options
 from prefill_jobs.submit.submit_request import require_secrets
-from prefill_router.common.console import say
+from prefill_router.common.console import live, say
 from prefill_router.common.errors import UserError
 
 _HELP = "Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations."
@@ -56,7 +56,7 @@ def build_app() -> typer.Typer:
     )
     app.callback(help=_HELP)(_root)
     for name, run in _JOBS.items():
-        add_command(app, name, {name: JOBS[name]}, partial(_run_job, run))
+        add_command(app, name, {name: JOBS[name]}, partial(_run_job, name, run))
     add_submit(app, [name for name in _JOBS if name not in _LOCAL])
     for entry in entry_points(group="prefill_router.commands"):
         add_command(app, entry.name, {entry.name: command_options()[entry.name]}, partial(_run_entry, entry))
@@ -78,14 +78,17 @@ def _root(
     """The options of `prefill-router` itself."""
 
 
-def _run_job(run: Callable[[Any], None], read: Read) -> None:
-    with _reported():  # inside the command, because click exits silently on a broken pipe or connection
+def _run_job(name: str, run: Callable[[Any], None], read: Read) -> None:
+    # Errors are reported inside the command, because click exits silently on a broken pipe or connection.
+    with _reported(), live(f"{name}: running"):
         run(read())
 
 
 def _run_entry(entry: EntryPoint, read: Read) -> None:
     with _reported():
-        entry.load()(read)
+        with live(f"{entry.name}: starting"):
+            run = entry.load()
+        run(read)
 
 
 # --- output of each command --------------------------------------------------------------------------------------

@@ -6,14 +6,13 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefill_jobs.cli.flags import Read, add_command
 from prefill_jobs.options import JOBS, SubmitConfig
-from prefill_router.common.console import say
+from prefill_router.common.console import clear, live, say
 from prefill_router.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ _Address = Annotated[
     str | None,
     typer.Option(help="URL of the Ray dashboard, such as http://host:8265 \\[default: RAY_API_SERVER_ADDRESS]"),
 ]
+_QUIET_S = 10.0  # longer than a job that runs is ever silent
 _FAILED = ("FAILED", "STOPPED")
 
 
@@ -49,16 +49,18 @@ def _submit(read_job: Read, read_submit: Read) -> None:
         raise UserError("--detach: a local Ray ends with this command: omit --detach, or give a cluster's --address")
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads both variables when it is imported
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    from prefill_jobs.submit.submission import local_head
+    with live("submit: starting"):
+        from prefill_jobs.submit.submission import local_head
 
     with local_head() as address:
         _run(config, submit.model_copy(update={"address": address}), is_local=True)
 
 
 def _run(config: object, submit: SubmitConfig, *, is_local: bool = False) -> None:
-    from prefill_jobs.submit import submission
+    with live("submit: sending the job"):
+        from prefill_jobs.submit import submission
 
-    job = submission.submit(config, submit)  # type: ignore[arg-type]
+        job = submission.submit(config, submit)  # type: ignore[arg-type]
     say(f"submit: {job.submission_id} at {job.cluster.address}")
     if submit.detach:
         typer.echo(job.submission_id)
@@ -67,8 +69,10 @@ def _run(config: object, submit: SubmitConfig, *, is_local: bool = False) -> Non
 
 
 def _follow(job: Submission, *, is_local: bool = False) -> None:
+    log = _Log(job.submission_id)
     try:
-        job.follow(partial(typer.echo, nl=False))
+        with live(log.waiting):
+            job.follow(log.write)
     except KeyboardInterrupt:
         if is_local:
             raise UserError(
@@ -78,6 +82,24 @@ def _follow(job: Submission, *, is_local: bool = False) -> None:
         raise UserError(
             f"{job.submission_id} is still running: follow it with {again}, or end it with submit stop"
         ) from None
+
+
+class _Log:
+    """Passes a job's log on. The job says in it what it does, so that only a silent log needs a word."""
+
+    def __init__(self, submission_id: str) -> None:
+        self.submission_id, self._heard_at = submission_id, time.monotonic()
+
+    def write(self, text: str) -> None:
+        self._heard_at = time.monotonic()
+        clear()
+        typer.echo(text, nl=False)
+
+    def waiting(self) -> str:
+        quiet_s = time.monotonic() - self._heard_at
+        if quiet_s < _QUIET_S:
+            return ""
+        return f"submit: no new line in the job's log for {quiet_s:.0f} s: see submit status {self.submission_id}"
 
 
 def _find(submission_id: str, address: str | None) -> Submission:

@@ -23,11 +23,11 @@ from prefill_jobs.collect.stored_answers import Spending
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import CollectConfig
 from prefill_jobs.runtime import cluster, ray_tasks
-from prefill_jobs.runtime.progress import Progress
+from prefill_jobs.runtime.progress import Progress, counted
 from prefill_router import storage
 from prefill_router.collection.shared_budget import SharedBudget
 from prefill_router.collection.target_calls import Asked, Spent
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.plan import CorpusPlan, in_order, plan
@@ -96,9 +96,11 @@ class _Collection:
         self._selection = PromptSelection(config, pool, asked, planned, self._grading({}), lease)
 
     def run(self) -> CollectManifest:
-        stored_answers.recover(self.out)
-        answered = stored_answers.answered_calls(self.out)
-        wanted = self._selection.wanted({*answered})
+        with doing("looking for kept answers"):
+            stored_answers.recover(self.out)
+            answered = stored_answers.answered_calls(self.out)
+        with doing("choosing prompts"):
+            wanted = self._selection.wanted({*answered})
         left_out = 0
         if not self.config.regrade:
             left_out = self._ask(answered, wanted)
@@ -133,7 +135,8 @@ class _Collection:
         num_calls: int,
     ) -> int:
         """Makes the calls of tasks on actors. Returns how many calls the budget did not allow."""
-        progress = Progress(what, num_calls, unit="calls")
+        at_once = self.config.workers * _CALLS
+        progress = Progress(what, num_calls, unit="calls", at_once=at_once)
         if not tasks:
             return 0
         left = self._budget()
@@ -151,11 +154,12 @@ class _Collection:
         )
         options = cluster.caller_resources(self.config.workers, _CALLS)
         left_out, reasons = 0, Counter[str]()
-        for done in ray_tasks.map_on_actors(build, tasks, **options):
-            self.lease.check()
-            left_out += done.left_out
-            reasons.update(done.reasons)
-            progress.add(done.answered + done.failed + done.left_out, Work())
+        with progress.shown():
+            for done in ray_tasks.map_on_actors(build, tasks, **options):
+                self.lease.check()
+                left_out += done.left_out
+                reasons.update(done.reasons)
+                progress.add(done.answered + done.failed + done.left_out, Work())
         if reasons:
             (most_often, _), *_ = reasons.most_common(1)
             say(
@@ -208,7 +212,8 @@ class _Collection:
         )
 
     def _grade(self, tasks: Sequence[GradeTask], grading: Grading, num_missing: int, left_out: int) -> CollectManifest:
-        shards = list(ray_tasks.map_items(partial(grade_shard, grading=grading), tasks)) if tasks else []
+        found = ray_tasks.map_items(partial(grade_shard, grading=grading), tasks) if tasks else iter(())
+        shards = list(counted(found, "grade", len(tasks), "shards"))
         files = sorted((shard.file for shard in shards if shard.file is not None), key=lambda file: file.name)
         write_quarantine(self.config.out, in_order([*self.plan.bad, *self._selection.bad]))
         manifest = CollectManifest(

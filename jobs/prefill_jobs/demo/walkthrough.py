@@ -24,6 +24,7 @@ from prefill_jobs.options import EvaluateConfig, ExtractConfig, ProbeConfig, Tra
 from prefill_jobs.train.probe_job import run_probe
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
 from prefill_router.corpus.plan import plan, read_shard
@@ -64,7 +65,6 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
             layers=inputs.layers,
             out=activations,
             limit=config.limit,
-            shard_rows=64,
             overwrite=True,
         )
     )
@@ -75,9 +75,10 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
     step("Evaluate: on held-out prompts")
     report = storage.join(config.out, "report")
     evaluation = evaluate(EvaluateConfig(**graded, router=router, out=report, probe=probes), inputs.notice)
-    ray.shutdown()  # the endpoint starts its own
+    with doing("stopping Ray, since the endpoint starts its own"):
+        ray.shutdown()
     step("Serve: encoder and head in one replica")
-    with _endpoint(router, config.port) as url:
+    with doing(""), _endpoint(router, config.port) as url:  # which says itself what it is doing
         for prompt in _sample(inputs.corpus, config.limit):
             _route(url, prompt)
     _summary(evaluation, inputs.notice, f"{report}/report.html", time.monotonic() - started)
@@ -109,10 +110,11 @@ def _endpoint(router: str, port: int) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with doing("stopping the endpoint"):
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

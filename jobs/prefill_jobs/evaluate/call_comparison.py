@@ -20,6 +20,7 @@ from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.graded.leakage import held_out
 from prefill_jobs.graded.predictions import predict_graded
 from prefill_jobs.runtime import cluster
+from prefill_router.common.console import doing
 from prefill_router.evaluation.off_policy import every_reward, load_log
 from prefill_router.metrics import Interval, Scorer, bootstrap_weights, interval_from_draws
 from prefill_router.router.artifact import Router
@@ -33,6 +34,7 @@ class CallComparison(NamedTuple):
     differences: Mapping[str, Interval]
 
 
+@doing("comparing the routers on feedback")
 def compare_on_calls(
     new: Router, published: Router, activations: str, calls: str, num_draws: int
 ) -> CallComparison | None:

@@ -14,6 +14,7 @@ from prefill_jobs.graded.reward_threshold import shared_threshold
 from prefill_jobs.options import EvaluateConfig
 from prefill_jobs.runtime import cluster
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.corpus.split import PromptHashes
 from prefill_router.corpus.split_groups import of_corpus
@@ -65,7 +66,9 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
     expected = router.pool.expected_cost(predicted.num_tokens[place], lengths)
     policies = {"router": choose(p_correct, expected, router.default_tolerance)}
     policies |= {f"always {name}": np.full(len(place), t) for t, name in enumerate(router.pool.target_names)}
-    values = [policy_value(name, log, choice, p_correct, config.draws) for name, choice in policies.items()]
+    with doing("drawing bootstrap samples"):
+        values = [policy_value(name, log, choice, p_correct, config.draws) for name, choice in policies.items()]
+        frontier = latency_frontier(log, p_correct, expected, router.default_tolerance, config.draws)
     report = LogReport(
         router_version=router.version,
         pool=router.pool.name,
@@ -73,7 +76,7 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
         explored=float((log.propensity < 1.0).mean()),
         mean_reward=float(log.reward.mean()),
         policies=values,
-        frontier=latency_frontier(log, p_correct, expected, router.default_tolerance, config.draws),
+        frontier=frontier,
         num_draws=config.draws,
         about={
             "Feedback": config.outcomes,

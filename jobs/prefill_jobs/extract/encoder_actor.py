@@ -16,6 +16,8 @@ import torch
 from prefill_jobs.extract.guarded_encoder import GuardedEncoder
 from prefill_jobs.runtime import cluster, ray_tasks
 from prefill_jobs.runtime.capacity import Effort
+from prefill_jobs.runtime.progress import Progress
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router.common.errors import UserError
 from prefill_router.encoder.hardware import measured_peak_flops
 from prefill_router.encoder.prefill_work import Work
@@ -42,9 +44,9 @@ class ShardAttempts:
 class EncoderActor(ABC):
     """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
 
-    def __init__(self, threads: int, attempts: cluster.Shared) -> None:
+    def __init__(self, threads: int, attempts: cluster.Shared, note: WorkerNote) -> None:
         self.threads = min(threads, os.cpu_count() or 1)
-        self.attempts = attempts
+        self.attempts, self.note = attempts, note
         self.worker = cluster.worker_id()
         self._loading = threading.Lock()
 
@@ -83,7 +85,13 @@ class EncoderActor(ABC):
     def load_encoders(self) -> None:
         """Loads the encoders and measures their peak while no other task runs."""
         with self._loading:
-            _ = self.guarded_encoders, self.peak_flops
+            if "peak_flops" in self.__dict__:
+                return
+            self.note.write("loading the encoder")
+            _ = self.guarded_encoders
+            self.note.write("measuring the peak of the hardware")
+            _ = self.peak_flops
+            self.note.write("reading the first prompts")
 
     def effort(self, work: Work, attempt: int) -> Effort:
         """Reports a finished task."""
@@ -91,8 +99,12 @@ class EncoderActor(ABC):
         return Effort(work, self.worker, peak_flops, time.monotonic() - self.began_s, attempt - 1)
 
 
-def map_on_encoders(create: Callable[..., Callable[[T], R]], tasks: Sequence[T], actors: cluster.Actors) -> Iterator[R]:
-    """Runs tasks on encoder actors, which `create` builds given `threads` and `attempts`."""
-    attempts = cluster.Shared(ShardAttempts)
-    build = partial(create, threads=cluster.threads_per_worker(actors.number), attempts=attempts)
+def map_on_encoders(
+    create: Callable[..., Callable[[T], R]], tasks: Sequence[T], actors: cluster.Actors, progress: Progress
+) -> Iterator[R]:
+    """Runs tasks on encoder actors, which `create` builds given `threads`, `attempts` and a `note` for `progress`."""
+    attempts, note = cluster.Shared(ShardAttempts), WorkerNote()
+    progress.start = lambda: note.read() or "starting workers"
+    build = partial(create, threads=cluster.threads_per_worker(actors.number), attempts=attempts, note=note)
     yield from ray_tasks.map_on_actors(build, tasks, **actors.options(_CALLS))
+    note.remove()

@@ -33,7 +33,7 @@ from prefill_router.activations.encode_time import SUMMARY, measured_ms
 from prefill_router.activations.joined_stores import has_own_store, store_below
 from prefill_router.activations.reuse import Sources
 from prefill_router.activations.shard_list import ShardList
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import POOLINGS, Pooling
 from prefill_router.corpus.plan import CorpusPlan, Repeats, Shard, plan
@@ -171,18 +171,21 @@ class _Extraction:
     def run(self) -> ExtractSummary:
         # Downloads before the actors start, so that no actor occupies a GPU meanwhile.
         spec = self.request.encoder
-        ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
+        with doing(f"downloading encoder {spec.model} to every node"):
+            ray_tasks.run_on_every_node(checkpoint.fetch, spec.model, spec.revision)
         self.workers = self.actors.number
         summary = ExtractSummary(len(self.plan.bad), self.workers)
-        progress = Progress("extract", self.plan.num_rows - len(self.plan.bad))
-        progress.quarantine(len(self.plan.bad))
         if self.plan.num_repeated:
             say(f"extract: {self.plan.num_repeated:,} prompts repeat an earlier one and are computed once")
         if self.plan.bad:
             say(f"extract: {len(self.plan.bad):,} invalid rows go to the quarantine; {self.plan.bad[0].message}")
-        self._do(self.plan.shards, self._shard_tasks, progress, summary)
-        self._do(self.plan.repeats, self._repeat_tasks, progress, summary)
-        return self._finish(summary)
+        num_rows = self.plan.num_rows - len(self.plan.bad)
+        with Progress("extract", num_rows, at_once=self.workers).shown() as progress:
+            progress.quarantine(len(self.plan.bad))
+            self._do(self.plan.shards, self._shard_tasks, progress, summary)
+            self._do(self.plan.repeats, self._repeat_tasks, progress, summary)
+        with doing("writing the manifest"):
+            return self._finish(summary)
 
     @property
     def actors(self) -> cluster.Actors:
@@ -233,7 +236,8 @@ class _Extraction:
         pending = np.flatnonzero(positions < 0).tolist()
         if not pending:
             return
-        for finished in map_on_encoders(partial(ShardExtractor, self.request), to_tasks(pending), self.actors):
+        create = partial(ShardExtractor, self.request)
+        for finished in map_on_encoders(create, to_tasks(pending), self.actors, progress):
             self.lease.check()
             self._check_encoder(finished.encoder)
             self.commit_log.add(finished.record)

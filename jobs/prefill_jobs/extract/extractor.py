@@ -9,6 +9,7 @@ from typing import Literal
 from prefill_jobs.extract.encoder_actor import EncoderActor
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router.activations import commit_log
 from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.commit_records import Commit, shard_name
@@ -62,8 +63,8 @@ class ExtractRequest:
 class ShardExtractor(EncoderActor):
     """Extracts the activations of shards."""
 
-    def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared) -> None:
-        super().__init__(threads, attempts)
+    def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared, note: WorkerNote) -> None:
+        super().__init__(threads, attempts, note)
         self.request = request
 
     def __call__(self, task: ExtractTask) -> ExtractResult:

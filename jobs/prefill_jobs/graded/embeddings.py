@@ -65,15 +65,16 @@ def fetch_sentence_encoder(source: str) -> None:
 def embed(corpus: str, sentence_encoder: str, out: str) -> Embeddings:
     """Embeds the prompts of a corpus that `out` lacks. Invalid rows are skipped."""
     fingerprint = SentenceEncoder.load(sentence_encoder).fingerprint
-    shards_of_corpus = plan(corpus, _SHARD_ROWS, keep_repeats=True, spread=ray_tasks.spread).shards
+    shards_of_corpus = plan(corpus, keep_repeats=True, spread=ray_tasks.spread, default_rows=_SHARD_ROWS).shards
     create = partial(ShardEmbedder, sentence_encoder, fingerprint, out, cluster.threads_per_worker(1))
-    progress = Progress("embed", sum(shard.rows for shard in shards_of_corpus))
     written: dict[int, ShardFile] = {}
-    for i, file, num_tokens in ray_tasks.map_on_actors(
-        create, list(enumerate(shards_of_corpus)), **cluster.Actors(1).options(1)
-    ):
-        written[i] = file
-        progress.add(file.rows, Work(tokens=num_tokens))
+    num_rows = sum(shard.rows for shard in shards_of_corpus)
+    with Progress("embed", num_rows, start="loading the sentence encoder").shown() as progress:
+        for i, file, num_tokens in ray_tasks.map_on_actors(
+            create, list(enumerate(shards_of_corpus)), **cluster.Actors(1).options(1)
+        ):
+            written[i] = file
+            progress.add(file.rows, Work(tokens=num_tokens))
     files = [written[i] for i in sorted(written)]
     manifest = EmbeddingsManifest(sentence_encoder=sentence_encoder, fingerprint=fingerprint, shards=files)
     storage.write_json(storage.join(out, parquet_objects.MANIFEST), manifest.model_dump())

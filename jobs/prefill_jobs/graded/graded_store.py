@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.joined_stores import JoinedStores, open_stores
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
@@ -52,6 +52,7 @@ class GradedStore:
     seen: tuple[Part, ...] = ()
 
     @classmethod
+    @doing("reading the outcomes")
     def open(
         cls,
         activations: str,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.runtime import ray_tasks
+from prefill_jobs.runtime.progress import counted
 from prefill_router.corpus.split import PromptHashes
 from prefill_router.policy.decision import Prediction
 from prefill_router.router.artifact import Estimates, Router
@@ -38,7 +39,8 @@ def predict_graded(router: Router, graded: GradedStore, *, with_features: bool =
     """Predicts for every graded prompt. Raises UserError if the store lacks an encoder of the router."""
     graded = graded.of_encoders(router.encoders)
     task = partial(_predict_shard, router=router, graded=graded, with_features=with_features)
-    found = ray_tasks.map_items(task, range(graded.store.num_shards))
+    num_shards = graded.store.num_shards
+    found = counted(ray_tasks.map_items(task, range(num_shards)), "predict", num_shards, "shards")
     parts = [arrays for _, arrays in sorted(found, key=itemgetter(0))]
     gathered: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     estimates = Estimates(*(gathered.pop(name) for name in Estimates._fields))

@@ -22,6 +22,7 @@ from prefill_router.activations.commit_log import CommitLog
 from prefill_router.activations.joined_stores import store_below
 from prefill_router.activations.reuse import Sources
 from prefill_router.baselines.baseline_router import BaselineRouter
+from prefill_router.common.console import doing
 from prefill_router.corpus.plan import CorpusPlan
 from prefill_router.corpus.reader import MAX_PROMPT_BYTES
 from prefill_router.encoder import checkpoint
@@ -56,7 +57,7 @@ class Estimation:
         contents = planned.keys[:, 1:]
         known = KeptEstimates.read(self.out).index.find(contents) >= 0
         wanted = planned.is_first
-        progress = Progress(task, int(wanted.sum()))
+        progress = Progress(task, int(wanted.sum()), at_once=self.actors.number)
         progress.skip(int((wanted & known).sum()))
         tasks = self._tasks(planned, wanted & ~known)
         if not tasks:
@@ -68,12 +69,13 @@ class Estimation:
         uri = storage.absolute(self.router_uri)
         create = partial(ShardEstimator, uri, self.out, self.activations, self.max_prompt_bytes)
         capacity, num_read = Capacity(), 0
-        for done in map_on_encoders(create, tasks, self.actors):
-            lease.check()
-            capacity.add(done.effort)
-            num_read += done.effort.work.prompts
-            progress.add(done.num_prompts, done.effort.work, capacity.flops, done.effort.num_retries)
-            progress.quarantine(done.num_refused)
+        with progress.shown():
+            for done in map_on_encoders(create, tasks, self.actors, progress):
+                lease.check()
+                capacity.add(done.effort)
+                num_read += done.effort.work.prompts
+                progress.add(done.num_prompts, done.effort.work, capacity.flops, done.effort.num_retries)
+                progress.quarantine(done.num_refused)
         return num_read
 
     def _tasks(self, planned: CorpusPlan, wanted: NDArray[np.bool_]) -> list[EstimateTask]:
@@ -105,6 +107,7 @@ class KeptEstimates:
     owners: NDArray[np.int64]  # (M,) index of the file in `names`, ascending
 
     @classmethod
+    @doing("reading the kept estimates")
     def read(cls, uri: str) -> KeptEstimates:
         names = [name for name in storage.list_names(uri) if name.endswith(".parquet")]
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from prefill_jobs.extract.encoder_actor import EncoderActor
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
 from prefill_router.activations.joined_stores import store_below
@@ -61,8 +62,9 @@ class ShardEstimator(EncoderActor):
         max_prompt_bytes: int,
         threads: int,
         attempts: cluster.Shared,
+        note: WorkerNote,
     ) -> None:
-        super().__init__(threads, attempts)
+        super().__init__(threads, attempts, note)
         self.uri, self.out, self.activations = router, out, activations
         self.max_prompt_bytes = max_prompt_bytes
 

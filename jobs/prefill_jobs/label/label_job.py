@@ -21,13 +21,14 @@ from prefill_jobs.label.estimation import Estimation, KeptEstimates
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import ExtractConfig, LabelConfig
 from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime.progress import counted
 from prefill_router import storage
 from prefill_router.baselines import any_router
 from prefill_router.baselines.baseline_router import BaselineRouter
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel, validate
-from prefill_router.corpus.plan import CorpusPlan, in_order, plan
+from prefill_router.corpus.plan import SHARD_ROWS, CorpusPlan, in_order, plan
 from prefill_router.corpus.quarantine import read_quarantine, write_quarantine
 from prefill_router.corpus.reader import BadRow, files, refuse_output, report_unread
 from prefill_router.policy.decision import Policy
@@ -43,6 +44,7 @@ from prefill_router.storage.lease import Lease
 from prefill_router.storage.parquet_objects import ShardFile
 
 _ESTIMATES, _DECISIONS = "estimates", "decisions"
+_SHARD_LINES = 1024  # by default
 
 
 class LogFile(StrictModel):
@@ -96,6 +98,7 @@ def label(config: LabelConfig) -> LabelManifest:
                 keep_repeats=True,
                 only=[file.uri for file in inputs],
                 spread=ray_tasks.spread,
+                default_rows=_SHARD_LINES if config.activations is None else SHARD_ROWS,  # as in the store
             )
             planned.check_bad(planned.bad, config.max_bad_fraction)
             return _Labelling(config, router, policy, planned, inputs, before, lease).run(num_read)
@@ -124,12 +127,14 @@ class _Labelling:
         computed = num_read + self.estimation.run(self.plan, self.lease, "label")
         held = KeptEstimates.read(self.estimates)
         places = held.index.find(self._contents)
-        allocation = self._allocate(held, places)
+        with doing("allocating the budget"):
+            allocation = self._allocate(held, places)
         decided = self._decide(held, places, replace(self.policy, allocation=allocation))
         bad = in_order([*self.plan.bad, *decided.bad])
         self.plan.check_bad(bad, self.config.max_bad_fraction)
         self.lease.check()
-        return self._finish(decided, bad, computed, allocation)
+        with doing("writing the report"):
+            return self._finish(decided, bad, computed, allocation)
 
     def _say(self) -> None:
         num_lines, repeated = self.plan.num_rows - len(self.plan.bad), self.plan.num_repeated
@@ -176,7 +181,8 @@ class _Labelling:
             storage.remove(storage.join(self.config.out, parquet_objects.MANIFEST))
             parquet_objects.remove_shards(self.decisions, at_any_depth=True)
         whole = DecidedShard([], Tally(), [])
-        for part in ray_tasks.map_items(partial(decide_shard, context=context), tasks):
+        found = ray_tasks.map_items(partial(decide_shard, context=context), tasks)
+        for part in counted(found, "decide", len(tasks), "shards"):
             whole.files.extend(part.files)
             whole.bad.extend(part.bad)
             whole.tally.merge(part.tally)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefill_router import storage
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import (
     AT,
@@ -56,6 +56,7 @@ class GatheredFeedback:
             storage.join(out, name) for name in ("prompts", "calls.parquet", "outcomes.parquet")
         )
 
+    @doing("gathering feedback")
     def update(self) -> None:
         """Copies what is new. Raises UserError if the gateway stored no prompts, or a propensity is invalid."""
         calls = _while_merged(self._recent_calls)

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError, one_line
 
 
@@ -24,7 +24,8 @@ def run_every(run: Callable[[], object], every_s: float) -> None:
             started = time.monotonic()
             _run(run)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-            time.sleep(max(0.0, started + every_s - time.monotonic()))
+            with doing(""):
+                time.sleep(max(0.0, started + every_s - time.monotonic()))
     except (KeyboardInterrupt, SystemExit):
         say("pipeline: stopped")
 

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefill_jobs.runtime import local_ray, ray_failures
 from prefill_router.common.addresses import ray_address, require_listener, token_refused
-from prefill_router.common.console import said_if_slow, silent_stderr
+from prefill_router.common.console import doing, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.common.scratch import ScratchFolder
 
@@ -39,7 +39,7 @@ def connect() -> None:
         if address := ray_address():
             _join(address)
         else:
-            with local_ray.private(), silent_stderr():
+            with doing("ray: starting on this machine"), local_ray.private(), silent_stderr():
                 ray.init("local", include_dashboard=False, **_QUIET)  # its address would not be shown
     ray_failures.listen()
     context = ray.data.DataContext.get_current()
@@ -50,12 +50,12 @@ def connect() -> None:
 
 
 def _join(address: str) -> None:
-    """Joins a cluster, and reports if that is slow. Raises UserError if it is unreachable or refuses the token."""
+    """Joins a cluster, and says so. Raises UserError if it is unreachable or refuses the token."""
     if ":" in address and "://" not in address:
         require_listener(address, "RAY_ADDRESS")  # Ray would retry silently for a minute
         _require_token(address)
     try:
-        with said_if_slow(f"ray: still trying to join the cluster at {address}"), silent_stderr():
+        with doing(f"ray: joining the cluster at {address}"), silent_stderr():
             ray.init(address, **_QUIET)
     except ConnectionError as error:
         raise UserError(
@@ -68,7 +68,7 @@ def _require_token(address: str) -> None:
     """Raises UserError if the cluster refuses the token. `ray.init` would retry for 20 s and give no reason."""
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
-        with said_if_slow(f"ray: waiting for an answer from {address}"), silent_stderr():
+        with doing(f"ray: waiting for an answer from {address}"), silent_stderr():
             GcsClient(address=address)
     except AuthenticationError:
         raise token_refused(address) from None
@@ -89,7 +89,8 @@ def result_on_stdout() -> Iterator[None]:
     with redirect_stdout(sys.stderr), ray_failures.as_user_errors():
         yield
         if is_own and ray.is_initialized():
-            ray.shutdown()
+            with doing("ray: stopping"):
+                ray.shutdown()
 
 
 @contextmanager

@@ -1,84 +1,91 @@
-"""Progress of a long task, as metrics and on stderr: one updating line on a terminal, a line every 10 s elsewhere."""
+"""Progress of long tasks on stderr, by `console`'s live line, and of those that encode or call as metrics too."""
 
 from __future__ import annotations
 
-import sys
-import time
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self, TypeVar
 
 from prefill_jobs.runtime.job_metrics import JobMetrics
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
+from prefill_router.common.task_pace import TaskPace
 from prefill_router.encoder.prefill_work import Work
 
-_LINE_EVERY_S = 10.0
+_SHORT_S = 1.0  # a task that took less is not worth a line
+
+T = TypeVar("T")
+
+
+def counted(items: Iterable[T], task: str, total: int, unit: str) -> Iterator[T]:
+    """Yields items as they come, and says how many of `total` have come."""
+    pace = TaskPace(total)
+    with doing(lambda: " · ".join(filter(None, [f"{task}: {pace.done} {unit}", pace.eta]))):
+        for item in items:
+            pace.add(1)
+            yield item
 
 
 class Progress:
-    """Counts finished rows of `total`, and reports them."""
+    """Counts finished rows of `total`, and reports them.
 
-    def __init__(self, task: str, total: int, unit: str = "prompts") -> None:
-        self.task, self.total, self.unit = task, total, unit
-        self.rows = self.skipped = 0
+    `at_once` shards are done at the same time. `start` says what happens before the first one is done.
+    """
+
+    def __init__(
+        self, task: str, total: int, unit: str = "prompts", *, at_once: int = 1, start: str = "starting workers"
+    ) -> None:
+        self.task, self.unit = task, unit
+        self.start: Callable[[], str] = lambda: start
+        self.pace = TaskPace(total, at_once)
         self.work = Work()
         self.capacity_flops = 0.0
         self.metrics = JobMetrics(task)
         self.metrics.begin(total)
-        self.started = self.said = time.monotonic()
-        self._say(f"{task}: {total:,} {unit}")
+
+    @contextmanager
+    def shown(self) -> Iterator[Self]:
+        """Shows the progress until the block ends, and then says what the rows took, unless that was short."""
+        with doing(self._line):
+            yield self
+        if self.pace.elapsed_s >= _SHORT_S:
+            say(self._line())
 
     def skip(self, rows: int) -> None:
         """Counts rows done by an earlier run, which do not enter rates or the ETA."""
-        self.skipped += rows
+        self.pace.skip(rows)
         self.metrics.reuse(rows)
-        self._say_when_due()
+        self.metrics.remain(self.pace.left)
 
     def add(self, rows: int, work: Work, capacity_flops: float = 0.0, retries: int = 0) -> None:
         """Counts a finished shard. `capacity_flops` is `Capacity.flops` of the run so far."""
-        self.rows, self.work, self.capacity_flops = self.rows + rows, self.work + work, capacity_flops
+        self.pace.add(rows)
+        self.work, self.capacity_flops = self.work + work, capacity_flops
         self.metrics.commit(rows, work.tokens, retries)
         if capacity_flops:
             self.metrics.compute(self.work, self.work.flops / capacity_flops)
-        self._say_when_due()
+        self.metrics.remain(self.pace.left)
 
     def quarantine(self, rows: int) -> None:
         """Counts quarantined rows, which are not finished rows."""
         self.metrics.quarantine(rows)
 
-    @property
-    def elapsed_s(self) -> float:
-        return max(time.monotonic() - self.started, 1e-9)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.rows + self.skipped >= self.total
-
-    def _say_when_due(self) -> None:
-        self.metrics.remain(max(0, self.total - self.rows - self.skipped))
-        now = time.monotonic()
-        if sys.stderr.isatty() or now - self.said >= _LINE_EVERY_S or self.is_complete:
-            self.said = now
-            self._say(self._line(self.elapsed_s))
-
-    def _line(self, elapsed_s: float) -> str:
-        parts = [f"{self.task}: {self.rows + self.skipped:,}/{self.total:,} {self.unit}"]
-        if self.skipped:
-            parts.append(f"{self.skipped:,} done before")
-        if self.work.tokens:
-            parts.append(f"{self.rows / elapsed_s:,.1f} prompts/s")
-            parts.append(f"{self.work.tokens / elapsed_s:,.0f} tokens/s")
+    def _line(self) -> str:
+        """The counts and rates so far. Those of finished rows are means over the whole time, with its start."""
+        pace, work = self.pace, self.work
+        parts = [f"{self.task}: {pace.done} {self.unit}"]
+        if pace.skipped:
+            parts.append(f"{pace.skipped:,} done before")
+        if not pace.rows and pace.left:
+            parts.append(f"{self.start()} ({pace.elapsed_s:.0f} s)")
+        rate = pace.rows_per_s if pace.left else pace.rows / pace.elapsed_s
+        if work.tokens and rate:
+            parts.append(f"{rate:,.1f} prompts/s")
+            parts.append(f"{rate * work.tokens / pace.rows:,.0f} tokens/s")
         if self.capacity_flops:
-            parts.append(f"{self.work.flops / self.capacity_flops:.0%} of peak")
-            parts.append(f"{self.work.padding_waste:.1%} padding")
-        if self.is_complete:
-            parts.append(f"{elapsed_s:.0f} s")
-        elif self.rows:
-            remaining_s = elapsed_s / self.rows * (self.total - self.skipped - self.rows)
-            parts.append(f"ETA {timedelta(seconds=round(remaining_s))}")
+            parts.append(f"{work.flops / self.capacity_flops:.0%} of peak")
+            parts.append(f"{work.padding_waste:.1%} padding")
+        if not pace.left:
+            parts.append(f"{pace.elapsed_s:.0f} s")
+        elif pace.eta:
+            parts.append(pace.eta)
         return " · ".join(parts)
-
-    def _say(self, line: str) -> None:
-        if not sys.stderr.isatty():
-            say(line)
-            return
-        sys.stderr.write(f"\r\033[K{line}" + "\n" * self.is_complete)
-        sys.stderr.flush()

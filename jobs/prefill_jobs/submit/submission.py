@@ -35,7 +35,7 @@ from prefill_jobs.runtime import local_ray
 from prefill_jobs.submit.submit_request import SubmitRequest
 from prefill_jobs.submit.wheel import write_wheel
 from prefill_router.common.addresses import is_loopback
-from prefill_router.common.console import say, silent_stderr
+from prefill_router.common.console import live, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 
@@ -253,11 +253,11 @@ def local_head() -> Iterator[str]:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     head = RayCluster()
     try:
-        with local_ray.private(), silent_stderr():
+        with live("submit: starting a Ray head on this machine"), local_ray.private(), silent_stderr():
             # Free ports: another Ray may occupy the default ones, and a head without its agent accepts no job.
             node = head.add_node(include_dashboard=True, dashboard_port=0, dashboard_agent_listen_port=0)
         say(f"submit: started a Ray head on this machine, {node.webui_url}")
         yield f"http://{node.webui_url}"
     finally:
-        with silent_stderr():
+        with live("submit: stopping the Ray head"), silent_stderr():
             head.shutdown()  # type: ignore[no-untyped-call]

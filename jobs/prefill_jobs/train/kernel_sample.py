@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedRows, GradedStore
 from prefill_jobs.runtime import ray_tasks
+from prefill_jobs.runtime.progress import counted
 from prefill_router.corpus.split import mixed
 from prefill_router.probe.projection import Projection
 
@@ -23,7 +24,8 @@ def sample_rows(graded: GradedStore, projections: Sequence[Projection], max_rows
     order = mixed(keys)
     below = np.partition(order, max_rows)[max_rows] if len(order) > max_rows else None
     task = partial(_sample_shard, graded=graded, projections=projections, below=below)
-    parts = list(ray_tasks.map_items(task, range(graded.store.num_shards)))
+    num_shards = graded.store.num_shards
+    parts = list(counted(ray_tasks.map_items(task, range(num_shards)), "read features", num_shards, "shards"))
     rows = GradedRows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     return _taken(rows, mixed(rows.keys).argsort())
 

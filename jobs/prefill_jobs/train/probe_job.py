@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.options import ProbeConfig
 from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime.progress import counted
 from prefill_jobs.runtime.ray_tasks import Mergeable
 from prefill_router import storage
 from prefill_router.activations.joined_stores import store_uris
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
@@ -55,7 +56,9 @@ def run_probe(config: ProbeConfig, split: Split | None = None, groups: SplitGrou
     cluster.connect()
     probes = [row for graded in stores for row in probe_store(graded)]
     storage.write_bytes(storage.join(config.out, TABLE), storage.encode_parquet(to_table(probes)))
-    storage.write_bytes(storage.join(config.out, "probe.svg"), figures.to_svg(figures.probe_figure(probes)).encode())
+    with doing("drawing the probe's figure"):
+        svg = figures.to_svg(figures.probe_figure(probes))
+    storage.write_bytes(storage.join(config.out, "probe.svg"), svg.encode())
     storage.write_json(storage.join(config.out, "probe.json"), _summary(stores[0].pool.name, probes))
     return probes
 
@@ -135,7 +138,8 @@ def _by_column(
     parts = [ColumnPart(column, range(start, stop)) for column in columns for start, stop in itertools.pairwise(cuts)]
     items = [(part.column.name, part) for part in parts]
     functions = functools.partial(function, graded), functools.partial(finish, graded)
-    return ray_tasks.merge_items(items, *functions, **cluster.task_resources())
+    found = ray_tasks.merge_items(items, *functions, **cluster.task_resources())
+    return counted(found, "probe", len(columns), "columns")
 
 
 def _labelled_moments(graded: GradedStore, part: ColumnPart) -> LabelledMoments:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.train.kernel_sample import sample_rows
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.predictor.kernel_ridge import fit_and_leave_one_out
@@ -117,6 +117,7 @@ def choose_options(
     return trials
 
 
+@doing("choosing among encoders")
 def choose_sensors(
     training: GradedStore,
     validation: GradedStore,

@@ -32,7 +32,7 @@ from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.encode_time import encode_times
 from prefill_router.activations.joined_stores import store_uris
-from prefill_router.common.console import say
+from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import ActivationColumn
 from prefill_router.corpus.split import Part, Split
@@ -308,6 +308,7 @@ def _of_every_target(correct: NDArray[np.float32], p_correct: NDArray[np.float32
     return np.where(np.isnan(correct), p_correct, correct) if is_partial else correct
 
 
+@doing("choosing calibration and tolerance")
 def tuned(router: Router, validation: GradedStore, recipe: RouterRecipe) -> Router:
     """The router with the values chosen on validation prompts: the kernel machine's weight, calibration and tolerance.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ray.train.torch import TorchTrainer
 from prefill_jobs.graded.graded_store import GradedStore
 from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.job_metrics import TrainMetrics
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_jobs.train.rendezvous import torch_config
 from prefill_router import storage
 from prefill_router.common.errors import UserError
@@ -85,9 +86,10 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
     runs = storage.join(out, "_runs")
     filesystem, path = storage.arrow_location(runs)
     use_gpu = cluster.num_gpus() >= workers
+    note = WorkerNote()
     run = TorchTrainer(
         _fit_worker,
-        train_loop_config={"task": task, "threads": cluster.threads_per_worker(workers)},
+        train_loop_config={"task": task, "threads": cluster.threads_per_worker(workers), "note": note},
         torch_config=torch_config("nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker(workers)}
@@ -100,7 +102,8 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    result = run.fit()
+    with note.shown("train", "starting the workers"):
+        result = run.fit()
     assert result.metrics is not None
     if problem := result.metrics.get("problem"):
         storage.remove(runs)
@@ -121,7 +124,9 @@ def _fit_worker(config: dict[str, Any]) -> None:
         feed, problem = None, None
         try:
             context = ray.train.get_context()
-            feed = project(task, Path(folder), device, context.get_world_rank(), context.get_world_size())
+            rank, note = context.get_world_rank(), config["note"]
+            tell = note.write if rank == 0 else None
+            feed = project(task, Path(folder), device, rank, context.get_world_size(), tell)
         except (UserError, OSError) as error:
             problem = str(error)
         # Every worker must report, and Ray Train should not retry after a user's error.
@@ -135,16 +140,18 @@ def _fit_worker(config: dict[str, Any]) -> None:
         if checkpoint := ray.train.get_checkpoint():
             _load_checkpoint(checkpoint, trainer)
         metrics = TrainMetrics()
-        fit(feed, trainer, task.seed, lambda rows_per_s: _report(trainer, rows_per_s, metrics))
+        fit(feed, trainer, task.seed, lambda rows_per_s: _report(trainer, rows_per_s, metrics, config["note"]))
 
 
-def _report(trainer: Trainer, rows_per_s: float, metrics: TrainMetrics) -> None:
+def _report(trainer: Trainer, rows_per_s: float, metrics: TrainMetrics, note: WorkerNote) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
             safetensors.torch.save_file(trainer.state(), Path(folder) / _STATE)
             checkpoint = Checkpoint.from_directory(folder)
-            metrics.epoch(trainer.epoch, float(trainer.best_losses.mean()))
+            loss = float(trainer.best_losses.mean())
+            metrics.epoch(trainer.epoch, loss)
+            note.write(f"epoch {trainer.epoch} of at most {trainer.recipe.max_epochs}, validation loss {loss:.4f}")
         ray.train.report({"rows_per_s": rows_per_s}, checkpoint=checkpoint)
 
 
@@ -182,11 +189,23 @@ class RowFiles(Mapping[int, Rows]):
         return len(self.shards)
 
 
-def project(task: FitTask, folder: Path, device: torch.device, rank: int = 0, num_workers: int = 1) -> WorkerRows:
-    """Projects the shards of worker `rank` into files below `folder`, and returns a feed that reads them."""
+def project(
+    task: FitTask,
+    folder: Path,
+    device: torch.device,
+    rank: int = 0,
+    num_workers: int = 1,
+    tell: Callable[[str], None] | None = None,
+) -> WorkerRows:
+    """Projects the shards of worker `rank` into files below `folder`, and returns a feed that reads them.
+
+    `tell` gets what is done so far.
+    """
     files = {part: RowFiles(folder / part.name) for part in (Part.TRAIN, Part.VALIDATION)}
     num_rows = torch.zeros(task.graded.store.num_shards, dtype=torch.long)
     for shard in range(rank, len(num_rows), num_workers):
+        if tell is not None:
+            tell(f"projecting shard {shard + 1:,} of {len(num_rows):,}")
         for part, rows in _projected(task, shard).items():
             files[part].add(shard, rows)
             if part is Part.TRAIN:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from prefill_router.common.console import doing
 from prefill_router.common.errors import some_of
 from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, PROMPT_ID, TARGET
 from prefill_router.corpus import plan as corpus_plan
@@ -99,6 +100,7 @@ class OutcomeFacts:
     num_repeated: int = 0  # further grades of a pair
 
     @classmethod
+    @doing("reading the outcomes")
     def of(cls, uri: str) -> OutcomeFacts:
         """Reads all rows. Raises UserError for a missing column, or one of another type."""
         facts, pairs, keys = cls(uri), [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from prefill_router.baselines import BASELINES, Always, Mixture, Random
 from prefill_router.baselines.base import Baseline, Reads
+from prefill_router.common.console import doing
 from prefill_router.metrics import best_tolerance
 from prefill_router.policy.answer_cost import answer_costs
 from prefill_router.policy.pool import Pool
@@ -89,8 +90,9 @@ def fit_all(pool: Pool, training: Prompts, validation: Prompts) -> Iterator[Fitt
 
 def fit_one(pool: Pool, name: str, baseline: Baseline, training: Prompts, validation: Prompts) -> Fitted:
     """Fits one baseline and chooses its tolerance."""
-    baseline.fit(training.x(type(baseline).reads), training.correct)
-    tolerance = _tolerance(pool, baseline, training, validation)
+    with doing(f"fitting the baseline {baseline.title}"):
+        baseline.fit(training.x(type(baseline).reads), training.correct)
+        tolerance = _tolerance(pool, baseline, training, validation)
     return Fitted(name, baseline.title, baseline, training.median_output_tokens, tolerance)
 
 

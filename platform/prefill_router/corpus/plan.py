@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError, shown
 from prefill_router.common.schema import PROMPT_ID
 from prefill_router.corpus.formats import FORMATS
@@ -32,6 +33,7 @@ from prefill_router.corpus.row_keys import (
 )
 from prefill_router.corpus.scan import Positions, Run, Scan, Spread, changed, scan_files
 
+SHARD_ROWS = 256  # by default
 _NUM_READERS = 16  # threads that read the files of one shard
 _BLOCK = 1 << 14  # rows that numpy processes at a time
 
@@ -127,17 +129,21 @@ class CorpusPlan:
             )
 
 
+@doing("reading the corpus")
 def plan(
     uri: str,
-    shard_rows: int,
+    shard_rows: int | None = None,
     limit: int | None = None,
     max_prompt_bytes: int = MAX_PROMPT_BYTES,
     *,
     keep_repeats: bool = False,
     only: Sequence[str] | None = None,
     spread: Spread = map,
+    default_rows: int = SHARD_ROWS,
 ) -> CorpusPlan:
     """Reads the first `limit` rows of a corpus once and cuts each file into runs of `shard_rows` rows.
+
+    By default runs have `default_rows` rows, but fewer at the start of the first file: a short job then shows progress.
 
     Consecutive files with fewer rows than a shard share one. Of rows with the same content, only the first is kept,
     unless `keep_repeats`. A row with the prompt_id of an earlier row is invalid, unless the id is the hash of the
@@ -151,7 +157,9 @@ def plan(
     UserError if the corpus is missing, is empty or has no valid row.
     """
     storage.require(uri, "corpus")
-    scan = scan_files(files(uri) if only is None else only, shard_rows, limit, max_prompt_bytes, spread)
+    uris, grow = files(uri) if only is None else only, shard_rows is None
+    shard_rows = default_rows if shard_rows is None else shard_rows
+    scan = scan_files(uris, shard_rows, limit, max_prompt_bytes, spread, grow=grow)
     if not scan.runs:
         raise UserError(f"{uri}: the corpus is empty: add prompts in a supported format: {FORMATS}")
     if not len(scan.keys):

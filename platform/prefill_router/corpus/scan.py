@@ -19,6 +19,9 @@ from prefill_router.corpus.row_keys import KEY_BYTES, RowKeys, as_keys, content_
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Where runs grow: the row up to which each length is used. Ends of usual shards, so that the next ones are the usual.
+_SHORT_RUNS = ((256, 16), (1024, 64))
+
 _MIN_GROUPS, _MAX_GROUP_FILES, _NUM_READERS = 64, 64, 8  # groups of files that one call scans, with so many threads
 
 Positions = NDArray[np.int64]  # indices of rows among all valid rows of the corpus
@@ -102,9 +105,18 @@ class Scan:
         return list(ids.values())
 
 
-def scan_files(uris: Sequence[str], shard_rows: int, limit: int | None, max_prompt_bytes: int, spread: Spread) -> Scan:
-    """Reads the first `limit` rows of some files once, in runs of `shard_rows`."""
-    scan_one = partial(scan_file, shard_rows=shard_rows, max_prompt_bytes=max_prompt_bytes)
+def scan_files(
+    uris: Sequence[str],
+    shard_rows: int,
+    limit: int | None,
+    max_prompt_bytes: int,
+    spread: Spread,
+    *,
+    grow: bool = False,
+) -> Scan:
+    """Reads the first `limit` rows of some files once, in runs of `shard_rows`, or that grow in the first file."""
+    growing = next(iter(uris), None) if grow else None
+    scan_one = partial(scan_file, shard_rows=shard_rows, max_prompt_bytes=max_prompt_bytes, growing=growing)
     if limit is None:
         size = max(1, min(_MAX_GROUP_FILES, len(uris) // _MIN_GROUPS))
         parts = spread(partial(_scan_group, scan_one), [uris[i : i + size] for i in range(0, len(uris), size)])
@@ -137,11 +149,15 @@ def _scan_up_to(limit: int, scan_one: Callable[..., FileScan], uris: Sequence[st
             return
 
 
-def scan_file(uri: str, shard_rows: int, max_prompt_bytes: int, limit: int | None = None) -> FileScan:
-    """Scans the first `limit` rows of one file."""
+def scan_file(
+    uri: str, shard_rows: int, max_prompt_bytes: int, limit: int | None = None, growing: str | None = None
+) -> FileScan:
+    """Scans the first `limit` rows of one file; its runs grow if it is the file `growing`."""
     found = FileScan([], bytearray(), [])
     rows = read(uri, num_rows=limit, max_prompt_bytes=max_prompt_bytes)
-    while block := list(itertools.islice(rows, shard_rows)):
+    num_rows = 0
+    while block := list(itertools.islice(rows, _run_rows(num_rows, shard_rows) if uri == growing else shard_rows)):
+        num_rows += len(block)
         first_row, offset, _ = block[0]
         start, invalid = len(found.keys) // KEY_BYTES, []
         for i, (_, _, row) in enumerate(block):
@@ -152,6 +168,11 @@ def scan_file(uri: str, shard_rows: int, max_prompt_bytes: int, limit: int | Non
                 found.bad.append(row)
         found.runs.append(Run(uri, first_row, len(block), offset, tuple(invalid), start))
     return found
+
+
+def _run_rows(first_row: int, shard_rows: int) -> int:
+    """The rows of the run that begins at a row, if runs grow."""
+    return next((min(rows, shard_rows) for end, rows in _SHORT_RUNS if first_row < end), shard_rows)
 
 
 class _IdRequest(NamedTuple):

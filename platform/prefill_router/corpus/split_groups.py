@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, Row
@@ -56,6 +57,7 @@ class SplitGroups:
         index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return index, np.asarray(self.keys[index] == keys)
 
+    @doing("comparing embeddings")
     def joined_where_similar(self, keys: PromptHashes, vectors: NDArray[Any], likeness: float) -> SplitGroups:
         """Merges the groups of similar prompts, given their vectors (N, D) of unit length.
 
@@ -76,6 +78,7 @@ def by_content(prompts: PromptHashes, contents: PromptHashes) -> SplitGroups:
     return SplitGroups("content", known, contents[first])
 
 
+@doing("reading the corpus")
 def of_corpus(uri: str, held_out: Sequence[str] = (), column: str = "category") -> SplitGroups:
     """Groups the prompts of a corpus by text, ignoring case, white space and punctuation.
 

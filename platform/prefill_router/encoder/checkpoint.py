@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 
-from prefill_router.common.console import say, silent_stderr
+from prefill_router.common.console import doing, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.encoder import model_files
 from prefill_router.encoder.architecture import backbone_of
@@ -283,6 +283,7 @@ def unpacked_folder() -> Path:
     return Path(os.environ.get("PREFILL_ROUTER_CACHE", "~/.cache/prefill-router")).expanduser()
 
 
+@doing("unpacking the encoder, once on this machine")
 def _unpacked(gguf: Path, digest: str) -> Path:
     """Returns the GGUF as a transformers directory with dequantised float32 weights, unpacking it the first time.
 

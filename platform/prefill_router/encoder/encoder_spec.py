@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import POOLINGS, SENTENCE, ActivationColumn, MeanOver, Pooling, activation_columns
 from prefill_router.common.validation import IsoDate, JsonObject, StrictModel
@@ -111,6 +112,7 @@ def _empty(build: Callable[[], Any]) -> Any:
         return build()
 
 
+@doing("checking the encoder")
 def check_encoder(spec: EncoderSpec, layers: Sequence[int] = ()) -> None:
     """Raises UserError if the encoder cannot be loaded or lacks one of `layers`. Reads no weights."""
     if checkpoint.is_sentence_model(spec.model):

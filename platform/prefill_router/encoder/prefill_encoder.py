@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefill_router.common.console import doing
 from prefill_router.common.schema import NUM_TOKENS, POOLINGS, ActivationColumn, Pooling
 from prefill_router.corpus.reader import Prompt
 from prefill_router.encoder import checkpoint, placement
@@ -97,6 +98,7 @@ class PrefillEncoder:
         self._lock = threading.Lock()
 
     @classmethod
+    @doing("loading the encoder")
     def load(cls, spec: str | EncoderSpec, device: str | None = None) -> PrefillEncoder:
         """Loads the encoder on `device`, by default CUDA if available, otherwise the CPU.
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.common.schema import NUM_TOKENS, ActivationColumn
 from prefill_router.corpus.reader import Prompt
@@ -58,6 +59,7 @@ class SentenceEncoder:
         self._lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     @classmethod
+    @doing("loading the sentence encoder")
     def load(cls, source: str, device: str | None = None) -> SentenceEncoder:
         """Loads a hub id, a directory or `package:NAME`, by default on CUDA if available, otherwise on the CPU.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.evaluation.calibration_summary import CalibrationSummary
 from prefill_router.evaluation.learning_curve import Score
@@ -61,6 +62,7 @@ class Contender:
     has_hindsight: bool = False  # uses the outcomes themselves
 
 
+@doing("drawing bootstrap samples for the scores")
 def evaluate(
     pool: Pool,
     version: str,

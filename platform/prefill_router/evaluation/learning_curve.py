@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_router.common.console import doing
 from prefill_router.metrics import Interval, interval_from_draws
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS, fit_kernel
 
@@ -63,6 +64,7 @@ class LearningCurve:
     silence: str | None = None  # the reason if there is no curve
 
 
+@doing("computing the learning curve")
 def learning_curve(features: Array, correct: Array, held_out: Array, score: Score, seed: int = 0) -> LearningCurve:
     """The curve of training `features` (N, F) and outcomes `correct` (N, T), NaN where missing.
 

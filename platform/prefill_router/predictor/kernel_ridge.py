@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefill_router.common.console import doing
+
 MAX_LANDMARKS = 8192
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)  # of the ridge; the kernel's diagonal is 1
 _SWEEPS = 10  # of imputing missing labels
@@ -82,6 +84,7 @@ class KernelMachine:
         return cls(landmarks, float(tensors["lengthscale"].item()), coefficients, mean)
 
 
+@doing("fitting the kernel machine")
 def fit_kernel(features: NDArray[np.float32], labels: Sequence[NDArray[np.float32]]) -> KernelMachine:
     """Fits a machine whose landmarks are all N prompts, with features (N, F).
 

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.common.money import usd
 from prefill_router.evaluation.learning_curve import TIMES, LearnedFigure, LearningCurve
 from prefill_router.evaluation.results import WITHOUT, Evaluation, Standing
@@ -60,6 +61,7 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
     )
 
 
+@doing("writing the report")
 def write(
     uri: str, evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.common.money import usd
 from prefill_router.policy.pool import Pool
 from prefill_router.query_log.aggregates import EVERYTHING, TOLERANCES, Sums, Tally
@@ -47,6 +48,7 @@ class LabelReport:
         }
 
 
+@doing("writing the report")
 def write_report(uri: str, report: LabelReport) -> None:
     """Writes report.json and report.html below `uri`."""
     storage.write_json(storage.join(uri, "report.json"), report.to_json())

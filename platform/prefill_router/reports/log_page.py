@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefill_router import storage
+from prefill_router.common.console import doing
 from prefill_router.evaluation.latency_frontier import LatencyPoint
 from prefill_router.evaluation.off_policy import PolicyValue
 from prefill_router.evaluation.results import finite
@@ -40,6 +41,7 @@ class LogReport:
         return finite(content)  # type: ignore[no-any-return]
 
 
+@doing("writing the report")
 def write_report(uri: str, report: LogReport) -> None:
     """Writes log.json and log.html below `uri`."""
     storage.write_json(storage.join(uri, "log.json"), report.to_json())

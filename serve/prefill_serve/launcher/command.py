@@ -12,6 +12,7 @@ import typer
 
 from prefill_router import storage
 from prefill_router.common.addresses import ray_address
+from prefill_router.common.console import live
 from prefill_router.common.errors import UserError
 from prefill_serve.launcher.haproxy import environment, own_folder
 from prefill_serve.launcher.serve_options import KeyConfig, ServeConfig
@@ -32,7 +33,8 @@ def serve(read: Callable[[], ServeConfig]) -> None:
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             ours |= environment(stack.enter_context(own_folder()).path)
         stack.enter_context(_set(ours))
-        from prefill_serve.launcher.foreground import run  # Ray reads the environment on import
+        with live("serve: starting"):
+            from prefill_serve.launcher.foreground import run  # Ray reads the environment on import
 
         run(read)
 

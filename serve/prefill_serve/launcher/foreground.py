@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError, RayError, RpcError
 
 from prefill_router import storage
 from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
-from prefill_router.common.console import said_if_slow, say, silent_stderr
+from prefill_router.common.console import doing, live, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import validate
 from prefill_router.policy.pool import load_pool
@@ -38,10 +38,11 @@ def run(read: Callable[[], ServeConfig]) -> None:
     cluster = ray_address()
     if not cluster:
         require_free(config.port, config.host)
-    Serving.check(arguments.settings)  # here a bad artifact is one error line, in a replica a crash loop
-    if cluster and ":" in cluster and "://" not in cluster:
-        _require_token(cluster)
-    with silent_stderr():
+    with live("serve: checking the router"):
+        Serving.check(arguments.settings)  # here a bad artifact is one error line, in a replica a crash loop
+        if cluster and ":" in cluster and "://" not in cluster:
+            _require_token(cluster)
+    with live("serve: starting Ray"), silent_stderr():
         ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # ray.init installs its own SIGTERM handler.
@@ -49,20 +50,24 @@ def run(read: Callable[[], ServeConfig]) -> None:
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
     try:
-        start(config.host, config.port)
-        ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
-        _wait_until_ready(config)
+        with live("serve: starting the proxies"):
+            start(config.host, config.port)
+        with live("serve: waiting for a replica, which loads the router and its encoder"):
+            ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+            _wait_until_ready(config)
         say(f"serve: POST http://{config.host}:{config.port}/v1/route")
         while hangup.wait():
             hangup.clear()
-            arguments = reload(read, arguments, config)
+            with live("serve: reloading"):
+                arguments = reload(read, arguments, config)
     except KeyboardInterrupt:
         pass
     finally:
-        if cluster:
-            ray_serve.delete(_APP)
-        with silent_stderr():
-            ray.shutdown()
+        with live("serve: stopping"):
+            if cluster:
+                ray_serve.delete(_APP)
+            with silent_stderr():
+                ray.shutdown()
 
 
 def _require_token(address: str) -> None:
@@ -70,7 +75,7 @@ def _require_token(address: str) -> None:
     require_listener(address, "RAY_ADDRESS")
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
-        with said_if_slow(f"serve: waiting for an answer from {address}"), silent_stderr():
+        with doing(f"serve: waiting for an answer from {address}"), silent_stderr():
             GcsClient(address=address)
     except AuthenticationError:
         raise token_refused(address) from None

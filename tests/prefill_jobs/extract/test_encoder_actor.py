@@ -10,6 +10,7 @@ import torch
 from prefill_jobs.extract import encoder_actor
 from prefill_jobs.extract.encoder_actor import EncoderActor
 from prefill_jobs.runtime import cluster
+from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 class LoadedActor(EncoderActor):
     def __init__(self, loaded: PrefillEncoder) -> None:
-        super().__init__(1, cluster.Shared(encoder_actor.ShardAttempts))
+        super().__init__(1, cluster.Shared(encoder_actor.ShardAttempts), WorkerNote())
         self.loaded = loaded
 
     @property

@@ -15,7 +15,7 @@ from corpora import write_corpus, write_jsonl
 from prefill_jobs.extract.extract_job import extract, parse_layers, parse_pooling
 from prefill_jobs.extract.extract_summary import ExtractSummary
 from prefill_jobs.options import ExtractConfig
-from prefill_jobs.runtime import ray_tasks
+from prefill_jobs.runtime import progress, ray_tasks
 from prefill_router import storage
 from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.common.errors import UserError
@@ -90,8 +90,9 @@ def test_a_failed_extraction_leaves_no_manifest(small_data: Path, tiny_model: Pa
 
 
 def test_the_summary_is_the_last_line_and_lies_beside_the_manifest(
-    command: Command, small_data: Path, tiny_model: Path, tmp_path: Path
+    command: Command, small_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "_SHORT_S", 0.0)
     corpus, out = small_data / "corpus.parquet", tmp_path / "out"
     result = command("extract", corpus=corpus, encoder=tiny_model, layers="1,3", shard_rows=100, out=out)
     assert result.status == 0, result.err

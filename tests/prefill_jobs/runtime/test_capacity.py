@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from prefill_jobs.runtime import progress
 from prefill_jobs.runtime.capacity import Capacity, Effort
-from prefill_jobs.runtime.progress import Progress
 from prefill_router.encoder.prefill_work import Work
 
 PEAK = 100.0
@@ -42,9 +42,13 @@ def test_a_worker_that_only_copies_has_no_peak_to_reach() -> None:
     assert capacity.flops == 10.0 * PEAK
 
 
-def test_the_line_says_the_share_of_those_that_worked(capsys: pytest.CaptureFixture[str]) -> None:
-    capacity, progress = Capacity(), Progress("extract", 2)
-    for worker in ("a", "b"):
-        progress.add(1, report(capacity, worker, 10.0), capacity.flops)
+def test_the_line_says_the_share_of_those_that_worked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SHORT_S", 0.0)
+    capacity, extraction = Capacity(), progress.Progress("extract", 2)
+    with extraction.shown():
+        for worker in ("a", "b"):
+            extraction.add(1, report(capacity, worker, 10.0), capacity.flops)
     assert "2/2 prompts" in (said := capsys.readouterr().err)
     assert "30% of peak" in said

@@ -249,6 +249,15 @@ def test_any_change_of_a_row_changes_the_digest(tmp_path: Path) -> None:
     assert len({plan(str(path), 2).shards[0].digest for path in files}) == len(files)
 
 
+def test_by_default_shards_grow_in_the_first_file_to_those_of_a_fixed_size(tmp_path: Path) -> None:
+    for name, num_rows in (("a", 1400), ("b", 300), ("c", 20), ("d", 30)):
+        write_parquet(tmp_path / f"{name}.parquet", {"prompt": [f"{name}{i}" for i in range(num_rows)]})
+    growing, fixed = plan(str(tmp_path)).shards, plan(str(tmp_path), 256).shards
+    assert [shard.rows for shard in growing] == [16] * 16 + [64] * 12 + [256, 120] + [256, 44] + [50]
+    assert growing[28:] == fixed[4:]
+    assert [shard.rows for shard in plan(str(tmp_path), default_rows=40).shards[:18]] == [16] * 16 + [40] * 2
+
+
 @pytest.mark.parametrize("limit", [1, 3, 4, 5, 6, 100])
 def test_limit_takes_the_first_rows_good_or_bad(tmp_path: Path, limit: int) -> None:
     write_parquet(tmp_path / "a.parquet", {"prompt": ["1", None, "3"]})
