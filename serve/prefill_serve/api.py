@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -23,9 +24,10 @@ from starlette.types import ASGIApp
 from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gateway.planner import NoUpstream, UnknownAnswer
-from prefill_serve.gateway.routes import gateway_routes
+from prefill_serve.gateway.routes import CALL_PATHS, gateway_routes
 from prefill_serve.gateway.state.call_ledger import CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.feedback import ConflictingFeedback, FeedbackDisabled, UnknownRequest
+from prefill_serve.middleware.direct_paths import DirectPaths
 from prefill_serve.middleware.gate import HUNG_UP, Refusal, RequestGate, phrase
 from prefill_serve.playground import playground_routes
 from prefill_serve.scheduler import Overloaded
@@ -94,10 +96,12 @@ def create_api(endpoint: Endpoint, ledger: CallLedger, *, names_requests: bool =
     _add_documents(api)
     api.include_router(_routing_routes(endpoint))
     api.include_router(_state_routes(endpoint))
-    api.include_router(gateway_routes(endpoint, ledger, _ERRORS))
+    gateway = gateway_routes(endpoint, ledger, _ERRORS)
+    api.include_router(gateway)
     api.include_router(playground_routes(endpoint, _ERRORS))
     _describe(api)
-    return RequestGate(api, endpoint, names_requests=names_requests)
+    answers = {r.path: r.endpoint for r in gateway.routes if isinstance(r, APIRoute) and r.path in CALL_PATHS}
+    return RequestGate(DirectPaths(api, answers, error_response), endpoint, names_requests=names_requests)
 
 
 def _routing_routes(endpoint: Endpoint) -> APIRouter:
@@ -191,30 +195,38 @@ def refusal_of(error: Exception) -> Refusal:
     return Refusal(500, "internal error: see the endpoint's log for this request id", "internal_error")
 
 
-def _add_errors(api: FastAPI) -> None:
-    async def on_error(request: Request, error: Exception) -> Response:
-        return refusal_of(error).response_at(request.url.path)
-
-    async def on_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+def error_response(request: Request, error: Exception) -> Response:
+    """The response to a request that raised an exception."""
+    path = request.url.path
+    if isinstance(error, Refusal):
+        return error.response_at(path)
+    if isinstance(error, HTTPException):
+        status = error.status_code
+        message = f"{request.method} {path}: {phrase(status)}" if status in (404, 405) else error.detail
+        return Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers).response_at(path)
+    if isinstance(error, RequestValidationError):
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if part != "body")
         message = f"{key}: {problem['msg']}".removeprefix(": ")
-        return Refusal(400, message, "invalid_request", key or None).response_at(request.url.path)
+        return Refusal(400, message, "invalid_request", key or None).response_at(path)
+    return refusal_of(error).response_at(path)
 
-    async def on_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if isinstance(error, Refusal):
-            return error.response_at(request.url.path)
-        status = error.status_code
-        message = f"{request.method} {request.url.path}: {phrase(status)}" if status in (404, 405) else error.detail
-        refusal = Refusal(status, message, phrase(status).replace(" ", "_"), headers=error.headers)
-        return refusal.response_at(request.url.path)
 
-    for kind in (UserError, Overloaded, NotReady, LedgerUnavailable, ClientDisconnect, Exception):
+def _add_errors(api: FastAPI) -> None:
+    async def on_error(request: Request, error: Exception) -> Response:
+        return error_response(request, error)
+
+    for kind in (
+        UserError,
+        Overloaded,
+        NotReady,
+        LedgerUnavailable,
+        ClientDisconnect,
+        RequestValidationError,
+        HTTPException,
+        Exception,
+    ):
         api.add_exception_handler(kind, on_error)
-    api.add_exception_handler(RequestValidationError, on_invalid)
-    api.add_exception_handler(HTTPException, on_http)
 
 
 def _describe(api: FastAPI) -> None:

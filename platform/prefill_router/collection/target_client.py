@@ -41,7 +41,7 @@ async def ask(call: TargetCall, http: httpx.AsyncClient) -> TargetAnswer | Miss:
         content = call.body()
     except Untranslatable as error:
         return Miss(f"the upstream's protocol cannot express {error}", is_final=True)
-    request = post_request(http, upstream, call.path, content, {"idempotency-key": call.key})
+    request = post_request(upstream, call.path, content, {"idempotency-key": call.key})
     started_s = monotonic()
     try:
         async with asyncio.timeout(upstream.timeout_s):

@@ -29,6 +29,7 @@ from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 
+CALL_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")  # whose functions take a request alone
 _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",

@@ -284,7 +284,7 @@ class Channel:
         """Requests one token and reports to the breaker whether the upstream answers."""
         make = ChatCall if self.upstream.protocol == "openai" else MessagesCall
         call = make({"messages": _PROBE}, answer_tokens=1)
-        request = post_request(self.http, self.upstream, call.path, call.for_upstream(self.target))
+        request = post_request(self.upstream, call.path, call.for_upstream(self.target))
         try:
             async with asyncio.timeout(min(self.upstream.timeout_s, _PROBE_S)):
                 response = await self.http.send(request, stream=True)
@@ -320,7 +320,7 @@ class Channel:
         try:
             call = attempt.call
             content = call.for_upstream(attempt.target or self.target)
-            request = post_request(self.http, self.upstream, call.path, content, call.headers)
+            request = post_request(self.upstream, call.path, content, call.headers)
             attempt.is_billable, attempt.sent_s = True, monotonic()
             response = await self.http.send(request, stream=True)
             if response.status_code == httpx.codes.OK:

@@ -42,9 +42,11 @@ _DEFAULTS = f"""\
     option http-server-close
     timeout http-request {_IN_TIME_S}s
 """
+# The gateway watches for disconnects itself; Serve would read every request in one more task, through a queue.
 # Errors in plain text are Serve's, of its proxy or before a replica's API: they name actors, processes and addresses.
 _FRONTEND = f"""\
     http-request set-header {attempts.HEADER} %[uuid]
+    http-request set-header x-request-disconnect-disabled ?1
     acl serves_own res.hdr(content-type) -m beg text/plain
     http-response return status 500 default-errorfiles if serves_own {{ status 500 }}
     http-response return status 503 default-errorfiles if serves_own {{ status 503 }}"""

@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import aiohttp
-import httpx
 import pytest
 from aiohttp import web
 from httpx_aiohttp import AiohttpTransport
@@ -109,7 +108,7 @@ def test_the_client_opens_as_many_connections_as_there_are_calls() -> None:
 def test_a_request_of_anthropics_protocol_has_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALL_KEY", "sk-1")
     upstream = Upstream(base_url="http://localhost/v1", key_env="SMALL_KEY", protocol="anthropic")
-    request = post_request(httpx.AsyncClient(), upstream, "/messages", b"{}")
+    request = post_request(upstream, "/messages", b"{}")
     assert (request.headers["x-api-key"], request.headers["anthropic-version"]) == ("sk-1", "2023-06-01")
     assert "authorization" not in request.headers
 
@@ -118,7 +117,7 @@ def test_a_request_has_the_upstreams_url_headers_and_patience(monkeypatch: pytes
     monkeypatch.setenv("SMALL_KEY", "sk-1")
     upstream = Upstream(base_url="http://localhost/v1/", key_env="SMALL_KEY", timeout_s=7.0)
     upstream = upstream.model_copy(update={"headers": {"x-tier": "flex"}})
-    request = post_request(httpx.AsyncClient(), upstream, "/chat/completions", b"{}", {"idempotency-key": "k"})
+    request = post_request(upstream, "/chat/completions", b"{}", {"idempotency-key": "k"})
     assert str(request.url) == "http://localhost/v1/chat/completions"
     assert (request.headers["authorization"], request.headers["idempotency-key"]) == ("Bearer sk-1", "k")
     assert request.headers["x-tier"] == "flex"
@@ -152,7 +151,7 @@ def test_a_redirect_takes_no_key_elsewhere(monkeypatch: pytest.MonkeyPatch, stat
     async def scenario(url: str) -> int:
         async with http_client() as http:
             upstream = Upstream(base_url=url, key_env="SMALL_KEY")
-            return (await http.send(post_request(http, upstream, "/chat/completions", b"{}"))).status_code
+            return (await http.send(post_request(upstream, "/chat/completions", b"{}"))).status_code
 
     with Redirecting(500, "") as other, Redirecting(status, other.url) as first:
         assert asyncio.run(scenario(first.url)) == status
@@ -189,7 +188,7 @@ def test_no_cookie_of_one_call_goes_with_another() -> None:
         async with http_client() as http:
             upstream = Upstream(base_url=url)
             for _ in range(3):
-                (await http.send(post_request(http, upstream, "/short", b"{}"))).raise_for_status()
+                (await http.send(post_request(upstream, "/short", b"{}"))).raise_for_status()
 
     with Hostile() as server:  # aiohttp keeps no cookies of addresses
         asyncio.run(scenario(server.url.replace("127.0.0.1", "localhost")))
@@ -210,7 +209,7 @@ def test_an_answer_is_read_up_to_a_limit_and_never_decompressed(
 ) -> None:
     async def scenario(url: str) -> bytes:
         async with http_client() as http:
-            response = await http.send(post_request(http, Upstream(base_url=url), path, b"{}"), stream=True)
+            response = await http.send(post_request(Upstream(base_url=url), path, b"{}"), stream=True)
             try:
                 return await content_of(response, most_bytes)
             finally:

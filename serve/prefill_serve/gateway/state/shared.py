@@ -17,6 +17,7 @@ from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import Bid, LedgerUnavailable, LocalLedger
 from prefill_serve.gateway.state.conversations import Key, MainAgent, Past
 from prefill_serve.gateway.state.feedback import Feedback
+from prefill_serve.gateway.state.ledger_batches import LedgerBatches, LedgerRequest, answers_of
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.settings import LedgerSettings
 
@@ -36,32 +37,40 @@ class SharedLedger(LocalLedger):
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self.configure(validate(LedgerSettings, user_config, "ledger"))
 
+    async def answers(self, requests: Sequence[LedgerRequest]) -> list[Any]:
+        """The answers to a replica's batch."""
+        return await answers_of(self, requests)
+
     async def __del__(self) -> None:
         await self.close()
 
 
 class RemoteLedger:
-    """A replica's client of the shared ledger. Calls raise what LocalLedger's do, and LedgerUnavailable."""
+    """A replica's client of the shared ledger. Calls raise what LocalLedger's do, and LedgerUnavailable.
+
+    Requests that the ledger answers at once go in batches; those that may wait for another call, or the disk, do not.
+    """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
+        self._batches = LedgerBatches(lambda requests: self._call("answers", requests))
 
     async def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None:
-        return await self._call("past", keys, main)  # type: ignore[no-any-return]
+        return await self._batches.ask("past", keys, main)  # type: ignore[no-any-return]
 
     async def target_of_answer(self, key: Key) -> str | None:
         return await self._call("target_of_answer", key)  # type: ignore[no-any-return]
 
     async def reserve(self, ticket: str, caller: str, bids: Sequence[Bid]) -> Reserved | Exhausted:
-        return await self._call("reserve", ticket, caller, bids)  # type: ignore[no-any-return]
+        return await self._batches.ask("reserve", ticket, caller, bids)  # type: ignore[no-any-return]
 
     async def renew(self, tickets: Sequence[str]) -> None:
-        await self._call("renew", tickets)
+        await self._batches.ask("renew", tickets)
 
     async def record(
         self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
     ) -> None:
-        await self._call("record", record, keys, ticket, main)
+        await self._batches.ask("record", record, keys, ticket, main)
 
     async def feedback(self, given: Feedback, caller: str) -> bool:
         return await self._call("feedback", given, caller)  # type: ignore[no-any-return]
