@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from prefill_serve.wire import (
 log = logging.getLogger("ray.serve")
 
 _DESCRIPTION = "Chooses the cheapest model that is good enough for a prompt, before any answer is generated."
+_ROUTE = "/v1/route"
 _RETRY = {"description": "Seconds to wait before the next try", "schema": {"type": "integer"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is malformed"},
@@ -101,13 +104,25 @@ def create_api(endpoint: Endpoint, ledger: CallLedger, *, names_requests: bool =
     api.include_router(playground_routes(endpoint, _ERRORS))
     _describe(api)
     answers = {r.path: r.endpoint for r in gateway.routes if isinstance(r, APIRoute) and r.path in CALL_PATHS}
+    answers[_ROUTE] = partial(_route, endpoint)
     return RequestGate(DirectPaths(api, answers, error_response), endpoint, names_requests=names_requests)
+
+
+async def _route(endpoint: Endpoint, http: Request) -> Response | None:
+    """The answer to a valid request for a route; FastAPI says what is wrong with any other."""
+    if "content-type" not in http.headers:
+        return None
+    try:
+        request = RouteRequest.model_validate(json.loads(await http.body()))
+    except (ValueError, RecursionError):
+        return None
+    return _json(await endpoint.route(request, http.state.request_id, http.state.caller))
 
 
 def _routing_routes(endpoint: Endpoint) -> APIRouter:
     routes = APIRouter(tags=["routing"], responses=_ERRORS)
 
-    @routes.post("/v1/route", response_model=RouteResponse)
+    @routes.post(_ROUTE, response_model=RouteResponse)
     async def route(request: RouteRequest, http: Request) -> Response:
         """Choose the target for one prompt: the cheapest one that is good enough under the request's constraints.
 

@@ -20,6 +20,7 @@ from prefill_router.common.usage import Usage
 from prefill_router.corpus.reader import Prompt, content_hash
 from prefill_router.policy.answer_times import MeasuredTimes
 from prefill_router.policy.decision import Decision
+from prefill_router.policy.pool import Pool
 from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import CONSTRAINTS, Endpoint, NoTarget, Routing
 from prefill_serve.gateway.active_call import ActiveCall, Caller
@@ -54,6 +55,7 @@ class Proxy:
         self._planner = Planner(endpoint, ledger, self.metrics)
         self._http = http_client()
         self._channels: dict[str, Channel] = {}
+        self._pool: Pool | None = None  # of these channels
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_progress: WeakValueDictionary[str, ActiveCall] = WeakValueDictionary()  # by ticket
         self._renewing: asyncio.Task[None] | None = None
@@ -116,13 +118,14 @@ class Proxy:
         """Channels by target; a changed target gets a new one."""
         if self.endpoint.now.settings.gateway is None:
             return {}
-        targets = self.endpoint.now.primary.router.pool.targets
-        known = self._channels
+        if (pool := self.endpoint.now.primary.router.pool) is self._pool:
+            return self._channels
+        self._pool, known = pool, self._channels
         self._channels = {
             target.name: known[target.name]
             if target.name in known and known[target.name].target == target
             else Channel(target, self._http)
-            for target in targets
+            for target in pool.targets
             if target.upstream is not None
         }
         for name, channel in known.items():
@@ -300,7 +303,9 @@ class Proxy:
             self.metrics.first_token.observe(max(measured.first_s, 1e-9), tags={"target": record.target})
 
     def _prompt(self, call: Call) -> Prompt | None:
-        """The prompt of a call that was not routed; None if the router could not read it."""
+        """The prompt of a call that was not routed; None if feedback is disabled or the router could not read it."""
+        if self._planner.settings.ledger.folder is None:
+            return None
         try:
             return call.question.question_of(self.endpoint.now.settings.limits.messages).prompt
         except UserError:

@@ -31,8 +31,9 @@ def session_id(headers: Mapping[str, str], body: Body) -> str | None:
     `metadata.user_id` alone names a user: only a session within it counts. `prompt_cache_key` is no session id, since
     many conversations may share one.
     """
-    session = _first(headers.get(name) for name in _SESSION_HEADERS) or _session_of(body.get("metadata"))
-    agent = _first(headers.get(name) for name in _AGENT_HEADERS)
+    given = dict(reversed([*headers.items()]))  # of a repeated header the first; a request's own search is slow
+    session = _first(given.get(name) for name in _SESSION_HEADERS) or _session_of(body.get("metadata"))
+    agent = _first(given.get(name) for name in _AGENT_HEADERS)
     return session if session is None or agent is None else f"{session}/{agent}"
 
 

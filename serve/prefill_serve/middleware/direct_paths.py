@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Answer = Callable[[Request], Awaitable[Response]]
+Answer = Callable[[Request], Awaitable[Response | None]]  # None leaves the request to FastAPI
 
 
 class DirectPath(NamedTuple):
@@ -41,4 +41,18 @@ class DirectPaths:
             response = await answer(request)
         except Exception as error:
             response = self.on_error(request, error)
-        await response(scope, receive, send)
+        if response is None:
+            await self.app(scope, _Again(await request.body(), receive), send)
+        else:
+            await response(scope, receive, send)
+
+
+class _Again:
+    """The `receive` of a request whose body has been read."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._messages: list[Message] = [{"type": "http.request", "body": body}]
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        return self._messages.pop() if self._messages else await self._receive()
