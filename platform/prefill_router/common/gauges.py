@@ -67,10 +67,13 @@ class KeptGauge:
         refresher.add(self.refresh)
 
     def set(self, value: float, tags: Mapping[str, str] | None = None) -> None:
+        """Sets a value. One that is set already is left to the next refresh, as setting it costs."""
         tags = tags or {}
+        key = frozenset(tags.items())
         with self._lock:
-            self._values[frozenset(tags.items())] = value
-            self.gauge.set(value, dict(tags))
+            if self._values.get(key) != value:
+                self._values[key] = value
+                self.gauge.set(value, dict(tags))
 
     def forget(self, tags: Mapping[str, str]) -> None:
         """Sets a value to 0 and stops refreshing it."""

@@ -30,6 +30,7 @@ from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 
 CALL_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")  # whose functions take a request alone
+_Errors = dict[int | str, dict[str, Any]]
 _ROUTE_FIELDS = RouteRequest.model_json_schema()["properties"]
 _HEADERS = {
     "x-router-selected-model": "The target that answers",
@@ -72,7 +73,7 @@ class Recorded(StrictModel):
     is_new: bool = Field(description="False if the same feedback was recorded before")
 
 
-def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
+def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: _Errors) -> APIRouter:
     """Returns the gateway's routes; `errors` documents their error responses."""
     proxy = Proxy(endpoint, ledger)
     endpoint.on_routed = proxy.record_decision
@@ -83,12 +84,14 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         await proxy.close()
 
     routes = APIRouter(lifespan=lifespan)
+    _add_openai_calls(routes, proxy, errors)
+    _add_anthropic_calls(routes, proxy, errors)
+    _add_state(routes, endpoint, ledger, errors)
+    return routes
 
-    async def answer(call: Call, http: Request) -> Response:
-        caller = Caller(http.state.caller, http.state.request_id, session_id(http.headers, call.body))
-        return await _unless_disconnected(http, proxy.answer(call, caller))
 
-    answers: dict[int | str, dict[str, Any]] = {**errors, 200: _ANSWER}
+def _add_openai_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> None:
+    answers: _Errors = {**errors, 200: _ANSWER}
 
     @routes.post("/v1/chat/completions", responses=answers, tags=["gateway"], openapi_extra=_body("messages"))
     async def chat_completions(http: Request) -> Response:
@@ -97,15 +100,17 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         All fields are passed to the target's upstream except the router's own: `tolerance`, `models`, `max_cost_usd`
         and `min_p_correct`. Calls of one session, or with the same history, keep their target.
         """
-        return await answer(ChatCall.read(await http.body()), http)
+        return await _answer(proxy, ChatCall.read(await http.body()), http)
 
     @routes.post("/v1/responses", responses=answers, tags=["gateway"], openapi_extra=_body("input"))
     async def responses(http: Request) -> Response:
         """Same as chat completions, for targets whose upstreams have the Responses API."""
-        return await answer(ResponsesCall.read(await http.body()), http)
+        return await _answer(proxy, ResponsesCall.read(await http.body()), http)
 
+
+def _add_anthropic_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> None:
     messages_errors = {status: {**error, "model": MessagesErrorResponse} for status, error in errors.items()}
-    messages_answers: dict[int | str, dict[str, Any]] = {**messages_errors, 200: _ANSWER}
+    messages_answers: _Errors = {**messages_errors, 200: _ANSWER}
 
     @routes.post("/v1/messages", responses=messages_answers, tags=["gateway"], openapi_extra=_body("messages"))
     async def messages(http: Request) -> Response:
@@ -115,7 +120,7 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         do not get, `x-router-excluded` the targets that could not be asked for this call.
         """
         call = MessagesCall.read(await http.body())
-        response = await answer(replace(call, headers=_anthropic_headers(http)), http)
+        response = await _answer(proxy, replace(call, headers=_anthropic_headers(http)), http)
         response.headers["request-id"] = http.state.request_id
         return response
 
@@ -132,6 +137,8 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         caller = Caller(http.state.caller, http.state.request_id)
         return await _unless_disconnected(http, proxy.count_tokens(call, caller))
 
+
+def _add_state(routes: APIRouter, endpoint: Endpoint, ledger: CallLedger, errors: _Errors) -> None:
     @routes.get("/v1/models", responses=errors, tags=["gateway"])
     async def models() -> ModelList:
         """List "auto", "routed", and the targets that can answer."""
@@ -157,7 +164,10 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: dict[int | st
         """
         return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.caller))
 
-    return routes
+
+async def _answer(proxy: Proxy, call: Call, http: Request) -> Response:
+    caller = Caller(http.state.caller, http.state.request_id, session_id(http.headers, call.body))
+    return await _unless_disconnected(http, proxy.answer(call, caller))
 
 
 def _anthropic_headers(http: Request) -> dict[str, str]:
