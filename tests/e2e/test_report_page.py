@@ -1,4 +1,4 @@
-"""The evaluation report in a real browser: it fits desktop and phone, prints, and fetches nothing."""
+"""The evaluation and label reports in a real browser: they fit desktop and phone, print, and fetch nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, Route
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Route, expect
 
 from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate, oracle, scoring
 from prefill_router.evaluation.learning_curve import learning_curve
 from prefill_router.policy.pool import Pool, Target
+from prefill_router.policy.selection import choose
+from prefill_router.query_log.aggregates import Lines, Tally
+from prefill_router.reports import label_page
 from prefill_router.reports.evaluation_page import render_html
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow("a browser")]
@@ -45,10 +49,33 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def label_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    p, cost = rng.random((300, 3)), rng.random((300, 3)) * [4e-3, 8e-4, 1e-4]
+    nobody = np.full(300, -1)
+    drift, paid = rng.random(300).astype(np.float32), np.full(300, np.nan)
+    lines = Lines(rng.integers(1, 90, 300), p, cost, drift, choose(p, cost, 0.02), nobody, paid)
+    tally = Tally.of(lines, {"team": ["a" if i % 3 else "b" for i in range(300)]}, np.ones((300, 3), bool))
+    pool = Pool(name="pool", targets=tuple(Target(name=name, input_price=1.0, output_price=4.0) for name in NAMES))
+    path = tmp_path_factory.mktemp("label") / "report.html"
+    path.write_text(label_page.render_html(label_page.LabelReport("v1", pool, 0.02, None, tally, 0, {"Log": "log"})))
+    return path
+
+
 @pytest.fixture(params=[1280, 390])
 def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:
     """The report in a window of that width; fails on console errors and on requests other than the page itself."""
-    page = browser.new_page(viewport={"width": request.param, "height": 900})
+    yield from opened(browser, report, request.param)
+
+
+@pytest.fixture(params=[1280, 390])
+def label(request: pytest.FixtureRequest, browser: Browser, label_report: Path) -> Iterator[Page]:
+    yield from opened(browser, label_report, request.param)
+
+
+def opened(browser: Browser, report: Path, width: int) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": width, "height": 900})
     problems: list[str] = []
 
     def refuse(route: Route) -> None:
@@ -67,9 +94,41 @@ def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iter
     assert problems == []
 
 
-def test_nothing_is_wider_than_the_window(page: Page) -> None:
-    assert page.viewport_size is not None
-    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+def test_nothing_is_wider_than_the_window(page: Page, label: Page) -> None:
+    for each in (page, label):
+        assert each.viewport_size is not None
+        assert each.evaluate("document.documentElement.scrollWidth") == each.viewport_size["width"]
+
+
+def test_points_of_the_cost_curves_are_read_by_pointer_and_keyboard(page: Page, label: Page) -> None:
+    for each, quality in ((page, "accuracy"), (label, "expected accuracy")):
+        points = each.locator(".tip").filter(visible=True)
+        told = points.last.locator("text")  # nothing is drawn over the last
+        expect(told).to_be_hidden()
+        points.last.focus()
+        expect(told).to_be_visible()
+        points.first.focus()
+        expect(told).to_be_hidden()
+        points.last.locator("use").hover()
+        expect(told).to_be_visible()
+        assert f"{quality} " in told.inner_text()
+        assert "tolerance " in points.first.inner_text()
+
+
+def test_figures_explain_themselves_on_demand(page: Page) -> None:
+    meaning = page.locator("details").first.locator("p")
+    expect(meaning).to_be_hidden()
+    page.get_by_text("How to read this").first.click()
+    expect(meaning).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(page: Page, label: Page, scheme: str) -> None:
+    for each in (page, label):
+        each.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        each.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        found = Axe().run(each).response["violations"]
+        assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
 
 
 def test_each_plot_is_shown_once_in_the_size_of_the_window(page: Page) -> None:

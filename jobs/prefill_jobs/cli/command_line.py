@@ -204,9 +204,9 @@ def _evaluate(config: Any) -> None:
         encoders_line,
         headline,
         metric_rows,
-        which_tolerance,
     )
     from prefill_router.reports.log_page import policy_rows
+    from prefill_router.reports.verdict import verdict
 
     if is_feedback(config.outcomes):
         with result_on_stdout():
@@ -217,8 +217,8 @@ def _evaluate(config: Any) -> None:
         return
     with result_on_stdout():
         evaluation = evaluate(config)
+    typer.echo(str(verdict(evaluation)))
     typer.echo(f"{evaluation.num_held_out:,} held-out prompts: {headline(evaluation)}")
-    typer.echo(which_tolerance(evaluation))
     typer.echo(against_baselines(evaluation))
     if line := encoders_line(evaluation):
         typer.echo(line)

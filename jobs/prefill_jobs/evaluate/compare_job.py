@@ -72,6 +72,7 @@ def compare(config: CompareConfig) -> Evaluation:
         contenders[1:],
         p_uncalibrated=first.p_uncalibrated[rows],
         num_seen=len(first.keys) - len(keys),
+        num_validation=loaded[0].training.get("num_validation"),
         num_draws=config.draws,
         about={
             "Outcomes": config.outcomes,

@@ -77,6 +77,7 @@ def evaluate(config: EvaluateConfig, notice: str | None = None) -> Evaluation:
         p_uncalibrated=np.concatenate([trial.predicted.p_uncalibrated[trial.is_held_out] for trial in trials]),
         median_output_tokens=np.concatenate([trial.medians for trial in trials]),
         num_seen=len(trials[0].predicted.keys) - sum(int(trial.is_held_out.sum()) for trial in trials),
+        num_validation=router.training.get("num_validation"),
         num_draws=config.draws,
         about=_about(config, router, graded, sentence_encoder),
     )

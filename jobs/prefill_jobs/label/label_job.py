@@ -33,7 +33,7 @@ from prefill_router.corpus.quarantine import read_quarantine, write_quarantine
 from prefill_router.corpus.reader import BadRow, files, refuse_output, report_unread
 from prefill_router.policy.decision import Policy
 from prefill_router.policy.pool import load_pool
-from prefill_router.query_log.aggregates import UNKNOWN, Tally
+from prefill_router.query_log.aggregates import TOLERANCES, UNKNOWN, Tally
 from prefill_router.query_log.allocation import Allocation, Totals, solve
 from prefill_router.query_log.assignment import LogPolicy
 from prefill_router.query_log.estimates import Contents
@@ -287,6 +287,7 @@ def _settings(config: LabelConfig, policy: LogPolicy) -> dict[str, Any]:
         "pool": policy.pool.model_dump(mode="json"),
         "tolerance": None if config.budget_usd is not None else policy.tolerance,
         "allowed": policy.allowed.tolist(),
+        "grid of tolerances": len(TOLERANCES),  # the report adds up costs at each
         **config.model_dump(include={"log", "max_cost", "min_p", "by", "time", "partition_by"}),
     }
 

@@ -22,11 +22,11 @@ from prefill_router.corpus.plan import CorpusPlan
 from prefill_router.corpus.reader import BadRow, content_bits
 from prefill_router.corpus.row_keys import have_own_hash
 from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
+from prefill_router.metrics import ENOUGH_VALIDATION
 from prefill_router.outcomes import is_feedback, tables
 from prefill_router.policy.pool import Pool
 
 _EXAMPLES, _SHARD_ROWS = 3, 4096
-_FEW = 100  # validation prompts: with fewer, a tolerance is chosen by noise
 
 
 @dataclass(frozen=True)
@@ -185,5 +185,6 @@ def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
         f"{sum(counts):,} prompts have outcomes: about {counts[0]:,} to train on, {counts[1]:,} to validate and "
         f"{counts[2]:,} held out"
     )
-    if counts[1] < _FEW:
-        yield Finding(f"{counts[1]:,} validation prompts are few: a tolerance chosen on under {_FEW} is mostly noise")
+    if counts[1] < ENOUGH_VALIDATION:
+        few = f"a tolerance chosen on under {ENOUGH_VALIDATION} is mostly noise"
+        yield Finding(f"{counts[1]:,} validation prompts are few: {few}")

@@ -22,6 +22,7 @@ from prefill_router.metrics import (
     completeness_weights,
     interval_from_draws,
     risk_coverage_curve,
+    spread_by_cost,
 )
 from prefill_router.metrics.discrimination import has_partial_credit, ratio
 from prefill_router.metrics.scores import ROUNDING
@@ -33,7 +34,7 @@ Array = NDArray[Any]
 
 NUM_DRAWS = 500
 _LEARNING_DRAWS = 100
-_BAND_POINTS = 40
+_BAND_POINTS, _TOLERANCES = 40, 12
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def evaluate(
     p_uncalibrated: Array | None = None,
     median_output_tokens: Array | None = None,
     num_seen: int = 0,
+    num_validation: int | None = None,
     num_draws: int = NUM_DRAWS,
     about: dict[str, str] | None = None,
 ) -> Evaluation:
@@ -104,10 +106,12 @@ def evaluate(
         num_held_out=len(held_out),
         num_complete=len(complete),
         num_seen=num_seen,
+        num_validation=num_validation,
         accuracy_of_complete=float(achieved.mean()),
         standings=[scoring_run.router(router), *(scoring_run.baseline(contender) for contender in baselines)],
         band=scoring_run.band(),
         operating_points=scoring_run.operating_points(router.tolerance),
+        tolerances=scoring_run.tolerances(),
         is_judged=has_partial_credit(held_out.correct),
         billed_share=billed_share(held_out.correct, held_out.cost_usd),
         target_accuracy=target_accuracy,
@@ -201,6 +205,10 @@ class _Scoring:
         ends = [interval_from_draws(values) for values in accuracies.T]
         return sorted([float(cost), end.low, end.high] for cost, end in zip(costs[0], ends, strict=True))
 
+    def tolerances(self) -> list[list[float]]:
+        curve = self._router.curve()
+        return [row.tolist() for row in curve[spread_by_cost(curve[:, 1], _TOLERANCES)]]
+
     def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
         """The router at its own tolerance, and at the cheapest tolerance that reaches each reference accuracy."""
         best = self._router_figures["best_single_accuracy"][0]
@@ -229,6 +237,7 @@ class _Scoring:
             cost=interval_from_draws(costs),
             efficacy=interval_from_draws(ratio(gained, np.where(headroom > ROUNDING, headroom, 0.0))),
             accuracy_less_best_single=interval_from_draws(gained),
+            saved_usd=interval_from_draws(figures["best_single_cost"] - costs),
             saving_against_best_single=interval_from_draws(1.0 - ratio(costs, figures["best_single_cost"])),
             saving_against_dearest=interval_from_draws(1.0 - ratio(costs, self._dearest_cost)),
         )

@@ -76,6 +76,7 @@ class OperatingPoint:
     efficacy: Interval
     accuracy_less_best_single: Interval
     saving_against_best_single: Interval
+    saved_usd: Interval  # per prompt, against the most accurate target
     saving_against_dearest: Interval
 
 
@@ -90,10 +91,12 @@ class Evaluation:
     num_held_out: int
     num_complete: int  # held-out prompts with an outcome for every target
     num_seen: int  # prompts left out because they were used in training
+    num_validation: int | None  # prompts that the tolerance was chosen on, if known
     accuracy_of_complete: float  # the router's on complete prompts, without completeness weights
     standings: list[Standing]  # the router first
     band: list[list[float]]  # interval of the router's curve: (cost, low accuracy, high accuracy)
     operating_points: list[OperatingPoint]
+    tolerances: list[list[float]]  # (tolerance, cost, accuracy) of points of the router's curve, evenly spaced by cost
     is_judged: bool  # some outcomes are between 0 and 1
     billed_share: float  # of the graded answers: their costs are as billed, the others by prices and lengths
     target_accuracy: list[float]

@@ -8,7 +8,14 @@ is, `completeness_weights` corrects the resulting bias.
 
 from prefill_router.metrics.bootstrap import Interval, bootstrap_weights, interval, interval_from_draws
 from prefill_router.metrics.choices import Zones, agreement_zones, risk_coverage_curve, routing_shares
-from prefill_router.metrics.curve import auccc, cost_coverage_curve, pareto_frontier, tolerance_curve
+from prefill_router.metrics.curve import (
+    Sweep,
+    auccc,
+    cost_coverage_curve,
+    pareto_frontier,
+    spread_by_cost,
+    tolerance_curve,
+)
 from prefill_router.metrics.discrimination import brier_score, expected_calibration_error, reliability_curve, roc_auc
 from prefill_router.metrics.missing import completeness_weights
 from prefill_router.metrics.peers import (
@@ -17,12 +24,14 @@ from prefill_router.metrics.peers import (
     average_performance_gap_recovered,
     call_performance_threshold,
 )
-from prefill_router.metrics.scores import RoutingScores, Scorer, best_tolerance, score_routing
+from prefill_router.metrics.scores import ENOUGH_VALIDATION, RoutingScores, Scorer, best_tolerance, score_routing
 
 __all__ = [
+    "ENOUGH_VALIDATION",
     "Interval",
     "RoutingScores",
     "Scorer",
+    "Sweep",
     "Zones",
     "agreement_zones",
     "arena_score",
@@ -44,5 +53,6 @@ __all__ = [
     "roc_auc",
     "routing_shares",
     "score_routing",
+    "spread_by_cost",
     "tolerance_curve",
 ]

@@ -23,6 +23,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def negated(self) -> Interval:
+        """The interval of the negative value."""
+        return Interval(-self.value, -self.high, -self.low)
+
 
 def bootstrap_weights(
     num_prompts: int, num_draws: int, seed: int = 0, clusters: ArrayLike | None = None, *, all_first: bool = False

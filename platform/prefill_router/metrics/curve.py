@@ -56,6 +56,16 @@ def tolerance_curve(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arr
     return np.column_stack([tolerances, sweep.points_at(tolerances, once(p_NT)).of(0)])
 
 
+def spread_by_cost(costs: ArrayLike, num_points: int) -> NDArray[np.int64]:
+    """The indices, ascending, of at most `num_points` of the costs (M,): those nearest to equal steps between the ends.
+
+    Of equal costs the first is taken.
+    """
+    array = np.asarray(costs, np.float64)
+    steps = np.linspace(array.max(), array.min(), num_points)
+    return np.unique(np.abs(array - steps[:, None]).argmin(1))
+
+
 def auccc(curve: ArrayLike, c_min: float, c_max: float, floor: float) -> float:
     """Area between a cost-coverage curve (M, 2) and `floor` on [c_min, c_max], divided by c_max - c_min.
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_router.policy.selection import NO_TARGET, OUT_OF_DISTRIBUTION_SHARE, choose
+from prefill_router.metrics import Sweep
+from prefill_router.policy.selection import NO_TARGET, OUT_OF_DISTRIBUTION_SHARE
 
-TOLERANCES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 1.0)
+# Fine enough that a report can pick points that differ in cost, which needs small steps where most choices change.
+TOLERANCES = (*(k / 500 for k in range(50)), *(k / 100 for k in range(10, 40)), *(k / 20 for k in range(8, 21)))
 EVERYTHING = ("", "")  # the segment of all lines
 OTHERS = "(others)"
 UNKNOWN = "unknown"  # the value of a line without one
@@ -154,11 +156,14 @@ def _sums(lines: Lines) -> dict[str, NDArray[np.float64]]:
 
 
 def _at_tolerances(lines: Lines, eligible: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
-    choices = [choose(lines.p_correct, lines.cost_usd, tolerance, eligible) for tolerance in TOLERANCES]
-    return {
-        "tolerance_cost_usd": np.array([_picked(lines.cost_usd, chosen) for chosen in choices]),
-        "tolerance_correct": np.array([_picked(lines.p_correct, chosen) for chosen in choices]),
-    }
+    rows = np.flatnonzero(eligible.any(1))  # the other lines have no target at any tolerance
+    p, cost = lines.p_correct[rows], lines.cost_usd[rows]
+    costs = correct = np.zeros(len(TOLERANCES))
+    if len(rows):
+        sweep = Sweep(p, np.where(eligible[rows], p, -np.inf), cost, cost)
+        points = sweep.points_at(TOLERANCES, np.ones((1, len(rows))))
+        costs, correct = (len(rows) * means[0] for means in (points.costs, points.accuracies))
+    return {"tolerance_cost_usd": costs, "tolerance_correct": correct}
 
 
 def _picked(values: NDArray[np.float64], targets: NDArray[np.int64]) -> float:

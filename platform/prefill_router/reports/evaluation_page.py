@@ -10,18 +10,17 @@ import numpy as np
 
 from prefill_router import storage
 from prefill_router.common.console import doing
-from prefill_router.common.money import usd
 from prefill_router.evaluation.learning_curve import TIMES, LearnedFigure, LearningCurve
 from prefill_router.evaluation.results import WITHOUT, Evaluation, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS
 from prefill_router.probe.layer_scores import LayerProbe
+from prefill_router.reports.number_format import Table, in_words, once, shown, with_interval
+from prefill_router.reports.verdict import best_single, verdict
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("prefill_router.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-Cell = str | tuple[str, str]  # a value, or a value and its interval
-Table = list[list[Cell]]
 
 
 def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = None, notice: str | None = None) -> str:
@@ -40,24 +39,30 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         plots["learning"] = figures.in_both_widths(figures.learning_figure, curve)
     if probes:
         plots["probe"] = figures.in_both_widths(figures.probe_figure, probes)
+    operating = once(_operating_heads(evaluation), _operating_rows(evaluation), [_SAVED])
+    targets = once(_target_heads(evaluation), _target_rows(evaluation), [_ECE])
     return TEMPLATES.get_template("report.html").render(
         title=f"Routing report: {evaluation.pool}",
         about=evaluation.about,
         e=evaluation,
         notice=notice,
         headline=headline(evaluation),
-        which_tolerance=which_tolerance(evaluation),
+        verdict=verdict(evaluation),
         against_baselines=against_baselines(evaluation),
         encoders=encoders_line(evaluation),
         plots=plots,
+        standing_heads=_standing_heads(evaluation),
         standings=_standing_rows(evaluation),
-        operating_points=_operating_rows(evaluation),
-        targets=_target_rows(evaluation),
+        operating_heads=operating[0],
+        operating_points=operating[1],
+        target_heads=targets[0],
+        targets=targets[1],
         peers=_peer_rows(evaluation),
         missing=_missing(evaluation),
         costs=costs_line(evaluation),
         uncalibrated=_uncalibrated(evaluation),
         outlook=curve and outlook(curve),
+        learning_caption=learning_caption(curve) if curve and "learning" in plots else "",
     )
 
 
@@ -73,33 +78,17 @@ def write(
 def headline(evaluation: Evaluation) -> str:
     """A sentence that compares the router's accuracy and cost with those of the best single target."""
     router, point = evaluation.router, evaluation.operating_points[0]
-    ranked = zip(
-        evaluation.target_accuracy, (-cost for cost in evaluation.target_cost), evaluation.targets, strict=True
-    )
-    best = max(ranked, key=lambda single: single[:2])[2]
     saving = point.saving_against_best_single
     saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
+    if saving.value < 0.0:
+        saved = f": {in_words(saving.negated, '%')} more"
     achieved = in_words(point.accuracy, "%")
     achieved = f"The mean reward is {achieved}" if evaluation.is_judged else f"{achieved} of the answers are right"
     return (
         f"{achieved} at {shown(router.cost, '$')} per 1,000 prompts, "
-        f"compared with {shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for {best}, "
-        f"the best single target{saved}."
+        f"compared with {shown(router.best_single_accuracy, '%')} at {shown(router.best_single_cost, '$')} for "
+        f"{best_single(evaluation)}, the best single target{saved}."
     )
-
-
-def which_tolerance(evaluation: Evaluation) -> str:
-    """Sentences that say which tolerance to set, what it saves, and what is not known of it."""
-    points = [point for point in evaluation.operating_points if "best single target" in point.title]
-    if not points:
-        return f"No tolerance reaches the best single target's {evaluation.quality} on these prompts."
-    choices = [
-        f"{shown(point.tolerance, '.3f')} costs {shown(point.cost.value, '$')} per 1,000 prompts, "
-        f"{in_words(point.saving_against_best_single, '%')} less than the best single target, and changes the "
-        f"{evaluation.quality} by {in_words(point.accuracy_less_best_single, '+%')}"
-        for point in points[:2]
-    ]
-    return f"Which tolerance: {'; '.join(choices)}. It was chosen on these prompts: expect a little less on others."
 
 
 def against_baselines(evaluation: Evaluation) -> str:
@@ -110,12 +99,13 @@ def against_baselines(evaluation: Evaluation) -> str:
     best = max(baselines, key=lambda baseline: baseline.scores.mdp_auccc)
     num_beaten = sum(baseline.router_less_this["mdp_auccc"].low > 0.0 for baseline in baselines)
     less = best.router_less_this["mdp_auccc"]
-    verdict = "the difference is not significant"
+    compared = "the difference is not significant"
     if less.low > 0.0 or less.high < 0.0:
-        verdict = f"the router is {'better' if less.low > 0.0 else 'worse'}"
+        compared = f"the router is {'better' if less.low > 0.0 else 'worse'}"
     return (
         f"Over all tolerances, the router adds significantly more than {num_beaten} of {len(baselines)} baselines. "
-        f"Against the best baseline, {best.title}, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}."
+        f"Against the best baseline, {best.title}, {compared}: MDP-AUCCC x 1000, the area that it adds to "
+        f"the single targets' cost-accuracy frontier, differs by {in_words(less, '+m')}."
     )
 
 
@@ -160,11 +150,25 @@ def outlook(curve: LearningCurve) -> str:
     return " ".join(sentences)
 
 
+def learning_caption(curve: LearningCurve) -> str:
+    """The numbers of prompts that the learning curve is measured on."""
+    *smaller, (whole, _) = zip(curve.sizes, curve.num_subsets, strict=True)
+    parts = ", ".join(f"{num_subsets} of {size:,}" for size, num_subsets in smaller)
+    return (
+        f"Trained on all {whole:,} training prompts and on disjoint subsets of them ({parts}), and scored on "
+        f"{curve.num_held_out:,} held-out prompts."
+    )
+
+
 def _outlook(learned: LearnedFigure, title: str, style: str) -> str:
     if learned.silence:
         return f"The gain in {title} cannot be estimated: {learned.silence}."
-    twice, four_times = (in_words(outlook.gain, style) for outlook in learned.outlooks)
-    return f"Twice as many outcomes should change {title} by {twice}, four times as many by {four_times}."
+    twice, four_times = (
+        f"{outlook.num_prompts:,} training prompts ({times} as many) should change {title} by "
+        f"{in_words(outlook.gain, style)}"
+        for outlook, times in zip(learned.outlooks, ("twice", "four times"), strict=True)
+    )
+    return f"{twice}; {four_times}."
 
 
 _LEARNED = {"mean_auc": ("mean AUC", "+.3f"), "mdp_auccc": ("MDP-AUCCC x 1000", "+m")}
@@ -206,6 +210,25 @@ _PAIRED = [
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
+
+
+_SAVED = ("saved vs best single target", "saved vs most expensive target")
+_ECE = ("ECE", "ECE before calibration")
+
+
+def _operating_heads(evaluation: Evaluation) -> list[str]:
+    return ["operating point", "tolerance", evaluation.quality, "cost per 1,000 prompts", "gap closed", *_SAVED]
+
+
+def _standing_heads(evaluation: Evaluation) -> list[str]:
+    at_one_tolerance = [evaluation.quality, "cost per 1,000 prompts", "gap closed", "saved vs most expensive target"]
+    over_all = [f"saved at best single {evaluation.quality}", "MDP-AUCCC x 1000", "mean AUC"]
+    return ["", *at_one_tolerance, *over_all, "MDP-AUCCC x 1000, router minus this"]
+
+
+def _target_heads(evaluation: Evaluation) -> list[str]:
+    figures_shown = ["share of prompts", "AUC", *_ECE, "ECE if perfectly calibrated", "Brier score"]
+    return ["target", evaluation.quality, "cost per 1,000 prompts", *figures_shown]
 
 
 def _standing_rows(evaluation: Evaluation) -> Table:
@@ -293,35 +316,6 @@ def _missing(evaluation: Evaluation) -> str | None:
         "prompts, missing outcomes do not depend on correctness. Without the weights, the router's "
         f"{evaluation.quality} would be {others} instead of {weighted}."
     )
-
-
-def with_interval(figure: Interval, style: str) -> Cell:
-    """A table cell with the value and, if it is finite, the interval."""
-    value, low, high = figure
-    if not isfinite(low):
-        return shown(value, style)
-    return shown(value, style), f"{shown(low, style)} to {shown(high, style)}"
-
-
-def in_words(figure: Interval, style: str) -> str:
-    """The value, with its interval in parentheses."""
-    return as_text(with_interval(figure, style))
-
-
-def as_text(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else f"{cell[0]} ({cell[1]})"
-
-
-def shown(value: float, style: str) -> str:
-    """The value as text. `style` is `%`, `$` (cost per prompt, shown per 1,000), `m` (thousandths) or a format."""
-    if not isfinite(value):
-        return "–"
-    if style == "$":
-        return usd(1e3 * value)
-    value = 0.0 if abs(value) < 5e-7 else value  # avoids "-0.0%"
-    if style in ("m", "+m"):
-        return format(1e3 * value, f"{style[:-1]}.1f")
-    return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)
 
 
 TEMPLATES.filters["shown"] = shown

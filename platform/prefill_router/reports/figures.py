@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullLocator
 
+from prefill_router.common.money import usd
 from prefill_router.evaluation.learning_curve import LearningCurve
 from prefill_router.evaluation.results import Evaluation
 from prefill_router.metrics import pareto_frontier
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
+from prefill_router.reports.log_costs import LogCosts
+from prefill_router.reports.tooltips import add_tip, make_room, with_tips
 
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
 _BEST_BASELINES = ["#d1603d", "#3f9b6c", "#8a5fb0"]  # colours of the best; the other baselines are grey
 _GREY, _INK = "#9ca3af", "#374151"
 _LINE = {"last": "-", "mean": "--", "sentence": "x"}  # the embedding of a sentence encoder is a point
 
-_Corner = Literal["upper right", "lower right"]
-
 WIDE, NARROW = 8.6, 4.4  # inches, for desktop and phone
 _MAX_NARROW = 6.0
+_LETTER_PIXELS = 6.5  # at the size of names in figures
 
 
 def probe_figure(probes: Sequence[LayerProbe], width: float = 10.0) -> Figure:
@@ -44,8 +48,8 @@ def probe_figure(probes: Sequence[LayerProbe], width: float = 10.0) -> Figure:
         of_encoder = f" by {encoder}" if len(encoders) > 1 else ""
         _plot_fisher(fisher_axes, rows, chosen)
         _plot_d_eff(d_eff_axes, rows)
-        _label(fisher_axes, f"Fisher separability{of_encoder}", "layer", "J, bias-corrected", "lower right")
-        _label(d_eff_axes, f"Effective dimensionality{of_encoder}", "layer", "d_eff", "upper right")
+        _label(fisher_axes, f"Fisher separability{of_encoder}", "layer", "J, bias-corrected", has_legend=True)
+        _label(d_eff_axes, f"Effective dimensionality{of_encoder}", "layer", "d_eff", has_legend=True)
         d_eff_axes.set_yscale("log")
     return figure
 
@@ -81,9 +85,10 @@ def _layer(probe: LayerProbe) -> int:
 def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     """Accuracy by cost: the router's curve with its interval, baselines, single targets and the oracle."""
     figure = Figure(figsize=(width, 5.0 if width > _MAX_NARROW else 5.6), layout="constrained")
+    make_room(figure)
     axes = figure.subplots()
     router = evaluation.standings[0]
-    singles = list(zip(evaluation.target_cost, evaluation.target_accuracy, strict=True))
+    singles = _per_1000(zip(evaluation.target_cost, evaluation.target_accuracy, strict=True))
     axes.axhline(router.scores.oracle_accuracy, color=_GREY, ls=":", lw=1.2, label="oracle")
     frontier = pareto_frontier(singles)
     axes.plot(frontier[:, 0], frontier[:, 1], "--", color=_GREY, lw=1.2, label="single targets, frontier")
@@ -91,50 +96,85 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     for i, baseline in enumerate(ranked):
         is_best = i < len(_BEST_BASELINES)
         colour, label = (_BEST_BASELINES[i], baseline.title) if is_best else ("#d1d5db", None)
-        axes.plot(*zip(*baseline.curve, strict=True), color=colour, lw=1.1, label=label)
+        axes.plot(*zip(*_per_1000(baseline.curve), strict=True), color=colour, lw=1.1, label=label)
     if len(ranked) > len(_BEST_BASELINES):
         axes.plot([], [], color="#d1d5db", label="other baselines")
-    costs, low, high = zip(*evaluation.band, strict=True)
+    costs, low, high = zip(*_per_1000(evaluation.band), strict=True)
     axes.fill_between(costs, low, high, color=_COLOURS[0], alpha=0.15, lw=0)
-    axes.plot(*zip(*router.curve, strict=True), color=_COLOURS[0], lw=2.4, label=f"{router.title}, 95 % interval")
-    own = (router.scores.cost, router.scores.accuracy)
+    axes.plot(
+        *zip(*_per_1000(router.curve), strict=True), color=_COLOURS[0], lw=2.4, label=f"{router.title}, 95 % interval"
+    )
+    own = (1000.0 * router.scores.cost, router.scores.accuracy)
     axes.plot(*own, "*", color=_COLOURS[0], ms=14, mec="white", label="default tolerance of the router")
-    for target, (cost, accuracy) in zip(evaluation.targets, singles, strict=True):
+    for cost, accuracy in singles:
         axes.plot(cost, accuracy, "o", color=_INK, ms=5)
-        axes.annotate(
-            target, (cost, accuracy), textcoords="offset points", xytext=(5, -11), fontsize=8, parse_math=False
-        )
-    if min(evaluation.target_cost) > 0.0:  # a log axis cannot show a free target
-        axes.set_xscale("log")
     axes.margins(x=0.14, y=0.08)
-    _label(axes, "", "mean cost per prompt, USD", evaluation.quality)
+    _label(axes, "", "cost per 1,000 prompts", evaluation.quality)
+    _money_axis(axes, is_log=min(evaluation.target_cost) > 0.0)
+    for target, single in zip(evaluation.targets, singles, strict=True):
+        _name(axes, target, single)
+    _tips(axes, evaluation)
     legend = figure.legend(loc="outside lower center", ncols=3 if width > _MAX_NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
     return figure
 
 
-class LogCosts(NamedTuple):
-    """Points (cost in USD, expected accuracy) of a whole query log."""
+def _per_1000(rows: Iterable[Sequence[float]]) -> list[Any]:
+    """The rows with their first column, a cost per prompt, for 1,000 prompts."""
+    return [(1000.0 * cost, *others) for cost, *others in rows]
 
-    chosen: tuple[float, float]
-    tolerances: Sequence[tuple[float, float]]
-    singles: Mapping[str, tuple[float, float]]  # by target
+
+def _tips(axes: Axes, evaluation: Evaluation) -> None:
+    def tip(name: str, cost: float, quality: float) -> None:
+        text = f"{name}: {usd(1000.0 * cost)} per 1,000 prompts, {evaluation.quality} {quality:.1%}"
+        add_tip(axes, 1000.0 * cost, quality, text)
+
+    for tolerance, cost, quality in evaluation.tolerances:
+        tip(f"tolerance {tolerance:.3f}", cost, quality)
+    tip(f"default tolerance {evaluation.tolerance:.3f}", evaluation.router.cost, evaluation.router.accuracy)
+    for single in zip(evaluation.targets, evaluation.target_cost, evaluation.target_accuracy, strict=True):
+        tip(*single)
+
+
+def _name(axes: Axes, target: str, point: tuple[float, float]) -> None:
+    """Names a point below on the right, or on the left if there is too little room; after the axes are scaled."""
+    share = axes.transAxes.inverted().transform(axes.transData.transform(point))[0]
+    has_room = _LETTER_PIXELS * len(target) < (1.0 - share) * axes.bbox.width
+    offset, side = ((5, -11), "left") if has_room else ((-5, -11), "right")
+    text = axes.annotate(target, point, offset, textcoords="offset points", ha=side, fontsize=8, parse_math=False)
+    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # legible on top of curves
+    text.set_in_layout(False)  # a long name must not make the axes narrow
+
+
+def _money_axis(axes: Axes, *, is_log: bool) -> None:
+    """Shows costs on the x axis as everywhere; a log axis cannot show what is free."""
+    if is_log:
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high > 10.0 * low else (1.0, 2.0, 3.0, 5.0, 7.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda cost, _: usd(cost))
 
 
 def log_costs_figure(costs: LogCosts, width: float) -> Figure:
     """Expected accuracy by the cost of a log: the router's tolerances, its choice, and each single target."""
     figure = Figure(figsize=(width, 4.2 if width > _MAX_NARROW else 4.6), layout="constrained")
+    make_room(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*sorted(costs.tolerances), strict=True), "o-", color=_COLOURS[0], ms=4, lw=1.8, label="tolerances")
+    axes.plot(*zip(*costs.curve, strict=True), color=_COLOURS[0], lw=1.8, label="all tolerances")
+    axes.plot(*zip(*costs.tolerances.values(), strict=True), "o", color=_COLOURS[0], ms=4, label="those of the table")
     axes.plot(*costs.chosen, "*", color=_COLOURS[0], ms=14, mec="white", label="this choice")
-    for target, point in costs.singles.items():
+    for point in costs.singles.values():
         axes.plot(*point, "o", color=_INK, ms=5)
-        axes.annotate(target, point, textcoords="offset points", xytext=(5, -11), fontsize=8, parse_math=False)
-    if min(cost for cost, _ in (costs.chosen, *costs.tolerances, *costs.singles.values())) > 0.0:
-        axes.set_xscale("log")
     axes.margins(x=0.14, y=0.08)
-    _label(axes, "", "cost of the log, USD", "expected accuracy")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _label(axes, "", "cost of the log", "expected accuracy")
+    _money_axis(axes, is_log=min(cost for cost, _ in (costs.chosen, *costs.curve, *costs.singles.values())) > 0.0)
+    for target, point in costs.singles.items():
+        _name(axes, target, point)
+    named = {f"tolerance {tolerance:.3f}": point for tolerance, point in costs.tolerances.items()}
+    for name, (cost, right) in {**named, costs.rule: costs.chosen, **costs.singles}.items():
+        add_tip(axes, cost, right, f"{name}: {usd(cost)}, expected accuracy {right:.1%}")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -183,7 +223,7 @@ def shares_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.margins(x=0.1)
-    _label(axes, "", "share of prompts", "", "above")
+    _label(axes, "", "share of prompts", "", has_legend=True)
     return figure
 
 
@@ -198,7 +238,7 @@ def risk_figure(evaluation: Evaluation, width: float) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{share:.0%}")
     lost = "mean loss of reward" if evaluation.is_judged else "share of wrong answers"
-    _label(axes, "", "share of prompts, most confident first", lost, "above")
+    _label(axes, "", "share of prompts, most confident first", lost, has_legend=True)
     return figure
 
 
@@ -270,19 +310,18 @@ def learning_figure(curve: LearningCurve, width: float) -> Figure:
 _LEARNED = [("mean_auc", "mean AUC", 1.0), ("mdp_auccc", "MDP-AUCCC x 1000", 1000.0)]
 
 
-def _label(axes: Axes, title: str, x: str, y: str, legend: _Corner | Literal["above"] | None = None) -> None:
-    """Labels the axes. `legend` is a fixed place: matplotlib's search for the best one may warn that it is slow."""
+def _label(axes: Axes, title: str, x: str, y: str, *, has_legend: bool = False) -> None:
+    """Labels the axes. A legend stands above them, where no curve is."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend == "above":
-        options = {"bbox_to_anchor": (0.5, 1.0), "ncols": 2}
-        _plain(axes.legend(loc="lower center", fontsize=8, frameon=False, **options).get_texts())
-    elif legend is not None:
-        _plain(axes.legend(loc=legend, fontsize=8, frameon=False).get_texts())
+    if has_legend:
+        above = (0.5, 1.1 if title else 1.0)
+        legend = axes.legend(loc="lower center", bbox_to_anchor=above, ncols=2, fontsize=8, frameon=False)
+        _plain(legend.get_texts())
 
 
 def _plain(texts: Iterable[Text]) -> None:
@@ -300,5 +339,5 @@ def to_svg(figure: Figure) -> str:
     """The figure as an inline <svg> element."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "ids"}):  # else they differ from run to run
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return with_tips(buffer.getvalue()[buffer.getvalue().index("<svg") :])

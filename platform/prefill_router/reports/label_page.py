@@ -13,14 +13,16 @@ import numpy as np
 from prefill_router import storage
 from prefill_router.common.console import doing
 from prefill_router.common.money import usd
+from prefill_router.metrics import spread_by_cost
 from prefill_router.policy.pool import Pool
 from prefill_router.query_log.aggregates import EVERYTHING, TOLERANCES, Sums, Tally
 from prefill_router.query_log.allocation import Allocation
-from prefill_router.reports.evaluation_page import TEMPLATES, shown
+from prefill_router.reports.evaluation_page import TEMPLATES
+from prefill_router.reports.log_costs import LogCosts
+from prefill_router.reports.number_format import shown
 from prefill_router.reports.versions import versions
 
-Point = tuple[float, float]  # USD, and expected accuracy
-
+_NUM_TOLERANCES = 9
 _MAX_ROWS = 60  # of a table: the largest segments; report.json holds all
 
 
@@ -59,6 +61,7 @@ def render_html(report: LabelReport) -> str:
     """The report as one self-contained page."""
     from prefill_router.reports import figures  # imports matplotlib, which is slow to load
 
+    costs = _costs(report)
     return TEMPLATES.get_template("label.html").render(
         title=f"Label report: {report.pool.name}",
         about={**report.about, "Versions": versions()},
@@ -66,8 +69,8 @@ def render_html(report: LabelReport) -> str:
         headline=headline(report),
         budget=_budget(report),
         used=_used(report),
-        plot=figures.in_both_widths(figures.log_costs_figure, figures.LogCosts(*_points(report))),
-        costs=_cost_rows(report),
+        plot=figures.in_both_widths(figures.log_costs_figure, costs),
+        costs=_cost_rows(costs),
         shares_heads=["", "lines", "cost", *report.pool.target_names],
         shares=_segment_tables(report, _share_row),
         drift_heads=["", "lines", "unlike training", "mean percentile"],
@@ -116,24 +119,30 @@ def _used(report: LabelReport) -> str | None:
     )
 
 
-def _points(report: LabelReport) -> tuple[Point, list[Point], dict[str, Point]]:
-    """The router's choice, its choices at TOLERANCES, and the targets, the most accurate first."""
+def _costs(report: LabelReport) -> LogCosts:
+    """The router's choice, points of its curve that differ in cost, and the targets, the most accurate first."""
     sums, names = report.tally.everything, report.pool.target_names
-    chosen = sums.total("chosen_cost_usd"), sums.share("chosen_correct")
-    tolerances = [
-        (float(sums["tolerance_cost_usd"][k]), _mean(sums, "tolerance_correct", k)) for k in range(len(TOLERANCES))
+    curve = [
+        (float(cost), _mean(sums, "tolerance_correct", k)) for k, cost in enumerate(sums["tolerance_cost_usd"].tolist())
     ]
+    picked = spread_by_cost([cost for cost, _ in curve], _NUM_TOLERANCES).tolist()
     order = np.argsort(-sums["correct"], kind="stable").tolist()
-    return chosen, tolerances, {names[t]: (float(sums["cost_usd"][t]), _mean(sums, "correct", t)) for t in order}
+    return LogCosts(
+        chosen=(sums.total("chosen_cost_usd"), sums.share("chosen_correct")),
+        curve=curve,
+        tolerances={TOLERANCES[k]: curve[k] for k in picked},
+        singles={names[t]: (float(sums["cost_usd"][t]), _mean(sums, "correct", t)) for t in order},
+        rule="budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}",
+    )
 
 
-def _cost_rows(report: LabelReport) -> list[list[str]]:
-    chosen, tolerances, singles = _points(report)
-    rule = "budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}"
+def _cost_rows(costs: LogCosts) -> list[list[str]]:
+    named = {f"tolerance {tolerance:.3f}": point for tolerance, point in costs.tolerances.items()}
+    named.pop(costs.rule, None)
     points = [
-        (f"router, {rule}", chosen),
-        *((f"router, tolerance {t:g}", point) for t, point in zip(TOLERANCES, tolerances, strict=True)),
-        *((f"always {name}", point) for name, point in singles.items()),
+        (f"router, {costs.rule}: this choice", costs.chosen),
+        *((f"router, {name}", point) for name, point in named.items()),
+        *((f"always {name}", point) for name, point in costs.singles.items()),
     ]
     return [[title, usd(cost), shown(right, "%")] for title, (cost, right) in points]
 

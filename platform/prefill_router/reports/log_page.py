@@ -11,7 +11,8 @@ from prefill_router.common.console import doing
 from prefill_router.evaluation.latency_frontier import LatencyPoint
 from prefill_router.evaluation.off_policy import PolicyValue
 from prefill_router.evaluation.results import finite
-from prefill_router.reports.evaluation_page import TEMPLATES, Table, as_text, in_words, shown, with_interval
+from prefill_router.reports.evaluation_page import TEMPLATES
+from prefill_router.reports.number_format import Table, as_text, in_words, shown, with_interval
 
 ENOUGH_REQUESTS = 100  # effective requests, at which a 95 % interval is at most about ±10 points
 ENOUGH_SUPPORT = 0.99
@@ -58,7 +59,7 @@ def render_html(report: LogReport) -> str:
         trust=trust(report),
         heads=_HEADS,
         policies=_rows(report.policies),
-        limit_heads=("", "doubly robust", "effective requests", "support", "USD per 1,000", "seconds"),
+        limit_heads=("", "doubly robust", "effective requests", "support", "cost per 1,000", "seconds"),
         limits=[_limit_row(point) for point in report.frontier],
         enough_requests=ENOUGH_REQUESTS,
         enough_support=ENOUGH_SUPPORT,
@@ -110,7 +111,7 @@ def policy_rows(values: Sequence[PolicyValue]) -> list[tuple[str, ...]]:
 
 def _limit_row(point: LatencyPoint) -> list[Any]:
     name, robust, requests, support, *_ = _rows([point.value])[0]
-    return [name, robust, requests, support, shown(1000 * point.cost_usd, ",.3g"), shown(point.latency_s, ".3g")]
+    return [name, robust, requests, support, shown(point.cost_usd, "$"), shown(point.latency_s, ".3g")]
 
 
 def _rows(policies: Sequence[PolicyValue]) -> Table:

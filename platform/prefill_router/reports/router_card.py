@@ -7,11 +7,10 @@ from typing import Any
 
 from prefill_router.common.money import usd
 from prefill_router.evaluation.results import quality
+from prefill_router.metrics import ENOUGH_VALIDATION
 from prefill_router.router.artifact import Router
 
 Rows = list[tuple[str, ...]]
-
-_FEW = 100  # validation prompts: with fewer, a mean grade's standard error is up to 5 points
 
 
 def card(router: Router) -> tuple[Rows, Rows]:
@@ -42,8 +41,8 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     if "num_train" in training:
         yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
         num_validation = training.get("num_validation", 0)
-        few = f": fewer than {_FEW}, so that the figures below are mostly noise" if num_validation < _FEW else ""
-        yield "validation", f"{num_validation:,} prompts{few}"
+        few = f": fewer than {ENOUGH_VALIDATION}, so that the figures below are mostly noise"
+        yield "validation", f"{num_validation:,} prompts{few if num_validation < ENOUGH_VALIDATION else ''}"
     yield "held out", router.split.describe()
     if router.correct_at is not None:
         yield "right from", f"a reward of {router.correct_at:g}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from prefill_router.policy.pool import Pool, Target
+from prefill_router.policy.selection import NO_TARGET, choose
 from prefill_router.query_log.aggregates import EVERYTHING, OTHERS, TOLERANCES, Lines, Tally, day_of
 from prefill_router.reports.label_page import LabelReport, render_html
 
@@ -50,6 +51,19 @@ def test_sums_are_those_of_the_lines() -> None:
     assert sums["tolerance_correct"][0] == pytest.approx(some.p_correct.max(1).sum())
     assert sums["tolerance_cost_usd"][-1] == pytest.approx(some.cost_usd.min(1).sum())
     assert len(sums["tolerance_cost_usd"]) == len(TOLERANCES)
+
+
+def test_costs_along_the_tolerances_are_those_of_the_choices() -> None:
+    some = lines(60)
+    eligible = np.random.default_rng(1).random((60, 2)) < 0.7  # of some lines no target
+    sums = Tally.of(some, {}, eligible).everything
+    for k, tolerance in enumerate(TOLERANCES):
+        chosen = choose(some.p_correct, some.cost_usd, tolerance, eligible)
+        rows = np.flatnonzero(chosen != NO_TARGET)
+        for name, values in (("tolerance_cost_usd", some.cost_usd), ("tolerance_correct", some.p_correct)):
+            assert sums[name][k] == pytest.approx(values[rows, chosen[rows]].sum())
+    nothing = Tally.of(some, {}, np.zeros((60, 2), bool)).everything
+    assert not nothing["tolerance_cost_usd"].any()
 
 
 def test_a_tally_is_read_as_it_was_written() -> None:
@@ -99,6 +113,11 @@ def test_the_page_tells_what_the_log_costs_and_escapes_what_it_holds() -> None:
     page = render_html(LabelReport("v1", pool, 0.02, None, tally, 3, {"Log": "log.jsonl"}))
     assert "40 lines:" in page
     assert "always big" in page
+    rows = re.findall(r"router, tolerance ([\d.]+)(: this choice)?</th><td>\$([\d.]+)", page)
+    assert rows[0][:2] == ("0.020", ": this choice")
+    costs = [float(cost) for _, _, cost in rows[1:]]
+    assert len(costs) > 5
+    assert max(-np.diff(costs)) < 2 * np.mean(-np.diff(costs))  # about equal steps
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
     assert all(link.startswith("#") for link in re.findall(r"(?:src|href)=\"([^\"]*)", page))

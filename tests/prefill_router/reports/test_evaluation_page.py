@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.money import usd
 from prefill_router.common.schema import ActivationColumn, Pooling
 from prefill_router.evaluation.contenders import Contender, HeldOut, evaluate, oracle
 from prefill_router.evaluation.learning_curve import LearnedFigure, LearningCurve, Outlook
@@ -25,10 +27,18 @@ from prefill_router.reports.evaluation_page import (
     metric_rows,
     outlook,
     render_html,
-    shown,
-    which_tolerance,
 )
-from prefill_router.reports.figures import NARROW, WIDE, curve_figure, learning_figure, probe_figure, to_svg
+from prefill_router.reports.figures import (
+    NARROW,
+    WIDE,
+    curve_figure,
+    learning_figure,
+    probe_figure,
+    risk_figure,
+    to_svg,
+)
+from prefill_router.reports.number_format import Table, once, shown
+from prefill_router.reports.verdict import verdict
 
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
 POOLINGS: tuple[Pooling, ...] = ("last", "mean")
@@ -128,8 +138,15 @@ def dots_of(axes: Axes) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for line in dots for x, y in np.asarray(line)]
 
 
-def test_page_contains_every_figure_inline() -> None:
-    assert Page(render_html(evaluation(), probes())).num_svgs == 12
+def test_page_contains_every_figure_inline_and_explains_it_and_every_metric_on_demand() -> None:
+    html = render_html(evaluation(), probes())
+    assert Page(html).num_svgs == 12
+    details = re.findall(r"<details>.*?</details>", html, re.DOTALL)
+    assert len(details) == 6 + 4  # figures, and tables
+    told = "".join(details)
+    for term in ("tolerance", "gap closed", "MDP-AUCCC", "AUC", "ECE", "Brier score", "APGR", "CPT", "AIQ", "AURC"):
+        assert f"<dt>{term}</dt>" in told
+    assert "oracle, which knows" in told
 
 
 @pytest.mark.parametrize("none", [None, []])
@@ -156,6 +173,7 @@ def test_page_states_the_data_and_the_scores() -> None:
     assert "60 held-out prompts, 60 of them with an outcome for every target" in text
     assert "1,234 prompts were left out because they were used in training" in text
     assert headline(e) in text
+    assert all(part in text for part in verdict(e))
     assert f"{e.router.accuracy:.1%}" in text
     for target, accuracy, auc in zip(e.targets, e.target_accuracy, e.router.auc, strict=True):
         assert re.search(rf"{target} ?{accuracy:.1%} ?\$[0-9.e-]+ ?[0-9.]+% ?{auc:.3f}", text)
@@ -205,6 +223,7 @@ def test_a_report_on_judged_rewards_states_mean_rewards() -> None:
     assert headline(e) in text
     assert "Cost and mean reward" in text
     assert "the share of the pairs of answers with different rewards that P(correct) puts in the right order" in text
+    assert all(part in text for part in verdict(e))
     assert "accuracy" not in text.replace("cost-accuracy frontier", "")
     assert "mean reward" in dict(metric_rows(e.router, e.quality))
     binary = Page(render_html(evaluation())).text
@@ -258,30 +277,13 @@ def test_headline_compares_with_the_best_single_target() -> None:
     )
 
 
-def test_the_page_says_which_tolerance_saves_how_much() -> None:
-    e = evaluation()
-    point = replace(
-        e.operating_points[0],
-        title="accuracy of the best single target",
-        tolerance=0.0129,
-        cost=Interval(0.004, 0.003, 0.005),
-        saving_against_best_single=Interval(0.727, 0.6, 0.8),
-        accuracy_less_best_single=Interval(0.0, -0.005, 0.006),
-    )
-    text = which_tolerance(replace(e, operating_points=[e.operating_points[0], point]))
-    assert text == (
-        "Which tolerance: 0.013 costs $4.00 per 1,000 prompts, 72.7% (60.0% to 80.0%) less than the best single "
-        "target, and changes the accuracy by +0.0% (-0.5% to +0.6%). It was chosen on these prompts: expect a little "
-        "less on others."
-    )
-    assert which_tolerance(e) in render_html(e).replace("&#39;", "'")
-    never = which_tolerance(replace(e, operating_points=e.operating_points[:1]))
-    assert never == "No tolerance reaches the best single target's accuracy on these prompts."
-
-
 def test_headline_names_the_cheaper_of_two_best_targets() -> None:
     e = replace(evaluation(), target_accuracy=[0.7, 0.7], target_cost=[0.01, 0.002])
     assert "for small, the best single target" in headline_for(e, Interval(0.1, 0.0, 0.2))
+
+
+def test_headline_of_a_router_that_costs_more_says_so() -> None:
+    assert headline_for(evaluation(), Interval(-9.0, -10.0, -8.0)).endswith("target: 900.0% (800.0% to 1000.0%) more.")
 
 
 def test_headline_claims_no_saving_against_a_free_target() -> None:
@@ -307,12 +309,17 @@ def test_the_verdict_follows_the_interval(less: Interval, num_beaten: int, verdi
 def test_page_shows_the_expected_gain_from_more_outcomes() -> None:
     text = outlook(learning())
     assert text == (
-        "Twice as many outcomes should change mean AUC by +0.030 (+0.020 to +0.040), four times as many by +0.050 "
-        "(+0.030 to +0.070). The gain in MDP-AUCCC x 1000 cannot be estimated: it does not rise."
+        "2,000 training prompts (twice as many) should change mean AUC by +0.030 (+0.020 to +0.040); 4,000 training "
+        "prompts (four times as many) should change mean AUC by +0.050 (+0.030 to +0.070). The gain in MDP-AUCCC x "
+        "1000 cannot be estimated: it does not rise."
     )
     assert "uses at most" in outlook(replace(learning(), sizes=[2000, 4000]))
     page = Page(render_html(replace(evaluation(), learning=learning())))
     assert text in page.text
+    counts = (
+        "Trained on all 1,000 training prompts and on disjoint subsets of them (2 of 500), and scored on 60 held-out"
+    )
+    assert counts in page.text
     assert page.num_svgs == 12
     page = Page(render_html(replace(evaluation(), learning=LearningCurve(silence="there are 3 prompts"))))
     assert "Expected gain from more outcomes Not available: there are 3 prompts." in " ".join(page.text.split())
@@ -362,9 +369,43 @@ def test_curve_figure_shows_every_target_including_a_free_one(prices: tuple[floa
     e = evaluation(prices=prices)
     axes = curve_figure(e, width).axes[0]
     shown = dots_of(axes)
-    assert shown == list(zip(e.target_cost, e.target_accuracy, strict=True))
+    per_1000 = [1000.0 * cost for cost in e.target_cost]
+    assert shown == list(zip(per_1000, e.target_accuracy, strict=True))
     left, right = axes.get_xlim()
     assert all(left <= cost <= right for cost, _ in shown)
+
+
+def test_points_of_the_cost_curve_tell_tolerance_cost_and_accuracy_to_pointer_and_keyboard() -> None:
+    e = evaluation(names=("<large>", "small"))
+    svg = to_svg(curve_figure(e, WIDE))
+    points = re.findall(r'<g class="tip" tabindex="0" role="img" aria-label="([^"]*)"><text[^>]*>([^<]*)</text>', svg)
+    assert all(label == text for label, text in points)
+    told = [unescape(label) for label, _ in points]
+    tolerances = [*e.tolerances, (e.tolerance, e.router.cost, e.router.accuracy)]
+    singles = zip(e.targets, e.target_cost, e.target_accuracy, strict=True)
+    names = [(f"tolerance {tolerance:.3f}", cost, right) for tolerance, cost, right in tolerances]
+    names[-1] = (f"default {names[-1][0]}", *names[-1][1:])
+    expected = [(name, f"{usd(1000 * cost)} per 1,000 prompts, accuracy {right:.1%}") for name, cost, right in names]
+    expected += [(t, f"{usd(1000 * cost)} per 1,000 prompts, accuracy {right:.1%}") for t, cost, right in singles]
+    assert told == [f"{name}: {figures}" for name, figures in expected]
+    costs = [cost for _, cost, _ in e.tolerances]
+    assert len(set(costs)) == len(costs) > 5
+
+
+def test_columns_that_are_identical_are_shown_once() -> None:
+    rows: Table = [["a", "1", ("2", "1 to 3"), ("2", "1 to 3")], ["b", "4", "5", "5"]]
+    heads, merged = once(["", "x", "y", "z"], rows, [("x", "y"), ("y", "z")])
+    assert heads == ["", "x", "y, and z"]
+    assert merged == [["a", "1", ("2", "1 to 3")], ["b", "4", "5"]]
+    assert once(["", "x"], [["a", "1"]], []) == (["", "x"], [["a", "1"]])
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_no_legend_is_on_a_curve(width: float) -> None:
+    for figure in (probe_figure(probes(), width), risk_figure(evaluation(), width)):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
 
 
 def test_probe_figure_marks_the_chosen_layer_of_each_target() -> None:
