@@ -34,6 +34,7 @@ from prefill_serve.middleware.gate import HUNG_UP, Refusal, RequestGate, phrase
 from prefill_serve.playground import playground_routes
 from prefill_serve.scheduler import Overloaded
 from prefill_serve.wire import (
+    REQUEST_ID,
     BatchItem,
     BatchRequest,
     BatchResponse,
@@ -43,6 +44,7 @@ from prefill_serve.wire import (
     RouteRequest,
     RouteResponse,
     Status,
+    in_plain_words,
 )
 
 log = logging.getLogger("ray.serve")
@@ -122,7 +124,7 @@ async def _route(endpoint: Endpoint, http: Request) -> Response | None:
 def _routing_routes(endpoint: Endpoint) -> APIRouter:
     routes = APIRouter(tags=["routing"], responses=_ERRORS)
 
-    @routes.post(_ROUTE, response_model=RouteResponse)
+    @routes.post(_ROUTE, response_model=RouteResponse, openapi_extra={"parameters": [REQUEST_ID]})
     async def route(request: RouteRequest, http: Request) -> Response:
         """Choose the target for one prompt: the cheapest one that is good enough under the request's constraints.
 
@@ -222,7 +224,11 @@ def error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if part != "body")
-        message = f"{key}: {problem['msg']}".removeprefix(": ")
+        if problem["type"] == "json_invalid":
+            reason, position = problem["ctx"]["error"], int(key) + 1
+            message = f"the body is not valid JSON: {reason} at character {position:,}"
+            return Refusal(400, message, "invalid_request").response_at(path)
+        message = f"{key}: {in_plain_words(problem)}" if key else f"the body: {in_plain_words(problem)}"
         return Refusal(400, message, "invalid_request", key or None).response_at(path)
     return refusal_of(error).response_at(path)
 
@@ -245,7 +251,10 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _describe(api: FastAPI) -> None:
-    """Corrects the generated OpenAPI document: invalid requests get 400, not 422, and a key is a bearer token."""
+    """Corrects the generated OpenAPI document.
+
+    Invalid requests get 400, not 422, a key is a bearer token, and every body has an example, which /docs sends.
+    """
     document = api.openapi()
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
@@ -254,6 +263,9 @@ def _describe(api: FastAPI) -> None:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            if reference := content.get("schema", {}).get("$ref"):
+                content["example"] = schemas[reference.rpartition("/")[2]]["examples"][0]
             if path.startswith("/v1/"):
                 operation["security"] = [{"key": []}, {}]
 

@@ -6,7 +6,7 @@ import difflib
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -58,7 +58,15 @@ _EXACTLY_ONE: list[Any] = [
 ]
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
-_QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
+QUESTION = "If a train travels 60 km in 45 minutes, what is its average speed?"
+EXAMPLE_ID = "my-request-1"
+REQUEST_ID: dict[str, Any] = {  # a parameter of the OpenAPI document
+    "name": "x-request-id",
+    "in": "header",
+    "description": "Names the request, for logs and feedback; without it, the answer's header has a new id",
+    "schema": {"type": "string"},
+    "example": EXAMPLE_ID,
+}
 
 
 class ContentPart(BaseModel):
@@ -76,7 +84,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Role
-    content: str | list[ContentPart] | None = Field(None, examples=[_QUESTION])
+    content: str | list[ContentPart] | None = Field(None, examples=[QUESTION])
 
     def read(self, noted: Counter[str]) -> dict[str, str]:
         """Returns role and text, and counts tool calls and other parts that are not text in `noted`."""
@@ -130,8 +138,8 @@ class RouteRequest(StrictModel):
         json_schema_extra={
             "oneOf": _EXACTLY_ONE,
             "examples": [
-                {"prompt": _QUESTION},
-                {"messages": [{"role": "user", "content": _QUESTION}], "tolerance": 0.02, "explain": True},
+                {"prompt": QUESTION},
+                {"messages": [{"role": "user", "content": QUESTION}], "tolerance": 0.02, "explain": True},
             ],
         },
     )
@@ -242,6 +250,12 @@ _NEAR = 0.75  # difflib ratio of two names; any OpenAI field and one of ours hav
 
 class BatchRequest(StrictModel):
     """Requests that are routed together, each with its own result."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"requests": [{"prompt": QUESTION}, {"prompt": "Name a river.", "explain": True}]}]
+        }
+    )
 
     requests: list[RouteRequest] = Field(min_length=1)
 
@@ -415,6 +429,17 @@ class RouterCard(StrictModel):
     targets: list[ServedTarget]
     curve: list[CurvePoint] = Field(description="By ascending tolerance; empty if it was not recorded")
     singles: list[SinglePoint]
+
+
+def in_plain_words(problem: Mapping[str, Any]) -> str:
+    """The message of a validation error of pydantic, where its own is not for people."""
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == _VISIBLE:
+        return "has no text, must have more than white space"
+    if problem["type"] == "too_short":
+        return "is empty, must have one item or more"
+    if problem["type"] == "missing":
+        return "is missing"
+    return str(problem["msg"])
 
 
 def error_type(status: int) -> str:

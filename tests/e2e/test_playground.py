@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from gateway import Gateway, write_pool
 from prefill_router.router.artifact import Router
@@ -107,6 +107,31 @@ def test_a_conversation_is_read_whole(page: Page) -> None:
     expect(page.get_by_label("Text")).to_have_count(1)
     page.get_by_role("button", name="Clear").click()
     expect(page.locator("#decision")).to_have_text("Enter a prompt.")
+
+
+def test_what_send_needs_and_costs_is_said_before_it_is_pressed(page: Page) -> None:
+    send, needs = page.get_by_role("button", name="Send"), page.locator("#send-needs")
+    expect(send).to_be_disabled()
+    expect(needs).to_have_text("Send needs a prompt.")
+    ask(page)
+    expect(send).to_be_enabled()
+    expect(needs).to_contain_text(f"Asks {chosen(page)}, which bills about $0.0")
+    page.get_by_role("button", name="Clear").click()
+    expect(send).to_be_disabled()
+
+
+def test_a_name_is_on_one_line(page: Page) -> None:
+    def rename(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace('"big"', '"mistralai/mistral-large-2512"'))
+
+    page.route("**/v1/route", rename)
+    ask(page)
+    rows = page.locator("tbody th").filter(has_text="mistralai/")
+    boxes = "const text = document.createRange(); text.selectNode(cell.firstChild); return text.getClientRects().length"
+    lines = rows.evaluate(f"(cell) => {{ {boxes} }}")
+    assert lines == 1
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]  # type: ignore[index]
 
 
 def test_an_answer_streams_and_one_that_breaks_off_says_so(page: Page, upstreams: dict[str, Upstream]) -> None:

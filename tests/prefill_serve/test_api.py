@@ -185,14 +185,14 @@ BAD: list[tuple[Any, str]] = [
     ({}, "exactly one of prompt, question and messages"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "exactly one of"),
     ({"prompt": 5}, "prompt"),
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": " \n"}, "prompt"),
+    ({"prompt": ""}, "prompt: has no text, must have more than white space"),
+    ({"prompt": " \n"}, "prompt: has no text, must have more than white space"),
     ({"prompt": "\ud800"}, "unicode"),
-    ({"messages": []}, "messages"),
+    ({"messages": []}, "messages: is empty, must have one item or more"),
     ({"messages": [{"role": "boss", "content": "hi"}]}, "role"),
     ({"messages": [{"role": "user", "content": None}]}, "white space"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "white space"),
-    ({"messages": [{"content": "hi"}]}, "role"),
+    ({"messages": [{"content": "hi"}]}, "messages.0.role: is missing"),
     ({"messages": [{"role": "user", "content": "hi"}] * 1025}, "at most 1,024"),
     ({"prompt": "one", "models": []}, "models"),
     ({"prompt": "one", "tolerence": 1}, 'tolerence: unknown field, did you mean "tolerance"?'),
@@ -237,12 +237,22 @@ def test_wants_that_cannot_be_met(api: Api, wants: dict[str, Any], status: int, 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "a", "tolerance": 1e999}', b"9" * 5000]
+    ("content", "message"),
+    [
+        (b"", "the body: is missing"),
+        (b"{", "the body is not valid JSON: Expecting property name enclosed in double quotes at character 2"),
+        (b'{"prompt": "a",\n}', "the body is not valid JSON: "),
+        (b"\xff\xfe", ""),
+        (b"[" * 5000, ""),
+        (b'{"prompt": "a", "tolerance": 1e999}', "tolerance: "),
+        (b"9" * 5000, ""),
+    ],
 )
-def test_a_body_that_is_no_json_gets_400(api: Api, content: bytes) -> None:
+def test_a_body_that_is_no_json_gets_400_in_words(api: Api, content: bytes, message: str) -> None:
     response = api.client.post("/v1/route", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["code"]
+    assert response.json()["error"]["message"].startswith(message)
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/route", 405), ("POST", "/v1/nothing", 404)])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prefill_router.common.errors import UserError
+from prefill_router.common.money import usd
 from prefill_router.policy.selection import NO_TARGET
 
 _NUM_PRICES = 33  # tried in one pass over the log
@@ -89,7 +90,7 @@ def solve(budget_usd: float, mean_cost_usd: float, evaluate: Callable[[NDArray[n
         affordable = np.flatnonzero(found.cost_usd <= budget_usd)
         if not len(affordable):
             raise UserError(
-                f"budget_usd = {budget_usd:g}, but the log costs at least {found.cost_usd[-1]:.6g} USD: raise the "
+                f"budget_usd = {budget_usd:g}, but the log costs at least {usd(float(found.cost_usd[-1]))}: raise the "
                 "budget or allow cheaper targets"
             )
         high = int(affordable[0])

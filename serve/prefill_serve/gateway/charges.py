@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from prefill_router.common.money import usd
 from prefill_router.common.usage import Usage
 from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Target
@@ -34,9 +35,9 @@ class OverLimit(Refusal):
         whose = "too little is left of the hard limit of all callers together"
         if found.key is not None:  # what other callers spend is not revealed
             left_usd = max(found.left_usd, 0.0)
-            whose = f'caller "{found.key}" has {left_usd:.6g} of {found.limit_usd:.6g} USD a day left'
+            whose = f'caller "{found.key}" has {usd(left_usd)} of {usd(found.limit_usd)} a day left'
         message = (
-            f"{whose}, and this call can cost {found.call_usd:.6g} USD: set a lower limit on output tokens, or retry "
+            f"{whose}, and this call can cost {usd(found.call_usd)}: set a lower limit on output tokens, or retry "
             f"after {until}"
         )
         super().__init__(429, message, "budget_exceeded", headers={"retry-after": str(found.retry_after_s)})

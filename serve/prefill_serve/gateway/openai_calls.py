@@ -20,7 +20,7 @@ from prefill_router.common.usage import Usage, read_usage
 from prefill_router.policy.pool import Target, Upstream
 from prefill_router.upstreams.request_bodies import request_body
 from prefill_serve.gateway.upstream_errors import error_message, is_error
-from prefill_serve.wire import ROUTED_NAMES, RouteRequest
+from prefill_serve.wire import ROUTED_NAMES, RouteRequest, in_plain_words
 
 ROUTER_FIELDS = ("tolerance", "models", "max_cost_usd", "min_p_correct", "max_latency_s")
 _IMAGES = ("image_url", "input_image", "image")
@@ -70,6 +70,8 @@ class Call(ABC):
         """Parses a request body. Raises UserError if it is not a JSON object."""
         try:
             body = json.loads(raw, parse_float=_finite, parse_constant=_finite)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the body is not valid JSON: {error.msg} at character {error.pos + 1:,}") from None
         except (ValueError, RecursionError):
             raise UserError("the body is not valid JSON") from None
         if not isinstance(body, dict):
@@ -141,7 +143,7 @@ class Call(ABC):
             return RouteRequest.model_validate({**prompt, **constraints})
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            raise UserError(f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}") from None
+            raise UserError(f"{'.'.join(str(part) for part in problem['loc'])}: {in_plain_words(problem)}") from None
 
     def for_upstream(self, target: Target) -> bytes:
         """The body for the target's upstream."""

@@ -16,6 +16,7 @@ from prefill_serve.gateway.candidates import FixedPlan, Plan, RoutedPlan, defaul
 from prefill_serve.gateway.conversation_keys import Thread, answer_key, has_sealed_reasoning, thread_of
 from prefill_serve.gateway.gateway_metrics import GatewayMetrics
 from prefill_serve.gateway.openai_calls import Call
+from prefill_serve.gateway.responses_calls import ResponsesCall
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.conversations import Past
 from prefill_serve.gateway.upstream import Channel
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class NoUpstream(UserError):  # noqa: N818 - an answer, not a fault
-    """No target of the pool has an upstream."""
+    """No target of the pool has an upstream, or one of the call's kind."""
 
 
 class UnknownAnswer(UserError):  # noqa: N818 - an answer, not a fault
@@ -123,11 +124,16 @@ def known_prefix(past: Past, counted_tokens: int, life_s: float) -> KnownPrefix:
 
 
 def require_upstream(call: Call, channels: dict[str, Channel]) -> None:
-    """Raises NoUpstream if no target has one, UnknownTarget if the named one has none."""
+    """Raises NoUpstream if no target has one for this kind of call, UnknownTarget if the named one has none."""
     if not channels:
         raise NoUpstream("this endpoint only routes: to answer calls, set a pool whose targets have upstreams")
     if call.pinned is not None and call.pinned not in channels:
         raise UnknownTarget(f'model "{call.pinned}": must be "auto", or one of {", ".join(channels)}')
+    asked = channels.values() if call.pinned is None else [channels[call.pinned]]
+    if isinstance(call, ResponsesCall) and not any(channel.upstream.responses for channel in asked):
+        whose = "no target here has" if call.pinned is None else f'model "{call.pinned}" lacks'
+        remedy = "call /v1/chat/completions, or set responses = true for an upstream that has it"
+        raise NoUpstream(f"{whose} the Responses API: {remedy}")
 
 
 async def answer_in_time(answer: Awaitable[_T], patience_s: float | None = None) -> _T | None:

@@ -27,7 +27,7 @@ from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.feedback import Feedback
 from prefill_serve.middleware.gate import HUNG_UP
-from prefill_serve.wire import ROUTED_NAMES, MessagesErrorResponse, RouteRequest
+from prefill_serve.wire import QUESTION, REQUEST_ID, ROUTED_NAMES, MessagesErrorResponse, RouteRequest
 
 CALL_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/messages")  # whose functions take a request alone
 _Errors = dict[int | str, dict[str, Any]]
@@ -93,7 +93,7 @@ def gateway_routes(endpoint: Endpoint, ledger: CallLedger, errors: _Errors) -> A
 def _add_openai_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> None:
     answers: _Errors = {**errors, 200: _ANSWER}
 
-    @routes.post("/v1/chat/completions", responses=answers, tags=["gateway"], openapi_extra=_body("messages"))
+    @routes.post("/v1/chat/completions", responses=answers, tags=["gateway"], openapi_extra=_body(_CHAT))
     async def chat_completions(http: Request) -> Response:
         """Answer a chat completion with the target that the router chooses, or that `model` names.
 
@@ -102,9 +102,12 @@ def _add_openai_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> None:
         """
         return await _answer(proxy, ChatCall.read(await http.body()), http)
 
-    @routes.post("/v1/responses", responses=answers, tags=["gateway"], openapi_extra=_body("input"))
+    @routes.post("/v1/responses", responses=answers, tags=["gateway"], openapi_extra=_body(_RESPONSE))
     async def responses(http: Request) -> Response:
-        """Same as chat completions, for targets whose upstreams have the Responses API."""
+        """Same as chat completions, for targets whose upstreams have the Responses API.
+
+        Such upstreams have `responses = true` in the pool. Where none has, use `/v1/chat/completions`.
+        """
         return await _answer(proxy, ResponsesCall.read(await http.body()), http)
 
 
@@ -112,7 +115,7 @@ def _add_anthropic_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> No
     messages_errors = {status: {**error, "model": MessagesErrorResponse} for status, error in errors.items()}
     messages_answers: _Errors = {**messages_errors, 200: _ANSWER}
 
-    @routes.post("/v1/messages", responses=messages_answers, tags=["gateway"], openapi_extra=_body("messages"))
+    @routes.post("/v1/messages", responses=messages_answers, tags=["gateway"], openapi_extra=_body(_MESSAGE))
     async def messages(http: Request) -> Response:
         """Same as chat completions, in Anthropic's protocol.
 
@@ -124,9 +127,7 @@ def _add_anthropic_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> No
         response.headers["request-id"] = http.state.request_id
         return response
 
-    @routes.post(
-        "/v1/messages/count_tokens", responses=messages_errors, tags=["gateway"], openapi_extra=_body("messages")
-    )
+    @routes.post("/v1/messages/count_tokens", responses=messages_errors, tags=["gateway"], openapi_extra=_body(_CHAT))
     async def count_tokens(http: Request) -> Response:
         """Count the input tokens of a message.
 
@@ -160,6 +161,8 @@ def _add_state(routes: APIRouter, endpoint: Endpoint, ledger: CallLedger, errors
     async def feedback(given: Feedback, http: Request) -> Recorded:
         """Report whether an answer was correct. It is stored before the response is sent; repeating it changes nothing.
 
+        Needs `serve --feedback`. `request_id` is the header `x-request-id` of the answer, which a request may choose.
+
         Only the caller of a request can give feedback on it. If a caller reused a request id, it applies to the latest.
         """
         return Recorded(request_id=given.request_id, is_new=await ledger.feedback(given, http.state.caller))
@@ -180,8 +183,15 @@ def _anthropic_headers(http: Request) -> dict[str, str]:
     return {name: http.headers[name] for name in names}
 
 
-def _body(required: str) -> dict[str, Any]:
-    """The documented fields of a call; the upstream validates the rest."""
+_TURNS = [{"role": "user", "content": QUESTION}]
+_CHAT = {"model": ROUTED_NAMES[0], "messages": _TURNS}
+_MESSAGE = {**_CHAT, "max_tokens": 256}
+_RESPONSE = {"model": ROUTED_NAMES[0], "input": QUESTION}
+
+
+def _body(example: dict[str, Any]) -> dict[str, Any]:
+    """The documented fields of a call, with an example; the upstream validates the rest."""
+    (required,) = {"messages", "input"} & set(example)
     fields = {
         "model": {
             "type": "string",
@@ -192,7 +202,8 @@ def _body(required: str) -> dict[str, Any]:
         **{name: _ROUTE_FIELDS[name] for name in ROUTER_FIELDS},
     }
     schema = {"type": "object", "required": [required], "properties": fields}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [REQUEST_ID]}
 
 
 async def _unless_disconnected(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:

@@ -50,6 +50,7 @@ async function route() {
     show($("problem"), "");
     show($("timing"), "");
     $("decision").textContent = "Enter a prompt.";
+    showNeeds();
     return;
   }
   const mine = (asking = new AbortController());
@@ -62,7 +63,9 @@ async function route() {
     show($("problem"), "");
     showDecision(answer, performance.now() - started);
   } catch (error) {
-    if (error.name !== "AbortError" && mine === asking) show($("problem"), error.message);
+    if (error.name === "AbortError" || mine !== asking) return;
+    show($("problem"), error.message);
+    showNeeds();
   }
 }
 
@@ -87,6 +90,25 @@ const money = new Intl.NumberFormat("en", {
 });
 const usd = (cost) => money.format(1000 * cost);
 
+// Says before Send is pressed what it needs and what it costs.
+function showNeeds(answer = null) {
+  if (!card) return;
+  const able = card.targets.filter((target) => target.can_answer).map((target) => target.name);
+  const chosen = answer?.selected_model;
+  $("send").disabled = !able.length || !messages().length || $("stop").hidden === false;
+  const lacking = able.length && able.length < card.targets.length ? ` Only ${able.join(", ")} can answer.` : "";
+  if (!able.length) {
+    show($("send-needs"), "This endpoint only routes. Send needs a pool whose targets have an upstream.");
+  } else if (!messages().length) {
+    show($("send-needs"), `Send needs a prompt.${lacking}`);
+  } else if (able.includes(chosen)) {
+    const cost = money.format(answer.expected_cost_usd[chosen]);
+    show($("send-needs"), `Asks ${chosen}, which bills about ${cost} for this answer.${lacking}`);
+  } else {
+    show($("send-needs"), `Asks a target, which bills its answer.${lacking}`);
+  }
+}
+
 function showDecision(answer, milliseconds) {
   const chosen = answer.selected_model;
   const small = document.createElement("small");
@@ -103,6 +125,7 @@ function showDecision(answer, milliseconds) {
   $("timing").textContent =
     `${tokens} tokens read in ${milliseconds.toFixed(0)} ms${isCached ? ", cached" : ""}.${strange}${without}`;
   $("timing").hidden = false;
+  showNeeds(answer);
 }
 
 // Expected times, which are known once the gateway has measured some answers.
@@ -114,9 +137,11 @@ function timesOf(name, answer) {
 
 function targetRow(name, answer) {
   const row = document.createElement("tr");
+  row.role = "row";
   row.className = name === answer.selected_model ? "chosen" : "";
   const head = row.appendChild(document.createElement("th"));
   head.scope = "row";
+  head.role = "rowheader";
   const why = document.createElement("small");
   why.textContent = `${answer.explanation?.[name] ?? ""}${timesOf(name, answer)}`;
   head.append(name, why);
@@ -128,6 +153,7 @@ function targetRow(name, answer) {
     cell.className = "number";
     cell.textContent = text;
   }
+  for (const cell of row.querySelectorAll("td")) cell.role = "cell";
   return row;
 }
 
@@ -188,7 +214,8 @@ function drawCurve() {
 function singleMark(single, x, y) {
   const isRight = x > 300;
   const place = { x: x + (isRight ? -8 : 8), y: y + 16, "text-anchor": isRight ? "end" : "start" };
-  return [svg("circle", { class: "single", cx: x, cy: y, r: 4 }), svg("text", place, single.target)];
+  const name = single.target.split("/").pop();
+  return [svg("circle", { class: "single", cx: x, cy: y, r: 4 }), svg("text", place, name)];
 }
 
 // --- the answer -----------------------------------------------------------------------------------------------------
@@ -214,8 +241,9 @@ async function send() {
   } catch (error) {
     if (error.name !== "AbortError") show($("broken"), error.message);
   } finally {
-    $("send").disabled = $("add").disabled = false;
+    $("add").disabled = false;
     $("stop").hidden = true;
+    $("send").disabled = !messages().length;
     $("answer").setAttribute("aria-busy", "false");
   }
 }
@@ -265,7 +293,8 @@ async function start() {
   $("router").textContent = `${card.targets.length} targets · ${card.encoder} · version ${card.router_version}`;
   $("tolerance").value = card.tolerance;
   showTolerance();
-  $("answering").hidden = !card.targets.some((target) => target.can_answer);
+  $("answering").hidden = false;
+  showNeeds();
   route();
 }
 

@@ -81,7 +81,7 @@ def test_a_budget_that_is_more_than_enough_buys_the_best() -> None:
 
 def test_a_budget_that_not_even_the_cheapest_choice_meets_is_an_error() -> None:
     p, cost = log(100)
-    with pytest.raises(UserError, match=r"budget_usd = 1e-09, but the log costs at least 0\.0\d+ USD"):
+    with pytest.raises(UserError, match=r"budget_usd = 1e-09, but the log costs at least \$0\.0\d+: "):
         solved(p, cost, 1e-9)
 
 

@@ -107,8 +107,8 @@ def test_a_context_bounds_what_a_call_can_cost() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("ann", 'caller "ann" has 0.25 of 2 USD a day left, and this call can cost 0.5 USD'),
-        (None, "too little is left of the hard limit of all callers together, and this call can cost 0.5 USD"),
+        ("ann", 'caller "ann" has $0.250 of $2.00 a day left, and this call can cost $0.500'),
+        (None, "too little is left of the hard limit of all callers together, and this call can cost $0.500"),
     ],
 )
 def test_a_refusal_says_what_and_until_when(key: str | None, said: str) -> None:

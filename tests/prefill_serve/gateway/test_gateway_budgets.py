@@ -349,7 +349,7 @@ def test_a_keys_hard_limit_is_its_own(gateway: Gateway) -> None:
     gateway.configure(gateway=with_budgets(hard={"keys": {"": 0.0}}))  # the caller without a key
     answer = gateway.post(PATHS[0], body())
     assert answer.status_code == 429
-    assert "0 of 0 USD a day" in answer.json()["error"]["message"]
+    assert "$0.00 of $0.00 a day" in answer.json()["error"]["message"]
     gateway.configure(gateway=with_budgets(hard={"keys": {"ann": 0.0}}))
     assert gateway.post(PATHS[0], body()).status_code == 200
 

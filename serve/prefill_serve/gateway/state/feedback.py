@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
+from prefill_serve.wire import EXAMPLE_ID
 
 
 class UnknownRequest(UserError):  # noqa: N818 - an answer, not a fault
@@ -34,7 +35,7 @@ class Feedback(StrictModel):
     """Whether the answer to a request was correct."""
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": _EXACTLY_ONE, "examples": [{"request_id": "route-3f2a", "correct": True}]}
+        json_schema_extra={"oneOf": _EXACTLY_ONE, "examples": [{"request_id": EXAMPLE_ID, "correct": True}]}
     )
 
     request_id: str = Field(min_length=1, description="The answer's header x-request-id")
