@@ -14,7 +14,7 @@ _LOSS = 0.05  # of accuracy, which the held-out prompts must be able to rule out
 _UNKNOWN = "Intervals are for prompts of the same kind: what other prompts, targets or prices bring is not known."
 
 
-class Verdict(NamedTuple):
+class Recommendation(NamedTuple):
     decision: str  # a sentence that names the tolerance to set and what it saves, with intervals
     evidence: str  # what it rests on, and what is not known
 
@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
         return f"{self.decision} {self.evidence}"
 
 
-def verdict(evaluation: Evaluation) -> Verdict:
+def verdict(evaluation: Evaluation) -> Recommendation:
     """The tolerance to set and what it saves; where the data cannot tell, what would be enough."""
     own = evaluation.operating_points[0]
     if too_few := _too_few(evaluation, own):
@@ -37,7 +37,7 @@ def verdict(evaluation: Evaluation) -> Verdict:
         decision = _trades(evaluation, own)
     else:
         decision = _does_not_pay(evaluation, own)
-    return Verdict(decision, f"{_measured(evaluation, point)} {_UNKNOWN}")
+    return Recommendation(decision, f"{_measured(evaluation, point)} {_UNKNOWN}")
 
 
 def _saves_at_no_loss(point: OperatingPoint) -> bool:
@@ -108,7 +108,7 @@ def _measured(evaluation: Evaluation, point: OperatingPoint) -> str:
     return f"It was {chosen}measured on {evaluation.num_complete:,} held-out ones."
 
 
-def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Verdict | None:
+def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Recommendation | None:
     """What is too little, and what would be enough; None if the data can rule out `_LOSS`."""
     change, num_held_out = own.accuracy_less_best_single, evaluation.num_complete
     num_validation = evaluation.num_validation
@@ -125,7 +125,7 @@ def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Verdict | None:
         if num_validation is None
         else f"{num_validation:,} validation prompts chose tolerance {own.tolerance:.3f}, and "
     )
-    return Verdict(
+    return Recommendation(
         f"The data is too little to choose a tolerance. Until there is more, use {best_single(evaluation)}, the best "
         f"single target, alone: {evaluation.quality} {shown(best, '%')} at {shown(cost, '$')} per 1,000 requests.",
         f"{chosen}{num_held_out:,} held-out prompts leave open how the router changes the {evaluation.quality}: by "
