@@ -39,8 +39,8 @@ def render_html(evaluation: Evaluation, probes: Sequence[LayerProbe] | None = No
         plots["learning"] = figures.in_both_widths(figures.learning_figure, curve)
     if probes:
         plots["probe"] = figures.in_both_widths(figures.probe_figure, probes)
-    operating = once(_operating_heads(evaluation), _operating_rows(evaluation), [_SAVED])
-    targets = once(_target_heads(evaluation), _target_rows(evaluation), [_ECE])
+    operating = once(_operating_heads(evaluation), _operating_rows(evaluation), *_SAVED)
+    targets = once(_target_heads(evaluation), _target_rows(evaluation), *_ECE)
     return TEMPLATES.get_template("report.html").render(
         title=f"Routing report: {evaluation.pool}",
         about=evaluation.about,
@@ -104,7 +104,7 @@ def against_baselines(evaluation: Evaluation) -> str:
         compared = f"the router is {'better' if less.low > 0.0 else 'worse'}"
     return (
         f"Over all tolerances, the router adds significantly more than {num_beaten} of {len(baselines)} baselines. "
-        f"Against the best baseline, {best.title}, {compared}: MDP-AUCCC x 1000, the area that it adds to "
+        f"Against the best baseline, {best.title}, {compared}: MDP-AUCCC x 1000, the area that routing adds to "
         f"the single targets' cost-accuracy frontier, differs by {in_words(less, '+m')}."
     )
 

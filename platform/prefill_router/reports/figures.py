@@ -332,12 +332,12 @@ def _plain(texts: Iterable[Text]) -> None:
 
 def in_both_widths(draw: Callable[[Any, float], Figure], data: Any) -> list[str]:
     """The figure of `data` as inline <svg> elements, for desktop and for phone."""
-    return [to_svg(draw(data, width)) for width in (WIDE, NARROW)]
+    return [to_svg(draw(data, width), transparent=True) for width in (WIDE, NARROW)]
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an inline <svg> element."""
+def to_svg(figure: Figure, *, transparent: bool = False) -> str:
+    """The figure as an inline <svg> element; a transparent one for a page that may be dark."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "ids"}):  # else they differ from run to run
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=transparent)
     return with_tips(buffer.getvalue()[buffer.getvalue().index("<svg") :])

@@ -41,14 +41,10 @@ def shown(value: float, style: str) -> str:
     return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)
 
 
-def once(heads: Sequence[str], rows: Table, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], Table]:
-    """The table with each pair of columns, named by their heads, as one where all of their cells are equal."""
-    heads, rows = list(heads), [list(row) for row in rows]
-    for first, second in pairs:
-        i, k = heads.index(first), heads.index(second)
-        if all(row[i] == row[k] for row in rows):
-            heads[i] = f"{first}, and {second}"
-            del heads[k]
-            for row in rows:
-                del row[k]
-    return heads, rows
+def once(heads: Sequence[str], rows: Table, first: str, second: str) -> tuple[list[str], Table]:
+    """The table with two columns, named by their heads, as one if all of their cells are equal."""
+    i, k = heads.index(first), heads.index(second)
+    if any(row[i] != row[k] for row in rows):
+        return list(heads), rows
+    named = [f"{first}, and {second}" if head == first else head for head in heads if head != second]
+    return named, [[*row[:k], *row[k + 1 :]] for row in rows]

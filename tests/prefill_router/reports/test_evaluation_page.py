@@ -394,10 +394,10 @@ def test_points_of_the_cost_curve_tell_tolerance_cost_and_accuracy_to_pointer_an
 
 def test_columns_that_are_identical_are_shown_once() -> None:
     rows: Table = [["a", "1", ("2", "1 to 3"), ("2", "1 to 3")], ["b", "4", "5", "5"]]
-    heads, merged = once(["", "x", "y", "z"], rows, [("x", "y"), ("y", "z")])
+    heads, merged = once(["", "x", "y", "z"], rows, "y", "z")
     assert heads == ["", "x", "y, and z"]
     assert merged == [["a", "1", ("2", "1 to 3")], ["b", "4", "5"]]
-    assert once(["", "x"], [["a", "1"]], []) == (["", "x"], [["a", "1"]])
+    assert once(["", "x", "y", "z"], rows, "x", "y") == (["", "x", "y", "z"], rows)
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
