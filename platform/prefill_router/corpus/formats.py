@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from prefill_router import storage
 from prefill_router.common.errors import UserError
-from prefill_router.corpus.text_files import CsvTable, Record, json_object, read_json_list, read_jsonl
+from prefill_router.corpus.text_files import CsvTable, Record, check_unique, json_object, read_json_list, read_jsonl
 from prefill_router.storage.compression import COMPRESSED, open_text, unpacked
 from prefill_router.storage.parquet_files import BATCH_ROWS, batch_rows
 
@@ -70,6 +70,7 @@ def _columnar(uri: str, rows: Callable[..., Batches], choose: Choose, first_row:
     with storage.damage(uri):
         for start, batch in rows(uri, choose, first_row):
             names = batch.schema.names
+            check_unique(uri, names)
             values = [column_values(batch, name) for name in names]
             for row, fields in enumerate(zip(*values, strict=True), start):
                 yield row, 0, dict(zip(names, fields, strict=True))
@@ -156,7 +157,9 @@ def _csv(uri: str, choose: Choose, first_row: int, offset: int, max_row_bytes: i
         table = CsvTable(uri, stream, max_row_bytes)
         if not table.columns:
             return
-        indices = [(name, table.columns.index(name)) for name in choose(table.columns)]
+        chosen = choose(table.columns)
+        check_unique(uri, chosen)
+        indices = [(name, table.columns.index(name)) for name in chosen]
         for row, position, values in table.records(first_row, offset):
             # A CSV does not distinguish an empty text from a missing one.
             fields = values if isinstance(values, str) else {name: values[i] or None for name, i in indices}

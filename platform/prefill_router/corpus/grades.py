@@ -9,7 +9,8 @@ from prefill_router.common.errors import InvalidRowError, shown
 from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, TARGET
 from prefill_router.corpus.reader import validate_text
 
-_WORDS = {"true": 1.0, "false": 0.0}
+_WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+_MISSING = ("", "nan", "na", "n/a", "null", "none")  # as spreadsheets, R and pandas write a missing value
 _MAX_NAME_BYTES = 1024
 _MAX_TOKENS = (1 << 31) - 1  # the column is an int32
 
@@ -49,7 +50,7 @@ def _correct(value: object) -> float | None:
         return None
     number = _number(value)
     if not 0.0 <= number <= 1.0:
-        raise InvalidRowError(f"{CORRECT} = {shown(value)}, must be in [0, 1], or true or false")
+        raise InvalidRowError(f"{CORRECT} = {shown(value)}, must be in [0, 1], true, false, yes or no")
     return number
 
 
@@ -79,7 +80,7 @@ def is_grade(value: object) -> bool:
 
 
 def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or (isinstance(value, str) and value.strip().lower() in _MISSING)
 
 
 def _number(value: object) -> float:

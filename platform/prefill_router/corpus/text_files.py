@@ -25,6 +25,7 @@ _JSON = json.JSONDecoder()
 _AFTER_VALUE = tuple(" \t\r\n,:]}")
 _SPACE = " \t\r\n\ufeff"  # includes the byte order mark
 _DELIMITERS = ",;\t|"
+_BINARY = {"\0", "\x1f"}  # in UTF-16 without a mark, and in gzip
 
 Fields = dict[str, Any]
 Record = tuple[int, int, Fields | str]  # row number, byte where it begins, its fields or why it has none
@@ -71,6 +72,8 @@ class CsvTable:
     def _header(self) -> str:
         """Reads the first line that is not blank."""
         for line in self._lines(0):
+            if set(line) & _BINARY:
+                raise UserError(f"{self.uri}: is not text in UTF-8: write it so, or if it is compressed, name it .gz")
             if line.strip():
                 return line
             self._begin = self._end

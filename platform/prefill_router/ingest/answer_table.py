@@ -1,7 +1,7 @@
 """A user's own table of graded answers, in any format of a corpus, wide or long.
 
-A wide table has a row for each prompt and a column of grades for each model, from 0 to 1 or of true and false; the
-columns `MODEL_cost_usd` and `MODEL_output_tokens` may stand beside it. A long table has a row for each answer: a column
+A wide table has a row for each prompt and a column of grades for each model, from 0 to 1 or of true and false; columns
+`MODEL_cost_usd` and `MODEL_output_tokens` may stand beside it. A long table has a row for each answer: a column
 `target` or `model`, a column of grades, and possibly `cost_usd` and `output_tokens`. Further names are below.
 """
 
@@ -77,7 +77,7 @@ def _layout(uri: str, names: Sequence[str], seen: Sequence[Fields]) -> _Layout:
         return _Layout(prompt, prompt_id, _long(target, grade, length, cost), (*common, *own))
     models = _models([name for name in names if name not in common], seen)
     if not models:
-        values = ", ".join(f"{name} = {shown(_first(name, seen))}" for name in names if name not in common)
+        values = ", ".join(f"{name} = {shown(_no_grade(name, seen))}" for name in names if name not in common)
         raise UserError(
             f"{uri}: has no column of grades: give each model a column of numbers from 0 to 1, or of true and false; "
             f"it has {values[:300] or 'prompts alone'}"
@@ -123,6 +123,11 @@ def _among(names: Sequence[str], known: Sequence[str]) -> str | None:
 def _first(name: str, seen: Sequence[Mapping[str, object]]) -> object:
     """The first value of a column."""
     return next((value for fields in seen if (value := _known(fields.get(name))) is not None), None)
+
+
+def _no_grade(name: str, seen: Sequence[Fields]) -> object:
+    """The first value of a column that is no grade, or None for a column without values."""
+    return next((fields.get(name) for fields in seen if not is_grade(_known(fields.get(name)))), None)
 
 
 def _known(value: object) -> object:

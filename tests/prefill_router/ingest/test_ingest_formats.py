@@ -87,6 +87,29 @@ def test_wide_table_of_pandas_has_nan_for_a_missing_grade(tmp_path: Path) -> Non
     assert found.outcomes == {("8", "m"): (1.0, None)}
 
 
+def test_wide_table_of_words(tmp_path: Path) -> None:
+    text = "prompt,m,n\na,yes,TRUE\nb,No,NaN\nc,N/A,false\n"
+    found = ingest("table", write(tmp_path / "t.csv", text), tmp_path / "out")
+    grades = {(content_hash(prompt), name): (grade, None) for prompt, name, grade in (("a", "m", 1.0), ("a", "n", 1.0))}
+    grades |= {(content_hash("b"), "m"): (0.0, None), (content_hash("c"), "n"): (0.0, None)}
+    assert found.outcomes == grades
+
+
+def test_a_column_that_comes_twice_is_refused_in_every_format(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array([1.0]), pa.array([0.0])], names=["prompt", "m", "m"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    for path in (write(tmp_path / "t.csv", "prompt,m,m\na,1,0\n"), tmp_path / "t.parquet"):
+        with pytest.raises(UserError, match=f"{path}: has 2 columns m, must have one"):
+            ingest("table", path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", ["prompt,m\na,1\n".encode("utf-16-le"), gzip.compress(b"prompt,m\na,1\n")])
+def test_a_csv_that_is_no_text_is_refused_in_words(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(UserError, match="is not text in UTF-8: write it so, or if it is compressed, name it"):
+        ingest("table", tmp_path / "t.csv", tmp_path / "out")
+
+
 def test_long_table(tmp_path: Path) -> None:
     rows = [
         {"prompt_id": "p", "messages": [{"role": "user", "content": "hi"}], "model": "m", "score": 0.5, "cost": 0.1},
@@ -97,7 +120,7 @@ def test_long_table(tmp_path: Path) -> None:
     assert found.outcomes == {("p", "m"): (0.5, None)}
     assert found.costs == {("p", "m"): pytest.approx(0.1)}
     assert found.quarantine == [
-        ("t.jsonl", 1, "p", 'target "n": correct = 2, must be in [0, 1], or true or false'),
+        ("t.jsonl", 1, "p", 'target "n": correct = 2, must be in [0, 1], true, false, yes or no'),
     ]
 
 
@@ -106,6 +129,7 @@ def test_long_table(tmp_path: Path) -> None:
     [
         ("a,m\nhi,1\n", "has no column of prompts: name it prompt or messages; it has a, m"),
         ("prompt,m\nhi,4\nho,5\n", 'has no column of grades: .* it has m = "4"'),
+        ("prompt,m\nhi,1\nho,85%\n", 'has no column of grades: .* it has m = "85%"'),
         ("prompt\nhi\n", "has no column of grades: .* it has prompts alone"),
     ],
 )
