@@ -24,8 +24,8 @@ Handler = Callable[[Any], Any]
 
 _START_S = 120.0  # timeout for the handler's imports, on a busy machine
 _EXIT_S = 5.0  # timeout for a child to exit once its connection is closed
-_PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[2:]; "
+_PROGRAM = (  # Ctrl-C reaches all processes of a terminal: the parent decides, and closes the connection
+    "import signal, sys; signal.signal(signal.SIGINT, lambda *_: None); sys.path[:] = sys.argv[2:]; "
     "from prefill_router.common.child_process import serve; serve(int(sys.argv[1]))"
 )
 
