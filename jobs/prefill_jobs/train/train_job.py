@@ -108,34 +108,64 @@ def _check(config: TrainConfig) -> None:
 
 
 def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
-    activations, outcomes = config.data
+    """A router of graded prompts; `before` with other prices if it was trained on the same data."""
     recipe = _recipe(config)
+    graded, others = _graded(config, split, recipe)
+    validation, parts = graded.only(split, Part.VALIDATION), _Parts.of(graded, split)
+    cluster.connect()
+    run = _run_name(config, graded, [*graded.pool.target_names, *others])
+    if before is not None and before.training.get("run") == run:
+        say(f"train: router {before.version} was trained on the same data: only price-dependent values are updated")
+        return tuned(before.with_pool(graded.pool), validation, recipe)
+    say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
+    reading = _Reading.chosen(graded, split, recipe, config.max_encode_ms)
+    router, learnt = _fit(config, graded.of_encoders(reading.encoders), split, recipe, parts, reading, run)
+    training = {
+        "recipe": config.recipe,
+        "run": run,
+        "activations": config.activations,
+        "outcomes": config.outcomes,
+        **({} if config.correct_at is None else {"correct_at": config.correct_at}),
+        "columns": {target: column.name for target, column in reading.columns.items()},
+        "num_train": parts.num_train,
+        "num_validation": parts.num_validation,
+        "num_answers": dict(zip(graded.pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
+        "other_targets": others,
+        **({"sensors": [trial.to_dict() for trial in reading.trials]} if reading.trials else {}),
+        "metrics": learnt,
+    }
+    return tuned(replace(router, training=training), validation.of_encoders(reading.encoders), recipe)
+
+
+def _graded(config: TrainConfig, split: Split, recipe: RouterRecipe) -> tuple[GradedStore, list[str]]:
+    """The graded prompts, with prices that their answers imply, and the targets that only the training reads."""
+    activations, outcomes = config.data
     pool = load_pool(config.pool, prices_optional=True)
-    others = set(target_names(outcomes)) - set(pool.target_names) if recipe.use_other_targets else set()
+    others = sorted(set(target_names(outcomes)) - set(pool.target_names)) if recipe.use_other_targets else []
     graded = GradedStore.open(
         activations,
         outcomes,
         pool,
         ignore_unknown=config.ignore_unknown,
-        more_targets=tuple(sorted(others)),
+        more_targets=tuple(others),
         groups=split_groups_of(config),
         correct_at=config.correct_at,
     )
     seen = graded.only(split, Part.TRAIN, Part.VALIDATION)
-    pool = with_answer_prices(pool, seen.answers(seen.keys).cost_usd)
-    graded = replace(graded, pool=pool)
-    parts = _Parts.of(graded, split)
-    cluster.connect()
-    run = _run_name(config, graded, [*pool.target_names, *sorted(others)])
-    if before is not None and before.training.get("run") == run:
-        say(f"train: router {before.version} was trained on the same data: only price-dependent values are updated")
-        return tuned(before.with_pool(pool), graded.only(split, Part.VALIDATION), recipe)
+    return replace(graded, pool=with_answer_prices(pool, seen.answers(seen.keys).cost_usd)), others
 
-    training = graded.only(split, Part.TRAIN)
-    say(f"train: probe {len(graded.store.columns)} columns on {parts.num_train:,} prompts")
-    reading = _Reading.chosen(graded, split, recipe, config.max_encode_ms)
-    projections = reading.projections
-    graded, training = graded.of_encoders(reading.encoders), training.of_encoders(reading.encoders)
+
+def _fit(
+    config: TrainConfig,
+    graded: GradedStore,
+    split: Split,
+    recipe: RouterRecipe,
+    parts: _Parts,
+    reading: _Reading,
+    run: str,
+) -> tuple[Router, dict[str, Any]]:
+    """A router whose tolerance and lengths are not tuned, and the metrics of its trunk."""
+    projections, num_targets = reading.projections, len(graded.pool.targets)
     task = FitTask(
         graded=graded.only(split, Part.TRAIN, Part.VALIDATION),
         split=split,
@@ -146,36 +176,22 @@ def _fitted(config: TrainConfig, split: Split, before: Router | None) -> Router:
     )
     names = ", ".join(p.column.name for p in projections)
     say(f"train: fit {recipe.trunk.num_seeds} trunks on {task.num_features} features of {names}")
-    fitted, num_targets = fit_on_ray(task, config.workers, config.out, run), len(pool.targets)
+    fitted, seen = fit_on_ray(task, config.workers, config.out, run), task.graded.graded_keys
     router = Router(
         encoders=reading.encoders,
-        pool=pool,
+        pool=graded.pool,
         projections=projections,
         trunk=fitted.trunk.net.of_outputs(range(num_targets)),
-        kernel=_kernel_machine(training, projections, is_fitted=recipe.kernel),
+        kernel=_kernel_machine(graded.only(split, Part.TRAIN), projections, is_fitted=recipe.kernel),
         kernel_weight=0.0,
         length_spread=np.zeros(num_targets, np.float32),
         length_scale=np.ones(num_targets, np.float32),
         default_tolerance=0.0,
         split=split,
-        training_prompts=np.sort(task.graded.graded_keys),
-        training_units=np.unique(graded.groups.of(task.graded.graded_keys)),
-        training={
-            "recipe": config.recipe,
-            "run": run,
-            "activations": activations,
-            "outcomes": outcomes,
-            **({} if config.correct_at is None else {"correct_at": config.correct_at}),
-            "columns": {target: column.name for target, column in reading.columns.items()},
-            "num_train": parts.num_train,
-            "num_validation": parts.num_validation,
-            "num_answers": dict(zip(pool.target_names, parts.num_answers.astype(int).tolist(), strict=False)),
-            "other_targets": sorted(others),
-            **({"sensors": [trial.to_dict() for trial in reading.trials]} if reading.trials else {}),
-            "metrics": fitted.to_dict(),
-        },
+        training_prompts=np.sort(seen),
+        training_units=np.unique(graded.groups.of(seen)),
     )
-    return tuned(router, graded.only(split, Part.VALIDATION), recipe)
+    return router, fitted.to_dict()
 
 
 @dataclass(frozen=True)
