@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+from functools import lru_cache
 
 from prefill_router.common.errors import UserError
 
@@ -54,6 +55,7 @@ def token_refused(address: str) -> UserError:
     )
 
 
+@lru_cache  # asked for each request
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     try:

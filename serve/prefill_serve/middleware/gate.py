@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from time import perf_counter
 
-from opentelemetry import propagate
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefill_serve.endpoint import Endpoint, new_request_id
 from prefill_serve.middleware import attempts
 from prefill_serve.middleware.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
-from prefill_serve.traces import tracer
+from prefill_serve.traces import request_span
 from prefill_serve.wire import error_body, messages_error
 
 log = logging.getLogger("ray.serve")
@@ -85,8 +84,7 @@ class RequestGate:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with tracer.start_as_current_span("request", propagate.extract(headers)) as span:
-            propagate.inject(MutableHeaders(scope=scope))  # the parent of FastAPI's spans
+        with request_span(scope) as span:
             try:
                 self._require_own_origin(scope["path"], headers)
                 state["caller"] = self._caller(scope["path"], headers)
