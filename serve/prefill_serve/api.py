@@ -26,7 +26,7 @@ from starlette.types import ASGIApp
 from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import Endpoint, NoTarget, NotReady, TooLong, UnknownTarget
 from prefill_serve.gateway.planner import NoUpstream, UnknownAnswer
-from prefill_serve.gateway.routes import CALL_PATHS, gateway_routes
+from prefill_serve.gateway.routes import CALL_PATHS, gateway_routes, unless_disconnected
 from prefill_serve.gateway.state.call_ledger import CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.feedback import ConflictingFeedback, FeedbackDisabled, UnknownRequest
 from prefill_serve.middleware.direct_paths import DirectPaths
@@ -118,6 +118,10 @@ async def _route(endpoint: Endpoint, http: Request) -> Response | None:
         request = RouteRequest.model_validate(json.loads(await http.body()))
     except (ValueError, RecursionError):
         return None
+    return await unless_disconnected(http, _routed(endpoint, request, http))
+
+
+async def _routed(endpoint: Endpoint, request: RouteRequest, http: Request) -> Response:
     return _json(await endpoint.route(request, http.state.request_id, http.state.caller))
 
 
@@ -132,7 +136,7 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
         that do not affect routing, such as `temperature`, are listed in `metadata.ignored`. A probable misspelling,
         such as `tolerence`, gets 400.
         """
-        return _json(await endpoint.route(request, http.state.request_id, http.state.caller))
+        return await _routed(endpoint, request, http)
 
     @routes.post("/v1/route/batch", response_model=BatchResponse)
     async def route_batch(batch: BatchRequest, http: Request) -> Response:
@@ -150,9 +154,11 @@ def _routing_routes(endpoint: Endpoint) -> APIRouter:
                 detail = ErrorDetail(**refusal.body["error"])
                 return BatchItem(index=index, status=refusal.status_code, error=detail)
 
-        return _json(
-            BatchResponse(results=await asyncio.gather(*map(item, *zip(*enumerate(batch.requests), strict=True))))
-        )
+        async def answer() -> Response:
+            results = await asyncio.gather(*map(item, *zip(*enumerate(batch.requests), strict=True)))
+            return _json(BatchResponse(results=results))
+
+        return await unless_disconnected(http, answer())
 
     return routes
 

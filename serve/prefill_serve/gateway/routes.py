@@ -136,7 +136,7 @@ def _add_anthropic_calls(routes: APIRouter, proxy: Proxy, errors: _Errors) -> No
         """
         call = replace(TokenCountCall.read(await http.body()), headers=_anthropic_headers(http))
         caller = Caller(http.state.caller, http.state.request_id)
-        return await _unless_disconnected(http, proxy.count_tokens(call, caller))
+        return await unless_disconnected(http, proxy.count_tokens(call, caller))
 
 
 def _add_state(routes: APIRouter, endpoint: Endpoint, ledger: CallLedger, errors: _Errors) -> None:
@@ -170,7 +170,7 @@ def _add_state(routes: APIRouter, endpoint: Endpoint, ledger: CallLedger, errors
 
 async def _answer(proxy: Proxy, call: Call, http: Request) -> Response:
     caller = Caller(http.state.caller, http.state.request_id, session_id(http.headers, call.body))
-    return await _unless_disconnected(http, proxy.answer(call, caller))
+    return await unless_disconnected(http, proxy.answer(call, caller))
 
 
 def _anthropic_headers(http: Request) -> dict[str, str]:
@@ -206,7 +206,7 @@ def _body(example: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}, "parameters": [REQUEST_ID]}
 
 
-async def _unless_disconnected(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+async def unless_disconnected(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
     """Returns the answer, or cancels all work on it once the caller disconnects."""
 
     async def hung_up() -> None:

@@ -42,7 +42,7 @@ _DEFAULTS = f"""\
     option http-server-close
     timeout http-request {_IN_TIME_S}s
 """
-# The gateway watches for disconnects itself; Serve would read every request in one more task, through a queue.
+# The API watches for disconnects itself; Serve would read every request in one more task, through a queue.
 # Errors in plain text are Serve's, of its proxy or before a replica's API: they name actors, processes and addresses.
 _FRONTEND = f"""\
     http-request set-header {attempts.HEADER} %[uuid]

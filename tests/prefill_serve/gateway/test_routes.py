@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefill_serve.gateway.relay import Relay
-from prefill_serve.gateway.routes import _unless_disconnected
+from prefill_serve.gateway.routes import unless_disconnected
 
 
 class Waiting:
@@ -29,7 +29,7 @@ def test_an_answer_that_comes_as_its_caller_is_gone_is_ended_and_recorded() -> N
             return Relay(active, stream, {}, lambda *what: ended.append(what))
 
         request: Any = Waiting()
-        serving = asyncio.create_task(_unless_disconnected(request, answering()))
+        serving = asyncio.create_task(unless_disconnected(request, answering()))
         with pytest.raises(asyncio.CancelledError):
             await serving
 
