@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 _TICK_S = 0.5
 _DRAWN_AFTER_S = 1.0  # on a terminal
-_SAID_AFTER_S, _SAID_EVERY_S = 3.0, 8.0  # elsewhere
+_SAID_AFTER_S, _SAID_EVERY_S = 3.0, 7.0  # elsewhere
 
 _lock = threading.RLock()  # of stderr
 _originals: list[int] = []  # copies of stderr while `silent_stderr` discards what is written there

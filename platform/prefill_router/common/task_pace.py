@@ -64,5 +64,5 @@ class TaskPace:
 
     @property
     def eta(self) -> str | None:
-        """The time that the rest will take, None while the rate is unknown."""
-        return None if self.eta_s is None else f"ETA {timedelta(seconds=round(self.eta_s))}"
+        """The time that the rest will take, None while the rate is unknown and once nothing is left."""
+        return None if self.eta_s is None or not self.left else f"ETA {timedelta(seconds=round(self.eta_s))}"
