@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from prefill_jobs.options import CleanConfig
 from prefill_router.common import scratch
@@ -30,6 +32,17 @@ def clean(config: CleanConfig) -> list[Leftover]:
         for leftover in found:
             _remove(leftover.path)
     return found
+
+
+def kept() -> list[Leftover]:
+    """What other programs use as well: only a user can say whether it may be removed."""
+    ray = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray")
+    hub = Path(HF_HUB_CACHE)
+    found = [
+        Leftover(ray, "Ray's logs: remove it when no Ray runs", _size(ray)),
+        Leftover(hub, "models of the hub: HF_HOME moves it, `hf cache` empties it", _size(hub)),
+    ]
+    return [leftover for leftover in found if leftover.num_bytes]
 
 
 def _leftovers() -> Iterator[tuple[Path, str]]:

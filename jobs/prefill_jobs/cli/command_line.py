@@ -277,13 +277,15 @@ def _pipeline(config: Any) -> None:
 
 
 def _clean(config: Any) -> None:
-    from prefill_jobs.clean_job import clean
+    from prefill_jobs.clean_job import clean, kept
 
     found = clean(config)
     for path, what, num_bytes in found:
         typer.echo(f"{path}: {num_bytes / 1e6:,.1f} MB: {what}")
     total = sum(leftover.num_bytes for leftover in found) / 1e6
     typer.echo(f"{'would remove' if config.dry_run else 'removed'} {total:,.1f} MB")
+    for path, what, num_bytes in kept():
+        typer.echo(f"kept {path}: {num_bytes / 1e6:,.1f} MB: {what}")
 
 
 def _completion(config: Any) -> None:
