@@ -97,6 +97,7 @@ class OutcomeFacts:
     right: Counter[str] = field(default_factory=Counter)  # sums of their grades
     unbilled: Counter[str] = field(default_factory=Counter)  # those without a cost
     invalid: Counter[str] = field(default_factory=Counter)  # values by column
+    bad: list[BadRow] = field(default_factory=list)  # of files of text
     num_repeated: int = 0  # further grades of a pair
 
     @classmethod
@@ -104,7 +105,7 @@ class OutcomeFacts:
     def of(cls, uri: str) -> OutcomeFacts:
         """Reads all rows. Raises UserError for a missing column, or one of another type."""
         facts, pairs, keys = cls(uri), [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-        for table in tables(uri):
+        for table in tables(uri, facts.bad):
             names, hashes = table[TARGET].to_pylist(), prompt_hashes(table[PROMPT_ID].to_pylist())
             ids = pc.unique(table[PROMPT_ID]).to_pylist()
             facts.contents.update(bits for bits in map(content_bits, ids) if bits is not None)
@@ -130,6 +131,11 @@ class OutcomeFacts:
         for name in sorted(self.graded):
             share = self.right[name] / self.graded[name]
             yield Finding(f"{self.uri}: {name}: {self.graded[name]:,} answers, mean grade {share:.1%}")
+        for rows in by_reason(self.bad):
+            yield Finding(
+                f"{self.uri}: {len(rows):,} rows are invalid, such as row {rows[0].row + 1}: {rows[0].reason}",
+                is_error=True,
+            )
         for column, allowed in ((CORRECT, "in [0, 1]"), (OUTPUT_TOKENS, "0 or more"), (COST_USD, "0 or more")):
             if count := self.invalid[column]:
                 yield Finding(f"{self.uri}: {count:,} values of {column} are invalid: must be {allowed}", is_error=True)

@@ -29,7 +29,7 @@ from prefill_router.common.schema import (
 )
 from prefill_router.corpus.formats import FORMATS, SUFFIXES, read_records
 from prefill_router.corpus.grades import RawAnswer, grade
-from prefill_router.corpus.reader import MAX_PROMPT_BYTES, content_hash, validate_text
+from prefill_router.corpus.reader import MAX_PROMPT_BYTES, BadRow, content_hash, validate_text
 from prefill_router.corpus.split import prompt_hashes
 from prefill_router.corpus.text_files import Fields
 
@@ -37,11 +37,14 @@ _BATCH_ROWS, _MAX_ROW_BYTES = 1 << 17, 64 * MAX_PROMPT_BYTES
 _PARQUET = ".parquet"
 
 
-def tables(uri: str) -> Iterator[pa.Table]:
-    """Yields graded rows in batches of the schema OUTCOMES. Of repeated rows of a request, only the first counts."""
+def tables(uri: str, invalid: list[BadRow] | None = None) -> Iterator[pa.Table]:
+    """Yields graded rows in batches of the schema OUTCOMES. Of repeated rows of a request, only the first counts.
+
+    An invalid row of a text file is added to `invalid` if that is given, and raises UserError otherwise.
+    """
     requests: set[int] = set()
     for file in _files(uri):
-        yield from _pieces(file, requests)
+        yield from _pieces(file, requests, invalid)
 
 
 def _files(uri: str) -> list[str]:
@@ -70,10 +73,10 @@ def _columns(uri: str) -> list[str]:
     return names
 
 
-def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
+def _pieces(uri: str, requests: set[int], invalid: list[BadRow] | None) -> Iterator[pa.Table]:
     if not uri.endswith(_PARQUET):
         _check_names(_columns(uri), uri)
-        yield from _from_rows(uri)
+        yield from _from_rows(uri, invalid)
         return
     with storage.damage(uri), storage.open_parquet(uri) as file:
         names = file.schema_arrow.names
@@ -84,24 +87,29 @@ def _pieces(uri: str, requests: set[int]) -> Iterator[pa.Table]:
             yield _normalised(_first_of_requests(table, requests) if REQUEST_ID in names else table, uri)
 
 
-def _from_rows(uri: str) -> Iterator[pa.Table]:
+def _from_rows(uri: str, invalid: list[BadRow] | None) -> Iterator[pa.Table]:
     records = read_records(uri, list, 0, 0, _MAX_ROW_BYTES)
     while block := list(itertools.islice(records, _BATCH_ROWS)):
-        rows = [_outcome(fields, f"{uri}: row {row + 1}") for row, _, fields in block]
+        rows = []
+        for row, _, fields in block:
+            try:
+                rows.append(_outcome(fields))
+            except InvalidRowError as error:
+                bad = BadRow(uri, row, None, str(error))
+                if invalid is None:
+                    raise UserError(bad.message) from None
+                invalid.append(bad)
         yield pa.Table.from_pylist([row for row in rows if row[CORRECT] is not None], schema=OUTCOMES)
 
 
-def _outcome(fields: Fields | str, place: str) -> dict[str, Any]:
-    """A row of text as one of OUTCOMES. Raises UserError, which begins with `place`, for an invalid value."""
+def _outcome(fields: Fields | str) -> dict[str, Any]:
+    """A row of text as one of OUTCOMES. Raises InvalidRowError for an invalid value."""
     if isinstance(fields, str):
-        raise UserError(f"{place}: {fields}")
-    try:
-        answer = grade(RawAnswer(*(fields.get(name) for name in (TARGET, CORRECT, OUTPUT_TOKENS, COST_USD))))
-        prompt_id = fields.get(PROMPT_ID)
-        if prompt_id is None:
-            prompt_id = content_hash(validate_text(fields.get(PROMPT), PROMPT, MAX_PROMPT_BYTES))
-    except InvalidRowError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise InvalidRowError(fields)
+    answer = grade(RawAnswer(*(fields.get(name) for name in (TARGET, CORRECT, OUTPUT_TOKENS, COST_USD))))
+    prompt_id = fields.get(PROMPT_ID)
+    if prompt_id is None:
+        prompt_id = content_hash(validate_text(fields.get(PROMPT), PROMPT, MAX_PROMPT_BYTES))
     return dict(zip(OUTCOMES.names, (str(prompt_id), *answer), strict=True))
 
 
@@ -157,7 +165,10 @@ def check_columns(uri: str) -> None:
 def _check_names(names: Sequence[str], uri: str) -> None:
     for required in (PROMPT_ID, TARGET, CORRECT):
         if required not in names and not (required == PROMPT_ID and PROMPT in names):
-            raise UserError(f"{uri}: column {required} is missing; it has {', '.join(names)}")
+            raise UserError(
+                f"{uri}: column {required} is missing; it has {', '.join(names)[:200] or 'none'}. "
+                "A table with a column for each model is converted by prefill-router ingest table"
+            )
 
 
 def is_feedback(uri: str) -> bool:

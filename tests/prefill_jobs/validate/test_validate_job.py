@@ -134,3 +134,13 @@ def test_a_grade_that_is_no_number_is_invalid(tmp_path: Path) -> None:
     graded = outcomes(tmp_path / "outcomes.parquet", outcome("a", "big", float("nan")))
     _, errors = found(outcomes=graded)
     assert errors == [f"{graded}: 1 values of correct are invalid: must be in [0, 1]"]
+
+
+def test_invalid_rows_of_outcomes_in_text_are_counted_by_reason(command: Command, tmp_path: Path) -> None:
+    rows = "prompt,target,correct\none,big,yes\ntwo,big,2\ntwo,big,x\n,big,1\n"
+    path = write(tmp_path / "outcomes.csv", rows)
+    result = command("validate", outcomes=path)
+    assert result.status == 1
+    assert f"{path}: big: 1 answers, mean grade 100.0%" in result.out
+    assert f'error: {path}: 2 rows are invalid, such as row 2: target "big": correct = "2", must be in' in result.out
+    assert f"error: {path}: 1 rows are invalid, such as row 4: prompt = null" in result.out
