@@ -34,6 +34,8 @@ _ANSWERS_KEPT = 1000  # per shared object: Ray retries no call after this many o
 
 def connect() -> None:
     """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine. Does nothing if Ray is initialized."""
+    for name in ("ray.data", "ray.train", "ray.widgets"):  # the last one asks notebooks to install widgets
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
         local_ray.set_environment()
         if address := ray_address():
@@ -45,8 +47,6 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _join(address: str) -> None:
