@@ -19,7 +19,7 @@ T = TypeVar("T")
 def counted(items: Iterable[T], task: str, total: int, unit: str) -> Iterator[T]:
     """Yields items as they come, and says how many of `total` have come."""
     pace = TaskPace(total)
-    with doing(lambda: " · ".join(filter(None, [f"{task}: {pace.done} {unit}", pace.eta]))):
+    with doing(lambda: f"{task}: {pace.done} {unit} · {pace.eta or f'{pace.elapsed_s:.0f} s'}"):
         for item in items:
             pace.add(1)
             yield item

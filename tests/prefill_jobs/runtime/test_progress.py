@@ -28,9 +28,9 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], str]]:
 def test_items_are_counted_as_they_come(lines: list[Callable[[], str]]) -> None:
     items = counted(iter("abc"), "probe", 3, "columns")
     assert next(items) == "a"
-    assert lines[0]() == "probe: 1/3 columns"
+    assert lines[0]().startswith("probe: 1/3 columns · ")
     assert list(items) == ["b", "c"]
-    assert lines[0]() == "probe: 3/3 columns"
+    assert lines[0]().startswith("probe: 3/3 columns · ")
 
 
 def test_before_the_first_rows_it_says_what_the_workers_do(
