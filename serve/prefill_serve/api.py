@@ -85,6 +85,22 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     ConflictingFeedback: (409, "other_feedback"),
     UnknownAnswer: (404, "response_not_found"),
 }
+# Swagger's colours have too little contrast, and no dark scheme.
+_LEGIBLE = """<style>
+  html { background: white }
+  @media (prefers-color-scheme: dark) { html { filter: invert(.92) hue-rotate(180deg) } }
+  .swagger-ui .info .title small { background: #4b5563 }
+  .swagger-ui .info .title small.version-stamp { background: #3f6212 }
+  .swagger-ui .opblock.opblock-get .opblock-summary-method { background: #1d5fa8 }
+  .swagger-ui .opblock.opblock-post .opblock-summary-method { background: #14704a }
+  .swagger-ui .btn.authorize { color: #14704a; border-color: #14704a }
+  .swagger-ui .btn.execute { background: #1d5fa8 }
+  .swagger-ui .btn.cancel, .swagger-ui .parameter__name.required::after { color: #b91c1c }
+  .swagger-ui .info .base-url, .swagger-ui a.nostyle, .swagger-ui .opblock .opblock-summary-description,
+  .swagger-ui .model-toggle, .swagger-ui .json-schema-2020-12__title, .swagger-ui .info a,
+  .swagger-ui .json-schema-2020-12-expand-deep-button, .swagger-ui .parameter__in { color: #1f2937 }
+</style>
+"""
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
 
@@ -288,9 +304,12 @@ def _add_documents(api: FastAPI) -> None:
             swagger_js_url="docs/static/swagger-ui-bundle.js",
             swagger_css_url="docs/static/swagger-ui.css",
             swagger_favicon_url="docs/static/favicon.png",
+            # With deep links, each button has a link inside, which screen readers cannot reach.
+            swagger_ui_parameters={"deepLinking": False, "defaultModelsExpandDepth": 0},
         )
-        page.headers["content-security-policy"] = "frame-ancestors 'none'"  # the page sends real requests
-        return page
+        html = bytes(page.body).decode().replace("<html>", '<html lang="en">').replace("</head>", f"{_LEGIBLE}</head>")
+        # The page sends real requests.
+        return HTMLResponse(html, headers={"content-security-policy": "frame-ancestors 'none'"})
 
 
 def _json(model: BaseModel) -> Response:

@@ -179,6 +179,18 @@ def test_nobody_is_kept_out(page: Page, scheme: str) -> None:
     assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
 
 
+def test_the_documents_are_legible_and_reachable(browser: Browser, gateway: Gateway) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{gateway.url}/docs")
+    for path in ("/v1/route", "/v1/router"):  # one with a body, and one without
+        page.get_by_role("button", name=path, exact=False).first.click()
+    page.get_by_role("button", name="Try it out").first.click()
+    expect(page.get_by_role("button", name="Execute")).to_be_visible()
+    found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
+    page.close()
+
+
 def test_the_page_is_open_and_runs_no_script_but_its_own(gateway: Gateway, tmp_path: Path) -> None:
     gateway.configure(open=False, keys={"ann": "sha256:" + "0" * 64})
     try:

@@ -213,7 +213,7 @@ function drawCurve() {
 
 function singleMark(single, x, y) {
   const isRight = x > 300;
-  const place = { x: x + (isRight ? -8 : 8), y: y + 16, "text-anchor": isRight ? "end" : "start" };
+  const place = { x: x + (isRight ? -8 : 8), y: y > 250 ? y - 8 : y + 16, "text-anchor": isRight ? "end" : "start" };
   const name = single.target.split("/").pop();
   return [svg("circle", { class: "single", cx: x, cy: y, r: 4 }), svg("text", place, name)];
 }
