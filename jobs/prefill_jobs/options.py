@@ -231,7 +231,7 @@ class InspectConfig(StrictModel):
 class EvaluateConfig(StrictModel):
     """Compare a router with every baseline on held-out prompts; write an HTML report and a JSON report.
 
-    With --corpus, baselines on sentence embeddings and on prompt length are included.
+    With --corpus, baselines on sentence embeddings are included, if the sentence encoder is installed.
     """
 
     router: Uri = Field(description="Router artifact written by `train`, or the output folder of train --folds")
