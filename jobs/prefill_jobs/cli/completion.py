@@ -31,7 +31,10 @@ _prefill_router() {{
 }}
 complete -o default -F _prefill_router prefill-router
 """
-_ZSH = "autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 @dataclass(frozen=True)
