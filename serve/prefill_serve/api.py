@@ -85,7 +85,7 @@ _OF_USERS: dict[type[UserError], tuple[int, str]] = {
     ConflictingFeedback: (409, "other_feedback"),
     UnknownAnswer: (404, "response_not_found"),
 }
-# Swagger's colours have too little contrast, and no dark scheme.
+# Swagger's colours have too little contrast and no dark scheme, and some of its fields have no name.
 _LEGIBLE = """<style>
   html { background: white }
   @media (prefers-color-scheme: dark) { html { filter: invert(.92) hue-rotate(180deg) } }
@@ -94,12 +94,19 @@ _LEGIBLE = """<style>
   .swagger-ui .opblock.opblock-get .opblock-summary-method { background: #1d5fa8 }
   .swagger-ui .opblock.opblock-post .opblock-summary-method { background: #14704a }
   .swagger-ui .btn.authorize { color: #14704a; border-color: #14704a }
+  .swagger-ui .microlight { max-height: none !important; overflow: visible !important; white-space: pre-wrap }
   .swagger-ui .btn.execute { background: #1d5fa8 }
   .swagger-ui .btn.cancel, .swagger-ui .parameter__name.required::after { color: #b91c1c }
   .swagger-ui .info .base-url, .swagger-ui a.nostyle, .swagger-ui .opblock .opblock-summary-description,
   .swagger-ui .model-toggle, .swagger-ui .json-schema-2020-12__title, .swagger-ui .info a,
   .swagger-ui .json-schema-2020-12-expand-deep-button, .swagger-ui .parameter__in { color: #1f2937 }
 </style>
+<script>
+  new MutationObserver(() => {
+    for (const field of document.querySelectorAll(":is(textarea, select):not([aria-label])"))
+      field.ariaLabel = field.localName === "textarea" ? "Request body" : "Media type";
+  }).observe(document, { childList: true, subtree: true });
+</script>
 """
 _PROBE_ERRORS: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
