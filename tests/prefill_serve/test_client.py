@@ -8,6 +8,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
+from ports import free_port
 from prefill_serve.client import RouteError, RouterClient
 
 
@@ -23,3 +24,9 @@ def test_a_busy_endpoint_says_when_to_come_again_in_seconds_or_as_a_date(monkeyp
             waits_s.append(caught.value.retry_after_s or 0.0)
     assert waits_s[0] == 7.0
     assert 500.0 < waits_s[1] <= 600.0
+
+
+def test_an_address_without_an_endpoint_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with RouterClient(url, attempts=1) as client, pytest.raises(httpx.ConnectError, match=f"no endpoint at {url}"):
+        client.route("What is 17 * 23?")

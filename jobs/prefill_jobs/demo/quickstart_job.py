@@ -6,7 +6,8 @@ import json
 
 from prefill_jobs.demo.walkthrough import Inputs, step, walk
 from prefill_jobs.ingest_job import ingest
-from prefill_jobs.options import IngestConfig, QuickstartConfig
+from prefill_jobs.options import IngestConfig, QuickstartConfig, ValidateConfig
+from prefill_jobs.validate.validate_job import validate
 from prefill_router import storage
 from prefill_router.common.addresses import require_free
 from prefill_router.common.console import say
@@ -24,7 +25,17 @@ def quickstart(config: QuickstartConfig) -> None:
         load_pool(config.pool, prices_optional=True)
     inputs = _of_files(config) if config.answers is None else _of_table(config, config.answers)
     check_prices(load_pool(inputs.pool, prices_optional=True), inputs.outcomes)
+    _require_valid(inputs)
     walk(inputs, config)
+
+
+def _require_valid(inputs: Inputs) -> None:
+    """Raises UserError for what would stop a later step, and says what is doubtful."""
+    found = validate(ValidateConfig(corpus=inputs.corpus, outcomes=inputs.outcomes, pool=inputs.pool))
+    if errors := [finding.text for finding in found if finding.is_error]:
+        raise UserError("; ".join(errors))
+    for finding in found:
+        say(f"quickstart: {finding.text}")
 
 
 def _of_files(config: QuickstartConfig) -> Inputs:

@@ -83,7 +83,15 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
         for prompt in _sample(inputs.corpus, config.limit):
             _route(url, prompt)
     _summary(evaluation, inputs.notice, f"{report}/report.html", time.monotonic() - started)
-    console.print(f"Serve it: prefill-router serve --router {router}", markup=False)
+    console.print(_next_command(evaluation, router), markup=False)
+
+
+def _next_command(evaluation: Evaluation, router: str) -> str:
+    tolerance, serve = verdict(evaluation).tolerance, f"prefill-router serve --router {router}"
+    if tolerance is None:
+        return f"To try the router all the same: {serve}"
+    flag = "" if tolerance == evaluation.tolerance else f" --tolerance {tolerance:.3f}"
+    return f"Serve it: {serve}{flag}"
 
 
 def step(title: str) -> None:

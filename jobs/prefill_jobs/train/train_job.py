@@ -44,7 +44,14 @@ from prefill_router.metrics.discrimination import has_partial_credit
 from prefill_router.outcomes import check_columns, target_names
 from prefill_router.policy.answer_cost import answer_costs, billed_share, check_prices, with_answer_prices
 from prefill_router.policy.pool import load_pool
-from prefill_router.predictor.answer_length import log_lengths, mean_scale, mean_tokens, median_logs, spread
+from prefill_router.predictor.answer_length import (
+    log_lengths,
+    mean_scale,
+    mean_tokens,
+    median_logs,
+    spread,
+    without_lengths,
+)
 from prefill_router.predictor.calibration import fit_calibration
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS, KernelMachine, fit_kernel
 from prefill_router.predictor.recipe import RECIPES, RouterRecipe
@@ -152,7 +159,10 @@ def _graded(config: TrainConfig, split: Split, recipe: RouterRecipe) -> tuple[Gr
         correct_at=config.correct_at,
     )
     seen = graded.only(split, Part.TRAIN, Part.VALIDATION)
-    return replace(graded, pool=with_answer_prices(pool, seen.answers(seen.keys).cost_usd)), others
+    answers = seen.answers(seen.keys)
+    if np.isnan(answers.output_tokens).all() and np.isnan(answers.cost_usd).all():
+        say(f"train: {without_lengths(outcomes)}")
+    return replace(graded, pool=with_answer_prices(pool, answers.cost_usd)), others
 
 
 def _fit(

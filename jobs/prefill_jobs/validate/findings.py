@@ -25,6 +25,7 @@ from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
 from prefill_router.metrics import ENOUGH_VALIDATION
 from prefill_router.outcomes import is_feedback, tables
 from prefill_router.policy.pool import Pool
+from prefill_router.predictor.answer_length import without_lengths
 
 _EXAMPLES, _SHARD_ROWS = 3, 4096
 
@@ -99,6 +100,7 @@ class OutcomeFacts:
     invalid: Counter[str] = field(default_factory=Counter)  # values by column
     bad: list[BadRow] = field(default_factory=list)  # of files of text
     num_repeated: int = 0  # further grades of a pair
+    num_measured: int = 0  # answers with a length or a cost
 
     @classmethod
     @doing("reading the outcomes")
@@ -115,6 +117,8 @@ class OutcomeFacts:
             facts.invalid[COST_USD] += _num_outside(costs, np.finfo(np.float64).max)
             facts.invalid[OUTPUT_TOKENS] += _num_outside(table[OUTPUT_TOKENS].fill_null(0).to_numpy(), np.inf)
             facts.graded.update(names)
+            is_unknown = pc.and_(pc.is_null(table[OUTPUT_TOKENS]), pc.is_null(table[COST_USD]))
+            facts.num_measured += table.num_rows - pc.sum(is_unknown).as_py()
             facts.unbilled.update(table.filter(pc.is_null(table[COST_USD]))[TARGET].to_pylist())
             for name, grade in zip(names, np.nan_to_num(correct).tolist(), strict=True):
                 facts.right[name] += grade
@@ -139,6 +143,8 @@ class OutcomeFacts:
         for column, allowed in ((CORRECT, "in [0, 1]"), (OUTPUT_TOKENS, "0 or more"), (COST_USD, "0 or more")):
             if count := self.invalid[column]:
                 yield Finding(f"{self.uri}: {count:,} values of {column} are invalid: must be {allowed}", is_error=True)
+        if self.graded and not self.num_measured:
+            yield Finding(without_lengths(self.uri))
         if self.num_repeated:
             yield Finding(f"{self.uri}: {self.num_repeated:,} grades are of a pair that has one already", is_error=True)
 

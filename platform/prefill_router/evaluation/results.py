@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class Evaluation:
     target_cost: list[float]
     calibration: CalibrationSummary
     risk_coverage: list[list[float]]  # of the router's choices: (coverage, share of wrong answers)
-    length_error_tokens: float  # mean absolute error of the router's predicted answer lengths
+    length_error_tokens: float  # mean absolute error of the router's predicted answer lengths; NaN if none is known
     length_error_median_rule_tokens: float  # the same if each target's median length is predicted
     num_draws: int
     about: dict[str, str] = field(default_factory=dict)  # sources, split and versions, for display
@@ -117,6 +118,11 @@ class Evaluation:
     @property
     def router(self) -> RoutingScores:
         return self.standings[0].scores
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether any answer's length is known."""
+        return isfinite(self.length_error_tokens)
 
     @property
     def baselines(self) -> list[Standing]:

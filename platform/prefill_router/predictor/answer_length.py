@@ -20,6 +20,14 @@ UNKNOWN_LENGTH_TOKENS = 256.0
 _MAX_LOG = 12.0  # 160,000 tokens; keeps expected costs finite
 
 
+def without_lengths(outcomes: str) -> str:
+    """What is said of outcomes in which no answer has a length or a cost."""
+    return (
+        f"{outcomes}: no answer has output_tokens or cost_usd: each is taken for {UNKNOWN_LENGTH_TOKENS:.0f} tokens, "
+        "so that costs are rough"
+    )
+
+
 def log_lengths(output_tokens: Array) -> Array:
     """Converts lengths (N, T) to labels (N, T), NaN where unknown; UNKNOWN_LENGTH_TOKENS if all are unknown."""
     known = output_tokens if not np.isnan(output_tokens).all() else np.full_like(output_tokens, UNKNOWN_LENGTH_TOKENS)

@@ -128,7 +128,12 @@ def calibration_line(evaluation: Evaluation) -> str:
 
 def costs_line(evaluation: Evaluation) -> str:
     """A sentence that says which share of the costs was billed, and how the others were computed."""
-    share, computed = evaluation.billed_share, "computed from the pool's prices and the actual answer lengths"
+    share = evaluation.billed_share
+    computed = "computed from the pool's prices and the actual answer lengths"
+    if not evaluation.has_lengths:
+        computed = (
+            "computed from the pool's prices and an assumed length, since no answer's length is known: they are rough"
+        )
     if share in (0.0, 1.0):
         return f"The costs shown are {'as billed' if share else computed}."
     return f"{shown(share, '%')} of the answers are counted as billed; the costs of the others are {computed}."

@@ -17,6 +17,7 @@ _UNKNOWN = "Intervals are for prompts of the same kind: what other prompts, targ
 class Recommendation(NamedTuple):
     decision: str  # a sentence that names the tolerance to set and what it saves, with intervals
     evidence: str  # what it rests on, and what is not known
+    tolerance: float | None = None  # to serve with; None if the router is not shown to pay
 
     def __str__(self) -> str:
         return f"{self.decision} {self.evidence}"
@@ -29,6 +30,7 @@ def verdict(evaluation: Evaluation) -> Recommendation:
         return too_few
     as_good = [point for point in evaluation.operating_points[1:] if point.title.endswith("of the best single target")]
     point = next((point for point in (own, *as_good) if _saves_at_no_loss(point)), own)
+    tolerance: float | None = point.tolerance
     if _saves_at_no_loss(point):
         decision = _saves(evaluation, point)
     elif own.accuracy_less_best_single.low > 0.0:
@@ -36,8 +38,8 @@ def verdict(evaluation: Evaluation) -> Recommendation:
     elif own.saved_usd.low > 0.0 and own.accuracy_less_best_single.high < 0.0:
         decision = _trades(evaluation, own)
     else:
-        decision = _does_not_pay(evaluation, own)
-    return Recommendation(decision, f"{_measured(evaluation, point)} {_UNKNOWN}")
+        decision, tolerance = _does_not_pay(evaluation, own), None
+    return Recommendation(decision, f"{_measured(evaluation, point)} {_UNKNOWN}", tolerance)
 
 
 def _saves_at_no_loss(point: OperatingPoint) -> bool:

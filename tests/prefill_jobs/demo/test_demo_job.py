@@ -115,6 +115,28 @@ def test_a_table_without_costs_needs_prices(command: Command, tmp_path: Path) ->
     assert 'target "big": input_price is missing' in result.err
 
 
+def test_a_pool_of_other_models_is_refused_before_any_work(command: Command, tmp_path: Path) -> None:
+    table = a_table(tmp_path / "answers.csv", "prompt,small,big", "2 + 2?,1,1", "Prove it.,0,1")
+    pool = tmp_path / "pool.toml"
+    pool.write_text('[[mine]]\nname = "other"\ninput_price = 1.0\noutput_price = 1.0\n')
+    result = command("quickstart", str(table), pool=pool, out=tmp_path / "out", port=free_port())
+    assert result.status == 1
+    assert "no outcome of other: grade their answers, or use only targets with outcomes: big, small" in result.err
+    assert not (tmp_path / "out" / "activations").exists()
+
+
+def test_answers_without_lengths_are_said_to_be_priced_roughly(
+    first_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = a_table(tmp_path / "answers.csv", "prompt,small,big", "2 + 2?,1,1", "Prove it.,0,1")
+    lines = [f'[[mine]]\nname = "{name}"\ninput_price = 1.0\noutput_price = 1.0' for name in ("small", "big")]
+    (tmp_path / "pool.toml").write_text("\n".join(lines))
+    said: list[str] = []
+    monkeypatch.setattr("prefill_jobs.demo.quickstart_job.say", said.append)
+    first_steps("quickstart", table, "--pool", tmp_path / "pool.toml")
+    assert any("each is taken for 256 tokens" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

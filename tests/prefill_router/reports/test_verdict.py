@@ -46,11 +46,12 @@ def judged(measured: Evaluation, saved: Interval, change: Interval, **others: ob
 
 
 def test_a_saving_without_loss_names_the_tolerance_and_the_saving(measured: Evaluation) -> None:
-    decision, evidence = verdict(judged(measured, SAVES, SAME))
+    decision, evidence, tolerance = verdict(judged(measured, SAVES, SAME))
     assert decision == (
         "Set tolerance 0.013: it saves $0.500 ($0.400 to $0.600) per 1,000 requests, 25.0% of what always using dear, "
         "the best single target, costs, and changes the accuracy by +0.0% (-1.0% to +1.0%)."
     )
+    assert tolerance == pytest.approx(0.013, abs=5e-4)
     assert evidence == (
         "It was chosen on 150 validation prompts and measured on 200 held-out ones. Intervals are for prompts of the "
         "same kind: what other prompts, targets or prices bring is not known."
@@ -67,8 +68,9 @@ def test_where_the_routers_own_tolerance_loses_one_read_from_the_curve_is_named_
         tolerance=0.004,
         accuracy_less_best_single=SAME,
     )
-    decision, evidence = verdict(replace(e, operating_points=[*e.operating_points, other]))
+    decision, evidence, tolerance = verdict(replace(e, operating_points=[*e.operating_points, other]))
     assert decision.startswith("Set tolerance 0.004: it saves ")
+    assert tolerance == 0.004
     assert evidence.startswith("It was chosen on these held-out prompts: expect a little less")
 
 
@@ -106,11 +108,12 @@ def test_a_gain_that_has_its_price_and_none(
 def test_a_router_that_costs_ten_times_as_much_on_tiny_data_is_not_recommended(measured: Evaluation) -> None:
     unsure = Interval(0.0, -0.12, 0.12)
     e = judged(measured, Interval(-0.02, -0.03, -0.01), unsure, num_complete=60, num_validation=37)
-    decision, evidence = verdict(replace(e, target_accuracy=[0.6, 0.7]))
+    decision, evidence, tolerance = verdict(replace(e, target_accuracy=[0.6, 0.7]))
     assert decision.startswith(
         "The data is too little to choose a tolerance. Until there is more, use cheap, the best single target, alone: "
         "accuracy 70.0% at $"
     )
+    assert tolerance is None
     # 60 prompts leave 12 points open; (12 / 5)^2 times as many leave 5.
     assert evidence == (
         "37 validation prompts chose tolerance 0.013, and 60 held-out prompts leave open how the router changes the "
