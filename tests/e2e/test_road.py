@@ -49,7 +49,8 @@ def test_from_a_file_of_prompts_to_decisions(
     assert report["router"]["mdp_auccc"] > 0.02
     assert report["router"]["saving_at_best_single"] > 0.0
 
-    label = command("label", router=f"{root}/router", log=f"{root}/corpus.parquet", out=f"{root}/labels")
+    log = {"log": f"{root}/corpus.parquet", "shard_rows": 240}
+    label = command("label", router=f"{root}/router", **log, out=f"{root}/labels")
     assert label.status == 0, label.err
     (decided,) = storage.find_files(f"{root}/labels/decisions")
     (tmp_path / "decisions.parquet").write_bytes(storage.read_bytes(decided))
