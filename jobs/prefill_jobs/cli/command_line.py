@@ -81,7 +81,11 @@ def _root(
 def _run_job(name: str, run: Callable[[Any], None], read: Read) -> None:
     # Errors are reported inside the command, because click exits silently on a broken pipe or connection.
     with _reported(), live(f"{name}: running"):
-        run(read())
+        try:
+            run(read())
+        except KeyboardInterrupt:
+            say(f"{name}: interrupted: the same command goes on from what is finished")
+            raise
 
 
 def _run_entry(entry: EntryPoint, read: Read) -> None:

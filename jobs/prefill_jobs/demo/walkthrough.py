@@ -24,6 +24,7 @@ from prefill_jobs.options import EvaluateConfig, ExtractConfig, ProbeConfig, Tra
 from prefill_jobs.train.probe_job import run_probe
 from prefill_jobs.train.train_job import train
 from prefill_router import storage
+from prefill_router.activations.commit_log import StoreConflictError
 from prefill_router.common.console import doing
 from prefill_router.common.errors import UserError
 from prefill_router.common.money import usd
@@ -59,14 +60,13 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
     }
 
     step("Extract: the encoder's prefill")
-    extract(
+    _extract(
         ExtractConfig(
             corpus=inputs.corpus,
             encoder=config.encoder,
             layers=inputs.layers,
             out=activations,
             limit=config.limit,
-            overwrite=True,
         )
     )
     step("Probe: the layer that best separates right from wrong answers, for each target")
@@ -84,6 +84,14 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
             _route(url, prompt)
     _summary(evaluation, inputs.notice, f"{report}/report.html", time.monotonic() - started)
     console.print(_next_command(evaluation, router), markup=False)
+
+
+def _extract(config: ExtractConfig) -> None:
+    """Goes on with an earlier extraction of these prompts by this encoder, and replaces any other."""
+    try:
+        extract(config)
+    except StoreConflictError:
+        extract(config.model_copy(update={"overwrite": True}))
 
 
 def _next_command(evaluation: Evaluation, router: str) -> str:

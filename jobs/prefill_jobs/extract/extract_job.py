@@ -27,7 +27,7 @@ from prefill_jobs.runtime.progress import Progress
 from prefill_router import storage
 from prefill_router.activations import commit_log
 from prefill_router.activations.activation_store import StoreManifest, read_manifest, write_manifest
-from prefill_router.activations.commit_log import CommitLog
+from prefill_router.activations.commit_log import CommitLog, StoreConflictError
 from prefill_router.activations.commit_records import bad_rows, shard_name
 from prefill_router.activations.encode_time import SUMMARY, measured_ms
 from prefill_router.activations.joined_stores import has_own_store, store_below
@@ -277,7 +277,7 @@ class _Extraction:
 
 
 def _check_nothing_is_lost(out: str, before: StoreManifest, log: CommitLog, planned: CorpusPlan) -> None:
-    """Raises UserError if the finished store has rows that the corpus lacks now: a run only adds rows."""
+    """Raises StoreConflictError if the finished store has rows that the corpus lacks now: a run only adds rows."""
     parts: list[Shard | Repeats] = [*planned.shards, *planned.repeats]
     stay = pa.array(parquet_objects.file_name(shard_name(part.digest, before.columns)) for part in parts)
     others = before.shards.table.filter(pc.invert(pc.is_in(before.shards.table["file"], value_set=stay)))
@@ -287,7 +287,7 @@ def _check_nothing_is_lost(out: str, before: StoreManifest, log: CommitLog, plan
     lost = _num_lost(log, positions[positions >= 0], planned)
     for file, rows, position in zip(others["file"].to_pylist(), others["rows"].to_pylist(), positions, strict=True):
         if num_lost := lost.get(position, rows):
-            raise UserError(
+            raise StoreConflictError(
                 f"{out}: {num_lost:,} rows of shard {file}, extracted from {before.corpus}, are missing or changed in "
                 "this corpus: choose another --out, or replace the store with extract --overwrite"
             )

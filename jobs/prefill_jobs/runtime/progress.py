@@ -82,7 +82,7 @@ class Progress:
             parts.append(f"{rate:,.1f} prompts/s")
             parts.append(f"{rate * work.tokens / pace.rows:,.0f} tokens/s")
         if self.capacity_flops:
-            parts.append(f"{work.flops / self.capacity_flops:.0%} of peak")
+            parts.append(f"{work.flops / self.capacity_flops:.0%} of the hardware's peak")
             parts.append(f"{work.padding_waste:.1%} padding")
         if not pace.left:
             parts.append(f"{pace.elapsed_s:.0f} s")

@@ -169,6 +169,14 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
                 "give input_price and output_price",
                 is_error=True,
             )
+    for name in pool.target_names:
+        if (graded := outcomes.graded[name]) and outcomes.right[name] in (0, graded):
+            grades = "right" if outcomes.right[name] else "wrong"
+            yield Finding(
+                f'pool {pool.name}: target "{name}" has {graded:,} answers, all {grades}: no activation can tell them '
+                "apart: grade more prompts, or take it out of the pool",
+                is_error=True,
+            )
     if others := set(outcomes.graded) - set(pool.target_names):
         yield Finding(f"{outcomes.uri}: not in pool {pool.name}, and ignored: {some_of(others)}")
 
@@ -197,6 +205,8 @@ def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
         f"{sum(counts):,} prompts have outcomes: about {counts[0]:,} to train on, {counts[1]:,} to validate and "
         f"{counts[2]:,} held out"
     )
-    if counts[1] < ENOUGH_VALIDATION:
+    if min(counts) < 1 or counts[Part.TRAIN] < 2:
+        yield Finding("a router needs two prompts to train on and one for each other part: grade more", is_error=True)
+    elif counts[1] < ENOUGH_VALIDATION:
         few = f"a tolerance chosen on under {ENOUGH_VALIDATION} is mostly noise"
         yield Finding(f"{counts[1]:,} validation prompts are few: {few}")

@@ -40,6 +40,10 @@ _SEGMENTS_AHEAD = 8  # segments whose keys are read concurrently: 25 MB each if 
 _ATTEMPTS = 5  # to open a log while a writer gathers its records
 
 
+class StoreConflictError(UserError):
+    """A store holds activations of another encoder, or of prompts that the corpus lacks."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecordLocation:
     """Where a record was found."""
@@ -222,13 +226,13 @@ def commit(uri: str, record: Commit) -> Commit:
 
 
 def claim_encoder(uri: str, identity: EncoderIdentity) -> None:
-    """Reserves the output for one encoder. Raises UserError if it holds activations of another one."""
+    """Reserves the output for one encoder. Raises StoreConflictError if it holds activations of another one."""
     path = storage.join(uri, _ENCODER)
     if storage.create_bytes(path, identity.model_dump_json().encode()):
         return
     stored = validation.validate(EncoderIdentity, storage.read_json(path), path)
     if stored.fingerprint != identity.fingerprint:
-        raise UserError(
+        raise StoreConflictError(
             f"{uri}: holds activations of another encoder ({stored.spec.model}, or the same with other weights, "
             "tokenizer, dtype or settings): choose another folder, or replace it with extract --overwrite"
         )

@@ -67,6 +67,7 @@ def render_html(report: LabelReport) -> str:
         about={**report.about, "Versions": versions()},
         r=report,
         headline=headline(report),
+        advice=advice(report),
         budget=_budget(report),
         used=_used(report),
         plot=figures.in_both_widths(figures.log_costs_figure, costs),
@@ -87,6 +88,24 @@ def headline(report: LabelReport) -> str:
         f"{sums.total('lines'):,.0f} lines: routing is expected to cost {usd(sums.total('chosen_cost_usd'))} with "
         f"{right} of the answers right; sending all to {report.pool.target_names[best]}, the most accurate target, "
         f"would cost {usd(float(sums['cost_usd'][best]))} with {best_right} right."
+    )
+
+
+def advice(report: LabelReport) -> str | None:
+    """Names the cheapest tolerance that is expected to be as accurate as the most accurate target alone, if any is."""
+    sums = report.tally.everything
+    best = int(np.argmax(sums["correct"]))
+    as_accurate = np.flatnonzero(sums["tolerance_correct"] >= sums["correct"][best])
+    if not as_accurate.size:
+        return None
+    k, name = int(as_accurate[np.argmin(sums["tolerance_cost_usd"][as_accurate])]), report.pool.target_names[best]
+    cost, alone = float(sums["tolerance_cost_usd"][k]), float(sums["cost_usd"][best])
+    if cost >= alone:
+        return f"No tolerance is expected to be as accurate as {name} alone for less."
+    return (
+        f"Tolerance {TOLERANCES[k]:.3f} is the cheapest that is expected to be as accurate as {name} alone: it costs "
+        f"{usd(cost)}, {shown(1.0 - cost / alone, '%')} less. These are estimates of the router, without an interval: "
+        "evaluate it on graded answers before you rely on them."
     )
 
 

@@ -144,6 +144,15 @@ def test_an_error_of_a_job_is_a_line_even_where_a_pipe_breaks(
     assert result.err == "prefill-router: [Errno 32] Broken pipe: 's3://bucket/corpus.jsonl'\n"
 
 
+def test_an_interrupt_says_how_to_go_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command_line._JOBS, "demo", interrupted)
+    result = command("demo")
+    assert (result.status, result.err) == (130, "demo: interrupted: the same command goes on from what is finished\n")
+
+
 def test_an_error_is_told_before_the_ray_of_its_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shutting down Ray may end the process, so the error is reported first."""
     monkeypatch.setattr(cluster.ray, "is_initialized", iter([False, True]).__next__)

@@ -13,6 +13,7 @@ from command import Command
 from ingested import FIXTURES
 from ports import free_port
 from prefill_jobs.demo import published_answers, simulation, walkthrough
+from prefill_router.activations.commit_log import StoreConflictError
 from prefill_router.common.errors import UserError
 from prefill_router.policy.pool import load_pool
 
@@ -71,6 +72,21 @@ def test_simulated_answers_are_a_choice(first_steps: Any) -> None:
     assert simulation.NOTICE in Path(probe.pool).read_text()
 
 
+def test_activations_are_kept_unless_they_are_of_something_else(
+    first_steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    def extract(config: Any) -> None:
+        tried.append(config)
+        if not config.overwrite:
+            raise StoreConflictError("activations of another encoder")
+
+    monkeypatch.setattr(walkthrough, "extract", extract)
+    first_steps("demo", "--simulated", "--prompts", "200")
+    assert [config.overwrite for config in tried] == [False, True]
+
+
 @pytest.mark.parametrize("limit", [None, 10])
 def test_a_part_of_your_own_data(first_steps: Any, small_data: Path, limit: int | None) -> None:
     files = {name: small_data / f"{name}.parquet" for name in ("corpus", "outcomes")} | {
@@ -100,10 +116,10 @@ def test_a_table_of_your_answers_becomes_corpus_outcomes_and_pool(
     first_steps: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header = "prompt,small,small_cost_usd,big,big_cost_usd"
-    table = a_table(tmp_path / "answers.csv", header, "2 + 2?,1,0.001,1,0.02", "Prove it.,0,0.002,1,0.03")
-    extract, probe = first_steps("quickstart", table)
-    assert sorted(pq.read_table(extract.corpus)["prompt"].to_pylist()) == ["2 + 2?", "Prove it."]
-    assert pq.read_table(probe.outcomes)["cost_usd"].to_pylist() == [0.001, 0.02, 0.002, 0.03]
+    rows = [f"{i} + 2?,{int(i < 20)},0.001,{i % 2},0.02" for i in range(40)]
+    extract, probe = first_steps("quickstart", a_table(tmp_path / "answers.csv", header, *rows))
+    assert sorted(pq.read_table(extract.corpus)["prompt"].to_pylist()) == sorted(f"{i} + 2?" for i in range(40))
+    assert pq.read_table(probe.outcomes)["cost_usd"].to_pylist() == 40 * [0.001, 0.02]
     assert load_pool(probe.pool, prices_optional=True).target_names == ["big", "small"]
 
 
@@ -125,10 +141,21 @@ def test_a_pool_of_other_models_is_refused_before_any_work(command: Command, tmp
     assert not (tmp_path / "out" / "activations").exists()
 
 
+def test_too_little_data_is_refused_before_any_work(command: Command, tmp_path: Path) -> None:
+    header = "prompt,small,small_cost_usd,big,big_cost_usd"
+    table = a_table(tmp_path / "answers.csv", header, "2 + 2?,1,0.001,1,0.02", "Prove it.,0,0.002,1,0.03")
+    result = command("quickstart", str(table), out=tmp_path / "out", port=free_port())
+    assert result.status == 1
+    assert 'target "big" has 2 answers, all right' in result.err
+    assert "a router needs two prompts to train on and one for each other part" in result.err
+    assert not (tmp_path / "out" / "activations").exists()
+
+
 def test_answers_without_lengths_are_said_to_be_priced_roughly(
     first_steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = a_table(tmp_path / "answers.csv", "prompt,small,big", "2 + 2?,1,1", "Prove it.,0,1")
+    rows = [f"{i} + 2?,{int(i < 20)},{i % 2}" for i in range(40)]
+    table = a_table(tmp_path / "answers.csv", "prompt,small,big", *rows)
     lines = [f'[[mine]]\nname = "{name}"\ninput_price = 1.0\noutput_price = 1.0' for name in ("small", "big")]
     (tmp_path / "pool.toml").write_text("\n".join(lines))
     said: list[str] = []

@@ -51,4 +51,4 @@ def test_the_line_says_the_share_of_those_that_worked(
         for worker in ("a", "b"):
             extraction.add(1, report(capacity, worker, 10.0), capacity.flops)
     assert "2/2 prompts" in (said := capsys.readouterr().err)
-    assert "30% of peak" in said
+    assert "30% of the hardware's peak" in said

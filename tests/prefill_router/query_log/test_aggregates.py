@@ -113,6 +113,13 @@ def test_the_page_tells_what_the_log_costs_and_escapes_what_it_holds() -> None:
     page = render_html(LabelReport("v1", pool, 0.02, None, tally, 3, {"Log": "log.jsonl"}))
     assert "40 lines:" in page
     assert "always big" in page
+    advised = re.search(r"Tolerance ([\d.]+) is the cheapest .* as accurate as big alone: it costs \$([\d.]+)", page)
+    assert advised
+    is_as_good = tally.everything["tolerance_correct"] >= tally.everything["correct"][0]
+    cheapest = tally.everything["tolerance_cost_usd"][is_as_good].min()
+    assert float(advised[2]) == pytest.approx(cheapest, rel=0.05)
+    k = int(np.argmin(np.abs(np.asarray(TOLERANCES) - float(advised[1]))))
+    assert tally.everything["tolerance_cost_usd"][k] == cheapest
     rows = re.findall(r"router, tolerance ([\d.]+)(: this choice)?</th><td>\$([\d.]+)", page)
     assert rows[0][:2] == ("0.020", ": this choice")
     costs = [float(cost) for _, _, cost in rows[1:]]
