@@ -3,3 +3,5 @@
 Start with `app`, the Serve application. `api` holds the HTTP paths, `endpoint` the way from a request to a decision,
 `engine` and `scheduler` the batched encoder, `gateway` the calls to upstreams, `launcher` the `serve` command.
 """
+
+import prefill_router  # noqa: F401  before torch, for which it sets a variable

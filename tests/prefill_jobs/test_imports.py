@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,20 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_core_imports_nothing_by_itself() -> None:
     assert len(modules_after("import prefill_router")) <= _BARE
+
+
+@pytest.mark.parametrize("package", ["prefill_router", "prefill_jobs", "prefill_serve"])
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(
+    package: str, given: dict[str, str], spins: str | None
+) -> None:
+    """OpenMP reads the variable when torch is imported, so each package sets it before."""
+    code = f"import {package}, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(spins), "False"]
 
 
 @pytest.mark.parametrize(

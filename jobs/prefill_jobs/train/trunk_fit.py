@@ -31,6 +31,7 @@ from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_jobs.train.rendezvous import torch_config
 from prefill_router import storage
 from prefill_router.common.errors import UserError
+from prefill_router.common.scratch import ScratchFolder
 from prefill_router.corpus.split import Part, Split
 from prefill_router.predictor.data_loader import Rows, WorkerRows
 from prefill_router.predictor.recipe import Recipe
@@ -120,13 +121,13 @@ def _fit_worker(config: dict[str, Any]) -> None:
     task: FitTask = config["task"]
     torch.set_num_threads(config["threads"])
     device = ray.train.torch.get_device()
-    with tempfile.TemporaryDirectory() as folder:
+    with ScratchFolder() as scratch:
         feed, problem = None, None
         try:
             context = ray.train.get_context()
             rank, note = context.get_world_rank(), config["note"]
             tell = note.write if rank == 0 else None
-            feed = project(task, Path(folder), device, rank, context.get_world_size(), tell)
+            feed = project(task, scratch.path, device, rank, context.get_world_size(), tell)
         except (UserError, OSError) as error:
             problem = str(error)
         # Every worker must report, and Ray Train should not retry after a user's error.

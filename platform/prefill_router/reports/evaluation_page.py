@@ -82,6 +82,9 @@ def headline(evaluation: Evaluation) -> str:
     saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
     if saving.value < 0.0:
         saved = f": {in_words(saving.negated, '%')} more"
+    if saving.value <= -1.0:
+        times = Interval(1.0 - saving.value, 1.0 - saving.high, 1.0 - saving.low)
+        saved = f": {in_words(times, '.1f')} times as much"
     achieved = in_words(point.accuracy, "%")
     achieved = f"The mean reward is {achieved}" if evaluation.is_judged else f"{achieved} of the answers are right"
     return (

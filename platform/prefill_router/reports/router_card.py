@@ -41,8 +41,12 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     if "num_train" in training:
         yield "training", f"recipe {training.get('recipe')}, {training['num_train']:,} prompts"
         num_validation = training.get("num_validation", 0)
-        few = f": fewer than {ENOUGH_VALIDATION}, so that the figures below are mostly noise"
-        yield "validation", f"{num_validation:,} prompts{few if num_validation < ENOUGH_VALIDATION else ''}"
+        few = f": fewer than {ENOUGH_VALIDATION}, so that these are mostly noise"
+        few = few if num_validation < ENOUGH_VALIDATION else ""
+        yield (
+            "validation",
+            f"{num_validation:,} prompts, which the figures below are of; evaluate has held-out ones{few}",
+        )
     yield "held out", router.split.describe()
     if router.correct_at is not None:
         yield "right from", f"a reward of {router.correct_at:g}"

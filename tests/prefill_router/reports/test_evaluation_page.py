@@ -283,7 +283,8 @@ def test_headline_names_the_cheaper_of_two_best_targets() -> None:
 
 
 def test_headline_of_a_router_that_costs_more_says_so() -> None:
-    assert headline_for(evaluation(), Interval(-9.0, -10.0, -8.0)).endswith("target: 900.0% (800.0% to 1000.0%) more.")
+    assert headline_for(evaluation(), Interval(-0.5, -0.6, -0.4)).endswith("target: 50.0% (40.0% to 60.0%) more.")
+    assert headline_for(evaluation(), Interval(-9.0, -10.0, -8.0)).endswith("target: 10.0 (9.0 to 11.0) times as much.")
 
 
 def test_headline_claims_no_saving_against_a_free_target() -> None:

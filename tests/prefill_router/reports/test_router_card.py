@@ -50,7 +50,7 @@ def test_a_card_shows_training_and_validation_scores(tiny_router: Router) -> Non
     rows = dict(about)
     assert rows["extends"] == "0123"
     assert rows["training"] == "recipe best, 1,200 prompts"
-    assert rows["validation"] == "200 prompts"
+    assert rows["validation"] == "200 prompts, which the figures below are of; evaluate has held-out ones"
     assert rows["accuracy"] == "75.0% (best single target 70.0%, oracle 90.0%)"
     assert rows["cost"] == "$0.500 per 1,000 prompts (best single target $1.00)"
     assert targets[1] == ("big", "$2.00", "$8.00", "1,100", "0.700", "none", "last_002")
