@@ -111,13 +111,14 @@ def _measured(evaluation: Evaluation, point: OperatingPoint) -> str:
 
 
 def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Recommendation | None:
-    """What is too little, and what would be enough; None if the data can rule out `_LOSS`."""
+    """What is too little, and what would be enough; None if the data show a gain or a loss, or can rule out `_LOSS`."""
     change, num_held_out = own.accuracy_less_best_single, evaluation.num_complete
     num_validation = evaluation.num_validation
     half_width = 0.5 * (change.high - change.low) if isfinite(change.low) else 1.0
     have = num_held_out if num_validation is None else min(num_held_out, num_validation)
     enough = ENOUGH_VALIDATION
-    if half_width > _LOSS:  # it shrinks with the square root of the number of prompts
+    is_open = not (change.low >= -_LOSS or change.high <= 0.0) and half_width > _LOSS
+    if is_open:  # it shrinks with the square root of the number of prompts
         enough = max(enough, _rounded_up(num_held_out * (half_width / _LOSS) ** 2))
     elif have >= enough:
         return None
@@ -130,10 +131,10 @@ def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Recommendation | No
     return Recommendation(
         f"The data is too little to choose a tolerance. Until there is more, use {best_single(evaluation)}, the best "
         f"single target, alone: {evaluation.quality} {shown(best, '%')} at {shown(cost, '$')} per 1,000 requests.",
-        f"{chosen}{num_held_out:,} held-out prompts leave open how the router changes the {evaluation.quality}: by "
-        f"{shown(change.low, '+%')} to {shown(change.high, '+%')}. About {enough:,} held-out prompts and as many for "
-        f"validation would be enough to notice a loss of {_LOSS:.0%}: {ceil(enough / max(have, 1)):,} times as many "
-        "graded prompts as now.",
+        f"{chosen}{num_held_out:,} held-out prompts {'leave open' if is_open else 'tell'} how the router changes the "
+        f"{evaluation.quality}: by {shown(change.low, '+%')} to {shown(change.high, '+%')}. About {enough:,} held-out "
+        f"prompts and as many for validation would be enough to notice a loss of {_LOSS:.0%}: "
+        f"{ceil(enough / max(have, 1)):,} times as many graded prompts as now.",
     )
 
 

@@ -79,6 +79,19 @@ def test_where_the_routers_own_tolerance_loses_one_read_from_the_curve_is_named_
     [
         (
             SAVES,
+            Interval(0.24, 0.18, 0.3),
+            "Set tolerance 0.013: it saves $0.500 ($0.400 to $0.600) per 1,000 requests, 25.0% of what always using "
+            "dear, the best single target, costs, and changes the accuracy by +24.0% (+18.0% to +30.0%).",
+        ),
+        (
+            SAVES,
+            Interval(-0.24, -0.3, -0.18),
+            "Tolerance 0.013 saves $0.500 ($0.400 to $0.600) per 1,000 requests, but changes the accuracy by -24.0% "
+            "(-30.0% to -18.0%) compared with always using dear, the best single target: set it if one right answer is "
+            "worth less than $0.00208 to you.",
+        ),
+        (
+            SAVES,
             WORSE,
             "Tolerance 0.013 saves $0.500 ($0.400 to $0.600) per 1,000 requests, but changes the accuracy by -2.0% "
             "(-3.0% to -1.0%) compared with always using dear, the best single target: set it if one right answer is "
@@ -125,6 +138,7 @@ def test_a_router_that_costs_ten_times_as_much_on_tiny_data_is_not_recommended(m
 def test_few_validation_prompts_are_too_little_however_narrow_the_interval_is(measured: Evaluation) -> None:
     few = verdict(judged(measured, SAVES, SAME, num_validation=99))
     assert few.decision.startswith("The data is too little")
+    assert "200 held-out prompts tell how the router changes the accuracy: by -1.0% to +1.0%." in few.evidence
     assert "About 100 held-out prompts" in few.evidence
     assert verdict(judged(measured, SAVES, SAME, num_validation=100)).decision.startswith("Set tolerance")
     assert "chosen on" not in verdict(judged(measured, SAVES, SAME, num_validation=None)).evidence
