@@ -179,8 +179,10 @@ def test_nobody_is_kept_out(page: Page, scheme: str) -> None:
     assert [(v["id"], v["impact"], v["nodes"][0]["html"]) for v in found] == []
 
 
-def test_the_documents_are_legible_and_reachable(browser: Browser, gateway: Gateway) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_documents_are_legible_and_reachable(browser: Browser, gateway: Gateway, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
     page.goto(f"{gateway.url}/docs")
     for path in ("/v1/route", "/v1/router"):  # one with a body, and one without
         page.get_by_role("button", name=path, exact=False).first.click()
