@@ -27,7 +27,7 @@ def test_the_notebook_runs_to_its_decision(tmp_path: Path, monkeypatch: pytest.M
     import nbformat
     from nbclient import NotebookClient
 
-    monkeypatch.delenv("PROMPTS", raising=False)
+    monkeypatch.setenv("PROMPTS", "80")
     monkeypatch.chdir(tmp_path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, record_timing=False).execute()
