@@ -142,7 +142,7 @@ class Recorder:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client:
+        with client, suppress(ConnectionError):  # HAProxy gave up the connection
             while piece := _received(client):
                 if piece.startswith(b"GET /health"):
                     client.sendall(OK)

@@ -22,6 +22,8 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray Train gives workers 60 s to start, which may not do on a busy machine.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     # Ray ends a worker after 1 s of idling, and starting another takes longer than most stages of a local job.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 

@@ -13,7 +13,7 @@ import ray
 from ray import serve as ray_serve
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.exceptions import AuthenticationError, RayError, RpcError
+from ray.exceptions import ActorDiedError, AuthenticationError, RayError, RpcError
 
 from prefill_router import storage
 from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
@@ -85,9 +85,13 @@ def _require_token(address: str) -> None:
 
 def start(host: str, port: int) -> None:
     """Starts Ray Serve's proxies. Raises UserError if one fails to start, for example on a port in use."""
+    listens = {"host": host, "port": port}
     try:
-        ray_serve.start(http_options={"host": host, "port": port})
-    except RayError as error:
+        try:
+            ray_serve.start(http_options=listens)
+        except ActorDiedError:  # Serve ended a proxy that was slow to start, and starts another with more time
+            ray_serve.start(http_options=listens)
+    except (RayError, TimeoutError) as error:
         cause = getattr(error, "cause", error)
         raise UserError(f"serve: the proxy at {host}:{port} failed to start: {cause}") from None
 

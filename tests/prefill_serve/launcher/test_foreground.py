@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from ports import free_port
 from prefill_router.common.errors import UserError
@@ -107,3 +107,26 @@ def test_a_proxy_that_does_not_start_is_a_users_error(monkeypatch: pytest.Monkey
     port = free_port()
     with pytest.raises(UserError, match=f"127.0.0.1:{port} failed to start: Failed to bind to address$"):
         foreground.start("127.0.0.1", port)
+
+
+def test_a_proxy_that_was_slow_to_start_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve ends a proxy that is not ready in time, which may happen on a busy machine, and starts another."""
+    results: list[Exception | None] = [ActorDiedError(), None]
+
+    def start(**_options: object) -> None:
+        if (error := results.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(ray_serve, "start", start)
+    foreground.start("127.0.0.1", free_port())
+    assert results == []
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), TimeoutError("HTTP proxies not available after 60s.")])
+def test_proxies_that_never_start_are_a_users_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray_serve, "start", start)
+    with pytest.raises(UserError, match="failed to start: "):
+        foreground.start("127.0.0.1", free_port())
