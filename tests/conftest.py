@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def in_process() -> Iterator[None]:
+def no_plots() -> Iterator[Callable[..., list[str]]]:
+    """Leaves out the plots of reports, which take longer than a tiny job. Yields the function that draws them."""
+    from prefill_router.reports import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawing = figures.in_both_widths
+        patch.setattr(figures, "in_both_widths", lambda _draw, _data: [])
+        yield drawing
+
+
+@pytest.fixture
+def plots(no_plots: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the plots of reports all the same."""
+    monkeypatch.setattr("prefill_router.reports.figures.in_both_widths", no_plots)
+
+
+@pytest.fixture(scope="module")
+def in_process(no_plots: Callable[..., list[str]]) -> Iterator[None]:
     """Runs the jobs of a module's tests without Ray; see `here`."""
     from here import without_ray
 

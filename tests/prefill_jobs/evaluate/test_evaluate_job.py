@@ -23,7 +23,9 @@ from tiny import random_prompts
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-def test_only_held_out_prompts_are_scored(router: str, activations: str, small_data: Path, tmp_path: Path) -> None:
+def test_only_held_out_prompts_are_scored(
+    plots: None, router: str, activations: str, small_data: Path, tmp_path: Path
+) -> None:
     outcomes, pool = str(small_data / "outcomes.parquet"), str(small_data / "pool.toml")
     run_probe(ProbeConfig(activations=activations, outcomes=outcomes, pool=pool, out=str(tmp_path / "probe")))
     evaluation = evaluate(

@@ -96,7 +96,9 @@ def test_a_budget_is_spent_and_not_exceeded(router: str, log: Path) -> None:
     assert decisions(log) == before
 
 
-def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_column(router: str, tmp_path: Path) -> None:
+def test_a_partitioned_log_of_requests_keeps_its_folders_and_is_reported_by_column(
+    plots: None, router: str, tmp_path: Path
+) -> None:
     log = tmp_path / "requests"
     cached, reasoning = {"cached_tokens": 4}, {"reasoning_tokens": 60}
     usage = {"prompt_tokens": 10, "completion_tokens": 40, "total_tokens": 110, "prompt_tokens_details": cached}
