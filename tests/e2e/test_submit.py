@@ -134,32 +134,24 @@ def decisions(out: Path) -> dict[int, str]:
     return dict(zip(table["row"].to_pylist(), table["target"].to_pylist(), strict=True))
 
 
-def test_a_job_is_submitted_followed_and_asked_for(real_cluster: RealCluster, router: str, command: Command) -> None:
+def test_a_job_is_submitted_followed_and_asked_for_and_runs_once(
+    real_cluster: RealCluster, router: str, router_of_two: str, command: Command
+) -> None:
     """The quickest job there is: others start processes for seconds each."""
-    job = submit(InspectConfig(router=router), to(real_cluster, "quick"))
-    assert Router.load(router).version in followed(job)
+    config, where = InspectConfig(router=router), to(real_cluster, "quick")
+    job = submit(config, where)
+    version = Router.load(router).version
+    assert version in followed(job)
+    ended = job.details.end_time
+    again = submit(config, where)
+    assert version in followed(again)  # its log, again
+    assert again.details.end_time == ended
+    with pytest.raises(UserError, match="belongs to another job"):
+        submit(InspectConfig(router=router_of_two), where)
     address = {"address": real_cluster.address}
     assert command("submit", "status", "quick", **address).out == "SUCCEEDED\n"
-    assert Router.load(router).version in command("submit", "logs", "quick", **address).out
+    assert version in command("submit", "logs", "quick", **address).out
     assert "quick  SUCCEEDED" in command("submit", "list", **address).out
-
-
-@pytest.mark.slow("a job on a real cluster")
-def test_a_submission_id_runs_once_and_tells_what_became_of_it(
-    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path, command: Command
-) -> None:
-    options = {"corpus": str(elsewhere / "corpus.jsonl"), "encoder": str(tiny_model), "limit": 8, "layers": "1"}
-    config, where = ExtractConfig(**options, out=str(elsewhere / "once")), to(real_cluster, "once")
-    assert "8 prompts" in followed(submit(config, where))
-    stamp = (elsewhere / "once" / "summary.json").stat().st_mtime_ns
-    assert "8 prompts" in followed(submit(config, where))  # its log, again
-    assert (elsewhere / "once" / "summary.json").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="belongs to another job"):
-        submit(ExtractConfig(**options, out=str(elsewhere / "other")), where)
-    address = {"address": real_cluster.address}
-    assert command("submit", "status", "once", **address).out == "SUCCEEDED\n"
-    assert "8 prompts" in command("submit", "logs", "once", **address).out
-    assert "once  SUCCEEDED" in command("submit", "list", **address).out
 
 
 @pytest.mark.slow("raylets that come and go")
@@ -239,14 +231,10 @@ def test_a_job_that_fails_or_is_stopped_says_so_by_its_status(
 
 
 @pytest.mark.slow("one more job on a real cluster")
-def test_a_job_without_its_secret_ends_before_it_begins(
-    real_cluster: RealCluster, elsewhere: Path, tiny_model: Path
-) -> None:
-    out = elsewhere / "secret"
-    config = ExtractConfig(corpus=str(elsewhere / "corpus.jsonl"), encoder=str(tiny_model), out=str(out))
-    job = submit(config, to(real_cluster, "secret", secrets="NOBODY_HAS_THIS_KEY"))
+def test_a_job_without_its_secret_ends_before_it_begins(real_cluster: RealCluster, router: str) -> None:
+    job = submit(InspectConfig(router=router), to(real_cluster, "secret", secrets="NOBODY_HAS_THIS_KEY"))
     with pytest.raises(JobFailedError) as failed:
         job.follow(lambda _text: None)
     assert failed.value.exit_code == 1
     assert "secret NOBODY_HAS_THIS_KEY is not set on the cluster" in job.logs
-    assert not out.exists()
+    assert Router.load(router).version not in job.logs

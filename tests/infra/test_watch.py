@@ -87,7 +87,7 @@ def asking(serve: Serve) -> Iterator[None]:
     def ask() -> None:
         with httpx.Client(base_url=serve.url, timeout=120) as client:
             for n in range(1_000_000):
-                if stop.wait(0.1):
+                if stop.wait(0.4):
                     return
                 fault = "[[fault:503@big]][[fault:503@small]]" if n % 5 == 0 else ""
                 client.post("/v1/route", json={"prompt": f"what is {n % 97} plus one"})

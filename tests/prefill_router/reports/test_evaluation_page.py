@@ -40,6 +40,8 @@ from prefill_router.reports.figures import (
 from prefill_router.reports.number_format import Table, once, shown
 from prefill_router.reports.verdict import verdict
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 FETCHING = {"script", "link", "img", "image", "iframe", "object", "embed", "video", "audio", "source", "base"}
 POOLINGS: tuple[Pooling, ...] = ("last", "mean")
 
@@ -138,7 +140,7 @@ def dots_of(axes: Axes) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for line in dots for x, y in np.asarray(line)]
 
 
-def test_page_contains_every_figure_inline_and_explains_it_and_every_metric_on_demand() -> None:
+def test_page_contains_every_figure_inline_and_explains_it_and_every_metric_on_demand(plots: None) -> None:
     html = render_html(evaluation(), probes())
     assert Page(html).num_svgs == 12
     details = re.findall(r"<details>.*?</details>", html, re.DOTALL)
@@ -150,7 +152,7 @@ def test_page_contains_every_figure_inline_and_explains_it_and_every_metric_on_d
 
 
 @pytest.mark.parametrize("none", [None, []])
-def test_page_without_probes_contains_the_other_figures(none: list[LayerProbe] | None) -> None:
+def test_page_without_probes_contains_the_other_figures(plots: None, none: list[LayerProbe] | None) -> None:
     page = Page(render_html(evaluation(), none))
     assert page.num_svgs == 10
     assert "Layer probes" not in page.text
@@ -188,7 +190,7 @@ def test_page_shows_a_notice_only_if_there_is_one() -> None:
     assert 'class="notice"' not in render_html(evaluation())
 
 
-def test_any_target_name_is_shown_as_text() -> None:
+def test_any_target_name_is_shown_as_text(plots: None) -> None:
     names = ("<script>alert(1)</script>", "a<b>&\"c'", "--><img src=x>", "</svg><b>", "$x$", "$\\frac$", "_hidden")
     page = Page(render_html(evaluation(names, (1.0,) * len(names)), probes(names)))
     for name in names:
@@ -197,7 +199,7 @@ def test_any_target_name_is_shown_as_text() -> None:
     assert page.num_svgs == 12
 
 
-def test_every_contender_has_a_row_and_the_router_is_first() -> None:
+def test_every_contender_has_a_row_and_the_router_is_first(plots: None) -> None:
     e = evaluation()
     text = Page(render_html(e)).text
     places = [text.index(f"\n{s.title}") for s in e.standings]
@@ -307,7 +309,7 @@ def test_the_verdict_follows_the_interval(less: Interval, num_beaten: int, verdi
     assert f"Against the best baseline, k nearest neighbours, {verdict}: MDP-AUCCC" in text
 
 
-def test_page_shows_the_expected_gain_from_more_outcomes() -> None:
+def test_page_shows_the_expected_gain_from_more_outcomes(plots: None) -> None:
     text = outlook(learning())
     assert text == (
         "2,000 training prompts (twice as many) should change mean AUC by +0.030 (+0.020 to +0.040); 4,000 training "
