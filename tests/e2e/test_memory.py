@@ -19,7 +19,7 @@ def peak_bytes(num_prompts: int, tiny_model: Path, folder: Path) -> int:
     peak = 0
     while job.process.poll() is None:
         peak = max(peak, job.pss_bytes())
-        time.sleep(0.5)
+        time.sleep(1)
     job.wait(60)
     return peak
 
