@@ -1,6 +1,6 @@
 """The `prefill-router` command. Every flag, with its help, is a field of the command's config model.
 
-Exit status: 0 on success; 1 after an error, which is one line on stderr; 2 after a usage error. A submitted job that
+Exit status: 0 on success; 1 after an error; 2 after a usage error. Each is one line on stderr. A submitted job that
 fails sets its own exit status.
 """
 
@@ -24,17 +24,32 @@ from prefill_jobs.cli.submit_commands import add_submit
 from prefill_jobs.options import JOBS, command_options
 from prefill_jobs.submit.submit_request import require_secrets
 from prefill_router.common.console import live, say
-from prefill_router.common.errors import UserError
+from prefill_router.common.errors import UsageError, UserError
 
+_TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of Typer itself, by Typer's version
+_PROGRAM = "prefill-router"
 _HELP = "Routes each prompt to the cheapest model that will answer it, by a small LLM's prefill activations."
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs `arguments`, by default those of the process. A UserError is one line on stderr and exit status 1."""
+    """Runs `arguments`, by default those of the process, and exits. Errors are one line on stderr."""
     with _reported():
         refuse_ray_commands(sys.argv[1:] if arguments is None else arguments)
         require_secrets()
-        build_app()(arguments)
+        try:
+            sys.exit(build_app()(arguments, prog_name=_PROGRAM, standalone_mode=False))
+        except _TyperUsageError as error:
+            raise _usage_error(error) from None
+
+
+def _usage_error(error: Any) -> UsageError | SystemExit:
+    """Typer's usage error as one of ours."""
+    message = error.format_message().rstrip(".")
+    if not message:  # the command is only a group, whose help was printed
+        return SystemExit(error.exit_code)
+    path = error.ctx.command_path if error.ctx else _PROGRAM
+    lead = path.replace(_PROGRAM, "", 1).lstrip()
+    return UsageError(f"{lead and lead + ': '}{message[0].lower()}{message[1:]}: see {path} --help")
 
 
 @contextmanager
@@ -49,7 +64,7 @@ def _reported() -> Iterator[None]:
 
 def build_app() -> typer.Typer:
     app = typer.Typer(
-        name="prefill-router",
+        name=_PROGRAM,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

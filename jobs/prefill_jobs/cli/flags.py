@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from prefill_jobs.option_fields import CONFIG_FILE, POSITIONAL, must_be_given, schema_extra
 from prefill_jobs.options import load_command
+from prefill_router.common.errors import UsageError
 from prefill_router.common.validation import StrictModel, validate
 
 _CONFIG_HELP = "TOML file with one table per command; flags override it"
@@ -61,7 +62,5 @@ def _merge(table: str, model: type[StrictModel], flags: Mapping[str, Any], uri: 
     values = {**(load_command(uri, table) if uri else {}), **given}
     for key in model.model_fields:
         if must_be_given(model, key, values):
-            raise typer.BadParameter(
-                f"missing: give --{key}, or set {key} in table [{table}] of --config", param_hint=f"--{key}"
-            )
+            raise UsageError(f"{table}: --{key} is missing: give it, or set {key} in table [{table}] of --config")
     return validate(model, values, table)

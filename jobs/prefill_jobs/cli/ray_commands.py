@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefill_router.common.errors import UserError
+from prefill_router.common.errors import UsageError
 
 _OF_SERVE = ("build", "config", "controller-health", "deploy", "run", "shutdown", "start", "status")
 _OF_RAY = (
@@ -26,21 +26,13 @@ _OF_RAY = (
 )
 
 
-class RayCommandError(UserError):
-    """The command is Ray's. It is a usage error."""
-
-    exit_code = 2
-
-
 def refuse_ray_commands(arguments: Sequence[str]) -> None:
-    """Raises RayCommandError if `arguments` begin with a command of Ray's `serve` or `ray`."""
+    """Raises UsageError if `arguments` begin with a command of Ray's `serve` or `ray`."""
     first, second = (*arguments, "", "")[:2]
     if first == "serve" and second in _OF_SERVE:
-        raise RayCommandError(
-            f'"serve {second}" is a command of Ray: run {_usage("serve", second)}, see infra/README.md'
-        )
+        raise UsageError(f'"serve {second}" is a command of Ray: run {_usage("serve", second)}, see infra/README.md')
     if first in _OF_RAY:
-        raise RayCommandError(f'"{first}" is a command of Ray: run {_usage("ray", first)}, or prefill-router submit')
+        raise UsageError(f'"{first}" is a command of Ray: run {_usage("ray", first)}, or prefill-router submit')
 
 
 def _usage(program: str, command: str) -> str:

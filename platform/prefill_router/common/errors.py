@@ -1,4 +1,7 @@
-"""Errors that users read: `UserError` for an input that they can correct, `InvalidRowError` for one invalid row."""
+"""Errors that users read.
+
+`UserError` for an input that they can correct, `UsageError` for a command line, `InvalidRowError` for one invalid row.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,12 @@ class UserError(ValueError):
     """
 
     exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line is not understood: an unknown command or option, or one that is missing."""
+
+    exit_code = 2
 
 
 class InvalidRowError(ValueError):

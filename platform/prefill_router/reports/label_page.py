@@ -36,6 +36,11 @@ class LabelReport:
     num_quarantined: int
     about: Mapping[str, str]
 
+    @property
+    def most_accurate(self) -> int:
+        """The target that is expected to be the most accurate, if it alone answered all lines."""
+        return int(np.argmax(self.tally.everything["correct"]))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "router_version": self.router_version,
@@ -81,8 +86,7 @@ def render_html(report: LabelReport) -> str:
 
 def headline(report: LabelReport) -> str:
     """A sentence that compares the router's expected cost and accuracy with those of the most accurate target."""
-    sums = report.tally.everything
-    best = int(np.argmax(sums["correct"]))
+    sums, best = report.tally.everything, report.most_accurate
     right, best_right = (shown(share, "%") for share in (sums.share("chosen_correct"), _mean(sums, "correct", best)))
     return (
         f"{sums.total('lines'):,.0f} lines: routing is expected to cost {usd(sums.total('chosen_cost_usd'))} with "
@@ -93,8 +97,7 @@ def headline(report: LabelReport) -> str:
 
 def advice(report: LabelReport) -> str | None:
     """Names the cheapest tolerance that is expected to be as accurate as the most accurate target alone, if any is."""
-    sums = report.tally.everything
-    best = int(np.argmax(sums["correct"]))
+    sums, best = report.tally.everything, report.most_accurate
     as_accurate = np.flatnonzero(sums["tolerance_correct"] >= sums["correct"][best])
     if not as_accurate.size:
         return None

@@ -121,13 +121,28 @@ def test_flags_win_over_the_file(command: Command, tmp_path: Path, tiny_model: P
 
 
 @pytest.mark.parametrize(
-    "arguments", [["extract"], ["extract", "--limit", "many"], ["extract", "--nonsense"], ["no-such-command"]]
+    ("arguments", "message"),
+    [
+        (["extract"], "extract: --corpus is missing: give it, or set corpus in table [extract] of --config"),
+        (["extract", "--limit", "many"], "extract: invalid value for '--limit': "),
+        (["extract", "--nonsense"], "extract: no such option: --nonsense: see prefill-router extract --help"),
+        (["extract", "--corpus"], "option '--corpus' requires an argument: see prefill-router --help"),
+        (["submit", "lgs"], "submit: no such command 'lgs'"),
+        (["no-such-command"], "no such command 'no-such-command': see prefill-router --help"),
+    ],
 )
-def test_usage_errors_are_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_a_usage_error_is_one_line_and_status_2(command: Command, arguments: list[str], message: str) -> None:
+    result = command(*arguments)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith(f"prefill-router: {message}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["submit"]])
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert capsys.readouterr().err
+    assert "Usage: prefill-router" in "".join(capsys.readouterr())
 
 
 def test_an_error_of_a_job_is_a_line_even_where_a_pipe_breaks(
