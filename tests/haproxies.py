@@ -60,7 +60,7 @@ def haproxy_before(
     """
     with tempfile.TemporaryDirectory(prefix="pr-test-", dir="/tmp") as name:  # socket paths must be short
         folder, port = Path(name), free_port()
-        text = haproxy.mended(_serves_config(folder, port, ports, fallback), folder)
+        text = haproxy.mended(haproxy_config(folder, port, ports, fallback), folder)
         for setting, value in changed.items():
             text, times = re.subn(rf"(?m)^( *{setting}) .*$", rf"\1 {value}", text)
             assert times == 1, setting
@@ -79,7 +79,7 @@ def haproxy_before(
                 process.kill()
 
 
-def _serves_config(folder: Path, port: int, ports: Sequence[int], fallback: int | None) -> str:
+def haproxy_config(folder: Path, port: int, ports: Sequence[int], fallback: int | None = None) -> str:
     """The config that Ray Serve writes with the endpoint's settings."""
     ours = {
         name.removeprefix("RAY_SERVE_HAPROXY_"): value

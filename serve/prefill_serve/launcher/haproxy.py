@@ -32,7 +32,10 @@ _FOLDERS, _PREFIX = "/tmp", "pr-"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
-_READY_S = 5  # for the answer to GET /ready, which Serve holds while no replica runs
+_HELD_S = (
+    5  # for answers that Serve holds until a replica runs: to GET /ready, and to all before the first one
+)
+_HAD_REPLICAS = "had-replicas"
 _QUIET_S = 60  # of a caller that has more to send, or an answer to read
 # Only a fully buffered request can be resent. Replicas do not speak HTTP/2. A connection to a replica is used once: if
 # the replica had died, reuse would cost an attempt, and HAProxy would close the caller's connection without an answer.
@@ -115,6 +118,9 @@ def _is_free(port: int) -> bool:
 def mended(config: str, folder: Path) -> str:
     """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root.
 
+    Before the first replica runs, nothing is held for long. Later, requests wait for a replica that takes the place of
+    one that died, or was stopped for want of load.
+
     Raises UserError where it is not the one that is known here: whatever is missed might listen on every address.
     """
     others = itertools.count()
@@ -129,7 +135,11 @@ def mended(config: str, folder: Path) -> str:
     config = _replaced(r"^(frontend http_frontend\n *bind .*)$", rf"\1\n{_FRONTEND}", config, 1)
     # Before the endpoint is deployed, Serve knows no path, and would say so of all.
     config = _replaced(r"^( *http-request return status) 404 .*$", r"\1 503 default-errorfiles", config, 1)
-    limit = f"    http-request set-timeout server {_READY_S}s if {{ path /ready }}"
+    had_replicas = folder / _HAD_REPLICAS
+    if has_replicas(config):
+        had_replicas.touch()
+    held = " if { path /ready }" if had_replicas.exists() else ""
+    limit = f"    http-request set-timeout server {_HELD_S}s{held}"
     config = re.sub(r"^backend (?!default_backend).*$", rf"\g<0>\n{limit}", config, flags=re.MULTILINE)
     config = _replaced(r"^ *errorfile 50[234] .*\n", "", config, 3)
     files = "".join(f"    errorfile {status} {folder / error_file(status)}\n" for status in ERRORS)

@@ -20,7 +20,7 @@ from packaging.version import Version
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
-from haproxies import Recorder, haproxy_before
+from haproxies import Recorder, haproxy_before, haproxy_config
 from prefill_router import storage
 from prefill_router.common.errors import UserError
 from prefill_serve.launcher import command, haproxy
@@ -224,17 +224,29 @@ def test_errors_of_the_api_pass_as_they_are() -> None:
     replica.close()
 
 
-def test_while_no_replica_runs_a_probe_is_told_so_in_time() -> None:
+@pytest.mark.parametrize("line", ["GET /ready", "POST /v1/route"])
+def test_before_the_first_replica_runs_callers_are_told_so_in_time(line: str) -> None:
     """Serve holds a request until a replica runs."""
     held = Recorder(waits_s=60.0)
-    limit = {"http-request set-timeout server": "100ms if { path /ready }"}
+    limit = {"http-request set-timeout server": "100ms"}
     with haproxy_before([], changed=limit, fallback=held.port) as proxy:
-        answer = exchange(proxy.port, request("GET /ready"))
+        answer = exchange(proxy.port, request(line, "Content-Length: 2", body=b"{}"))
     held.close()
     assert status_of(answer) == 503
     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert error["code"] == "not_ready"
     assert "the first one loads the router and its encoder" in error["message"]
+
+
+def test_once_a_replica_has_run_only_a_probe_is_told_soon_that_none_does(tmp_path: Path) -> None:
+    """A request waits for the replica that takes the place of a dead one."""
+    serves = [haproxy_config(tmp_path, 1, ports) for ports in ((), (2,), ())]
+    limits = [
+        [line.strip() for line in haproxy.mended(config, tmp_path).splitlines() if "set-timeout server" in line]
+        for config in serves
+    ]
+    always, of_probes = "http-request set-timeout server 5s", "http-request set-timeout server 5s if { path /ready }"
+    assert limits == [[always], [of_probes], [of_probes]]
 
 
 def test_before_the_endpoint_is_deployed_no_path_is_called_unknown(config: str) -> None:
