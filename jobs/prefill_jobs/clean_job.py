@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from prefill_jobs.options import CleanConfig
 from prefill_router.common import scratch
-from prefill_router.common.console import doing
-from prefill_router.encoder.checkpoint import unpacked_folder
+from prefill_router.common.console import doing, say
+from prefill_router.encoder.checkpoint import PARTIAL, unpacked_folder
 
 
 class Leftover(NamedTuple):
@@ -26,16 +27,13 @@ class Leftover(NamedTuple):
 
 @doing("looking for leftovers")
 def clean(config: CleanConfig) -> list[Leftover]:
-    """Removes all leftovers, unless it is a dry run, and returns them."""
+    """Removes all leftovers that can be removed, and returns them; in a dry run, returns all."""
     found = [Leftover(path, what, _size(path)) for path, what in _leftovers()]
-    if not config.dry_run:
-        for leftover in found:
-            _remove(leftover.path)
-    return found
+    return found if config.dry_run else [leftover for leftover in found if _removed(leftover.path)]
 
 
 def kept() -> list[Leftover]:
-    """What other programs use as well: only a user can say whether it may be removed."""
+    """Folders that other programs use as well: only the user can decide to remove them."""
     ray = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray")
     hub = Path(HF_HUB_CACHE)
     found = [
@@ -47,7 +45,7 @@ def kept() -> list[Leftover]:
 
 def _leftovers() -> Iterator[tuple[Path, str]]:
     for folder in sorted(unpacked_folder().glob("*/")):
-        if not _is_locked(folder):
+        with suppress(Timeout), _unused(folder):
             yield folder, "an unpacked encoder, which is unpacked again when it is used"
     for folder in scratch.abandoned():
         yield folder, "files of a process that was killed"
@@ -55,13 +53,11 @@ def _leftovers() -> Iterator[tuple[Path, str]]:
         yield log, "the log of a failed job"
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process is unpacking to this folder."""
-    try:
-        with FileLock(f"{folder}.lock", blocking=False):
-            return False
-    except Timeout:
-        return True
+def _unused(path: Path) -> AbstractContextManager[object]:
+    """Keeps others from unpacking to this folder. Raises Timeout if a process does so now."""
+    if path.parent != unpacked_folder():
+        return nullcontext()
+    return FileLock(f"{path.parent / path.name.removesuffix(PARTIAL)}.lock", blocking=False)
 
 
 def _size(path: Path) -> int:
@@ -69,9 +65,14 @@ def _size(path: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.is_file())
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-        Path(f"{path}.lock").unlink(missing_ok=True)
-    else:
-        path.unlink(missing_ok=True)
+def _removed(path: Path) -> bool:
+    """Removes a leftover, unless it is in use, or somebody else's, which is said."""
+    try:
+        with _unused(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except Timeout:
+        return False
+    except OSError as error:
+        say(f"clean: {error.filename}: {error.strerror}")
+        return False
+    return True

@@ -10,7 +10,7 @@ from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.ingest import FORMATS, Options
 from prefill_router.ingest.source_files import find_source, located
-from prefill_router.ingest.tables import IngestSummary, Tables, claim
+from prefill_router.ingest.tables import IngestSummary, Tables, claim, refuse_own_output
 
 _SHOWN = 8  # ignored files that are named
 
@@ -25,6 +25,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
     if config.target is not None and not kind.takes_target:
         raise UserError(f"target = {config.target!r}: records of format {kind.name} name their targets: omit --target")
     source = find_source(located(config.source), kind)
+    refuse_own_output(source.files, config.out)
     options = Options(config.target, config.max_prompt_bytes)
     claim(config.out, overwrite=config.overwrite)
     if source.others:

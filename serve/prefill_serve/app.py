@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
+from prefill_router.common.errors import UserError
 from prefill_router.common.validation import validate
 from prefill_serve.api import create_api
 from prefill_serve.endpoint import Endpoint
@@ -92,7 +93,7 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Applies new settings. Invalid ones are refused: the current settings, or else the first ones, stay in use."""
         try:
-            await self.endpoint.configure(validate(Settings, user_config, "user_config"))
+            await self.endpoint.configure(self._validated(user_config))
         except Exception:
             if self.endpoint.serving is None:
                 if user_config == self.first:
@@ -101,6 +102,14 @@ class Replica:
                 await self.endpoint.configure(validate(Settings, self.first, "settings"))
                 self.endpoint.refused = refused
         self.watch.restart()
+
+    def _validated(self, user_config: dict[str, Any]) -> Settings:
+        """Raises UserError for invalid settings, after making the reason known."""
+        try:
+            return validate(Settings, user_config, "user_config")
+        except UserError as error:
+            self.endpoint.refuse(str(error))
+            raise
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Queued work of this replica, which Serve passes to `ByWork`."""

@@ -103,14 +103,18 @@ class Endpoint:
             await self._warm_up(serving, before)
         except Exception as error:
             self._wait_for("valid settings")
-            self.refused = f"{settings.router}: {error}" if not isinstance(error, UserError) else str(error)
-            self.metrics.settings.inc(1, tags={"outcome": "refused"})
-            log.error("settings refused", extra={"reason": self.refused})
+            self.refuse(str(error) if isinstance(error, UserError) else f"{settings.router}: {error}")
             raise
         self.serving, self.refused = serving, None
         if before is not None and before.engine is not serving.engine:
             self._close(before.engine)
         self._describe(before, serving)
+
+    def refuse(self, reason: str) -> None:
+        """Makes known that new settings were refused, and why."""
+        self.refused = reason
+        self.metrics.settings.inc(1, tags={"outcome": "refused"})
+        log.error("settings refused", extra={"reason": reason})
 
     def _wait_for(self, what: str) -> None:
         self.waits_for = what

@@ -47,3 +47,31 @@ def test_what_lives_is_kept(command: Command, leftovers: list[Path]) -> None:
     with ScratchFolder() as folder:
         assert command("clean").status == 0
         assert folder.path.is_dir()
+
+
+def test_an_encoder_that_is_being_unpacked_is_kept_with_its_parts(command: Command, leftovers: list[Path]) -> None:
+    partial = leftovers[0].parent / "unpacking.partial"
+    partial.mkdir()
+    with FileLock(f"{leftovers[0].parent}/unpacking.lock"):
+        assert command("clean").status == 0
+        assert partial.is_dir()
+    assert command("clean").status == 0
+    assert not partial.exists()
+
+
+def test_what_cannot_be_removed_is_said_and_the_rest_is_removed(
+    command: Command, leftovers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary folder is shared with other users."""
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == leftovers[2]:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    cleaned = command("clean")
+    assert (cleaned.status, cleaned.err) == (0, f"clean: {leftovers[2]}: Operation not permitted\n")
+    assert [path.exists() for path in leftovers] == [False, False, True]
+    assert str(leftovers[2]) not in cleaned.out

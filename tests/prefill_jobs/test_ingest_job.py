@@ -72,3 +72,14 @@ def test_without_a_source_it_is_usage(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["ingest", "toolkit", "--out", str(tmp_path)])
     assert ended.value.code == 2
+
+
+def test_a_source_in_the_output_is_refused_before_it_is_deleted(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "answers.csv").write_text("prompt,small,big\none,1,1\ntwo,0,1\n")
+    assert command("ingest", "table", str(tmp_path / "answers.csv"), out=tmp_path / "out").status == 0
+    corpus = tmp_path / "out" / "corpus"
+    before = {file.name: file.read_bytes() for file in corpus.iterdir()}
+    again = command("ingest", "table", str(corpus), "--overwrite", out=tmp_path / "out")
+    assert again.status == 1
+    assert "is in the output folder" in again.err
+    assert {file.name: file.read_bytes() for file in corpus.iterdir()} == before

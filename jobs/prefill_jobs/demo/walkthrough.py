@@ -142,7 +142,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
                 f"the endpoint exited with status {process.returncode} before it was ready: see its log above"
             )
         try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass
@@ -153,7 +153,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 def _route(url: str, prompt: Prompt) -> None:
     body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
     sent = time.monotonic()
-    response = httpx.post(f"{url}/v1/route", json=body, timeout=60)
+    response = httpx.post(f"{url}/v1/route", json=body, timeout=60, trust_env=False)
     latency_ms = (time.monotonic() - sent) * 1e3
     if not response.is_success:
         raise UserError(f"the endpoint returned status {response.status_code}: {response.text}")

@@ -151,7 +151,8 @@ def _used(
     known = {target.upstream.model: t for t, target in enumerate(targets) if target.upstream and target.upstream.model}
     known |= {target.name: t for t, target in enumerate(targets)}
     model, billed, *counted = (context.extras.index(name) for name in _USED)
-    used = np.array([known.get(row.extras[model], NO_TARGET) for row in rows], np.int64)
+    names = (row.extras[model] for row in rows)
+    used = np.array([known.get(name, NO_TARGET) if isinstance(name, str) else NO_TARGET for name in names], np.int64)
     cost = np.full(len(rows), np.nan)
     for i, (row, t) in enumerate(zip(rows, used.tolist(), strict=True)):
         cost_usd, (given, made, *cache) = _count(row.extras[billed]), (_count(row.extras[place]) for place in counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -45,7 +46,7 @@ class SubmitRequest:
                 continue
             if schema_extra(option).get(SHIPPED):
                 value = _shipped(name, str(value), files)
-            values = [str(v) for v in (value if isinstance(value, tuple) else [value])]
+            values = [_as_flag(v) for v in (value if isinstance(value, tuple) else [value])]
             if any(map(_HOLDS_SECRET.search, values)):
                 raise UserError(
                     f"{name}: contains a secret, which the dashboard would show: give a URL without credentials"
@@ -65,6 +66,10 @@ class SubmitRequest:
         for name, data in sorted([*self.files.items(), *((k, v.encode()) for k, v in self.env.items())]):
             digest.update(f"{name}\n{len(data)}\n".encode() + data)
         return digest.hexdigest()
+
+
+def _as_flag(value: object) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def command_of(config: StrictModel) -> str:

@@ -31,6 +31,8 @@ from prefill_router.encoder.load_checks import check_load, check_shapes
 # A load by transformers changes torch's default dtype and transformers' verbosity for the whole process. Concurrent
 # loads could restore them in the wrong order. Code that runs during a load must name its dtypes.
 _LOADING = threading.Lock()
+
+PARTIAL = ".partial"  # ends the name of a folder that an encoder is being unpacked to
 _PACKAGE = "package:"
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # downloaded from a hub repository
@@ -302,7 +304,7 @@ def _unpack(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    partial = Path(f"{target}.partial")
+    partial = Path(f"{target}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: it no longer holds the lock
     partial.mkdir()
     say(f"unpacking the encoder {gguf.name}, once on this machine")

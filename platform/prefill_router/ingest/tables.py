@@ -6,6 +6,7 @@ Memory holds one part of each table, and about 200 bytes per prompt, whatever it
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum, auto
 from types import TracebackType
@@ -256,6 +257,14 @@ class SeenPrompts:
 
 
 # --- the output folder -------------------------------------------------------------------------------------------
+
+
+def refuse_own_output(files: Sequence[str], out: str) -> None:
+    """Raises UserError if a file to read is one of the tables of `out`, which are deleted before they are written."""
+    own = tuple(storage.absolute(storage.join(out, name)) + "/" for name in (CORPUS_FOLDER, OUTCOMES_FOLDER))
+    for file in files:
+        if storage.absolute(file).startswith(own):
+            raise UserError(f"{file}: is in the output folder {out}, whose tables are replaced: choose another --out")
 
 
 def claim(out: str, *, overwrite: bool) -> None:

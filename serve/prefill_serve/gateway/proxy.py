@@ -44,6 +44,8 @@ log = logging.getLogger("ray.serve")
 
 _WAIT = (429, 503)
 _RENEW_S = LAPSES_S / 4
+_RECORD_AGAIN_S = (1, 2, 4, 8, 15, 30)  # waits for a ledger that is away
+_CLOSE_S = 15.0  # for records under way
 _HARD_LEDGER_S = 5.0  # a call under a hard limit needs the ledger's answer
 
 
@@ -109,7 +111,10 @@ class Proxy:
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
         await self._http.aclose()
 
     # --- request --------------------------------------------------------------------------------------------------
@@ -335,15 +340,26 @@ class Proxy:
         async def note() -> None:
             try:
                 if active is None:
-                    await self.ledger.record(record, [])
+                    await self._recorded(record, [])
                 else:  # a reservation made after the record would remain
                     await asyncio.gather(*active.reserving, return_exceptions=True)
                     self._in_progress.pop(active.ticket, None)
-                    await self.ledger.record(record, active.keys, active.ticket, active.main)
+                    await self._recorded(record, active.keys, active.ticket, active.main)
             except Exception:
                 log.exception("call not recorded in the ledger", extra={"route_id": record.request_id})
 
         self._spawn(note())
+
+    async def _recorded(self, record: CallRecord, *rest: Any) -> None:
+        """Records a call, which was paid for: a ledger that is away, such as one that starts again, is asked again."""
+        for wait_s in _RECORD_AGAIN_S:
+            try:
+                await self.ledger.record(record, *rest)
+            except LedgerUnavailable:
+                await asyncio.sleep(wait_s)
+            else:
+                return
+        await self.ledger.record(record, *rest)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(task := asyncio.ensure_future(work))

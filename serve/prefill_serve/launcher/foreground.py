@@ -130,7 +130,8 @@ def _wait_until_ready(config: ServeConfig) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"http://{host}:{config.port}/ready", timeout=_READY_TIMEOUT_S).status_code == 200:
+            ready = httpx.get(f"http://{host}:{config.port}/ready", timeout=_READY_TIMEOUT_S, trust_env=False)
+            if ready.status_code == 200:
                 return
         except httpx.TransportError:
             pass

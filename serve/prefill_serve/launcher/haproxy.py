@@ -32,9 +32,7 @@ _FOLDERS, _PREFIX = "/tmp", "pr-"
 _NUM_PORTS = 100  # for replicas of one machine, and one more
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _IN_TIME_S = 30  # for a request's head, and the beginning of its body; also for a connection that says nothing
-_HELD_S = (
-    5  # for answers that Serve holds until a replica runs: to GET /ready, and to all before the first one
-)
+_HELD_S = 5  # for answers that Serve holds until a replica runs: to GET /ready, and to all before the first one
 _HAD_REPLICAS = "had-replicas"
 _QUIET_S = 60  # of a caller that has more to send, or an answer to read
 # Only a fully buffered request can be resent. Replicas do not speak HTTP/2. A connection to a replica is used once: if

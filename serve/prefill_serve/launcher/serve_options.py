@@ -108,6 +108,9 @@ class KeyConfig(StrictModel):
     """Make a bearer key for the endpoint: prints it once and adds its hash to the file of `serve --keys`."""
 
     name: str = Field(
-        min_length=1, pattern=r"^[\w-]+$", description="Name of the caller", json_schema_extra={"positional": True}
+        min_length=1,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Name of the caller",
+        json_schema_extra={"positional": True},
     )
     keys: Uri = Field(description="TOML file to add the key's hash to")

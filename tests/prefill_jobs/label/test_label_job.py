@@ -354,3 +354,15 @@ def test_a_baseline_has_no_activations(router: str, log: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"baseline, which reads no activations: omit --activations"):
         labelled(str(tmp_path / "baseline"), log, activations=str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_line_whose_model_is_no_name_was_sent_to_no_known_target(router: str, tmp_path: Path) -> None:
+    """Logs hold what callers sent."""
+    request = {"messages": [{"role": "user", "content": "what is one plus two"}]}
+    models: list[Any] = ["big", {"name": "big"}, ["big"], None]
+    rows = [{"request": {**request, "model": model}, "cost_usd": 0.25} for model in models]
+    write_log(tmp_path / "log.jsonl.gz", rows)
+    assert labelled(router, tmp_path / "log.jsonl.gz").lines == 4
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (everything,) = (s["sums"] for s in report["segments"] if s["column"] == "")
+    assert everything["used"] == [1, 0]

@@ -144,3 +144,10 @@ def test_a_job_needs_its_own_flags(command: Command) -> None:
     result = command("submit", "extract", out="s3://b/o", address="http://127.0.0.1:9")
     assert result.status == 2
     assert "--corpus" in result.err
+
+
+def test_a_table_of_options_goes_as_the_json_that_the_job_reads() -> None:
+    config = EXTRACT.model_copy(update={"template_arguments": {"enable_thinking": False}})
+    arguments = SubmitRequest.of(config, SubmitConfig()).arguments
+    given = arguments[arguments.index("--template-arguments") + 1]
+    assert ExtractConfig(corpus="c", out="o", template_arguments=given).template_arguments == {"enable_thinking": False}

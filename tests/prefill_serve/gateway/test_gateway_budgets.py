@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from gateway import PRICES, Gateway, gateway_of_two, renewed_pool
+from prefill_serve.gateway import proxy as proxy_module
 from prefill_serve.gateway.state.call_ledger import LedgerUnavailable
 from upstream import Fault, Upstream
 
@@ -368,3 +369,24 @@ def test_below_a_hard_limit_a_soft_one_still_makes_calls_cheap(gateway: Gateway)
     gateway.configure(gateway=with_budgets(usd_per_day=0.0, hard={"usd_per_day": 1e6}), tolerance=0.0)
     answer = gateway.post(PATHS[0], body(model="auto"))
     assert answer.headers["x-router-selected-model"] == "small"
+
+
+def test_a_call_that_ends_while_the_ledger_is_away_is_recorded_later(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was paid for."""
+    monkeypatch.setattr(proxy_module, "_RECORD_AGAIN_S", (0.05, 0.05, 0.05))
+    record, tries = gateway.ledger.record, []
+
+    async def away_twice(*arguments: Any) -> None:
+        tries.append(arguments[0].call_id)
+        if len(tries) < 3:
+            raise LedgerUnavailable("it starts again")
+        await record(*arguments)
+
+    monkeypatch.setattr(gateway.ledger, "record", away_twice)
+    before = gateway.stats()["calls"]
+    assert gateway.post(PATHS[0], body()).status_code == 200
+    gateway.settle(before + 1)
+    assert len(set(tries)) == 1
+    assert len(tries) == 3

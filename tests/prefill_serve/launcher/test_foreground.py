@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import ray
+from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from haproxies import Recorder
 from ports import free_port
 from prefill_router.common.errors import UserError
 from prefill_router.router.artifact import Router
 from prefill_serve.launcher import foreground
-from prefill_serve.launcher.serve_options import ServeConfig
+from prefill_serve.launcher.serve_options import KeyConfig, ServeConfig
 from prefill_serve.serving import Serving
 from prefill_serve.settings import AppArgs, Settings
 from tokens import refusing_token
@@ -130,3 +132,19 @@ def test_proxies_that_never_start_are_a_users_error(error: Exception, monkeypatc
     monkeypatch.setattr(ray_serve, "start", start)
     with pytest.raises(UserError, match="failed to start: "):
         foreground.start("127.0.0.1", free_port())
+
+
+@pytest.mark.parametrize("name", ["Zoë", "a b", "a.b", ""])
+def test_a_callers_name_is_a_key_of_toml(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        KeyConfig(name=name, keys="keys.toml")
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Recorder()
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(foreground, "_READY_TIMEOUT_S", 10.0)
+    foreground._wait_until_ready(ServeConfig(router="r", port=endpoint.port))
+    assert len(endpoint.got) == 1
+    endpoint.close()

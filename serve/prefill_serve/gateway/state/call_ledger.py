@@ -29,7 +29,7 @@ from prefill_serve.gateway.state.feedback import (
     StoredFeedback,
     UnknownRequest,
 )
-from prefill_serve.gateway.state.ledger_folder import LedgerFolder
+from prefill_serve.gateway.state.ledger_folder import LedgerFolder, Row
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.settings import DailyLimits, LedgerSettings
 
@@ -89,30 +89,38 @@ class LocalLedger:
         REFRESHER.add(self._set_budget_metrics)  # resets the shares on a new day even without calls
 
     async def configure(self, settings: LedgerSettings) -> None:
-        """Applies settings. Reads a new folder first and counts its calls as if they had happened here."""
-        if settings.folder != self.settings.folder:
+        """Applies settings. Reads a new folder first and counts its calls as if they had happened here.
+
+        Raises what reading raises; the folder before it then stays in use, as it does until the new one has been read.
+        """
+        if settings.folder is None:
             await self._save()
             self._folder = None
-        if settings.folder is not None and self._folder is None:
+        elif self._folder is None or settings.folder != self.settings.folder:
             folder = LedgerFolder(settings.folder)
             calls, outcomes, num_feedback = await asyncio.to_thread(folder.read, _now() - _KEPT)
-            self._num_feedback |= num_feedback
-            for record in calls:
-                if record.call_id not in self._memory:
-                    self._book(record)
-                    if record.answer_key is not None and record.target is not None:
-                        self.conversations.keep([bytes.fromhex(record.answer_key)], Past(record.target))
-            for row in outcomes:
-                if not self._memory.has_feedback(row[CALL_ID]):
-                    given = StoredFeedback(row[CORRECT], row[OUTPUT_TOKENS])
-                    given.written.set_result(None)
-                    self._memory.add_feedback((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
+            await self._save()
             self._folder = folder
+            self._count(calls, outcomes, num_feedback)
         hard = settings.budgets.hard
         if settings.folder is None and (hard.keys or hard.usd_per_day is not None):
             log.warning("hard limits lose today's spending at a restart: start the endpoint with --feedback FOLDER")
         self.settings = settings
         self._set_budget_metrics()
+
+    def _count(self, calls: Sequence[CallRecord], outcomes: Sequence[Row], num_feedback: Counter[str]) -> None:
+        """Counts what a folder holds."""
+        self._num_feedback |= num_feedback
+        for record in calls:
+            if record.call_id not in self._memory:
+                self._book(record)
+                if record.answer_key is not None and record.target is not None:
+                    self.conversations.keep([bytes.fromhex(record.answer_key)], Past(record.target))
+        for row in outcomes:
+            if not self._memory.has_feedback(row[CALL_ID]):
+                given = StoredFeedback(row[CORRECT], row[OUTPUT_TOKENS])
+                given.written.set_result(None)
+                self._memory.add_feedback((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
 
     def _set_budget_metrics(self) -> None:
         self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
@@ -152,8 +160,10 @@ class LocalLedger:
     async def record(
         self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
     ) -> None:
-        """Records a finished call and ends its reservation."""
+        """Records a finished call and ends its reservation. A call that is recorded already is not counted again."""
         self.accounts.reservations.end(ticket)
+        if record.call_id in self._memory:
+            return
         if record.target is not None and record.end != "routed":
             input_tokens = record.counted_tokens if record.usage is None else record.usage.input_tokens
             self.conversations.keep(keys, Past(record.target, input_tokens, record.counted_tokens), main)

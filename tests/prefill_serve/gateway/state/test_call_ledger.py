@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -792,3 +793,60 @@ def test_an_answer_is_found_by_its_caller_after_a_restart(tmp_path: Path) -> Non
         return [await new.target_of_answer(key) for key in (b"answer", b"nobody's")]
 
     assert run(scenario) == ["small", None]
+
+
+def test_a_folder_that_cannot_be_read_leaves_the_old_one_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that are refused change nothing: calls stay in the journal, and feedback is taken."""
+
+    async def scenario() -> None:
+        ledger = await opened(tmp_path / "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(LedgerFolder, "read", _fail)
+            with pytest.raises(OSError, match="no space left"):
+                await ledger.configure(LedgerSettings(folder=str(tmp_path / "b")))
+        await ledger.record(served(), [])
+        assert await ledger.feedback(right(), "ann")
+        await ledger.close()
+        assert (await (await opened(tmp_path / "a")).stats("ann")).calls == 1
+
+    run(scenario)
+
+
+def test_a_call_that_ends_while_a_new_folder_is_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, read_on = threading.Event(), threading.Event()
+    read = LedgerFolder.read
+
+    def slow(self: LedgerFolder, since: datetime) -> Any:
+        reading.set()
+        read_on.wait(30)
+        return read(self, since)
+
+    async def scenario() -> None:
+        ledger = await opened(tmp_path / "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(LedgerFolder, "read", slow)
+            moving = asyncio.create_task(ledger.configure(LedgerSettings(folder=str(tmp_path / "b"))))
+            await asyncio.to_thread(reading.wait, 30)
+            await ledger.record(served(), [])
+            read_on.set()
+            await moving
+        await ledger.close()
+        kept = [(await (await opened(tmp_path / name)).stats("ann")).calls for name in ("a", "b")]
+        assert sum(kept) == 1
+
+    run(scenario)
+
+
+def test_a_call_that_is_recorded_twice_counts_once(tmp_path: Path) -> None:
+    """A replica that got no answer in time cannot know that its record arrived."""
+
+    async def scenario() -> None:
+        ledger, record = await opened(tmp_path), served()
+        await ledger.record(record, [])
+        await ledger.record(record, [])
+        stats = await ledger.stats("ann")
+        assert (stats.calls, stats.actual_cost_usd) == (1, 0.25)
+
+    run(scenario)
