@@ -60,7 +60,7 @@ def haproxy_before(
     """
     with tempfile.TemporaryDirectory(prefix="pr-test-", dir="/tmp") as name:  # socket paths must be short
         folder, port = Path(name), free_port()
-        text = haproxy.mended(haproxy_config(folder, port, ports, fallback), folder)
+        text = haproxy.patched(haproxy_config(folder, port, ports, fallback), folder)
         for setting, value in changed.items():
             text, times = re.subn(rf"(?m)^( *{setting}) .*$", rf"\1 {value}", text)
             assert times == 1, setting

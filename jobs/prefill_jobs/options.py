@@ -88,7 +88,7 @@ class IngestConfig(StrictModel):
 
 
 class ValidateConfig(StrictModel):
-    """Read a corpus, outcomes and a pool, and tell all that is wrong with them, before anything is computed."""
+    """Check a corpus, outcomes and a pool, and report every problem before anything is computed."""
 
     corpus: Uri | None = Field(None, description="Prompts, as `extract` reads them")
     outcomes: Uri | None = Field(None, description=OUTCOMES)
@@ -342,7 +342,7 @@ class LabelConfig(StrictModel):
     out: Uri = Field(description="Output folder for decisions/, report.html and report.json")
     activations: Uri | None = Field(
         None,
-        description="Activation store, or folder of one per encoder, to which what the router reads is written as well",
+        description="Also write the activations that the router reads to this store, or folder of one per encoder",
     )
     pool: OtherPool = None
     tolerance: Tolerance = None

@@ -71,7 +71,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorResponse, "description": "No upstream answered in time"},
     503: {
         "model": ErrorResponse,
-        "description": "Not ready, and what the endpoint waits for",
+        "description": "Not ready; the message says what the endpoint waits for",
         "headers": {"Retry-After": _RETRY},
     },
 }

@@ -36,7 +36,7 @@ class Serving:
         Raises UserError for settings that cannot be loaded: a missing or damaged artifact, a pool with targets that the
         router does not know, a canary or shadow on another encoder, no encoder that can be loaded.
         """
-        wait_for("the router, which is read")
+        wait_for("the router to load")
         stamps = router_stamps(settings)
         primary, canary, shadow = _heads(settings)
         for head in (primary, canary, shadow):
@@ -45,7 +45,7 @@ class Serving:
         is_same = current is not None and _encoders(current.primary) == _encoders(primary)
         if current is not None and is_same:
             return cls(settings, current.engine, primary, canary, shadow, stamps)
-        wait_for("the encoder, which is loaded")
+        wait_for("the encoder to load")
         encoders = SensorSet(_sources(primary), primary.router.load_sensor)
         return cls(settings, Engine(encoders, num_threads), primary, canary, shadow, stamps)
 

@@ -91,7 +91,9 @@ class GatewaySettings(StrictModel):
         0.05, ge=0.0, le=1.0, description="P(correct) gain that moves a conversation to another target"
     )
     quality_usd: float | None = Field(
-        None, ge=0.0, description="USD that P(correct) 1 is worth: conversations move if it pays, not by the margin"
+        None,
+        ge=0.0,
+        description="Value of a correct answer in USD: conversations then move where it pays, whatever stick_margin is",
     )
     ledger: LedgerSettings = LedgerSettings()
 

@@ -592,7 +592,7 @@ def test_until_it_is_ready_it_says_what_it_waits_for(router: str, monkeypatch: p
         assert client.get("/ready").json() == {"status": "ok"}
     assert said == [
         f"not ready: waiting for {what}: try again in a few seconds"
-        for what in ("the router, which is read", "the encoder, which is loaded")
+        for what in ("the router to load", "the encoder to load")
     ]
 
 

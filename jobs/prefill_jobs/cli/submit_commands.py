@@ -85,7 +85,7 @@ def _follow(job: Submission, *, is_local: bool = False) -> None:
 
 
 class _Log:
-    """Passes a job's log on. The job says in it what it does, so that only a silent log needs a word."""
+    """Forwards a job's log, and prints a status line if the log has been silent for a while."""
 
     def __init__(self, submission_id: str) -> None:
         self.submission_id, self._heard_at = submission_id, time.monotonic()

@@ -87,7 +87,7 @@ def walk(inputs: Inputs, config: WalkthroughConfig) -> None:
 
 
 def _extract(config: ExtractConfig) -> None:
-    """Goes on with an earlier extraction of these prompts by this encoder, and replaces any other."""
+    """Resumes an earlier extraction of the same prompts by the same encoder; overwrites any other."""
     try:
         extract(config)
     except StoreConflictError:

@@ -57,7 +57,7 @@ class Embeddings:
 
 
 def fetch_sentence_encoder(source: str) -> None:
-    """Downloads what `embed` will load. Raises UserError if it is missing or out of reach."""
+    """Downloads the sentence encoder that `embed` loads. Raises UserError if that is impossible."""
     check_sentence_model(source)
     fetch(source)
 

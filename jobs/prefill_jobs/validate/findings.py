@@ -1,4 +1,4 @@
-"""What `validate` says of a corpus, of outcomes, of a pool, and of how they fit together."""
+"""What `validate` reports about a corpus, outcomes and a pool, and about how they fit together."""
 
 # N prompts, R rows of outcomes
 

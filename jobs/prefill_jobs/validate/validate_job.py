@@ -1,4 +1,4 @@
-"""`validate`: reads a corpus, outcomes and a pool, and tells all that is wrong with them, before a job does."""
+"""`validate`: checks a corpus, outcomes and a pool, and reports every problem before anything is computed."""
 
 from __future__ import annotations
 

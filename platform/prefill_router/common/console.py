@@ -18,10 +18,10 @@ _originals: list[int] = []  # copies of stderr while `silent_stderr` discards wh
 
 
 class LiveLine:
-    """Says on stderr what the process is doing, from another thread.
+    """Reports on stderr what the process is doing, from a background thread.
 
-    On a terminal it is one line, which is rewritten. Elsewhere a task is said once it has taken 3 s, and something is
-    said every 8 s at least. `write` and `is_terminal` stand for stderr.
+    A terminal shows one line, which is rewritten in place. Elsewhere a task is reported once it has taken 3 s, and
+    something at least every 8 s. `write` and `is_terminal` stand for stderr.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Scratch folders that leave no trace: what killed processes left is removed when the next one begins."""
+"""Temporary folders that are always cleaned up: those of killed processes are removed when the next one is created."""
 
 from __future__ import annotations
 

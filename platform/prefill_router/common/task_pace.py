@@ -10,8 +10,8 @@ from datetime import timedelta
 class TaskPace:
     """Counts finished rows of `total`, of which `at_once` parts are done at the same time.
 
-    Until the first parts end, workers start and load: that time says nothing of the rate, which is measured from there.
-    Rows that an earlier run has done count in neither.
+    Workers start and load models until the first parts are done, so the rate is measured from then on. Rows of an
+    earlier run do not count.
     """
 
     def __init__(self, total: int, at_once: int = 1, clock: Callable[[], float] = time.monotonic) -> None:

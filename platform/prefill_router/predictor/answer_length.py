@@ -21,10 +21,10 @@ _MAX_LOG = 12.0  # 160,000 tokens; keeps expected costs finite
 
 
 def without_lengths(outcomes: str) -> str:
-    """What is said of outcomes in which no answer has a length or a cost."""
+    """The warning for outcomes in which no answer has a length or a cost."""
     return (
-        f"{outcomes}: no answer has output_tokens or cost_usd: each is taken for {UNKNOWN_LENGTH_TOKENS:.0f} tokens, "
-        "so that costs are rough"
+        f"{outcomes}: no answer has output_tokens or cost_usd: each is assumed to have {UNKNOWN_LENGTH_TOKENS:.0f} "
+        "tokens, so costs are rough estimates"
     )
 
 

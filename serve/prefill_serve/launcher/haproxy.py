@@ -113,13 +113,14 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def mended(config: str, folder: Path) -> str:
-    """Serve's config with our changes; what it binds beside the endpoint is of the machine's own users, or of root.
+def patched(config: str, folder: Path) -> str:
+    """Patches the HAProxy config that Serve wrote.
 
-    Before the first replica runs, nothing is held for long. Later, requests wait for a replica that takes the place of
-    one that died, or was stopped for want of load.
+    Only the endpoint itself can be reached from other machines. Until the first replica runs, no request is held for
+    long; later, requests wait for the replica that replaces a dead or stopped one.
 
-    Raises UserError where it is not the one that is known here: whatever is missed might listen on every address.
+    Raises UserError if the config is not the one that this code was written for: an unpatched `bind` might listen on
+    every address.
     """
     others = itertools.count()
 
@@ -145,12 +146,12 @@ def mended(config: str, folder: Path) -> str:
 
 
 def _replaced(pattern: str, by: str | Callable[[re.Match[str]], str], config: str, times: int) -> str:
-    """`config` with lines replaced; raises UserError unless there are exactly so many."""
+    """Substitutes `pattern`. Raises UserError unless it matches exactly `times` times."""
     config, found = re.subn(pattern, by, config, flags=re.MULTILINE)
     if found != times:
         raise UserError(
-            f"Ray {version('ray')} writes a HAProxy config that is not known here ({pattern} is there {found} times, "
-            f"must be {times}): install a Ray that prefill-router's requirements allow"
+            f"Ray {version('ray')} generates an unsupported HAProxy config: expected {times} matches of {pattern}, "
+            f"found {found}: install a Ray version that prefill-router's requirements allow"
         )
     return config
 
@@ -160,12 +161,12 @@ def error_file(status: int) -> str:
 
 
 def has_replicas(config: str) -> bool:
-    """Whether HAProxy knows a server beside the one that Serve falls back to."""
+    """Whether the config lists a server besides Serve's fallback proxy."""
     return re.search(r"^ *server (?!.* backup$)", config, re.MULTILINE) is not None
 
 
 def error_answer(status: int, *, has_replicas: bool = True) -> str:
-    """What HAProxy answers itself instead of a status of its own, in the shape of all other errors."""
+    """The answer that HAProxy gives in place of one of its own error pages, in the shape of all other errors."""
     missing = _ANSWERS[503] if has_replicas else _NOT_READY
     said, code, message, more = missing if status in (503, 504) else _ANSWERS[status]
     kind = "invalid_request_error" if said < 500 else "server_error"
@@ -176,7 +177,7 @@ def error_answer(status: int, *, has_replicas: bool = True) -> str:
 
 
 _ANSWERS: dict[int, tuple[int, str, str, dict[str, str]]] = {
-    408: (408, "request_timeout", f"the request was not there within {_IN_TIME_S} s", {"connection": "close"}),
+    408: (408, "request_timeout", f"the request was not received within {_IN_TIME_S} s", {"connection": "close"}),
     500: (500, "internal_error", "the endpoint failed; its log says why", {}),
     502: (500, attempts.CODE, attempts.MESSAGE, attempts.NOT_AGAIN),
     503: (503, "unavailable", "no replica can answer now: try again in a few seconds", {"retry-after": "2"}),
@@ -190,7 +191,7 @@ _NOT_READY = (
 
 
 def _end_with(parent: int) -> None:
-    """Leaves a process behind that ends this one after `parent`: a Serve that was killed keeps no port."""
+    """Forks a watchdog that ends HAProxy once `parent` has exited, so that a killed Serve leaves its port free."""
     own = os.getpid()
     if os.fork():
         return
@@ -208,7 +209,7 @@ def main() -> None:
     if "-f" in sys.argv:
         path = Path(sys.argv[sys.argv.index("-f") + 1])
         try:
-            config = mended(path.read_text(), path.parent)
+            config = patched(path.read_text(), path.parent)
         except UserError as error:
             sys.exit(f"{PROGRAM}: {error}")
         for status in ERRORS:

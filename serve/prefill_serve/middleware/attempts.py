@@ -18,7 +18,7 @@ log = logging.getLogger("ray.serve")
 HEADER = "x-router-call"  # set by HAProxy; overrides the caller's
 FOLDER = "PREFILL_ROUTER_ATTEMPTS_PATH"
 MOST_DEATHS = 2
-MESSAGE = "replicas ended while they had this request: it is not tried again; the endpoint's log names it"
+MESSAGE = "this request ended two replicas and is not retried: the endpoint's log has its request id"
 CODE = "replicas_lost"
 NOT_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients would try twice more
 _NAME = re.compile(r"[0-9a-f-]{36}")
@@ -50,7 +50,7 @@ class RequestAttempts:
         file = self._folder / name
         try:
             if (deaths := _note(file)) >= MOST_DEATHS:
-                log.error("a request ended replicas", extra={"route_id": request_id, "deaths": deaths})
+                log.error("request ended replicas", extra={"route_id": request_id, "deaths": deaths})
                 raise TooManyDeaths
             yield
         finally:

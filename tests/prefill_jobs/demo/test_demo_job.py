@@ -161,7 +161,7 @@ def test_answers_without_lengths_are_said_to_be_priced_roughly(
     said: list[str] = []
     monkeypatch.setattr("prefill_jobs.demo.quickstart_job.say", said.append)
     first_steps("quickstart", table, "--pool", tmp_path / "pool.toml")
-    assert any("each is taken for 256 tokens" in line for line in said)
+    assert any("each is assumed to have 256 tokens" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -47,17 +47,17 @@ def config(tmp_path: Path) -> str:
 
 
 def test_nothing_but_the_endpoint_is_bound_for_others(config: str) -> None:
-    mended = haproxy.mended(config, Path("/tmp/x"))
-    binds = [line.strip() for line in mended.splitlines() if line.strip().startswith("bind")]
+    patched = haproxy.patched(config, Path("/tmp/x"))
+    binds = [line.strip() for line in patched.splitlines() if line.strip().startswith("bind")]
     assert binds == ["bind /tmp/x/0.sock mode 600", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"]
     assert "mode 666" in config
-    assert "mode 666" not in mended
+    assert "mode 666" not in patched
 
 
 def test_requests_are_held_whole_and_errors_are_ours(config: str) -> None:
-    mended = haproxy.mended(config, Path("/tmp/x"))
-    assert "    option redispatch 1\n    option http-buffer-request\n" in mended
-    errors = [line.split()[1:] for line in mended.splitlines() if line.strip().startswith("errorfile")]
+    patched = haproxy.patched(config, Path("/tmp/x"))
+    assert "    option redispatch 1\n    option http-buffer-request\n" in patched
+    errors = [line.split()[1:] for line in patched.splitlines() if line.strip().startswith("errorfile")]
     assert errors == [[str(status), f"/tmp/x/{status}.http"] for status in haproxy.ERRORS]
 
 
@@ -97,13 +97,13 @@ def test_a_config_that_is_not_known_is_refused(
     """Whatever was missed might listen on every address: nothing is started."""
     assert words in config
     changed = config.replace(words, others)
-    with pytest.raises(UserError, match=r"Ray .* writes a HAProxy config that is not known here .*: install a Ray"):
-        haproxy.mended(changed, tmp_path)
+    with pytest.raises(UserError, match=r"Ray .* generates an unsupported HAProxy config: .*: install a Ray"):
+        haproxy.patched(changed, tmp_path)
     path = tmp_path / "haproxy.cfg"
     path.write_text(changed)
     monkeypatch.setattr(sys, "argv", [haproxy.PROGRAM, "-db", "-f", str(path)])
     monkeypatch.setattr(os, "execv", lambda *_arguments: pytest.fail("HAProxy was started"))
-    with pytest.raises(SystemExit, match=f"{haproxy.PROGRAM}: Ray .* is not known here"):
+    with pytest.raises(SystemExit, match=f"{haproxy.PROGRAM}: Ray .* generates an unsupported HAProxy config"):
         haproxy.main()
 
 
@@ -242,7 +242,7 @@ def test_once_a_replica_has_run_only_a_probe_is_told_soon_that_none_does(tmp_pat
     """A request waits for the replica that takes the place of a dead one."""
     serves = [haproxy_config(tmp_path, 1, ports) for ports in ((), (2,), ())]
     limits = [
-        [line.strip() for line in haproxy.mended(config, tmp_path).splitlines() if "set-timeout server" in line]
+        [line.strip() for line in haproxy.patched(config, tmp_path).splitlines() if "set-timeout server" in line]
         for config in serves
     ]
     always, of_probes = "http-request set-timeout server 5s", "http-request set-timeout server 5s if { path /ready }"
@@ -250,10 +250,10 @@ def test_once_a_replica_has_run_only_a_probe_is_told_soon_that_none_does(tmp_pat
 
 
 def test_before_the_endpoint_is_deployed_no_path_is_called_unknown(config: str) -> None:
-    mended = haproxy.mended(config, Path("/tmp/x"))
+    patched = haproxy.patched(config, Path("/tmp/x"))
     assert "status 404" in config
-    assert "status 404" not in mended
-    assert "backend default_backend\n    http-request return status 503 default-errorfiles\n" in mended
+    assert "status 404" not in patched
+    assert "backend default_backend\n    http-request return status 503 default-errorfiles\n" in patched
 
 
 # --- its folder ------------------------------------------------------------------------------------------------------

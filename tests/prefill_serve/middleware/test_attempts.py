@@ -35,7 +35,7 @@ def test_the_third_attempt_is_refused_and_noted(tmp_path: Path, caplog: pytest.L
         pytest.fail("it was begun")
     (record,) = caplog.records
     noted = (record.levelname, record.message, vars(record)["route_id"], vars(record)["deaths"])
-    assert noted == ("ERROR", "a request ended replicas", "r-1", 2)
+    assert noted == ("ERROR", "request ended replicas", "r-1", 2)
     assert not file.exists()
 
 

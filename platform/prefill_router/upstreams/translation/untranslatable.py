@@ -1,4 +1,4 @@
-"""What one API says and the other cannot: fields that prevent a translation, and fields that it drops."""
+"""Fields of one API without an equivalent in the other: what prevents a translation, and what is dropped."""
 
 from __future__ import annotations
 
