@@ -26,7 +26,7 @@ from prefill_router.corpus.split import PromptHashes, prompt_hashes
 Kind = Literal["content", "text", "similarity"]
 
 _NOT_WORDS = re.compile(r"[\W_]+")
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,11 @@ def _components(vectors: NDArray[Any], likeness: float, groups: PromptHashes) ->
     from scipy.sparse.csgraph import connected_components
 
     x = np.asarray(vectors, np.float32)
-    pairs = []
+    component = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    # One chunk of rows at a time: if all prompts are alike, all pairs together are N * N.
     for start in range(0, len(x), _CHUNK_ROWS):
         row, column = np.nonzero(x[start : start + _CHUNK_ROWS] @ x.T >= likeness)
-        pairs.append(np.column_stack([start + row, column]))
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    pairs.append(np.column_stack([np.arange(len(x)), first[group]]))
-    rows, columns = np.concatenate(pairs).T
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(x), len(x)))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+        edges = component[start + row], component[column]
+        graph = coo_array((np.ones(len(row), np.int8), edges), shape=(len(x), len(x)))
+        component = connected_components(graph, directed=False)[1][component].astype(np.int64)
+    return component

@@ -40,6 +40,9 @@ class Upstream(validation.SparseModel):
     limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="Name of the request field that limits output tokens"
     )
+    max_image_tokens: int = Field(
+        2000, ge=0, description="Most input tokens that an image counts, for hard limits (gpt-4o-mini: 48,200)"
+    )
     timeout_s: float = Field(60.0, gt=0.0, description="For the whole answer, or if streamed, for each event")
     extra_body: dict[str, JsonValue] = Field({}, description="Request fields that replace the caller's")
     headers: dict[str, str] = Field({}, description="Further request headers, without credentials")

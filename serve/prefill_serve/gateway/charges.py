@@ -75,9 +75,11 @@ def guessed_usd(target: Target, call: Call, input_tokens: int) -> float:
 
 def most_usd(target: Target, call: Call) -> float:
     """The maximum cost of a call whose answers have a limit, the caller's or the gateway's."""
-    input_tokens, length = call.most_input_tokens, call.stated_limit or call.answer_tokens or 0
-    if target.upstream is not None:
-        input_tokens += target.upstream.max_added_tokens
+    length = call.stated_limit or call.answer_tokens or 0
+    if target.upstream is None:
+        input_tokens = call.most_input_tokens()
+    else:
+        input_tokens = call.most_input_tokens(target.upstream.max_image_tokens) + target.upstream.max_added_tokens
     if target.context_tokens is not None:
         # The length of a conversation stored by the upstream is unknown.
         input_tokens = target.context_tokens if call.continues else min(input_tokens, target.context_tokens)

@@ -122,10 +122,14 @@ class Call(ABC):
         return max(positive_int(self.body.get(name)) for name in self.limit_fields)
 
     @cached_property
-    def most_input_tokens(self) -> int:
-        """An upper bound on input tokens: one per byte, plus a fixed number per image."""
+    def _text_bytes_and_images(self) -> tuple[int, int]:
         images = image_parts([message.get("content") for message in self.messages])
-        return _num_bytes(self.body) - sum(map(_num_bytes, images)) + IMAGE_TOKENS * len(images)
+        return _num_bytes(self.body) - sum(map(_num_bytes, images)), len(images)
+
+    def most_input_tokens(self, max_image_tokens: int = IMAGE_TOKENS) -> int:
+        """An upper bound on input tokens: one per byte, plus a fixed number per image."""
+        num_bytes, num_images = self._text_bytes_and_images
+        return num_bytes + max_image_tokens * num_images
 
     @cached_property
     def question(self) -> RouteRequest:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,3 +121,14 @@ def test_groups_are_on_one_side_and_folds_cover_all_prompts() -> None:
     twice = np.repeat(groups, 2)
     sides = Split().parts(twice).reshape(-1, 2)
     np.testing.assert_array_equal(sides[:, 0], sides[:, 1])
+
+
+def test_prompts_that_are_all_alike_do_not_take_the_memory_of_all_pairs() -> None:
+    keys = prompt_hashes([f"p{i}" for i in range(6000)])
+    vectors = np.ones((6000, 1), np.float32)
+    tracemalloc.start()
+    groups = SplitGroups("text", keys, keys).joined_where_similar(keys, vectors, 0.9).of(keys)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(groups)) == 1
+    assert peak < 150e6  # all pairs take 1.1 GB

@@ -82,20 +82,20 @@ def test_the_most_that_a_call_can_cost_is_by_its_bytes_and_the_limit_of_its_answ
     fields: dict[str, Any], tokens: int
 ) -> None:
     call = chat(**fields)
-    assert most_usd(TARGET, call) == call.most_input_tokens + tokens
+    assert most_usd(TARGET, call) == call.most_input_tokens() + tokens
 
 
 @pytest.mark.parametrize("text", ["a a a a", "7" * 100, "\U0001f600" * 10, "\ud800", "\u4e09"])
 def test_no_text_has_more_tokens_than_are_counted(text: str) -> None:
-    assert chat(text).most_input_tokens >= len(text.encode("utf-8", "surrogatepass"))
+    assert chat(text).most_input_tokens() >= len(text.encode("utf-8", "surrogatepass"))
     tools = [{"type": "function", "function": {"name": "f", "description": text}}]
-    assert chat(tools=tools).most_input_tokens >= len(text.encode("utf-8", "surrogatepass"))
+    assert chat(tools=tools).most_input_tokens() >= len(text.encode("utf-8", "surrogatepass"))
 
 
 def test_an_image_is_not_counted_by_its_bytes_but_text_that_looks_like_one_is() -> None:
-    assert chat([IMAGE]).most_input_tokens < 3000
-    assert chat([IMAGE, IMAGE]).most_input_tokens > 4000
-    assert chat(IMAGE["image_url"]["url"]).most_input_tokens > 300_000  # type: ignore[index]
+    assert chat([IMAGE]).most_input_tokens() < 3000
+    assert chat([IMAGE, IMAGE]).most_input_tokens() > 4000
+    assert chat(IMAGE["image_url"]["url"]).most_input_tokens() > 300_000  # type: ignore[index]
 
 
 def test_a_context_bounds_what_a_call_can_cost() -> None:
@@ -125,9 +125,18 @@ def test_what_a_target_adds_to_a_call_is_part_of_the_most_it_can_cost() -> None:
     assert most_usd(target, chat()) == most_usd(TARGET, chat()) + len("Be brief.")
 
 
+def test_an_image_counts_at_most_what_its_target_says() -> None:
+    """gpt-4o-mini counts up to 48,169 tokens for one."""
+    upstream = Upstream(base_url="http://127.0.0.1/v1", max_image_tokens=48_200)
+    call = chat([IMAGE, IMAGE])
+    text = call.most_input_tokens(0)
+    assert most_usd(TARGET.model_copy(update={"upstream": upstream}), call) - most_usd(TARGET, call) == 2 * 46_200
+    assert call.most_input_tokens() == text + 4000
+
+
 def test_the_most_that_a_call_can_cost_includes_a_cache_and_longer_inputs() -> None:
     call = chat("x" * 1000, n=2, max_tokens=10)
-    length = call.most_input_tokens
+    length = call.most_input_tokens()
     writes = TARGET.model_copy(update={"cache_write_long_price": 2e6})
     assert most_usd(writes, call) == 2 * length + 20
     tier = PriceTier(above=length - 1, input_price=3e6, output_price=4e6)

@@ -254,7 +254,7 @@ class LocalLedger:
             calls, self._unsaved = self._unsaved, UnsavedCalls(_UNSAVED, _UNSAVED_BYTES)
             if calls and self._folder is not None:
                 try:
-                    await asyncio.to_thread(self._folder.write_calls, list(calls), _now())
+                    await asyncio.to_thread(self._folder.write_calls, list(calls), _now(), _now() - _KEPT)
                 except Exception:
                     log.exception("calls not written to the journal: they will be retried with the next ones")
                     calls.extend(self._unsaved)  # those that came meanwhile

@@ -69,8 +69,10 @@ class LedgerFolder:
                 del outcomes[next(iter(outcomes))]
         return calls, list(outcomes.values()), num_outcomes
 
-    def write_calls(self, calls: Sequence[CallRecord], now: datetime) -> None:
+    def write_calls(self, calls: Sequence[CallRecord], now: datetime, since: datetime) -> None:
+        """Writes calls to the journal, and removes files of before `since` from it."""
         self.journal.write(calls, now)
+        self.journal.forget(since)
         _merge(self.journal, now)
 
     def write_outcomes(self, batch: Sequence[tuple[StoredFeedback, CallRecord]], now: datetime) -> None:

@@ -22,7 +22,7 @@ SMALL_BYTES = 4 << 20
 
 
 class RowFolder(Generic[Row]):
-    """A folder of files named by their time of writing, with a single writer."""
+    """A folder of files named by their time of writing, with a single writer, which lists them once."""
 
     def __init__(
         self,
@@ -33,11 +33,14 @@ class RowFolder(Generic[Row]):
     ) -> None:
         self.uri, self.suffix = uri, suffix
         self._encode, self._decode = encode, decode
+        self._sizes: dict[str, int] | None = None  # in bytes, by name; None until the files are listed
 
     def write(self, rows: Sequence[Row], at: datetime) -> None:
         """Writes rows as a new file; they are durable when this returns."""
         name = f"{at.strftime(_TIME)}-{uuid.uuid4().hex[:12]}{self.suffix}"
-        storage.write_bytes(storage.join(self.uri, name), self._encode(rows))
+        data, sizes = self._encode(rows), self._listed()
+        storage.write_bytes(storage.join(self.uri, name), data)
+        sizes[name] = len(data)
 
     @overload
     def read(self) -> Iterator[Row]: ...
@@ -52,19 +55,30 @@ class RowFolder(Generic[Row]):
 
     def merge(self, at: datetime) -> None:
         """Merges small files into one, if there are at least MOST_FILES of them."""
-        uris = [storage.join(self.uri, name) for name in self._names()]
-        uris = [uri for uri in uris if storage.size_bytes(uri) < SMALL_BYTES] if len(uris) >= MOST_FILES else []
-        if len(uris) < MOST_FILES:
+        small = sorted(name for name, size in self._listed().items() if size < SMALL_BYTES)
+        if len(small) < MOST_FILES:
             return
-        self.write([row for data in storage.read_many(uris) for row in self._decode(data)], at)
-        for uri in uris:
-            storage.remove(uri)
+        try:
+            files = storage.read_many([storage.join(self.uri, name) for name in small])
+            self.write([row for data in files for row in self._decode(data)], at)
+        except FileNotFoundError:  # somebody else removed one
+            self._sizes = None
+            raise
+        self._remove(small)
 
     def forget(self, before: datetime) -> None:
         """Removes files written before a time."""
-        for name in self._names():
-            if name < before.strftime(_TIME):
-                storage.remove(storage.join(self.uri, name))
+        self._remove([name for name in self._listed() if name < before.strftime(_TIME)])
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            storage.remove(storage.join(self.uri, name))
+            self._listed().pop(name, None)
+
+    def _listed(self) -> dict[str, int]:
+        if self._sizes is None:
+            self._sizes = {name: storage.size_bytes(storage.join(self.uri, name)) for name in self._names()}
+        return self._sizes
 
     def _names(self) -> list[str]:
         return [name for name in storage.list_names(self.uri) if name.endswith(self.suffix)]

@@ -850,3 +850,19 @@ def test_a_call_that_is_recorded_twice_counts_once(tmp_path: Path) -> None:
         assert (stats.calls, stats.actual_cost_usd) == (1, 0.25)
 
     run(scenario)
+
+
+def test_a_ledger_that_runs_on_forgets_old_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only one that starts: its journal would grow for as long as it runs."""
+
+    async def scenario() -> None:
+        ledger = await opened(tmp_path)
+        await ledger.record(served("r-1"), [])
+        await ledger.close()
+        later = datetime.now(UTC) + timedelta(days=30)
+        monkeypatch.setattr(module, "_now", lambda: later)
+        await ledger.record(served("r-2", at=later), [])
+        await ledger.close()
+
+    run(scenario)
+    assert len(list((tmp_path / "journal").iterdir())) == 1

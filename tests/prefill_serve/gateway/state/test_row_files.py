@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from prefill_router import storage
 from prefill_serve.gateway.state.row_files import MOST_FILES, SMALL_BYTES, RowFolder
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -112,7 +113,7 @@ def test_a_merge_that_dies_before_it_removes_loses_nothing(segments: RowFolder[s
     for path, data in left.items():  # as after a crash before they were removed
         path.write_bytes(data)
     assert sorted(segments.read()) == sorted([*rows, *rows])
-    segments.merge(NOON + timedelta(hours=2))
+    RowFolder(segments.uri, ".json", encode, decode).merge(NOON + timedelta(hours=2))
     assert num_files(segments) == 1
     assert set(segments.read()) == set(rows)
 
@@ -122,3 +123,27 @@ def test_what_was_written_before_is_forgotten(segments: RowFolder[str]) -> None:
     segments.write(["new"], NOON)
     segments.forget(NOON)
     assert list(segments.read()) == ["new"]
+
+
+def test_a_writer_lists_its_files_once(segments: RowFolder[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of an object store takes as long as a write, and each size is a request."""
+    write_many(segments, 2)
+    monkeypatch.setattr(storage, "list_names", lambda _uri: pytest.fail("the files are listed again"))
+    monkeypatch.setattr(storage, "size_bytes", lambda _uri: pytest.fail("a size is asked for again"))
+    rows = write_many(segments, MOST_FILES)
+    segments.merge(NOON + timedelta(hours=1))
+    segments.forget(NOON + timedelta(minutes=30))
+    monkeypatch.undo()
+    assert set(segments.read()) == set(rows)
+    assert num_files(segments) == 1
+
+
+def test_a_file_that_somebody_removed_is_noticed_when_files_are_merged(segments: RowFolder[str]) -> None:
+    write_many(segments, MOST_FILES)
+    next(Path(segments.uri).iterdir()).unlink()
+    with pytest.raises(FileNotFoundError):
+        segments.merge(NOON + timedelta(hours=1))
+    segments.write(["one more"], NOON + timedelta(hours=1))
+    segments.merge(NOON + timedelta(hours=2))
+    assert num_files(segments) == 1
+    assert len(list(segments.read())) == MOST_FILES
