@@ -38,6 +38,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
     cluster = ray_address()
     if not cluster:
         require_free(config.port, config.host)
+        _warn_of_unset_keys(config)
     with live("serve: checking the router"):
         Serving.check(arguments.settings)  # here a bad artifact is one error line, in a replica a crash loop
         if cluster and ":" in cluster and "://" not in cluster:
@@ -68,6 +69,13 @@ def run(read: Callable[[], ServeConfig]) -> None:
                 ray_serve.delete(_APP)
             with silent_stderr():
                 ray.shutdown()
+
+
+def _warn_of_unset_keys(config: ServeConfig) -> None:
+    """Names the environment variables without which upstreams would refuse calls."""
+    for target in load_pool(config.pool).targets if config.pool is not None else ():
+        if target.upstream is not None and target.upstream.key == "":
+            say(f'serve: target "{target.name}": {target.upstream.key_env} is not set: its upstream will refuse calls')
 
 
 def _require_token(address: str) -> None:

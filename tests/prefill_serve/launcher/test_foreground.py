@@ -148,3 +148,19 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
     foreground._wait_until_ready(ServeConfig(router="r", port=endpoint.port))
     assert len(endpoint.got) == 1
     endpoint.close()
+
+
+def test_a_key_that_is_not_set_is_named_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calls would fail one by one, with the upstream's 401."""
+    upstream = 'upstream = { base_url = "https://models.example/v1", key_env = "%s_API_KEY" }'
+    target = '[[pool]]\nname = "%s"\ninput_price = 1.0\noutput_price = 1.0\n'
+    text = "".join(target % name + upstream % name.upper() + "\n" for name in ("big", "small"))
+    (tmp_path / "pool.toml").write_text(text)
+    monkeypatch.setenv("BIG_API_KEY", "k")
+    monkeypatch.delenv("SMALL_API_KEY", raising=False)
+    foreground._warn_of_unset_keys(ServeConfig(router="r", pool=str(tmp_path / "pool.toml")))
+    assert capsys.readouterr().err == (
+        'serve: target "small": SMALL_API_KEY is not set: its upstream will refuse calls\n'
+    )
