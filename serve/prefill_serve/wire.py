@@ -17,6 +17,7 @@ from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.openai_requests import TEXT_PARTS
 from prefill_router.corpus.reader import Prompt, Role, validate_messages, validate_prompt
 from prefill_router.policy.decision import Policy, ReasonCode
+from prefill_serve.errors import ErrorDetail
 from prefill_serve.provider_messages import chat_messages, content_messages, input_messages, text_parts
 
 ROUTED_NAMES = ("auto", "routed")  # values of `model` that let the router choose
@@ -278,19 +279,19 @@ class Timings(StrictModel):
 
 
 # Left out while empty, so that older clients, which refuse unknown fields, read the answer.
-_MISSING: Any = Field(
+MISSING_ENCODERS: Any = Field(
     [], exclude_if=operator.not_, description="Encoders that failed: the estimates are made without them"
 )
 
 
 def _known(what: str) -> Any:
-    """A field by target, left out while empty, as `_MISSING` is."""
+    """A field by target, left out while empty, as `MISSING_ENCODERS` is."""
     return Field({}, exclude_if=operator.not_, description=f"{what}, by target where known, if explain is true")
 
 
 class Metadata(StrictModel):
     encoder: str
-    missing_encoders: list[str] = _MISSING
+    missing_encoders: list[str] = MISSING_ENCODERS
     input_tokens: int = Field(description="Tokens of the whole prompt, by the tokenizer of the first encoder in use")
     is_truncated: bool = Field(description="The middle of the prompt was cut before encoding, as in training")
     tolerance: float = Field(description="Tolerance of this decision")
@@ -338,32 +339,6 @@ class RouteResponse(StrictModel):
     )
 
 
-class ErrorDetail(StrictModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str
-
-
-class ErrorResponse(StrictModel):
-    """An error in the shape of the OpenAI API."""
-
-    error: ErrorDetail
-
-
-class MessagesErrorDetail(StrictModel):
-    type: str
-    message: str
-    code: str | None = None
-
-
-class MessagesErrorResponse(StrictModel):
-    """An error in the shape of Anthropic's API, for calls of its Messages."""
-
-    type: str = "error"
-    error: MessagesErrorDetail
-
-
 class BatchItem(StrictModel):
     """The result of one request of a batch: a response or an error."""
 
@@ -395,42 +370,6 @@ class Status(StrictModel):
     refused: str | None = Field(None, description="Why the latest settings were refused, if they were")
 
 
-class ServedTarget(StrictModel):
-    name: str
-    input_price: float = Field(description="USD per million tokens")
-    output_price: float = Field(description="USD per million tokens")
-    price_source: str | None = Field(None, description="Name and table that the prices were taken from, if they were")
-    can_answer: bool = Field(description="The gateway can send calls to it")
-
-
-class CurvePoint(StrictModel):
-    """Cost and accuracy of the router from this tolerance on, on its validation prompts."""
-
-    tolerance: float
-    cost_usd: float = Field(description="Mean, of a prompt")
-    accuracy: float
-
-
-class SinglePoint(StrictModel):
-    """Cost and accuracy of sending all prompts to one target, on the same prompts."""
-
-    target: str
-    cost_usd: float = Field(description="Mean, of a prompt")
-    accuracy: float
-
-
-class RouterCard(StrictModel):
-    """The loaded router, and its validation results at the prices of its training."""
-
-    router_version: str
-    encoder: str
-    missing_encoders: list[str] = _MISSING
-    tolerance: float
-    targets: list[ServedTarget]
-    curve: list[CurvePoint] = Field(description="By ascending tolerance; empty if it was not recorded")
-    singles: list[SinglePoint]
-
-
 def in_plain_words(problem: Mapping[str, Any]) -> str:
     """The message of a validation error of pydantic, where its own is not for people."""
     if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == _VISIBLE:
@@ -440,32 +379,3 @@ def in_plain_words(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return "is missing"
     return str(problem["msg"])
-
-
-def error_type(status: int) -> str:
-    """The `type` of errors with this status in OpenAI's API."""
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-
-
-def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
-    detail = ErrorDetail(message=message, type=error_type(status), param=param, code=code)
-    return ErrorResponse(error=detail).model_dump()
-
-
-def messages_error(status: int, body: dict[str, Any]) -> dict[str, Any]:
-    """The body of an error in the shape of Anthropic's API, with our code or the upstream's."""
-    error = body["error"]
-    kind = _MESSAGES_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    detail = MessagesErrorDetail(type=kind, message=error["message"], code=error.get("code"))
-    return MessagesErrorResponse(error=detail).model_dump()
-
-
-_MESSAGES_ERRORS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}

@@ -8,6 +8,7 @@ from collections.abc import Set
 from functools import cached_property
 from typing import Any
 
+from prefill_serve.errors import error_body, messages_error
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -23,7 +24,6 @@ from prefill_serve.gateway.openai_calls import (
 )
 from prefill_serve.gateway.upstream_errors import error_message
 from prefill_serve.provider_messages import is_result
-from prefill_serve.wire import error_body, messages_error
 
 # Events without a match, which are most, need no parsing.
 _NOTED_IN_MESSAGES = re.compile(rb'"(message_start|message_delta|message_stop|error)"')

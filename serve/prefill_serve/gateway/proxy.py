@@ -23,6 +23,7 @@ from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Pool
 from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import CONSTRAINTS, Endpoint, NoTarget, Routing
+from prefill_serve.errors import Refusal
 from prefill_serve.gateway.active_call import ActiveCall, Caller
 from prefill_serve.gateway.call_record import CallRecord, End
 from prefill_serve.gateway.candidates import FixedPlan, RoutedPlan
@@ -37,7 +38,6 @@ from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerUnava
 from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
 from prefill_serve.gateway.token_counts import count_tokens
 from prefill_serve.gateway.upstream import Channel, Stream, UpstreamFailure, UpstreamRefusal
-from prefill_serve.middleware.gate import Refusal
 from prefill_serve.settings import Budgets
 
 log = logging.getLogger("ray.serve")

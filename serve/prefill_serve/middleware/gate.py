@@ -8,23 +8,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import re
-from collections.abc import Mapping
 from http import HTTPStatus
 from time import perf_counter
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefill_serve.endpoint import Endpoint, new_request_id
+from prefill_serve.errors import Refusal
 from prefill_serve.middleware import attempts
 from prefill_serve.middleware.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
 from prefill_serve.traces import request_span
-from prefill_serve.wire import error_body, messages_error
 
 log = logging.getLogger("ray.serve")
 
@@ -33,24 +29,7 @@ PROBES = ("/health", "/ready")  # any Host is accepted: Kubernetes probes pods b
 OPEN_PATHS = (*PROBES, "/openapi.json", "/docs", "/playground.")
 _BODY_S = 60.0  # limit on the whole body; without one, a slow sender would hold a connection for ever
 HUNG_UP = 499  # nginx's status for a caller that disconnected; only for metrics and logs
-_MESSAGES = "/v1/messages"
 _REQUEST_ID = re.compile(r"[!-~]{1,200}")
-
-
-class Refusal(HTTPException):
-    """An error response, raised as an exception."""
-
-    def __init__(
-        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(status, message, headers)
-        self.body = error_body(status, message, code, param)
-
-    def response_at(self, path: str) -> Response:
-        """The response to a request of `path`: for messages, in the shape of Anthropic's API."""
-        body = messages_error(self.status_code, self.body) if path.startswith(_MESSAGES) else self.body
-        # json.dumps escapes lone surrogates, which a message may quote from the request.
-        return Response(json.dumps(body), self.status_code, self.headers, "application/json")
 
 
 class RequestGate:
