@@ -37,7 +37,8 @@ from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
 from prefill_serve.gateway.token_counts import count_tokens
-from prefill_serve.gateway.upstream import Channel, Stream, UpstreamFailure, UpstreamRefusal
+from prefill_serve.gateway.upstream import Channel, Stream
+from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
 from prefill_serve.settings import Budgets
 
 log = logging.getLogger("ray.serve")

@@ -13,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from prefill_serve.gateway.active_call import ActiveCall
 from prefill_serve.gateway.call_record import End
-from prefill_serve.gateway.upstream import Stream, UpstreamFailure
+from prefill_serve.gateway.upstream import Stream
+from prefill_serve.gateway.upstream_failures import UpstreamFailure
 
 log = logging.getLogger("ray.serve")
 

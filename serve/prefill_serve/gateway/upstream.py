@@ -29,10 +29,11 @@ from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.events import MAX_EVENT_BYTES, EventSplitter, data_of, has_plain_words, is_keep_alive
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Body, Call, json_object
-from prefill_serve.gateway.refusals import RefusalReason, refusal_reason
+from prefill_serve.gateway.refusals import refusal_reason
 from prefill_serve.gateway.refused_fields import RefusedFields
 from prefill_serve.gateway.translated_calls import TranslatedCall
 from prefill_serve.gateway.upstream_errors import error_answer, error_message, refusal_body
+from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
 
 MAX_STREAM_BYTES = 256 << 20
 _MAX_ERROR_BYTES = 64 << 10  # of an error's body; a longer one is not read
@@ -56,37 +57,6 @@ class Attempt:
     usage: Usage | None = None  # of a whole answer, as the upstream reported it
     sent_s: float = 0.0  # by time.monotonic
     measured: MeasuredTimes | None = None  # once answered in one piece
-
-
-class UpstreamFailure(Exception):  # noqa: N818 - another target may answer
-    """An upstream gave no usable answer; `reason` is a short metric label, `may_pass` whether a retry may succeed."""
-
-    may_pass = True
-
-    def __init__(
-        self,
-        reason: str,
-        message: str,
-        status: int = 502,
-        retry_after_s: float = 0.0,
-        said: str | None = None,
-    ) -> None:
-        """`message` is for the caller; `said`, the upstream's redacted message, is for the log only."""
-        super().__init__(message)
-        self.reason, self.status, self.retry_after_s, self.said = reason, status, retry_after_s, said
-
-    def for_log(self, request_id: str) -> dict[str, str]:
-        """Fields of a log line."""
-        said = {} if self.said is None else {"said": self.said}
-        return {"route_id": request_id, "reason": str(self), **said}
-
-
-class UpstreamRefusal(UpstreamFailure):
-    """An upstream rejected the caller's request: the response for the caller, with the redacted message."""
-
-    def __init__(self, target: str, status: int, content: bytes, why: RefusalReason) -> None:
-        super().__init__(why.kind, f"{target}: refused the request with {status}", status)
-        self.content, self.why = content, why
 
 
 class Stream:

@@ -23,7 +23,8 @@ from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
-from prefill_serve.gateway.upstream import Attempt, Channel, UpstreamFailure, UpstreamRefusal
+from prefill_serve.gateway.upstream import Attempt, Channel
+from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
 from upstream import Fault, Upstream
 
 SAID = [{"role": "user", "content": "how do you do"}]
