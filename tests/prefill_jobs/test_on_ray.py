@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -205,3 +207,29 @@ def test_a_worker_killed_amid_an_epoch_changes_nothing(
     assert killed.exists()
     for a, b in zip(resumed.predict(PROMPTS), undisturbed[0].predict(PROMPTS), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow("a command line that trains on the run's Ray")
+def test_ctrl_c_ends_a_training_and_says_how_to_go_on(
+    ray_address: str, activations: str, small_data: Path, tmp_path: Path
+) -> None:
+    """Ray Train would handle it, say nothing, and wait for its workers."""
+    flags = {"activations": activations, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
+    flags |= {"out": tmp_path / "router", "seeds": 32, "keep": 2, "workers": 1}
+    arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    said = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "prefill_jobs", "train", *arguments],
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("train: fit"):
+                time.sleep(2)  # by then Ray Train would have taken the signal over
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, said
+    assert said[-1] == "train: interrupted: the same command goes on from what is finished\n"
+    assert not (tmp_path / "router" / "router.json").exists()

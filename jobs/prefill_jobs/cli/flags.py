@@ -62,5 +62,7 @@ def _merge(table: str, model: type[StrictModel], flags: Mapping[str, Any], uri: 
     values = {**(load_command(uri, table) if uri else {}), **given}
     for key in model.model_fields:
         if must_be_given(model, key, values):
-            raise UsageError(f"{table}: --{key} is missing: give it, or set {key} in table [{table}] of --config")
+            is_positional = schema_extra(model.model_fields[key]).get(POSITIONAL)
+            name = key.upper() if is_positional else f"--{key.replace('_', '-')}"
+            raise UsageError(f"{table}: {name} is missing: give it, or set {key} in table [{table}] of --config")
     return validate(model, values, table)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray.train
@@ -38,6 +40,7 @@ from prefill_router.predictor.recipe import Recipe
 from prefill_router.predictor.training import FittedTrunk, Trainer, fit
 from prefill_router.probe.projection import Projection
 
+_T = TypeVar("_T")
 _STATE = "state.safetensors"
 _MAX_FAILURES = 8
 _POLL_S = "0.1"  # Ray Train's controller takes one report per poll; its default interval of 2 s would delay epochs
@@ -104,7 +107,7 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
         ),
     )
     with note.shown("train", "starting the workers"):
-        result = run.fit()
+        result = _beside(run.fit)
     assert result.metrics is not None
     if problem := result.metrics.get("problem"):
         storage.remove(runs)
@@ -114,6 +117,23 @@ def fit_on_ray(task: FitTask, workers: int, out: str, name: str) -> Fit:
     _load_checkpoint(result.checkpoint, trainer)
     storage.remove(runs)
     return Fit(trainer.fitted(), result.metrics["rows_per_s"])
+
+
+def _beside(call: Callable[[], _T]) -> _T:
+    """Calls in a thread of its own, so that Ctrl-C ends the job.
+
+    In the main thread `TorchTrainer.fit` handles it instead: it says nothing, and waits for its workers to start.
+    """
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="fit").start()
+    return result.result()
 
 
 def _fit_worker(config: dict[str, Any]) -> None:

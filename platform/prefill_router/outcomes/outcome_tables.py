@@ -167,7 +167,7 @@ def _check_names(names: Sequence[str], uri: str) -> None:
         if required not in names and not (required == PROMPT_ID and PROMPT in names):
             raise UserError(
                 f"{uri}: column {required} is missing; it has {', '.join(names)[:200] or 'none'}. "
-                "A table with a column for each model is converted by prefill-router ingest table"
+                "A table with a column for each model is read by prefill-router quickstart, or converted by ingest"
             )
 
 

@@ -104,7 +104,12 @@ def advice(report: LabelReport) -> str | None:
     k, name = int(as_accurate[np.argmin(sums["tolerance_cost_usd"][as_accurate])]), report.pool.target_names[best]
     cost, alone = float(sums["tolerance_cost_usd"][k]), float(sums["cost_usd"][best])
     if cost >= alone:
-        return f"No tolerance is expected to be as accurate as {name} alone for less."
+        none = f"No tolerance is expected to be as accurate as {name} alone for less."
+        chosen, fewer = sums.total("chosen_cost_usd"), _mean(sums, "correct", best) - sums.share("chosen_correct")
+        if chosen >= alone:
+            return none
+        saving = shown(1.0 - chosen / alone, "%")
+        return f"{none} The decisions here cost {saving} less, with {100.0 * fewer:.1f} points fewer right answers."
     return (
         f"Tolerance {TOLERANCES[k]:.3f} is the cheapest that is expected to be as accurate as {name} alone: it costs "
         f"{usd(cost)}, {shown(1.0 - cost / alone, '%')} less. These are estimates of the router, without an interval: "

@@ -56,7 +56,8 @@ def run(read: Callable[[], ServeConfig]) -> None:
         with live("serve: waiting for a replica, which loads the router and its encoder"):
             ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
             _wait_until_ready(config)
-        say(f"serve: POST http://{config.host}:{config.port}/v1/route")
+        url = f"http://{config.host}:{config.port}"
+        say(f"serve: POST {url}/v1/route, or open {url}/ in a browser")
         while hangup.wait():
             hangup.clear()
             with live("serve: reloading"):
