@@ -17,9 +17,9 @@ from prefill_router.common.errors import UserError
 from prefill_serve.api_docs import add_docs_page, correct_document
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.error_responses import ERRORS, add_error_handlers, error_response, refusal_of
-from prefill_serve.errors import ErrorDetail, Refusal
 from prefill_serve.gateway.routes import CALL_PATHS, gateway_routes, unless_disconnected
 from prefill_serve.gateway.state.call_ledger import CallLedger
+from prefill_serve.http_errors import ErrorDetail, Refusal
 from prefill_serve.middleware.direct_paths import DirectPaths
 from prefill_serve.middleware.gate import RequestGate
 from prefill_serve.playground import playground_routes

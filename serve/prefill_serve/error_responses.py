@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 
 from prefill_router.common.errors import UserError
 from prefill_serve.endpoint import NoTarget, NotReady, TooLong, UnknownTarget
-from prefill_serve.errors import ErrorResponse, Refusal
 from prefill_serve.gateway.planner import NoUpstream, UnknownAnswer
 from prefill_serve.gateway.state.call_ledger import LedgerUnavailable
 from prefill_serve.gateway.state.feedback import ConflictingFeedback, FeedbackDisabled, UnknownRequest
+from prefill_serve.http_errors import ErrorResponse, Refusal
 from prefill_serve.middleware.gate import HUNG_UP, phrase
 from prefill_serve.scheduler import Overloaded
 from prefill_serve.wire import in_plain_words

@@ -17,7 +17,7 @@ from prefill_router.common.validation import StrictModel
 from prefill_router.corpus.openai_requests import TEXT_PARTS
 from prefill_router.corpus.reader import Prompt, Role, validate_messages, validate_prompt
 from prefill_router.policy.decision import Policy, ReasonCode
-from prefill_serve.errors import ErrorDetail
+from prefill_serve.http_errors import ErrorDetail
 from prefill_serve.provider_messages import chat_messages, content_messages, input_messages, text_parts
 
 ROUTED_NAMES = ("auto", "routed")  # values of `model` that let the router choose

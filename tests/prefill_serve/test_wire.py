@@ -19,7 +19,7 @@ from starlette.types import Message
 
 from gateway import Gateway
 from haproxies import Proxy, Recorder, haproxy_before
-from prefill_serve.errors import Refusal
+from prefill_serve.http_errors import Refusal
 from prefill_serve.middleware.gate import _BodyReader
 from serving import wait_until
 from wire import ATTACKS, REFUSED, exchange, read_to_end, request, status_of

@@ -12,10 +12,10 @@ from prefill_router.common.money import usd
 from prefill_router.common.usage import Usage
 from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Target
-from prefill_serve.errors import Refusal
 from prefill_serve.gateway.call_record import CostKind
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.state.reservations import Exhausted
+from prefill_serve.http_errors import Refusal
 
 _BYTES_A_TOKEN = 3  # of relayed text; overestimates tokens
 _USUAL_TOKENS = 512  # of an answer without a predicted length

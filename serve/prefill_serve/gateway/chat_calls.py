@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from prefill_router.policy.pool import Target, Upstream
-from prefill_serve.errors import error_body
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -26,6 +25,7 @@ from prefill_serve.gateway.openai_calls import (
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
+from prefill_serve.http_errors import error_body
 
 # Events without a match, which are most, need no parsing.
 _NOTED_IN_CHAT = re.compile(rb'"(usage"\s*:\s*\{|finish_reason"\s*:\s*"|error")|\[DONE\]|^event: ?error', re.M)

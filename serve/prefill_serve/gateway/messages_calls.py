@@ -8,7 +8,6 @@ from collections.abc import Set
 from functools import cached_property
 from typing import Any
 
-from prefill_serve.errors import error_body, messages_error
 from prefill_serve.gateway.events import data_of
 from prefill_serve.gateway.openai_calls import (
     JSON_STRING,
@@ -23,6 +22,7 @@ from prefill_serve.gateway.openai_calls import (
     require_objects,
 )
 from prefill_serve.gateway.upstream_errors import error_message
+from prefill_serve.http_errors import error_body, messages_error
 from prefill_serve.provider_messages import is_result
 
 # Events without a match, which are most, need no parsing.

@@ -23,7 +23,6 @@ from prefill_router.policy.decision import Decision
 from prefill_router.policy.pool import Pool
 from prefill_router.upstreams.transport import http_client
 from prefill_serve.endpoint import CONSTRAINTS, Endpoint, NoTarget, Routing
-from prefill_serve.errors import Refusal
 from prefill_serve.gateway.active_call import ActiveCall, Caller
 from prefill_serve.gateway.call_record import CallRecord, End
 from prefill_serve.gateway.candidates import FixedPlan, RoutedPlan
@@ -39,6 +38,7 @@ from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserv
 from prefill_serve.gateway.token_counts import count_tokens
 from prefill_serve.gateway.upstream import Channel, Stream
 from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
+from prefill_serve.http_errors import Refusal
 from prefill_serve.settings import Budgets
 
 log = logging.getLogger("ray.serve")

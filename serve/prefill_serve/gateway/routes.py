@@ -15,7 +15,6 @@ from pydantic import Field
 from prefill_router.common.errors import UserError
 from prefill_router.common.validation import StrictModel
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.errors import MessagesErrorResponse
 from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.messages_calls import MessagesCall, TokenCountCall
@@ -27,6 +26,7 @@ from prefill_serve.gateway.session_ids import session_id
 from prefill_serve.gateway.state.accounts import Stats
 from prefill_serve.gateway.state.call_ledger import CallLedger
 from prefill_serve.gateway.state.feedback import Feedback
+from prefill_serve.http_errors import MessagesErrorResponse
 from prefill_serve.middleware.gate import HUNG_UP
 from prefill_serve.wire import QUESTION, REQUEST_ID, ROUTED_NAMES, RouteRequest
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefill_router.common.redaction import redacted
-from prefill_serve.errors import error_body
+from prefill_serve.http_errors import error_body
 
 _NAME = re.compile(r"[\w.\[\]$-]{1,200}", re.ASCII)  # a parameter, a code or a type
 

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefill_serve.endpoint import Endpoint, new_request_id
-from prefill_serve.errors import Refusal
+from prefill_serve.http_errors import Refusal
 from prefill_serve.middleware import attempts
 from prefill_serve.middleware.origins import has_allowed_host, has_json_or_nothing, is_from_own_page
 from prefill_serve.traces import request_span

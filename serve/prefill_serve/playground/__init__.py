@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse
 
 from prefill_router.router.artifact import Router
 from prefill_serve.endpoint import Endpoint
-from prefill_serve.playground.router_card import CurvePoint, RouterCard, ServedTarget, SinglePoint
+from prefill_serve.playground.served_router import CurvePoint, RouterCard, ServedTarget, SinglePoint
 
 FOLDER = Path(__file__).parent
 PATHS = ("/", "/playground.css", "/playground.js")
