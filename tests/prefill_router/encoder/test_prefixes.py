@@ -149,7 +149,7 @@ def test_grouping_many_prompts_is_fast(opening: list[int]) -> None:
     prompts = random_prompts(8192, 200 - len(opening), opening)
     started = time.thread_time()
     shared_prefixes(prompts, 256)
-    assert time.thread_time() - started < 2
+    assert time.thread_time() - started < 5
 
 
 def test_a_long_chain_of_prompts_that_extend_each_other_is_grouped() -> None:

@@ -116,7 +116,7 @@ def test_formulas_are_harmless(text: str) -> None:
 def test_programs_and_endless_sums_are_not(text: str) -> None:
     start = time.thread_time()
     assert not is_harmless(text, "sympy")
-    assert time.thread_time() - start < 0.5
+    assert time.thread_time() - start < 5.0  # for ever, if they were computed
 
 
 @pytest.mark.parametrize(
