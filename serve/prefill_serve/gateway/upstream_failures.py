@@ -1,4 +1,4 @@
-"""What a call to an upstream ends in if it brings no answer."""
+"""Failures and refusals of calls to upstreams."""
 
 from __future__ import annotations
 

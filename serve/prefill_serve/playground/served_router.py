@@ -1,4 +1,4 @@
-"""What the playground shows of the loaded router."""
+"""The loaded router as the playground shows it."""
 
 from __future__ import annotations
 
