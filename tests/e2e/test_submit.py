@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray.experimental import internal_kv
 from ray.job_submission import JobStatus
 
 from command import Command
@@ -38,6 +40,16 @@ FAST_HEALTH = {
 }
 
 
+@contextmanager
+def still_connected() -> Iterator[None]:
+    """Keeps this process's connection to the run's Ray, which each node that starts here takes over."""
+    client = internal_kv.internal_kv_get_gcs_client()
+    yield
+    internal_kv._internal_kv_reset()
+    if client is not None:
+        internal_kv._initialize_internal_kv(client)
+
+
 class RealCluster:
     """A head with a dashboard; raylets can be added and killed."""
 
@@ -45,19 +57,23 @@ class RealCluster:
         from ray.cluster_utils import Cluster
 
         self._cluster, self._num_added = Cluster(), 0
-        head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
+        with still_connected():
+            head = self._cluster.add_node(**{**NODE, "num_cpus": 1}, include_dashboard=True, dashboard_port=0)
         self.address = f"http://{head.webui_url}"
 
     def add(self) -> Any:
         self._num_added += 1
         # As on a machine of its own: a raylet that starts empties the folder where it keeps jobs' code.
-        return self._cluster.add_node(**NODE, runtime_env_dir_name=f"runtime_resources_{self._num_added}")
+        folder = f"runtime_resources_{self._num_added}"
+        with still_connected():
+            return self._cluster.add_node(**NODE, runtime_env_dir_name=folder)
 
     def kill(self, node: Any) -> None:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def shutdown(self) -> None:
-        self._cluster.shutdown()
+        with still_connected():
+            self._cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
