@@ -66,7 +66,7 @@ class Serving(Scenario):
         for calls in (CALLS[:2], CALLS[2:]):
             await asyncio.gather(*(self._call(ledger, call) for call in calls))
             await ledger._save()
-            self.booked.update(call.request_id for call in CALLS if call.call_id in ledger._memory)
+            self.booked.update(call.request_id for call in CALLS if call.call_id in ledger.books.memory)
         await ledger.close()
 
     async def _call(self, ledger: LocalLedger, call: CallRecord) -> None:
@@ -102,7 +102,7 @@ class Serving(Scenario):
         assert [await ledger.feedback(Feedback(request_id=name, correct=True), "ann") for name in NAMES] == [False] * 4
         stats = await ledger.stats("ann")
         await ledger.close()
-        lost = {call.request_id for call in CALLS if call.call_id not in ledger._memory}
+        lost = {call.request_id for call in CALLS if call.call_id not in ledger.books.memory}
         assert lost <= self.acknowledged
         lost_usd = sum(call.cost_usd or 0.0 for call in CALLS if call.request_id in lost)
         return stats.feedback, stats.calls + len(lost), stats.spent_today_usd + lost_usd

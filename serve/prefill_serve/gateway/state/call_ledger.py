@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Protocol, TypeVar
@@ -19,8 +19,9 @@ from prefill_router.common.gauges import REFRESHER
 from prefill_router.common.schema import CALL_ID, CALLER, CORRECT, OUTPUT_TOKENS, REQUEST_ID
 from prefill_serve.gateway.call_record import CallRecord
 from prefill_serve.gateway.gateway_metrics import BudgetMetrics, MemoryMetrics
-from prefill_serve.gateway.state.accounts import Accounts, Stats
-from prefill_serve.gateway.state.call_memory import CallMemory, UnsavedCalls
+from prefill_serve.gateway.state.accounts import Stats
+from prefill_serve.gateway.state.call_books import CallBooks
+from prefill_serve.gateway.state.call_memory import UnsavedCalls
 from prefill_serve.gateway.state.conversations import Conversations, Key, MainAgent, Past
 from prefill_serve.gateway.state.feedback import (
     ConflictingFeedback,
@@ -75,11 +76,8 @@ class LocalLedger:
 
     def __init__(self) -> None:
         self.settings = LedgerSettings()
-        self.accounts, self.conversations, self.metrics = Accounts(), Conversations(), BudgetMetrics()
-        self._accounts_of: defaultdict[str, Accounts] = defaultdict(Accounts)  # by caller
-        self.memory_metrics = MemoryMetrics()
-        self._memory: CallMemory[StoredFeedback] = CallMemory()
-        self._num_feedback: Counter[str] = Counter()  # by caller
+        self.books, self.conversations = CallBooks(), Conversations()
+        self.metrics, self.memory_metrics = BudgetMetrics(), MemoryMetrics()
         self._folder: LedgerFolder | None = None
         self._unsaved = UnsavedCalls(_UNSAVED, _UNSAVED_BYTES)
         self._pending: list[tuple[StoredFeedback, CallRecord]] = []
@@ -89,7 +87,7 @@ class LocalLedger:
         REFRESHER.add(self._set_budget_metrics)  # resets the shares on a new day even without calls
 
     async def configure(self, settings: LedgerSettings) -> None:
-        """Applies settings. Reads a new folder first and counts its calls as if they had happened here.
+        """Applies settings. Reads a new folder first, and adds its calls to those in memory.
 
         Raises what reading raises; the folder before it then stays in use, as it does until the new one has been read.
         """
@@ -97,33 +95,33 @@ class LocalLedger:
             await self._save()
             self._folder = None
         elif self._folder is None or settings.folder != self.settings.folder:
-            folder = LedgerFolder(settings.folder)
-            calls, outcomes, num_feedback = await asyncio.to_thread(folder.read, _now() - _KEPT)
+            folder, books = LedgerFolder(settings.folder), CallBooks(self.books.accounts.reservations)
+            outcomes, num_feedback = await asyncio.to_thread(_read, folder, books)
             await self._save()
             self._folder = folder
-            self._count(calls, outcomes, num_feedback)
+            self._take_over(books, outcomes, num_feedback)
         hard = settings.budgets.hard
         if settings.folder is None and (hard.keys or hard.usd_per_day is not None):
             log.warning("hard limits lose today's spending at a restart: start the endpoint with --feedback FOLDER")
         self.settings = settings
         self._set_budget_metrics()
 
-    def _count(self, calls: Sequence[CallRecord], outcomes: Sequence[Row], num_feedback: Counter[str]) -> None:
-        """Counts what a folder holds."""
-        self._num_feedback |= num_feedback
-        for record in calls:
-            if record.call_id not in self._memory:
-                self._book(record)
-                if record.answer_key is not None and record.target is not None:
-                    self.conversations.keep([bytes.fromhex(record.answer_key)], Past(record.target))
+    def _take_over(self, books: CallBooks, outcomes: Sequence[Row], num_feedback: Counter[str]) -> None:
+        """Continues with the books that a folder's calls are in, and with its outcomes."""
+        for record in books.memory.calls.values():
+            if record.answer_key is not None and record.target is not None:
+                self.conversations.keep([bytes.fromhex(record.answer_key)], Past(record.target))
+        books.num_feedback = num_feedback
         for row in outcomes:
-            if not self._memory.has_feedback(row[CALL_ID]):
-                given = StoredFeedback(row[CORRECT], row[OUTPUT_TOKENS])
-                given.written.set_result(None)
-                self._memory.add_feedback((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
+            given = StoredFeedback(row[CORRECT], row[OUTPUT_TOKENS])
+            given.written.set_result(None)
+            books.memory.add_feedback((row[CALLER], row[REQUEST_ID]), row[CALL_ID], given)
+        books.adopt(self.books)
+        self.books = books
+        self._set_memory_metrics()
 
     def _set_budget_metrics(self) -> None:
-        self.metrics.spent(self.accounts.shares(self.settings.budgets, _now()))
+        self.metrics.spent(self.books.accounts.shares(self.settings.budgets, _now()))
 
     async def past(self, keys: Sequence[Key], main: MainAgent | None = None) -> Past | None:
         """The conversation with one of these keys, or that of the session's main agent."""
@@ -139,7 +137,7 @@ class LocalLedger:
         The amount counts as spent until `record`. A ticket has one reservation at a time, which lapses if its call is
         never recorded.
         """
-        accounts, budgets, now = self.accounts, self.settings.budgets, _now()
+        accounts, budgets, now = self.books.accounts, self.settings.budgets, _now()
         accounts.reservations.end(ticket)
         costs = [max(accounts.usual_usd(bid.target) if bid.usd is None else bid.usd, bid.least_usd) for bid in bids]
 
@@ -155,20 +153,21 @@ class LocalLedger:
 
     async def renew(self, tickets: Sequence[str]) -> None:
         """Extends the reservations of calls in progress."""
-        self.accounts.reservations.renew(tickets)
+        self.books.accounts.reservations.renew(tickets)
 
     async def record(
         self, record: CallRecord, keys: Sequence[Key], ticket: str = "", main: MainAgent | None = None
     ) -> None:
         """Records a finished call and ends its reservation. A call that is recorded already is not counted again."""
-        self.accounts.reservations.end(ticket)
-        if record.call_id in self._memory:
+        self.books.accounts.reservations.end(ticket)
+        if record.call_id in self.books.memory:
             return
         if record.target is not None and record.end != "routed":
             input_tokens = record.counted_tokens if record.usage is None else record.usage.input_tokens
             self.conversations.keep(keys, Past(record.target, input_tokens, record.counted_tokens), main)
-        self._book(record)
+        self.books.book(record)
         self._set_budget_metrics()
+        self._set_memory_metrics()
         if self._folder is not None:
             self._unsaved.extend([record])
             if self._saver is None or self._saver.done():
@@ -183,9 +182,9 @@ class LocalLedger:
             raise FeedbackDisabled("feedback is not enabled: start the endpoint with --feedback FOLDER")
         value, length = _float32(given.value), given.output_tokens
         alias = caller, given.request_id
-        if alias not in self._memory.aliases:
-            await _poll(lambda: self._memory.call(alias))
-        record, known = self._memory.call(alias), self._memory.feedback(alias)
+        if alias not in self.books.memory.aliases:
+            await _poll(lambda: self.books.memory.call(alias))
+        record, known = self.books.memory.call(alias), self.books.memory.feedback(alias)
         if known is not None:  # the call itself may be evicted
             if value != known.value or length not in (None, known.output_tokens):
                 raise ConflictingFeedback(
@@ -198,8 +197,8 @@ class LocalLedger:
         if length is None and record.usage is not None:
             length = record.usage.output_tokens
         new = StoredFeedback(value, length)
-        self._memory.add_feedback(alias, record.call_id, new)
-        self._num_feedback[caller] += 1
+        self.books.memory.add_feedback(alias, record.call_id, new)
+        self.books.num_feedback[caller] += 1
         self._pending.append((new, record))
         self._tasks.add(task := asyncio.create_task(self._commit(self._folder)))
         task.add_done_callback(self._tasks.discard)
@@ -208,22 +207,15 @@ class LocalLedger:
 
     async def stats(self, caller: str | None) -> Stats:
         """The figures of one caller, or of all callers for None."""
-        reserved_usd = self.accounts.reservations.usd()
-        if caller is None:
-            return self.accounts.stats(_now(), sum(reserved_usd.values()), self._num_feedback.total())
-        accounts = self._accounts_of[caller]
-        return accounts.stats(_now(), reserved_usd.get(caller, 0.0), self._num_feedback[caller])
+        return self.books.stats(caller, _now())
 
     async def close(self) -> None:
         """Saves unsaved calls and pending feedback."""
         await self._save()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _book(self, record: CallRecord) -> None:
-        self.accounts.book(record)
-        self._accounts_of[record.caller].book(record)
-        self._memory.add(record)
-        self.memory_metrics.holds(len(self._memory), self._memory.prompt_bytes)
+    def _set_memory_metrics(self) -> None:
+        self.memory_metrics.holds(len(self.books.memory), self.books.memory.prompt_bytes)
 
     async def _commit(self, folder: LedgerFolder) -> None:
         """Writes all pending feedback as one file; more accumulates meanwhile for the next."""
@@ -236,8 +228,8 @@ class LocalLedger:
             except Exception as error:
                 log.exception("feedback not written")
                 for given, record in batch:
-                    self._memory.remove_feedback(record.call_id)
-                    self._num_feedback[record.caller] -= 1
+                    self.books.memory.remove_feedback(record.call_id)
+                    self.books.num_feedback[record.caller] -= 1
                     given.written.set_exception(error)
                     given.written.exception()  # its callers may have disconnected
                 return
@@ -259,6 +251,12 @@ class LocalLedger:
                     log.exception("calls not written to the journal: they will be retried with the next ones")
                     calls.extend(self._unsaved)  # those that came meanwhile
                     self._unsaved = calls
+
+
+def _read(folder: LedgerFolder, books: CallBooks) -> tuple[list[Row], Counter[str]]:
+    """Books a folder's calls. Returns its latest outcomes, and their number by caller."""
+    books.book_all(folder.read_calls(_now() - _KEPT))
+    return folder.read_outcomes(books.memory.calls)
 
 
 async def _poll(find: Callable[[], _T | None]) -> _T | None:

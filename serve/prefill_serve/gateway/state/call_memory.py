@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from prefill_serve.gateway.call_record import CallRecord
@@ -32,7 +31,7 @@ class CallMemory(Generic[FeedbackT]):
         self.most_calls, self.most_prompt_bytes = most_calls, most_prompt_bytes
         self.prompt_bytes = 0
         self.aliases: dict[Alias, str] = {}  # call_id of the latest call, whose feedback may outlive it
-        self._calls: OrderedDict[str, CallRecord] = OrderedDict()  # by call_id, as below
+        self._calls: OrderedDict[str, CallRecord] = OrderedDict()  # by call_id, as below; the oldest first
         self._feedback: dict[str, FeedbackT] = {}  # of stored calls
         self._evicted: OrderedDict[str, tuple[Alias, FeedbackT]] = OrderedDict()  # of evicted calls
 
@@ -42,6 +41,11 @@ class CallMemory(Generic[FeedbackT]):
 
     def __contains__(self, call_id: str) -> bool:
         return call_id in self._calls
+
+    @property
+    def calls(self) -> Mapping[str, CallRecord]:
+        """The calls by call_id, the oldest first."""
+        return self._calls
 
     def call(self, alias: Alias) -> CallRecord | None:
         return self._calls.get(self.aliases.get(alias, ""))
@@ -63,6 +67,13 @@ class CallMemory(Generic[FeedbackT]):
 
     def has_feedback(self, call_id: str) -> bool:
         return call_id in self._feedback or call_id in self._evicted
+
+    def all_feedback(self) -> Iterator[tuple[Alias, str, FeedbackT]]:
+        """Yields alias, call_id and feedback, that of evicted calls first."""
+        for call_id, (alias, feedback) in self._evicted.items():
+            yield alias, call_id, feedback
+        for call_id, feedback in self._feedback.items():
+            yield self._calls[call_id].alias, call_id, feedback
 
     def add_feedback(self, alias: Alias, call_id: str, feedback: FeedbackT) -> None:
         if call_id in self._calls:
@@ -135,24 +146,6 @@ class UnsavedCalls:
             self._bytes += num_bytes(record)
             while len(self._calls) > self.most or self._bytes > self.most_bytes:
                 self._bytes -= num_bytes(self._calls.popleft())
-
-
-def bound_prompts(calls: Iterable[CallRecord], most_bytes: int = MOST_PROMPT_BYTES) -> list[CallRecord]:
-    """Deduplicates calls, and drops the oldest prompts above a size; calls without one can get no feedback."""
-    found: dict[str, CallRecord] = {}
-    holding: deque[str] = deque()
-    size = 0
-    for record in calls:
-        if record.call_id in found:
-            continue
-        found[record.call_id] = record
-        holding.append(record.call_id)
-        size += num_bytes(record)
-        while size > most_bytes:
-            oldest = found[holding.popleft()]
-            size -= num_bytes(oldest)
-            found[oldest.call_id] = replace(oldest, prompt=None, prompt_id=None)
-    return list(found.values())
 
 
 def num_bytes(record: CallRecord) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from io import BytesIO
 from typing import Any
@@ -31,11 +31,13 @@ from prefill_router.common.schema import (
     TARGET,
 )
 from prefill_serve.gateway.call_record import CallRecord
-from prefill_serve.gateway.state.call_memory import MOST_CALLS, RecentNames, bound_prompts
+from prefill_serve.gateway.state.call_memory import MOST_CALLS, RecentNames
 from prefill_serve.gateway.state.feedback import StoredFeedback
 from prefill_serve.gateway.state.row_files import RowFolder
 
 log = logging.getLogger("ray.serve")
+
+_MOST_REPEATED = 1_000_000  # calls between the two copies that an interrupted merge leaves
 
 Row = dict[str, Any]
 
@@ -49,25 +51,28 @@ class LedgerFolder:
         self.prompts = RowFolder(storage.join(uri, "prompts"), ".parquet", _encode_prompts, _decode_prompts)
         self._stored_prompts = RecentNames()  # an evicted id may be stored twice, which is harmless
 
-    def read(self, since: datetime) -> tuple[list[CallRecord], list[Row], Counter[str]]:
-        """Returns the calls since a time, the latest outcomes, and the number of outcomes by caller, each deduplicated.
-
-        Calls whose prompts exceed the memory limit come without them and can get no feedback.
-        """
+    def read_calls(self, since: datetime) -> Iterator[CallRecord]:
+        """Removes calls from before a time, and yields the others, oldest first, each once."""
         self.journal.forget(since)
         self._stored_prompts.update(self.prompts.read(_decode_prompt_ids))
-        calls = bound_prompts(record for record in self.journal.read() if record.at >= since)
-        callers = {record.call_id: record.caller for record in calls}
+        seen = RecentNames(_MOST_REPEATED)
+        for record in self.journal.read():
+            if record.at >= since and record.call_id not in seen:
+                seen.update([record.call_id])
+                yield record
+
+    def read_outcomes(self, calls: Mapping[str, CallRecord]) -> tuple[list[Row], Counter[str]]:
+        """Returns the latest outcomes, and the number of outcomes by caller. `calls` tell the callers of older rows."""
         outcomes: dict[str, Row] = {}
         num_outcomes: Counter[str] = Counter()
         for row in self.outcomes.read():
             if row[CALLER] is None:
-                row[CALLER] = callers.get(row[CALL_ID], "")
+                row[CALLER] = calls[row[CALL_ID]].caller if row[CALL_ID] in calls else ""
             num_outcomes[row[CALLER]] += row[CALL_ID] not in outcomes
             outcomes[row[CALL_ID]] = row
             if len(outcomes) > MOST_CALLS:
                 del outcomes[next(iter(outcomes))]
-        return calls, list(outcomes.values()), num_outcomes
+        return list(outcomes.values()), num_outcomes
 
     def write_calls(self, calls: Sequence[CallRecord], now: datetime, since: datetime) -> None:
         """Writes calls to the journal, and removes files of before `since` from it."""
@@ -115,8 +120,8 @@ def _encode_calls(calls: Sequence[CallRecord]) -> bytes:
     return "".join(f"{record.to_json()}\n" for record in calls).encode()
 
 
-def _decode_calls(data: bytes) -> list[CallRecord]:
-    return [CallRecord.from_json(line) for line in data.splitlines()]
+def _decode_calls(data: bytes) -> Iterator[CallRecord]:
+    return (CallRecord.from_json(line) for line in data.splitlines())
 
 
 def _encode_outcomes(rows: Sequence[Row]) -> bytes:

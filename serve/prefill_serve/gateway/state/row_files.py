@@ -7,7 +7,7 @@ deduplicate by id.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Generic, TypeVar, overload
 
@@ -29,7 +29,7 @@ class RowFolder(Generic[Row]):
         uri: str,
         suffix: str,
         encode: Callable[[Sequence[Row]], bytes],
-        decode: Callable[[bytes], list[Row]],
+        decode: Callable[[bytes], Iterable[Row]],
     ) -> None:
         self.uri, self.suffix = uri, suffix
         self._encode, self._decode = encode, decode
@@ -45,8 +45,8 @@ class RowFolder(Generic[Row]):
     @overload
     def read(self) -> Iterator[Row]: ...
     @overload
-    def read(self, decode: Callable[[bytes], list[Part]]) -> Iterator[Part]: ...
-    def read(self, decode: Callable[[bytes], list[Any]] | None = None) -> Iterator[Any]:
+    def read(self, decode: Callable[[bytes], Iterable[Part]]) -> Iterator[Part]: ...
+    def read(self, decode: Callable[[bytes], Iterable[Any]] | None = None) -> Iterator[Any]:
         """Yields all rows, or the output of `decode`, oldest file first. Holds a few files in memory at a time."""
         uris = [storage.join(self.uri, name) for name in self._names()]
         for start in range(0, len(uris), _READ_FILES):

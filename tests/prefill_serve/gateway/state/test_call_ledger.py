@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from prefill_router.corpus import reader
 from prefill_router.corpus.reader import Prompt, content_hash
 from prefill_router.outcomes import load_outcomes
 from prefill_serve.gateway.call_record import CallRecord, Usage
+from prefill_serve.gateway.state import call_books
 from prefill_serve.gateway.state import call_ledger as module
 from prefill_serve.gateway.state.call_ledger import Bid, LocalLedger
-from prefill_serve.gateway.state.call_memory import RecentNames, bound_prompts
+from prefill_serve.gateway.state.call_memory import CallMemory, RecentNames
 from prefill_serve.gateway.state.feedback import ConflictingFeedback, Feedback, FeedbackDisabled, UnknownRequest
 from prefill_serve.gateway.state.ledger_folder import LedgerFolder
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
@@ -587,7 +589,7 @@ def test_a_call_of_more_than_a_week_ago_is_forgotten(tmp_path: Path) -> None:
 def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
-        ledger._memory.most_calls = 2
+        ledger.books.memory.most_calls = 2
         for name in ("r-1", "r-2", "r-3"):
             await ledger.record(served(name), [])
         with pytest.raises(UnknownRequest):
@@ -601,7 +603,7 @@ def test_of_too_many_calls_the_oldest_is_forgotten(tmp_path: Path) -> None:
 def test_feedback_on_forgotten_calls_is_forgotten_after_them(tmp_path: Path) -> None:
     async def scenario() -> None:
         ledger = await opened(tmp_path)
-        ledger._memory.most_calls = 2
+        ledger.books.memory.most_calls = 2
         for i in range(7):
             await ledger.record(served(f"r-{i}"), [])
             assert await ledger.feedback(right(f"r-{i}"), "ann")
@@ -626,13 +628,13 @@ def test_prompts_that_are_kept_take_bounded_memory(
 
     async def scenario() -> None:
         ledger = await opened(tmp_path, keep_prompts=True)
-        ledger._memory.most_prompt_bytes = 50_000
+        ledger.books.memory.most_prompt_bytes = 50_000
         monkeypatch.setattr(LedgerFolder, "write_calls", _fail)
         for i in range(50):
             await ledger.record(served(f"r-{i}", prompt=prompt), [])
-        assert ledger._memory.prompt_bytes <= 50_000
+        assert ledger.books.memory.prompt_bytes <= 50_000
         assert len(ledger._unsaved) == 4
-        assert len(ledger._memory) == 4
+        assert len(ledger.books.memory) == 4
         with pytest.raises(UnknownRequest):
             await ledger.feedback(right("r-45"), "ann")
         assert await ledger.feedback(right("r-46"), "ann")
@@ -644,11 +646,40 @@ def test_prompts_that_are_kept_take_bounded_memory(
     run(scenario)
 
 
-def test_a_ledger_that_is_read_anew_holds_the_latest_prompts_alone() -> None:
-    calls = [served(f"r-{i}", prompt="x" * 10_000) for i in range(4)]
-    found = bound_prompts([*calls[:2], *calls[1:]], 25_000)
-    assert [call.request_id for call in found] == ["r-0", "r-1", "r-2", "r-3"]
-    assert [call.prompt_id is not None and call.prompt is not None for call in found] == [False, False, True, True]
+def test_a_ledger_that_is_read_anew_counts_all_calls_and_remembers_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A week of calls may exceed what fits in memory."""
+
+    async def scenario() -> None:
+        old = await opened(tmp_path)
+        for i in range(5):
+            await old.record(served(f"r-{i}"), [])
+        await old.close()
+        monkeypatch.setattr(call_books, "CallMemory", partial(CallMemory, 2))
+        new = await opened(tmp_path)
+        assert await new.stats("ann") == await old.stats("ann")
+        assert [call.request_id for call in new.books.memory.calls.values()] == ["r-3", "r-4"]
+        assert await new.feedback(right("r-4"), "ann")
+        with pytest.raises(UnknownRequest):
+            await new.feedback(right("r-2"), "ann")
+
+    run(scenario)
+
+
+def test_a_ledger_that_moves_keeps_its_feedback_and_reservations(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ledger = await opened(tmp_path / "a")
+        await ledger.record(served("r-1"), [])
+        assert await ledger.feedback(right("r-1"), "ann")
+        await ledger.reserve("t", "ann", BIDS)
+        before = await ledger.stats("ann")
+        await ledger.configure(LedgerSettings(folder=str(tmp_path / "b")))
+        assert await ledger.stats("ann") == before
+        assert before.reserved_usd > 0
+        assert not await ledger.feedback(right("r-1"), "ann")
+
+    run(scenario)
 
 
 def test_names_that_were_met_are_the_latest() -> None:
@@ -803,7 +834,7 @@ def test_a_folder_that_cannot_be_read_leaves_the_old_one_in_use(
     async def scenario() -> None:
         ledger = await opened(tmp_path / "a")
         with monkeypatch.context() as patch:
-            patch.setattr(LedgerFolder, "read", _fail)
+            patch.setattr(LedgerFolder, "read_calls", _fail)
             with pytest.raises(OSError, match="no space left"):
                 await ledger.configure(LedgerSettings(folder=str(tmp_path / "b")))
         await ledger.record(served(), [])
@@ -816,7 +847,7 @@ def test_a_folder_that_cannot_be_read_leaves_the_old_one_in_use(
 
 def test_a_call_that_ends_while_a_new_folder_is_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, read_on = threading.Event(), threading.Event()
-    read = LedgerFolder.read
+    read = LedgerFolder.read_calls
 
     def slow(self: LedgerFolder, since: datetime) -> Any:
         reading.set()
@@ -826,7 +857,7 @@ def test_a_call_that_ends_while_a_new_folder_is_read_is_kept(tmp_path: Path, mon
     async def scenario() -> None:
         ledger = await opened(tmp_path / "a")
         with monkeypatch.context() as patch:
-            patch.setattr(LedgerFolder, "read", slow)
+            patch.setattr(LedgerFolder, "read_calls", slow)
             moving = asyncio.create_task(ledger.configure(LedgerSettings(folder=str(tmp_path / "b"))))
             await asyncio.to_thread(reading.wait, 30)
             await ledger.record(served(), [])

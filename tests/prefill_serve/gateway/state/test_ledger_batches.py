@@ -73,7 +73,7 @@ def test_a_budget_is_as_exact_as_without_batches() -> None:
         wire.may_send.release()
         answers = await asyncio.gather(*tasks)
         assert [isinstance(answer, Reserved) for answer in answers] == [True, True, False, False]
-        assert wire.ledger.accounts.reservations.usd() == {"ann": 0.8}
+        assert wire.ledger.books.accounts.reservations.usd() == {"ann": 0.8}
 
     play(scenario)
 
@@ -118,6 +118,6 @@ def test_a_request_whose_caller_gave_up_is_not_sent() -> None:
         last = await asked(batches, "reserve", "t2", "ann", bid(0.5))
         wire.may_send.release()
         assert await last == Reserved(0, 0.5)
-        assert wire.ledger.accounts.reservations.usd() == {"ann": 1.0}  # t0 and t2
+        assert wire.ledger.books.accounts.reservations.usd() == {"ann": 1.0}  # t0 and t2
 
     play(scenario)
