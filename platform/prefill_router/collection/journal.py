@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -97,7 +98,7 @@ class Journal:
 
     async def _write_batch(self, batch: list[tuple[str, asyncio.Future[None]]]) -> None:
         data = "".join(f"{line}\n" for line, _ in batch).encode()
-        uri = storage.join(self.uri, f"{uuid.uuid4().hex}{_SUFFIX}")
+        uri = storage.join(self.uri, f"{time.time_ns():020}-{uuid.uuid4().hex}{_SUFFIX}")  # names sort by time
         try:
             await asyncio.to_thread(storage.write_bytes, uri, data)
         except Exception as error:

@@ -144,6 +144,12 @@ def test_an_attempt_without_an_end_may_have_been_paid_for(tmp_path: Path) -> Non
     assert state.lost == CALL.worst + CALL.worst
 
 
+def test_the_reason_of_a_call_is_that_of_its_latest_attempt(tmp_path: Path) -> None:
+    asyncio.run(noted(place(tmp_path), *(Miss(f"status {500 + i}") for i in range(8))))
+    (state,) = load_states(place(tmp_path)).values()
+    assert state.reason == "status 507"
+
+
 def test_notes_become_part_of_their_shard_once(tmp_path: Path) -> None:
     at = place(tmp_path)
     asyncio.run(noted(at, None, ANSWER))
