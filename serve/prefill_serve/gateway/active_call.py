@@ -22,7 +22,8 @@ from prefill_serve.gateway.state.call_ledger import Bid
 from prefill_serve.gateway.state.conversations import Key, MainAgent
 from prefill_serve.gateway.state.reservations import Exhausted, Reserved
 from prefill_serve.gateway.translated_calls import TranslatedCall, translated
-from prefill_serve.gateway.upstream import Attempt, Channel
+from prefill_serve.gateway.upstream import Channel
+from prefill_serve.gateway.upstream_attempt import Attempt
 from prefill_serve.gateway.upstream_failures import UpstreamRefusal
 
 _MOST_OF_A_HEADER = 500

@@ -36,8 +36,9 @@ from prefill_serve.gateway.relay import Relay
 from prefill_serve.gateway.state.call_ledger import Bid, CallLedger, LedgerUnavailable
 from prefill_serve.gateway.state.reservations import LAPSES_S, Exhausted, Reserved
 from prefill_serve.gateway.token_counts import count_tokens
-from prefill_serve.gateway.upstream import Channel, Stream
+from prefill_serve.gateway.upstream import Channel
 from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
+from prefill_serve.gateway.upstream_stream import UpstreamStream
 from prefill_serve.http_errors import Refusal
 from prefill_serve.settings import Budgets
 
@@ -93,7 +94,7 @@ class Proxy:
             raise
         self.metrics.first_seconds.observe(perf_counter() - started)
         assert active.choice is not None
-        if isinstance(answered, Stream):
+        if isinstance(answered, UpstreamStream):
             headers = {**active.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
             return Relay(active, answered, headers, self._finish)
         active.keep_answer(call.answer_id(answered))
@@ -139,7 +140,7 @@ class Proxy:
                 self.metrics.breaker.forget({"target": name})
         return self._channels
 
-    async def _ask(self, active: ActiveCall) -> Body | Stream:
+    async def _ask(self, active: ActiveCall) -> Body | UpstreamStream:
         """Returns the answer of the first target that gives one."""
         failure: UpstreamFailure | None = None
         while (channel := await self._next(active)) is not None:
@@ -242,7 +243,7 @@ class Proxy:
 
     # --- answer --------------------------------------------------------------------------------------------------
 
-    def _finish(self, active: ActiveCall, stream: Stream, end: End) -> None:
+    def _finish(self, active: ActiveCall, stream: UpstreamStream, end: End) -> None:
         """Called when a stream has been relayed or its caller has disconnected."""
         assert active.choice is not None
         active.keep_answer(stream.answer_id)

@@ -13,8 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from prefill_serve.gateway.active_call import ActiveCall
 from prefill_serve.gateway.call_record import End
-from prefill_serve.gateway.upstream import Stream
 from prefill_serve.gateway.upstream_failures import UpstreamFailure
+from prefill_serve.gateway.upstream_stream import UpstreamStream
 
 log = logging.getLogger("ray.serve")
 
@@ -29,9 +29,9 @@ class Relay(StreamingResponse):
     def __init__(
         self,
         active: ActiveCall,
-        stream: Stream,
+        stream: UpstreamStream,
         headers: dict[str, str],
-        finish: Callable[[ActiveCall, Stream, End], None],
+        finish: Callable[[ActiveCall, UpstreamStream, End], None],
     ) -> None:
         self._active, self._stream, self._finish = active, stream, finish
         self._end: End = "cancelled"

@@ -12,7 +12,8 @@ from prefill_serve.engine import Engine
 from prefill_serve.gateway.active_call import Caller
 from prefill_serve.gateway.messages_calls import TokenCountCall
 from prefill_serve.gateway.openai_calls import IMAGE_TOKENS, encoded, image_parts
-from prefill_serve.gateway.upstream import Attempt, Channel
+from prefill_serve.gateway.upstream import Channel
+from prefill_serve.gateway.upstream_attempt import Attempt
 from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
 
 log = logging.getLogger("ray.serve")

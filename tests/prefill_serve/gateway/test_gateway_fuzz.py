@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -19,11 +20,14 @@ from loopback import LoopbackServer
 from mutations import damaged, mutated
 from prefill_router.policy.pool import Target
 from prefill_router.policy.pool import Upstream as Way
+from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.chat_calls import ChatCall
+from prefill_serve.gateway.failure_judge import FailureJudge
 from prefill_serve.gateway.messages_calls import MessagesCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.translated_calls import translated
-from prefill_serve.gateway.upstream import Attempt, Channel, Stream
+from prefill_serve.gateway.upstream_attempt import Attempt
+from prefill_serve.gateway.upstream_stream import UpstreamStream
 
 CHAT, MESSAGES, RESPONSES, COUNT = (
     "/v1/chat/completions",
@@ -374,9 +378,9 @@ def test_a_stream_is_the_same_wherever_it_is_split(call: Call, protocol: str, mo
 
     async def relayed(*pieces: bytes) -> tuple[bytes, Any]:
         target = Target(name="t", upstream=Way(base_url="http://127.0.0.1:9", protocol=protocol))  # type: ignore[arg-type]
-        channel = Channel(target, None)  # type: ignore[arg-type]
         translation = translated(type(call)({**call.body, "messages": [{"role": "user", "content": "x"}]}), protocol)
-        stream = Stream(channel, Attempt(translation.call, translation=translation), _Answer(list(pieces)))  # type: ignore[arg-type]
+        attempt, response = Attempt(translation.call, translation=translation), _Answer(list(pieces))
+        stream = UpstreamStream(FailureJudge(target, Breaker()), attempt, response, AsyncMock())  # type: ignore[arg-type]
         await stream.begin()
         said = b"".join([piece async for piece in stream.pieces()])
         assert stream.is_whole

@@ -18,12 +18,14 @@ from prefill_router.policy.pool import Target
 from prefill_router.policy.pool import Upstream as Way
 from prefill_router.upstreams.transport import LONGEST_RETRY_AFTER_S, http_client
 from prefill_serve.gateway import upstream as module
+from prefill_serve.gateway import upstream_stream
 from prefill_serve.gateway.breaker import Breaker
 from prefill_serve.gateway.call_record import Usage
 from prefill_serve.gateway.chat_calls import ChatCall
 from prefill_serve.gateway.openai_calls import Call
 from prefill_serve.gateway.responses_calls import ResponsesCall
-from prefill_serve.gateway.upstream import Attempt, Channel
+from prefill_serve.gateway.upstream import Channel
+from prefill_serve.gateway.upstream_attempt import Attempt
 from prefill_serve.gateway.upstream_failures import UpstreamFailure, UpstreamRefusal
 from upstream import Fault, Upstream
 
@@ -111,8 +113,8 @@ def scripted() -> Iterator[Scripted]:
 async def channel_to(url: str, **way: Any) -> AsyncIterator[tuple[Channel, Watched]]:
     async with http_client() as http:
         upstream = Way(**{"base_url": url, "timeout_s": PATIENT_S, "concurrency": 1, **way})
-        channel = Channel(Target(name="t", input_price=1.0, output_price=1.0, upstream=upstream), http)
-        channel.breaker = breaker = Watched()
+        breaker = Watched()
+        channel = Channel(Target(name="t", input_price=1.0, output_price=1.0, upstream=upstream), http, breaker)
         yield channel, breaker
 
 
@@ -387,7 +389,7 @@ def test_all_choices_that_began_must_end(scripted: Scripted) -> None:
 def test_an_event_that_does_not_end_is_a_failure(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch, before: bytes, got: bytes
 ) -> None:
-    monkeypatch.setattr(module, "MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(upstream_stream, "MAX_EVENT_BYTES", 1000)
     url = scripted.answers(before + b'data: {"x":"', *[b"y" * 600] * 3)
     failure, heard, was_got = failed(url, chat(stream=True))
     assert (failure.reason, failure.status, heard, was_got) == ("too_large", 502, ["failed, 0"], got)
@@ -408,7 +410,7 @@ def test_a_stream_that_has_begun_is_not_kept_open_by_less_than_an_event(scripted
 
 
 def test_a_stream_without_end_is_a_failure(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_STREAM_BYTES", 10 * len(CONTENT))
+    monkeypatch.setattr(upstream_stream, "MAX_STREAM_BYTES", 10 * len(CONTENT))
     failure, heard, got = failed(scripted.answers(*[CONTENT] * 20), chat(stream=True))
     assert (failure.reason, heard, got) == ("too_large", ["failed, 0"], CONTENT * 11)
     assert f"streamed more than {10 * len(CONTENT)} bytes" in str(failure)
