@@ -94,6 +94,16 @@ def test_the_choice_follows_the_tolerance(page: Page, gateway: Gateway) -> None:
     expect(page.locator("#decision")).to_contain_text(best)
 
 
+def test_the_tolerance_that_is_shown_is_the_one_that_is_sent(page: Page, gateway: Gateway) -> None:
+    slider, shown = page.get_by_role("slider", name="Tolerance"), page.locator("#tolerance-value")
+    assert float(shown.inner_text()) == gateway.http.get("/v1/router").json()["tolerance"]
+    ask(page)
+    with page.expect_request("**/v1/route") as sent:
+        slider.fill("0.123456")
+    assert shown.inner_text() == "0.123"
+    assert sent.value.post_data_json["tolerance"] == 0.123
+
+
 def test_a_conversation_is_read_whole(page: Page) -> None:
     ask(page)
     page.get_by_role("button", name="Add a message").click()

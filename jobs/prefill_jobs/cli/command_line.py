@@ -182,16 +182,19 @@ def _probe(config: Any) -> None:
 def _train(config: Any) -> None:
     from prefill_jobs.runtime.cluster import result_on_stdout
     from prefill_jobs.train.train_job import train, train_folds
+    from prefill_router.reports.number_format import exactly
 
     if config.folds is not None:
         with result_on_stdout():
             routers = train_folds(config)
         for fold, router in enumerate(routers):
-            typer.echo(f"{config.out}/fold-{fold}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+            typer.echo(
+                f"{config.out}/fold-{fold}: router {router.version}, tolerance {exactly(router.default_tolerance)}"
+            )
         return
     with result_on_stdout():
         router = train(config)
-    typer.echo(f"{config.out}: router {router.version}, tolerance {router.default_tolerance:.3f}")
+    typer.echo(f"{config.out}: router {router.version}, tolerance {exactly(router.default_tolerance)}")
     if config.extend is None:
         losses = ", ".join(f"{loss:.4f}" for loss in router.training["metrics"]["validation_losses"])
         typer.echo(f"validation losses of the kept trunks: {losses}")

@@ -32,6 +32,7 @@ from prefill_router.corpus.plan import plan, read_shard
 from prefill_router.corpus.reader import Prompt
 from prefill_router.evaluation.results import Evaluation
 from prefill_router.reports.evaluation_page import headline, metric_rows
+from prefill_router.reports.number_format import exactly
 from prefill_router.reports.verdict import verdict
 
 _NUM_REQUESTS = 3
@@ -98,7 +99,7 @@ def _next_command(evaluation: Evaluation, router: str) -> str:
     tolerance, serve = verdict(evaluation).tolerance, f"prefill-router serve --router {router}"
     if tolerance is None:
         return f"To try the router all the same: {serve}"
-    flag = "" if tolerance == evaluation.tolerance else f" --tolerance {tolerance:.3f}"
+    flag = "" if tolerance == evaluation.tolerance else f" --tolerance {exactly(tolerance)}"
     return f"Serve it: {serve}{flag}"
 
 

@@ -118,13 +118,13 @@ def _together(parts: Iterable[HeldOut]) -> HeldOut:
 
 
 def _joined(parts: Iterable[Contender]) -> Contender:
-    """Concatenates the predictions of all folds' contenders; the tolerance is their mean."""
+    """Concatenates the predictions of all folds' contenders; the tolerance is their mean, to three decimals."""
     of_folds = list(parts)
     return replace(
         of_folds[0],
         p_correct=np.concatenate([part.p_correct for part in of_folds]),
         expected_output_tokens=np.concatenate([part.expected_output_tokens for part in of_folds]),
-        tolerance=float(np.mean([part.tolerance for part in of_folds])),
+        tolerance=round(float(np.mean([part.tolerance for part in of_folds])), 3),
     )
 
 

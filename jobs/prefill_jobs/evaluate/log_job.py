@@ -22,6 +22,7 @@ from prefill_router.evaluation.latency_frontier import latency_frontier
 from prefill_router.evaluation.off_policy import PolicyValue, load_log, policy_value
 from prefill_router.policy.selection import choose
 from prefill_router.reports.log_page import LogReport, write_report
+from prefill_router.reports.number_format import exactly
 from prefill_router.reports.versions import versions
 from prefill_router.router.artifact import Router
 
@@ -82,7 +83,7 @@ def evaluate_log(config: EvaluateConfig) -> list[PolicyValue]:
             "Feedback": config.outcomes,
             "Prompts": f"{config.activations}, of {graded.store.corpus}",
             "Router": config.router,
-            "Tolerance": f"{router.default_tolerance:.3f}",
+            "Tolerance": exactly(router.default_tolerance),
             "Versions": versions(),
         },
     )

@@ -23,6 +23,7 @@ from prefill_router.metrics import (
     interval_from_draws,
     risk_coverage_curve,
     spread_by_cost,
+    with_fewest_decimals,
 )
 from prefill_router.metrics.discrimination import has_partial_credit, ratio
 from prefill_router.metrics.scores import ROUNDING
@@ -207,7 +208,8 @@ class _Scoring:
 
     def tolerances(self) -> list[list[float]]:
         curve = self._router.curve()
-        return [row.tolist() for row in curve[spread_by_cost(curve[:, 1], _TOLERANCES)]]
+        picked = spread_by_cost(curve[:, 1], _TOLERANCES).tolist()
+        return [[with_fewest_decimals(curve[:, 0], i), *curve[i, 1:].tolist()] for i in picked]
 
     def operating_points(self, own_tolerance: float) -> list[OperatingPoint]:
         """The router at its own tolerance, and at the cheapest tolerance that reaches each reference accuracy."""

@@ -15,6 +15,7 @@ from prefill_router.metrics.curve import (
     pareto_frontier,
     spread_by_cost,
     tolerance_curve,
+    with_fewest_decimals,
 )
 from prefill_router.metrics.discrimination import brier_score, expected_calibration_error, reliability_curve, roc_auc
 from prefill_router.metrics.missing import completeness_weights
@@ -55,4 +56,5 @@ __all__ = [
     "score_routing",
     "spread_by_cost",
     "tolerance_curve",
+    "with_fewest_decimals",
 ]

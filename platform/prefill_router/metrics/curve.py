@@ -8,6 +8,8 @@ each weighting costs one cumulative sum.
 
 from __future__ import annotations
 
+from decimal import ROUND_CEILING, Decimal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -64,6 +66,20 @@ def spread_by_cost(costs: ArrayLike, num_points: int) -> NDArray[np.int64]:
     array = np.asarray(costs, np.float64)
     steps = np.linspace(array.max(), array.min(), num_points)
     return np.unique(np.abs(array - steps[:, None]).argmin(1))
+
+
+def with_fewest_decimals(tolerances: ArrayLike, index: int) -> float:
+    """The tolerance with the fewest decimals, at least three, that chooses as the one at `index` does.
+
+    `tolerances` (M,), ascending, are those where a choice changes: what is below the next one chooses the same.
+    """
+    array = np.asarray(tolerances, np.float64)
+    low, high = float(array[index]), float(array[index + 1]) if index + 1 < len(array) else np.inf
+    for decimals in range(3, 18):
+        rounded = float(Decimal(repr(low)).quantize(Decimal(10) ** -decimals, ROUND_CEILING))
+        if rounded < high:
+            return rounded
+    return low
 
 
 def auccc(curve: ArrayLike, c_min: float, c_max: float, floor: float) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prefill_router.common.errors import UserError
 from prefill_router.metrics.choices import RiskCoverage, zone_terms
-from prefill_router.metrics.curve import Points, Sweep, checked, complete, tolerance_curve
+from prefill_router.metrics.curve import Points, Sweep, checked, complete, tolerance_curve, with_fewest_decimals
 from prefill_router.metrics.discrimination import TargetScores, once, ratio
 from prefill_router.metrics.peers import GapRecovered, arena_score, average_improvement_in_quality
 from prefill_router.policy.selection import choose
@@ -131,9 +131,9 @@ class Scorer:
 
     def tolerance_reaching(self, accuracy: float) -> float | None:
         """The cheapest tolerance with at least this accuracy on all prompts; None if there is none."""
-        curve = self.curve()
-        accurate = curve[curve[:, 2] >= accuracy - ROUNDING]
-        return float(accurate[np.argmin(accurate[:, 1]), 0]) if len(accurate) else None
+        tolerances, costs, accuracies = self.curve().T
+        accurate = np.flatnonzero(accuracies >= accuracy - ROUNDING)
+        return with_fewest_decimals(tolerances, accurate[np.argmin(costs[accurate])]) if accurate.size else None
 
     def points_at(self, tolerances_M: ArrayLike, draws_BN: NDArray[Any]) -> tuple[Array, Array]:
         """Mean cost and accuracy (B, M) at the given tolerances."""
@@ -217,8 +217,9 @@ class Scorer:
 def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: ArrayLike | None = None) -> float:
     """The tolerance to route at, by the one-standard-error rule (Breiman et al., 1984).
 
-    This is the cheapest tolerance whose accuracy is within one standard error of the curve's best, and at least that of
-    the best single target if the curve reaches it. 0 if no prompt has an outcome for every target.
+    This is the cheapest tolerance whose accuracy is within one standard error of the curve's best, and at least that
+    of the best single target if the curve reaches it, with the fewest decimals that choose the same targets. 0 if no
+    prompt has an outcome for every target.
     """
     curve = tolerance_curve(correct, p, cost, paid)
     if not len(curve):
@@ -229,8 +230,9 @@ def best_tolerance(correct: ArrayLike, p: ArrayLike, cost: ArrayLike, paid: Arra
     enough = highest - np.take_along_axis(correct_NT, choice, 1).std() / np.sqrt(len(correct_NT))
     if highest >= best_single - ROUNDING:
         enough = max(enough, best_single)
-    accurate = curve[curve[:, 2] >= enough - ROUNDING]
-    return float(accurate[_first(accurate[:, 1], -accurate[:, 2]), 0])
+    accurate = np.flatnonzero(curve[:, 2] >= enough - ROUNDING)
+    cheapest = accurate[_first(curve[accurate, 1], -curve[accurate, 2])]
+    return with_fewest_decimals(curve[:, 0], cheapest)
 
 
 def _mean(weights_BN: Array, values: Array) -> Array:

@@ -211,12 +211,12 @@ def explain(decision: Decision, policy: Policy, tolerance: float) -> dict[str, R
         if target == decision.target and decision.is_safe:
             return Reason("safe_target", "chosen: the safe target, for prompts that are unlike those of training")
         if target == decision.target:
-            text = f"chosen: the cheapest within {tolerance:.3g} of the best P(correct), {best:.3f}"
+            text = f"chosen: the cheapest within {tolerance:.9g} of the best P(correct), {best:.3f}"
             return Reason("chosen", text, gap, tolerance)
         if (violation := _violation(decision, policy, target)) is not None:
             return violation
         if gap > tolerance:
-            text = f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.3g}"
+            text = f"P(correct) is {gap:.3f} below the best, more than the tolerance, {tolerance:.9g}"
             return Reason("tolerance", text, gap, tolerance)
         chosen_usd = None if decision.target is None else decision.next_usd(decision.target)
         return Reason("not_cheapest", "good enough, but not the cheapest", cost_usd, chosen_usd)

@@ -15,7 +15,7 @@ from prefill_router.evaluation.results import WITHOUT, Evaluation, Standing
 from prefill_router.metrics import Interval, RoutingScores
 from prefill_router.predictor.kernel_ridge import MAX_LANDMARKS
 from prefill_router.probe.layer_scores import LayerProbe
-from prefill_router.reports.number_format import Table, in_words, once, shown, with_interval
+from prefill_router.reports.number_format import Table, exactly, in_words, once, shown, with_interval
 from prefill_router.reports.verdict import best_single, verdict
 
 TEMPLATES = jinja2.Environment(
@@ -280,7 +280,7 @@ def _operating_rows(evaluation: Evaluation) -> Table:
     return [
         [
             point.title,
-            shown(point.tolerance, ".3f"),
+            exactly(point.tolerance),
             *(with_interval(getattr(point, name), "$" if name == "cost" else "%") for name in names),
         ]
         for point in evaluation.operating_points
@@ -327,3 +327,4 @@ def _missing(evaluation: Evaluation) -> str | None:
 
 
 TEMPLATES.filters["shown"] = shown
+TEMPLATES.filters["exactly"] = exactly

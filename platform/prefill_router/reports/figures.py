@@ -21,6 +21,7 @@ from prefill_router.evaluation.results import Evaluation
 from prefill_router.metrics import pareto_frontier
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
 from prefill_router.reports.log_costs import LogCosts
+from prefill_router.reports.number_format import exactly
 from prefill_router.reports.tooltips import add_tip, make_room, with_tips
 
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
@@ -130,8 +131,8 @@ def _tips(axes: Axes, evaluation: Evaluation) -> None:
         add_tip(axes, 1000.0 * cost, quality, text)
 
     for tolerance, cost, quality in evaluation.tolerances:
-        tip(f"tolerance {tolerance:.3f}", cost, quality)
-    tip(f"default tolerance {evaluation.tolerance:.3f}", evaluation.router.cost, evaluation.router.accuracy)
+        tip(f"tolerance {exactly(tolerance)}", cost, quality)
+    tip(f"default tolerance {exactly(evaluation.tolerance)}", evaluation.router.cost, evaluation.router.accuracy)
     for single in zip(evaluation.targets, evaluation.target_cost, evaluation.target_accuracy, strict=True):
         tip(*single)
 
@@ -171,7 +172,7 @@ def log_costs_figure(costs: LogCosts, width: float) -> Figure:
     _money_axis(axes, is_log=min(cost for cost, _ in (costs.chosen, *costs.curve, *costs.singles.values())) > 0.0)
     for target, point in costs.singles.items():
         _name(axes, target, point)
-    named = {f"tolerance {tolerance:.3f}": point for tolerance, point in costs.tolerances.items()}
+    named = {f"tolerance {exactly(tolerance)}": point for tolerance, point in costs.tolerances.items()}
     for name, (cost, right) in {**named, costs.rule: costs.chosen, **costs.singles}.items():
         add_tip(axes, cost, right, f"{name}: {usd(cost)}, expected accuracy {right:.1%}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)

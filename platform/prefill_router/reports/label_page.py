@@ -19,7 +19,7 @@ from prefill_router.query_log.aggregates import EVERYTHING, TOLERANCES, Sums, Ta
 from prefill_router.query_log.allocation import Allocation
 from prefill_router.reports.evaluation_page import TEMPLATES
 from prefill_router.reports.log_costs import LogCosts
-from prefill_router.reports.number_format import shown
+from prefill_router.reports.number_format import exactly, shown
 from prefill_router.reports.versions import versions
 
 _NUM_TOLERANCES = 9
@@ -111,9 +111,9 @@ def advice(report: LabelReport) -> str | None:
         saving = shown(1.0 - chosen / alone, "%")
         return f"{none} The decisions here cost {saving} less, with {100.0 * fewer:.1f} points fewer right answers."
     return (
-        f"Tolerance {TOLERANCES[k]:.3f} is the cheapest that is expected to be as accurate as {name} alone: it costs "
-        f"{usd(cost)}, {shown(1.0 - cost / alone, '%')} less. These are estimates of the router, without an interval: "
-        "evaluate it on graded answers before you rely on them."
+        f"Tolerance {exactly(TOLERANCES[k])} is the cheapest that is expected to be as accurate as {name} alone: it "
+        f"costs {usd(cost)}, {shown(1.0 - cost / alone, '%')} less. These are estimates of the router, without an "
+        "interval: evaluate it on graded answers before you rely on them."
     )
 
 
@@ -159,12 +159,12 @@ def _costs(report: LabelReport) -> LogCosts:
         curve=curve,
         tolerances={TOLERANCES[k]: curve[k] for k in picked},
         singles={names[t]: (float(sums["cost_usd"][t]), _mean(sums, "correct", t)) for t in order},
-        rule="budget" if report.allocation is not None else f"tolerance {report.tolerance:.3f}",
+        rule="budget" if report.allocation is not None else f"tolerance {exactly(report.tolerance)}",
     )
 
 
 def _cost_rows(costs: LogCosts) -> list[list[str]]:
-    named = {f"tolerance {tolerance:.3f}": point for tolerance, point in costs.tolerances.items()}
+    named = {f"tolerance {exactly(tolerance)}": point for tolerance, point in costs.tolerances.items()}
     named.pop(costs.rule, None)
     points = [
         (f"router, {costs.rule}: this choice", costs.chosen),

@@ -41,6 +41,12 @@ def shown(value: float, style: str) -> str:
     return {"%": f"{value:.1%}", "+%": f"{value:+.1%}"}.get(style) or format(value, style)
 
 
+def exactly(tolerance: float) -> str:
+    """The tolerance with at least three decimals, and with as many more as it takes to read back the same number."""
+    texts = (f"{tolerance:.{decimals}f}" for decimals in range(3, 18))
+    return next((text for text in texts if float(text) == tolerance), str(tolerance))
+
+
 def once(heads: Sequence[str], rows: Table, first: str, second: str) -> tuple[list[str], Table]:
     """The table with two columns, named by their heads, as one if all of their cells are equal."""
     i, k = heads.index(first), heads.index(second)

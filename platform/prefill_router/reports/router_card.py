@@ -8,6 +8,7 @@ from typing import Any
 from prefill_router.common.money import usd
 from prefill_router.evaluation.results import quality
 from prefill_router.metrics import ENOUGH_VALIDATION
+from prefill_router.reports.number_format import exactly
 from prefill_router.router.artifact import Router
 
 Rows = list[tuple[str, ...]]
@@ -50,7 +51,7 @@ def _about(router: Router) -> Iterator[tuple[str, ...]]:
     yield "held out", router.split.describe()
     if router.correct_at is not None:
         yield "right from", f"a reward of {router.correct_at:g}"
-    yield "tolerance", f"{router.default_tolerance:.3f}"
+    yield "tolerance", exactly(router.default_tolerance)
     if validation := training.get("validation"):
         yield from _scores(validation)
 

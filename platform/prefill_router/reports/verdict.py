@@ -8,7 +8,7 @@ from typing import NamedTuple
 from prefill_router.common.money import usd
 from prefill_router.evaluation.results import Evaluation, OperatingPoint
 from prefill_router.metrics import ENOUGH_VALIDATION
-from prefill_router.reports.number_format import in_words, shown
+from prefill_router.reports.number_format import exactly, in_words, shown
 
 _LOSS = 0.05  # of accuracy, which the held-out prompts must be able to rule out
 _UNKNOWN = "Intervals are for prompts of the same kind: what other prompts, targets or prices bring is not known."
@@ -56,7 +56,7 @@ def best_single(evaluation: Evaluation) -> str:
 
 def _saves(evaluation: Evaluation, point: OperatingPoint) -> str:
     return (
-        f"Set tolerance {point.tolerance:.3f}: it saves {in_words(point.saved_usd, '$')} per 1,000 requests, "
+        f"Set tolerance {exactly(point.tolerance)}: it saves {in_words(point.saved_usd, '$')} per 1,000 requests, "
         f"{shown(point.saving_against_best_single.value, '%')} of what always using {best_single(evaluation)}, the "
         f"best single target, costs, and changes the {evaluation.quality} by "
         f"{in_words(point.accuracy_less_best_single, '+%')}."
@@ -66,7 +66,7 @@ def _saves(evaluation: Evaluation, point: OperatingPoint) -> str:
 def _improves(evaluation: Evaluation, point: OperatingPoint) -> str:
     gain, more = in_words(point.accuracy_less_best_single, "+%"), in_words(point.saved_usd.negated, "$")
     return (
-        f"Tolerance {point.tolerance:.3f} raises the {evaluation.quality} by {gain} over always using "
+        f"Tolerance {exactly(point.tolerance)} raises the {evaluation.quality} by {gain} over always using "
         f"{best_single(evaluation)}, the best single target, for {more} more per 1,000 requests: set it if one more "
         f"{_unit(evaluation)} is worth {_worth(point)} to you."
     )
@@ -74,8 +74,8 @@ def _improves(evaluation: Evaluation, point: OperatingPoint) -> str:
 
 def _trades(evaluation: Evaluation, point: OperatingPoint) -> str:
     return (
-        f"Tolerance {point.tolerance:.3f} saves {in_words(point.saved_usd, '$')} per 1,000 requests, but changes the "
-        f"{evaluation.quality} by {in_words(point.accuracy_less_best_single, '+%')} compared with always using "
+        f"Tolerance {exactly(point.tolerance)} saves {in_words(point.saved_usd, '$')} per 1,000 requests, but changes "
+        f"the {evaluation.quality} by {in_words(point.accuracy_less_best_single, '+%')} compared with always using "
         f"{best_single(evaluation)}, the best single target: set it if one {_unit(evaluation)} is worth less than "
         f"{_worth(point)} to you."
     )
@@ -96,7 +96,7 @@ def _does_not_pay(evaluation: Evaluation, point: OperatingPoint) -> str:
         cost = f"costs {in_words(point.saved_usd.negated, '$')} more"
     return (
         f"Use {best_single(evaluation)}, the best single target, alone: no tolerance is shown to pay. Tolerance "
-        f"{point.tolerance:.3f} {cost} per 1,000 requests and changes the {evaluation.quality} by "
+        f"{exactly(point.tolerance)} {cost} per 1,000 requests and changes the {evaluation.quality} by "
         f"{in_words(point.accuracy_less_best_single, '+%')}."
     )
 
@@ -126,7 +126,7 @@ def _too_few(evaluation: Evaluation, own: OperatingPoint) -> Recommendation | No
     chosen = (
         ""
         if num_validation is None
-        else f"{num_validation:,} validation prompts chose tolerance {own.tolerance:.3f}, and "
+        else f"{num_validation:,} validation prompts chose tolerance {exactly(own.tolerance)}, and "
     )
     return Recommendation(
         f"The data is too little to choose a tolerance. Until there is more, use {best_single(evaluation)}, the best "

@@ -77,6 +77,15 @@ function later(action, milliseconds) {
   };
 }
 
+// At least three decimals, and as many more as it takes to read back the same number.
+function exactly(tolerance) {
+  for (let decimals = 3; decimals < 18; decimals++) {
+    const text = tolerance.toFixed(decimals);
+    if (Number(text) === tolerance) return text;
+  }
+  return String(tolerance);
+}
+
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
 // Cost per 1,000 prompts, as one prompt costs too little to read. Three significant digits, at least to the cent.
 const money = new Intl.NumberFormat("en", {
@@ -207,7 +216,7 @@ function drawCurve() {
     ? ` Always ${best.target}: ${percent(best.accuracy)} correct for ${usd(best.cost_usd)}.`
     : "";
   $("curve-text").textContent =
-    `At tolerance ${at.toFixed(3)}: ${percent(here.accuracy)} correct for ${usd(here.cost_usd)} per 1,000 ` +
+    `At tolerance ${exactly(at)}: ${percent(here.accuracy)} correct for ${usd(here.cost_usd)} per 1,000 ` +
     `prompts, on the router's validation prompts.${beside}`;
 }
 
@@ -299,7 +308,7 @@ async function start() {
 }
 
 function showTolerance() {
-  $("tolerance-value").textContent = Number($("tolerance").value).toFixed(3);
+  $("tolerance-value").textContent = exactly(Number($("tolerance").value));
   drawCurve();
 }
 
@@ -312,6 +321,7 @@ $("key").addEventListener("change", () => {
 const routeSoon = later(route, 200);
 conversation.addEventListener("input", routeSoon);
 $("tolerance").addEventListener("input", () => {
+  $("tolerance").value = Number($("tolerance").value).toFixed(3); // so that what is shown is what is sent
   showTolerance();
   route();
 });

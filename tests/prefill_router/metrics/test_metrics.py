@@ -14,6 +14,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from prefill_router.common.errors import UserError
 from prefill_router.metrics import (
+    Scorer,
     auccc,
     best_tolerance,
     brier_score,
@@ -22,6 +23,7 @@ from prefill_router.metrics import (
     pareto_frontier,
     roc_auc,
     score_routing,
+    with_fewest_decimals,
 )
 from prefill_router.metrics.discrimination import TargetScores
 from prefill_router.policy.selection import choose
@@ -397,7 +399,9 @@ def test_best_tolerance_follows_the_one_standard_error_rule(seed: int) -> None:
         enough = max(enough, best_single)
     cheapest = min(c for _, c, a in points if a >= enough - 1e-12)
     tolerance = best_tolerance(correct, p, cost, paid)
-    assert next(c for t, c, _ in points if t == tolerance) == pytest.approx(cheapest, rel=1e-12)
+    at = max((point for point in points if point[0] <= tolerance), key=lambda point: point[0])
+    assert at[1] == pytest.approx(cheapest, rel=1e-12)
+    assert len(repr(tolerance)) < len(repr(at[0]))
 
 
 def test_best_tolerance_of_judged_rewards_uses_their_own_spread() -> None:
@@ -406,7 +410,37 @@ def test_best_tolerance_of_judged_rewards_uses_their_own_spread() -> None:
     assert best_tolerance(rewards, p, cost) == 0.0
     assert best_tolerance((rewards > 0.8).astype(float), p, cost) == 0.0
     noisy = np.tile([[0.0, 0.7], [1.0, 0.7], [1.0, 0.7]], (1, 1))  # mean 0.67, a standard error is 0.27
-    assert best_tolerance(noisy, p[:3], cost) == pytest.approx(0.1)
+    assert best_tolerance(noisy, p[:3], cost) == 0.101  # the gap is a little over 0.1, in float64
+
+
+@pytest.mark.parametrize(
+    ("tolerances", "expected"),
+    [
+        ([0.0, 0.5], 0.0),
+        ([0.02, 0.5], 0.02),
+        ([0.0201234, 0.5], 0.021),
+        ([0.0201234, 0.0209], 0.0202),
+        ([0.0201234, 0.0201235], 0.0201234),
+        ([0.8 - 0.7, np.nextafter(0.8 - 0.7, 1.0)], 0.8 - 0.7),
+        ([0.9994], 1.0),
+    ],
+)
+def test_a_tolerance_is_written_with_the_fewest_decimals_that_choose_the_same(
+    tolerances: list[float], expected: float
+) -> None:
+    assert with_fewest_decimals(tolerances, 0) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_tolerance_that_reaches_an_accuracy_chooses_as_the_point_of_the_curve(seed: int) -> None:
+    correct, p, cost, paid = random_pool(seed, num_prompts=80)
+    scorer = Scorer(correct, p, cost, paid=paid)
+    for _, _, accuracy in scorer.curve():
+        tolerance = scorer.tolerance_reaching(accuracy)
+        assert tolerance is not None
+        scores = score_routing(correct, p, cost, tolerance, paid)
+        assert scores.accuracy >= accuracy - 1e-12
+        assert scores.cost == pytest.approx(min(c for _, c, a in scorer.curve() if a >= accuracy - 1e-12), rel=1e-12)
 
 
 def test_best_tolerance_without_a_complete_prompt_is_zero() -> None:

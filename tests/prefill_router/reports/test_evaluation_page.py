@@ -18,6 +18,7 @@ from prefill_router.evaluation.learning_curve import LearnedFigure, LearningCurv
 from prefill_router.evaluation.results import Evaluation
 from prefill_router.metrics import Interval
 from prefill_router.policy.pool import Pool, Target
+from prefill_router.policy.selection import choose
 from prefill_router.probe.layer_scores import LayerProbe
 from prefill_router.reports.evaluation_page import (
     against_baselines,
@@ -37,7 +38,7 @@ from prefill_router.reports.figures import (
     risk_figure,
     to_svg,
 )
-from prefill_router.reports.number_format import Table, once, shown
+from prefill_router.reports.number_format import Table, exactly, once, shown
 from prefill_router.reports.verdict import verdict
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -386,13 +387,41 @@ def test_points_of_the_cost_curve_tell_tolerance_cost_and_accuracy_to_pointer_an
     told = [unescape(label) for label, _ in points]
     tolerances = [*e.tolerances, (e.tolerance, e.router.cost, e.router.accuracy)]
     singles = zip(e.targets, e.target_cost, e.target_accuracy, strict=True)
-    names = [(f"tolerance {tolerance:.3f}", cost, right) for tolerance, cost, right in tolerances]
+    names = [(f"tolerance {exactly(tolerance)}", cost, right) for tolerance, cost, right in tolerances]
     names[-1] = (f"default {names[-1][0]}", *names[-1][1:])
     expected = [(name, f"{usd(1000 * cost)} per 1,000 prompts, accuracy {right:.1%}") for name, cost, right in names]
     expected += [(t, f"{usd(1000 * cost)} per 1,000 prompts, accuracy {right:.1%}") for t, cost, right in singles]
     assert told == [f"{name}: {figures}" for name, figures in expected]
     costs = [cost for _, cost, _ in e.tolerances]
     assert len(set(costs)) == len(costs) > 5
+
+
+def test_who_copies_a_tolerance_gets_the_point_that_it_stands_at() -> None:
+    rng = np.random.default_rng(5)
+    p = 0.5 + 0.004 * rng.random((400, 2))  # many points of the curve within a thousandth
+    correct = (rng.random(p.shape) < [0.7, 0.6]).astype(np.float32)
+    expected, num_tokens = np.full(p.shape, 100.0), np.full(400, 50)
+    targets = tuple(Target(name=n, input_price=x, output_price=x) for n, x in (("large", 1.0), ("small", 0.1)))
+    held_out = HeldOut(num_tokens=num_tokens, correct=correct, output_tokens=expected.astype(np.float32))
+    router = Contender("router", "prefill router", p, expected, 0.0004)
+    e = evaluate(Pool(name="a pool", targets=targets), "v1", held_out, router, num_draws=5)
+    cost = e.target_cost
+    points = {exactly(point.tolerance): (point.cost.value, point.accuracy.value) for point in e.operating_points}
+    points |= {exactly(tolerance): (paid, right) for tolerance, paid, right in e.tolerances}
+    assert len({text for text in points if len(text) > len("0.000")}) > 2
+    for text, (paid, right) in points.items():
+        choice = choose(p, np.tile(cost, (400, 1)), float(text))
+        assert np.take(cost, choice).mean() == pytest.approx(paid, rel=1e-9)
+        assert correct[np.arange(400), choice].mean() == pytest.approx(right, rel=1e-9)
+        assert len(text) <= len("0.0000000")
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "text"), [(0.0, "0.000"), (0.05, "0.050"), (0.02034, "0.02034"), (1e-5, "0.00001"), (1.0, "1.000")]
+)
+def test_a_tolerance_is_shown_so_that_it_can_be_copied(tolerance: float, text: str) -> None:
+    assert exactly(tolerance) == text
+    assert float(exactly(np.nextafter(tolerance, 2.0))) == np.nextafter(tolerance, 2.0)
 
 
 def test_columns_that_are_identical_are_shown_once() -> None:
