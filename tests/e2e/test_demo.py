@@ -47,6 +47,7 @@ def test_it_ends_with_a_report_and_three_decisions(demo: tuple[Path, str]) -> No
     assert output.count("POST /v1/route") == 3
     assert sum(output.count(f"-> {target}: ") for target in TARGETS) == 3
     assert "Real answers of three models" in output
+    assert "k nearest neighbours is a baseline: " in output
     page = (folder / "demo" / "report" / "report.html").read_text()
     assert page.count("<svg") == 12  # six plots, for a desk and for a phone
     assert "Real answers of three models" in page

@@ -31,7 +31,7 @@ from prefill_router.common.money import usd
 from prefill_router.corpus.plan import plan, read_shard
 from prefill_router.corpus.reader import Prompt
 from prefill_router.evaluation.results import Evaluation
-from prefill_router.reports.evaluation_page import headline, metric_rows
+from prefill_router.reports.evaluation_page import headline, metric_rows, neighbours_line
 from prefill_router.reports.number_format import exactly
 from prefill_router.reports.verdict import verdict
 
@@ -183,6 +183,8 @@ def _summary(evaluation: Evaluation, notice: str | None, report: str, elapsed_s:
     console.print(
         "Each uses its own tolerance, chosen on validation prompts; areas under curves cover every tolerance."
     )
+    if knn:
+        console.print(neighbours_line(knn))
     console.print(str(verdict(evaluation)), markup=False, highlight=False)
     console.print(headline(evaluation))
     console.print(f"\nReport: {report}\nDone in {elapsed_s:.0f} s.", markup=False)

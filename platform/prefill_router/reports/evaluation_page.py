@@ -76,10 +76,15 @@ def write(
 
 
 def headline(evaluation: Evaluation) -> str:
-    """A sentence that compares the router's accuracy and cost with those of the best single target."""
+    """A sentence that compares the router's accuracy and cost with those of the best single target.
+
+    It does not promise a saving where the verdict is to use that target alone.
+    """
     router, point = evaluation.router, evaluation.operating_points[0]
     saving = point.saving_against_best_single
     saved = f": {in_words(saving, '%')} saved" if isfinite(saving.value) else ""
+    if saving.value > 0.0 and verdict(evaluation).tolerance is None:
+        saved += ", but these prompts do not show that it pays"
     if saving.value < 0.0:
         saved = f": {in_words(saving.negated, '%')} more"
     if saving.value <= -1.0:
@@ -102,14 +107,31 @@ def against_baselines(evaluation: Evaluation) -> str:
     best = max(baselines, key=lambda baseline: baseline.scores.mdp_auccc)
     num_beaten = sum(baseline.router_less_this["mdp_auccc"].low > 0.0 for baseline in baselines)
     less = best.router_less_this["mdp_auccc"]
-    compared = "the difference is not significant"
-    if less.low > 0.0 or less.high < 0.0:
-        compared = f"the router is {'better' if less.low > 0.0 else 'worse'}"
     return (
         f"Over all tolerances, the router adds significantly more than {num_beaten} of {len(baselines)} baselines. "
-        f"Against the best baseline, {best.title}, {compared}: MDP-AUCCC x 1000, the area that routing adds to "
+        f"Against the best baseline, {best.title}, {_compared(less)}: MDP-AUCCC x 1000, the area that routing adds to "
         f"the single targets' cost-accuracy frontier, differs by {in_words(less, '+m')}."
     )
+
+
+def neighbours_line(neighbours: Standing) -> str:
+    """Sentences on what the baseline of k nearest neighbours is, and whether the router is better."""
+    less = neighbours.router_less_this["mdp_auccc"]
+    return (
+        "k nearest neighbours is a baseline: it expects of each target what it achieved on the most similar training "
+        f"prompts. Over all tolerances, {_compared(less)}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}, and the "
+        f"95 % interval {'excludes' if _is_significant(less) else 'includes'} 0."
+    )
+
+
+def _compared(less: Interval) -> str:
+    if not _is_significant(less):
+        return "the difference is not significant"
+    return f"the router is {'better' if less.low > 0.0 else 'worse'}"
+
+
+def _is_significant(less: Interval) -> bool:
+    return less.low > 0.0 or less.high < 0.0
 
 
 def encoders_line(evaluation: Evaluation) -> str | None:

@@ -91,13 +91,18 @@ def _worth(point: OperatingPoint) -> str:
 
 
 def _does_not_pay(evaluation: Evaluation, point: OperatingPoint) -> str:
-    cost = f"saves {in_words(point.saved_usd, '$')}"
+    changes = f"changes the {evaluation.quality} by {in_words(point.accuracy_less_best_single, '+%')}"
+    effect = f"saves {in_words(point.saved_usd, '$')} per 1,000 requests, but that may be chance, and {changes}"
+    if point.saved_usd.low > 0.0:
+        effect = (
+            f"saves {in_words(point.saved_usd, '$')} per 1,000 requests, but may lose over {_LOSS:.0%} of "
+            f"{evaluation.quality}: it {changes}"
+        )
     if point.saved_usd.value < 0.0:
-        cost = f"costs {in_words(point.saved_usd.negated, '$')} more"
+        effect = f"costs {in_words(point.saved_usd.negated, '$')} more per 1,000 requests and {changes}"
     return (
         f"Use {best_single(evaluation)}, the best single target, alone: no tolerance is shown to pay. Tolerance "
-        f"{exactly(point.tolerance)} {cost} per 1,000 requests and changes the {evaluation.quality} by "
-        f"{in_words(point.accuracy_less_best_single, '+%')}."
+        f"{exactly(point.tolerance)} {effect}."
     )
 
 

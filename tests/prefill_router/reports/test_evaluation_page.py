@@ -26,6 +26,7 @@ from prefill_router.reports.evaluation_page import (
     costs_line,
     headline,
     metric_rows,
+    neighbours_line,
     outlook,
     render_html,
 )
@@ -38,7 +39,7 @@ from prefill_router.reports.figures import (
     risk_figure,
     to_svg,
 )
-from prefill_router.reports.number_format import Table, exactly, once, shown
+from prefill_router.reports.number_format import Table, exactly, in_words, once, shown
 from prefill_router.reports.verdict import verdict
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -264,11 +265,20 @@ def test_undefined_values_are_dashes() -> None:
     assert not re.search(r"\bnan\b", text)
 
 
-def headline_for(e: Evaluation, saving: Interval, **scores: float) -> str:
-    """The headline for these scores of the router."""
+SHOWN = Interval(0.0005, 0.0004, 0.0006)  # a saving in USD per prompt
+
+
+def headline_for(e: Evaluation, saving: Interval, saved_usd: Interval = SHOWN, **scores: float) -> str:
+    """The headline for these scores of the router, which is as accurate as the best single target."""
     ours = replace(e.standings[0], scores=replace(e.router, **scores))
-    point = replace(e.operating_points[0], accuracy=Interval(0.75, 0.7, 0.8), saving_against_best_single=saving)
-    return headline(replace(e, standings=[ours, *e.standings[1:]], operating_points=[point]))
+    point = replace(
+        e.operating_points[0],
+        accuracy=Interval(0.75, 0.7, 0.8),
+        accuracy_less_best_single=Interval(0.0, -0.01, 0.01),
+        saved_usd=saved_usd,
+        saving_against_best_single=saving,
+    )
+    return headline(replace(e, standings=[ours, *e.standings[1:]], operating_points=[point], num_complete=200))
 
 
 def test_headline_compares_with_the_best_single_target() -> None:
@@ -278,6 +288,11 @@ def test_headline_compares_with_the_best_single_target() -> None:
         "75.0% (70.0% to 80.0%) of the answers are right at $1.00 per 1,000 prompts, compared with 70.0% at $4.00 for "
         "small, the best single target: 75.0% (70.0% to 81.0%) saved."
     )
+
+
+def test_headline_of_a_saving_that_is_not_shown_does_not_contradict_the_verdict() -> None:
+    unsure = headline_for(evaluation(), Interval(0.75, -0.1, 0.81), Interval(0.0005, -0.0001, 0.0011))
+    assert unsure.endswith("75.0% (-10.0% to 81.0%) saved, but these prompts do not show that it pays.")
 
 
 def test_headline_names_the_cheaper_of_two_best_targets() -> None:
@@ -308,6 +323,11 @@ def test_the_verdict_follows_the_interval(less: Interval, num_beaten: int, verdi
     text = against_baselines(replace(e, standings=[e.standings[0], knn]))
     assert f"adds significantly more than {num_beaten} of 1 baselines" in text
     assert f"Against the best baseline, k nearest neighbours, {verdict}: MDP-AUCCC" in text
+    assert neighbours_line(knn) == (
+        "k nearest neighbours is a baseline: it expects of each target what it achieved on the most similar training "
+        f"prompts. Over all tolerances, {verdict}: MDP-AUCCC x 1000 differs by {in_words(less, '+m')}, and the 95 % "
+        f"interval {'includes' if verdict.endswith('not significant') else 'excludes'} 0."
+    )
 
 
 def test_page_shows_the_expected_gain_from_more_outcomes(plots: None) -> None:

@@ -110,6 +110,20 @@ def test_where_the_routers_own_tolerance_loses_one_read_from_the_curve_is_named_
             "Use dear, the best single target, alone: no tolerance is shown to pay. Tolerance 0.013 costs $0.500 "
             "($0.400 to $0.600) more per 1,000 requests and changes the accuracy by +0.0% (-1.0% to +1.0%).",
         ),
+        (
+            SAVES,
+            Interval(-0.03, -0.07, 0.01),
+            "Use dear, the best single target, alone: no tolerance is shown to pay. Tolerance 0.013 saves $0.500 "
+            "($0.400 to $0.600) per 1,000 requests, but may lose over 5% of accuracy: it changes the accuracy by "
+            "-3.0% (-7.0% to +1.0%).",
+        ),
+        (
+            Interval(0.0005, -0.0001, 0.0011),
+            SAME,
+            "Use dear, the best single target, alone: no tolerance is shown to pay. Tolerance 0.013 saves $0.500 "
+            "(-$0.100 to $1.10) per 1,000 requests, but that may be chance, and changes the accuracy by +0.0% (-1.0% "
+            "to +1.0%).",
+        ),
     ],
 )
 def test_a_gain_that_has_its_price_and_none(
