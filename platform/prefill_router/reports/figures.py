@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -22,6 +21,7 @@ from prefill_router.metrics import pareto_frontier
 from prefill_router.probe.layer_scores import LayerProbe, by_encoder, choose
 from prefill_router.reports.log_costs import LogCosts
 from prefill_router.reports.number_format import exactly
+from prefill_router.reports.point_names import name_points
 from prefill_router.reports.tooltips import add_tip, make_room, with_tips
 
 _COLOURS = ["#3b6fb6", "#d1603d", "#3f9b6c", "#8a5fb0", "#b58a1b", "#4aa3b5", "#b0507f", "#6b7280"]
@@ -31,7 +31,8 @@ _LINE = {"last": "-", "mean": "--", "sentence": "x"}  # the embedding of a sente
 
 WIDE, NARROW = 8.6, 4.4  # inches, for desktop and phone
 _MAX_NARROW = 6.0
-_LETTER_PIXELS = 6.5  # at the size of names in figures
+_SUBS = ((1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 3.0))  # ticks in each decade of costs
+_TICK_PIXELS = 60.0  # the width of a cost at the size of ticks, and a gap
 
 
 def probe_figure(probes: Sequence[LayerProbe], width: float = 10.0) -> Figure:
@@ -112,11 +113,10 @@ def curve_figure(evaluation: Evaluation, width: float) -> Figure:
     axes.margins(x=0.14, y=0.08)
     _label(axes, "", "cost per 1,000 prompts", evaluation.quality)
     _money_axis(axes, is_log=min(evaluation.target_cost) > 0.0)
-    for target, single in zip(evaluation.targets, singles, strict=True):
-        _name(axes, target, single)
     _tips(axes, evaluation)
     legend = figure.legend(loc="outside lower center", ncols=3 if width > _MAX_NARROW else 1, fontsize=8, frameon=False)
     _plain(legend.get_texts())
+    name_points(figure, axes, dict(zip(evaluation.targets, singles, strict=True)), _per_1000(router.curve))
     return figure
 
 
@@ -137,24 +137,21 @@ def _tips(axes: Axes, evaluation: Evaluation) -> None:
         tip(*single)
 
 
-def _name(axes: Axes, target: str, point: tuple[float, float]) -> None:
-    """Names a point below on the right, or on the left if there is too little room; after the axes are scaled."""
-    share = axes.transAxes.inverted().transform(axes.transData.transform(point))[0]
-    has_room = _LETTER_PIXELS * len(target) < (1.0 - share) * axes.bbox.width
-    offset, side = ((5, -11), "left") if has_room else ((-5, -11), "right")
-    text = axes.annotate(target, point, offset, textcoords="offset points", ha=side, fontsize=8, parse_math=False)
-    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # legible on top of curves
-    text.set_in_layout(False)  # a long name must not make the axes narrow
-
-
 def _money_axis(axes: Axes, *, is_log: bool) -> None:
     """Shows costs on the x axis as everywhere; a log axis cannot show what is free."""
     if is_log:
         axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high > 10.0 * low else (1.0, 2.0, 3.0, 5.0, 7.0)))
+        axes.xaxis.set_major_locator(_cost_ticks(axes))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda cost, _: usd(cost))
+
+
+def _cost_ticks(axes: Axes) -> LogLocator:
+    """The most ticks of a log axis whose labels have room."""
+    low, high = axes.get_xlim()
+    room = np.log10(high / low) * _TICK_PIXELS / axes.bbox.width  # of one label, in decades
+    subs = next((subs for subs in _SUBS if np.diff(np.log10([*subs, 10.0])).min() >= room), (1.0,))
+    return LogLocator(subs=subs, numticks=max(2, int(axes.bbox.width / _TICK_PIXELS)))
 
 
 def log_costs_figure(costs: LogCosts, width: float) -> Figure:
@@ -170,12 +167,11 @@ def log_costs_figure(costs: LogCosts, width: float) -> Figure:
     axes.margins(x=0.14, y=0.08)
     _label(axes, "", "cost of the log", "expected accuracy")
     _money_axis(axes, is_log=min(cost for cost, _ in (costs.chosen, *costs.curve, *costs.singles.values())) > 0.0)
-    for target, point in costs.singles.items():
-        _name(axes, target, point)
     named = {f"tolerance {exactly(tolerance)}": point for tolerance, point in costs.tolerances.items()}
     for name, (cost, right) in {**named, costs.rule: costs.chosen, **costs.singles}.items():
         add_tip(axes, cost, right, f"{name}: {usd(cost)}, expected accuracy {right:.1%}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    name_points(figure, axes, costs.singles, costs.curve)
     return figure
 
 
