@@ -244,7 +244,7 @@ class _Extraction:
             summary.add(finished)
             num_refused = len(finished.record.refused)
             effort = finished.effort
-            progress.add(finished.record.rows + num_refused, effort.work, summary.capacity.flops, effort.num_retries)
+            progress.add(finished.record.rows + num_refused, effort.work, summary.capacity, effort.num_retries)
             progress.quarantine(num_refused)
 
     def _check_encoder(self, encoder: EncoderIdentity) -> None:

@@ -51,7 +51,7 @@ class ExtractSummary:
     def to_dict(self) -> Mapping[str, Any]:
         """The summary as JSON values.
 
-        `tokens_per_s` is over the whole job. `mfu` is over the time in the encoder, relative to the measured peak.
+        `tokens_per_s` is over the whole job. `mfu` is `Capacity.encoder_mfu`, which the progress shows.
         `peak_flops` is the workers' peak per second, averaged over the whole job. `encode_ms` is a prompt's time in
         the encoder of one worker, in milliseconds.
         """
@@ -71,7 +71,7 @@ class ExtractSummary:
             "encoder_seconds": round(self.work.seconds, 3),
             ENCODE_MS: None if self.encode_ms is None else round(self.encode_ms, 3),
             "peak_flops": self.capacity.flops / self.seconds,
-            "mfu": round(self.work.flops / self.capacity.encoder_flops, 4) if self.work.seconds else None,
+            "mfu": round(self.capacity.encoder_mfu(self.work), 4) if self.work.seconds else None,
             "shards": len(self.manifest.shards),
             "shards_computed": self.num_shards_computed,
             "bytes": self.manifest.shards.total("bytes"),

@@ -74,7 +74,7 @@ class Estimation:
                 lease.check()
                 capacity.add(done.effort)
                 num_read += done.effort.work.prompts
-                progress.add(done.num_prompts, done.effort.work, capacity.flops, done.effort.num_retries)
+                progress.add(done.num_prompts, done.effort.work, capacity, done.effort.num_retries)
                 progress.quarantine(done.num_refused)
         return num_read
 

@@ -37,3 +37,7 @@ class Capacity:
     @property
     def flops(self) -> float:
         return sum(self._flops.values())
+
+    def encoder_mfu(self, work: Work) -> float:
+        """The work's FLOPs as a share of the peak over the time in forward passes, without reading and waiting."""
+        return work.flops / self.encoder_flops

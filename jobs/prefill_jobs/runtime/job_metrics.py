@@ -24,7 +24,7 @@ class JobMetrics:
         self._retries = self._counter("retries", "Shards retried because a worker crashed")
         self._quarantined = self._counter("quarantined_rows", "Quarantined rows")
         self._backlog = self._gauge("backlog_rows", "Rows still to be processed")
-        self._mfu = self._gauge("mfu", "Model FLOPs utilization of the run so far, as a share of the workers' peak")
+        self._mfu = self._gauge("mfu", "FLOPs as a share of the workers' peak since their first tasks, with reading")
         self._padding = self._gauge("padding", "Share of computed tokens that are padding")
         self._last_commit = self._gauge("last_commit_seconds", "Unix time of the last commit, or of the run's start")
         self._running = self._gauge("running", "1 until all rows are processed, then 0")

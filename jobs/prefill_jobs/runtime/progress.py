@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
+from prefill_jobs.runtime.capacity import Capacity
 from prefill_jobs.runtime.job_metrics import JobMetrics
 from prefill_router.common.console import doing, say
 from prefill_router.common.task_pace import TaskPace
 from prefill_router.encoder.prefill_work import Work
 
 _SHORT_S = 1.0  # a task that took less is not worth a line
+_MEASURABLE_S = 1.0  # in forward passes: the first ones are slower, so that a share of the peak says nothing before
 
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class Progress:
         self.start: Callable[[], str] = lambda: start
         self.pace = TaskPace(total, at_once)
         self.work = Work()
-        self.capacity_flops = 0.0
+        self.capacity: Capacity | None = None
         self.metrics = JobMetrics(task)
         self.metrics.begin(total)
 
@@ -56,13 +58,13 @@ class Progress:
         self.metrics.reuse(rows)
         self.metrics.remain(self.pace.left)
 
-    def add(self, rows: int, work: Work, capacity_flops: float = 0.0, retries: int = 0) -> None:
-        """Counts a finished shard. `capacity_flops` is `Capacity.flops` of the run so far."""
+    def add(self, rows: int, work: Work, capacity: Capacity | None = None, retries: int = 0) -> None:
+        """Counts a finished shard. `capacity` is that of the run so far."""
         self.pace.add(rows)
-        self.work, self.capacity_flops = self.work + work, capacity_flops
+        self.work, self.capacity = self.work + work, capacity
         self.metrics.commit(rows, work.tokens, retries)
-        if capacity_flops:
-            self.metrics.compute(self.work, self.work.flops / capacity_flops)
+        if capacity and capacity.flops:
+            self.metrics.compute(self.work, self.work.flops / capacity.flops)
         self.metrics.remain(self.pace.left)
 
     def quarantine(self, rows: int) -> None:
@@ -81,8 +83,9 @@ class Progress:
         if work.tokens and rate:
             parts.append(f"{rate:,.1f} prompts/s")
             parts.append(f"{rate * work.tokens / pace.rows:,.0f} tokens/s")
-        if self.capacity_flops:
-            parts.append(f"{work.flops / self.capacity_flops:.0%} of the hardware's peak")
+        if self.capacity and work.prompts:
+            if work.seconds >= _MEASURABLE_S:
+                parts.append(f"encoder at {self.capacity.encoder_mfu(work):.0%} of the hardware's peak")
             parts.append(f"{work.padding_waste:.1%} padding")
         if not pace.left:
             parts.append(f"{pace.elapsed_s:.0f} s")

@@ -11,9 +11,9 @@ from prefill_router.encoder.prefill_work import Work
 PEAK = 100.0
 
 
-def report(capacity: Capacity, worker: str, worked_s: float, flops: float = 300.0) -> Work:
+def report(capacity: Capacity, worker: str, worked_s: float, flops: float = 300.0, encoder_s: float = 5.0) -> Work:
     """Reports a task of a worker, finished `worked_s` after its first task began."""
-    work = Work(prompts=1, tokens=7, flops=flops, seconds=5.0)
+    work = Work(prompts=1, tokens=7, flops=flops, seconds=encoder_s)
     capacity.add(Effort(work, worker, PEAK, worked_s))
     return work
 
@@ -49,6 +49,19 @@ def test_the_line_says_the_share_of_those_that_worked(
     capacity, extraction = Capacity(), progress.Progress("extract", 2)
     with extraction.shown():
         for worker in ("a", "b"):
-            extraction.add(1, report(capacity, worker, 10.0), capacity.flops)
+            extraction.add(1, report(capacity, worker, 10.0), capacity)
     assert "2/2 prompts" in (said := capsys.readouterr().err)
-    assert "30% of the hardware's peak" in said
+    assert "encoder at 60% of the hardware's peak" in said
+    assert capacity.encoder_mfu(extraction.work) == pytest.approx(0.6)
+
+
+def test_a_run_too_short_to_tell_says_no_share(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SHORT_S", 0.0)
+    capacity, extraction = Capacity(), progress.Progress("extract", 1)
+    with extraction.shown():
+        extraction.add(1, report(capacity, "a", 10.0, encoder_s=0.9), capacity)
+    assert "1/1 prompts" in (said := capsys.readouterr().err)
+    assert "peak" not in said
+    assert "padding" in said
