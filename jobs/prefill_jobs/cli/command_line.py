@@ -6,6 +6,7 @@ fails sets its own exit status.
 
 from __future__ import annotations
 
+import difflib
 import json
 import platform
 import sys
@@ -44,12 +45,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _usage_error(error: Any) -> UsageError | SystemExit:
     """Typer's usage error as one of ours."""
-    message = error.format_message().rstrip(".")
+    message = _message(error)
     if not message:  # the command is only a group, whose help was printed
         return SystemExit(error.exit_code)
     path = error.ctx.command_path if error.ctx else _PROGRAM
     lead = path.replace(_PROGRAM, "", 1).lstrip()
-    return UsageError(f"{lead and lead + ': '}{message[0].lower()}{message[1:]}: see {path} --help")
+    see = " See" if message.endswith("?") else ": see"
+    return UsageError(f"{lead and lead + ': '}{message[0].lower()}{message[1:]}{see} {path} --help")
+
+
+def _message(error: Any) -> str:
+    """What a usage error says. Of an unknown flag, click lists up to three that are like it; this names the nearest."""
+    flags = getattr(error, "possibilities", None)
+    if not flags:
+        return str(error.format_message().rstrip("."))
+    names = [flag.lstrip("-") for flag in flags]  # with their dashes, short names of all kinds look alike
+    close = difflib.get_close_matches(error.option_name.lstrip("-"), names, n=1)
+    return f'{error.message}, did you mean "--{close[0]}"?' if close else str(error.message)
 
 
 @contextmanager

@@ -127,7 +127,13 @@ def test_flags_win_over_the_file(command: Command, tmp_path: Path, tiny_model: P
         (["extract", "--limit", "many"], "extract: invalid value for '--limit': "),
         (["extract", "--nonsense"], "extract: no such option: --nonsense: see prefill-router extract --help"),
         (["extract", "--corpus"], "option '--corpus' requires an argument: see prefill-router --help"),
-        (["submit", "lgs"], "submit: no such command 'lgs'"),
+        (
+            ["label", "--tolerence", "0.1"],
+            'label: no such option: --tolerence, did you mean "--tolerance"? See prefill',
+        ),
+        (["train", "--fold", "3"], 'train: no such option: --fold, did you mean "--folds"? See prefill-router train'),
+        (["train", "--tolerence", "0.1"], "train: no such option: --tolerence: see prefill-router train --help"),
+        (["submit", "lgs"], "submit: no such command 'lgs'. Did you mean 'logs'? See prefill-router submit --help"),
         (["no-such-command"], "no such command 'no-such-command': see prefill-router --help"),
     ],
 )
