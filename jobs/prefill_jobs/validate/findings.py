@@ -166,7 +166,7 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
         if not target.is_priced and (count := outcomes.unbilled[target.name]):
             yield Finding(
                 f'pool {pool.name}: target "{target.name}" has no prices, and {count:,} of its outcomes no cost_usd: '
-                "give input_price and output_price",
+                "give input_price and output_price in the file of --pool, or the cost of every answer",
                 is_error=True,
             )
     for name in pool.target_names:

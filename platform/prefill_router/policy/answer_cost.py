@@ -74,7 +74,8 @@ def check_prices(pool: Pool, outcomes: str) -> None:
         if unknown[name]:
             raise UserError(
                 f'pool "{pool.name}": target "{name}": input_price is missing, and {unknown[name]:,} of its outcomes '
-                f"in {outcomes} have no cost_usd: give input_price and output_price, or the cost of every answer"
+                f"in {outcomes} have no cost_usd: give input_price and output_price in a pool file, passed as --pool, "
+                "or the cost of every answer"
             )
 
 

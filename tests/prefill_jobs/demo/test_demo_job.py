@@ -129,6 +129,9 @@ def test_a_table_without_costs_needs_prices(command: Command, tmp_path: Path) ->
     assert result.status == 1
     assert f"wrote {tmp_path}/out/pool.toml" in result.err
     assert 'target "big": input_price is missing' in result.err
+    assert (
+        "give input_price and output_price in a pool file, passed as --pool, or the cost of every answer" in result.err
+    )
 
 
 def test_a_pool_of_other_models_is_refused_before_any_work(command: Command, tmp_path: Path) -> None:

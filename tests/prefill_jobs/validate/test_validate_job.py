@@ -80,7 +80,8 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
         f"{graded}: 1 values of cost_usd are invalid: must be 0 or more",
         f"{graded}: 1 grades are of a pair that has one already",
         "pool pool: no outcome of absent: grade their answers, or use only targets with outcomes: big, other, small",
-        'pool pool: target "small" has no prices, and 1 of its outcomes no cost_usd: give input_price and output_price',
+        'pool pool: target "small" has no prices, and 1 of its outcomes no cost_usd: give input_price and output_price '
+        "in the file of --pool, or the cost of every answer",
         'pool pool: target "small" has 1 answers, all right: no activation can tell them apart: grade more prompts, '
         "or take it out of the pool",
         f"{graded}: 1 prompts are not in the corpus: add them, or pass --ignore-unknown",

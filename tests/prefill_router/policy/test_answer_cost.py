@@ -77,7 +77,9 @@ def test_prices_may_be_absent_only_if_every_answer_has_a_cost(tmp_path: Path) ->
     pq.write_table(pa.table({**rows, "cost_usd": [0.5, 0.5, None]}), uri)
     check_prices(pool, uri)
     pq.write_table(pa.table({**rows, "cost_usd": [0.5, None, None]}), uri)
-    with pytest.raises(UserError, match=r'"a": input_price is missing, and 1 of its outcomes .* have no cost_usd'):
+    with pytest.raises(
+        UserError, match=r'"a": input_price is missing, and 1 of its outcomes .* have no cost_usd.* passed as --pool'
+    ):
         check_prices(pool, uri)
     path.write_text('[[p]]\nname = "a"\nusd_per_answer = 0.5\n')
     assert load_pool(str(path)).targets[0].cost(10, 10) == 0.5
