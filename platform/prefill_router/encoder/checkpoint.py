@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from prefill_router.common.console import doing, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.encoder import model_files
 from prefill_router.encoder.architecture import backbone_of
+from prefill_router.encoder.hub_access import cache_if_unreachable
 from prefill_router.encoder.load_checks import check_load, check_shapes
 
 # A load by transformers changes torch's default dtype and transformers' verbosity for the whole process. Concurrent
@@ -59,10 +60,7 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
         model, backbone, tokenizer = _load(str(path), dtype)
         return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)
     _check_path(source, "encoder")
-    try:
-        model, backbone, tokenizer = _load(source, dtype, revision)
-    except UserError as error:
-        raise UserError(f"{error}. A directory or {_PACKAGE}NAME needs no access to the hub") from None
+    model, backbone, tokenizer = _load(source, dtype, revision)
     commit = getattr(model.config, "_commit_hash", None)
     return Checkpoint(model, backbone, tokenizer, f"{source}@{commit}", commit)
 
@@ -125,7 +123,7 @@ def is_sentence_model(source: str) -> bool:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return any((folder / name).exists() for name in _SENTENCE_FILES)
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if not _is_hub_id(source):
         return False  # a missing directory: its load says so
     from transformers.utils.hub import cached_file
 
@@ -229,23 +227,34 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 @contextmanager
 def load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
-    """Converts any exception from transformers to a one-line UserError that names the damaged file, if one is found."""
+    """Converts any exception from transformers to a one-line UserError that names the damaged file, if one is found.
+
+    Where the hub cannot be reached, the block reads its cache.
+    """
+    is_on_hub = _is_hub_id(source)
     try:
-        yield
+        with cache_if_unreachable(source) if is_on_hub else nullcontext():
+            yield
     except UserError:
         raise
     except Exception as error:  # configs, tokenizers and weight readers can raise any exception
         with _quiet():
             reason = model_files.explain(Path(source).expanduser(), error)
+        if is_on_hub:
+            reason += f". A directory or {_PACKAGE}NAME needs no access to the hub"
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
 
 
 def _check_path(source: str, what: str) -> None:
     """Raises UserError for the path of a missing directory; anything else may be a hub id."""
-    if Path(source).expanduser().is_dir() or source.startswith(_PACKAGE):
-        return
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if not (Path(source).expanduser().is_dir() or source.startswith(_PACKAGE) or _is_hub_id(source)):
         raise UserError(f"{what} {source}: no such directory")
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether `source` is neither a package nor a path that exists or looks like one."""
+    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).exists()
+    return not (is_path or source.startswith(_PACKAGE))
 
 
 def _gguf(source: str) -> Path | None:
