@@ -29,6 +29,7 @@ from prefill_serve.settings import AppArgs
 _APP = "prefill-router"
 _READY_TIMEOUT_S = 300.0
 _LISTENS = ("host", "port")  # fixed when Ray Serve starts
+_ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by what this machine reaches
 
 
 def run(read: Callable[[], ServeConfig]) -> None:
@@ -56,8 +57,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
         with live("serve: waiting for a replica, which loads the router and its encoder"):
             ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
             _wait_until_ready(config)
-        url = f"http://{config.host}:{config.port}"
-        say(f"serve: POST {url}/v1/route, or open {url}/ in a browser")
+        say(_invitation(config))
         while hangup.wait():
             hangup.clear()
             with live("serve: reloading"):
@@ -133,13 +133,25 @@ def _has_upstreams(config: ServeConfig) -> bool:
     return config.pool is not None and any(target.upstream for target in load_pool(config.pool).targets)
 
 
+def _url(config: ServeConfig) -> str:
+    """The endpoint's address for programs of this machine."""
+    host = _ALL_INTERFACES.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def _invitation(config: ServeConfig) -> str:
+    """Says how to reach the endpoint."""
+    url = _url(config)
+    others = "; it listens on all interfaces of this machine" if config.host in _ALL_INTERFACES else ""
+    return f"serve: POST {url}/v1/route, or open {url}/ in a browser{others}"
+
+
 def _wait_until_ready(config: ServeConfig) -> None:
     """Waits until a replica is ready. With --to-zero this first request starts one."""
-    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            ready = httpx.get(f"http://{host}:{config.port}/ready", timeout=_READY_TIMEOUT_S, trust_env=False)
+            ready = httpx.get(f"{_url(config)}/ready", timeout=_READY_TIMEOUT_S, trust_env=False)
             if ready.status_code == 200:
                 return
         except httpx.TransportError:

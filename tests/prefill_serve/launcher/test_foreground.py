@@ -150,6 +150,24 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
     endpoint.close()
 
 
+@pytest.mark.parametrize(
+    ("host", "url", "is_open_to_others"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000", False),
+        ("localhost", "http://localhost:8000", False),
+        ("10.0.0.7", "http://10.0.0.7:8000", False),
+        ("0.0.0.0", "http://127.0.0.1:8000", True),
+        ("::", "http://[::1]:8000", True),
+    ],
+)
+def test_the_address_that_is_said_opens_in_a_browser_of_this_machine(
+    host: str, url: str, is_open_to_others: bool
+) -> None:
+    said = foreground._invitation(ServeConfig(router="r", host=host))
+    assert said.startswith(f"serve: POST {url}/v1/route, or open {url}/ in a browser")
+    assert said.endswith("; it listens on all interfaces of this machine") == is_open_to_others
+
+
 def test_a_key_that_is_not_set_is_named_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
