@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import httpx
 import ray
+from botocore.exceptions import BotoCoreError
 from ray import serve as ray_serve
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -18,7 +19,7 @@ from ray.exceptions import ActorDiedError, AuthenticationError, RayError, RpcErr
 from prefill_router import storage
 from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
 from prefill_router.common.console import doing, live, say, silent_stderr
-from prefill_router.common.errors import UserError
+from prefill_router.common.errors import UserError, one_line
 from prefill_router.common.validation import validate
 from prefill_router.policy.pool import load_pool
 from prefill_serve.app import build_app
@@ -55,7 +56,7 @@ def run(read: Callable[[], ServeConfig]) -> None:
         with live("serve: starting the proxies"):
             start(config.host, config.port)
         with live("serve: waiting for a replica, which loads the router and its encoder"):
-            ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+            _deploy(arguments)
             _wait_until_ready(config)
         say(_invitation(config))
         while hangup.wait():
@@ -133,6 +134,10 @@ def _has_upstreams(config: ServeConfig) -> bool:
     return config.pool is not None and any(target.upstream for target in load_pool(config.pool).targets)
 
 
+def _deploy(arguments: AppArgs) -> None:
+    ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+
+
 def _url(config: ServeConfig) -> str:
     """The endpoint's address for programs of this machine."""
     host = _ALL_INTERFACES.get(config.host, config.host)
@@ -170,12 +175,27 @@ def reload(read: Callable[[], ServeConfig], current: AppArgs, started: ServeConf
         config = read()
         arguments = app_arguments(config.model_copy(update=stays), current.revision + 1)
         Serving.check(arguments.settings)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, BotoCoreError) as error:
         say(f"serve: reload refused, settings unchanged: {error}")
         return current
-    ray_serve.run(build_app(arguments), name=_APP, route_prefix="/")
+    try:
+        _deploy(arguments)
+    except Exception as error:  # Serve raises exceptions of many kinds
+        return _restored(current, arguments.revision + 1, error)
     for name, value in stays.items():
         if (other := getattr(config, name)) != value:
             say(f"serve: {name} stays {value}: restart to change it to {other}")
     say(f"serve: reloaded {arguments.router}")
     return arguments
+
+
+def _restored(before: AppArgs, revision: int, failure: Exception) -> AppArgs:
+    """Reports a failed reload, and applies the arguments `before` it again, since replicas may have taken new ones."""
+    before = before.model_copy(update={"revision": revision})  # Serve passes on only what has changed
+    try:
+        _deploy(before)
+        state = "settings unchanged"
+    except Exception as error:
+        state = f"and the settings before it were not restored ({one_line(error)}), so reload again or restart"
+    say(f"serve: reload failed, {state}: {one_line(failure)}")
+    return before

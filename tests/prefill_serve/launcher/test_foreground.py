@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from botocore.exceptions import EndpointConnectionError
 from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -56,6 +57,22 @@ def test_what_only_a_restart_changes_is_said_of_each_key(
     assert capsys.readouterr().err.splitlines() == [f"serve: reloaded {router}"]
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("bad"), OSError("bad"), EndpointConnectionError(endpoint_url="https://s3.example")]
+)
+def test_a_config_that_cannot_be_read_changes_nothing(
+    router: str, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def read() -> ServeConfig:
+        raise error
+
+    started = ServeConfig(router=router)
+    before = foreground.app_arguments(started)
+    assert foreground.reload(read, before, started) is before
+    assert capsys.readouterr().err == f"serve: reload refused, settings unchanged: {error}\n"
+    assert deployed == []
+
+
 def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     router: str, tmp_path: Path, deployed: list[AppArgs], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +84,49 @@ def test_an_endpoint_that_others_reach_keeps_wanting_keys(
     assert "reload refused, settings unchanged" in said
     assert "took over" not in said
     assert deployed == []
+
+
+@pytest.fixture
+def failures(deployed: list[AppArgs], monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What Ray Serve raises of the next deployments, one each."""
+    raised: list[Exception] = []
+
+    def run(arguments: AppArgs, **_: object) -> None:
+        deployed.append(arguments)
+        if raised:
+            raise raised.pop(0)
+
+    monkeypatch.setattr(foreground.ray_serve, "run", run)
+    return raised
+
+
+def test_a_reload_that_fails_in_serve_restores_the_settings_before(
+    router: str, deployed: list[AppArgs], failures: list[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = ServeConfig(router=router)
+    before = foreground.app_arguments(started)
+    failures.append(RuntimeError("Deploying application prefill-router failed:\nno replica started."))
+    kept = reload(started, tolerance=0.5)
+    assert capsys.readouterr().err == (
+        "serve: reload failed, settings unchanged: Deploying application prefill-router failed: no replica started\n"
+    )
+    assert [arguments.tolerance for arguments in deployed] == [0.5, before.tolerance]
+    assert deployed[-1] == kept == before.model_copy(update={"revision": 2})
+
+
+def test_a_failed_reload_that_cannot_be_undone_is_said_and_the_endpoint_goes_on(
+    router: str, deployed: list[AppArgs], failures: list[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = ServeConfig(router=router)
+    failures.extend([ActorDiedError(), TimeoutError("no answer")])
+    kept = reload(started, tolerance=0.5)
+    said = capsys.readouterr().err
+    assert said.startswith("serve: reload failed, and the settings before it were not restored (no answer), so reload")
+    assert said.count("\n") == 1
+    again = foreground.reload(lambda: started, kept, started)
+    assert again.revision == 3
+    assert deployed[-1] == again
+    assert capsys.readouterr().err == f"serve: reloaded {router}\n"
 
 
 def test_a_token_that_the_cluster_refuses_is_said_before_ray_tries(
