@@ -15,6 +15,7 @@ from prefill_router.common.addresses import ray_address
 from prefill_router.common.console import live
 from prefill_router.common.errors import UserError
 from prefill_serve.launcher.haproxy import environment, own_folder
+from prefill_serve.launcher.launch_arguments import checked_arguments
 from prefill_serve.launcher.serve_options import KeyConfig, ServeConfig
 
 
@@ -24,7 +25,7 @@ def serve(read: Callable[[], ServeConfig]) -> None:
     `read` returns the current config; it is called again on SIGHUP. Raises UserError if the router cannot be loaded,
     or if an endpoint without keys would be reachable from other machines.
     """
-    read()  # report config errors before Ray starts
+    checked_arguments(read())  # errors that can be told before Ray and torch are imported, which takes long
     ours = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     with ExitStack() as stack:
         if ray_address() is None:

@@ -16,13 +16,11 @@ from ray._private.authentication.authentication_token_setup import ensure_token_
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import ActorDiedError, AuthenticationError, RayError, RpcError
 
-from prefill_router import storage
-from prefill_router.common.addresses import is_loopback, ray_address, require_free, require_listener, token_refused
+from prefill_router.common.addresses import ray_address, require_listener, token_refused
 from prefill_router.common.console import doing, live, say, silent_stderr
 from prefill_router.common.errors import UserError, one_line
-from prefill_router.common.validation import validate
-from prefill_router.policy.pool import load_pool
 from prefill_serve.app import build_app
+from prefill_serve.launcher.launch_arguments import app_arguments, checked_arguments, warn_of_unset_keys
 from prefill_serve.launcher.serve_options import ServeConfig
 from prefill_serve.serving import Serving
 from prefill_serve.settings import AppArgs
@@ -36,11 +34,10 @@ _ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by what this machine 
 def run(read: Callable[[], ServeConfig]) -> None:
     """Serves until interrupted or terminated; see `command.serve`."""
     config = read()
-    arguments = app_arguments(config)
+    arguments = checked_arguments(config)
     cluster = ray_address()
     if not cluster:
-        require_free(config.port, config.host)
-        _warn_of_unset_keys(config)
+        warn_of_unset_keys(config)
     with live("serve: checking the router"):
         Serving.check(arguments.settings)  # here a bad artifact is one error line, in a replica a crash loop
         if cluster and ":" in cluster and "://" not in cluster:
@@ -73,13 +70,6 @@ def run(read: Callable[[], ServeConfig]) -> None:
                 ray.shutdown()
 
 
-def _warn_of_unset_keys(config: ServeConfig) -> None:
-    """Names the environment variables without which upstreams would refuse calls."""
-    for target in load_pool(config.pool).targets if config.pool is not None else ():
-        if target.upstream is not None and target.upstream.key == "":
-            say(f'serve: target "{target.name}": {target.upstream.key_env} is not set: its upstream will refuse calls')
-
-
 def _require_token(address: str) -> None:
     """Raises UserError if the cluster is unreachable or refuses the token, faster than `ray.init` does."""
     require_listener(address, "RAY_ADDRESS")
@@ -104,34 +94,6 @@ def start(host: str, port: int) -> None:
     except (RayError, TimeoutError) as error:
         cause = getattr(error, "cause", error)
         raise UserError(f"serve: the proxy at {host}:{port} failed to start: {cause}") from None
-
-
-def app_arguments(config: ServeConfig, revision: int = 0) -> AppArgs:
-    """Converts the command's config. Raises UserError if others could reach an endpoint without keys."""
-    most = max(config.replicas, config.max_replicas or 0)
-    keys = storage.read_toml(config.keys) if config.keys else {}
-    if not keys and not is_loopback(config.host):
-        raise UserError(f"serve: host = {config.host} is reachable by others: set --keys, or listen on 127.0.0.1")
-    arguments = {**config.arguments(), "keys": keys, "open": not keys, "revision": revision}
-    if config.canary is None:
-        del arguments["canary"]
-    if config.safe_target is None:
-        del arguments["safe"]
-    if config.to_zero or most > config.replicas:
-        arguments["autoscaling"] |= {"min_replicas": 0 if config.to_zero else config.replicas, "max_replicas": most}
-    else:
-        del arguments["autoscaling"]
-    if config.feedback or _has_upstreams(config):
-        folder = config.feedback and storage.absolute(config.feedback)
-        budgets = storage.read_toml(config.budgets) if config.budgets else {}
-        arguments["gateway"]["ledger"] |= {"folder": folder, "budgets": budgets}
-    else:
-        del arguments["gateway"]
-    return validate(AppArgs, arguments, config.keys or "serve")
-
-
-def _has_upstreams(config: ServeConfig) -> bool:
-    return config.pool is not None and any(target.upstream for target in load_pool(config.pool).targets)
 
 
 def _deploy(arguments: AppArgs) -> None:

@@ -238,7 +238,7 @@ def test_a_key_that_is_not_set_is_named_at_the_start(
     (tmp_path / "pool.toml").write_text(text)
     monkeypatch.setenv("BIG_API_KEY", "k")
     monkeypatch.delenv("SMALL_API_KEY", raising=False)
-    foreground._warn_of_unset_keys(ServeConfig(router="r", pool=str(tmp_path / "pool.toml")))
+    foreground.warn_of_unset_keys(ServeConfig(router="r", pool=str(tmp_path / "pool.toml")))
     assert capsys.readouterr().err == (
         'serve: target "small": SMALL_API_KEY is not set: its upstream will refuse calls\n'
     )
