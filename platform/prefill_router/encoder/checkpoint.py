@@ -26,7 +26,7 @@ from prefill_router.common.console import doing, say, silent_stderr
 from prefill_router.common.errors import UserError
 from prefill_router.encoder import model_files
 from prefill_router.encoder.architecture import backbone_of
-from prefill_router.encoder.hub_access import cache_if_unreachable
+from prefill_router.encoder.hub_access import cache_if_unreachable, commit_in_cache
 from prefill_router.encoder.load_checks import check_load, check_shapes
 
 # A load by transformers changes torch's default dtype and transformers' verbosity for the whole process. Concurrent
@@ -61,8 +61,9 @@ def load_causal_lm(source: str, revision: str | None, dtype: torch.dtype) -> Che
         return Checkpoint(model, backbone, tokenizer, _weights_id(backbone), None)
     _check_path(source, "encoder")
     model, backbone, tokenizer = _load(source, dtype, revision)
-    commit = getattr(model.config, "_commit_hash", None)
-    return Checkpoint(model, backbone, tokenizer, f"{source}@{commit}", commit)
+    commit = commit_in_cache(source, revision)
+    weights_id = f"{source}@{commit}" if commit else _weights_id(backbone)
+    return Checkpoint(model, backbone, tokenizer, weights_id, commit)
 
 
 def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
 from prefill_router.common.console import say
@@ -43,6 +43,12 @@ def cache_if_unreachable(model: str) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+def commit_in_cache(model: str, revision: str | None) -> str | None:
+    """Returns the commit at which a model was last read, which names its folder in the cache."""
+    path = try_to_load_from_cache(model, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 @cache

@@ -58,12 +58,24 @@ def test_a_name_that_is_not_found_is_told(slept: list[float], monkeypatch: pytes
         checkpoint.fetch("org/tiny")
 
 
-def test_an_encoder_in_the_cache_loads(slept: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each optional file that the cache lacks was asked for six times."""
+@pytest.fixture
+def cached(slept: list[float], tmp_path: Path) -> None:
+    """A model of the hub in the cache, at one commit."""
     repository = tmp_path / "hub" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     save_tiny_model(repository / "snapshots" / COMMIT)
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_model_of_the_hub_is_identified_by_its_commit(cached: None, revision: str | None) -> None:
+    """transformers no longer keeps it in the config."""
+    loaded = checkpoint.load_causal_lm("org/tiny", revision, torch.float32)
+    assert (loaded.weights_id, loaded.revision) == (f"org/tiny@{COMMIT}", COMMIT)
+
+
+def test_an_encoder_in_the_cache_loads(cached: None, slept: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each optional file that the cache lacks was asked for six times."""
     assert not checkpoint.is_sentence_model("org/tiny")
     assert load("org/tiny").model.config.num_hidden_layers == 4
     assert slept == 2 * PAUSES
