@@ -45,7 +45,11 @@ MODELS = {  # Qwen3
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
     "8B": {"hidden_size": 4096, "intermediate_size": 12_288, "num_attention_heads": 32, "num_hidden_layers": 36},
 }
-GPUS = {"H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12)}  # dense bfloat16 FLOP/s and bytes/s: SXM, 80 GB
+GPUS = {
+    "H200": (989e12, 4.8e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.04e12),
+}  # dense bfloat16 FLOP/s and bytes/s: SXM
 PRODUCTS, ATTENTION, POOLING, REST = "products with weights", "attention", "pooling", "embedding and residuals"
 PARTS = {  # by the last name of the module whose operation it is
     "input_layernorm": "norms of states",
