@@ -57,7 +57,7 @@ class Fault(StrEnum):
     | 500          | server_error                                   | the same                                      |
     | 503          | server_error, with Retry-After                 | the same                                      |
     | hang         | never answers                                  | the same                                      |
-    | slow_head    | the header comes after `slow_s`                | the same                                      |
+    | slow_head    | the header comes after `slow_s`, or on `hurry` | the same                                      |
     | reset        | the connection is reset before the header      | the same                                      |
     | empty        | 200 without a body                             | the same                                      |
     | wrong_type   | correct, but labelled text/html                | the same                                      |
@@ -148,9 +148,10 @@ class Upstream(LoopbackServer):
         """`models` are the listed models. The first one answers requests for others, and its name is in the answer."""
         super().__init__()
         self.name, self.key, self.models = name, key, tuple(models)
-        self.first_byte_s = 0.0  # before any header; this and the next four may be set at any time
+        self.first_byte_s = 0.0  # before any header; this and the next five may be set at any time
         self.between_chunks_s = 0.0
         self.slow_s = 1.0
+        self.hurry = False  # ends the wait of `slow_head` early
         self.retry_after_s = 1
         self.quotes = ""  # appended to error messages
         self.calls: list[Call] = []
@@ -238,7 +239,10 @@ class Upstream(LoopbackServer):
         except (LookupError, TypeError, AttributeError) as error:
             return _json(error_body(f"Malformed: {error!r}", "invalid_request_error"), 400)
         call.fault = self._draw(prompt)
-        await asyncio.sleep(self.first_byte_s + (self.slow_s if call.fault is Fault.SLOW_HEAD else 0))
+        await asyncio.sleep(self.first_byte_s)
+        until = time.monotonic() + (self.slow_s if call.fault is Fault.SLOW_HEAD else 0)
+        while time.monotonic() < until and not self.hurry:
+            await asyncio.sleep(0.01)
         if call.fault in _ERRORS:
             return self._error(call.fault, call.path)
         if call.fault is Fault.HANG:

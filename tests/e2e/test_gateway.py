@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,18 +29,40 @@ pytestmark = pytest.mark.slow("an endpoint with two replicas and a ledger, which
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def upstreams() -> Iterator[dict[str, Upstream]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory, upstreams: dict[str, Upstream]) -> dict[str, Any]:
     """An endpoint's: two upstreams, a budget, and a folder for what it keeps."""
     folder = tmp_path_factory.mktemp("gateway")
     budgets = folder / "budgets.toml"
     budgets.write_text("usd_per_day = 1000.0\n")
     patient = {"upstream": {"timeout_s": 120.0}}  # none fails here: whoever is late waited for the machine
-    with ExitStack() as stack:
-        upstreams = {name: stack.enter_context(Upstream(name, models=(f"{name}-1",))) for name in ("big", "small")}
-        pool = write_pool(folder / "pool.toml", upstreams, big=patient, small=patient)
-        kept = {"pool": pool, "budgets": budgets, "feedback": folder / "kept"}
-        waits = {"max_wait_s": 120, "route_timeout_s": 120}
-        yield {**kept, **waits, "replicas": 2, "threads": 1, "stick_margin": 1.0}
+    pool = write_pool(folder / "pool.toml", upstreams, big=patient, small=patient)
+    kept = {"pool": pool, "budgets": budgets, "feedback": folder / "kept"}
+    waits = {"max_wait_s": 120, "route_timeout_s": 120}
+    return {**kept, **waits, "replicas": 2, "threads": 1, "stick_margin": 1.0}
+
+
+def at_once(call: Callable[[], Any], upstreams: Sequence[Upstream]) -> list[Any]:
+    """The results of twelve calls, none of which an upstream answers before each is refused or under way."""
+    before = sum(len(upstream.completions) for upstream in upstreams)
+    for upstream in upstreams:
+        upstream.slow_s, upstream.hurry = 100.0, False
+    with ThreadPoolExecutor(12) as callers:
+        calls = [callers.submit(call) for _ in range(12)]
+
+        def all_are_known() -> bool:
+            num_asked = sum(len(upstream.completions) for upstream in upstreams) - before
+            return num_asked + sum(call.done() for call in calls) >= 12
+
+        wait_until(all_are_known, "twelve calls")
+        for upstream in upstreams:
+            upstream.hurry = True
+        return [call.result() for call in calls]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +130,17 @@ def kill_all(serve: Serve) -> None:
     psutil.wait_procs(processes, 30)
 
 
-def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str, Any]) -> None:
-    budgets = flags["budgets"]
+def test_replicas_share_conversations_and_budgets(
+    serve: Serve, flags: dict[str, Any], upstreams: dict[str, Upstream]
+) -> None:
+    budgets, both = flags["budgets"], list(upstreams.values())
+    answered: list[str] = []  # by which target
     with httpx.Client(base_url=serve.url, timeout=300) as client:
 
         def ask(messages: list[Any], **fields: Any) -> str:
             answer = client.post("/v1/chat/completions", json={"messages": messages, **fields})
-            return answer.raise_for_status().headers["x-router-selected-model"]
+            answered.append(answer.raise_for_status().headers["x-router-selected-model"])
+            return answer.headers["x-router-selected-model"]
 
         def routed(text: str) -> tuple[list[Any], str, float]:
             messages = [{"role": "user", "content": text}]
@@ -125,22 +151,25 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         def stats() -> Any:
             return client.get("/v1/stats").raise_for_status().json()
 
+        def wait_for_records() -> None:
+            """A call is recorded after its answer."""
+            wait_until(lambda: stats()["answered"] == len(answered), "the records of all calls")
+
         said = [{"role": "user", "content": "what is one plus two"}]
         assert ask(said, models=["big"]) == "big"
+        wait_for_records()
         follow_up = [*said, {"role": "assistant", "content": "Three."}, {"role": "user", "content": "commit it"}]
         assert {ask(follow_up, tolerance=1.0) for _ in range(12)} == {"big"}  # whichever replica is asked
         budgets.write_text("usd_per_day = 0.0\n")
         serve.reload("serve: reloaded")
         wait_until(lambda: ask(follow_up, tolerance=0.0) == "small", "a spent budget")
-        counted = stats()
-        assert counted["answered"] >= 14
+        wait_for_records()
 
         texts = (f"what is two plus {number} [[fault:slow_head]]" for number in range(100))
         slow, expected_usd = next((said, usd) for said, target, usd in map(routed, texts) if target == "big")
-        budgets.write_text(f"usd_per_day = {counted['spent_today_usd'] + 3.5 * expected_usd}\ntolerance = 1.0\n")
+        budgets.write_text(f"usd_per_day = {stats()['spent_today_usd'] + 3.5 * expected_usd}\ntolerance = 1.0\n")
         serve.reload("serve: reloaded")
-        with ThreadPoolExecutor(12) as callers:
-            burst = list(callers.map(lambda _: ask(slow, tolerance=0.0), range(12)))
+        burst = at_once(lambda: ask(slow, tolerance=0.0), both)
         assert burst.count("big") == 3, "what is under way with one replica counts with the other"
         wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
 
@@ -148,11 +177,8 @@ def test_replicas_share_conversations_and_budgets(serve: Serve, flags: dict[str,
         most_usd = (len(json.dumps(body)) + 4 * 50) * PRICES["big"] / 1e6
         budgets.write_text(f"[hard]\nusd_per_day = {stats()['spent_today_usd'] + 3.5 * most_usd}\n")
         serve.reload("serve: reloaded")
-        with ThreadPoolExecutor(12) as callers:
-            asked = list(callers.map(lambda _: client.post("/v1/chat/completions", json=body), range(12)))
-        assert Counter(answer.status_code for answer in asked) == {200: 3, 429: 9}, (
-            "a hard limit holds for both replicas"
-        )
+        statuses = at_once(lambda: client.post("/v1/chat/completions", json=body).status_code, both)
+        assert Counter(statuses) == {200: 3, 429: 9}, "a hard limit holds for both replicas"
         wait_until(lambda: not stats()["reserved_usd"], "all to be settled")
         budgets.write_text("usd_per_day = 1000.0\n")
         serve.reload("serve: reloaded")
