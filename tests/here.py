@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from prefill_jobs.collect.collector import CallActor
-from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime import cluster, ray_tasks, shared_objects
 from prefill_jobs.train import train_job, trunk_fit
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ sequential = Sequential()
 
 
 class Shared:
-    """Replaces `cluster.Shared`: all copies of a handle share one object."""
+    """Replaces `shared_objects.Shared`: all copies of a handle share one object."""
 
     _objects: dict[int, Any] = {}  # noqa: RUF012 - in place of an actor process
 
@@ -152,7 +152,6 @@ def without_ray() -> Iterator[None]:
     """Makes jobs run in this process."""
     stand_ins = {
         "connect": lambda: None,
-        "Shared": Shared,
         "worker_id": lambda: "here",
         "nodes": lambda: ["here"],
         "_gpus_by_node": lambda: [0.0],
@@ -161,6 +160,7 @@ def without_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(cluster, name, stand_in)
+        patch.setattr(shared_objects, "Shared", Shared)
         patch.setattr(ray_tasks, "spread", spread)
         patch.setattr(ray_tasks, "_dataset", lambda rows, _task_size=1: Rows(rows))
         patch.setattr(train_job, "fit_on_ray", fit_here)

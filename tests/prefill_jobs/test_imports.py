@@ -77,6 +77,16 @@ def test_a_worker_imports_what_it_uses(workers: tuple[str, ...], unwanted: set[s
     assert not loaded & unwanted
 
 
+def test_the_process_of_a_shared_object_imports_little() -> None:
+    loaded = modules_after(
+        "from prefill_jobs.runtime import shared_objects\n"
+        "from prefill_jobs.extract.shard_attempts import ShardAttempts\n"
+        "from prefill_router.collection.shared_budget import SharedBudget\n"
+    )
+    assert "ray" in loaded
+    assert not loaded & {*_SELDOM, "torch", "pandas", "ray.data"}
+
+
 def test_training_never_imports_torchs_compiler() -> None:
     loaded = modules_after(_FIT)
     assert "prefill_router.predictor.training" in loaded

@@ -17,7 +17,7 @@ import ray
 
 from prefill_jobs.extract.extract_job import extract
 from prefill_jobs.options import ExtractConfig, TrainConfig
-from prefill_jobs.runtime import cluster, ray_failures, ray_tasks
+from prefill_jobs.runtime import ray_failures, ray_tasks, shared_objects
 from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_jobs.train import trunk_fit
 from prefill_jobs.train.train_job import train
@@ -80,13 +80,13 @@ def test_the_latest_note_of_a_worker_reaches_the_driver(local_ray: None) -> None
 
 
 def test_workers_share_one_object(local_ray: None) -> None:
-    shared = cluster.Shared(Counts)
+    shared = shared_objects.Shared(Counts)
     seen = ray_tasks.map_items(partial(count, counts=shared), range(6))
     assert sorted(seen) == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_workers_share_outlives_its_process(local_ray: None) -> None:
-    shared, kept = cluster.Shared(Counts), cluster.Shared(Counts, is_kept=True)
+    shared, kept = shared_objects.Shared(Counts), shared_objects.Shared(Counts, is_kept=True)
     for counts, expected in ((shared, [1, 2, 1, 2]), (kept, [1, 2, 3, 4])):
         seen = [counts.call("add"), counts.call("add")]
         process = counts.call("process")
@@ -97,9 +97,9 @@ def test_what_workers_share_outlives_its_process(local_ray: None) -> None:
 
 
 def test_a_call_that_is_made_again_is_answered_and_not_done_again(tmp_path: Path) -> None:
-    first = cluster._Object(Counts, (), str(tmp_path))
+    first = shared_objects._Object(Counts, (), str(tmp_path))
     assert [first.call(name, "add") for name in ("a", "b", "a")] == [1, 2, 1]
-    restarted = cluster._Object(Counts, (), str(tmp_path))
+    restarted = shared_objects._Object(Counts, (), str(tmp_path))
     assert [restarted.call(name, "add") for name in ("b", "c")] == [2, 3]
 
 
@@ -144,7 +144,7 @@ class Counts:
         return os.getpid()
 
 
-def count(_: int, counts: cluster.Shared) -> int:
+def count(_: int, counts: shared_objects.Shared) -> int:
     return int(counts.call("add"))
 
 

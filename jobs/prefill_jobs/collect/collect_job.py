@@ -22,7 +22,7 @@ from prefill_jobs.collect.prompt_selection import PromptSelection, estimation
 from prefill_jobs.collect.stored_answers import Spending
 from prefill_jobs.option_fields import names_in
 from prefill_jobs.options import CollectConfig
-from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.runtime import cluster, ray_tasks, shared_objects
 from prefill_jobs.runtime.progress import Progress, counted
 from prefill_router import storage
 from prefill_router.collection.shared_budget import SharedBudget
@@ -150,7 +150,7 @@ class _Collection:
             attempts=self.config.attempts,
             num_workers=self.config.workers,
             max_prompt_bytes=MAX_PROMPT_BYTES,
-            budget=cluster.Shared(SharedBudget, left, is_kept=True),
+            budget=shared_objects.Shared(SharedBudget, left, is_kept=True),
         )
         options = cluster.caller_resources(self.config.workers, _CALLS)
         left_out, reasons = 0, Counter[str]()

@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 
 import httpx
 
-from prefill_jobs.runtime.cluster import Shared
 from prefill_jobs.runtime.job_metrics import CollectMetrics
+from prefill_jobs.runtime.shared_objects import Shared
 from prefill_router.collection.answers import ShardPlace, load_states, write_states
 from prefill_router.collection.journal import Journal
 from prefill_router.collection.rate_limits import RateLimits

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
@@ -14,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from prefill_jobs.extract.guarded_encoder import GuardedEncoder
-from prefill_jobs.runtime import cluster, ray_tasks
+from prefill_jobs.extract.shard_attempts import ShardAttempts
+from prefill_jobs.runtime import cluster, ray_tasks, shared_objects
 from prefill_jobs.runtime.capacity import Effort
 from prefill_jobs.runtime.progress import Progress
 from prefill_jobs.runtime.worker_notes import WorkerNote
@@ -30,21 +30,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class ShardAttempts:
-    """Counts the attempts at each shard. One object is shared by a job's workers and outlives them."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def begin(self, digest: str) -> int:
-        self.counts[digest] += 1
-        return self.counts[digest]
-
-
 class EncoderActor(ABC):
     """Calls overlap: while one shard is in the encoder, the next one is read and the previous one is written."""
 
-    def __init__(self, threads: int, attempts: cluster.Shared, note: WorkerNote) -> None:
+    def __init__(self, threads: int, attempts: shared_objects.Shared, note: WorkerNote) -> None:
         self.threads = min(threads, os.cpu_count() or 1)
         self.attempts, self.note = attempts, note
         self.worker = cluster.worker_id()
@@ -103,7 +92,7 @@ def map_on_encoders(
     create: Callable[..., Callable[[T], R]], tasks: Sequence[T], actors: cluster.Actors, progress: Progress
 ) -> Iterator[R]:
     """Runs tasks on encoder actors, which `create` builds given `threads`, `attempts` and a `note` for `progress`."""
-    attempts, note = cluster.Shared(ShardAttempts), WorkerNote()
+    attempts, note = shared_objects.Shared(ShardAttempts), WorkerNote()
     progress.start = lambda: note.read() or "starting workers"
     build = partial(create, threads=cluster.threads_per_worker(actors.number), attempts=attempts, note=note)
     yield from ray_tasks.map_on_actors(build, tasks, **actors.options(_CALLS))

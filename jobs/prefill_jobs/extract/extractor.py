@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Literal
 
 from prefill_jobs.extract.encoder_actor import EncoderActor
-from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
+from prefill_jobs.runtime.shared_objects import Shared
 from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router.activations import commit_log
 from prefill_router.activations.commit_log import RecordLocation
@@ -63,7 +63,7 @@ class ExtractRequest:
 class ShardExtractor(EncoderActor):
     """Extracts the activations of shards."""
 
-    def __init__(self, request: ExtractRequest, threads: int, attempts: cluster.Shared, note: WorkerNote) -> None:
+    def __init__(self, request: ExtractRequest, threads: int, attempts: Shared, note: WorkerNote) -> None:
         super().__init__(threads, attempts, note)
         self.request = request
 

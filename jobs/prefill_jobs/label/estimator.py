@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefill_jobs.extract.encoder_actor import EncoderActor
-from prefill_jobs.runtime import cluster
 from prefill_jobs.runtime.capacity import Effort
+from prefill_jobs.runtime.shared_objects import Shared
 from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router import storage
 from prefill_router.activations.commit_log import RecordLocation
@@ -61,7 +61,7 @@ class ShardEstimator(EncoderActor):
         activations: str | None,
         max_prompt_bytes: int,
         threads: int,
-        attempts: cluster.Shared,
+        attempts: Shared,
         note: WorkerNote,
     ) -> None:
         super().__init__(threads, attempts, note)

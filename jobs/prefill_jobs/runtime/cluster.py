@@ -1,18 +1,13 @@
-"""Joins or starts Ray, sizes actors and tasks by the cluster's resources, and hosts objects that workers share."""
+"""Joins or starts Ray, and sizes actors and tasks by the cluster's resources."""
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import sys
-import uuid
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,16 +15,13 @@ import ray.data
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RpcError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefill_jobs.runtime import local_ray, ray_failures
 from prefill_router.common.addresses import ray_address, require_listener, token_refused
 from prefill_router.common.console import doing, silent_stderr
 from prefill_router.common.errors import UserError
-from prefill_router.common.scratch import ScratchFolder
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-_ANSWERS_KEPT = 1000  # per shared object: Ray retries no call after this many others
 
 
 def connect() -> None:
@@ -173,57 +165,6 @@ class Actors:
         if self.memory_gib is not None:
             options["memory"] = int(self.memory_gib * 2**30)
         return options
-
-
-class Shared:
-    """An object that all workers of a job call. It runs in its own process on the driver's node, as long as the driver.
-
-    If its process is killed, for example when memory runs out, Ray restarts it: in its initial state or, if `is_kept`,
-    in its last state, with each call made exactly once. The kept state is written on every call and must be small.
-    """
-
-    def __init__(self, kind: type, *arguments: Any, is_kept: bool = False) -> None:
-        place = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(num_cpus=0)(_Object)
-        options = {"scheduling_strategy": place, "max_restarts": -1, "max_task_retries": -1}
-        folder = ScratchFolder() if is_kept else None
-        if folder is not None:
-            weakref.finalize(self, folder.remove)
-        self._actor = actor.options(**options).remote(kind, arguments, folder and str(folder.path))
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Calls a method of the object and returns its result."""
-        return ray.get(self._actor.call.remote(uuid.uuid4().hex, method, *arguments))
-
-    async def call_async(self, method: str, *arguments: Any) -> Any:
-        """Like `call`, without blocking the event loop."""
-        return await self._actor.call.remote(uuid.uuid4().hex, method, *arguments)
-
-
-class _Object:
-    """The process of a shared object. With a folder, it keeps the object and its latest answers there."""
-
-    def __init__(self, kind: type, arguments: tuple[Any, ...], folder: str | None) -> None:
-        self._file = Path(folder, "object.pickle") if folder else None
-        is_restart = self._file is not None and self._file.exists()
-        self._object, self._answers = self._load() if is_restart else (kind(*arguments), OrderedDict())
-
-    def _load(self) -> tuple[Any, OrderedDict[str, Any]]:
-        assert self._file is not None
-        return pickle.loads(self._file.read_bytes())  # type: ignore[no-any-return]
-
-    def call(self, name: str, method: str, *arguments: Any) -> Any:
-        """Calls a method; a call that Ray retries gets the kept answer."""
-        if self._file is None:
-            return getattr(self._object, method)(*arguments)
-        if name not in self._answers:
-            self._answers[name] = getattr(self._object, method)(*arguments)
-            if len(self._answers) > _ANSWERS_KEPT:
-                self._answers.popitem(last=False)
-            new = self._file.with_suffix(".new")
-            new.write_bytes(pickle.dumps((self._object, self._answers)))
-            new.replace(self._file)
-        return self._answers[name]
 
 
 def worker_id() -> str:

@@ -9,7 +9,8 @@ import torch
 
 from prefill_jobs.extract import encoder_actor
 from prefill_jobs.extract.encoder_actor import EncoderActor
-from prefill_jobs.runtime import cluster
+from prefill_jobs.extract.shard_attempts import ShardAttempts
+from prefill_jobs.runtime import shared_objects
 from prefill_jobs.runtime.worker_notes import WorkerNote
 from prefill_router.encoder.prefill_encoder import PrefillEncoder
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 class LoadedActor(EncoderActor):
     def __init__(self, loaded: PrefillEncoder) -> None:
-        super().__init__(1, cluster.Shared(encoder_actor.ShardAttempts), WorkerNote())
+        super().__init__(1, shared_objects.Shared(ShardAttempts), WorkerNote())
         self.loaded = loaded
 
     @property
