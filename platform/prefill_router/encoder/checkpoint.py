@@ -73,7 +73,7 @@ def load_sentence_model(source: str, dtype: torch.dtype) -> tuple[Checkpoint, Pa
     """
     if not source.startswith(_PACKAGE) and not Path(source).expanduser().is_dir():
         _check_path(source, "sentence encoder")
-        with load_errors(source):
+        with _reading(source):
             folder = Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     else:
         folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
@@ -95,7 +95,7 @@ def fetch(source: str, revision: str | None = None) -> None:
             _unpacked(gguf, _sha256([gguf]))
     elif not Path(source).expanduser().is_dir():
         _check_path(source, "encoder")
-        with load_errors(source):
+        with _reading(source):
             snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES)
 
 
@@ -104,7 +104,7 @@ def check_causal_lm(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     config, folder = load_config(source, revision), Path(source).expanduser()
-    with load_errors(source):
+    with _reading(source):
         text_class(config)
         if _gguf(source) is None:  # `load_config` has already unpacked and read a GGUF
             if folder.is_dir():
@@ -128,7 +128,7 @@ def is_sentence_model(source: str) -> bool:
         return False  # a missing directory: its load says so
     from transformers.utils.hub import cached_file
 
-    with load_errors(source):
+    with _reading(source):
         optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
         optional["_raise_exceptions_for_connection_errors"] = False
         return cached_file(source, "modules.json", **optional) is not None
@@ -148,7 +148,7 @@ def empty_sentence_model(source: str) -> Any:
 
     folder = _packaged_model(source) if source.startswith(_PACKAGE) else Path(source).expanduser()
     kind: Any = AutoModel
-    with load_errors(source, "a sentence encoder"), _quiet():
+    with _reading(source, "a sentence encoder"), _quiet():
         config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
         return kind.from_config(config)
 
@@ -157,7 +157,7 @@ def load_config(source: str, revision: str | None = None) -> Any:
     """Returns the config of a causal LM. For a hub model, only the config is downloaded."""
     gguf, folder = _gguf(source), Path(source).expanduser()
     _check_path(source, "encoder")
-    with load_errors(source):
+    with _reading(source):
         unpacked = None if gguf is None else _unpacked(gguf, _sha256([gguf]))
         with _quiet():
             if unpacked is not None:
@@ -169,7 +169,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None = None) -> tuple
     """Returns a model, its backbone and its tokenizer."""
     from transformers import AutoTokenizer
 
-    with load_errors(source), _quiet():
+    with _reading(source), _quiet():
         config = _config_of(source, revision)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model, report = _load_weights(text_class(config), source, dtype, revision=revision)
@@ -228,22 +228,24 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 @contextmanager
 def load_errors(source: str, what: str = "a causal LM") -> Iterator[None]:
-    """Converts any exception from transformers to a one-line UserError that names the damaged file, if one is found.
-
-    Where the hub cannot be reached, the block reads its cache.
-    """
-    is_on_hub = _is_hub_id(source)
+    """Converts any exception from transformers to a one-line UserError that names the damaged file, if one is found."""
     try:
-        with cache_if_unreachable(source) if is_on_hub else nullcontext():
-            yield
+        yield
     except UserError:
         raise
     except Exception as error:  # configs, tokenizers and weight readers can raise any exception
         with _quiet():
             reason = model_files.explain(Path(source).expanduser(), error)
-        if is_on_hub:
+        if _is_hub_id(source):
             reason += f". A directory or {_PACKAGE}NAME needs no access to the hub"
         raise UserError(f"encoder {source}: cannot be loaded as {what}: {reason}") from None
+
+
+@contextmanager
+def _reading(source: str, what: str = "a causal LM") -> Iterator[None]:
+    """Converts exceptions as `load_errors` does. Where the hub cannot be reached, the block reads its cache."""
+    with load_errors(source, what), cache_if_unreachable(source) if _is_hub_id(source) else nullcontext():
+        yield
 
 
 def _check_path(source: str, what: str) -> None:
