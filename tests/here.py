@@ -1,13 +1,14 @@
 """Runs jobs in this process, without Ray, by replacing the functions with which a job uses its cluster.
 
 Values that would cross between Ray's processes are pickled here too. Only Ray's own part is missing: placement, retries
-and killed workers, which tests with `local_ray` cover.
+and killed workers, which tests with `local_ray` cover. An encoder is loaded once for all jobs of this process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,12 @@ import pytest
 import torch
 
 from prefill_jobs.collect.collector import CallActor
+from prefill_jobs.extract import extractor
 from prefill_jobs.runtime import cluster, ray_tasks, shared_objects
 from prefill_jobs.train import train_job, trunk_fit
+from prefill_router.encoder.encoder_spec import EncoderSpec
+from prefill_router.encoder.sensors import Sensor, load_sensor
+from prefill_router.router import artifact
 
 Row = dict[str, Any]
 NUM_CPUS = 2
@@ -147,6 +152,26 @@ def fit_here(task: trunk_fit.FitTask, workers: int, out: str, name: str) -> trun
     return trunk_fit.Fit(trainer.fitted(), rates[-1])
 
 
+class Encoders:
+    """Encoders of this process, loaded again once their files change: loading verifies them, which takes a while."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: dict[str, tuple[list[tuple[Path, int]], Sensor]] = {}
+
+    def load(self, spec: EncoderSpec) -> Sensor:
+        files = [(file, file.stat().st_mtime_ns) for file in sorted(Path(spec.model).rglob("*"))]
+        with self._lock:
+            known, sensor = self._loaded.get(spec.model_dump_json(), (None, None))
+            if sensor is None or files != known:
+                sensor = load_sensor(spec)
+                self._loaded[spec.model_dump_json()] = files, sensor
+            return sensor
+
+
+encoders = Encoders()
+
+
 @contextmanager
 def without_ray() -> Iterator[None]:
     """Makes jobs run in this process."""
@@ -164,4 +189,6 @@ def without_ray() -> Iterator[None]:
         patch.setattr(ray_tasks, "spread", spread)
         patch.setattr(ray_tasks, "_dataset", lambda rows, _task_size=1: Rows(rows))
         patch.setattr(train_job, "fit_on_ray", fit_here)
+        for module in (extractor, artifact):
+            patch.setattr(module, "load_sensor", encoders.load)
         yield
