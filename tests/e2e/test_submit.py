@@ -29,13 +29,12 @@ from prefill_router.router.artifact import Router
 from serving import wait_until
 from tiny import random_prompts
 
-NUM_PROMPTS, SHARD_ROWS = 480, 4
+NUM_PROMPTS, SHARD_ROWS = 240, 4
 PROMPTS = ["what is one plus two", "name a river in that old town"]
 NODE = {"num_cpus": 2, "object_store_memory": 120_000_000, "dashboard_agent_listen_port": 0}
-FAST_HEALTH = {
+FAST_HEALTH = {  # a node that was killed refuses to answer at once; one that is slow to answer is alive
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
 
@@ -178,9 +177,9 @@ def test_a_job_is_as_undisturbed_while_raylets_come_and_go(
     options += ["--shard-rows", SHARD_ROWS, "--workers", 3]
     second, out = real_cluster.add(), elsewhere / "disturbed"
     process = command_line(real_cluster, elsewhere, *options, "--out", out)
-    wait_for(lambda: commits(out), 20, lambda: process.poll() is not None)
+    wait_for(lambda: commits(out), 10, lambda: process.poll() is not None)
     real_cluster.kill(second)
-    wait_for(lambda: commits(out), 60, lambda: process.poll() is not None)
+    wait_for(lambda: commits(out), 30, lambda: process.poll() is not None)
     third = real_cluster.add()
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
