@@ -71,7 +71,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 600.0) 
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        time.sleep(0.25)  # conditions may look at every process of the machine
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from upstream import Fault, Upstream
 
 
 @pytest.mark.parametrize(
-    ("kills", "num_prompts"), [(1, 60), pytest.param(3, 120, marks=pytest.mark.slow("three Rays are killed"))]
+    ("kills", "num_prompts"), [(1, 60), pytest.param(2, 90, marks=pytest.mark.slow("two Rays are killed"))]
 )
 def test_no_answer_is_paid_for_twice_though_the_job_is_killed(
     in_process: None, tmp_path: Path, kills: int, num_prompts: int

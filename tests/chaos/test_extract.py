@@ -25,7 +25,7 @@ from prefill_router.activations.activation_store import ActivationStore
 from prefill_router.activations.commit_log import CommitLog
 from tiny import random_prompts
 
-DRIVER_KILLS, WORKER_KILLS = 3, 6  # tests/crashes kills a job at every point; here Ray and its workers die as well
+DRIVER_KILLS, WORKER_KILLS = 2, 4  # tests/crashes kills a job at every point; here Ray and its workers die as well
 FAULTS = Faults(error_500=0.04, slow_down=0.04, reset_before=0.04, reset_after=0.04, cut_body=0.04)
 
 
@@ -72,11 +72,11 @@ def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> No
     assert killer.kills == WORKER_KILLS, "the job was done before every worker was killed: make it longer"
 
 
-@pytest.mark.slow("four Rays, three killed drivers and six killed workers, on a storage that fails")
+@pytest.mark.slow("three Rays, two killed drivers and four killed workers, on a storage that fails")
 def test_the_store_equals_the_undisturbed_one_bit_for_bit(
     in_process: None, faulty_s3: FaultProxy, s3_bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    prompts = random_prompts(600, seed=5)
+    prompts = random_prompts(440, seed=5)
     corpus = write_corpus(tmp_path / "corpus.jsonl", [*prompts, *prompts[:40], ""])
     options = {"corpus": str(corpus), "encoder": str(tiny_model), "shard_rows": 12, "workers": 2, "layers": "1,3"}
     calm = tmp_path / "calm"
@@ -92,14 +92,14 @@ def test_the_store_equals_the_undisturbed_one_bit_for_bit(
     faulty_s3.faults = Faults()
 
     expected, store = ActivationStore.open(str(calm)), ActivationStore.open(out)
-    assert store.manifest.rows == 640
+    assert store.manifest.rows == 480
     assert store.manifest.model_dump(exclude={"encoder"}) == expected.manifest.model_dump(exclude={"encoder"})
     for shard in expected.manifest.shards:
         name = shard.file.name
         assert storage.read_bytes(f"{out}/{name}") == (calm / name).read_bytes()
     kept = {shard.file.name for shard in store.manifest.shards}
     assert {name for name in storage.list_names(out) if name.startswith("part-")} == kept
-    assert len(storage.list_names(f"{out}/commits/segments")) >= 10  # two objects per 8 records
+    assert len(storage.list_names(f"{out}/commits/segments")) >= 6  # two objects per 8 records
     assert len([name for name in storage.list_names(f"{out}/commits") if name.endswith(".json")]) < 8
     assert_nothing_was_computed_twice(faulty_s3)
 

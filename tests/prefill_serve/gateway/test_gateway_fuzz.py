@@ -260,7 +260,7 @@ def require_error(path: str, body: Any) -> None:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [150, pytest.param(3_000, marks=pytest.mark.slow("more of the same"))])
+@pytest.mark.parametrize("number", [150, pytest.param(800, marks=pytest.mark.slow("more of the same"))])
 def test_damaged_calls_get_an_answer_or_an_error_of_their_protocol(
     gateway: Gateway, served: tuple[Gateway, dict[str, Canned]], number: int
 ) -> None:
@@ -289,7 +289,7 @@ def test_damaged_calls_get_an_answer_or_an_error_of_their_protocol(
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
-@pytest.mark.parametrize("number", [100, pytest.param(2_000, marks=pytest.mark.slow("more of the same"))])
+@pytest.mark.parametrize("number", [100, pytest.param(400, marks=pytest.mark.slow("more of the same"))])
 def test_damaged_answers_are_answers_or_failures_of_their_upstream(
     gateway: Gateway, served: tuple[Gateway, dict[str, Canned]], path: str, number: int
 ) -> None:
@@ -312,7 +312,7 @@ def test_damaged_answers_are_answers_or_failures_of_their_upstream(
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
-@pytest.mark.parametrize("number", [100, pytest.param(2_000, marks=pytest.mark.slow("more of the same"))])
+@pytest.mark.parametrize("number", [100, pytest.param(400, marks=pytest.mark.slow("more of the same"))])
 def test_damaged_streams_end_as_an_answer_or_with_an_error_of_the_protocol(
     gateway: Gateway, served: tuple[Gateway, dict[str, Canned]], path: str, number: int
 ) -> None:
