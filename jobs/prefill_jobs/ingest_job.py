@@ -10,7 +10,7 @@ from prefill_router.common.console import doing, say
 from prefill_router.common.errors import UserError
 from prefill_router.ingest import FORMATS, Options
 from prefill_router.ingest.source_files import find_source, located
-from prefill_router.ingest.tables import IngestSummary, Tables, claim, refuse_own_output
+from prefill_router.ingest.tables import IngestSummary, Tables, check_folder, refuse_own_output
 
 _SHOWN = 8  # ignored files that are named
 
@@ -27,7 +27,7 @@ def ingest(config: IngestConfig) -> IngestSummary:
     source = find_source(located(config.source), kind)
     refuse_own_output(source.files, config.out)
     options = Options(config.target, config.max_prompt_bytes)
-    claim(config.out, overwrite=config.overwrite)
+    check_folder(config.out, overwrite=config.overwrite)
     if source.others:
         names = ", ".join(storage.name(file) for file in source.others[:_SHOWN])
         more = f" and {len(source.others) - _SHOWN:,} more" if len(source.others) > _SHOWN else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,10 +19,10 @@ _PART_BYTES = 16 << 20  # of prompts, before compression
 
 
 class Parts:
-    """Writes one table as a sequence of Parquet parts."""
+    """Writes one table as a sequence of Parquet parts. Calls `before_writing` before each of them."""
 
-    def __init__(self, uri: str, schema: pa.Schema) -> None:
-        self.uri, self.schema = uri, schema
+    def __init__(self, uri: str, schema: pa.Schema, before_writing: Callable[[], None]) -> None:
+        self.uri, self.schema, self._before_writing = uri, schema, before_writing
         self.num_rows = self._num_parts = self._num_bytes = 0
         self._columns: list[list[object]] = [[] for _ in schema]
 
@@ -37,6 +37,7 @@ class Parts:
     def flush(self) -> None:
         num_rows = len(self._columns[0])
         if num_rows:
+            self._before_writing()
             parquet_objects.write_shard(self.uri, self._num_parts, pa.table(self._columns, schema=self.schema))
             self.num_rows += num_rows
             self._num_parts += 1

@@ -31,6 +31,7 @@ from prefill_router.corpus.reader import (
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
 from prefill_router.storage import parquet_objects
+from prefill_router.storage.parquet_objects import is_shard
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
 QUARANTINE_FILE, SUMMARY = "quarantine/rows.parquet", "summary.json"
@@ -67,17 +68,21 @@ class IngestSummary:
 
 
 class Tables:
-    """Context manager that writes a reader's items below `out`. Deletes everything it wrote if an error occurs."""
+    """Context manager that writes a reader's items below `out`. Deletes everything it wrote if an error occurs.
+
+    Earlier tables there are deleted once the first part of the new ones is written.
+    """
 
     def __init__(self, out: str, kind: Format, options: Options) -> None:
         self.out, self.kind, self.options = out, kind, options
         self._seen = SeenPrompts()
-        self._corpus = Parts(storage.join(out, CORPUS_FOLDER), _corpus_schema(kind))
-        self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), OUTCOMES)
+        self._corpus = Parts(storage.join(out, CORPUS_FOLDER), _corpus_schema(kind), self._begin)
+        self._outcomes = Parts(storage.join(out, OUTCOMES_FOLDER), OUTCOMES, self._begin)
         self._quarantine = Quarantine()
         self._ignored: Counter[str] = Counter()
         self._graded: Counter[str] = Counter()
         self._correct: defaultdict[str, float] = defaultdict(float)  # sums of grades
+        self._has_begun = False
         self.num_records = self._num_ungraded = 0
         self._num_repeated_pairs = self._num_repeated_prompts = self._num_other_wordings = 0
 
@@ -87,8 +92,13 @@ class Tables:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and self._has_begun:
             clear(self.out)
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            clear(self.out)
+            self._has_begun = True
 
     def add(self, item: Item) -> None:
         if isinstance(item, Ignored):
@@ -267,25 +277,22 @@ def refuse_own_output(files: Sequence[str], out: str) -> None:
             raise UserError(f"{file}: is in the output folder {out}, whose tables are replaced: choose another --out")
 
 
-def claim(out: str, *, overwrite: bool) -> None:
-    """Prepares the output folder. Raises UserError if it has tables already and `overwrite` is false.
-
-    Deletes only files that `ingest` writes.
-    """
+def check_folder(out: str, *, overwrite: bool) -> None:
+    """Raises UserError if the output folder has other files among the tables, or tables and `overwrite` is false."""
     storage.check_output(out)
     folders = (CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER)
     held = [name for name in folders if storage.list_names(storage.join(out, name))]
     held += [SUMMARY] if storage.exists(storage.join(out, SUMMARY)) else []
     if held and not overwrite:
         raise UserError(f"{out}: already holds {', '.join(held)}: choose another --out, or replace it with --overwrite")
-    clear(out)
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
-        if names := storage.list_names(storage.join(out, folder)):
-            raise UserError(f"{out}/{folder}: holds {names[0]}, which `ingest` did not write: choose another --out")
+        others = [name for name in storage.list_names(storage.join(out, folder)) if not is_shard(name)]
+        if others:
+            raise UserError(f"{out}/{folder}: holds {others[0]}, which `ingest` did not write: choose another --out")
 
 
 def clear(out: str) -> None:
-    """Deletes the files of `ingest` below `out`. The summary, which marks a complete output, goes first."""
+    """Deletes only the files of `ingest` below `out`. The summary, which marks a complete output, goes first."""
     storage.remove(storage.join(out, SUMMARY))
     storage.remove(storage.join(out, QUARANTINE_FILE))
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):

@@ -91,10 +91,15 @@ def read_shard(uri: str, shard: ShardFile, columns: Sequence[str]) -> pa.Table:
     return table
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file's name is one that shards are given here."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 def remove_shards(uri: str, keep: Collection[str] = (), *, at_any_depth: bool = False) -> None:
     """Deletes the shards directly below `uri`, or at any depth, except those named in `keep`; touches no other file."""
     names = _names_below(uri) if at_any_depth else storage.list_names(uri)
-    ours = [name for name in names if _SHARD_NAME.fullmatch(storage.name(name)) and name not in keep]
+    ours = [name for name in names if is_shard(storage.name(name)) and name not in keep]
     storage.remove_many([storage.join(uri, name) for name in ours])
 
 

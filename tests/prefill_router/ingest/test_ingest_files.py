@@ -186,6 +186,21 @@ def test_an_output_is_replaced_only_on_request(tmp_path: Path) -> None:
         ingest("toolkit", source, source)
 
 
+@pytest.mark.parametrize("part_rows", [1, 1 << 15])
+def test_tables_are_replaced_once_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int
+) -> None:
+    """An error in the midst deletes what was written, and what was there only if that had begun."""
+    source, out = write(tmp_path / "t.csv", HEADER + "one,m,1,5\n"), tmp_path / "out"
+    ingest("toolkit", source, out)
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+    monkeypatch.setattr(parts, "_PART_ROWS", part_rows)
+    write(source, HEADER + 'two,m,1,5\nthree,m,1,5\n"open,m,1,5\n')
+    with pytest.raises(UserError, match=r"t\.csv: near byte"):
+        ingest("toolkit", source, out, overwrite=True)
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == (before if part_rows > 1 else {})
+
+
 def test_parts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_PART_ROWS", 2)
     rows = "".join(f"p{i},m,{i},5\np{i},n,1,5\n" for i in range(6))
@@ -203,9 +218,10 @@ def test_on_any_storage(root: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing: no such source"):
         ingest("toolkit", f"{root}/nothing", f"{root}/out2")
     storage.write_bytes(path, b"")
+    written = storage.find_files(f"{root}/out")
     with pytest.raises(UserError, match="is empty"):
         ingest("toolkit", path, f"{root}/out", overwrite=True)
-    assert storage.find_files(f"{root}/out") == []
+    assert storage.find_files(f"{root}/out") == written
 
 
 def test_an_unknown_format_names_all_and_the_nearest() -> None:
