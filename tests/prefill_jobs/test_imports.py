@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,6 @@ _REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 _BARE = 120  # maximum number of modules that Python and the virtual environment load
 # Upper bounds: torch without its compiler; Ray Data with pandas.
 _SELDOM = {"transformers", "matplotlib", "sklearn", "scipy", "litellm", "torch._dynamo", "torch._inductor", "sympy"}
-_ENCODING = ("extract.extractor", "label.estimator", "graded.embeddings", "train.trunk_fit")
-_CHOOSING = ("label.decider", "collect.collector", "collect.grading")
 _FIT = """
 import torch
 from prefill_router.predictor.data_loader import Rows, WorkerRows
@@ -85,6 +84,15 @@ def test_the_process_of_a_shared_object_imports_little() -> None:
     )
     assert "ray" in loaded
     assert not loaded & {*_SELDOM, "torch", "pandas", "ray.data"}
+
+
+def test_a_driver_checks_an_encoder_without_its_model_classes(tiny_model: Path) -> None:
+    loaded = modules_after(
+        "from prefill_router.encoder.encoder_spec import EncoderSpec, check_encoder\n"
+        f"check_encoder(EncoderSpec(model={str(tiny_model)!r}))\n"
+    )
+    assert "transformers.models.auto" in loaded
+    assert not loaded & {"transformers.modeling_utils", "scipy", "sklearn", "matplotlib"}
 
 
 def test_training_never_imports_torchs_compiler() -> None:

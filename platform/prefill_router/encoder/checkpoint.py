@@ -192,13 +192,15 @@ def text_class(config: Any) -> Any:
     """Returns the auto class that loads a text-generation model. Raises ValueError if none does."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kinds: dict[str, Any] = {}
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in kind._model_mapping:
-            kinds.setdefault(getattr(kind._model_mapping[type(config)], "__name__", ""), kind)
+    kinds = [
+        kind for kind in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in kind._model_mapping
+    ]
     if not kinds:
         raise ValueError(f'model_type = "{config.model_type}" has no causal LM in transformers: choose another model')
-    return next((kinds[name] for name in config.architectures or () if name in kinds), next(iter(kinds.values())))
+    if len(kinds) == 1:  # its class is not imported, which takes a second
+        return kinds[0]
+    names = [getattr(kind._model_mapping[type(config)], "__name__", "") for kind in kinds]
+    return next((kinds[names.index(name)] for name in config.architectures or () if name in names), kinds[0])
 
 
 def _load_weights(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
