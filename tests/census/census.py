@@ -120,13 +120,14 @@ def _compared(kind: str, class_name: str, folder: Path) -> Row:
     rounded = _encode(bfloat16, COMPANY)
     rounded_alone = _joined(_encode(bfloat16, [ids]) for ids in COMPANY)
 
-    expected = _expected(class_name, folder, COMPANY, torch.float32)
+    of_all = _expected(class_name, folder, [*COMPANY, *SHARING[-2:]], torch.float32)
+    expected = {name: values[: len(COMPANY)] for name, values in of_all.items()}
     if set(expected) != set(company):
         return Row(kind, class_name, f"wrong: {len(company) // 2} layers, transformers has {len(expected) // 2}")
     errors = {
         "alone": _errors(alone, {name: values[: len(alone[name])] for name, values in expected.items()}),
         "company": _errors(company, expected),
-        "prefix": _errors(_rows(sharing, -2), _expected(class_name, folder, SHARING[-2:], torch.float32)),
+        "prefix": _errors(_rows(sharing, -2), _rows(of_all, -2)),
         "depth": _errors(cut, company),
     }
     worst = {name: float(each.max()) for name, each in errors.items()}
