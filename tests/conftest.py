@@ -16,6 +16,7 @@ from command import Command
 from prefill_router.common import console
 from run import Run
 from s3 import s3_bucket  # noqa: F401
+from scheduling import RaysInOneProcess, rays_first
 from selection import leave_out
 from tiny import save_small_data, save_tiny_model, save_tiny_sentence_encoder
 
@@ -42,6 +43,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out(config, items)
+    rays_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RaysInOneProcess | None:
+    return RaysInOneProcess(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduling import STARTS_RAY
 from selection import COLLECTED, LACKING
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,10 @@ def test_ci_has_the_programs_that_tests_drive(request: pytest.FixtureRequest) ->
 def test_a_slow_test_says_why(request: pytest.FixtureRequest) -> None:
     marks = [mark for item in request.session.items for mark in item.iter_markers("slow")]
     assert all(len(mark.args) == 1 and isinstance(mark.args[0], str) and mark.args[0] for mark in marks)
+
+
+def test_files_that_start_a_ray_are_there() -> None:
+    assert all((ROOT / path).exists() for path in STARTS_RAY)
 
 
 def test_all_leaves_out_nothing_and_is_what_ci_runs() -> None:
