@@ -38,11 +38,15 @@ def _hear(message: Mapping[str, Any]) -> None:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Raises Ray's exceptions as UserErrors. A UserError that Ray wrapped is raised unchanged."""
+    """Raises Ray's exceptions as UserErrors. A UserError that Ray wrapped is raised unchanged.
+
+    A bare Exception is Ray's too: it raises one if a node is not up within 30 s.
+    """
     try:
         yield
     except Exception as error:
-        if not any(kind.__module__.startswith("ray.") for kind in type(error).__mro__):
+        is_rays = any(kind.__module__.startswith("ray.") for kind in type(error).__mro__)
+        if not is_rays and type(error) is not Exception:
             raise
         cause = getattr(error, "cause", None)  # the exception of a task
         raise cause if isinstance(cause, UserError) else UserError(_line(error, cause or error)) from error

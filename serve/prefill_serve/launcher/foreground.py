@@ -43,7 +43,10 @@ def run(read: Callable[[], ServeConfig]) -> None:
         if cluster and ":" in cluster and "://" not in cluster:
             _require_token(cluster)
     with live("serve: starting Ray"), silent_stderr():
-        ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            ray.init(cluster or "local", logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:  # a bare one if a node is not up within 30 s
+            raise UserError(f"serve: Ray does not start: {one_line(error)}: try again") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # ray.init installs its own SIGTERM handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -32,3 +32,17 @@ def test_several_gpus_that_no_node_has_are_an_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"gpus_per_worker = 2: no node of the cluster has so many GPUs: give a"):
         cluster.Actors(most=1, gpus=2.0).options(calls=3)
     assert cluster.Actors(gpus=2.0, accelerator="H100").use_gpus  # waits for them
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception for it."""
+
+    def too_slow(*_arguments: object, **_options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", too_slow)
+    said = r"^Ray failed the job: .* timed out during startup\..*run the job again"
+    with pytest.raises(UserError, match=said), cluster.connected():
+        pytest.fail("there is no Ray")

@@ -150,6 +150,18 @@ def test_a_port_in_use_is_said_before_ray_starts(router: str, monkeypatch: pytes
             foreground.run(lambda: ServeConfig(router=router, port=port))
 
 
+def test_a_ray_that_does_not_start_is_one_line(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception for it."""
+
+    def too_slow(*_arguments: object, **_options: object) -> None:
+        raise Exception("The current node timed out during startup.\nIt may be overloaded.")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    config = ServeConfig(router=router, port=free_port())
+    with pytest.raises(UserError, match=r"^serve: Ray does not start: The current node timed out .*: try again$"):
+        foreground.run(lambda: config)
+
+
 def test_an_encoder_that_is_missing_is_said_before_a_replica_starts(router: str, tmp_path: Path) -> None:
     loaded = Router.load(router)
     identity = loaded.encoders[""]
