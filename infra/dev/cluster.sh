@@ -26,6 +26,9 @@ import os
 import signal
 import sys
 import threading
+import time
+from http.client import HTTPException
+from urllib.request import ProxyHandler, Request, build_opener
 
 from ray.cluster_utils import Cluster
 
@@ -34,10 +37,28 @@ ended = threading.Event()
 node = {"num_cpus": cpus, "object_store_memory": 200_000_000}
 head = {**node, "gcs_server_port": port, "include_dashboard": True, "dashboard_port": dashboard}
 cluster = Cluster()
+
+
+def wait_for_dashboard():
+    """It accepts connections before it can answer."""
+    token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    jobs = Request(f"http://127.0.0.1:{dashboard}/api/jobs/", headers=token)
+    direct, deadline = build_opener(ProxyHandler({})), time.monotonic() + 120
+    while True:
+        try:
+            direct.open(jobs, timeout=10).close()
+            return
+        except (OSError, HTTPException) as error:
+            if time.monotonic() > deadline:
+                sys.exit(f"cluster: the dashboard does not answer: {error}")
+            time.sleep(0.2)
+
+
 try:
     cluster.add_node(**head)
     for number in range(1, nodes):  # a starting raylet empties its folder of job code, so each node needs its own
         cluster.add_node(**node, runtime_env_dir_name=f"runtime_resources_{number}")
+    wait_for_dashboard()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
