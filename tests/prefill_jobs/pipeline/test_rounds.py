@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from prefill_jobs.option_fields import seconds
+from prefill_jobs.pipeline import rounds
 from prefill_jobs.pipeline.rounds import run_every
 from prefill_router.common.errors import UserError
 
@@ -49,8 +50,7 @@ def test_rounds_start_on_schedule_and_sigterm_ends_the_wait(monkeypatch: pytest.
         if len(waits) == 3:
             terminate()
 
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", wait)
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait))
     took_s = iter([20.0, 90.0, 30.0])
 
     def run() -> None:

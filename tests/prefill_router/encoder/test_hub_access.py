@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,18 @@ PAUSES = [hub_access._PAUSE_S] * (hub_access._TRIES - 1)
 
 @pytest.fixture
 def slept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of this process, whose hub is a closed port and whose cache is empty."""
+    """The pauses of this thread, in a process whose hub is a closed port and whose cache is empty."""
     pauses: list[float] = []
+    this, sleep = threading.current_thread(), time.sleep  # other tests may have left threads, such as Ray's, that sleep
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds) if threading.current_thread() is this else sleep(seconds)
+
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub_access, "getproxies", dict)
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pause)
     hub_access._say_unreachable.cache_clear()
     return pauses
 
