@@ -217,7 +217,7 @@ def test_ctrl_c_ends_a_training_and_says_how_to_go_on(
     flags = {"activations": activations, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
     flags |= {"out": tmp_path / "router", "seeds": 32, "keep": 2, "workers": 1}
     arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    said = []
+    said, is_interrupted = [], False
     with subprocess.Popen(
         [sys.executable, "-m", "prefill_jobs", "train", *arguments],
         env={**os.environ, "RAY_ADDRESS": ray_address},
@@ -227,9 +227,9 @@ def test_ctrl_c_ends_a_training_and_says_how_to_go_on(
         assert process.stderr is not None
         for line in process.stderr:
             said.append(line)
-            if line.startswith("train: fit"):
-                time.sleep(2)  # by then Ray Train would have taken the signal over
-                process.send_signal(signal.SIGINT)
+            if line.startswith("train: starting the workers") and not is_interrupted:
+                process.send_signal(signal.SIGINT)  # by then Ray Train would have taken the signal over
+                is_interrupted = True
     assert process.returncode == 130, said
     assert said[-1] == "train: interrupted: the same command goes on from what is finished\n"
     assert not (tmp_path / "router" / "router.json").exists()
