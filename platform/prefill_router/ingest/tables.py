@@ -31,7 +31,6 @@ from prefill_router.corpus.reader import (
 from prefill_router.ingest.parts import Parts, Quarantine
 from prefill_router.ingest.records import Format, Ignored, Item, Options, Record
 from prefill_router.storage import parquet_objects
-from prefill_router.storage.parquet_objects import is_shard
 
 CORPUS_FOLDER, OUTCOMES_FOLDER, QUARANTINE_FOLDER = "corpus", "outcomes", "quarantine"
 QUARANTINE_FILE, SUMMARY = "quarantine/rows.parquet", "summary.json"
@@ -286,7 +285,7 @@ def check_folder(out: str, *, overwrite: bool) -> None:
     if held and not overwrite:
         raise UserError(f"{out}: already holds {', '.join(held)}: choose another --out, or replace it with --overwrite")
     for folder in (CORPUS_FOLDER, OUTCOMES_FOLDER):
-        others = [name for name in storage.list_names(storage.join(out, folder)) if not is_shard(name)]
+        others = [name for name in storage.list_names(storage.join(out, folder)) if not parquet_objects.is_shard(name)]
         if others:
             raise UserError(f"{out}/{folder}: holds {others[0]}, which `ingest` did not write: choose another --out")
 
