@@ -70,6 +70,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run.of(tmp_path_factory)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks(run: Run) -> Iterator[None]:
+    """Has the processes that tests start fork from one that has imported what takes them longest; see `forks`."""
+    folder = str(Path(__file__).parent / "forks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEST_FORKS", str(run.fork()))
+        patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(run: Run) -> Path:
     return run.build("tiny_model", save_tiny_model)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from family import descendants
+
 
 @dataclass(frozen=True)
 class Listener:
@@ -18,7 +20,7 @@ class Listener:
 def listeners(tree: psutil.Process) -> Iterator[Listener]:
     """The listening TCP sockets of a process and its children, without those that end meanwhile."""
     try:
-        processes = {process.pid: process for process in (tree, *tree.children(recursive=True))}
+        processes = {process.pid: process for process in (tree, *descendants(tree))}
     except psutil.NoSuchProcess:
         return
     for connection in psutil.net_connections("tcp"):

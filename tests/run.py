@@ -47,19 +47,24 @@ class Run:
 
     def serve(self, name: str) -> dict[str, str]:
         """The connection details of the server `name` of `servers.py`. Starts it if needed; it ends with the run."""
-        log = self.folder / f"{name}.log"
-
-        def start(folder: Path) -> None:
-            details = folder / "details.json"
-            with log.open("w") as output:
-                command = [sys.executable, Path(__file__).with_name("servers.py"), name, str(self.pid), details]
-                server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-            _servers.append(server)
-            deadline = time.monotonic() + _STARTING_S
-            while not details.exists():
-                assert server.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, f"not within {_STARTING_S} s: {log.read_text()}"
-                time.sleep(0.05)
-
-        details: dict[str, str] = json.loads((self.build(name, start) / "details.json").read_text())
+        file = self.build(name, lambda folder: self._start("servers.py", name, folder / "details.json"))
+        details: dict[str, str] = json.loads((file / "details.json").read_text())
         return details
+
+    def fork(self) -> Path:
+        """The socket of the server that forks processes; see `forks`."""
+        name = "socket"
+        return self.build("forks", lambda folder: self._start("forks/server.py", "", folder / name)) / name
+
+    def _start(self, script: str, name: str, ready: Path) -> None:
+        """Starts a server, which creates the file `ready`."""
+        log = ready.parent / "log"
+        command = [sys.executable, Path(__file__).parent / script, *filter(None, [name]), str(self.pid), ready]
+        with log.open("w") as output:
+            server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        _servers.append(server)
+        deadline = time.monotonic() + _STARTING_S
+        while not ready.exists():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"not within {_STARTING_S} s: {log.read_text()}"
+            time.sleep(0.05)

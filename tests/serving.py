@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from ending import ended
+from family import descendants
 from ports import free_port
 
 
@@ -37,9 +38,8 @@ class Serve:
                 self.said.append(line.strip())
 
     def processes(self, name: str) -> list[psutil.Process]:
-        tree = psutil.Process(self.process.pid).children(recursive=True)
         found = []
-        for process in tree:
+        for process in descendants(psutil.Process(self.process.pid)):
             try:
                 if name in " ".join(process.cmdline()):
                     found.append(process)

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from family import family
 from serving import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,11 +23,12 @@ class Job:
     def __init__(
         self, log: Path, /, *, saboteur: bool = False, slow_s: float = 0.0, reads: int = -1, **options: object
     ) -> None:
-        paths = [*([str(Path(__file__).parent / "saboteur")] if saboteur else []), *_SOURCES]
+        before = os.environ.get("PYTHONPATH", "")
+        paths = [before, *([str(Path(__file__).parent / "saboteur")] if saboteur else []), *_SOURCES]
         arguments = [sys.executable, "-m", "prefill_jobs", self.command]
         for key, value in options.items():
             arguments += [f"--{key.replace('_', '-')}", str(value)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SABOTEUR_SLOW_S": str(slow_s)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "SABOTEUR_SLOW_S": str(slow_s)}
         environment["SABOTEUR_READS"] = str(reads)
         environment.pop("RAY_ADDRESS", None)  # the address of this process's Ray
         self.log = log
@@ -68,13 +70,12 @@ class Job:
         """The processes of the job's encoder actors."""
         return [pid for pid in self.family() if _title(pid).startswith("ray::MapWorker")]
 
+    def starts_ray(self) -> bool:
+        return any("gcs_server" in _title(pid) for pid in self.family())
+
     def family(self) -> list[int]:
         """The driver and all processes started by it or its Ray."""
-        parents = dict(_parents())
-        family = [self.process.pid]
-        for pid in family:
-            family += [child for child, parent in parents.items() if parent == pid]
-        return family
+        return family(self.process.pid)
 
     def pss_bytes(self) -> int:
         """Memory of the family; shared memory counts once."""
@@ -91,15 +92,6 @@ class LabelJob(Job):
 
 class CollectJob(Job):
     command = "collect"
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, IndexError):  # it has ended
-                continue
 
 
 def _title(pid: int) -> str:

@@ -63,7 +63,7 @@ def disturbed(options: dict[str, object], proxy: FaultProxy, folder: Path) -> No
         while job.process.poll() is None:
             time.sleep(0.2)
             killer.strike(job)
-            if not is_last and num_committed(proxy) >= until and len(job.family()) > 1:
+            if not is_last and num_committed(proxy) >= until and job.starts_ray():
                 job.kill()
         if is_last:
             job.wait(300)

@@ -21,6 +21,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from family import descendants
 from gateway import PRICES, write_pool
 from serving import Serve, serving, wait_until
 from upstream import Upstream
@@ -123,7 +124,7 @@ def journaled(folder: Path) -> list[str]:
 
 
 def kill_all(serve: Serve) -> None:
-    processes = psutil.Process(serve.process.pid).children(recursive=True)
+    processes = descendants(psutil.Process(serve.process.pid))
     for process in [*processes, psutil.Process(serve.process.pid)]:
         with suppress(psutil.Error):
             process.send_signal(signal.SIGKILL)

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from family import descendants
 from listeners import addresses
 from manifests import INFRA, ROOT
 from ports import free_port
@@ -35,9 +36,9 @@ def running(script: str, **variables: object) -> Iterator[tuple[dict[str, str], 
             words = said.readline().split()
         assert words[0] == "export"
         tree = psutil.Process(process.pid)
-        everything = [tree, *tree.children(recursive=True)]
+        everything = [tree, *descendants(tree)]
         yield dict(word.split("=", 1) for word in words[1:]), tree
-        everything += tree.children(recursive=True)  # later children also write to its folder
+        everything += descendants(tree)  # later children also write to its folder
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
@@ -131,7 +132,7 @@ def test_a_cluster_that_lost_a_process_ends(ray_folder: str) -> None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        everything = psutil.Process(process.pid).children(recursive=True)
+        everything = descendants(psutil.Process(process.pid))
         next(child for child in everything if child.name() == "raylet").kill()
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1

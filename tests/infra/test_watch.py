@@ -19,6 +19,7 @@ import pytest
 
 from collected import write_prompts
 from ending import ended
+from family import descendants
 from gateway import write_pool
 from manifests import INFRA
 from ports import free_port
@@ -72,7 +73,7 @@ def ray_cluster() -> Iterator[Path]:
                 patch.setenv(*setting.split("=", 1))
             yield folder / "ray"
         finally:
-            tree = psutil.Process(process.pid).children(recursive=True)
+            tree = descendants(psutil.Process(process.pid))
             ended(process)
             psutil.wait_procs(tree, timeout=120)  # until then they write to the folder
             process.stdout.close()

@@ -17,6 +17,7 @@ import pytest
 from ray._private import ray_constants
 
 from command import Command
+from family import descendants
 from listeners import addresses, ports
 from prefill_jobs.runtime import cluster, local_ray
 from prefill_router.common.errors import UserError
@@ -60,7 +61,7 @@ def running(arguments: list[str], home: Path) -> Iterator[psutil.Popen]:
     tree: list[psutil.Process] = []
     try:
         yield process
-        tree = process.children(recursive=True) if process.is_running() else []
+        tree = descendants(process) if process.is_running() else []
     finally:
         try:
             process.communicate(timeout=300)
