@@ -21,8 +21,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_IMPORTED = ("pandas", "pyarrow.parquet", "torch", "transformers.models.llama.modeling_llama")
-_READ_BY_IMPORTS = ("HF_", "HOME", "LD_", "MALLOC_", "MKL_", "OMP_", "TORCH_", "TRANSFORMERS_", "XDG_")
+_IMPORTED = (
+    "fastapi",
+    "httpx",
+    "matplotlib.figure",
+    "pandas",
+    "pyarrow.parquet",
+    "s3fs",
+    "sklearn.isotonic",
+    "sklearn.linear_model",
+    "torch",
+    "transformers.models.llama.modeling_llama",
+)
+_READ_BY_IMPORTS = ("HF_", "HOME", "LD_", "MALLOC_", "MKL_", "MPL", "OMP_", "TORCH_", "TRANSFORMERS_", "XDG_")
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,11 @@ def _let_fork(server: socket.socket) -> None:
     for number in _FORWARDED - ignored:
         signal.signal(number, lambda number, _: os.kill(fork, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-    status = os.waitstatus_to_exitcode(int.from_bytes(server.recv(4)))
-    if status < 0:
+    told = server.recv(4)  # nothing if the run of the tests is over
+    status = os.waitstatus_to_exitcode(int.from_bytes(told)) if told else -signal.SIGKILL
+    if -status in _FORWARDED:
         signal.signal(-status, signal.SIG_DFL)
+    if status < 0:
         os.kill(os.getpid(), -status)
     os._exit(status)
 
