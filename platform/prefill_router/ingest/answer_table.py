@@ -18,7 +18,7 @@ from prefill_router.corpus.formats import SUFFIXES, read_records
 from prefill_router.corpus.grades import RawAnswer, is_grade
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields
-from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Ignored, Item, Options, Record, Unknown, text
 
 _PROMPTS = (PROMPT, "question", "query", "input", "instruction", "text")
 _IDS = (PROMPT_ID, "id")
@@ -38,7 +38,12 @@ def read(uri: str, options: Options) -> Iterator[Item]:
     seen = [fields for _, _, fields in first if not isinstance(fields, str)]
     names = list(dict.fromkeys(name for fields in seen for name in fields))
     table = _layout(uri, names, seen) if seen else None
-    yield from Unknown(table.used if table else ()).among(names)
+    used = table.used if table else ()
+    unused = {name: _no_grade(name, seen) for name in names if name not in used}
+    numbers = {name: value for name, value in unused.items() if _is_number(value)}
+    for name, value in numbers.items():
+        yield Ignored(f"column {shown(name)}: {value} is no grade from 0 to 1")
+    yield from Unknown((*used, *numbers)).among(names)
     for row, _, fields in itertools.chain(first, records):
         if table is None or isinstance(fields, str):
             yield BadRow(uri, row, None, str(fields))
@@ -128,6 +133,13 @@ def _first(name: str, seen: Sequence[Mapping[str, object]]) -> object:
 def _no_grade(name: str, seen: Sequence[Fields]) -> object:
     """The first value of a column that is no grade, or None for a column without values."""
     return next((fields.get(name) for fields in seen if not is_grade(_known(fields.get(name)))), None)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return value is not None and math.isfinite(float(str(value)))
+    except ValueError:
+        return False
 
 
 def _known(value: object) -> object:

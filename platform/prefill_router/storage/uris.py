@@ -6,6 +6,7 @@ S3-compatible store works. Every write is atomic.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -31,6 +32,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _NUM_READERS = 32
+_MISSPELT = 0.8  # difflib ratio of a missing file's name to one beside it
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of file systems that have none
 
 
@@ -130,9 +132,18 @@ def sizes_bytes(uris: Sequence[str]) -> list[int]:
 
 
 def require(uri: str, what: str) -> None:
-    """Raises UserError if no file or folder exists at `uri`; `what` names it in the message."""
-    if not exists(uri):
-        raise UserError(f"{uri}: no such {what}")
+    """Raises UserError if no file or folder exists at `uri`; `what` names it in the message.
+
+    The message names a local file or folder beside it whose name is close.
+    """
+    if exists(uri):
+        return
+    fs, path = resolve(uri)
+    folder, close = Path(path).parent, list[str]()
+    if isinstance(fs, LocalFileSystem) and folder.is_dir():
+        close = difflib.get_close_matches(name(path), [file.name for file in folder.iterdir()], 1, _MISSPELT)
+    hint = f', did you mean "{close[0]}"?' if close else ""
+    raise UserError(f"{uri}: no such {what}{hint}")
 
 
 def stamp(uri: str) -> str:

@@ -118,12 +118,12 @@ def test_a_job_without_its_token_is_told_so_in_one_line(own_ray: Any, home: Path
 
 
 @pytest.mark.slow("a training of two workers, with a Ray of its own")
-def test_workers_that_train_listen_on_loopback(home: Path, activations: str, small_data: Path, tmp_path: Path) -> None:
+def test_workers_that_train_listen_on_loopback(activations: str, small_data: Path, tmp_path: Path) -> None:
     flags = {"activations": activations, "outcomes": small_data / "outcomes.parquet", "pool": small_data / "pool.toml"}
     flags |= {"out": tmp_path / "router", "seeds": 1, "keep": 1, "max-epochs": 2, "workers": 2}
     arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     found: set[str] = set()
-    with running(["-m", "prefill_jobs", "train", *arguments], home) as process:
+    with running(["-m", "prefill_jobs", "train", *arguments], Path.home()) as process:
         while process.poll() is None:
             found |= addresses(process)
             time.sleep(1)  # looking takes a while itself

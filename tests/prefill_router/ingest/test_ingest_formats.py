@@ -79,6 +79,14 @@ def test_wide_table(tmp_path: Path, suffix: str) -> None:
     assert found.summary.ungraded == 1
 
 
+def test_a_column_of_other_numbers_is_left_out_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ingest("table", write(tmp_path / "t.csv", "prompt,a,b,note\nhi,1,0,x\nho,0,10,y\n"), tmp_path / "out")
+    assert list(found.summary.targets) == ["a"]
+    assert capsys.readouterr().err == (
+        'ingest: ignored: column "b": 10 is no grade from 0 to 1\ningest: ignored: column "note"\n'
+    )
+
+
 def test_wide_table_of_pandas_has_nan_for_a_missing_grade(tmp_path: Path) -> None:
     table = pa.table({"id": [7, 8], "prompt": ["a", "b"], "m": [float("nan"), 1.0]})
     pq.write_table(table, tmp_path / "t.parquet")

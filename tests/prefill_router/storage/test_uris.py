@@ -254,6 +254,14 @@ def test_require_names_what_is_missing(root: str) -> None:
         storage.require(storage.join(root, "missing"), "corpus")
 
 
+def test_a_misspelt_file_is_told_of_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "answers.csv").touch()
+    with pytest.raises(UserError, match=r'answer.csv: no such source, did you mean "answers.csv"\?$'):
+        storage.require(str(tmp_path / "answer.csv"), "source")
+    with pytest.raises(UserError, match=r"pool.toml: no such file$"):
+        storage.require(str(tmp_path / "pool.toml"), "file")
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
