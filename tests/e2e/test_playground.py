@@ -94,6 +94,12 @@ def test_the_choice_follows_the_tolerance(page: Page, gateway: Gateway) -> None:
     expect(page.locator("#decision")).to_contain_text(best)
 
 
+def test_a_curve_of_few_prompts_says_so(page: Page, gateway: Gateway) -> None:
+    num = gateway.http.get("/v1/router").json()["num_validation"]
+    assert num < 100
+    expect(page.locator("#curve-text")).to_contain_text(f"They are {num}, and with fewer than 100 these figures are")
+
+
 def test_the_tolerance_that_is_shown_is_the_one_that_is_sent(page: Page, gateway: Gateway) -> None:
     slider, shown = page.get_by_role("slider", name="Tolerance"), page.locator("#tolerance-value")
     assert float(shown.inner_text()) == gateway.http.get("/v1/router").json()["tolerance"]

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
+from prefill_router.metrics import ENOUGH_VALIDATION
 from prefill_router.router.artifact import Router
 from prefill_serve.endpoint import Endpoint
 from prefill_serve.playground.served_router import CurvePoint, RouterCard, ServedTarget, SinglePoint
@@ -47,7 +48,8 @@ def card_of(endpoint: Endpoint) -> RouterCard:
     serving = endpoint.now
     head, has_gateway = serving.primary, serving.settings.gateway is not None
     router = head.router
-    validation = router.training.get("validation", {}) if isinstance(router, Router) else {}
+    training = router.training if isinstance(router, Router) else {}
+    validation = training.get("validation", {})
     singles = validation.get("singles", {})
     return RouterCard(
         router_version=head.version,
@@ -72,4 +74,6 @@ def card_of(endpoint: Endpoint) -> RouterCard:
             SinglePoint(target=target, cost_usd=cost_usd, accuracy=accuracy)
             for target, (cost_usd, accuracy) in singles.items()
         ],
+        num_validation=training.get("num_validation"),
+        enough_validation=ENOUGH_VALIDATION,
     )

@@ -217,7 +217,13 @@ function drawCurve() {
     : "";
   $("curve-text").textContent =
     `At tolerance ${exactly(at)}: ${percent(here.accuracy)} correct for ${usd(here.cost_usd)} per 1,000 ` +
-    `prompts, on the router's validation prompts.${beside}`;
+    `prompts, on the router's validation prompts.${beside}${fewPrompts()}`;
+}
+
+function fewPrompts() {
+  const { num_validation: num, enough_validation: enough } = card;
+  if (num === null || num >= enough) return "";
+  return ` They are ${num}, and with fewer than ${enough} these figures are mostly noise: the report says what would be enough.`;
 }
 
 function singleMark(single, x, y) {

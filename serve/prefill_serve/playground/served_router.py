@@ -42,3 +42,5 @@ class RouterCard(StrictModel):
     targets: list[ServedTarget]
     curve: list[CurvePoint] = Field(description="By ascending tolerance; empty if it was not recorded")
     singles: list[SinglePoint]
+    num_validation: int | None = Field(None, description="Prompts of which the curve is, if it was recorded")
+    enough_validation: int = Field(description="With fewer prompts the curve is mostly noise")
