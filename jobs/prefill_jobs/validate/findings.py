@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from prefill_router.common.schema import CORRECT, COST_USD, OUTPUT_TOKENS, PROMP
 from prefill_router.corpus import plan as corpus_plan
 from prefill_router.corpus.plan import CorpusPlan
 from prefill_router.corpus.reader import BadRow, content_bits
-from prefill_router.corpus.row_keys import have_own_hash
+from prefill_router.corpus.row_keys import have_own_hash, row_keys
 from prefill_router.corpus.split import Part, PromptHashes, Split, prompt_hashes
+from prefill_router.corpus.split_groups import SplitGroups, by_content
 from prefill_router.metrics import ENOUGH_VALIDATION
 from prefill_router.outcomes import is_feedback, tables
 from prefill_router.policy.pool import Pool
@@ -50,11 +52,12 @@ class CorpusFacts:
         """Reads all prompts. Raises UserError if there is no valid one, or a file cannot be read."""
         return cls(uri, corpus_plan.plan(uri, _SHARD_ROWS, max_prompt_bytes=max_prompt_bytes))
 
-    @property
-    def keys(self) -> PromptHashes:
-        """Hashes (N,) of the ids that have activations after `extract`."""
-        again = [prompt_hashes(repeats.prompt_ids) for repeats in self.plan.repeats]
-        return np.concatenate([self.plan.keys[:, 0], *again])
+    @cached_property
+    def groups(self) -> SplitGroups:
+        """The split groups by which `train` divides the ids that have activations after `extract`."""
+        again = [row_keys(repeats.prompt_ids, repeats.contents) for repeats in self.plan.repeats]
+        ids, contents, _ = np.concatenate([self.plan.keys, *again]).T
+        return by_content(ids, contents)
 
     @property
     def contents(self) -> PromptHashes:
@@ -183,7 +186,7 @@ def of_pool(pool: Pool, outcomes: OutcomeFacts) -> Iterator[Finding]:
 
 def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
     """How many prompts have both, and whether they suffice."""
-    is_known = np.isin(outcomes.keys, corpus.keys)
+    is_known = np.isin(outcomes.keys, corpus.groups.keys)
     if not is_known.any() and (num_same := int(np.isin(corpus.contents, list(outcomes.contents)).sum())):
         yield Finding(f"{num_same:,} prompts have outcomes, which name them by their content")
         return
@@ -199,10 +202,10 @@ def of_both(corpus: CorpusFacts, outcomes: OutcomeFacts) -> Iterator[Finding]:
             f"{outcomes.uri}: {unknown:,} prompts are not in the corpus: add them, or pass --ignore-unknown",
             is_error=True,
         )
-    parts = Split().parts(outcomes.keys[is_known])
+    parts = Split().parts(corpus.groups.of(outcomes.keys[is_known]))
     counts = [int((parts == part).sum()) for part in Part]
     yield Finding(
-        f"{sum(counts):,} prompts have outcomes: about {counts[0]:,} to train on, {counts[1]:,} to validate and "
+        f"{sum(counts):,} prompts have outcomes: {counts[0]:,} to train on, {counts[1]:,} to validate and "
         f"{counts[2]:,} held out"
     )
     if min(counts) < 1 or counts[Part.TRAIN] < 2:

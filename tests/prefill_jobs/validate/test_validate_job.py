@@ -12,6 +12,7 @@ from command import Command
 from corpora import write, write_jsonl
 from prefill_jobs.options import ValidateConfig
 from prefill_jobs.validate.validate_job import validate
+from prefill_router.router.artifact import Router
 
 POOL = """
 [[pool]]
@@ -72,7 +73,7 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
         f"{graded}: other: 1 answers, mean grade 100.0%",
         f"{graded}: small: 1 answers, mean grade 100.0%",
         f"{graded}: not in pool pool, and ignored: other",
-        "2 prompts have outcomes: about 1 to train on, 0 to validate and 1 held out",
+        "2 prompts have outcomes: 2 to train on, 0 to validate and 0 held out",
     ]
     assert errors == [
         f"{graded}: 1 values of correct are invalid: must be in [0, 1]",
@@ -87,6 +88,13 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
         f"{graded}: 1 prompts are not in the corpus: add them, or pass --ignore-unknown",
         "a router needs two prompts to train on and one for each other part: grade more",
     ]
+
+
+def test_the_parts_are_those_that_train_makes(small_data: Path, router: str) -> None:
+    facts, _ = found(corpus=small_data / "corpus.parquet", outcomes=small_data / "outcomes.parquet")
+    training = Router.load(router).training
+    parts = f"{training['num_train']} to train on, {training['num_validation']} to validate and"
+    assert any(parts in fact for fact in facts), facts
 
 
 def test_ids_that_do_not_match_are_shown_from_both_sides(tmp_path: Path) -> None:
