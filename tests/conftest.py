@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ from s3 import s3_bucket  # noqa: F401
 from scheduling import RaysInOneProcess, rays_first
 from selection import leave_out
 from tiny import save_small_data, save_tiny_model, save_tiny_sentence_encoder
+
+# A run in the background ignores these, and the processes that tests start would, too.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # As in an activated environment: processes that tests start find this Python and its programs.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

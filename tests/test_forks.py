@@ -52,6 +52,20 @@ def test_a_program_runs_as_always(tmp_path: Path, variables: dict[str, str], is_
     assert (complained, process.returncode) == ("asked\n", 3)
 
 
+def test_what_is_ignored_may_be_handled_later(tmp_path: Path) -> None:
+    """As `serve` handles SIGHUP below `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = started(tmp_path, _WAITS.replace("SIGTERM", "SIGHUP"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == -signal.SIGUSR1
+
+
 def test_signals_reach_it_and_the_one_that_ends_it_is_told(tmp_path: Path) -> None:
     with started(tmp_path, _WAITS) as process:
         assert process.stdout is not None

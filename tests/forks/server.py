@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+_FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _IMPORTED = (
     "fastapi",
     "httpx",
@@ -59,11 +61,16 @@ class Program:
         """Whether its environment is this process's in what modules read while they are imported."""
         return _read_by_imports(self.environment) == _read_by_imports(os.environ)
 
+    def handlers(self) -> dict[signal.Signals, Any]:
+        """The handlers with which Python starts."""
+        defaults = dict.fromkeys(_FORWARDED, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+        return defaults | {signal.Signals(number): signal.SIG_IGN for number in self.ignored}
+
     def run(self) -> None:
         """Runs it as Python would have done."""
         os.setsid()
-        for number in self.ignored:
-            signal.signal(number, signal.SIG_IGN)
+        for number, handler in self.handlers().items():
+            signal.signal(number, handler)
         self._take_files()
         os.chdir(self.folder)
         os.environ.clear()

@@ -31,14 +31,14 @@ def _asks() -> bool:
 def _let_fork(server: socket.socket) -> None:
     """Lets a fork take this process's place, waits for its end, and ends as it did. Returns if it is refused."""
     files = [file for file in range(256) if _is_inherited(file)]
-    ignored = {number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN}
+    ignored = [number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
     program = {
         "pid": os.getpid(),
         "arguments": sys.orig_argv[1:],
         "path": sys.path,
         "environment": dict(os.environ),
         "folder": str(Path.cwd()),
-        "ignored": list(ignored),
+        "ignored": ignored,
         "files": files,
     }
     asked = json.dumps(program).encode()
@@ -49,7 +49,7 @@ def _let_fork(server: socket.socket) -> None:
     with Path(os.devnull).open("r+b") as nothing:
         for file in files:
             os.dup2(nothing.fileno(), file)
-    for number in _FORWARDED - ignored:
+    for number in _FORWARDED:
         signal.signal(number, lambda number, _: os.kill(fork, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     told = server.recv(4)  # nothing if the run of the tests is over

@@ -45,14 +45,14 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_no_answer_takes_longer_than_its_length_allows(name: str) -> None:
-    answer, start = ANSWERS[name], time.process_time()
+    answer, start = ANSWERS[name], time.thread_time()
     for reader in (fences, find_json, last_box, tagged):
         reader(answer)
     load_grader("choice")(answer, {"reference": "B", "choices": ["one", "two"]})
     load_grader("numeric")(answer, {"reference": "7"})
     load_grader("exact")(answer, {"reference": "7"})
     load_grader("normalized", {"anywhere": True})(answer, {"reference": "the end"})
-    assert time.process_time() - start < MOST_CPU_S
+    assert time.thread_time() - start < MOST_CPU_S
 
 
 def test_what_is_found_is_the_same() -> None:
