@@ -118,8 +118,10 @@ def serve(run: int, address: Path) -> Program | None:
 
 
 def _import() -> None:
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow: a fork has no thread but one
     for name in _IMPORTED:
         importlib.import_module(name)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "only a process of one thread can be forked"
     gc.collect()
     gc.freeze()  # else forks copy the pages of all objects when they collect
 
