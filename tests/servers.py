@@ -16,6 +16,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from forks.server import lives
+
 # Enough for jobs of two test processes at once. With more, Ray starts more workers, each with seconds of imports.
 RAY_CPUS = 4
 
@@ -70,16 +72,8 @@ def main(name: str, pid: int, file: Path) -> None:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(details))
         partial.rename(file)
-        while _lives(pid):
+        while lives(pid):
             time.sleep(0.5)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def serve(run: int, address: Path) -> Program | None:
         listener.bind(str(address))
         listener.listen(64)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers leave no zombies
-        while _lives(run):
+        while lives(run):
             if not select.select([listener], [], [], 1.0)[0]:
                 continue
             with listener.accept()[0] as connection:
@@ -156,7 +156,7 @@ def _read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(_READ_BY_IMPORTS)}
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

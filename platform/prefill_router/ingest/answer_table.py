@@ -18,7 +18,7 @@ from prefill_router.corpus.formats import SUFFIXES, read_records
 from prefill_router.corpus.grades import RawAnswer, is_grade
 from prefill_router.corpus.reader import BadRow
 from prefill_router.corpus.text_files import Fields
-from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Ignored, Item, Options, Record, Unknown, text
+from prefill_router.ingest.records import CATEGORY, SOURCE, Format, Item, Options, Record, Unknown, text
 
 _PROMPTS = (PROMPT, "question", "query", "input", "instruction", "text")
 _IDS = (PROMPT_ID, "id")
@@ -40,10 +40,8 @@ def read(uri: str, options: Options) -> Iterator[Item]:
     table = _layout(uri, names, seen) if seen else None
     used = table.used if table else ()
     unused = {name: _no_grade(name, seen) for name in names if name not in used}
-    numbers = {name: value for name, value in unused.items() if _is_number(value)}
-    for name, value in numbers.items():
-        yield Ignored(f"column {shown(name)}: {value} is no grade from 0 to 1")
-    yield from Unknown((*used, *numbers)).among(names)
+    reasons = {name: f"{value} is no grade from 0 to 1" for name, value in unused.items() if _is_number(value)}
+    yield from Unknown(used).among(names, reasons)
     for row, _, fields in itertools.chain(first, records):
         if table is None or isinstance(fields, str):
             yield BadRow(uri, row, None, str(fields))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -82,12 +83,14 @@ class Unknown:
     def __init__(self, known: Iterable[str]) -> None:
         self._known, self._left = set(known), _MAX_UNKNOWN
 
-    def among(self, names: Iterable[str]) -> Iterator[Ignored]:
+    def among(self, names: Iterable[str], reasons: Mapping[str, str] = MappingProxyType({})) -> Iterator[Ignored]:
+        """Yields each unknown name, and the reason why it is left out if `reasons` has one."""
         for name in names:
             if name not in self._known and self._left:
                 self._known.add(name)
                 self._left -= 1
-                yield Ignored(f"column {shown(name)}" if self._left else "further columns")
+                reason = f": {reasons[name]}" if name in reasons else ""
+                yield Ignored(f"column {shown(name)}{reason}" if self._left else "further columns")
 
 
 def text(value: object) -> str | None:

@@ -87,6 +87,12 @@ def test_a_column_of_other_numbers_is_left_out_and_says_why(tmp_path: Path, caps
     )
 
 
+def test_a_table_with_an_embedding_reports_a_bounded_number_of_columns(tmp_path: Path) -> None:
+    names, values = ",".join(f"e{i}" for i in range(384)), ",".join(["-1.5"] * 384)
+    found = ingest("table", write(tmp_path / "t.csv", f"prompt,a,{names}\nhi,1,{values}\n"), tmp_path / "out")
+    assert len(found.summary.ignored) == 64
+
+
 def test_wide_table_of_pandas_has_nan_for_a_missing_grade(tmp_path: Path) -> None:
     table = pa.table({"id": [7, 8], "prompt": ["a", "b"], "m": [float("nan"), 1.0]})
     pq.write_table(table, tmp_path / "t.parquet")
